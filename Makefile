@@ -1,0 +1,33 @@
+# Two commands for a fresh machine with Python 3.11 and make: `make study` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/study/tiny.py
+WORKDIR ?= runs/study
+
+.PHONY: study test lint lock clean
+
+study: $(VENV)/installed
+	$(BIN)/alignment-gap study --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest $(FLAGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Everything is pinned; bytecode is compiled now so that no later start pays for it.
+$(VENV)/installed: requirements.lock setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+lock:
+	$(BIN)/uv pip compile setup.py --extra study --extra dev --python-version 3.11 --no-emit-index-url --no-header --upgrade --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) runs .cache

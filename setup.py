@@ -1,0 +1,65 @@
+"""Installs alignment_gap; settings of the tools are in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "alignment_gap" / "__init__.py").read_text()).group(1)
+
+EXTRAS = {
+    # Figures and the HTML report of a study.
+    "study": ["altair>=5.5", "vl-convert-python>=1.7"],
+    # Reading seqio tasks and tensorflow-datasets; nothing else imports TensorFlow.
+    "data": [
+        "seqio>=0.0.20",
+        "tensorflow>=2.21",
+        "tensorflow-text>=2.21",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",
+        "google-crc32c",
+    ],
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "cuda": ["jax[cuda13]>=0.10.2"],
+    "notebooks": ["jupyterlab", "nbclient", "ipykernel"],
+    "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "nbclient", "ipykernel"],
+}
+
+setup(
+    name="alignment-gap",
+    version=VERSION,
+    description="Preference training of language models in JAX, online and offline, measured honestly.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["alignment_gap", "alignment_gap.*"]),
+    package_data={"alignment_gap": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8.1",
+        "chex>=0.1.90",
+        "flax>=0.12.8",
+        "gin-config>=0.5",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "jaxtyping>=0.3",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "scipy>=1.14",
+        "sentencepiece>=0.2.1",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["alignment-gap=alignment_gap.cli.main:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
