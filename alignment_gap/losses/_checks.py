@@ -1,0 +1,58 @@
+"""Checks and conversions that open every loss."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+OverTokens = Literal["sum", "mean"]
+
+
+def as_float32(*arrays: Any) -> tuple[Float[Array, "*B"], ...]:
+    """The arrays in float32, after a check that they are floating and of one shape."""
+    chex.assert_type(arrays, float)
+    chex.assert_equal_shape(arrays)
+    return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
+
+
+def as_float32_like(array: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
+    """One array or Python number in float32, of the given shape; a scalar is repeated."""
+    array = jnp.asarray(array, jnp.float32)
+    if array.ndim:
+        chex.assert_shape(array, shape)
+    return jnp.broadcast_to(array, shape)
+
+
+def as_counts(lengths: Int[Array, "*B"] | None, shape: tuple[int, ...], name: str) -> Float[Array, "*B"]:
+    """Token counts in float32, at least 1 so that an empty response divides by one."""
+    if lengths is None:
+        raise ValueError(f"{name} is needed here: the number of scored tokens of every response")
+    chex.assert_type(lengths, int)
+    chex.assert_shape(lengths, shape)
+    return jnp.maximum(jnp.asarray(lengths, jnp.float32), 1.0)
+
+
+def check_positive(**settings: Any) -> None:
+    """Refuses a setting that is a number and not above zero; traced values pass."""
+    for name, value in settings.items():
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuses a value that is not one of the choices, and names the nearest."""
+    if value not in (choices := tuple(choices)):
+        raise ValueError(f"{name}: {unknown(value, choices)}")
+
+
+def unknown(value: str, choices: Iterable[str]) -> str:
+    """One line about a wrong name: the nearest valid one, and all of them."""
+    choices = tuple(choices)
+    nearest = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
+    return f"unknown {value!r}{hint} valid: {', '.join(choices)}"

@@ -1,0 +1,72 @@
+"""Losses by name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from alignment_gap.losses import _groupwise, _pairwise
+from alignment_gap.losses._checks import unknown
+
+Loss = Callable[..., Any]
+
+_LOSSES: dict[str, Loss] = {
+    loss.__name__: loss
+    for loss in (
+        _pairwise.dpo,
+        _pairwise.ipo,
+        _groupwise.sft,
+        _groupwise.best_of_n,
+    )
+}
+
+# Names that others use, and what they are here.
+_ALIASES: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "sigmoid": ("dpo", {}),
+    "robust": ("dpo", {"smoothing": "robust"}),
+    "sigmoid_norm": ("dpo", {"over_tokens": "mean"}),
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `get` takes, sorted: every loss of this library and the aliases under which others know them."""
+    return tuple(sorted((*_LOSSES, *_ALIASES)))
+
+
+def get(loss: str | Loss, **settings: Any) -> Loss:
+    """A configured loss: a callable that still names its array parameters.
+
+    `get("ipo", beta=0.1)` is `ipo` with that setting. What a loss reads is in `inspect.signature`: its
+    positional-or-keyword parameters are arrays (optional where they have a default), its keyword-only ones settings.
+
+    Args:
+      loss: one of `names()`, or any callable of the user's own.
+      **settings: keyword-only parameters of the loss.
+
+    Returns:
+      The loss with its settings bound.
+
+    Raises:
+      ValueError: no such loss, or the loss has no such setting; the message names the nearest one.
+    """
+    if isinstance(loss, str):
+        if loss not in (known := names()):
+            raise ValueError(f"loss: {unknown(loss, known)}")
+        name, preset = _ALIASES.get(loss, (loss, {}))
+        function, settings = _LOSSES[name], {**preset, **settings}
+    else:
+        function = loss
+    _check_settings(function, settings)
+    return functools.partial(function, **settings) if settings else function
+
+
+def _check_settings(function: Loss, settings: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    valid = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for name in settings:
+        if name not in valid:
+            raise ValueError(f"setting of {getattr(function, '__name__', 'the loss')}: {unknown(name, valid)}")

@@ -1,0 +1,227 @@
+"""Log-probs and divergences of tokens from hidden states, without the logits of all tokens at once.
+
+The logits of [tokens, vocabulary] are the memory of preference training. Here they exist for one block of tokens at a
+time: the backward pass computes them again, block by block. What fits in one block is computed in the plain form, with
+no loop. A block takes every n-th token, so that a batch that is split over devices stays split within each block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+# Float32 logits of one block, per device.
+_BLOCK_BYTES = 2**26
+
+
+def token_log_probs(
+    hidden: Float[Array, "*B D"],
+    output_embedding: Float[Array, "V D"],
+    targets: Int[Array, "*B"],
+    *,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
+    block_size: int | None = None,
+) -> Float[Array, "*B"]:
+    """Log-probs of target tokens, from hidden states and the output embedding.
+
+    z = scale hidden @ output_embedding^T, z = soft_cap tanh(z / soft_cap) where a cap is given,
+    z[target] - logsumexp(z). The product accumulates in float32; in the backward pass the logits' cotangent is rounded
+    to the dtype of `hidden` before its products, which accumulate in float32 too.
+
+    Args:
+      hidden: [*B, D], the last hidden states.
+      output_embedding: [V, D]; its vocabulary axis may be split over a mesh.
+      targets: [*B], token ids in [0, V).
+      scale: multiplies the logits.
+      soft_cap: bound of the absolute logits, or None.
+      block_size: tokens in a block (over all devices); None takes 64 MiB of logits per device.
+
+    Returns:
+      float32 [*B], nats; one value per token, nothing masked. Sum them where the response's mask is true.
+
+    Raises:
+      ValueError: block_size is not positive. AssertionError: shapes or types do not fit.
+    """
+    chex.assert_type([hidden, output_embedding, targets], [float, float, int])
+    _check_hidden(hidden, output_embedding)
+    chex.assert_shape(targets, hidden.shape[:-1])
+    blocks = _number_of_blocks(targets.size, output_embedding.shape[0], block_size)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if blocks == 1:
+        logits = _logits(flat, output_embedding, scale, soft_cap)
+        log_probs = _at(logits, targets.reshape(-1)) - jax.nn.logsumexp(logits, axis=-1)
+    else:
+        log_probs = _blocked_log_probs(scale, soft_cap, blocks, flat, output_embedding, targets.reshape(-1))
+    return log_probs.reshape(targets.shape)
+
+
+def token_kl(
+    hidden_p: Float[Array, "*B D"],
+    embedding_p: Float[Array, "V D"],
+    hidden_q: Float[Array, "*B E"],
+    embedding_q: Float[Array, "V E"],
+    *,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
+    block_size: int | None = None,
+) -> Float[Array, "*B"]:
+    """Exact categorical KL(p || q) of every token, from the hidden states of two models.
+
+    sum_v p(v) (log p(v) - log q(v)) over the whole vocabulary, p and q the softmax of logits as in `token_log_probs`.
+    Differentiable in both models; stop the gradient of a reference. arXiv 2405.08448 sums it over the response.
+
+    Args:
+      hidden_p, hidden_q: [*B, D] and [*B, E], the last hidden states of the two models.
+      embedding_p, embedding_q: [V, D] and [V, E], their output embeddings over one vocabulary.
+      scale: multiplies the logits of both; fold a scale of one model alone into its hidden states.
+      soft_cap: bound of the absolute logits of both, or None.
+      block_size: tokens in a block (over all devices); None takes 64 MiB of logits per device.
+
+    Returns:
+      float32 [*B], nats; one value per token, nothing masked. Sum them where the response's mask is true.
+
+    Raises:
+      ValueError: block_size is not positive. AssertionError: shapes or types do not fit.
+    """
+    chex.assert_type([hidden_p, embedding_p, hidden_q, embedding_q], float)
+    _check_hidden(hidden_p, embedding_p)
+    _check_hidden(hidden_q, embedding_q)
+    chex.assert_equal_shape_prefix((hidden_p, hidden_q), hidden_p.ndim - 1)
+    chex.assert_equal_shape_prefix((embedding_p, embedding_q), 1)
+
+    def kl(hidden_p: Array, hidden_q: Array, embedding_p: Array, embedding_q: Array) -> Array:
+        return categorical_kl(
+            _logits(hidden_p, embedding_p, scale, soft_cap), _logits(hidden_q, embedding_q, scale, soft_cap)
+        )
+
+    flat = [hidden.reshape(-1, hidden.shape[-1]) for hidden in (hidden_p, hidden_q)]
+    # Two models' logits share the block.
+    blocks = _number_of_blocks(len(flat[0]), 2 * embedding_p.shape[0], block_size)
+    return _in_blocks(kl, blocks, flat, (embedding_p, embedding_q)).reshape(hidden_p.shape[:-1])
+
+
+def categorical_kl(logits_p: Float[Array, "*B V"], logits_q: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """KL(p || q) of two categorical distributions given by logits.
+
+    sum_v p(v) (log p(v) - log q(v)); a logit of -inf in p counts as p(v) log p(v) = 0.
+
+    Args:
+      logits_p, logits_q: [*B, V], unnormalised log-probs in nats.
+
+    Returns:
+      float32 [*B], nats; one value per token. Sum them over a response's tokens for its KL.
+
+    Raises:
+      AssertionError: shapes or types do not fit.
+    """
+    chex.assert_type([logits_p, logits_q], float)
+    chex.assert_equal_shape((logits_p, logits_q))
+    log_p = jax.nn.log_softmax(jnp.asarray(logits_p, jnp.float32))
+    log_q = jax.nn.log_softmax(jnp.asarray(logits_q, jnp.float32))
+    possible = log_p > -jnp.inf
+    # A double where: inf - inf must not reach the gradient.
+    difference = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
+    return jnp.sum(jnp.where(possible, jnp.exp(log_p), 0.0) * difference, axis=-1)
+
+
+def _check_hidden(hidden: Array, embedding: Array) -> None:
+    chex.assert_rank(embedding, 2)
+    chex.assert_axis_dimension(hidden, -1, embedding.shape[1])
+
+
+def _number_of_blocks(tokens: int, vocabulary: int, block_size: int | None) -> int:
+    """A power of two, so that it divides the usual numbers of tokens."""
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    devices = max(jax.sharding.get_abstract_mesh().size, 1)
+    size = block_size or max(_BLOCK_BYTES * devices // (4 * vocabulary), 1)
+    wanted = -(-tokens // size)
+    return 1 << max(wanted - 1, 0).bit_length()
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """The product over one axis of each, accumulated in float32."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _logits(hidden: Array, embedding: Array, scale: float, soft_cap: float | None) -> Float[Array, "T V"]:
+    logits = scale * _dot(hidden, embedding.astype(hidden.dtype), (1, 1))
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+
+
+def _at(logits: Float[Array, "T V"], targets: Int[Array, " T"]) -> Float[Array, " T"]:
+    """Each row's value at its target, as a masked sum: with the vocabulary split over a mesh nothing is gathered."""
+    return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+
+
+def _is_target(logits: Array, targets: Array) -> Array:
+    return lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
+
+
+def _split(array: Array, blocks: int) -> Array:
+    """[T, ...] as [blocks, T / blocks, ...], padded with zeros; a block holds every `blocks`-th row."""
+    padding = -len(array) % blocks
+    array = jnp.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1)) if padding else array
+    return jnp.swapaxes(array.reshape(-1, blocks, *array.shape[1:]), 0, 1)
+
+
+def _join(array: Array, rows: int) -> Array:
+    """Undoes `_split`."""
+    return jnp.swapaxes(array, 0, 1).reshape(-1, *array.shape[2:])[:rows]
+
+
+def _in_blocks(function: Callable[..., Array], blocks: int, rows: list[Array], constants: tuple[Array, ...]) -> Array:
+    """function(*rows, *constants) block by block, each computed again in the backward pass."""
+    if blocks == 1:
+        return function(*rows, *constants)
+    step = jax.checkpoint(lambda block: function(*block, *constants))
+    return _join(lax.map(step, [_split(array, blocks) for array in rows]), len(rows[0]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _blocked_log_probs(
+    scale: float, soft_cap: float | None, blocks: int, hidden: Array, embedding: Array, targets: Array
+) -> Array:
+    return _blocked_forward(scale, soft_cap, blocks, hidden, embedding, targets)[0]
+
+
+def _blocked_forward(
+    scale: float, soft_cap: float | None, blocks: int, hidden: Array, embedding: Array, targets: Array
+) -> tuple[Array, Any]:
+    def step(block: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits = _logits(block[0], embedding, scale, soft_cap)
+        return _at(logits, block[1]), jax.nn.logsumexp(logits, axis=-1)
+
+    at_targets, normalizer = lax.map(step, (_split(hidden, blocks), _split(targets, blocks)))
+    return _join(at_targets - normalizer, len(targets)), (hidden, embedding, targets, normalizer)
+
+
+def _blocked_backward(
+    scale: float, soft_cap: float | None, blocks: int, residuals: Any, cotangent: Array
+) -> tuple[Array, Array, None]:
+    hidden, embedding, targets, normalizer = residuals
+
+    def step(d_embedding: Array, block: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        hidden, targets, normalizer, cotangent = block
+        logits = _logits(hidden, embedding, scale, soft_cap)
+        slope = scale if soft_cap is None else scale * (1.0 - jnp.square(logits / soft_cap))
+        residual = _is_target(logits, targets).astype(jnp.float32) - jnp.exp(logits - normalizer[:, None])
+        d_logits = (slope * cotangent[:, None] * residual).astype(hidden.dtype)
+        d_hidden = _dot(d_logits, embedding.astype(hidden.dtype), (1, 0)).astype(hidden.dtype)
+        return d_embedding + _dot(d_logits, hidden, (0, 0)), d_hidden
+
+    rows = (_split(hidden, blocks), _split(targets, blocks), normalizer, _split(cotangent, blocks))
+    d_embedding, d_hidden = lax.scan(step, jnp.zeros(embedding.shape, jnp.float32), rows)
+    return _join(d_hidden, len(hidden)), d_embedding.astype(embedding.dtype), None
+
+
+_blocked_log_probs.defvjp(_blocked_forward, _blocked_backward)
