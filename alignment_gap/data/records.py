@@ -1,0 +1,506 @@
+"""Datasets on disk: a folder of ArrayRecord files and an index card, written whole or not at all.
+
+    prepared/
+      card.json                  counts, longest lengths, vocabulary digest, provenance, a digest of each file
+      pairs.array_record         one example a record: tokens without padding, msgpack
+
+A dataset is written in one go by `write_dataset`, or chunk by chunk by `write_chunk` and finished by `close_dataset`;
+a chunk that is written again replaces the earlier one of its name. A folder without a card is unfinished.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import jax
+import msgpack
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.errors import UserError
+
+FORMAT_VERSION = 1
+CARD = "card.json"
+_SUFFIX = ".array_record"
+# Measured with 350-byte records: a random read is four times as fast as with groups of 1, and as fast as with 64.
+_WRITER_OPTIONS = "group_size:8"
+_INTS, _FLOATS = np.dtype("<i4"), np.dtype("<f4")
+
+_Path = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One prompt with K responses, without padding: a row of a PreferenceBatch.
+
+    Attributes:
+      prompt_id: stable number of the prompt in its dataset.
+      prompt: int32[P] token ids, at least one.
+      responses: K arrays int32[R_k] of token ids, the end id included.
+      scores: float32[K], the higher the better.
+      reference_log_probs: K arrays float32[R_k] in nats, or None.
+    """
+
+    prompt_id: int
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+    scores: np.ndarray
+    reference_log_probs: tuple[np.ndarray, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What the card says of one record file: its name, size, SHA-256, and its examples' count and longest lengths."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+    responses_per_prompt: int
+    max_prompt_length: int
+    max_response_length: int
+    reference_log_probs: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """The index card of a dataset.
+
+    Attributes:
+      format_version: of the folder and its records.
+      count: examples in all files.
+      responses_per_prompt: K, the same in every example.
+      max_prompt_length: tokens of the longest prompt.
+      max_response_length: tokens of the longest response.
+      fields: what an example holds.
+      vocabulary_digest: `digest` of the vocabulary that it was encoded with.
+      provenance: how it came about, as its maker states it.
+      files: the record files, in the order of their examples.
+    """
+
+    format_version: int
+    count: int
+    responses_per_prompt: int
+    max_prompt_length: int
+    max_response_length: int
+    fields: tuple[str, ...]
+    vocabulary_digest: str
+    provenance: Mapping[str, Any]
+    files: tuple[Chunk, ...]
+
+
+class Dataset(Sequence[Example]):
+    """A dataset on disk, read at random.
+
+    Attributes:
+      folder: where it is.
+      card: what it is.
+    """
+
+    def __init__(self, folder: pathlib.Path, card: Card):
+        """Use `open_dataset`, which checks the folder."""
+        self.folder = folder
+        self.card = card
+        self._readers = [_open_records(folder / chunk.name) for chunk in card.files]
+        self._ends = list(itertools.accumulate(chunk.count for chunk in card.files))
+
+    def __len__(self) -> int:
+        return self.card.count
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """The example or examples at `index`; raises UserError naming the file where it is damaged."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        file = bisect.bisect_right(self._ends, position)
+        row = position - (self._ends[file - 1] if file else 0)
+        try:
+            return _decode(self._readers[file].read([row])[0])
+        except _DAMAGE as error:
+            raise _damaged(self.folder / self.card.files[file].name, row, error) from None
+
+
+def write_dataset(
+    folder: _Path,
+    examples: Iterable[Example],
+    *,
+    vocabulary_digest: str,
+    provenance: Mapping[str, Any],
+    name: str = "pairs",
+) -> Card:
+    """Writes `examples` as one record file and its card into `folder`; equal input gives equal bytes.
+
+    Raises:
+      UserError: there is no example, examples differ in form, or the disk is full or cannot be written.
+    """
+    chunk = write_chunk(folder, name, examples)
+    return _write_card(pathlib.Path(folder), [chunk], vocabulary_digest, provenance)
+
+
+def write_chunk(folder: _Path, name: str, examples: Iterable[Example]) -> Chunk:
+    """Writes `examples` as the record file `name` in `folder`, in place of an earlier one of that name.
+
+    Until the file is whole and on the disk it has another name, so a kill leaves the earlier one or none.
+
+    Raises:
+      UserError: there is no example, examples differ in form, or the disk is full or cannot be written.
+    """
+    path = pathlib.Path(folder) / f"{name}{_SUFFIX}"
+    partial = path.with_suffix(".partial")
+    summary = _Summary(str(path))
+    try:
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_records(partial, summary.watch(examples))
+            chunk = summary.chunk(path.name, partial)
+            os.replace(partial, path)
+            _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+    return chunk
+
+
+def close_dataset(folder: _Path, *, vocabulary_digest: str, provenance: Mapping[str, Any]) -> Card:
+    """Writes the card of the chunks in `folder`, in the order of their names; the dataset is complete with it.
+
+    Raises:
+      UserError: there is no chunk, a chunk is damaged or of another form, or the disk is full or cannot be written.
+    """
+    folder = pathlib.Path(folder)
+    chunks = []
+    for path in sorted(folder.glob(f"*{_SUFFIX}")):
+        summary = _Summary(str(path))
+        for _ in summary.watch(_read_all(path)):
+            pass
+        chunks.append(summary.chunk(path.name, path))
+    if not chunks:
+        raise UserError(f"no dataset can be closed in {folder}: it holds no *{_SUFFIX} file; write a chunk first")
+    return _write_card(folder, chunks, vocabulary_digest, provenance)
+
+
+def open_dataset(folder: _Path) -> Dataset:
+    """The dataset in `folder`, after a check of its card and of its files' sizes and counts.
+
+    Raises:
+      UserError: the folder is no finished dataset, is of another format, or was changed since its card was written.
+    """
+    folder = pathlib.Path(folder)
+    dataset = Dataset(folder, _read_card(folder / CARD))
+    for chunk, reader in zip(dataset.card.files, dataset._readers, strict=True):
+        size, count = (folder / chunk.name).stat().st_size, reader.num_records()
+        if (size, count) != (chunk.bytes, chunk.count):
+            raise UserError(
+                f"{folder / chunk.name} has {count} records in {size} bytes, its card says {chunk.count} in "
+                f"{chunk.bytes}: prepare the dataset again"
+            )
+    return dataset
+
+
+def verify_dataset(dataset: Dataset) -> None:
+    """Reads every file and raises UserError where one is not, bit for bit, what the card says."""
+    for chunk in dataset.card.files:
+        path = dataset.folder / chunk.name
+        if _sha256(path) != chunk.sha256:
+            raise UserError(f"{path} was changed since its card was written: prepare the dataset again")
+
+
+def collate(examples: Sequence[Example], prompt_length: int, response_length: int) -> PreferenceBatch:
+    """The examples as one batch of numpy arrays, padded on the right to P = prompt_length and R = response_length.
+
+    Raises:
+      UserError: there is no example, one is longer than its limit, or they differ in K or in reference_log_probs.
+    """
+    if not examples:
+        raise UserError("a batch needs an example: none was given")
+    responses = len(examples[0].responses)
+    with_reference = examples[0].reference_log_probs is not None
+    for index, example in enumerate(examples):
+        _check_form(example, responses, with_reference, f"example {index} of the batch")
+        _check_length(len(example.prompt), prompt_length, "prompt", index, example)
+        _check_length(max(map(len, example.responses)), response_length, "response", index, example)
+    flat = [response for example in examples for response in example.responses]
+    grid = (len(examples), responses)
+    arrays: dict[str, Any] = {
+        "prompt_ids": np.array([example.prompt_id for example in examples], _INTS),
+        "prompts": _pad([example.prompt for example in examples], prompt_length, _INTS),
+        "prompt_lengths": np.array([len(example.prompt) for example in examples], _INTS),
+        "responses": _pad(flat, response_length, _INTS).reshape(*grid, response_length),
+        "response_lengths": np.array([len(response) for response in flat], _INTS).reshape(grid),
+        "scores": np.stack([np.asarray(example.scores, _FLOATS) for example in examples]),
+    }
+    if with_reference:
+        rows = [row for example in examples for row in example.reference_log_probs or ()]
+        arrays["reference_log_probs"] = _pad(rows, response_length, _FLOATS).reshape(*grid, response_length)
+    return PreferenceBatch(**arrays)
+
+
+def examples_of(batch: PreferenceBatch) -> list[Example]:
+    """The rows of a batch, on the host and without their padding: the inverse of `collate`."""
+    host = jax.device_get(batch)
+    reference = host.reference_log_probs
+
+    def cut(rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(row[:length] for row, length in zip(rows, lengths, strict=True))
+
+    return [
+        Example(
+            prompt_id=int(host.prompt_ids[i]),
+            prompt=host.prompts[i, : host.prompt_lengths[i]],
+            responses=cut(host.responses[i], host.response_lengths[i]),
+            scores=host.scores[i],
+            reference_log_probs=None if reference is None else cut(reference[i], host.response_lengths[i]),
+        )
+        for i in range(len(host.prompt_ids))
+    ]
+
+
+class _Summary:
+    """Counts and longest lengths of the examples that pass by, and whether they have one form."""
+
+    def __init__(self, where: str):
+        self.where = where
+        self.count = self.responses = self.prompt_length = self.response_length = 0
+        self.with_reference = False
+
+    def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
+        for example in examples:
+            if not self.count:
+                self.responses = len(example.responses)
+                self.with_reference = example.reference_log_probs is not None
+            _check_form(example, self.responses, self.with_reference, f"record {self.count} of {self.where}")
+            self.count += 1
+            self.prompt_length = max(self.prompt_length, len(example.prompt))
+            self.response_length = max(self.response_length, *map(len, example.responses))
+            yield example
+        if not self.count:
+            raise UserError(f"{self.where} would hold no example: check what was dropped before it")
+
+    def chunk(self, name: str, path: pathlib.Path) -> Chunk:
+        return Chunk(
+            name=name,
+            count=self.count,
+            bytes=path.stat().st_size,
+            sha256=_sha256(path),
+            responses_per_prompt=self.responses,
+            max_prompt_length=self.prompt_length,
+            max_response_length=self.response_length,
+            reference_log_probs=self.with_reference,
+        )
+
+
+def _check_form(example: Example, responses: int, with_reference: bool, where: str) -> None:
+    """One K, one score a response, no empty sequence, references of all responses or of none."""
+    lengths = [len(response) for response in example.responses]
+    reference = example.reference_log_probs
+    problem = None
+    if len(lengths) != responses or responses < 1:
+        problem = f"has {len(lengths)} responses where the first has {responses}: give each prompt the same number"
+    elif np.shape(example.scores) != (responses,):
+        problem = f"has scores of shape {np.shape(example.scores)} for {responses} responses: give one score each"
+    elif not len(example.prompt) or not all(lengths):
+        problem = "has an empty prompt or response: drop it"
+    elif (reference is not None) != with_reference:
+        problem = "differs from the first in having reference_log_probs: give them for all or for none"
+    elif reference is not None and [len(row) for row in reference] != lengths:
+        problem = "has reference_log_probs of other lengths than its responses: give one for each token"
+    if problem:
+        raise UserError(f"{where} (prompt id {example.prompt_id}) {problem}")
+
+
+def _check_length(length: int, limit: int, what: str, index: int, example: Example) -> None:
+    if length > limit:
+        raise UserError(
+            f"example {index} of the batch (prompt id {example.prompt_id}) has a {what} of {length} tokens, over "
+            f"{what}_length={limit}: raise {what}_length or prepare the data with this limit"
+        )
+
+
+def _pad(rows: Sequence[np.ndarray], length: int, dtype: np.dtype) -> np.ndarray:
+    padded = np.zeros((len(rows), length), dtype)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded
+
+
+def _encode(example: Example) -> bytes:
+    def pack(values: np.ndarray, dtype: np.dtype) -> bytes:
+        return np.ascontiguousarray(values, dtype).tobytes()
+
+    record: dict[str, Any] = {
+        "prompt_id": int(example.prompt_id),
+        "prompt": pack(example.prompt, _INTS),
+        "responses": [pack(response, _INTS) for response in example.responses],
+        "scores": pack(example.scores, _FLOATS),
+    }
+    if example.reference_log_probs is not None:
+        record["reference_log_probs"] = [pack(row, _FLOATS) for row in example.reference_log_probs]
+    return msgpack.packb(record)
+
+
+def _decode(record: bytes) -> Example:
+    content = msgpack.unpackb(record)
+    reference = content.get("reference_log_probs")
+    return Example(
+        prompt_id=content["prompt_id"],
+        prompt=np.frombuffer(content["prompt"], _INTS),
+        responses=tuple(np.frombuffer(response, _INTS) for response in content["responses"]),
+        scores=np.frombuffer(content["scores"], _FLOATS),
+        reference_log_probs=None if reference is None else tuple(np.frombuffer(row, _FLOATS) for row in reference),
+    )
+
+
+def _write_records(path: pathlib.Path, examples: Iterable[Example]) -> None:
+    writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+    try:
+        for example in examples:
+            writer.write(_encode(example))
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            writer.close()
+        raise
+    writer.close()
+    _sync(path)
+
+
+def _read_all(path: pathlib.Path) -> Iterator[Example]:
+    reader = _open_records(path)
+    for row in range(reader.num_records()):
+        try:
+            example = _decode(reader.read([row])[0])
+        except _DAMAGE as error:
+            raise _damaged(path, row, error) from None
+        yield example
+
+
+def _open_records(path: pathlib.Path) -> ArrayRecordReader:
+    if not path.is_file():
+        raise UserError(f"{path} is missing, though the card names it: prepare the dataset again")
+    try:
+        reader = ArrayRecordReader(str(path))
+        if reader.num_records():
+            return reader
+        # A damaged file counts no records; reading one tells why.
+        reader.read_all()
+        reason = "it holds no records"
+    except RuntimeError as error:
+        reason = _first_clause(error)
+    raise UserError(f"{path} is not a whole record file ({reason}): prepare the dataset again")
+
+
+_DAMAGE = (RuntimeError, ValueError, KeyError, TypeError, msgpack.UnpackException)
+
+
+def _damaged(path: pathlib.Path, row: int, error: Exception) -> UserError:
+    return UserError(f"record {row} of {path} cannot be read ({_first_clause(error)}): prepare the dataset again")
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """Turns what a full or unwritable disk raises into one line."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise _unwritable(path, error.strerror or str(error), full) from None
+    except RuntimeError as error:  # ArrayRecord's writer knows no OSError.
+        text = str(error)
+        if not any(sign in text for sign in ("write()", "open()", "close()", "fsync()")):
+            raise
+        raise _unwritable(path, _first_clause(error), os.strerror(errno.ENOSPC) in text) from None
+
+
+def _unwritable(path: pathlib.Path, reason: str, full: bool) -> UserError:
+    remedy = "free space on its disk and run again" if full else "give a folder that can be written"
+    return UserError(f"cannot write {path} ({reason}): {remedy}; what was finished before is intact")
+
+
+def _first_clause(error: Exception) -> str:
+    return str(error).split(";")[0].strip() or type(error).__name__
+
+
+def _write_card(
+    folder: pathlib.Path, chunks: Sequence[Chunk], vocabulary_digest: str, provenance: Mapping[str, Any]
+) -> Card:
+    first = chunks[0]
+    for chunk in chunks:
+        if chunk.responses_per_prompt != first.responses_per_prompt:
+            raise UserError(
+                f"{folder / chunk.name} has {chunk.responses_per_prompt} responses a prompt, {first.name} has "
+                f"{first.responses_per_prompt}: keep them in two datasets"
+            )
+        if chunk.reference_log_probs != first.reference_log_probs:
+            raise UserError(
+                f"of {folder / chunk.name} and {first.name} one has reference_log_probs: give them for all or for none"
+            )
+    names = [field.name for field in dataclasses.fields(Example)]
+    card = Card(
+        format_version=FORMAT_VERSION,
+        count=sum(chunk.count for chunk in chunks),
+        responses_per_prompt=first.responses_per_prompt,
+        max_prompt_length=max(chunk.max_prompt_length for chunk in chunks),
+        max_response_length=max(chunk.max_response_length for chunk in chunks),
+        fields=tuple(name for name in names if first.reference_log_probs or name != "reference_log_probs"),
+        vocabulary_digest=vocabulary_digest,
+        provenance=dict(provenance),
+        files=tuple(chunks),
+    )
+    _write_json(folder / CARD, dataclasses.asdict(card))
+    return card
+
+
+def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    with _writing(path):
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+
+
+def _read_card(path: pathlib.Path) -> Card:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} is of format {version}, this version reads {FORMAT_VERSION}: prepare it again")
+        content["files"] = tuple(Chunk(**chunk) for chunk in content["files"])
+        content["fields"] = tuple(content["fields"])
+        return Card(**content)
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} is no finished dataset ({CARD}: {error.strerror}): give a prepared dataset's folder, "
+            "or run the stage that writes it again"
+        ) from None
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a dataset's card ({error!r}): prepare the dataset again") from None
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
