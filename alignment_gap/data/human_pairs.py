@@ -101,8 +101,6 @@ def read_human_pairs(
     examples: list[Example] = []
     lines = 0
     for line, chosen, rejected in read_dialogues(path):
-        if limit is not None and len(examples) >= limit:
-            break
         lines += 1
         try:
             encoded = _encode(split_dialogues(chosen, rejected, line), vocabulary)
@@ -115,6 +113,8 @@ def read_human_pairs(
             drops.take(problem, line, long_pairs, "long_pairs")
             continue
         examples.append(_example(encoded, numbers))
+        if len(examples) == limit:
+            break
     if not examples:
         raise UserError(f"{path}: {_nothing_left(lines, drops.counts)}")
     return HumanPairs(examples, dict(sorted(drops.counts.items())))

@@ -140,7 +140,7 @@ class PostsSettings:
 
 def _require(condition: bool, name: str, settings: object, limit: str) -> None:
     if not condition:
-        raise UserError(f"{name}={getattr(settings, name)} is out of range: set it to {limit}")
+        raise UserError(f"{name}={getattr(settings, name)} is out of range: choose {limit}")
 
 
 DEFAULT_SETTINGS = PostsSettings()

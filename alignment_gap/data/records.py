@@ -164,14 +164,14 @@ def write_chunk(folder: _Path, name: str, examples: Iterable[Example]) -> Chunk:
     partial = path.with_suffix(".partial")
     summary = _Summary(str(path))
     try:
+        _write_records(partial, path, summary.watch(examples))
+        chunk = summary.chunk(path.name, partial)
         with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_records(partial, summary.watch(examples))
-            chunk = summary.chunk(path.name, partial)
             os.replace(partial, path)
             _sync(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return chunk
 
 
@@ -364,17 +364,23 @@ def _decode(record: bytes) -> Example:
     )
 
 
-def _write_records(path: pathlib.Path, examples: Iterable[Example]) -> None:
-    writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+def _write_records(partial: pathlib.Path, path: pathlib.Path, examples: Iterable[Example]) -> None:
+    """Writes the file `partial`, which is to become `path`; what `examples` raises passes through as it is."""
+    with _writing(path):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        writer = ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
     try:
         for example in examples:
-            writer.write(_encode(example))
+            record = _encode(example)
+            with _writing(path):
+                writer.write(record)
     except BaseException:
         with contextlib.suppress(RuntimeError):
             writer.close()
         raise
-    writer.close()
-    _sync(path)
+    with _writing(path):
+        writer.close()
+        _sync(partial)
 
 
 def _read_all(path: pathlib.Path) -> Iterator[Example]:
@@ -418,10 +424,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise _unwritable(path, error.strerror or str(error), full) from None
     except RuntimeError as error:  # ArrayRecord's writer knows no OSError.
-        text = str(error)
-        if not any(sign in text for sign in ("write()", "open()", "close()", "fsync()")):
-            raise
-        raise _unwritable(path, _first_clause(error), os.strerror(errno.ENOSPC) in text) from None
+        raise _unwritable(path, _first_clause(error), os.strerror(errno.ENOSPC) in str(error)) from None
 
 
 def _unwritable(path: pathlib.Path, reason: str, full: bool) -> UserError:

@@ -207,4 +207,4 @@ def _within(config: object, name: str, low: int, high: int | None = None) -> Non
     value = getattr(config, name)
     if value < low or (high is not None and value > high):
         limit = f"{low} or more" if high is None else f"from {low} to {high}"
-        raise UserError(f"{name}={value} is out of range: set it to {limit}")
+        raise UserError(f"{name}={value} is out of range: choose {limit}")
