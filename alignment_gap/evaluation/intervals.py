@@ -1,0 +1,136 @@
+"""Bootstrap intervals: of one mean, and of contrasts between means over the same examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """An estimate between the ends of its 95 % interval, in the unit of what was estimated."""
+
+    value: float
+    low: float
+    high: float
+
+    def __neg__(self) -> Interval:
+        return Interval(-self.value, -self.high, -self.low)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Band:
+    """G estimates with the ends of their intervals, each alone at 95 %, not jointly."""
+
+    value: Float[np.ndarray, "G"]
+    low: Float[np.ndarray, "G"]
+    high: Float[np.ndarray, "G"]
+
+    def at(self, index: int) -> Interval:
+        """One of the estimates."""
+        return Interval(float(self.value[index]), float(self.low[index]), float(self.high[index]))
+
+
+def mean_interval(values: Float[np.ndarray, "N"], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The mean of N examples with its percentile bootstrap interval.
+
+    Equal seeds draw equal examples, so arrays over the same prompts move together. An array whose examples are all
+    equal has an interval of no width: it says that resampling finds no other value, not that none is possible.
+
+    Args:
+      values: one finite number per example, in any unit.
+      resamples: bootstrap samples drawn.
+      seed: of the draws.
+
+    Returns:
+      The interval in the unit of the values; its ends are nan for one example, and all of it for none.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"values must be one number per example, got the shape {values.shape}")
+    if values.size == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    mean = float(values.mean())
+    if values.size == 1:
+        return Interval(mean, math.nan, math.nan)
+    ends = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=resamples,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(mean, float(ends.low), float(ends.high))
+
+
+def resampled_means(
+    outcomes: Float[np.ndarray, "C N"],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+    part: Bool[np.ndarray, "N"] | None = None,
+) -> Float[np.ndarray, "R C"]:
+    """Means of C rows over the same N examples, and over joint bootstrap samples of them.
+
+    One draw of examples serves every row, so differences between rows are paired. Equal seeds and sizes give equal
+    draws, whatever the part: a resampled example is in a part with all its copies or not at all.
+
+    Args:
+      outcomes: one row per thing measured, one column per example.
+      seed: of the draws.
+      resamples: bootstrap samples drawn.
+      part: the examples that count, all by default. Where a sample has none of them (a part of a few examples), the
+        whole part stands in for it; an empty part counts as all.
+
+    Returns:
+      resamples + 1 rows; row 0 has the means over the examples themselves.
+    """
+    counts = _draws(outcomes.shape[1], seed, resamples)
+    if part is not None and part.any():
+        outcomes, counts = outcomes[:, part], counts[:, part]
+    counts = np.where(counts.any(axis=1, keepdims=True), counts, 1.0)
+    return counts @ outcomes.T / counts.sum(axis=1, keepdims=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _draws(size: int, seed: int, resamples: int) -> Float[np.ndarray, "R N"]:
+    """How often each of N examples is drawn: once in row 0, then in bootstrap samples of their number."""
+    rng = np.random.default_rng([seed, size])
+    draws = rng.multinomial(size, np.full(size, 1 / size), size=resamples)
+    return np.concatenate([np.ones((1, size)), draws])
+
+
+def over_groups(replicates: Sequence[Float[np.ndarray, "R G"]]) -> Band:
+    """The mean over groups (seeds) of G estimates, each group with its own examples.
+
+    For one group the interval covers another draw of its examples. For S of them it covers another group as well: it
+    is the wider of the bootstrap over examples and of Student's t with S - 1 degrees of freedom on the groups'
+    estimates. Resampling the groups would be far too narrow for a handful: the variance comes out (S - 1) / S of
+    what it is, with normal tails where two or three groups have heavy ones.
+
+    Args:
+      replicates: for every group, the estimates (row 0) and their bootstrap replicates; nan replicates are left out.
+
+    Returns:
+      G estimates with their intervals.
+    """
+    stacked = np.stack(replicates)
+    mean = stacked.mean(axis=0)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.nanquantile(mean[1:], [tail, 1 - tail], axis=0)
+    groups = len(stacked)
+    if groups > 1:
+        error = stacked[:, 0].std(axis=0, ddof=1) / math.sqrt(groups)
+        half_width = stats.t.ppf(1 - tail, groups - 1) * error
+        low, high = np.minimum(low, mean[0] - half_width), np.maximum(high, mean[0] + half_width)
+    return Band(mean[0], low, high)
