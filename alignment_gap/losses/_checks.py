@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import chex
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 OverTokens = Literal["sum", "mean"]
 
@@ -42,6 +42,19 @@ def check_positive(**settings: Any) -> None:
     for name, value in settings.items():
         if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def check_group(array: Array) -> None:
+    """Refuses a group of fewer than two responses."""
+    if array.shape[-1] < 2:
+        raise ValueError(f"at least 2 responses a prompt are needed here, got {array.shape[-1]}")
+
+
+def as_mask(mask: Bool[Array, "*B T"], shape: tuple[int, ...]) -> Bool[Array, "*B T"]:
+    """The mask, after a check that it is boolean and of the given shape."""
+    chex.assert_type(mask, bool)
+    chex.assert_shape(mask, shape)
+    return mask
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -1,11 +1,15 @@
-"""Losses over K responses of one prompt that contrast no pair."""
+"""Losses over K responses of one prompt that need no policy gradient."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from alignment_gap.losses._checks import OverTokens, as_counts, as_float32, check_choice
+from alignment_gap.losses._checks import OverTokens, as_counts, as_float32, check_choice, check_group, check_positive
 
 
 def _over_tokens(
@@ -64,3 +68,82 @@ def best_of_n(
     logps, scores = as_float32(logps, scores)
     logps = _over_tokens(logps, lengths, over_tokens)
     return -jnp.mean(logps, axis=-1, where=scores == jnp.max(scores, axis=-1, keepdims=True))
+
+
+def raft(logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, keep: int = 1) -> Float[Array, "*B"]:
+    """Reward-ranked fine-tuning: the mean of -log pi(y) over the `keep` best of the K responses.
+
+    Of responses that tie, the earlier is kept; `keep=1` is `best_of_n` up to ties. arXiv 2304.06767. Sum over tokens;
+    for the mean pass log-probs divided by their lengths.
+
+    Args:
+      logps: [*B, K], token-summed log-probs under the policy, in nats.
+      scores: [*B, K], the higher the better; only their order counts.
+      keep: how many, from 1 to K.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    logps, scores = as_float32(logps, scores)
+    if not 1 <= keep <= logps.shape[-1]:
+        raise ValueError(f"keep must be between 1 and the {logps.shape[-1]} responses, got {keep}")
+    _, best = lax.top_k(scores, keep)
+    return -jnp.mean(jnp.take_along_axis(logps, best, axis=-1), axis=-1)
+
+
+def reward_weighted_regression(
+    logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, temperature: Any = 1.0
+) -> Float[Array, "*B"]:
+    """Reward-weighted regression: supervised on all K responses, weighted by their exponentiated scores.
+
+    -sum_k softmax(scores / temperature)_k log pi(y_k).
+
+    Peters and Schaal 2007; arXiv 1910.00177 for the form with exponentiated advantages. Infinite temperature is `sft`,
+    zero is `best_of_n`. Sum over tokens; for the mean pass log-probs divided by their lengths.
+
+    Args:
+      logps: [*B, K], token-summed log-probs under the policy, in nats.
+      scores: [*B, K], rewards.
+      temperature: in units of the rewards.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(temperature=temperature)
+    logps, scores = as_float32(logps, scores)
+    return -jnp.sum(jax.nn.softmax(lax.stop_gradient(scores) / temperature) * logps, axis=-1)
+
+
+def rebel(
+    logps: Float[Array, "*B K"], ref_logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, beta: Any = 0.1
+) -> Float[Array, "*B"]:
+    """REBEL: log-ratios regress on rewards, up to a constant of the prompt.
+
+    The mean over pairs j < k of (beta (r_j - r_k) - (s_j - s_k))^2, r = log pi / ref; with K = 2 that of the paper.
+
+    arXiv 2404.16767, whose eta is 1 / beta and whose reference is the policy of the iteration before. Sum over tokens;
+    for the mean pass log-probs divided by their lengths.
+
+    Args:
+      logps: [*B, K], token-summed log-probs under the policy, in nats; K is at least 2.
+      ref_logps: [*B, K], the same under the reference.
+      scores: [*B, K], rewards.
+      beta: strength of the KL regularisation, in rewards per nat.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    logps, ref_logps, scores = as_float32(logps, ref_logps, scores)
+    check_group(logps)
+    # The mean of squared differences over pairs is twice the sample variance.
+    return 2.0 * jnp.var(beta * (logps - ref_logps) - scores, axis=-1, ddof=1)

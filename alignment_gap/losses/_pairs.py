@@ -61,3 +61,16 @@ def expected_over_sides(
         return loss(chosen, rejected)
     preference = as_float32_like(preference, chosen.shape)
     return preference * loss(chosen, rejected) + (1.0 - preference) * loss(rejected, chosen)
+
+
+def as_pair(chosen_logps: Float[Array, "*B"], rejected_logps: Float[Array, "*B"]) -> Pair:
+    """Both sides in float32, after a check of shapes and types."""
+    chosen, rejected = as_float32(chosen_logps, rejected_logps)
+    return chosen, rejected
+
+
+def excess_length(
+    chosen_lengths: Int[Array, "*B"] | None, rejected_lengths: Int[Array, "*B"] | None, shape: tuple[int, ...]
+) -> Float[Array, "*B"]:
+    """How many tokens longer the chosen response is."""
+    return as_counts(chosen_lengths, shape, "chosen_lengths") - as_counts(rejected_lengths, shape, "rejected_lengths")

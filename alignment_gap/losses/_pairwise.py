@@ -6,16 +6,28 @@ w = log pi(y_w) / ref(y_w) and l = log pi(y_l) / ref(y_l), and the margin h = w 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from alignment_gap.losses._checks import OverTokens, check_choice, check_positive
-from alignment_gap.losses._pairs import expected, log_ratios, over_tokens_of
+from alignment_gap.losses._checks import OverTokens, as_float32_like, check_choice, check_positive
+from alignment_gap.losses._numerics import tangent_exp, tangent_expm1
+from alignment_gap.losses._pairs import excess_length, expected, log_ratios, over_tokens_of
 
 Smoothing = Literal["conservative", "robust"]
+Curve = Callable[[Float[Array, "*B"]], Float[Array, "*B"]]
+
+CURVES: dict[str, Curve] = {
+    "logistic": lambda z: -jax.nn.log_sigmoid(z),
+    "square": lambda z: jnp.square(z - 0.5),
+    "hinge": lambda z: jax.nn.relu(1.0 - z),
+    "exponential": lambda z: tangent_exp(-z),
+    "truncated_quadratic": lambda z: jnp.square(jax.nn.relu(1.0 - z)),
+    "savage": lambda z: jnp.square(jax.nn.sigmoid(-z)),
+}
 
 
 def dpo(
@@ -110,3 +122,329 @@ def ipo(
     pair = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     chosen, rejected = over_tokens_of(pair, chosen_lengths, rejected_lengths, over_tokens)
     return expected(lambda margin: jnp.square(margin - 1.0 / (2.0 * beta)), chosen - rejected, preference)
+
+
+def ipo_md(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+) -> Float[Array, "*B"]:
+    """IPO-MD: squared regression of the margin on a soft preference.
+
+    (h - (2 p - 1) / (2 beta))^2, for responses that were both sampled from the mixture pi^(1 - b) ref^b (see
+    `geometric_mixture`); sampling takes no gradient. Its gradient is that of `ipo` with the same preference.
+
+    arXiv 2403.08635. Sum over tokens; for the mean pass log-probs divided by their lengths.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of the KL regularisation; the margin's target is (2 p - 1) / (2 beta) nats.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    p = as_float32_like(1.0 if preference is None else preference, chosen.shape)
+    return jnp.square(chosen - rejected - (2.0 * p - 1.0) / (2.0 * beta))
+
+
+def gpo(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    chosen_lengths: Int[Array, "*B"] | None = None,
+    rejected_lengths: Int[Array, "*B"] | None = None,
+    *,
+    f: str | Curve = "logistic",
+    beta: Any = 0.1,
+    over_tokens: OverTokens = "sum",
+) -> Float[Array, "*B"]:
+    """Generalised preference optimisation: any curve of the scaled margin.
+
+    f(beta h), in expectation over the label with a preference. The named curves of z = beta h are
+    logistic log(1 + exp(-z)) (`dpo`), square (z - 1/2)^2 (beta^2 times `ipo`), hinge max(0, 1 - z) (`slic`),
+    exponential exp(-z), continued by its tangent below z = -60, truncated_quadratic max(0, 1 - z)^2, and
+    savage 1 / (1 + exp(z))^2, the one that is not convex.
+
+    arXiv 2402.05749, whose square is (1 - z)^2: pass `f=lambda z: (1 - z) ** 2` for it. Sum over tokens;
+    `over_tokens="mean"` divides each log-ratio by the length of its response.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      chosen_lengths, rejected_lengths: [*B], numbers of scored tokens; read only with `over_tokens="mean"`.
+      f: a named curve, or any function of z; convex and decreasing at 0 for a preference loss.
+      beta: strength of the KL regularisation, in rewards per nat.
+      over_tokens: "sum" or "mean".
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    if not callable(f):
+        check_choice("f", f, CURVES)
+    curve = f if callable(f) else CURVES[f]
+    pair = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    chosen, rejected = over_tokens_of(pair, chosen_lengths, rejected_lengths, over_tokens)
+    return expected(lambda margin: curve(beta * margin), chosen - rejected, preference)
+
+
+def slic(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+) -> Float[Array, "*B"]:
+    """Sequence likelihood calibration on log-ratios: the hinge loss.
+
+    max(0, 1 - beta h). On raw log-probs and with a supervised term it is `slic_hf`.
+
+    arXiv 2305.10425 for the hinge, 2309.06657 for its form on log-ratios. Sum over tokens; for the mean pass
+    log-probs divided by their lengths.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of the KL regularisation, in rewards per nat.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    return gpo(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, preference, f="hinge", beta=beta)
+
+
+def discopop(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+    tau: float = 0.05,
+) -> Float[Array, "*B"]:
+    """DiscoPOP, the log-ratio modulated loss.
+
+    With z = beta h and m = sigma(z / tau): (1 - m) log(1 + exp(-z)) + m exp(-z).
+
+    arXiv 2406.08414. Sum over tokens; for the mean pass log-probs divided by their lengths.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of the KL regularisation, in rewards per nat.
+      tau: temperature of the modulation, in units of z.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta, tau=tau)
+
+    def modulated(z: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        # One exponent: exp(-z) alone overflows where the modulation makes it vanish.
+        exponential = tangent_exp(jax.nn.log_sigmoid(z / tau) - z)
+        return -jax.nn.sigmoid(-z / tau) * jax.nn.log_sigmoid(z) + exponential
+
+    return gpo(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, preference, f=modulated, beta=beta)
+
+
+def exo(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+    label_smoothing: float = 1e-3,
+) -> Float[Array, "*B"]:
+    """Efficient exact optimisation on a pair: the reverse KL to the labels' distribution.
+
+    KL(q || r), q = (sigma(beta h), sigma(-beta h)), r = ((1 - e) p + e (1 - p), the rest).
+
+    arXiv 2402.00856, eq. 16. Sum over tokens; for the mean pass log-probs divided by their lengths.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of the KL regularisation, in rewards per nat.
+      label_smoothing: e, in (0, 1/2): without it a hard label's divergence is infinite.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    if not 0.0 < label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in (0, 0.5), got {label_smoothing}")
+    chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    z = beta * (chosen - rejected)
+    p = as_float32_like(1.0 if preference is None else preference, z.shape)
+    p = (1.0 - label_smoothing) * p + label_smoothing * (1.0 - p)
+    return jax.nn.sigmoid(z) * (jax.nn.log_sigmoid(z) - jnp.log(p)) + jax.nn.sigmoid(-z) * (
+        jax.nn.log_sigmoid(-z) - jnp.log1p(-p)
+    )
+
+
+def f_dpo(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+) -> Float[Array, "*B"]:
+    """DPO under another divergence than the reverse KL.
+
+    -log sigma(beta (g(w) - g(l))), where g is the divergence's f' at the ratio u = exp(log-ratio):
+    reverse_kl log u (`dpo`), forward_kl 1 - 1 / u, jensen_shannon log(2 u / (1 + u)),
+    alpha (1 - u^-alpha) / alpha, which is reverse_kl as alpha -> 0 and forward_kl at alpha = 1.
+    Powers of u are continued by their tangent where they exceed exp(60).
+
+    arXiv 2309.16240. TRL's coefficient of the alpha divergence is 1 - alpha. Sum over tokens.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of the regularisation, in rewards per unit of f'.
+      divergence: "reverse_kl", "forward_kl", "jensen_shannon" or "alpha".
+      alpha: order of the alpha divergence, above 0; read only there.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta, alpha=alpha)
+    check_choice("divergence", divergence, ("reverse_kl", "forward_kl", "jensen_shannon", "alpha"))
+    chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    order = 1.0 if divergence == "forward_kl" else alpha
+
+    def link(log_ratio: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        if divergence == "reverse_kl":
+            return log_ratio
+        if divergence == "jensen_shannon":
+            return jnp.log(2.0) + jax.nn.log_sigmoid(log_ratio)
+        return -tangent_expm1(-order * log_ratio) / order
+
+    margin = beta * (link(chosen) - link(rejected))
+    return expected(lambda z: -jax.nn.log_sigmoid(z), margin, preference)
+
+
+def chi_po(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+    gamma: float = 1.0,
+    max_margin: float | None = None,
+    max_log_ratio: float = 20.0,
+) -> Float[Array, "*B"]:
+    """chi-PO: DPO with the mixed chi-squared and KL divergence.
+
+    -log sigma(clip(beta (phi(w) - phi(l)), max_margin)), phi(log u) = u + gamma log u.
+
+    arXiv 2407.13399, whose clip is at 2 R_max and whose phi has gamma = 1. Sum over tokens.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of the regularisation, in rewards per unit of phi.
+      gamma: weight of the KL part.
+      max_margin: bound of the absolute scaled margin, beyond which the gradient is zero; None for no bound.
+      max_log_ratio: log u above it counts as this value in u alone, so that u stays finite; at most 60.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+
+    def phi(log_ratio: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        return jnp.exp(jnp.minimum(log_ratio, max_log_ratio)) + gamma * log_ratio
+
+    margin = beta * (phi(chosen) - phi(rejected))
+    if max_margin is not None:
+        margin = jnp.clip(margin, -max_margin, max_margin)
+    return expected(lambda z: -jax.nn.log_sigmoid(z), margin, preference)
+
+
+def r_dpo(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    chosen_lengths: Int[Array, "*B"] | None = None,
+    rejected_lengths: Int[Array, "*B"] | None = None,
+    *,
+    beta: Any = 0.1,
+    alpha: float = 0.01,
+) -> Float[Array, "*B"]:
+    """R-DPO: DPO with a penalty on length in the rewards.
+
+    -log sigma(beta h + alpha (|y_w| - |y_l|)): a longer winner owes part of its margin to its length.
+    Without a reference it is `cpo` with a `length_penalty`.
+
+    arXiv 2403.19159. Sum over tokens.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      chosen_lengths, rejected_lengths: [*B], numbers of scored tokens.
+      beta: strength of the KL regularisation, in rewards per nat.
+      alpha: penalty, in rewards per token.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    longer = excess_length(chosen_lengths, rejected_lengths, chosen.shape)
+    return expected(lambda z: -jax.nn.log_sigmoid(z), beta * (chosen - rejected) + alpha * longer, preference)

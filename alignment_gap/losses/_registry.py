@@ -7,7 +7,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from alignment_gap.losses import _groupwise, _pairwise
+from alignment_gap.losses import (
+    _groupwise,
+    _pairwise,
+    _policy_gradient,
+    _reference_free,
+    _regularizers,
+    _sides,
+    _token_weighted,
+)
 from alignment_gap.losses._checks import unknown
 
 Loss = Callable[..., Any]
@@ -15,18 +23,57 @@ Loss = Callable[..., Any]
 _LOSSES: dict[str, Loss] = {
     loss.__name__: loss
     for loss in (
-        _pairwise.dpo,
-        _pairwise.ipo,
-        _groupwise.sft,
         _groupwise.best_of_n,
+        _groupwise.raft,
+        _groupwise.rebel,
+        _groupwise.reward_weighted_regression,
+        _groupwise.sft,
+        _pairwise.chi_po,
+        _pairwise.discopop,
+        _pairwise.dpo,
+        _pairwise.exo,
+        _pairwise.f_dpo,
+        _pairwise.gpo,
+        _pairwise.ipo,
+        _pairwise.ipo_md,
+        _pairwise.r_dpo,
+        _pairwise.slic,
+        _policy_gradient.dr_grpo,
+        _policy_gradient.grpo,
+        _policy_gradient.nash_md,
+        _policy_gradient.ppo_clip,
+        _policy_gradient.reinforce,
+        _policy_gradient.rloo,
+        _reference_free.cpo,
+        _reference_free.orpo,
+        _reference_free.simpo,
+        _reference_free.slic_hf,
+        _regularizers.online_kl,
+        _sides.aot,
+        _sides.apo_down,
+        _sides.apo_zero,
+        _sides.bco,
+        _sides.kto,
+        _sides.nca,
+        _sides.sppo,
+        _token_weighted.ld_dpo,
+        _token_weighted.wpo,
     )
 }
 
 # Names that others use, and what they are here.
 _ALIASES: dict[str, tuple[str, Mapping[str, Any]]] = {
-    "sigmoid": ("dpo", {}),
+    "aot_unpaired": ("aot", {"coupling": "unpaired"}),
+    "bco_pair": ("bco", {"shift": 0.0}),
+    "dapo": ("grpo", {"over_tokens": "group", "clip_high": 0.28, "beta": 0.0}),
+    "exo_pair": ("exo", {}),
+    "hinge": ("slic", {}),
+    "nca_pair": ("nca", {}),
     "robust": ("dpo", {"smoothing": "robust"}),
+    "rwr": ("reward_weighted_regression", {}),
+    "sigmoid": ("dpo", {}),
     "sigmoid_norm": ("dpo", {"over_tokens": "mean"}),
+    "sppo_hard": ("sppo", {}),
 }
 
 

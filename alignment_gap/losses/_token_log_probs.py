@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from alignment_gap.losses._regularizers import categorical_kl, entropy
+
 # Float32 logits of one block, per device.
 _BLOCK_BYTES = 2**26
 
@@ -108,28 +110,79 @@ def token_kl(
     return _in_blocks(kl, blocks, flat, (embedding_p, embedding_q)).reshape(hidden_p.shape[:-1])
 
 
-def categorical_kl(logits_p: Float[Array, "*B V"], logits_q: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """KL(p || q) of two categorical distributions given by logits.
+def token_entropy(
+    hidden: Float[Array, "*B D"],
+    output_embedding: Float[Array, "V D"],
+    *,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
+    block_size: int | None = None,
+) -> Float[Array, "*B"]:
+    """Entropy of every token's distribution, from hidden states.
 
-    sum_v p(v) (log p(v) - log q(v)); a logit of -inf in p counts as p(v) log p(v) = 0.
+    -sum_v p(v) log p(v), p the softmax of logits as in `token_log_probs`.
 
     Args:
-      logits_p, logits_q: [*B, V], unnormalised log-probs in nats.
+      hidden: [*B, D], the last hidden states.
+      output_embedding: [V, D].
+      scale, soft_cap, block_size: as in `token_log_probs`.
 
     Returns:
-      float32 [*B], nats; one value per token. Sum them over a response's tokens for its KL.
+      float32 [*B], nats; one value per token, nothing masked.
 
     Raises:
-      AssertionError: shapes or types do not fit.
+      ValueError: block_size is not positive. AssertionError: shapes or types do not fit.
     """
-    chex.assert_type([logits_p, logits_q], float)
-    chex.assert_equal_shape((logits_p, logits_q))
-    log_p = jax.nn.log_softmax(jnp.asarray(logits_p, jnp.float32))
-    log_q = jax.nn.log_softmax(jnp.asarray(logits_q, jnp.float32))
-    possible = log_p > -jnp.inf
-    # A double where: inf - inf must not reach the gradient.
-    difference = jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)
-    return jnp.sum(jnp.where(possible, jnp.exp(log_p), 0.0) * difference, axis=-1)
+    return _of_logits(entropy, hidden, output_embedding, scale, soft_cap, block_size)
+
+
+def token_log_collision(
+    hidden: Float[Array, "*B D"],
+    output_embedding: Float[Array, "V D"],
+    *,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
+    block_size: int | None = None,
+) -> Float[Array, "*B"]:
+    """Log-probability that two samples of a token's distribution agree, from hidden states.
+
+    log sum_v p(v)^2, p the softmax of logits as in `token_log_probs`; `wpo` reads it. arXiv 2406.11827.
+
+    Args:
+      hidden: [*B, D], the last hidden states.
+      output_embedding: [V, D].
+      scale, soft_cap, block_size: as in `token_log_probs`.
+
+    Returns:
+      float32 [*B], nats; one value per token, nothing masked.
+
+    Raises:
+      ValueError: block_size is not positive. AssertionError: shapes or types do not fit.
+    """
+
+    def log_collision(logits: Float[Array, "T V"]) -> Float[Array, " T"]:
+        return jax.nn.logsumexp(2.0 * jax.nn.log_softmax(logits), axis=-1)
+
+    return _of_logits(log_collision, hidden, output_embedding, scale, soft_cap, block_size)
+
+
+def _of_logits(
+    function: Callable[[Array], Array],
+    hidden: Array,
+    embedding: Array,
+    scale: float,
+    soft_cap: float | None,
+    block_size: int | None,
+) -> Array:
+    chex.assert_type([hidden, embedding], float)
+    _check_hidden(hidden, embedding)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    blocks = _number_of_blocks(len(flat), embedding.shape[0], block_size)
+
+    def of_block(hidden: Array, embedding: Array) -> Array:
+        return function(_logits(hidden, embedding, scale, soft_cap))
+
+    return _in_blocks(of_block, blocks, [flat], (embedding,)).reshape(hidden.shape[:-1])
 
 
 def _check_hidden(hidden: Array, embedding: Array) -> None:

@@ -1,0 +1,56 @@
+"""Weighted sums of losses."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from alignment_gap.losses._registry import Loss, get
+
+
+def combine(*terms: tuple[Any, str | Loss]) -> Loss:
+    """A weighted sum of losses, itself a loss.
+
+    sum_i weight_i loss_i(...), each loss given those arrays that it names.
+
+    Args:
+      *terms: pairs of a weight and a loss: a name, a configured loss, or any callable whose parameters name arrays.
+        Their results must have one shape.
+
+    Returns:
+      A loss whose parameters are those of all terms together, required ones first.
+
+    Raises:
+      ValueError: no terms, or an unknown name.
+    """
+    if not terms:
+        raise ValueError("combine needs at least one (weight, loss) pair")
+    losses = [(weight, get(loss)) for weight, loss in terms]
+    arrays = [_arrays(loss) for _, loss in losses]
+    signature = _union(arrays)
+
+    def combined(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        return sum(
+            weight * loss(**{name: given[name] for name in named if name in given})
+            for (weight, loss), named in zip(losses, arrays, strict=True)
+        )
+
+    combined.__signature__ = signature  # type: ignore[attr-defined]
+    return combined
+
+
+def _arrays(loss: Loss) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(loss).parameters.values()
+    return {each.name: each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD}
+
+
+def _union(terms: list[dict[str, inspect.Parameter]]) -> inspect.Signature:
+    """All parameters by name; one that any term requires is required."""
+    union: dict[str, inspect.Parameter] = {}
+    for parameters in terms:
+        for name, parameter in parameters.items():
+            if name not in union or parameter.default is parameter.empty:
+                union[name] = parameter
+    required = [each for each in union.values() if each.default is each.empty]
+    return inspect.Signature([*required, *(each for each in union.values() if each.default is not each.empty)])

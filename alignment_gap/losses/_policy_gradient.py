@@ -1,0 +1,286 @@
+"""Policy gradients over K responses of one prompt that were sampled from the policy.
+
+Their values are surrogates: only the gradient is meant. No gradient passes through scores, baselines or advantages.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from alignment_gap.losses._checks import as_float32, as_float32_like, as_mask, check_choice, check_group
+from alignment_gap.losses._numerics import masked_mean, masked_sum, tangent_exp
+from alignment_gap.losses._regularizers import kl_estimate
+
+OverGroupTokens = Literal["mean", "sum", "group"]
+
+
+def reinforce(
+    logps: Float[Array, "*B K"],
+    scores: Float[Array, "*B K"],
+    ref_logps: Float[Array, "*B K"] | None = None,
+    baselines: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.0,
+) -> Float[Array, "*B"]:
+    """REINFORCE with a baseline: the mean over K of -(R - b) log pi(y).
+
+    R = score - beta log pi / ref; b is the given baseline, or the mean of R over the K responses, which scales the
+    gradient by (K - 1) / K (see `rloo`).
+
+    Williams 1992; arXiv 2402.14740. Sum over tokens; for the mean pass log-probs divided by their lengths.
+
+    Args:
+      logps: [*B, K], token-summed log-probs under the policy, in nats.
+      scores: [*B, K], rewards.
+      ref_logps: [*B, K], log-probs under the reference; needed where beta is not 0.
+      baselines: [*B] or a number; None takes the group's mean.
+      beta: strength of the KL penalty, in rewards per nat.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: the reference is missing. AssertionError: shapes or types do not fit.
+    """
+    logps, rewards = _penalized(logps, scores, ref_logps, beta)
+    if baselines is None:
+        baselines = jnp.mean(rewards, axis=-1)
+    return _score_function(logps, rewards - as_float32_like(baselines, logps.shape[:-1])[..., None])
+
+
+def rloo(
+    logps: Float[Array, "*B K"],
+    scores: Float[Array, "*B K"],
+    ref_logps: Float[Array, "*B K"] | None = None,
+    *,
+    beta: Any = 0.0,
+) -> Float[Array, "*B"]:
+    """REINFORCE, leave one out: the baseline of a response is the mean reward of the others.
+
+    The mean over K of -(R_k - mean of R_j over j != k) log pi(y_k), R = score - beta log pi / ref.
+
+    arXiv 2402.14740. Sum over tokens; for the mean pass log-probs divided by their lengths.
+
+    Args:
+      logps: [*B, K], token-summed log-probs under the policy, in nats; K is at least 2.
+      scores: [*B, K], rewards.
+      ref_logps: [*B, K], log-probs under the reference; needed where beta is not 0.
+      beta: strength of the KL penalty, in rewards per nat.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: the reference is missing, or K is 1. AssertionError: shapes or types do not fit.
+    """
+    logps, rewards = _penalized(logps, scores, ref_logps, beta)
+    check_group(logps)
+    size = logps.shape[-1]
+    return _score_function(logps, (rewards - jnp.mean(rewards, axis=-1, keepdims=True)) * (size / (size - 1)))
+
+
+def nash_md(
+    logps: Float[Array, "*B K"], ref_logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, beta: Any = 0.1
+) -> Float[Array, "*B"]:
+    """Nash-MD's policy gradient: win against an opponent sampled from the mixture of policy and reference.
+
+    The mean over K of -(s - 1/2 - beta log pi / ref) log pi(y), s the probability that y beats a response of
+    pi^(1 - b) ref^b (see `geometric_mixture`).
+
+    arXiv 2312.00886, whose tau is beta here. Sum over tokens.
+
+    Args:
+      logps: [*B, K], token-summed log-probs of the policy's own samples, in nats.
+      ref_logps: [*B, K], the same under the reference.
+      scores: [*B, K], probability that the response is preferred to its opponent.
+      beta: strength of the KL regularisation, in preferences per nat.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      AssertionError: shapes or types do not fit.
+    """
+    logps, advantages = _penalized(logps, scores, ref_logps, beta)
+    return _score_function(logps, advantages - 0.5)
+
+
+def grpo(
+    token_logps: Float[Array, "*B K T"],
+    scores: Float[Array, "*B K"],
+    mask: Bool[Array, "*B K T"],
+    old_token_logps: Float[Array, "*B K T"] | None = None,
+    ref_token_logps: Float[Array, "*B K T"] | None = None,
+    *,
+    beta: Any = 0.04,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    over_tokens: OverGroupTokens = "mean",
+) -> Float[Array, "*B"]:
+    """Group relative policy optimisation.
+
+    Per token -min(q A, clip(q, 1 - clip, 1 + clip_high) A) + beta k3, q = pi / pi_old,
+    A = (s - mean s) / (std s + 1e-4) over the K responses (sample standard deviation), k3 as in `kl_estimate`.
+
+    arXiv 2402.03300. Mean over each response's tokens, then over K; `over_tokens="group"` is the mean over all tokens
+    of the K responses (DAPO, arXiv 2503.14476), "sum" the sum over tokens, then the mean over K. `dr_grpo` changes the
+    advantages too.
+
+    Args:
+      token_logps: [*B, K, T], log-probs of the tokens under the policy, in nats; K is at least 2.
+      scores: [*B, K], rewards.
+      mask: [*B, K, T], true at scored tokens.
+      old_token_logps: [*B, K, T], log-probs under the policy that sampled; None takes the policy itself, q = 1.
+      ref_token_logps: [*B, K, T], log-probs under the reference; needed where beta is not 0.
+      beta: weight of the KL estimate, in rewards per nat.
+      clip: how far q may fall below 1.
+      clip_high: how far q may rise above 1; None takes `clip`.
+      over_tokens: "mean", "group" or "sum".
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range, or K is 1. AssertionError: shapes or types do not fit.
+    """
+    check_choice("over_tokens", over_tokens, ("mean", "sum", "group"))
+    (scores,) = as_float32(scores)
+    check_group(scores)
+    centred = scores - jnp.mean(scores, axis=-1, keepdims=True)
+    advantages = centred / (jnp.std(scores, axis=-1, ddof=1, keepdims=True) + 1e-4)
+    per_token = _clipped(token_logps, advantages[..., None], mask, old_token_logps, clip, clip_high)
+    per_token += _penalty(token_logps, ref_token_logps, mask, beta)
+    if over_tokens == "group":
+        return masked_mean(per_token.reshape(*per_token.shape[:-2], -1), mask.reshape(*mask.shape[:-2], -1))
+    aggregate = masked_mean if over_tokens == "mean" else masked_sum
+    return jnp.mean(aggregate(per_token, mask), axis=-1)
+
+
+def dr_grpo(
+    token_logps: Float[Array, "*B K T"],
+    scores: Float[Array, "*B K"],
+    mask: Bool[Array, "*B K T"],
+    old_token_logps: Float[Array, "*B K T"] | None = None,
+    ref_token_logps: Float[Array, "*B K T"] | None = None,
+    *,
+    beta: Any = 0.0,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    max_length: int | None = None,
+) -> Float[Array, "*B"]:
+    """GRPO done right: neither the standard deviation nor the response's own length divides.
+
+    The terms of `grpo` with A = s - mean s, summed over tokens and divided by the constant `max_length`; mean over K.
+
+    arXiv 2503.20783. With `max_length=1` it is the sum over tokens.
+
+    Args:
+      token_logps: [*B, K, T], log-probs of the tokens under the policy, in nats; K is at least 2.
+      scores: [*B, K], rewards.
+      mask: [*B, K, T], true at scored tokens.
+      old_token_logps: [*B, K, T], log-probs under the policy that sampled; None takes the policy itself.
+      ref_token_logps: [*B, K, T], log-probs under the reference; needed where beta is not 0.
+      beta: weight of the KL estimate, in rewards per nat.
+      clip: how far the ratio may fall below 1.
+      clip_high: how far the ratio may rise above 1; None takes `clip`.
+      max_length: the constant divisor; None takes T.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range, or K is 1. AssertionError: shapes or types do not fit.
+    """
+    (scores,) = as_float32(scores)
+    check_group(scores)
+    centred = scores - jnp.mean(scores, axis=-1, keepdims=True)
+    per_token = _clipped(token_logps, centred[..., None], mask, old_token_logps, clip, clip_high)
+    per_token += _penalty(token_logps, ref_token_logps, mask, beta)
+    return jnp.mean(masked_sum(per_token, mask), axis=-1) / (max_length or mask.shape[-1])
+
+
+def ppo_clip(
+    token_logps: Float[Array, "*B K T"],
+    scores: Float[Array, "*B K"],
+    mask: Bool[Array, "*B K T"],
+    old_token_logps: Float[Array, "*B K T"] | None = None,
+    advantages: Float[Array, "*B K T"] | None = None,
+    *,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+) -> Float[Array, "*B"]:
+    """Proximal policy optimisation's clipped surrogate.
+
+    Per token -min(q A, clip(q, 1 - clip, 1 + clip_high) A), q = pi / pi_old, A the given advantages, or the response's
+    score less the mean over K.
+
+    arXiv 1707.06347. Mean over each response's tokens, then over K; for the sum multiply by the lengths.
+
+    Args:
+      token_logps: [*B, K, T], log-probs of the tokens under the policy, in nats.
+      scores: [*B, K], rewards; read only where no advantages are given.
+      mask: [*B, K, T], true at scored tokens.
+      old_token_logps: [*B, K, T], log-probs under the policy that sampled; None takes the policy itself, q = 1.
+      advantages: [*B, K, T], per token, or None.
+      clip: how far q may fall below 1.
+      clip_high: how far q may rise above 1; None takes `clip`.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      AssertionError: shapes or types do not fit.
+    """
+    (scores,) = as_float32(scores)
+    if advantages is None:
+        advantages = (scores - jnp.mean(scores, axis=-1, keepdims=True))[..., None]
+    per_token = _clipped(token_logps, advantages, mask, old_token_logps, clip, clip_high)
+    return jnp.mean(masked_mean(per_token, mask), axis=-1)
+
+
+def _penalized(logps: Array, scores: Array, ref_logps: Array | None, beta: Any) -> tuple[Array, Array]:
+    """Log-probs, and scores less the KL penalty of each sample, without gradient."""
+    if ref_logps is None:
+        if not isinstance(beta, int | float) or beta != 0:
+            raise ValueError("ref_logps is needed where beta is not 0")
+        logps, scores = as_float32(logps, scores)
+        return logps, scores
+    logps, scores, ref_logps = as_float32(logps, scores, ref_logps)
+    return logps, scores - beta * (logps - ref_logps)
+
+
+def _score_function(logps: Array, advantages: Array) -> Float[Array, "*B"]:
+    return -jnp.mean(lax.stop_gradient(advantages) * logps, axis=-1)
+
+
+def _clipped(
+    token_logps: Array,
+    advantages: Array,
+    mask: Array,
+    old_token_logps: Array | None,
+    clip: float,
+    clip_high: float | None,
+) -> Float[Array, "*B K T"]:
+    """The clipped surrogate of every token; advantages broadcast over tokens."""
+    if old_token_logps is None:
+        old_token_logps = token_logps
+    token_logps, old_token_logps = as_float32(token_logps, old_token_logps)
+    mask = as_mask(mask, token_logps.shape)
+    # Masked before the exponential, so that what padding holds reaches neither value nor gradient.
+    ratio = tangent_exp(jnp.where(mask, token_logps - lax.stop_gradient(old_token_logps), 0.0))
+    clipped = jnp.clip(ratio, 1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
+    advantages = lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
+    return -jnp.minimum(ratio * advantages, clipped * advantages)
+
+
+def _penalty(token_logps: Array, ref_token_logps: Array | None, mask: Array, beta: Any) -> Array:
+    """beta times the k3 estimate of every token."""
+    if isinstance(beta, int | float) and beta == 0:
+        return jnp.zeros(token_logps.shape, jnp.float32)
+    if ref_token_logps is None:
+        raise ValueError("ref_token_logps is needed where beta is not 0")
+    return beta * kl_estimate(jnp.where(mask, token_logps, 0.0), jnp.where(mask, ref_token_logps, 0.0))

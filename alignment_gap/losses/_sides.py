@@ -1,0 +1,288 @@
+"""Contrastive losses that read the two sides one by one, not through the margin alone.
+
+w and l are the log-ratios to the reference of the chosen and of the rejected response, as in `_pairwise`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from alignment_gap.losses._checks import as_float32, as_float32_like, check_choice, check_positive
+from alignment_gap.losses._pairs import expected_over_sides, log_ratios
+
+
+def nca(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+) -> Float[Array, "*B"]:
+    """Noise contrastive alignment of a pair.
+
+    -log sigma(beta w) - 1/2 log sigma(-beta w) - 1/2 log sigma(-beta l).
+
+    arXiv 2402.05369. Sum over tokens; for the mean pass log-probs divided by their lengths.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of the KL regularisation, in rewards per nat.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    pair = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+
+    def loss(better: Float[Array, "*B"], worse: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        noise = jax.nn.log_sigmoid(-beta * better) + jax.nn.log_sigmoid(-beta * worse)
+        return -jax.nn.log_sigmoid(beta * better) - 0.5 * noise
+
+    return expected_over_sides(loss, pair, preference)
+
+
+def bco(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+    shift: Any = "batch_mean",
+) -> Float[Array, "*B"]:
+    """Binary classifier optimisation of a pair.
+
+    -log sigma(beta w - d) - log sigma(d - beta l), with the shift d = the batch's mean of beta w and beta l over
+    both sides, without gradient; or d = a given number.
+
+    arXiv 2404.04656. Sum over tokens; for the mean pass log-probs divided by their lengths.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of the KL regularisation, in rewards per nat.
+      shift: "batch_mean" (over all of *B), or a number: 0 for none, or the user's own running mean.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    if isinstance(shift, str):
+        check_choice("shift", shift, ("batch_mean",))
+        shift = lax.stop_gradient(0.5 * beta * (jnp.mean(chosen) + jnp.mean(rejected)))
+
+    def loss(better: Float[Array, "*B"], worse: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        return -jax.nn.log_sigmoid(beta * better - shift) - jax.nn.log_sigmoid(shift - beta * worse)
+
+    return expected_over_sides(loss, (chosen, rejected), preference)
+
+
+def sppo(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+) -> Float[Array, "*B"]:
+    """Self-play preference optimisation: each log-ratio regresses on its centred preference.
+
+    (w - (p - 1/2) / beta)^2 + (l - (1/2 - p) / beta)^2. Hard labels are p = 1, and soft ones any p.
+
+    arXiv 2405.00675, whose eta is 1 / beta. Not an expectation over the label: p enters the targets. Sum over tokens.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of the KL regularisation; a sure winner's target is 1 / (2 beta) nats.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    target = (as_float32_like(1.0 if preference is None else preference, chosen.shape) - 0.5) / beta
+    return jnp.square(chosen - target) + jnp.square(rejected + target)
+
+
+def apo_zero(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+) -> Float[Array, "*B"]:
+    """Anchored preference optimisation, zero: raises the winner and lowers the loser.
+
+    1 - sigma(beta w) + sigma(beta l).
+
+    arXiv 2408.06266, eq. 7. Sum over tokens; for the mean pass log-probs divided by their lengths.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of the KL regularisation, in rewards per nat.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    pair = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return expected_over_sides(
+        lambda better, worse: jax.nn.sigmoid(-beta * better) + jax.nn.sigmoid(beta * worse), pair, preference
+    )
+
+
+def apo_down(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+) -> Float[Array, "*B"]:
+    """Anchored preference optimisation, down: lowers both, the loser more.
+
+    sigma(beta w) + 1 - sigma(beta (w - l)).
+
+    arXiv 2408.06266, eq. 8. Sum over tokens; for the mean pass log-probs divided by their lengths.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of the KL regularisation, in rewards per nat.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    pair = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return expected_over_sides(
+        lambda better, worse: jax.nn.sigmoid(beta * better) + jax.nn.sigmoid(-beta * (better - worse)),
+        pair,
+        preference,
+    )
+
+
+def aot(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    *,
+    beta: Any = 0.1,
+    label_smoothing: float = 0.0,
+    coupling: Literal["paired", "unpaired"] = "paired",
+) -> Float[Array, "*B"]:
+    """Alignment by optimal transport: DPO between sorted batches.
+
+    (1 - e) L(d) + e L(-d), L(d) = -log sigma(beta d), where d couples the batch's i-th smallest values:
+    paired, sort(log pi(y_w) / pi(y_l)) - sort(log ref(y_w) / ref(y_l)); unpaired, sort(w) - sort(l).
+
+    arXiv 2406.05882. The sort is over all of *B: value i belongs to rank i, not to example i, so there are no
+    preferences per example. Sum over tokens; for the mean pass log-probs divided by their lengths.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      beta: strength of the KL regularisation, in rewards per nat.
+      label_smoothing: probability e that a label is wrong.
+      coupling: "paired" or "unpaired".
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    check_choice("coupling", coupling, ("paired", "unpaired"))
+    chosen, rejected, ref_chosen, ref_rejected = as_float32(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
+    )
+    if coupling == "paired":
+        above, below = chosen - rejected, ref_chosen - ref_rejected
+    else:
+        above, below = chosen - ref_chosen, rejected - ref_rejected
+    z = beta * (jnp.sort(above, axis=None) - jnp.sort(below, axis=None)).reshape(chosen.shape)
+    return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(z) - label_smoothing * jax.nn.log_sigmoid(-z)
+
+
+def kto(
+    logps: Float[Array, "*B"],
+    ref_logps: Float[Array, "*B"],
+    scores: Float[Array, "*B"],
+    kl_logps: Float[Array, "*N"] | None = None,
+    ref_kl_logps: Float[Array, "*N"] | None = None,
+    *,
+    beta: Any = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Float[Array, "*B"]:
+    """Kahneman-Tversky optimisation of single responses.
+
+    s D (1 - sigma(beta (r - z))) + (1 - s) U (1 - sigma(beta (z - r))), r = log pi / ref,
+    z = max(0, mean of log pi / ref over the KL's responses), without gradient.
+
+    arXiv 2402.01306, whose KL responses are those of other prompts of the batch (`kl_logps`). Without them the batch's
+    own log-ratios stand in; two equal arrays give z = 0. Sum over tokens.
+
+    Args:
+      logps: [*B], token-summed log-probs under the policy, in nats; any shape, [prompts, K] too.
+      ref_logps: [*B], the same under the reference.
+      scores: [*B], probability s in [0, 1] that the response is desirable.
+      kl_logps, ref_kl_logps: log-probs of mismatched responses under policy and reference, of one shape, or None.
+      beta: strength of the KL regularisation, in rewards per nat.
+      desirable_weight, undesirable_weight: D and U.
+
+    Returns:
+      float32 [*B], one value per response.
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    check_positive(beta=beta)
+    logps, ref_logps, scores = as_float32(logps, ref_logps, scores)
+    ratio = logps - ref_logps
+    baseline = ratio
+    if kl_logps is not None:
+        kl_logps, ref_kl_logps = as_float32(kl_logps, ref_kl_logps)
+        baseline = kl_logps - ref_kl_logps
+    z = lax.stop_gradient(jnp.maximum(jnp.mean(baseline), 0.0))
+    desirable = desirable_weight * jax.nn.sigmoid(beta * (z - ratio))
+    undesirable = undesirable_weight * jax.nn.sigmoid(beta * (ratio - z))
+    return scores * desirable + (1.0 - scores) * undesirable

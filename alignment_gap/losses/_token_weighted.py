@@ -1,0 +1,133 @@
+"""Contrastive losses that need the log-probs of single tokens: LD-DPO and WPO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from alignment_gap.losses._checks import as_float32, as_mask
+from alignment_gap.losses._numerics import masked_mean, masked_sum
+from alignment_gap.losses._pairwise import dpo
+
+
+def ld_dpo(
+    chosen_token_logps: Float[Array, "*B T"],
+    rejected_token_logps: Float[Array, "*B S"],
+    ref_chosen_token_logps: Float[Array, "*B T"],
+    ref_rejected_token_logps: Float[Array, "*B S"],
+    chosen_mask: Bool[Array, "*B T"],
+    rejected_mask: Bool[Array, "*B S"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+    alpha: float = 0.5,
+) -> Float[Array, "*B"]:
+    """LD-DPO: DPO that is desensitised to the part by which one response is longer.
+
+    `dpo` on sum over t <= n of log pi(y_t) + alpha sum over t > n of log pi(y_t), n = min(|y_w|, |y_l|),
+    policy and reference alike.
+
+    arXiv 2409.06411. Sum over tokens; alpha = 1 is `dpo`, alpha = 0 drops the excess.
+
+    Args:
+      chosen_token_logps, rejected_token_logps: [*B, T], [*B, S], log-probs of the tokens under the policy, in nats.
+      ref_chosen_token_logps, ref_rejected_token_logps: the same under the reference.
+      chosen_mask, rejected_mask: true at scored tokens; the n-th scored token counts as t = n.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of the KL regularisation, in rewards per nat.
+      alpha: weight of the excess tokens, in [0, 1].
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    chosen = as_float32(chosen_token_logps, ref_chosen_token_logps)
+    rejected = as_float32(rejected_token_logps, ref_rejected_token_logps)
+    masks = as_mask(chosen_mask, chosen[0].shape), as_mask(rejected_mask, rejected[0].shape)
+    shared = jnp.minimum(*(jnp.sum(mask, axis=-1, keepdims=True) for mask in masks))
+
+    def total(logps: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B"]:
+        weights = jnp.where(jnp.cumsum(mask, axis=-1) <= shared, 1.0, alpha)
+        return masked_sum(jnp.where(mask, logps, 0.0) * weights, mask)
+
+    (policy_w, ref_w), (policy_l, ref_l) = (
+        tuple(total(logps, mask) for logps in side) for side, mask in zip((chosen, rejected), masks, strict=True)
+    )
+    return dpo(policy_w, policy_l, ref_w, ref_l, preference, beta=beta)
+
+
+def wpo(
+    chosen_token_logps: Float[Array, "*B T"],
+    rejected_token_logps: Float[Array, "*B S"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    chosen_mask: Bool[Array, "*B T"],
+    rejected_mask: Bool[Array, "*B S"],
+    preference: Float[Array, "*B"] | float | None = None,
+    chosen_log_collisions: Float[Array, "*B T"] | None = None,
+    rejected_log_collisions: Float[Array, "*B S"] | None = None,
+    *,
+    beta: Any = 0.1,
+) -> Float[Array, "*B"]:
+    """WPO: DPO weighted by how likely the policy is to produce the pair.
+
+    omega(y_w) omega(y_l) dpo, omega(y) = exp(mean over tokens of log pi(y_t) - c_t) without gradient; c_t = 0, or
+    log sum_v pi(v)^2 where it is given (the paper's sampled alignment; see `token_log_collision`).
+
+    arXiv 2406.11827. The loss sums over tokens, the weights take the mean. For the weights alone, see `wpo_weights`.
+
+    Args:
+      chosen_token_logps, rejected_token_logps: [*B, T], [*B, S], log-probs of the tokens under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], token-summed log-probs under the reference.
+      chosen_mask, rejected_mask: true at scored tokens.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      chosen_log_collisions, rejected_log_collisions: log sum_v pi(v)^2 at every token, in nats, or None.
+      beta: strength of the KL regularisation, in rewards per nat.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    weights = wpo_weights(chosen_token_logps, chosen_mask, chosen_log_collisions) * wpo_weights(
+        rejected_token_logps, rejected_mask, rejected_log_collisions
+    )
+    (chosen,), (rejected,) = as_float32(chosen_token_logps), as_float32(rejected_token_logps)
+    chosen, rejected = masked_sum(chosen, chosen_mask), masked_sum(rejected, rejected_mask)
+    ref_chosen, ref_rejected = as_float32(ref_chosen_logps, ref_rejected_logps)
+    return weights * dpo(chosen, rejected, ref_chosen, ref_rejected, preference, beta=beta)
+
+
+def wpo_weights(
+    token_logps: Float[Array, "*B T"],
+    mask: Bool[Array, "*B T"],
+    log_collisions: Float[Array, "*B T"] | None = None,
+) -> Float[Array, "*B"]:
+    """WPO's weight of a response, to multiply into any loss.
+
+    exp(mean over tokens of log pi(y_t) - c_t), without gradient; c_t as in `wpo`.
+
+    arXiv 2406.11827. Mean over tokens.
+
+    Args:
+      token_logps: [*B, T], log-probs of the tokens under the policy, in nats.
+      mask: [*B, T], true at scored tokens.
+      log_collisions: [*B, T], log sum_v pi(v)^2 at every token, in nats, or None.
+
+    Returns:
+      float32 [*B]; at most 1 without collisions.
+
+    Raises:
+      AssertionError: shapes or types do not fit.
+    """
+    (logps,) = as_float32(token_logps)
+    if log_collisions is not None:
+        logps, log_collisions = as_float32(token_logps, log_collisions)
+        logps = logps - log_collisions
+    return lax.stop_gradient(jnp.exp(masked_mean(logps, as_mask(mask, logps.shape))))
