@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from alignment_gap.losses._checks import as_float32, as_mask
-from alignment_gap.losses._numerics import masked_mean, masked_sum
+from alignment_gap.losses._numerics import masked_mean, masked_sum, tangent_exp
 from alignment_gap.losses._pairwise import dpo
 
 
@@ -95,8 +95,9 @@ def wpo(
     Raises:
       ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
     """
-    weights = wpo_weights(chosen_token_logps, chosen_mask, chosen_log_collisions) * wpo_weights(
-        rejected_token_logps, rejected_mask, rejected_log_collisions
+    weights = tangent_exp(
+        _log_weights(chosen_token_logps, chosen_mask, chosen_log_collisions)
+        + _log_weights(rejected_token_logps, rejected_mask, rejected_log_collisions)
     )
     (chosen,), (rejected,) = as_float32(chosen_token_logps), as_float32(rejected_token_logps)
     chosen, rejected = masked_sum(chosen, chosen_mask), masked_sum(rejected, rejected_mask)
@@ -126,8 +127,12 @@ def wpo_weights(
     Raises:
       AssertionError: shapes or types do not fit.
     """
+    return tangent_exp(_log_weights(token_logps, mask, log_collisions))
+
+
+def _log_weights(token_logps: Array, mask: Array, log_collisions: Array | None) -> Float[Array, "*B"]:
     (logps,) = as_float32(token_logps)
     if log_collisions is not None:
         logps, log_collisions = as_float32(token_logps, log_collisions)
         logps = logps - log_collisions
-    return lax.stop_gradient(jnp.exp(masked_mean(logps, as_mask(mask, logps.shape))))
+    return lax.stop_gradient(masked_mean(logps, as_mask(mask, logps.shape)))

@@ -1,0 +1,237 @@
+"""What must hold for every loss, whatever the numbers."""
+
+import inspect
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies
+from hypothesis.extra import numpy as arrays_of
+from loss_oracles import CASES, IDS, POLICY, arrays_for, namespace
+
+from alignment_gap import losses
+
+# Contrastive with a reference, over sides or margin, taking a preference in expectation over the label.
+OF_MARGIN = ["dpo", "ipo", "slic", "gpo", "discopop", "exo"]
+OF_SIDES = ["nca", "bco", "apo_zero", "apo_down", "f_dpo", "chi_po"]
+BY_TARGET = ["sppo", "ipo_md"]
+AT_STEP_ZERO = {
+    "dpo": np.log(2),
+    # 1 / (4 beta^2) at beta = 0.1.
+    "ipo": 25.0,
+    "ipo_md": 25.0,
+    "slic": 1.0,
+    "nca": 2 * np.log(2),
+    "bco": 2 * np.log(2),
+    "sppo": 50.0,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "aot": np.log(2),
+    "f_dpo": np.log(2),
+    "chi_po": np.log(2),
+    # (log 2 + 1) / 2
+    "discopop": 0.5 * (np.log(2) + 1),
+    # KL((1/2, 1/2) || (0.999, 0.001))
+    "exo": -0.5 * np.log(4 * 0.999 * 0.001),
+}
+LOGPS = arrays_of.arrays(np.float32, (4, 5), elements=strategies.floats(-200, 0, width=32))
+LIMITED = hypothesis.settings(max_examples=25, deadline=None)
+
+jitted = {name: jax.jit(losses.get(name)) for name in (*OF_MARGIN, *OF_SIDES, *BY_TARGET, "aot")}
+
+
+@pytest.mark.parametrize("name", AT_STEP_ZERO)
+def test_step_zero(name):
+    logps = jnp.array([-3.0, -70.0]), jnp.array([-4.0, -1.0])
+    np.testing.assert_allclose(jitted[name](*logps, *logps), AT_STEP_ZERO[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*OF_MARGIN, *OF_SIDES, *BY_TARGET])
+@LIMITED
+@hypothesis.given(logps=LOGPS, preference=arrays_of.arrays(np.float32, 5, elements=strategies.floats(0, 1, width=32)))
+def test_swapping_sides_flips_the_preference(name, logps, preference):
+    w, r, ref_w, ref_r = logps
+    np.testing.assert_allclose(
+        jitted[name](w, r, ref_w, ref_r, preference),
+        jitted[name](r, w, ref_r, ref_w, 1 - preference),
+        rtol=1e-4,
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("name", [*OF_MARGIN, *OF_SIDES])
+@LIMITED
+@hypothesis.given(logps=LOGPS, preference=strategies.floats(0, 1, width=32))
+def test_soft_labels_are_expectations(name, logps, preference):
+    if name == "exo":
+        pytest.skip("EXO's label is the distribution itself: proved against its oracle")
+    w, r, ref_w, ref_r = logps
+    both = jitted[name](w, r, ref_w, ref_r), jitted[name](r, w, ref_r, ref_w)
+    mixed = preference * both[0] + (1 - preference) * both[1]
+    np.testing.assert_allclose(jitted[name](w, r, ref_w, ref_r, np.float32(preference)), mixed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*OF_MARGIN, "ipo_md"])
+@LIMITED
+@hypothesis.given(logps=LOGPS, shift=strategies.integers(-64, 64))
+def test_losses_of_the_margin_ignore_a_constant_on_both_sides(name, logps, shift):
+    # Quarters, so that adding the constant is exact.
+    w, r, ref_w, ref_r = np.round(4 * logps) / 4
+    np.testing.assert_array_equal(jitted[name](w, r, ref_w, ref_r), jitted[name](w + shift, r + shift, ref_w, ref_r))
+
+
+@pytest.mark.parametrize("name", [*OF_SIDES, *BY_TARGET, *OF_MARGIN])
+@LIMITED
+@hypothesis.given(logps=LOGPS, shift=strategies.integers(-64, 64))
+def test_only_log_ratios_count(name, logps, shift):
+    w, r, ref_w, ref_r = np.round(4 * logps) / 4
+    moved = jitted[name](w + shift, r, ref_w + shift, ref_r)
+    np.testing.assert_array_equal(jitted[name](w, r, ref_w, ref_r), moved)
+
+
+@LIMITED
+@hypothesis.given(logps=LOGPS, order=strategies.permutations(range(5)))
+def test_aot_ignores_the_order_of_the_batch(logps, order):
+    expected = np.sort(jitted["aot"](*logps))
+    np.testing.assert_allclose(np.sort(jitted["aot"](*logps[:, order])), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("preference", [None, 0.3])
+def test_dpo_ipo_and_slic_are_members_of_the_family(beta, preference):
+    n = namespace(seed=1, batch=(50,))
+    pair = [jnp.asarray(each, jnp.float32) for each in (n.chosen_logps, n.rejected_logps)]
+    pair += [jnp.asarray(each, jnp.float32) for each in (n.ref_chosen_logps, n.ref_rejected_logps)]
+
+    def member(f, beta=beta):
+        return losses.gpo(*pair, preference, f=f, beta=beta)
+
+    np.testing.assert_array_equal(losses.dpo(*pair, preference, beta=beta), member("logistic"))
+    np.testing.assert_array_equal(losses.slic(*pair, preference, beta=beta), member("hinge"))
+    target = 1 / (2 * beta)
+    np.testing.assert_array_equal(losses.ipo(*pair, preference, beta=beta), member(lambda h: (h - target) ** 2, 1.0))
+    np.testing.assert_allclose(losses.ipo(*pair, preference, beta=beta), member("square") / beta**2, rtol=2e-5)
+    # The original's square, (1 - z)^2, is IPO at half its beta.
+    original = member(lambda z: (1 - z) ** 2, 2 * beta) / (4 * beta**2)
+    np.testing.assert_allclose(losses.ipo(*pair, preference, beta=beta), original, rtol=2e-5)
+
+
+@pytest.mark.parametrize("curve", ["logistic", "square", "hinge", "exponential", "truncated_quadratic"])
+@LIMITED
+@hypothesis.given(z=arrays_of.arrays(np.float32, (2, 4), elements=strategies.floats(-300, 300, width=32)))
+def test_named_curves_are_convex(curve, z):
+    zero = jnp.zeros(4)
+    a, b = (losses.gpo(each, zero, zero, zero, f=curve, beta=1.0) for each in z)
+    middle = losses.gpo(0.5 * (z[0] + z[1]), zero, zero, zero, f=curve, beta=1.0)
+    assert np.all(middle <= 0.5 * (a + b) * (1 + 1e-5) + 1e-5)
+
+
+def extreme(n, pattern):
+    """The namespace with every log-prob at 0 or -1e4, policy and reference opposed by the pattern."""
+    values = dict(vars(n))
+    for i, name in enumerate(sorted(key for key in values if "logps" in key or "collisions" in key)):
+        values[name] = np.full_like(values[name], -1e4 * ((pattern >> (i % 6)) & 1))
+    return type(n)(**values)
+
+
+@pytest.mark.parametrize(("name", "settings", "optional", "oracle"), CASES, ids=IDS)
+def test_extreme_log_ratios_are_finite(name, settings, optional, oracle):
+    loss = losses.get(name, **settings)
+
+    def total(policy, rest):
+        return jnp.sum(loss(**policy, **rest))
+
+    compiled = jax.jit(jax.value_and_grad(total))
+    for pattern in (0, 1, 2, 5, 10, 21, 42, 63):
+        arrays = arrays_for(loss, extreme(namespace(seed=0), pattern), optional)
+        policy = {key: arrays.pop(key) for key in POLICY if key in arrays}
+        value, gradients = compiled(policy, arrays)
+        assert np.isfinite(value), pattern
+        assert all(np.all(np.isfinite(gradient)) for gradient in gradients.values()), pattern
+
+
+@pytest.mark.parametrize(("name", "settings", "optional", "oracle"), CASES, ids=IDS)
+def test_bfloat16_is_computed_in_float32(name, settings, optional, oracle):
+    loss = losses.get(name, **settings)
+    arrays = arrays_for(loss, namespace(seed=2), optional)
+    low = {key: value.astype(jnp.bfloat16) if value.dtype == jnp.float32 else value for key, value in arrays.items()}
+    widened = {key: value.astype(jnp.float32) if value.dtype == jnp.bfloat16 else value for key, value in low.items()}
+    value = loss(**low)
+    assert value.dtype == jnp.float32
+    np.testing.assert_array_equal(value, loss(**widened))
+
+
+# These couple the examples of a batch: a sort, a mean.
+COUPLED = {"aot", "bco", "kto"}
+
+
+@pytest.mark.parametrize("name", sorted({name for name, *_ in CASES} - COUPLED))
+def test_vmap_equals_the_batch(name):
+    loss = losses.get(name)
+    optional = ("chosen_lengths", "rejected_lengths", "ref_token_logps")
+    arrays = arrays_for(loss, namespace(seed=4), optional)
+    mapped = jax.vmap(lambda arrays: loss(**arrays))(arrays)
+    np.testing.assert_allclose(mapped, loss(**arrays), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*OF_MARGIN, *OF_SIDES, *BY_TARGET, "aot"])
+def test_shapes_and_types_are_checked_first(name):
+    loss, logps = losses.get(name), jnp.zeros(3)
+    with pytest.raises(AssertionError):
+        loss(logps, logps, logps, jnp.zeros(4))
+    with pytest.raises(AssertionError):
+        loss(logps, logps, logps, jnp.zeros((1, 3)))
+    with pytest.raises(AssertionError):
+        loss(logps, logps, logps, jnp.zeros(3, jnp.int32))
+    with pytest.raises(ValueError, match="beta must be above 0"):
+        losses.get(name, beta=0.0)(logps, logps, logps, logps)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "ppo_clip", "ld_dpo", "wpo"])
+def test_padding_does_not_count(name):
+    """Whatever stands where the mask is false, NaN too, changes neither value nor gradient."""
+    loss = losses.get(name)
+    arrays = arrays_for(loss, namespace(seed=5), ("ref_token_logps", "old_token_logps"))
+    masks = {5: arrays.get("rejected_mask"), 4: arrays.get("mask", arrays.get("chosen_mask"))}
+    poisoned = {
+        key: jnp.where(masks[value.shape[-1]], value, jnp.nan) if "token_logps" in key else value
+        for key, value in arrays.items()
+    }
+
+    def run(arrays):
+        policy = {key: arrays[key] for key in POLICY if key in arrays}
+        rest = {key: value for key, value in arrays.items() if key not in policy}
+        return jax.value_and_grad(lambda policy: jnp.sum(loss(**policy, **rest)))(policy)
+
+    (value, gradients), (clean, expected) = run(poisoned), run(arrays)
+    np.testing.assert_array_equal(value, clean)
+    for key in expected:
+        np.testing.assert_array_equal(gradients[key], expected[key])
+        assert np.all(np.asarray(gradients[key])[~np.asarray(masks[gradients[key].shape[-1]])] == 0)
+
+
+def test_alpha_divergence_joins_reverse_and_forward_kl():
+    n = namespace(seed=6, batch=(20,))
+    pair = list(arrays_for(losses.f_dpo, n, ()).values())
+    near_zero = losses.f_dpo(*pair, divergence="alpha", alpha=1e-4)
+    np.testing.assert_allclose(near_zero, losses.f_dpo(*pair), rtol=2e-3)
+    at_one = losses.f_dpo(*pair, divergence="alpha", alpha=1.0)
+    np.testing.assert_array_equal(at_one, losses.f_dpo(*pair, divergence="forward_kl"))
+
+
+def test_limits_of_reward_weighted_regression():
+    logps, scores = jnp.array([-1.0, -2.0, -6.0]), jnp.array([0.0, 2.0, 1.0])
+    hot = losses.reward_weighted_regression(logps, scores, temperature=1e6)
+    np.testing.assert_allclose(hot, losses.sft(logps), rtol=1e-5)
+    cold = losses.reward_weighted_regression(logps, scores, temperature=1e-3)
+    np.testing.assert_allclose(cold, losses.best_of_n(logps, scores), rtol=1e-6)
+
+
+def test_every_docstring_names_its_source_and_its_convention_over_tokens():
+    for name in {name for name, *_ in CASES}:
+        text = inspect.getdoc(losses.get(name))
+        assert "arXiv" in text or name == "sft", name
+        assert "token" in text, name
+        assert "Returns:" in text and "Args:" in text, name

@@ -1,0 +1,181 @@
+"""Estimators and policy gradients against exact expectations: every outcome of a small policy is enumerated."""
+
+import itertools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies
+from hypothesis.extra import numpy as arrays_of
+from scipy import stats
+
+from alignment_gap import losses
+
+LOGITS = jnp.array([0.3, -0.8, 0.5])
+REF_LOGITS = jnp.array([-0.2, 0.4, 0.1])
+REWARDS = jnp.array([0.2, 1.0, -0.5])
+# P[i, j]: probability that action i beats action j.
+PREFERENCES = jnp.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.7], [0.8, 0.3, 0.5]])
+
+
+def log_pi(logits):
+    return jax.nn.log_softmax(logits)
+
+
+def kl(logits, ref_logits):
+    return jnp.sum(jax.nn.softmax(logits) * (log_pi(logits) - log_pi(ref_logits)))
+
+
+def expected_over_groups(loss, size):
+    """The function of the logits whose gradient is the expected gradient over groups of samples."""
+    groups = jnp.array(list(itertools.product(range(3), repeat=size)))
+    weights = jnp.prod(jax.nn.softmax(LOGITS)[groups], axis=-1)
+
+    def expectation(logits):
+        return jnp.sum(weights * loss(log_pi(logits)[groups], groups))
+
+    return expectation
+
+
+def gradients_agree(ours, exact, scale=1.0):
+    np.testing.assert_allclose(jax.grad(ours)(LOGITS), scale * jax.grad(exact)(LOGITS), rtol=1e-4, atol=1e-6)
+
+
+def regularized_reward(beta):
+    return lambda logits: -(jnp.sum(jax.nn.softmax(logits) * REWARDS) - beta * kl(logits, REF_LOGITS))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("size", [2, 3])
+def test_rloo_is_the_gradient_of_the_regularised_reward(size, beta):
+    def loss(logps, groups):
+        return losses.rloo(logps, REWARDS[groups], log_pi(REF_LOGITS)[groups], beta=beta)
+
+    gradients_agree(expected_over_groups(loss, size), regularized_reward(beta))
+
+
+def test_reinforce_with_the_group_mean_is_smaller_by_the_group():
+    def loss(logps, groups):
+        return losses.reinforce(logps, REWARDS[groups])
+
+    gradients_agree(expected_over_groups(loss, 3), regularized_reward(0.0), scale=2 / 3)
+
+
+@pytest.mark.parametrize("baseline", [0.0, -3.0])
+def test_reinforce_with_any_fixed_baseline_is_unbiased(baseline):
+    def loss(logps, groups):
+        return losses.reinforce(logps, REWARDS[groups], log_pi(REF_LOGITS)[groups], baseline, beta=0.3)
+
+    gradients_agree(expected_over_groups(loss, 1), regularized_reward(0.3))
+
+
+@pytest.mark.parametrize("mixture", [0.0, 0.4, 1.0])
+def test_nash_md_is_the_gradient_against_the_mixture(mixture):
+    opponent = jnp.exp(losses.geometric_mixture(LOGITS, REF_LOGITS, mixture=mixture))
+    wins = PREFERENCES @ opponent
+
+    def loss(logps, groups):
+        return losses.nash_md(logps, log_pi(REF_LOGITS)[groups], wins[groups], beta=0.3)
+
+    def exact(logits):
+        return -jnp.dot(jax.nn.softmax(logits), wins) + 0.3 * kl(logits, REF_LOGITS)
+
+    gradients_agree(expected_over_groups(loss, 2), exact)
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "dr_grpo", "grpo"])
+def test_surrogates_at_the_sampling_policy_are_reinforce(name):
+    tokens = log_pi(LOGITS)[:, None]
+    mask, scores = jnp.ones((3, 1), bool), REWARDS
+    loss = losses.get(name) if name == "ppo_clip" else losses.get(name, beta=0.0)
+    gradient = jax.grad(lambda tokens: loss(tokens, scores, mask))
+    expected = jax.grad(lambda tokens: losses.reinforce(tokens[:, 0], scores))(tokens)
+    scale = 1.0 / (np.std(np.asarray(REWARDS), ddof=1) + 1e-4) if name == "grpo" else 1.0
+    np.testing.assert_allclose(gradient(tokens), scale * expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("estimator", "unbiased"), [("k1", True), ("k2", False), ("k3", True)])
+def test_kl_estimators_in_expectation(estimator, unbiased):
+    pi, ref = log_pi(LOGITS), log_pi(REF_LOGITS)
+    mean = jnp.sum(jnp.exp(pi) * losses.kl_estimate(pi, ref, estimator=estimator))
+    assert np.isclose(mean, kl(LOGITS, REF_LOGITS), rtol=1e-5) == unbiased
+
+
+def test_gradients_of_the_kl_estimators_are_as_documented():
+    ref = log_pi(REF_LOGITS)
+
+    def gradient(estimator):
+        def expectation(logits):
+            return jnp.sum(jax.nn.softmax(LOGITS) * losses.kl_estimate(log_pi(logits), ref, estimator=estimator))
+
+        return jax.grad(expectation)(LOGITS)
+
+    reverse = jax.grad(kl)(LOGITS, REF_LOGITS)
+    forward = jax.grad(lambda logits: kl(REF_LOGITS, logits))(LOGITS)
+    np.testing.assert_allclose(gradient("k1"), np.zeros(3), atol=1e-6)
+    np.testing.assert_allclose(gradient("k2"), reverse, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradient("k3"), forward, rtol=1e-4, atol=1e-6)
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(x=arrays_of.arrays(np.float32, (2, 3), elements=strategies.floats(-1e4, 1e4, width=32)))
+def test_k3_is_never_negative_and_finite(x):
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(losses.kl_estimate(x, x[::-1])))(jnp.asarray(x))
+    assert np.isfinite(value) and value >= 0
+    assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_online_kl_has_the_value_and_the_gradient_of_the_kl(size):
+    def loss(logps, groups):
+        return losses.online_kl(logps, log_pi(REF_LOGITS)[groups])
+
+    ours = expected_over_groups(loss, size)
+    np.testing.assert_allclose(ours(LOGITS), kl(LOGITS, REF_LOGITS), rtol=1e-5)
+    gradients_agree(ours, lambda logits: kl(logits, REF_LOGITS))
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(logits=arrays_of.arrays(np.float32, (2, 4, 5), elements=strategies.floats(-20, 20, width=32)))
+def test_categorical_kl_and_entropy_equal_scipy(logits):
+    p, q = (np.exp(each - each.max(-1, keepdims=True)) for each in logits.astype(np.float64))
+    np.testing.assert_allclose(losses.categorical_kl(*logits), stats.entropy(p, q, axis=-1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(losses.entropy(logits[0]), stats.entropy(p, axis=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_impossible_tokens_are_finite():
+    p, q = jnp.array([0.0, -jnp.inf, 0.0]), jnp.array([0.0, -jnp.inf, jnp.log(3.0)])
+    # KL((1/2, 1/2) || (1/4, 3/4)) = (log 2 + log(2/3)) / 2 = -log(3/4) / 2
+    value, gradient = jax.value_and_grad(losses.categorical_kl)(p, q)
+    np.testing.assert_allclose(value, -0.5 * np.log(0.75), rtol=1e-5)
+    assert np.all(np.isfinite(gradient))
+    value, gradient = jax.value_and_grad(losses.entropy)(p)
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.zeros(3), atol=1e-7)
+
+
+def test_geometric_mixture():
+    np.testing.assert_allclose(losses.geometric_mixture(LOGITS, REF_LOGITS, mixture=0.0), log_pi(LOGITS), rtol=1e-5)
+    np.testing.assert_allclose(losses.geometric_mixture(LOGITS, REF_LOGITS, mixture=1.0), log_pi(REF_LOGITS), rtol=1e-5)
+    half = np.sqrt(jax.nn.softmax(LOGITS) * jax.nn.softmax(REF_LOGITS))
+    mixture = np.exp(losses.geometric_mixture(LOGITS, REF_LOGITS, mixture=0.5))
+    np.testing.assert_allclose(mixture, half / half.sum(), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"mixture must be in \[0, 1\], got 1.5"):
+        losses.geometric_mixture(LOGITS, REF_LOGITS, mixture=1.5)
+
+
+def test_what_is_missing_is_named():
+    one, two = jnp.zeros((2, 1)), jnp.zeros((2, 2))
+    with pytest.raises(ValueError, match="ref_logps is needed where beta is not 0"):
+        losses.rloo(two, two, beta=0.1)
+    with pytest.raises(ValueError, match="ref_token_logps is needed where beta is not 0"):
+        losses.grpo(two[None], jnp.zeros((1, 2)), jnp.ones((1, 2, 2), bool))
+    for name in ("rloo", "rebel"):
+        with pytest.raises(ValueError, match="at least 2 responses a prompt are needed here, got 1"):
+            losses.get(name)(one, **{"ref_logps": one, "scores": one})
+    with pytest.raises(ValueError, match="chosen_lengths is needed here"):
+        losses.ipo(*[jnp.zeros(2)] * 4, over_tokens="mean")
+    with pytest.raises(ValueError, match="keep must be between 1 and the 2 responses, got 3"):
+        losses.raft(two, two, keep=3)
