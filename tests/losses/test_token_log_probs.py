@@ -1,5 +1,7 @@
 """Log-probs and divergences without the logits, against their plain forms."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,7 +206,6 @@ def test_vocabulary_and_batch_split_over_a_mesh(block_size):
     layouts = (batch, vocabulary, batch, batch)
     placed = [jax.device_put(array, layout) for array, layout in zip(arrays, layouts, strict=True)]
     assert_close(split(*placed), run(*arrays))
-    # No device ever holds the logits over the whole vocabulary, nor the whole embedding.
+    # No device ever holds anything of the whole vocabulary, neither logits nor embedding, whatever is communicated.
     program = split.lower(*arrays).compile().as_text()
-    assert "all-gather" not in program or f"f32[40,{WIDTH}]" not in program
-    assert "f32[64,40]" not in program
+    assert not re.findall(r"\[(?:\d+,)*40(?:,\d+)*\]", program)
