@@ -3,8 +3,8 @@
 A post tells who did what with which thing, where and when, among side remarks. Each of these five facts has words of
 its own, so what matters is recognisable, and a good summary names the five in that order, briefly, and nothing else:
 
-    post      the soup tasted bland . in may my sister was at the station and lost the keys . i felt tired . summary:
-    summary   sister lost keys at station in may
+    post      the soup tasted bland . in june my sister was at the station and lost the keys . i felt tired . summary:
+    summary   sister lost keys at station in june
 
 Everything is a pure function of (settings, seed, prompt id); only `Generator.random` is drawn from, whose stream numpy
 keeps from version to version.
@@ -35,12 +35,14 @@ FACT_KINDS = ("who", "action", "thing", "place", "time")
 """The facts of a post, in the order that a good summary has them."""
 
 FACT_WORDS = (
-    _words("sister brother mother father uncle aunt cousin neighbor boss teacher roommate friend"),
-    _words("lost found sold broke bought burned painted fixed hid borrowed dropped cleaned"),
-    _words("keys phone bike camera guitar laptop ring umbrella piano sofa map cake"),
-    _words("station market library beach hospital school airport museum park office bakery stadium"),
-    _words("january february march april may june july august september october november december"),
+    _words("sister brother mother father uncle neighbor teacher friend"),
+    _words("lost found sold broke burned painted fixed hid"),
+    _words("keys phone bike camera guitar ring piano cake"),
+    _words("station market library beach school airport park bakery"),
+    _words("january march april june july august october december"),
 )
+"""The words of each kind. They are few so that a small judge can learn whether a word is in the post."""
+
 _FACT_LEADS = ("my", "", "the", "at the", "in")
 _FACT_SHORT_LEADS = ("", "", "", "at", "in")
 
@@ -106,21 +108,21 @@ class PostsSettings:
     side_remarks_low: int = 1
     side_remarks_high: int = 3
     fact_weights: tuple[float, ...] = (0.25, 0.2, 0.25, 0.15, 0.15)
-    order_weight: float = 0.2
+    order_weight: float = 0.1
     brief_words: int = 7
     word_cost: float = 0.04
     repetition_cost: float = 0.15
     invention_cost: float = 0.25
     response_words: int = 11
-    miss_chance: float = 0.5
+    miss_chance: float = 0.7
     disorder_chance: float = 0.7
-    invention_chance: float = 0.2
-    repetition_chance: float = 0.5
+    invention_chance: float = 0.12
+    repetition_chance: float = 0.3
     side_chance: float = 0.5
     best_writer_faults: float = 0.1
     long_form_chance: float = 0.5
-    minimum_gap: float = 0.05
-    rater_temperature: float = 0.12
+    minimum_gap: float = 0.15
+    rater_temperature: float = 0.16
 
     def validate(self) -> None:
         """Raises UserError naming the first setting that is out of range."""

@@ -8,7 +8,7 @@ from alignment_gap.data import posts
 from alignment_gap.data.posts import PostsSettings
 from alignment_gap.errors import UserError
 
-POST = "the tea tasted sour . in may my sister was at the park and lost the keys . i felt tired . summary:"
+POST = "the tea tasted sour . in june my sister was at the park and lost the keys . i felt tired . summary:"
 ids = posts.vocabulary().encode
 
 
@@ -19,24 +19,24 @@ def score(response: str, **settings) -> float:
 @pytest.mark.parametrize(
     "response, expected",
     [
-        # 0.8 of coverage and 0.2 of order, all attained, in 7 words.
-        ("sister lost keys at park in may", 1.0),
+        # 0.9 of coverage and 0.1 of order, all attained, in 7 words.
+        ("sister lost keys at park in june", 1.0),
         # The same in 10 words: 3 over the brief, 0.04 each.
-        ("my sister lost the keys at the park in may", 0.88),
+        ("my sister lost the keys at the park in june", 0.88),
         # Who 0.25, action 0.2 and thing 0.25 of 1, and two of the four neighbours in order.
-        ("sister lost keys", 0.8 * 0.7 + 0.2 * 2 / 4),
+        ("sister lost keys", 0.9 * 0.7 + 0.1 * 2 / 4),
         # All facts, backwards: nothing for order.
-        ("may park keys lost sister", 0.8),
-        # A wrong thing: its 0.25 is missing, sister-lost and lost-park and park-may are in order, one invention.
-        ("sister lost camera park may", 0.8 * 0.75 + 0.2 * 3 / 4 - 0.25),
+        ("june park keys lost sister", 0.9),
+        # A wrong thing: its 0.25 is missing, sister-lost and lost-park and park-june are in order, one invention.
+        ("sister lost camera park june", 0.9 * 0.75 + 0.1 * 3 / 4 - 0.25),
         # A thing told twice, 0.15.
-        ("sister lost keys keys park may", 0.85),
+        ("sister lost keys keys park june", 0.85),
         # A word without substance that follows itself, 0.15.
-        ("sister lost the the keys park may", 0.85),
+        ("sister lost the the keys park june", 0.85),
         # A side remark of the post costs by its length only: 9 words.
-        ("sister lost keys park may the tea tasted sour", 1 - 2 * 0.04),
+        ("sister lost keys park june the tea tasted sour", 1 - 2 * 0.04),
         # A side remark that is not in the post is two inventions: soup, bland.
-        ("sister lost keys park may soup bland", 0.5),
+        ("sister lost keys park june soup bland", 0.5),
         ("", 0.0),
         ("in the at my", 0.0),
         ("the the the the the the", 0.0),
@@ -55,7 +55,7 @@ def test_rubric_ignores_what_follows_the_end():
 
 
 def test_rubric_counts_padding_and_sentinels_before_the_end_as_words():
-    words = ids("sister lost keys at park in may")
+    words = ids("sister lost keys at park in june")
     assert posts.rubric(ids(POST), [*words, 0]) == pytest.approx(0.96)
     assert posts.rubric(ids(POST), [*words, posts.vocabulary().size - 1]) == pytest.approx(0.96)
 
@@ -75,13 +75,23 @@ def test_posts_are_a_pure_function_of_seed_and_number():
     assert len({posts.prompt(0, i).words for i in range(1000)}) > 990
 
 
+def test_facts_are_drawn_uniformly_and_independently():
+    facts = [posts.prompt(0, number).facts for number in range(4000)]
+    numbers = np.array([[words.index(fact) for words, fact in zip(posts.FACT_WORDS, f, strict=True)] for f in facts])
+    for kind in range(5):
+        # Chi-squared with 7 and 63 degrees of freedom, p about 1e-4 each.
+        assert ((np.bincount(numbers[:, kind], minlength=8) - 500) ** 2 / 500).sum() < 30
+        both = np.bincount(8 * numbers[:, kind] + numbers[:, (kind + 1) % 5], minlength=64)
+        assert ((both - 62.5) ** 2 / 62.5).sum() < 115
+
+
 def test_a_world_keeps_its_stream():
     """Changing what a seed generates makes old results incomparable: do it knowingly."""
     pair = posts.pair(0, 1)
     assert " ".join(pair.post.words) == (
-        "the rain was grey . in february my aunt was at the beach and bought the ring . summary:"
+        "the rain was grey . in march my father was at the library and broke the guitar . summary:"
     )
-    assert " ".join(pair.responses[0]) == "aunt bought ring at beach in february"
+    assert " ".join(pair.responses[0]) == "father broke guitar at library in march"
 
 
 def test_posts_have_the_documented_lengths_and_hold_their_facts():
@@ -125,7 +135,7 @@ def test_the_rater_agrees_with_the_rubric_as_its_temperature_says():
 
 def test_degenerate_responses_score_far_below_the_writer():
     mean = np.mean([posts.pair(0, number).rubric for number in range(300)])
-    for response in ("", "sister " * 11, "the " * 11, "my the at the in", "sister lost keys at park in may"):
+    for response in ("", "sister " * 11, "the " * 11, "my the at the in", "sister lost keys at park in june"):
         scores = [posts.rubric(posts.prompt(0, number).tokens, ids(response)) for number in range(300)]
         assert np.mean(scores) < mean / 4
 

@@ -78,7 +78,7 @@ def test_the_default_task_has_the_documented_size():
 def test_provenance_goes_into_a_card(task, tmp_path):
     data.write_dataset(tmp_path, task.pairs, vocabulary_digest=task.vocabulary.digest, provenance=dict(task.provenance))
     stored = json.loads((tmp_path / "card.json").read_text())["provenance"]
-    assert stored["task"] == "posts" and stored["config"]["settings"]["order_weight"] == 0.2
+    assert stored["task"] == "posts" and stored["config"]["settings"]["order_weight"] == 0.1
 
 
 @pytest.mark.parametrize(
