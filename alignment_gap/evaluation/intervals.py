@@ -26,21 +26,29 @@ class Interval:
     def __neg__(self) -> Interval:
         return Interval(-self.value, -self.high, -self.low)
 
+    def within(self, low: float, high: float) -> Interval:
+        """The interval cut to the values that are possible."""
+        return Interval(self.value, max(self.low, low), min(self.high, high))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Band:
     """G estimates with the ends of their intervals, each alone at 95 %, not jointly."""
 
-    value: Float[np.ndarray, "G"]
-    low: Float[np.ndarray, "G"]
-    high: Float[np.ndarray, "G"]
+    value: Float[np.ndarray, G]
+    low: Float[np.ndarray, G]
+    high: Float[np.ndarray, G]
 
     def at(self, index: int) -> Interval:
         """One of the estimates."""
         return Interval(float(self.value[index]), float(self.low[index]), float(self.high[index]))
 
+    def within(self, low: float, high: float) -> Band:
+        """The intervals cut to the values that are possible."""
+        return Band(self.value, np.maximum(self.low, low), np.minimum(self.high, high))
 
-def mean_interval(values: Float[np.ndarray, "N"], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+
+def mean_interval(values: Float[np.ndarray, N], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """The mean of N examples with its percentile bootstrap interval.
 
     Equal seeds draw equal examples, so arrays over the same prompts move together. An array whose examples are all
@@ -78,7 +86,7 @@ def resampled_means(
     *,
     seed: int,
     resamples: int = RESAMPLES,
-    part: Bool[np.ndarray, "N"] | None = None,
+    part: Bool[np.ndarray, N] | None = None,
 ) -> Float[np.ndarray, "R C"]:
     """Means of C rows over the same N examples, and over joint bootstrap samples of them.
 
@@ -118,6 +126,9 @@ def over_groups(replicates: Sequence[Float[np.ndarray, "R G"]]) -> Band:
     estimates. Resampling the groups would be far too narrow for a handful: the variance comes out (S - 1) / S of
     what it is, with normal tails where two or three groups have heavy ones.
 
+    The bootstrap gives the width; the interval lies symmetrically about the estimate. An estimate that chooses among
+    noisy candidates chooses worse on a resample, which has twice the noise, so the replicates lie to one side of it.
+
     Args:
       replicates: for every group, the estimates (row 0) and their bootstrap replicates; nan replicates are left out.
 
@@ -128,9 +139,11 @@ def over_groups(replicates: Sequence[Float[np.ndarray, "R G"]]) -> Band:
     mean = stacked.mean(axis=0)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(mean[1:], [tail, 1 - tail], axis=0)
+    half_width = (high - low) / 2
     groups = len(stacked)
     if groups > 1:
         error = stacked[:, 0].std(axis=0, ddof=1) / math.sqrt(groups)
-        half_width = stats.t.ppf(1 - tail, groups - 1) * error
-        low, high = np.minimum(low, mean[0] - half_width), np.maximum(high, mean[0] + half_width)
-    return Band(mean[0], low, high)
+        half_width = np.maximum(half_width, stats.t.ppf(1 - tail, groups - 1) * error)
+    # Rounded, so that two equal means do not differ by the last bit of their sums; + 0.0 drops the sign of a zero.
+    value, half_width = np.round(mean[0], 12) + 0.0, np.round(half_width, 12)
+    return Band(value, value - half_width, value + half_width)

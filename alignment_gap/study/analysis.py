@@ -57,7 +57,7 @@ COLUMNS = (
     *(metric for metric in METRICS if metric not in ("kl", "win_rate")),
     *(f"{metric}_{end}" for metric in METRICS if metric != "win_rate" for end in ("low", "high")),
 )
-LOSS_NAMES = {"ipo": "IPO", "dpo": "DPO", "best_of_n": "best-of-n", "sft": "SFT"}
+LOSS_NAMES = {"ipo": "IPO", "dpo": "DPO", "best_of_n": "Best-of-n", "sft": "SFT"}
 METRIC_NAMES = {
     "win_rate": "win rate against the golden policy",
     "win_rate_sft": "win rate against SFT",
@@ -147,7 +147,7 @@ class Comparison:
     second: Method
     metric: str
     seeds: tuple[int, ...]
-    budgets: Float[np.ndarray, "G"]
+    budgets: Float[np.ndarray, G]
     first_frontier: Band
     second_frontier: Band
     gap: Band
@@ -156,9 +156,19 @@ class Comparison:
     seed_gaps: tuple[float, ...]
 
     @property
+    def better(self) -> str:
+        """The arm that beats the other at equal KL; empty where the interval of the mean gap holds 0."""
+        if self.mean_gap.low > 0:
+            return self.first[0]
+        return self.second[0] if self.mean_gap.high < 0 else ""
+
+    @property
     def verdict(self) -> str:
         """Which of the two beats the other at equal KL, in words."""
-        return verdict(self.first[0], self.second[0], self.mean_gap)
+        arms = self.first[0], self.second[0]
+        if not self.better:
+            return f"no difference between {arms[0]} and {arms[1]} can be claimed"
+        return f"{self.better} beats {arms[self.better == arms[0]]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,22 +316,13 @@ def compare(
         metric=metric,
         seeds=tuple(paired),
         budgets=budgets,
-        first_frontier=_budgeted(over_groups(firsts)),
-        second_frontier=_budgeted(over_groups(seconds)),
+        first_frontier=_budgeted(over_groups(firsts)).within(*_range(metric)),
+        second_frontier=_budgeted(over_groups(seconds)).within(*_range(metric)),
         gap=_budgeted(gap),
         mean_gap=over_groups([replicates[:, :-1].mean(axis=1, keepdims=True) for replicates in gaps]).at(0),
         peak_gap=gap.at(-1),
         seed_gaps=tuple(float(replicates[0, :-1].mean()) for replicates in gaps),
     )
-
-
-def verdict(first: str, second: str, gap: Interval) -> str:
-    """Says which of two is better by the interval of first minus second."""
-    if gap.low > 0:
-        return f"{first} beats {second}"
-    if gap.high < 0:
-        return f"{second} beats {first}"
-    return f"no difference between {first} and {second} can be claimed"
 
 
 def _runs(results: Sequence[CheckpointResult], method: Method, seed: int, metric: str) -> Runs:
@@ -345,12 +346,17 @@ def _furthest(runs: Runs) -> CheckpointResult:
     return max((result for run in runs for result in run), key=lambda result: result.mean("kl"))
 
 
+def _range(metric: str) -> tuple[float, float]:
+    """The values that a mean can take."""
+    return (0.0, 1.0) if metric in PROPORTIONS else (-math.inf, math.inf)
+
+
 def _budgeted(band: Band) -> Band:
     """Leaves out the last entry, the best at any KL."""
     return Band(band.value[:-1], band.low[:-1], band.high[:-1])
 
 
-def _frontier(runs: Runs, metric: str, budgets: Float[np.ndarray, "G"], resamples: int) -> Float[np.ndarray, "R G+1"]:
+def _frontier(runs: Runs, metric: str, budgets: Float[np.ndarray, G], resamples: int) -> Float[np.ndarray, "R G+1"]:
     """The cross-fitted best within each budget and, last, at any KL; row 0 on the prompts, the others on resamples."""
     mixing, kl = _policies(runs, budgets)
     ascending = np.argsort(kl, kind="stable")
@@ -358,13 +364,13 @@ def _frontier(runs: Runs, metric: str, budgets: Float[np.ndarray, "G"], resample
     return _cross_fitted(runs, metric, mixing[:, ascending], within, resamples)
 
 
-def _best(runs: Runs, metric: str, resamples: int = RESAMPLES) -> Float[np.ndarray, "R"]:
+def _best(runs: Runs, metric: str, resamples: int = RESAMPLES) -> Float[np.ndarray, R]:
     """The cross-fitted best checkpoint of all runs."""
     checkpoints = sum(len(run) for run in runs)
     return _cross_fitted(runs, metric, np.eye(checkpoints), np.array([checkpoints - 1]), resamples)[:, 0]
 
 
-def _policies(runs: Runs, budgets: Float[np.ndarray, "G"]) -> tuple[Float[np.ndarray, "C V"], Float[np.ndarray, "V"]]:
+def _policies(runs: Runs, budgets: Float[np.ndarray, G]) -> tuple[Float[np.ndarray, "C V"], Float[np.ndarray, V]]:
     """The C checkpoints and the mixtures of neighbours that meet a budget, as weights of checkpoints, and their KL."""
     checkpoint_kl = np.array([result.mean("kl") for run in runs for result in run])
     weights = list(np.eye(len(checkpoint_kl)))
@@ -383,7 +389,7 @@ def _policies(runs: Runs, budgets: Float[np.ndarray, "G"]) -> tuple[Float[np.nda
 
 
 def _cross_fitted(
-    runs: Runs, metric: str, mixing: Float[np.ndarray, "C V"], within: Int[np.ndarray, "G"], resamples: int
+    runs: Runs, metric: str, mixing: Float[np.ndarray, "C V"], within: Int[np.ndarray, G], resamples: int
 ) -> Float[np.ndarray, "R G"]:
     """Chooses the best of the first `within` + 1 policies on one half of the examples, measures it on the other."""
     checkpoints = [result for run in runs for result in run]
@@ -425,7 +431,7 @@ def _replicates(checkpoints: Sequence[CheckpointResult], metric: str) -> Float[n
     return resampled_means(_stack(checkpoints, metric), seed=checkpoints[0].seed)
 
 
-def _interval(replicates: Sequence[Float[np.ndarray, "R"]]) -> Interval:
+def _interval(replicates: Sequence[Float[np.ndarray, R]]) -> Interval:
     return over_groups([values[:, None] for values in replicates]).at(0)
 
 
@@ -445,28 +451,39 @@ def coverage_sentence(seeds: int) -> str:
     )
 
 
-def equal_kl_sentence(comparison: Comparison) -> str:
-    """The verdict at equal KL with its size: averaged over the budgets, and between the peaks."""
+def equal_kl_headline(comparison: Comparison) -> str:
+    """The verdict at equal KL in one short sentence."""
+    return f"{loss_name(comparison.first[1])}: at equal KL {comparison.verdict}."
+
+
+def equal_kl_detail(comparison: Comparison) -> str:
+    """The size of the gap: averaged over the budgets, and between the peaks."""
     first, second = comparison.first[0], comparison.second[0]
     metric = METRIC_NAMES.get(comparison.metric, comparison.metric)
-    show = functools.partial(_signed, metric=comparison.metric)
-    sentence = (
-        f"{loss_name(comparison.first[1])}: at equal KL {comparison.verdict}. Averaged over budgets of "
-        f"{comparison.budgets[0]:.2g} to {comparison.budgets[-1]:.2g} nats the gap in {metric}, "
-        f"{first} minus {second}, is {show(comparison.mean_gap)}; between their peaks, at any KL, it is "
-        f"{show(comparison.peak_gap)}."
+    low, high = comparison.budgets[[0, -1]]
+    return (
+        f"Averaged over budgets of {low:.2g} to {high:.2g} nats the gap in {metric}, {first} minus {second}, is "
+        f"{in_words(comparison.mean_gap, comparison.metric)}; between their peaks, at any KL, it is "
+        f"{in_words(comparison.peak_gap, comparison.metric)}."
     )
+
+
+def seed_gaps_sentence(comparison: Comparison) -> str:
+    """The mean gap of each of several seeds; empty for one."""
     if len(comparison.seeds) == 1:
-        return sentence
-    gaps = ", ".join(_amount(gap, comparison.metric) for gap in comparison.seed_gaps)
-    return f"{sentence} The average gaps of the seeds are {gaps}."
+        return ""
+    gaps = (
+        f"{_amount(gap, comparison.metric)} (seed {seed})"
+        for seed, gap in zip(comparison.seeds, comparison.seed_gaps, strict=True)
+    )
+    return f"By seed the average gap is {', '.join(gaps)}."
 
 
 def equal_kl_finding(comparison: Comparison) -> Finding:
     """The paper: online is at least as good as offline at equal KL, and its peak is higher; shuffled hardly helps.
 
-    "Ahead" agrees where the mean gap is no worse than `MARGIN` below zero and the peak gap is above zero, and
-    disagrees where either is below zero. "Level" agrees within the margin and disagrees beyond it.
+    Where the paper has one arm ahead, it agrees if the intervals of the mean gap and of the peak gap are both above
+    zero, and disagrees if either is below. Where it has them level, the mean gap has to be within or beyond `MARGIN`.
     """
     mean, peak = comparison.mean_gap, comparison.peak_gap
     pair = comparison.first[0], comparison.second[0], comparison.first[1]
@@ -477,13 +494,13 @@ def equal_kl_finding(comparison: Comparison) -> Finding:
     elif expected == "ahead":
         if mean.high < 0 or peak.high < 0:
             agreement = "disagrees"
-        elif mean.low > -MARGIN and peak.low > 0:
+        elif mean.low > 0 and peak.low > 0:
             agreement = "agrees"
     elif mean.low > MARGIN or mean.high < -MARGIN:
         agreement = "disagrees"
     elif mean.low > -MARGIN and mean.high < MARGIN:
         agreement = "agrees"
-    return Finding(equal_kl_sentence(comparison), agreement)
+    return Finding(f"{equal_kl_headline(comparison)} {equal_kl_detail(comparison)}", agreement)
 
 
 def fall_finding(
@@ -502,7 +519,7 @@ def fall_finding(
         kl = np.mean([end.mean("kl") for end in last])
         falls.append(fall.low > 0)
         reading = "" if fall.low > 0 else ", no fall that can be claimed"
-        parts.append(f"{method[0]} {_signed(-fall, metric)} at {kl:.2g} nats{reading}")
+        parts.append(f"{method[0]} {in_words(-fall, metric)} at {kl:.2g} nats{reading}")
     if not parts:
         return None
     name = METRIC_NAMES.get(metric, metric)
@@ -536,7 +553,7 @@ def over_optimisation_finding(results: Sequence[CheckpointResult], method: Metho
         reading = "the two changes are not both clear of zero in opposite directions"
     return Finding(
         f"{loss_name(method[1])} {method[0]} at its largest KL, {np.mean(kls):.2g} nats, against SFT: "
-        f"golden win rate {_signed(judged, 'win_rate')}, rubric {_signed(true, 'rubric')}; {reading}.",
+        f"golden win rate {in_words(judged, 'win_rate')}, rubric {in_words(true, 'rubric')}; {reading}.",
         "not in the paper",
     )
 
@@ -544,7 +561,7 @@ def over_optimisation_finding(results: Sequence[CheckpointResult], method: Metho
 def final_accuracy_finding(results: Sequence[CheckpointResult], loss: str) -> Finding | None:
     """The paper: at the end offline policies classify 60-70 % of D_golden right, online policies about 50 % or less."""
     final = {arm: _final(results, (arm, loss), "accuracy") for arm in _trained_arms(results, loss)}
-    intervals = {arm: _interval(values) for arm, values in final.items() if values}
+    intervals = {arm: _interval(list(values.values())).within(0.0, 1.0) for arm, values in final.items() if values}
     if not intervals:
         return None
     listed = "; ".join(f"{arm} {_plain(interval, 'accuracy')}" for arm, interval in intervals.items())
@@ -571,14 +588,16 @@ def log_ratio_finding(results: Sequence[CheckpointResult], loss: str) -> Finding
     finals = {arm: values for arm, values in finals.items() if values}
     if not finals:
         return None
-    intervals = {arm: _interval(values) for arm, values in finals.items()}
+    intervals = {arm: _interval(list(values.values())) for arm, values in finals.items()}
     listed = "; ".join(f"{arm} {_plain(interval, 'nats')}" for arm, interval in intervals.items())
     name = loss_name(loss)
     sentence = f"{name}, log-probability of the winner relative to SFT at the end of training: {listed}"
-    if not finals.get("online") or len(finals["online"]) != len(finals.get("offline", ())):
+    online, offline = finals.get("online", {}), finals.get("offline", {})
+    shared = [online[seed] - offline[seed] for seed in online if seed in offline]
+    if not shared:
         return Finding(f"{sentence}.", "cannot be told")
-    gap = _interval([one - other for one, other in zip(finals["online"], finals["offline"], strict=True)])
-    sentence = f"{sentence}; online minus offline, runs of equal settings where there are any: {_signed(gap, 'nats')}."
+    gap = _interval(shared)
+    sentence = f"{sentence}; online minus offline, runs of equal settings where there are any: {in_words(gap, 'nats')}."
     if all(interval.high < 0 for interval in intervals.values()) and gap.low > 0:
         return Finding(sentence, "agrees")
     contradicted = any(interval.low > 0 for interval in intervals.values()) or gap.high < 0
@@ -604,17 +623,18 @@ def prediction_finding(results: Sequence[CheckpointResult], method: Method) -> F
             f"{name}: fewer than three runs of differing results, too few to relate accuracy to win rate.",
             "cannot be told",
         )
-    rho = _interval(seeded)
+    rho = _interval(seeded).within(-1.0, 1.0)
+    low, value, high = (_signs(f"{number:+.2f}") for number in (rho.low, rho.value, rho.high))
     sentence = (
-        f"{name}: Spearman's correlation of accuracy with win rate over the checkpoints is {rho.value:+.2f} "
-        f"(95 % interval {rho.low:+.2f} to {rho.high:+.2f}, whole runs resampled)."
+        f"{name}: Spearman's correlation of accuracy with win rate over the checkpoints is {value} "
+        f"(95\u00a0% interval {low} to {high}, whole runs resampled)."
     )
     if rho.low > 0:
         return Finding(sentence, "disagrees")
     return Finding(sentence, "agrees" if rho.high < STRONG_CORRELATION else "cannot be told")
 
 
-def _correlations(runs: Runs, seed: int) -> Float[np.ndarray, "R"]:
+def _correlations(runs: Runs, seed: int) -> Float[np.ndarray, R]:
     """Spearman's correlation over the checkpoints of all runs (first) and of resampled runs; nan where undefined."""
     points = [np.array([[r.mean("accuracy"), r.mean("win_rate")] for r in run[1:]]) for run in runs]
     rng = np.random.default_rng([seed, len(runs)])
@@ -635,10 +655,10 @@ def _trained_arms(results: Iterable[CheckpointResult], loss: str) -> list[str]:
 
 def _final(
     results: Sequence[CheckpointResult], method: Method, metric: str, *, matched: bool = False
-) -> list[Float[np.ndarray, "R"]]:
-    """Per seed, the mean over the ends of a method's runs; if matched, of those at an online run's setting."""
+) -> dict[int, Float[np.ndarray, R]]:
+    """By seed, the mean over the ends of a method's runs; if matched, of those at an online run's setting."""
     online = {r.setting for r in results if r.method == ("online", method[1])} if matched else set()
-    replicates = []
+    replicates = {}
     for seed in _seeds(results):
         last: dict[str, CheckpointResult] = {}
         for result in results:
@@ -646,29 +666,32 @@ def _final(
                 last[result.setting] = max(last.get(result.setting, result), result, key=lambda r: r.step)
         chosen = [result for setting, result in last.items() if setting in online] or list(last.values())
         if chosen:
-            replicates.append(_replicates(chosen, metric).mean(axis=1))
+            replicates[seed] = _replicates(chosen, metric).mean(axis=1)
     return replicates
 
 
 # Numbers in words.
 
 
+def in_words(interval: Interval, metric: str) -> str:
+    """A change with its interval: win rates and accuracies in percentage points."""
+    scale, form = (100, "+.1f") if metric in PROPORTIONS else (1, "+.3g")
+    low, high = _signs(f"{scale * interval.low:{form}}"), _signs(f"{scale * interval.high:{form}}")
+    return f"{_amount(interval.value, metric)} (95\u00a0% interval {low} to {high})"
+
+
 def _amount(value: float, metric: str) -> str:
     if metric in PROPORTIONS:
-        return f"{100 * value:+.1f} points"
-    return f"{value:+.3g} nats" if metric == "nats" else f"{value:+.3g}"
-
-
-def _signed(interval: Interval, metric: str) -> str:
-    """A change with its interval: win rates and accuracies in percentage points."""
-    scale = 100 if metric in PROPORTIONS else 1
-    places = ".1f" if metric in PROPORTIONS else ".3g"
-    ends = f"{scale * interval.low:+{places}} to {scale * interval.high:+{places}}"
-    return f"{_amount(interval.value, metric)} (95 % interval {ends})"
+        return _signs(f"{100 * value:+.1f} points")
+    return _signs(f"{value:+.3g} nats" if metric == "nats" else f"{value:+.3g}")
 
 
 def _plain(interval: Interval, metric: str) -> str:
     """A level with its interval: win rates and accuracies in per cent."""
-    if metric in PROPORTIONS:
-        return f"{100 * interval.value:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
-    return f"{interval.value:.3g} {metric} ({interval.low:.3g} to {interval.high:.3g})"
+    scale, form, unit = (100, ".1f", "\u00a0%") if metric in PROPORTIONS else (1, ".3g", f" {metric}")
+    value, low, high = (f"{scale * end:{form}}" for end in (interval.value, interval.low, interval.high))
+    return _signs(f"{value}{unit} ({low} to {high})")
+
+
+def _signs(number: str) -> str:
+    return number.replace("-", "\u2212")

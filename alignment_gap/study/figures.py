@@ -151,7 +151,7 @@ class _Study:
         if not trained:
             return f"no arm was trained with {loss_name(loss)}"
         absent = [metric for metric in metrics if not any(metric in result.outcomes for result in trained)]
-        return f"{' and '.join(absent)} was not measured" if absent else ""
+        return f"not measured: {', '.join(absent)}" if absent else ""
 
 
 def _row(result: CheckpointResult, means: Row) -> Row:
@@ -214,7 +214,7 @@ def _y(field: str, end: str = "") -> alt.Y:
 
 
 def _ticks(field: str) -> alt.Axis:
-    return alt.Axis(format=".0%") if field in _PERCENT else alt.Axis()
+    return alt.Axis(format=".0%", tickCount=6) if field in _PERCENT else alt.Axis()
 
 
 def _tooltip(rows: Sequence[Row]) -> list[alt.Tooltip]:
@@ -284,7 +284,7 @@ def _kl_figure(study: _Study, name: str, number: str, loss: str, metric: str, be
     layers = _scatter(rows, _x("kl", rows), metric)
     if metric == "win_rate":
         layers.insert(0, _level(0.5).encode(_y(metric)))
-    chart = alt.layer(*layers, data=alt.Data(values=_with_starts(rows))).properties(width=640, height=380)
+    chart = alt.layer(*layers, data=alt.Data(values=_with_starts(rows))).properties(width=760, height=420)
     return Figure(name, title, _kl_findings(study, loss, metric), _finish(chart))
 
 
@@ -317,7 +317,7 @@ def _budget_figure(study: _Study, loss: str) -> Figure:
         _band_rows(comparison, comparison.gap, "online minus offline"), x, "Gap, online minus offline", ""
     )
     right = alt.layer(_level(0.0), gap.encode(color=alt.value(INK)))
-    chart = alt.hconcat(*(side.properties(width=330, height=280) for side in (left, right)))
+    chart = alt.hconcat(*(side.properties(width=375, height=300) for side in (left, right)))
     return Figure(name, title, (analysis.equal_kl_finding(comparison),), _finish(chart))
 
 
@@ -343,13 +343,13 @@ def _accuracy_figure(study: _Study, losses: Sequence[str]) -> Figure:
     name, title, metrics = "figure_7", "Figure 7: win rate over accuracy on D_golden", ("win_rate", "accuracy")
     drawn = [loss for loss in losses if not study.lacking(loss, metrics)]
     if not drawn:
-        return Figure(name, title, missing="win rate and accuracy were not measured together")
+        return Figure(name, title, missing="not measured together: win_rate, accuracy")
     selected = {loss: study.select(loss, metrics) for loss in drawn}
     everything = [row for rows in selected.values() for row in rows]
     panels = [
         alt.layer(
             *_scatter(everything, _x("accuracy"), "win_rate", lines=False), data=alt.Data(values=_with_starts(rows))
-        ).properties(width=330, height=300, title=loss_name(loss))
+        ).properties(width=375, height=320, title=loss_name(loss))
         for loss, rows in selected.items()
     ]
     findings = tuple(analysis.prediction_finding(study.results, ("offline", loss)) for loss in drawn)
@@ -363,7 +363,7 @@ def _training_figure(study: _Study, loss: str) -> Figure:
     if reason := study.lacking(loss, metrics):
         return Figure(name, title, missing=reason)
     rows = [row for row in study.select(loss, metrics) if row["arm"] != "golden"]
-    panels = [alt.layer(*_scatter(rows, _x("step"), metric)).properties(width=225, height=250) for metric in metrics]
+    panels = [alt.layer(*_scatter(rows, _x("step"), metric)).properties(width=235, height=260) for metric in metrics]
     findings = (analysis.final_accuracy_finding(study.results, loss), analysis.log_ratio_finding(study.results, loss))
     chart = alt.hconcat(*panels, data=alt.Data(values=_with_starts(rows)))
     return Figure(name, title, tuple(finding for finding in findings if finding), _finish(chart))

@@ -141,7 +141,14 @@ def _page(
     return environment.get_template(_TEMPLATE).render(
         context=context,
         count=len(results),
-        answers=[(analysis.equal_kl_finding(c), f"{loss_name(c.first[1])}: {c.verdict} at equal KL.") for c in asked],
+        answers=[
+            (
+                analysis.equal_kl_headline(c),
+                f"{analysis.equal_kl_detail(c)} {analysis.seed_gaps_sentence(c)}",
+                analysis.equal_kl_finding(c).agreement,
+            )
+            for c in asked
+        ],
         coverage=analysis.coverage_sentence(len(set(context.seeds))),
         comparisons=_comparisons_table(comparisons) if comparisons else None,
         has_rubric=any("rubric" in result.outcomes for result in results),
@@ -165,16 +172,16 @@ def _json(value: object) -> markupsafe.Markup:
 
 
 def _comparisons_table(comparisons: Iterable[Comparison]) -> _Table:
-    headers = ("Loss", "Pair", "Metric", "KL budgets (nats)", "Mean gap", "Peak gap", "At equal KL")
+    headers = ("Loss", "Pair", "Metric", "KL budgets (nats)", "Mean gap", "Peak gap", "Better at equal KL")
     rows = [
         (
             loss_name(c.first[1]),
-            f"{c.first[0]} − {c.second[0]}",
+            f"{c.first[0]} \u2212 {c.second[0]}",
             c.metric.replace("_", " "),
             f"{c.budgets[0]:.2g} to {c.budgets[-1]:.2g}",
             _gap(c.mean_gap, c.metric),
             _gap(c.peak_gap, c.metric),
-            c.verdict,
+            c.better or "no claim",
         )
         for c in comparisons
     ]
@@ -184,7 +191,7 @@ def _comparisons_table(comparisons: Iterable[Comparison]) -> _Table:
 def _gap(interval: Interval, metric: str) -> str:
     scale, places = (100, ".1f") if metric in analysis.PROPORTIONS else (1, ".3f")
     value, low, high = (scale * end for end in (interval.value, interval.low, interval.high))
-    return f"{value:+{places}} ({low:+{places}} to {high:+{places}})"
+    return f"{value:+{places}} ({low:+{places}} to {high:+{places}})".replace("-", "\u2212")
 
 
 def _peaks_table(peaks: Sequence[Peak]) -> _Table:

@@ -1,0 +1,361 @@
+"""What the analysis claims, on results whose truth is known: worked out by hand, or planted and drawn at random."""
+
+import csv
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from alignment_gap.evaluation.intervals import Interval
+from alignment_gap.study import analysis
+from alignment_gap.study.analysis import CheckpointResult, compare
+
+ONLINE, OFFLINE = ("online", "ipo"), ("offline", "ipo")
+
+
+def checkpoint(arm, step, *, loss="ipo", beta=0.1, lr=1e-3, seed=0, size=16, **means):
+    """A checkpoint whose examples all equal the mean, so that no estimate has noise."""
+    outcomes = {metric: np.full(size, value) for metric, value in means.items()}
+    return CheckpointResult(arm, loss, beta, lr, seed, step, outcomes)
+
+
+def origin(seed=0, **means):
+    return checkpoint("sft", 0, loss="sft", beta=math.nan, seed=seed, **{"kl": 0.0, "win_rate": 0.2, **means})
+
+
+def two_runs(online=(0.5, 0.8), offline=(0.4, 0.7), seed=0):
+    """The origin and one run of each arm, with win rates at 1 and at 4 nats."""
+    results = [origin(seed)]
+    for arm, win_rates in (("online", online), ("offline", offline)):
+        results += [checkpoint(arm, 1, seed=seed, kl=1.0, win_rate=win_rates[0])]
+        results += [checkpoint(arm, 2, seed=seed, kl=4.0, win_rate=win_rates[1])]
+    return results
+
+
+def noisy_study(trial, gap, *, settings=4, size=256):
+    """Online one run, offline a sweep of runs of equal truth; prompts differ in difficulty, which all runs share."""
+    rng = np.random.default_rng(trial)
+    difficulty = rng.uniform(-0.15, 0.15, size=size)
+
+    def draw(arm, lr, step, kl, rate):
+        wins = (rng.random(size) < rate + difficulty).astype(float)
+        return CheckpointResult(arm, "ipo", 0.1, lr, 0, step, {"win_rate": wins, "kl": np.full(8, kl)})
+
+    results = [dataclasses.replace(draw("sft", 0.0, 0, 0.0, 0.3), loss="sft")]
+    for step, (kl, rate) in enumerate(((1.0, 0.5), (2.0, 0.65), (4.0, 0.7)), start=1):
+        results.append(draw("online", 1e-3, step, kl, rate + gap))
+        results += [draw("offline", 1e-3 * (1 + setting), step, kl, rate) for setting in range(settings)]
+    return results
+
+
+# The table and the peaks.
+
+
+def test_table_has_the_promised_columns_and_the_means():
+    results = [checkpoint("online", 3, kl=1.5, win_rate=0.75, length=7.0)]
+    (row,) = analysis.results_table(results)
+    promised = (
+        "arm loss beta learning_rate seed step kl win_rate win_rate_low win_rate_high win_rate_sft "
+        "proxy_win_rate rubric accuracy chosen_log_ratio rejected_log_ratio length"
+    )
+    assert list(row)[:17] == promised.split()
+    assert (row["arm"], row["step"], row["kl"], row["win_rate"], row["length_high"]) == ("online", 3, 1.5, 0.75, 7.0)
+    assert math.isnan(row["rubric"])
+
+
+def test_table_interval_holds_the_mean():
+    wins = np.random.default_rng(0).choice([0.0, 0.5, 1.0], size=300)
+    (row,) = analysis.results_table([CheckpointResult("online", "ipo", 0.1, 1e-3, 0, 1, {"win_rate": wins})])
+    assert row["win_rate_low"] < row["win_rate"] < row["win_rate_high"]
+    assert row["win_rate"] == pytest.approx(wins.mean())
+
+
+def test_csv_reads_back_and_leaves_the_unmeasured_empty(tmp_path):
+    results = [checkpoint("online", 3, kl=1.5, win_rate=0.75), origin()]
+    analysis.write_csv(tmp_path / "results.csv", analysis.results_table(results))
+    with (tmp_path / "results.csv").open(newline="") as file:
+        online, sft = csv.DictReader(file)
+    assert float(online["win_rate"]) == 0.75
+    assert online["rubric"] == sft["beta"] == ""
+
+
+def test_peaks_are_the_best_of_each_method_and_seed():
+    results = [*two_runs(online=(0.9, 0.6)), *two_runs(seed=1)]
+    found = {
+        (p.checkpoint.arm, p.checkpoint.seed): (p.checkpoint.step, p.interval.value) for p in analysis.peaks(results)
+    }
+    assert found == {
+        ("sft", 0): (0, 0.2),
+        ("sft", 1): (0, 0.2),
+        ("online", 0): (1, pytest.approx(0.9)),
+        ("online", 1): (2, pytest.approx(0.8)),
+        ("offline", 0): (2, pytest.approx(0.7)),
+        ("offline", 1): (2, pytest.approx(0.7)),
+    }
+
+
+def test_cross_fitting_takes_the_luck_out_of_a_peak():
+    optimism, honest = [], []
+    for trial in range(30):
+        rng = np.random.default_rng(trial)
+        draws = [{"win_rate": rng.integers(0, 2, size=100).astype(float)} for _ in range(20)]
+        results = [CheckpointResult("offline", "ipo", 0.1, 1e-3, 0, step, draw) for step, draw in enumerate(draws)]
+        (peak,) = analysis.peaks(results)
+        optimism.append(peak.interval.value - 0.5)
+        honest.append(peak.cross_fitted - 0.5)
+    assert np.mean(optimism) > 0.06
+    assert abs(np.mean(honest)) < 0.02
+
+
+# Equal KL.
+
+
+def test_frontiers_and_gap_by_hand():
+    # sqrt(KL) at 1, 1.5, 2; at 2.25 nats the mixture of neighbours has weight 1.25 / 3 on the later one.
+    comparison = compare(two_runs(), ONLINE, OFFLINE, points=3)
+    np.testing.assert_allclose(comparison.budgets, [1.0, 2.25, 4.0])
+    np.testing.assert_allclose(comparison.first_frontier.value, [0.5, 0.5 + 0.3 * 1.25 / 3, 0.8])
+    np.testing.assert_allclose(comparison.second_frontier.value, [0.4, 0.4 + 0.3 * 1.25 / 3, 0.7])
+    assert comparison.mean_gap.value == pytest.approx(0.1)
+    assert comparison.peak_gap.value == pytest.approx(0.1)
+    assert comparison.verdict == "online beats offline"
+
+
+def test_a_frontier_does_not_fall_and_ends_where_the_shorter_method_ends():
+    results = [*two_runs(online=(0.9, 0.3)), checkpoint("online", 3, kl=30.0, win_rate=1.0)]
+    comparison = compare(results, ONLINE, OFFLINE, points=5)
+    np.testing.assert_allclose(comparison.first_frontier.value, 0.9)
+    assert comparison.budgets[-1] == pytest.approx(4.0)
+    assert comparison.peak_gap.value == pytest.approx(0.3)
+
+
+def test_a_sweep_is_pooled():
+    results = [*two_runs(), checkpoint("offline", 1, beta=0.5, kl=1.0, win_rate=0.95)]
+    comparison = compare(results, ONLINE, OFFLINE, points=4)
+    np.testing.assert_allclose(comparison.second_frontier.value, 0.95)
+    assert comparison.verdict == "offline beats online"
+
+
+def test_the_origin_is_within_every_budget():
+    comparison = compare(two_runs(online=(0.1, 0.05)), ONLINE, OFFLINE, points=4)
+    np.testing.assert_allclose(comparison.first_frontier.value, 0.2)
+
+
+def test_spacing_alone_makes_no_gap():
+    dense = [checkpoint("offline", i, kl=k, win_rate=0.2 + 0.1 * k) for i, k in enumerate(np.linspace(1, 4, 13), 1)]
+    sparse = [checkpoint("online", i, kl=k, win_rate=0.2 + 0.1 * k) for i, k in enumerate((1.0, 4.0), 1)]
+    comparison = compare([origin(), *dense, *sparse], ONLINE, OFFLINE)
+    np.testing.assert_allclose(comparison.gap.value, 0.0, atol=1e-9)
+
+
+def test_swapping_the_methods_negates_everything():
+    results = noisy_study(0, 0.05)
+    one, other = (compare(results, *pair, resamples=100) for pair in ((ONLINE, OFFLINE), (OFFLINE, ONLINE)))
+    for field in ("mean_gap", "peak_gap"):
+        swapped = -getattr(other, field)
+        assert dataclasses.astuple(getattr(one, field)) == pytest.approx(dataclasses.astuple(swapped))
+    np.testing.assert_allclose(one.gap.low, -other.gap.high)
+    assert one.verdict == other.verdict
+
+
+def test_a_planted_gap_is_found_and_covered():
+    gaps = [compare(noisy_study(trial, 0.12), ONLINE, OFFLINE, resamples=200) for trial in range(12)]
+    assert all(comparison.mean_gap.value > 0 for comparison in gaps)
+    assert sum(comparison.better == "online" for comparison in gaps) >= 10
+    assert sum(comparison.mean_gap.low <= 0.12 <= comparison.mean_gap.high for comparison in gaps) >= 10
+
+
+def test_no_gap_is_claimed_where_there_is_none_although_one_side_is_swept():
+    gaps = [compare(noisy_study(trial, 0.0, settings=8), ONLINE, OFFLINE, resamples=200) for trial in range(20)]
+    assert sum(comparison.better == "" for comparison in gaps) >= 17
+    assert abs(np.mean([comparison.mean_gap.value for comparison in gaps])) < 0.015
+
+
+def test_several_seeds_have_students_interval():
+    results = [r for seed, lift in enumerate((0.1, 0.2, 0.3)) for r in two_runs((0.4 + lift, 0.7 + lift), seed=seed)]
+    comparison = compare(results, ONLINE, OFFLINE)
+    half_width = stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
+    assert comparison.seed_gaps == pytest.approx((0.1, 0.2, 0.3))
+    assert comparison.mean_gap.low == pytest.approx(0.2 - half_width)
+    assert comparison.verdict == "no difference between online and offline can be claimed"
+
+
+@pytest.mark.parametrize("missing", ["sft", "online", "offline"])
+def test_a_missing_arm_leaves_no_comparison(missing):
+    assert compare([result for result in two_runs() if result.arm != missing], ONLINE, OFFLINE) is None
+
+
+def test_a_missing_metric_leaves_no_comparison():
+    assert compare(two_runs(), ONLINE, OFFLINE, "rubric") is None
+
+
+def test_a_seed_that_lacks_an_arm_is_left_out():
+    results = [*two_runs(), *(result for result in two_runs(seed=1) if result.arm != "offline")]
+    assert compare(results, ONLINE, OFFLINE).seeds == (0,)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_handful_of_prompts_does_not_break_it(size):
+    results = [
+        dataclasses.replace(result, outcomes={metric: values[:size] for metric, values in result.outcomes.items()})
+        for result in two_runs()
+    ]
+    assert compare(results, ONLINE, OFFLINE).mean_gap.value == pytest.approx(0.1)
+
+
+def test_equal_arms_differ_by_nothing_at_all():
+    comparison = compare(two_runs((0.3, 0.7), (0.3, 0.7)), ONLINE, OFFLINE)
+    assert dataclasses.astuple(comparison.mean_gap) == (0.0, 0.0, 0.0)
+    assert comparison.better == ""
+
+
+# Findings.
+
+
+def with_gaps(mean, peak, pair=(ONLINE, OFFLINE), metric="win_rate"):
+    comparison = compare(two_runs(), ONLINE, OFFLINE)
+    gaps = {"mean_gap": Interval(*mean), "peak_gap": Interval(*peak)}
+    return dataclasses.replace(comparison, first=pair[0], second=pair[1], metric=metric, **gaps)
+
+
+@pytest.mark.parametrize(
+    ("mean", "peak", "agreement"),
+    [
+        ((0.1, 0.05, 0.15), (0.1, 0.02, 0.2), "agrees"),
+        ((0.1, 0.05, 0.15), (0.0, -0.1, 0.1), "cannot be told"),
+        ((0.0, -0.05, 0.05), (0.1, 0.05, 0.2), "cannot be told"),
+        ((-0.1, -0.15, -0.05), (0.1, 0.05, 0.2), "disagrees"),
+        ((0.1, 0.05, 0.15), (-0.1, -0.2, -0.05), "disagrees"),
+    ],
+)
+def test_agreement_on_online_against_offline(mean, peak, agreement):
+    assert analysis.equal_kl_finding(with_gaps(mean, peak)).agreement == agreement
+
+
+@pytest.mark.parametrize(
+    ("mean", "agreement"),
+    [((0.0, -0.02, 0.02), "agrees"), ((0.02, -0.02, 0.06), "cannot be told"), ((0.1, 0.05, 0.15), "disagrees")],
+)
+def test_agreement_on_shuffled_against_offline(mean, agreement):
+    comparison = with_gaps(mean, mean, pair=(("shuffled", "ipo"), OFFLINE))
+    assert analysis.equal_kl_finding(comparison).agreement == agreement
+
+
+def test_the_paper_says_nothing_of_a_rubric_or_of_other_arms():
+    gap = (0.1, 0.05, 0.15)
+    assert analysis.equal_kl_finding(with_gaps(gap, gap, metric="rubric")).agreement == "not in the paper"
+    other = with_gaps(gap, gap, pair=(("mixed", "ipo"), OFFLINE))
+    assert analysis.equal_kl_finding(other).agreement == "not in the paper"
+
+
+def test_sentences_are_written_from_the_numbers():
+    finding = analysis.equal_kl_finding(with_gaps((0.062, 0.031, 0.092), (-0.01, -0.02, 0.03)))
+    assert finding.sentence == (
+        "IPO: at equal KL online beats offline. Averaged over budgets of 1 to 4 nats the gap in win rate against the "
+        "golden policy, online minus offline, is +6.2 points (95\u00a0% interval +3.1 to +9.2); between their peaks, "
+        "at any KL, it is \u22121.0 points (95\u00a0% interval \u22122.0 to +3.0)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("online", "offline", "agreement"),
+    [(0.44, 0.7, "agrees"), (0.7, 0.8, "disagrees"), (0.44, 0.5, "disagrees"), (0.55, 0.7, "cannot be told")],
+)
+def test_final_accuracy(online, offline, agreement):
+    results = [
+        checkpoint("online", 1, accuracy=0.9),
+        checkpoint("online", 2, accuracy=online),
+        checkpoint("offline", 2, accuracy=offline),
+    ]
+    finding = analysis.final_accuracy_finding(results, "ipo")
+    assert finding.agreement == agreement
+    assert f"online {100 * online:.1f}" in finding.sentence
+
+
+def test_final_accuracy_without_measurements_says_nothing():
+    assert analysis.final_accuracy_finding(two_runs(), "ipo") is None
+
+
+@pytest.mark.parametrize(
+    ("online", "offline", "agreement"),
+    [(-3.0, -9.0, "agrees"), (-9.0, -3.0, "disagrees"), (1.0, -3.0, "disagrees"), (-3.0, -3.0, "cannot be told")],
+)
+def test_winner_log_ratio_is_compared_at_equal_settings(online, offline, agreement):
+    results = [
+        checkpoint("online", 2, beta=0.1, chosen_log_ratio=online),
+        checkpoint("offline", 2, beta=0.1, chosen_log_ratio=offline),
+        checkpoint("offline", 2, beta=0.5, chosen_log_ratio=50.0),
+    ]
+    assert analysis.log_ratio_finding(results, "ipo").agreement == agreement
+
+
+def test_log_ratio_without_online_cannot_be_told():
+    assert (
+        analysis.log_ratio_finding([checkpoint("offline", 1, chosen_log_ratio=-1.0)], "ipo").agreement
+        == "cannot be told"
+    )
+
+
+def test_settings_without_a_beta_match():
+    nan = checkpoint("online", 1, loss="best_of_n", beta=math.nan)
+    other = checkpoint("offline", 1, loss="best_of_n", beta=float("nan"))
+    assert nan.setting == other.setting == "lr 0.001"
+
+
+def swept(accuracies, win_rates):
+    """Runs of two checkpoints each, at settings that differ in beta."""
+    return [origin()] + [
+        checkpoint("offline", step, beta=0.1 * run, kl=1.0 * step, accuracy=accuracy, win_rate=win_rate)
+        for run, pair in enumerate(zip(accuracies, win_rates, strict=True), start=1)
+        for step, (accuracy, win_rate) in enumerate(zip(*pair, strict=True), start=1)
+    ]
+
+
+def test_prediction_of_win_rate_by_accuracy_is_spearmans():
+    rng = np.random.default_rng(0)
+    accuracies, win_rates = rng.random((8, 2)), rng.random((8, 2))
+    finding = analysis.prediction_finding(swept(accuracies, win_rates), OFFLINE)
+    expected = stats.spearmanr(accuracies.ravel(), win_rates.ravel()).statistic
+    assert f"{expected:+.2f}".replace("-", "\u2212") in finding.sentence
+
+
+def test_prediction_disagrees_where_accuracy_orders_the_runs():
+    ordered = np.linspace(0.4, 0.9, 12).reshape(6, 2)
+    assert analysis.prediction_finding(swept(ordered, ordered), OFFLINE).agreement == "disagrees"
+    assert analysis.prediction_finding(swept(ordered, ordered[::-1, ::-1]), OFFLINE).agreement == "agrees"
+
+
+def test_prediction_needs_three_runs_and_differing_results():
+    pair = np.array([[0.5, 0.6], [0.6, 0.7]])
+    assert "too few" in analysis.prediction_finding(swept(pair, pair), OFFLINE).sentence
+    flat = np.full((4, 2), 0.5)
+    assert analysis.prediction_finding(swept(flat, flat), OFFLINE).agreement == "cannot be told"
+
+
+def test_a_fall_after_the_peak_is_seen_and_measured():
+    falling = analysis.fall_finding(two_runs((0.9, 0.6), (0.8, 0.7)), [ONLINE, OFFLINE])
+    assert falling.agreement == "agrees"
+    assert "online \u221230.0 points" in falling.sentence and "at 4 nats" in falling.sentence
+    rising = analysis.fall_finding(two_runs(), [ONLINE, OFFLINE])
+    assert rising.agreement == "cannot be told"
+    assert rising.sentence.count("no fall that can be claimed") == 2
+    assert analysis.fall_finding([], [ONLINE]) is None
+
+
+@pytest.mark.parametrize(
+    ("rubric", "reading"), [(0.2, "over-optimised"), (0.8, "both rise"), (0.5, "not both clear of zero")]
+)
+def test_over_optimisation_compares_the_furthest_checkpoint_with_sft(rubric, reading):
+    results = [origin(rubric=0.5), checkpoint("online", 1, kl=9.0, win_rate=0.9, rubric=rubric)]
+    assert reading in analysis.over_optimisation_finding(results, ONLINE).sentence
+
+
+def test_over_optimisation_without_a_rubric_says_nothing():
+    assert analysis.over_optimisation_finding(two_runs(), ONLINE) is None
+
+
+def test_coverage_is_of_prompts_for_one_seed_and_of_seeds_for_several():
+    assert "not another training run" in analysis.coverage_sentence(1)
+    assert "2 degrees of freedom" in analysis.coverage_sentence(3)

@@ -1,0 +1,172 @@
+"""The figures: what is drawn, what is left out with a reason, and that the drawing comes out."""
+
+import importlib
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from alignment_gap.errors import UserError
+from alignment_gap.study import analysis, figures
+from alignment_gap.study.analysis import CheckpointResult
+
+ALL = ("win_rate", "rubric", "accuracy", "chosen_log_ratio", "rejected_log_ratio")
+
+
+def run(arm, loss="ipo", *, beta=0.1, steps=(1, 2), seed=0, metrics=ALL, start=1.0):
+    rng = np.random.default_rng([seed, len(arm), len(loss)])
+    for step in steps:
+        outcomes = {metric: rng.integers(0, 2, size=24).astype(float) for metric in metrics}
+        outcomes["kl"] = np.full(8, start * step if arm != "sft" else 0.0)
+        yield CheckpointResult(arm, loss, beta, 1e-3, seed, step, outcomes)
+
+
+def study(arms=("online", "offline", "shuffled"), losses=("ipo", "best_of_n"), seeds=(0,), metrics=ALL):
+    results = []
+    for seed in seeds:
+        results += run("sft", "sft", beta=math.nan, steps=(0,), seed=seed, metrics=metrics)
+        results += run("golden", "ipo", seed=seed, metrics=metrics)
+        for loss in losses:
+            beta = math.nan if loss == "best_of_n" else 0.1
+            results += [result for arm in arms for result in run(arm, loss, beta=beta, seed=seed, metrics=metrics)]
+    return results
+
+
+def draw(results):
+    table = analysis.results_table(results)
+    return {f.name: f for f in figures.study_figures(results, table, figures.study_comparisons(results))}
+
+
+def rows(figure):
+    """The data of all charts in a figure."""
+    found, stack = [], [figure.spec]
+    while stack:
+        part = stack.pop()
+        found += part.get("data", {}).get("values", [])
+        stack += [child for key in ("layer", "hconcat", "concat") for child in part.get(key, [])]
+    return found
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return draw(study())
+
+
+def test_the_papers_figures_are_there_in_order(drawn):
+    assert list(drawn) == [
+        "equal_kl_ipo",
+        "equal_kl_best_of_n",
+        "figure_4",
+        "figure_4_rubric",
+        "figure_7",
+        "figure_8_ipo",
+        "figure_8_best_of_n",
+        "figure_9_best_of_n",
+        "figure_9_best_of_n_rubric",
+    ]
+    assert not any(figure.missing for figure in drawn.values())
+
+
+def test_every_figure_says_something_with_an_agreement(drawn):
+    for figure in drawn.values():
+        assert figure.findings
+        assert all(finding.sentence.endswith(".") and finding.agreement for finding in figure.findings)
+
+
+def test_specifications_are_strict_json_and_carry_their_data(drawn):
+    for figure in drawn.values():
+        text = json.dumps(figure.spec, allow_nan=False)
+        assert "://" not in text.replace(figure.spec["$schema"], "")
+        assert rows(figure)
+
+
+@pytest.mark.parametrize("name", ["equal_kl_ipo", "figure_8_ipo", "figure_9_best_of_n"])
+def test_png_is_drawn(drawn, name):
+    assert drawn[name].png(scale=1.0).startswith(b"\x89PNG")
+
+
+def test_every_checkpoint_of_a_loss_is_a_mark_and_every_run_starts_at_the_origin(drawn):
+    data = rows(drawn["figure_4"])
+    marks = [row for row in data if not row.get("start") and "arm" in row]
+    assert sorted((row["arm"], row["step"]) for row in marks) == sorted(
+        [("sft", 0), *((arm, step) for arm in ("golden", "offline", "online", "shuffled") for step in (1, 2))]
+    )
+    starts = {row["arm"]: row["kl"] for row in data if row.get("start")}
+    assert starts == dict.fromkeys(("golden", "offline", "online", "shuffled"), 0.0)
+
+
+def test_ipo_lies_behind_best_of_n(drawn):
+    behind = {row["loss"] for row in rows(drawn["figure_9_best_of_n"]) if row.get("behind")}
+    before = {row["loss"] for row in rows(drawn["figure_9_best_of_n"]) if "arm" in row and not row.get("behind")}
+    assert behind == {"IPO"}
+    assert "Best-of-n" in before
+
+
+def scale(figure):
+    """Colours by arm, from the first colour scale in the specification."""
+    stack = [figure.spec]
+    while stack:
+        part = stack.pop()
+        colour = part.get("encoding", {}).get("color", {})
+        if "scale" in colour:
+            return dict(zip(colour["scale"]["domain"], colour["scale"]["range"], strict=True))
+        stack += [child for key in ("layer", "hconcat", "concat") for child in part.get(key, [])]
+    return {}
+
+
+def test_an_arm_has_one_colour_everywhere(drawn):
+    for figure in drawn.values():
+        for arm, colour in scale(figure).items():
+            assert colour == figures.ARM_STYLES[arm][0]
+
+
+def test_an_unknown_arm_is_drawn_beside_the_known_ones():
+    found = draw(study(arms=("online", "offline", "mixture", "window 4"), losses=("ipo",)))
+    colours = scale(found["figure_4"])
+    assert {"mixture", "window 4"} <= set(colours)
+    assert len(set(colours.values())) == len(colours)
+
+
+def test_an_unknown_loss_is_drawn():
+    found = draw(study(losses=("dpo",)))
+    assert "DPO" in found["figure_4"].title and not found["figure_4"].missing
+
+
+def test_several_seeds_are_separate_runs():
+    found = draw(study(losses=("ipo",), seeds=(0, 1)))
+    online = {row["run"] for row in rows(found["figure_4"]) if row.get("arm") == "online" and not row.get("start")}
+    assert online == {"online ipo beta 0.1, lr 0.001 seed 0", "online ipo beta 0.1, lr 0.001 seed 1"}
+
+
+def test_a_missing_metric_is_named():
+    found = draw(study(losses=("ipo",), metrics=("win_rate",)))
+    assert found["figure_4_rubric"].missing == "not measured: rubric"
+    assert "accuracy" in found["figure_8_ipo"].missing
+    assert not found["figure_4"].missing
+
+
+def test_a_missing_arm_is_named_and_the_rest_is_drawn():
+    found = draw(study(arms=("online",), losses=("ipo",)))
+    assert "offline" in found["equal_kl_ipo"].missing
+    assert not found["figure_4"].missing
+
+
+def test_nothing_trained_draws_nothing():
+    found = draw(study(arms=()))
+    assert found and all(figure.missing for figure in found.values())
+
+
+def test_comparisons_cover_losses_and_metrics():
+    found = figures.study_comparisons(study(losses=("ipo",)))
+    assert [(c.first[0], c.second[0], c.metric) for c in found] == [
+        (*pair, metric) for metric in ("win_rate", "rubric") for pair in figures.PAIRS
+    ]
+
+
+def test_without_altair_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "altair", None)
+    monkeypatch.delitem(sys.modules, "alignment_gap.study.figures")
+    with pytest.raises(UserError, match=r"pip install alignment-gap\[study\]"):
+        importlib.import_module("alignment_gap.study.figures")

@@ -1,0 +1,172 @@
+"""The report on disk: complete or absent, self-contained, and safe with whatever text the data hold."""
+
+import csv
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from alignment_gap.errors import UserError
+from alignment_gap.study import figures, report
+from alignment_gap.study.analysis import CheckpointResult
+from alignment_gap.study.report import JudgeFacts, ReportContext, peaks_text, write_report
+
+HOSTILE = "</script><script>alert('x')</script> & <b>bold</b>"
+
+
+def results(arms=("online", "offline"), seeds=(0,), rubric=True):
+    found = []
+    for seed in seeds:
+        for arm, kl, rate in (("sft", 0.0, 0.3), *((arm, k, 0.4 + 0.1 * k) for arm in arms for k in (1.0, 3.0))):
+            rng = np.random.default_rng([seed, int(kl)])
+            outcomes = {"win_rate": (rng.random(40) < rate).astype(float), "kl": np.full(8, kl)}
+            if rubric:
+                outcomes["rubric"] = rng.random(40)
+            loss = "sft" if arm == "sft" else "ipo"
+            found.append(CheckpointResult(arm, loss, 0.1, 1e-3, seed, int(kl), outcomes))
+    return found
+
+
+def context(**changes):
+    settings = {
+        "study": "tiny",
+        "config": {"arms": {"online": {"loss": "ipo", "beta": 0.1}}, "task": {"name": "posts", "sizes": [1, 2]}},
+        "versions": {"jax": "0.10.2"},
+        "judges": [JudgeFacts(0, 0.79, None, 0.86, 0.83)],
+        "samples": [
+            {"prompt": HOSTILE, "arm": "online", "loss": "ipo", "step": 3, "response": HOSTILE, "rubric": None},
+            {"prompt": HOSTILE, "arm": "sft", "loss": "sft", "step": 0, "response": "fine", "rubric": 0.5},
+        ],
+        "wall_time": {"sft": 12.0, "arms": 4020.0},
+        "notes": ["A micro size: these policies are not good models."],
+    }
+    return ReportContext(**(settings | changes))
+
+
+class Page(html.parser.HTMLParser):
+    """The tags, links, texts and scripts of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.scripts, self.text, self._in_script = [], [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self._in_script = tag == "script"
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if self._in_script:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._in_script = False
+
+    def handle_data(self, data):
+        if self._in_script:
+            self.scripts[-1] += data
+        else:
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report")
+    assert write_report(path, results(), context()) == path / "report.html"
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_page_numbers_and_pictures_are_there(folder):
+    drawn = {path.stem for path in (folder / "figures").iterdir()}
+    assert drawn == {"equal_kl_ipo", "figure_4", "figure_4_rubric"}
+    with (folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["arm"], row["step"]) for row in rows] == [(r.arm, str(r.step)) for r in results()]
+    assert sorted(path.name for path in folder.iterdir()) == ["figures", "report.html", "results.csv"]
+
+
+def test_page_loads_nothing(folder, page):
+    assert set(page.links) == {f"figures/{name}.png" for name in ("equal_kl_ipo", "figure_4", "figure_4_rubric")}
+    assert "default-src 'none'" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_specifications_in_the_page_are_those_of_the_figures(page):
+    specs = json.loads(page.scripts[1])
+    assert set(specs) == {"equal_kl_ipo", "figure_4", "figure_4_rubric"}
+    assert all("$schema" in spec for spec in specs.values())
+
+
+def test_text_from_the_data_stays_text(page):
+    assert page.text.count(HOSTILE) == 2
+    assert len(page.scripts) == 3
+    assert not any("alert('x')" in script for script in page.scripts)
+
+
+def test_the_answer_comes_first_with_its_caveats(page):
+    assert page.text.index("The answer") < page.text.index("How to read this") < page.text.index("Figures")
+    assert re.search(
+        r"IPO: at equal KL (no difference between online and offline can be claimed|\w+ beats \w+)\.", page.text
+    )
+    assert "95\u00a0% interval" in page.text
+    assert "not another training run" in page.text
+    assert "A micro size" in page.text
+
+
+def test_missing_figures_say_why(page):
+    assert "Not drawn; not measured: accuracy, chosen_log_ratio, rejected_log_ratio." in page.text
+
+
+@pytest.mark.parametrize("piece", ["79.0%", "not measured", "task.name", "1, 2", "jax", "1 h 07 min", "12.0 s"])
+def test_facts_of_the_study_are_in_the_page(page, piece):
+    assert piece in page.text
+
+
+def test_several_seeds_report_students_interval(tmp_path):
+    write_report(tmp_path, results(seeds=(0, 1, 2)), context(seeds=(0, 1, 2)))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "2 degrees of freedom" in text and "(seed 2)" in text
+
+
+def test_without_offline_the_question_is_left_open_and_stale_pictures_go(tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "equal_kl_ipo.png").write_bytes(b"old")
+    (tmp_path / "figures" / "mine.png").write_bytes(b"kept")
+    write_report(tmp_path, results(arms=("online",), rubric=False), ReportContext(study="part"))
+    assert "cannot be answered" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"figure_4.png", "mine.png"}
+
+
+def test_a_failure_leaves_the_finished_report(tmp_path, monkeypatch):
+    (tmp_path / "report.html").write_text("finished")
+
+    def fail(self, scale=2.0):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figures.Figure, "png", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(tmp_path, results(), context())
+    assert (tmp_path / "report.html").read_text() == "finished"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_write_that_fails_leaves_no_scrap(tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.replace", lambda self, target: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        report._replace(tmp_path / "report.html", b"new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_checkpoints_is_the_users_to_mend(tmp_path):
+    with pytest.raises(UserError, match="no evaluated checkpoints"):
+        write_report(tmp_path, [], context())
+
+
+def test_peaks_for_a_terminal():
+    lines = peaks_text(results(rubric=False)).splitlines()
+    assert lines[0].split()[:2] == ["Loss", "Arm"]
+    assert [line.split()[:2] for line in lines[1:]] == [["SFT", "sft"], ["IPO", "online"], ["IPO", "offline"]]
