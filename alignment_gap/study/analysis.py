@@ -66,6 +66,12 @@ METRIC_NAMES = {
     "accuracy": "accuracy on D_golden",
 }
 PROPORTIONS = frozenset({"win_rate", "win_rate_sft", "proxy_win_rate", "accuracy"})
+_FORMS: dict[str, tuple[int, str, str]] = {
+    **dict.fromkeys(PROPORTIONS, (100, ".1f", " points")),
+    "nats": (1, ".3g", " nats"),
+    "rubric": (1, ".3f", ""),
+}
+"""How a change is written: its scale, its digits, its unit."""
 CHANCE = 0.55
 """The paper's "around or below 50 %": an accuracy up to this counts as chance."""
 MARGIN = 0.03
@@ -283,7 +289,7 @@ def compare(
     in one half. What remains is that a choice from half of the prompts is a little worse than one from all.
 
     The KL of a checkpoint enters at its measured mean. Its own noise, a few per cent, shifts a frontier sideways by
-    as much, which moves a win rate by well under a point.
+    as much, which moves a win rate by well under a point where the KL is averaged over a few hundred prompts.
 
     Args:
       results: checkpoints of all methods, the SFT origin ("sft") among them.
@@ -296,16 +302,11 @@ def compare(
     Returns:
       The comparison over the seeds that have both methods and the origin, or None where there are none.
     """
-    paired = {
-        seed: (_runs(results, first, seed, metric), _runs(results, second, seed, metric)) for seed in _seeds(results)
-    }
-    paired = {seed: pair for seed, pair in paired.items() if pair[0] and pair[1]}
-    spans = [_span(runs) for pair in paired.values() for runs in pair]
-    limit = min((high for _, high in spans), default=0.0)
-    if not limit > 0:
+    both = {seed: [_runs(results, method, seed, metric) for method in (first, second)] for seed in _seeds(results)}
+    paired = {seed: pair for seed, pair in both.items() if all(pair)}
+    budgets = _budgets([runs for pair in paired.values() for runs in pair], points)
+    if not len(budgets):
         return None
-    start = min(limit, max(low for low, _ in spans))
-    budgets = np.linspace(math.sqrt(start), math.sqrt(limit), points) ** 2
     firsts = [_frontier(runs, metric, budgets, resamples) for runs, _ in paired.values()]
     seconds = [_frontier(runs, metric, budgets, resamples) for _, runs in paired.values()]
     gaps = [one - other for one, other in zip(firsts, seconds, strict=True)]
@@ -334,6 +335,16 @@ def _runs(results: Sequence[CheckpointResult], method: Method, seed: int, metric
         if result.method == method:
             runs.setdefault(result.setting, []).append(result)
     return [origin + sorted(run, key=lambda result: result.step) for run in runs.values()] if origin else []
+
+
+def _budgets(methods_runs: Sequence[Runs], points: int) -> Float[np.ndarray, "G"]:
+    """KL budgets in nats, equally spaced in the root, that all methods reach; none where none trained beyond 0."""
+    spans = [_span(runs) for runs in methods_runs]
+    limit = min((high for _, high in spans), default=0.0)
+    if not limit > 0:
+        return np.array([])
+    start = min(limit, max(low for low, _ in spans))
+    return np.linspace(math.sqrt(start), math.sqrt(limit), points) ** 2
 
 
 def _span(runs: Runs) -> tuple[float, float]:
@@ -675,20 +686,20 @@ def _final(
 
 def in_words(interval: Interval, metric: str) -> str:
     """A change with its interval: win rates and accuracies in percentage points."""
-    scale, form = (100, "+.1f") if metric in PROPORTIONS else (1, "+.3g")
-    low, high = _signs(f"{scale * interval.low:{form}}"), _signs(f"{scale * interval.high:{form}}")
+    scale, form, _ = _FORMS.get(metric, (1, ".3g", ""))
+    low, high = _signs(f"{scale * interval.low:+{form}}"), _signs(f"{scale * interval.high:+{form}}")
     return f"{_amount(interval.value, metric)} (95\u00a0% interval {low} to {high})"
 
 
 def _amount(value: float, metric: str) -> str:
-    if metric in PROPORTIONS:
-        return _signs(f"{100 * value:+.1f} points")
-    return _signs(f"{value:+.3g} nats" if metric == "nats" else f"{value:+.3g}")
+    scale, form, unit = _FORMS.get(metric, (1, ".3g", ""))
+    return _signs(f"{scale * value:+{form}}{unit}")
 
 
 def _plain(interval: Interval, metric: str) -> str:
     """A level with its interval: win rates and accuracies in per cent."""
-    scale, form, unit = (100, ".1f", "\u00a0%") if metric in PROPORTIONS else (1, ".3g", f" {metric}")
+    scale, form, unit = _FORMS.get(metric, (1, ".3g", ""))
+    unit = "\u00a0%" if metric in PROPORTIONS else unit
     value, low, high = (f"{scale * end:{form}}" for end in (interval.value, interval.low, interval.high))
     return _signs(f"{value}{unit} ({low} to {high})")
 

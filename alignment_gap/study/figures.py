@@ -165,7 +165,15 @@ def _row(result: CheckpointResult, means: Row) -> Row:
         "step": result.step,
     }
     columns = [f"{metric}{end}" for metric in _PLOTTED for end in ("", "_low", "_high")]
-    return row | {name: round(means[name], 5) for name in columns if math.isfinite(means[name])}
+    row |= {name: round(means[name], 5) for name in columns if math.isfinite(means[name])}
+    return row | {f"{metric}_text": _text(means, metric) for metric in analysis.METRICS if math.isfinite(means[metric])}
+
+
+def _text(means: Row, metric: str) -> str:
+    """A mean with its interval, for the tooltip."""
+    form = ".1%" if metric in analysis.PROPORTIONS else ".3g"
+    value, low, high = (format(means[f"{metric}{end}"], form) for end in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})"
 
 
 def _with_starts(rows: Sequence[Row]) -> list[Row]:
@@ -220,11 +228,9 @@ def _ticks(field: str) -> alt.Axis:
 def _tooltip(rows: Sequence[Row]) -> list[alt.Tooltip]:
     """Everything known of a checkpoint: its identity, and each measured mean with its interval."""
     tips = [alt.Tooltip(f"{field}:N") for field in ("arm", "loss", "setting", "seed", "step")]
-    for metric in _PLOTTED:
-        if any(metric in row for row in rows):
-            form = ".1%" if metric in _PERCENT else ".3f"
-            fields = (metric, f"{metric}_low", f"{metric}_high")
-            tips += [alt.Tooltip(f"{field}:Q", format=form, title=field.replace("_", " ")) for field in fields]
+    for metric in analysis.METRICS:
+        if any(f"{metric}_text" in row for row in rows):
+            tips.append(alt.Tooltip(f"{metric}_text:N", title=metric.replace("_", " ")))
     return tips
 
 

@@ -170,3 +170,10 @@ def test_without_altair_the_remedy_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "alignment_gap.study.figures")
     with pytest.raises(UserError, match=r"pip install alignment-gap\[study\]"):
         importlib.import_module("alignment_gap.study.figures")
+
+
+def test_tooltips_give_every_measured_value_with_its_interval(drawn):
+    (row,) = [r for r in rows(drawn["figure_4"]) if (r.get("arm"), r.get("step")) == ("online", 2)]
+    assert row["win_rate_text"] == f"{row['win_rate']:.1%} ({row['win_rate_low']:.1%} to {row['win_rate_high']:.1%})"
+    tips = [tip["field"] for layer in drawn["figure_4"].spec["layer"] for tip in layer["encoding"].get("tooltip", [])]
+    assert {"arm", "setting", "step", *(f"{metric}_text" for metric in (*ALL, "kl"))} <= set(tips)
