@@ -1,0 +1,24 @@
+"""Runs only where TRL is installed (`make parity`); elsewhere nothing here is collected."""
+
+import importlib.util
+import pathlib
+import sys
+
+WITH_TRL = importlib.util.find_spec("trl") is not None
+
+collect_ignore_glob = [] if WITH_TRL else ["test_*.py"]
+# The tests import trl_harness from this folder.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of docs/losses.md: one row for every comparison that passed."""
+    if not WITH_TRL:
+        return
+    from trl_harness import ROWS
+
+    terminalreporter.write_line("")
+    terminalreporter.write_line("| TRL | its settings | here | relative difference: value | gradient |")
+    terminalreporter.write_line("| --- | --- | --- | ---: | ---: |")
+    for theirs, settings, ours, value, gradient in ROWS:
+        terminalreporter.write_line(f"| {theirs} | {settings} | {ours} | {value:.0e} | {gradient:.0e} |")
