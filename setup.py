@@ -35,7 +35,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["alignment_gap", "alignment_gap.*"]),
-    package_data={"alignment_gap": ["py.typed"]},
+    package_data={"alignment_gap": ["py.typed"], "alignment_gap.study": ["*.jinja"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -47,6 +47,7 @@ setup(
         "jax>=0.10.2",
         "jaxtyping>=0.3",
         "ml-collections>=1.1",
+        "msgpack>=1",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The alignment-gap command."""

@@ -53,6 +53,7 @@ class PostsTaskConfig:
     """The built-in task: posts and summaries, one pair a prompt.
 
     Attributes:
+      kind: always "posts"; tells the config of a task from another's.
       pairs: training pairs.
       validation_pairs: held-out pairs.
       seed: of the world; everything follows from it.
@@ -61,6 +62,7 @@ class PostsTaskConfig:
       settings: the task's difficulty.
     """
 
+    kind: str = "posts"
     pairs: int = 20_000
     validation_pairs: int = 1_000
     seed: int = 0
@@ -83,24 +85,26 @@ class HumanPairsTaskConfig:
     """Human pairs from a JSON-lines file in Anthropic HH's format; see `human_pairs.read_human_pairs`.
 
     Attributes:
+      kind: always "human_pairs"; tells the config of a task from another's.
       path: the `.jsonl` or `.jsonl.gz` file.
       vocabulary_path: a SentencePiece model.
       prompt_length: most tokens of a prompt.
       response_length: most tokens of a response, the end id included.
       validation_fraction: share of the prompts that is held out.
-      limit: pairs to keep, None for all.
+      limit: pairs to keep, 0 for all.
       bad_pairs: "refuse" or "drop" pairs that hold no preference.
       long_pairs: "refuse" or "drop" pairs over a length.
       extra_ids: sentinels of the vocabulary.
       seed: of the split.
     """
 
+    kind: str = "human_pairs"
     path: str = ""
     vocabulary_path: str = ""
     prompt_length: int = 128
     response_length: int = 64
     validation_fraction: float = 0.05
-    limit: int | None = None
+    limit: int = 0
     bad_pairs: str = "refuse"
     long_pairs: str = "drop"
     extra_ids: int = 100
@@ -113,7 +117,7 @@ class HumanPairsTaskConfig:
                 raise UserError(f"{name} is not set: give the path of a file")
         for name in ("prompt_length", "response_length"):
             _within(self, name, 1)
-        if self.limit is not None:
+        if self.limit:
             _within(self, "limit", 2)
         _within(self, "extra_ids", 0)
         _within(self, "seed", 0)
@@ -124,6 +128,30 @@ class HumanPairsTaskConfig:
                 raise UserError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(POLICIES)}")
 
 
+def build_task(config: PostsTaskConfig | HumanPairsTaskConfig) -> Task:
+    """The task of a config, its pairs made or read; raises UserError where a setting or a file is unusable."""
+    return posts_task(config) if isinstance(config, PostsTaskConfig) else human_pairs_task(config)
+
+
+def task_vocabulary(config: PostsTaskConfig | HumanPairsTaskConfig) -> Vocabulary:
+    """The vocabulary alone of a config's task."""
+    if isinstance(config, PostsTaskConfig):
+        return posts.vocabulary()
+    return SentencePieceVocabulary(config.vocabulary_path, config.extra_ids)
+
+
+def task_rubric(config: PostsTaskConfig | HumanPairsTaskConfig) -> Rubric | None:
+    """True quality in a config's task, or None where nobody knows it."""
+    if not isinstance(config, PostsTaskConfig):
+        return None
+
+    def rubric(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> np.ndarray:
+        scores = (posts.rubric(x, y, config.settings) for x, y in zip(prompts, responses, strict=True))
+        return np.fromiter(scores, np.float32, len(prompts))
+
+    return rubric
+
+
 def posts_task(config: PostsTaskConfig) -> Task:
     """The built-in task; raises UserError where a setting is out of range."""
     config.validate()
@@ -131,18 +159,14 @@ def posts_task(config: PostsTaskConfig) -> Task:
     def examples(first: int, count: int) -> list[Example]:
         return [_post_example(posts.pair(config.seed, i, config.settings)) for i in range(first, first + count)]
 
-    def rubric(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> np.ndarray:
-        scores = (posts.rubric(x, y, config.settings) for x, y in zip(prompts, responses, strict=True))
-        return np.fromiter(scores, np.float32, len(prompts))
-
     return Task(
         name="posts",
-        vocabulary=posts.vocabulary(),
+        vocabulary=task_vocabulary(config),
         pairs=examples(0, config.pairs),
         validation=examples(_VALIDATION_START, config.validation_pairs),
         prompt_length=config.prompt_length,
         response_length=config.response_length,
-        rubric=rubric,
+        rubric=task_rubric(config),
         provenance={"task": "posts", "config": dataclasses.asdict(config)},
     )
 
@@ -150,7 +174,7 @@ def posts_task(config: PostsTaskConfig) -> Task:
 def human_pairs_task(config: HumanPairsTaskConfig) -> Task:
     """Human pairs from a file; raises UserError where the file, the vocabulary or a setting is unusable."""
     config.validate()
-    vocabulary = SentencePieceVocabulary(config.vocabulary_path, config.extra_ids)
+    vocabulary = task_vocabulary(config)
     read = read_human_pairs(
         config.path,
         vocabulary,
@@ -158,7 +182,7 @@ def human_pairs_task(config: HumanPairsTaskConfig) -> Task:
         response_length=config.response_length,
         bad_pairs=config.bad_pairs,
         long_pairs=config.long_pairs,
-        limit=config.limit,
+        limit=config.limit or None,
     )
     training, validation = split_by_prompt(read.examples, config.validation_fraction, config.seed)
     if not training or not validation:
@@ -175,7 +199,7 @@ def human_pairs_task(config: HumanPairsTaskConfig) -> Task:
         validation=validation,
         prompt_length=config.prompt_length,
         response_length=config.response_length,
-        rubric=None,
+        rubric=task_rubric(config),
         provenance={
             "task": "human_pairs",
             "config": dataclasses.asdict(config),

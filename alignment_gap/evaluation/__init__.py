@@ -1,1 +1,1 @@
-"""TODO"""
+"""Win rates, divergence, classification, and the intervals that go with them."""

@@ -1,1 +1,29 @@
-"""TODO"""
+"""Policies (T5-style encoder-decoders, PaLM-style decoders) behind one contract, and preference models over them."""
+
+from alignment_gap.models.decoder import DecoderConfig, DecoderPolicy
+from alignment_gap.models.policy import Output, Policy, count_parameters, response_hidden, score
+from alignment_gap.models.preference import PreferenceModel
+from alignment_gap.models.t5 import T5Config, T5Policy
+
+ModelConfig = T5Config | DecoderConfig
+
+
+def make_policy(config: ModelConfig) -> Policy:
+    """The policy of a config; raises UserError where its sizes cannot be built."""
+    return T5Policy(config) if isinstance(config, T5Config) else DecoderPolicy(config)
+
+
+__all__ = [
+    "DecoderConfig",
+    "DecoderPolicy",
+    "ModelConfig",
+    "Output",
+    "Policy",
+    "PreferenceModel",
+    "T5Config",
+    "T5Policy",
+    "count_parameters",
+    "make_policy",
+    "response_hidden",
+    "score",
+]

@@ -1,1 +1,33 @@
-"""TODO"""
+"""State, optimizers, the update step, checkpoints and the loop that all training shares."""
+
+from alignment_gap.training.checkpoints import Checkpoints
+from alignment_gap.training.loop import Source, train, with_reference
+from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
+from alignment_gap.training.state import TrainState, abstract_state, create_state, state_from_params
+from alignment_gap.training.update import (
+    Objective,
+    UpdateStep,
+    loss_inputs,
+    make_update_step,
+    policy_objective,
+    preference_objective,
+)
+
+__all__ = [
+    "Checkpoints",
+    "Objective",
+    "OptimizerConfig",
+    "Source",
+    "TrainState",
+    "UpdateStep",
+    "abstract_state",
+    "create_state",
+    "loss_inputs",
+    "make_optimizer",
+    "make_update_step",
+    "policy_objective",
+    "preference_objective",
+    "state_from_params",
+    "train",
+    "with_reference",
+]

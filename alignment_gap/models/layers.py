@@ -1,0 +1,186 @@
+"""Layers that both architectures share: norm, projections, rotary and relative positions, attention, gated MLP."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Added to masked attention logits: far below any real one, and still finite where a whole row is masked.
+MASKED = -1e30
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm without mean or bias, computed in float32."""
+
+    dtype: Any = jnp.float32
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """The normalised input times a learned scale, in `dtype`."""
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.epsilon) * scale).astype(self.dtype)
+
+
+def projection(
+    features: int | tuple[int, ...], axes: tuple[str, ...], *, inputs: int = 1, variance: float = 1.0, dtype: Any
+) -> nn.DenseGeneral:
+    """A linear map without bias whose kernel carries logical axis names.
+
+    Args:
+      features: size or sizes of the output axes.
+      axes: logical names of the kernel's axes, inputs first.
+      inputs: how many trailing axes of the input are contracted.
+      variance: of the initial kernel, times fan-in.
+      dtype: of the computation; the kernel is float32.
+    """
+    initializer = nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
+    return nn.DenseGeneral(
+        features,
+        axis=tuple(range(-inputs, 0)),
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(initializer, axes),
+    )
+
+
+class GatedMLP(nn.Module):
+    """activation(x wi_0) * (x wi_1), projected back by wo; GELU as in T5 v1.1, SiLU for SwiGLU."""
+
+    width: int
+    hidden: int
+    activation: Callable[[Array], Array]
+    dtype: Any
+
+    def setup(self) -> None:
+        """Makes the three projections."""
+        self.wi_0 = projection(self.hidden, ("embed", "mlp"), dtype=self.dtype)
+        self.wi_1 = projection(self.hidden, ("embed", "mlp"), dtype=self.dtype)
+        self.wo = projection(self.width, ("mlp", "embed"), dtype=self.dtype)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Applies the block to the last axis."""
+        return self.wo(self.activation(self.wi_0(x)) * self.wi_1(x))
+
+
+class Segment(NamedTuple):
+    """Keys that queries attend to: of a prompt that K responses share, or of each response's own.
+
+    Attributes:
+      keys: [B, S, G, D] where all K rows of a prompt share them, [B, K, S, G, D] where each row has its own.
+      values: as keys.
+      mask: True where attending is allowed, broadcastable to [B, K, Q, S].
+      bias: added to the logits per head, [H, Q, S], or None.
+    """
+
+    keys: Float[Array, "B *K S G D"]
+    values: Float[Array, "B *K S G D"]
+    mask: Bool[Array, "#B #K #Q #S"]
+    bias: Float[Array, "H Q S"] | None = None
+
+
+def attend(query: Float[Array, "B K Q H D"], segments: Sequence[Segment], *, scale: float) -> Float[Array, "B K Q H D"]:
+    """Softmax attention over the concatenation of segments; a shared segment's keys are never copied per row.
+
+    H query heads read G key heads, G dividing H (multi-head, grouped or multi-query). Logits and softmax are float32.
+    """
+    batch, rows, length, heads, size = query.shape
+    groups = segments[0].keys.shape[-2]
+    query = query.reshape(batch, rows, length, groups, heads // groups, size) * scale
+    logits = []
+    for segment in segments:
+        keys = "bsgd" if segment.keys.ndim == 4 else "bksgd"
+        logit = jnp.einsum(f"bkqghd,{keys}->bkghqs", query, segment.keys, preferred_element_type=jnp.float32)
+        if segment.bias is not None:
+            logit += segment.bias.reshape(groups, heads // groups, *segment.bias.shape[1:])
+        logits.append(jnp.where(segment.mask[:, :, None, None], logit, MASKED))
+    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(query.dtype)
+    ends = list(itertools.accumulate(logit.shape[-1] for logit in logits))
+    output = jnp.zeros((), query.dtype)
+    for segment, weight in zip(segments, jnp.split(weights, ends[:-1], axis=-1), strict=True):
+        values = "bsgd" if segment.values.ndim == 4 else "bksgd"
+        output += jnp.einsum(f"bkghqs,{values}->bkqghd", weight, segment.values)
+    return jnp.reshape(output, (batch, rows, length, heads, size))
+
+
+class RelativePositionBias(nn.Module):
+    """T5's learned bias per head and bucket of the distance from query to key."""
+
+    buckets: int
+    max_distance: int
+    heads: int
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, queries: Int[Array, Q], keys: Int[Array, S]) -> Float[Array, "H Q S"]:
+        """The bias in float32 between these positions."""
+        table = self.param(
+            "rel_embedding",
+            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("heads", "relpos_buckets")),
+            (self.heads, self.buckets),
+        )
+        distance = keys[None, :] - queries[:, None]
+        return table[:, relative_position_bucket(distance, self.bidirectional, self.buckets, self.max_distance)]
+
+
+def relative_position_bucket(
+    distance: Int[Array, "*B"], bidirectional: bool, buckets: int, max_distance: int
+) -> Int[Array, "*B"]:
+    """T5's bucket of key position minus query position: exact when near, logarithmic up to max_distance (1910.10683)."""
+    offset = jnp.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    far = jnp.log(jnp.maximum(distance, 1) / exact) / math.log(max_distance / exact)
+    far_bucket = jnp.minimum(exact + (far * (buckets - exact)).astype(distance.dtype), buckets - 1)
+    return offset + jnp.where(distance < exact, distance, far_bucket)
+
+
+def rotate(x: Float[Array, "*B T H D"], positions: Int[Array, "*B T"], base: float) -> Float[Array, "*B T H D"]:
+    """Rotary position embedding: pairs (i, i + D/2) of each head turned by position * base^(-2i/D) (2104.09864)."""
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def causal_mask(size: int) -> Bool[Array, "1 1 T T"]:
+    """True where the key is not after the query."""
+    return jnp.tril(jnp.ones((size, size), dtype=bool))[None, None]
+
+
+def embedding(key: Array, vocabulary_size: int, width: int, stddev: float = 1.0) -> nn.LogicallyPartitioned:
+    """A normally distributed embedding table [V, D] with its logical axis names."""
+    initializer = nn.with_logical_partitioning(nn.initializers.normal(stddev), ("vocab", "embed"))
+    return initializer(key, (vocabulary_size, width), jnp.float32)
+
+
+def prefix_mask(lengths: Int[Array, B], size: int) -> Bool[Array, "B 1 1 S"]:
+    """True at each prompt's own tokens, for every row and query."""
+    return (jnp.arange(size) < lengths[:, None])[:, None, None]
+
+
+def update_cache(
+    cache: tuple[Array, Array] | None, new: tuple[Array, Array], step: Int[Array, ""] | None
+) -> tuple[Array, Array]:
+    """New keys and values [B, K, Q, G, C] themselves, or the cache [B, K, R, G, C] with them written at `step`."""
+    if cache is None:
+        return new
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(old, add, step, axis=2) for old, add in zip(cache, new, strict=True)
+    )
+    return keys, values

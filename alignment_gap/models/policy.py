@@ -1,0 +1,107 @@
+"""What every policy offers to losses, sampling and evaluation, whatever its architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from alignment_gap import losses
+from alignment_gap.errors import UserError
+from alignment_gap.models.stack import REMAT_POLICIES
+
+
+class Output(NamedTuple):
+    """How hidden states become logits: scale * hidden @ embedding.T."""
+
+    embedding: Float[Array, "V D"]
+    scale: float
+
+
+class Policy(Protocol):
+    """A language model that scores and continues prompts; a frozen value, its parameters are passed in.
+
+    The response's token t is predicted at input t, which is the token before it; input 0 is `start_tokens`.
+    """
+
+    @property
+    def config(self) -> Any:
+        """Sizes and settings, a frozen dataclass."""
+
+    def init(self, key: Array) -> Any:
+        """Fresh parameters, each in a box with its logical axis names."""
+
+    def output(self, params: Any) -> Output:
+        """The output embedding and the scale of its logits."""
+
+    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, B]) -> Int[Array, B]:
+        """The input that predicts each response's first token."""
+
+    def hidden(
+        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, B], inputs: Int[Array, "B K R"]
+    ) -> Float[Array, "B K R D"]:
+        """Hidden states that predict the tokens of K responses; the prompt is computed once."""
+
+    def prefill(
+        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, B], samples: int, max_length: int
+    ) -> Any:
+        """A cache from which K samples of at most R tokens can be decoded."""
+
+    def decode_step(
+        self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"]
+    ) -> tuple[Float[Array, "B K D"], Any]:
+        """Hidden states that predict the token at `step`, and the cache with `tokens` in it."""
+
+
+def response_hidden(
+    policy: Policy,
+    params: Any,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, B],
+    responses: Int[Array, "B K R"],
+) -> Float[Array, "B K R D"]:
+    """Hidden states that predict each token of given responses."""
+    start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None, None], (*responses.shape[:2], 1))
+    inputs = jnp.concatenate([start, responses[..., :-1]], axis=-1)
+    return policy.hidden(params, prompts, prompt_lengths, inputs)
+
+
+def score(
+    policy: Policy,
+    params: Any,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, B],
+    responses: Int[Array, "B K R"],
+    response_lengths: Int[Array, "B K"],
+) -> Float[Array, "B K R"]:
+    """Log-probabilities in nats of every response token given its prompt and what precedes it; float32, 0 at padding."""
+    hidden = response_hidden(policy, params, prompts, prompt_lengths, responses)
+    embedding, scale = policy.output(params)
+    log_probs = losses.token_log_probs(hidden, embedding, responses, scale=scale)
+    mask = jnp.arange(responses.shape[-1]) < response_lengths[..., None]
+    return jnp.where(mask, log_probs, 0.0)
+
+
+def count_parameters(policy: Policy) -> int:
+    """Number of parameters, without allocating them."""
+    abstract = jax.eval_shape(policy.init, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract))
+
+
+def check_sizes(config: Any) -> None:
+    """Raises UserError with field, value and remedy where a model's config cannot be built."""
+    name = type(config).__name__
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+            raise UserError(f"{name}.{field.name} is {value}: it must be positive")
+    if config.remat not in REMAT_POLICIES:
+        raise UserError(f"{name}.remat is {config.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"{name}.dtype is {config.dtype!r}: choose float32 or bfloat16")
+    heads, kv_heads = config.heads, getattr(config, "kv_heads", config.heads)
+    if heads % kv_heads:
+        raise UserError(f"{name}.kv_heads is {kv_heads}: it must divide heads={heads}")

@@ -1,0 +1,155 @@
+"""Preference models: a policy that reads a prompt with two responses and is asked which is better.
+
+The judge is an ordinary policy, with its sizes, checkpoints and sharding. It continues the prompt with both responses
+and a question, and its answer is the log-odds of two label tokens, as in text-to-text preference models. So an SFT
+policy's parameters initialise it as they are, and the two orders of the sign rule share the prompt's computation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from alignment_gap.errors import UserError
+from alignment_gap.models.policy import Policy, response_hidden
+
+KINDS = ("pairwise", "bradley_terry")
+
+
+class Markers(NamedTuple):
+    """Token ids outside of the text's own: what precedes each response, what asks, and the two answers."""
+
+    first: int
+    second: int
+    question: int
+    first_better: int
+    second_better: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceModel:
+    """P(first response is better | prompt, both responses).
+
+    Attributes:
+      policy: the network.
+      markers: reserved token ids.
+      kind: "pairwise" reads both responses in one context; "bradley_terry" reads one and takes the difference of rewards.
+    """
+
+    policy: Policy
+    markers: Markers
+    kind: str = "pairwise"
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an unknown kind."""
+        if self.kind not in KINDS:
+            raise UserError(f"preference model kind {self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
+
+    def log_odds(
+        self,
+        params: Any,
+        prompts: Int[Array, "B P"],
+        prompt_lengths: Int[Array, B],
+        responses: Int[Array, "B 2 R"],
+        response_lengths: Int[Array, "B 2"],
+    ) -> Float[Array, B]:
+        """log r / (1 - r) where r is the probability that responses[:, 0] is better; float32.
+
+        A pairwise model's answer depends on the order of the responses; `preferences` is free of that bias.
+        """
+        batch = (params, prompts, prompt_lengths, responses, response_lengths)
+        if self.kind == "bradley_terry":
+            rewards = self._answers(*batch, rows=((0,), (1,)))
+            return rewards[:, 0] - rewards[:, 1]
+        return self._answers(*batch, rows=((0, 1),))[:, 0]
+
+    def preferences(
+        self,
+        params: Any,
+        prompts: Int[Array, "B P"],
+        prompt_lengths: Int[Array, B],
+        responses: Int[Array, "B 2 R"],
+        response_lengths: Int[Array, "B 2"],
+    ) -> Float[Array, B]:
+        """The hard sign rule: 1 where r(x, y1, y2) > r(x, y2, y1), 0 where smaller, 0.5 where equal (2405.08448)."""
+        rows = ((0,), (1,)) if self.kind == "bradley_terry" else ((0, 1), (1, 0))
+        answers = self._answers(params, prompts, prompt_lengths, responses, response_lengths, rows=rows)
+        return (jnp.sign(answers[:, 0] - answers[:, 1]) + 1) / 2
+
+    def scores(
+        self,
+        params: Any,
+        prompts: Int[Array, "B P"],
+        prompt_lengths: Int[Array, B],
+        responses: Int[Array, "B K R"],
+        response_lengths: Int[Array, "B K"],
+    ) -> Float[Array, "B K"]:
+        """Each response's share of wins against the K - 1 others of its prompt; 1, 0 or 0.5 for a pair."""
+        samples = responses.shape[1]
+        scores = jnp.zeros(response_lengths.shape, jnp.float32)
+        for i in range(samples):
+            for j in range(i + 1, samples):
+                pair = jnp.array([i, j])
+                won = self.preferences(params, prompts, prompt_lengths, responses[:, pair], response_lengths[:, pair])
+                scores = scores.at[:, i].add(won).at[:, j].add(1 - won)
+        return scores / (samples - 1)
+
+    def _answers(
+        self,
+        params: Any,
+        prompts: Array,
+        prompt_lengths: Array,
+        responses: Array,
+        response_lengths: Array,
+        *,
+        rows: tuple[tuple[int, ...], ...],
+    ) -> Float[Array, "B rows"]:
+        """Log-odds of "the first is better" for each row: the responses in that order, in one context behind the prompt.
+
+        The rows are to the policy what responses are: they share the prompt's computation.
+        """
+        contexts = [self._context(responses, response_lengths, row) for row in rows]
+        text, lengths = (jnp.stack(part, axis=1) for part in zip(*contexts, strict=True))
+        hidden = response_hidden(self.policy, params, prompts, prompt_lengths, text)
+        answer = jnp.take_along_axis(hidden, lengths[..., None, None], axis=2)[:, :, 0].astype(jnp.float32)
+        embedding, scale = self.policy.output(params)
+        direction = embedding[self.markers.first_better] - embedding[self.markers.second_better]
+        return scale * answer @ direction.astype(jnp.float32)
+
+    def _context(
+        self, responses: Array, response_lengths: Array, row: tuple[int, ...]
+    ) -> tuple[Int[Array, "B T"], Int[Array, B]]:
+        """The row's responses behind their markers, the question, and room for the answer; and its length before it."""
+        ones = jnp.ones_like(response_lengths[:, 0])
+
+        def mark(token: int) -> tuple[Array, Array]:
+            return jnp.full((len(ones), 1), token, responses.dtype), ones
+
+        parts = []
+        for marker, i in zip((self.markers.first, self.markers.second), row, strict=False):
+            parts += [mark(marker), (responses[:, i], response_lengths[:, i])]
+        room = (jnp.zeros((len(ones), 1), responses.dtype), jnp.zeros_like(ones))
+        return join([*parts, mark(self.markers.question), room])
+
+
+def join(parts: list[tuple[Int[Array, "B S"], Int[Array, B]]]) -> tuple[Int[Array, "B T"], Int[Array, B]]:
+    """Ragged rows behind each other without gaps; T is the sum of the parts' sizes, and the rest of a row is 0."""
+    batch, size = len(parts[0][1]), sum(tokens.shape[1] for tokens, _ in parts)
+    joined = jnp.zeros((batch, size), parts[0][0].dtype)
+    offset = jnp.zeros((batch,), parts[0][1].dtype)
+    rows = jnp.arange(batch)[:, None]
+    for tokens, lengths in parts:
+        position = jnp.arange(tokens.shape[1])
+        target = jnp.where(position < lengths[:, None], offset[:, None] + position, size)
+        joined = joined.at[rows, target].set(tokens, mode="drop")
+        offset += lengths
+    return joined, offset
+
+
+def pair_loss(log_odds: Float[Array, B], preference: Float[Array, B]) -> Float[Array, B]:
+    """Cross-entropy in nats of the answer against the probability that the first response is better."""
+    return -(preference * jax.nn.log_sigmoid(log_odds) + (1 - preference) * jax.nn.log_sigmoid(-log_odds))

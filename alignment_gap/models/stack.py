@@ -1,0 +1,48 @@
+"""A stack of equal layers as one layer with a leading axis on its parameters: compiled once, whatever the depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array
+
+Carry = TypeVar("Carry")
+
+
+def init_stack(init: Callable[[Array], Any], key: Array, depth: int) -> Any:
+    """Parameters of `depth` layers, stacked on a first axis that is named "layers"."""
+    stacked = jax.vmap(init)(jax.random.split(key, depth))
+    return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
+
+
+def scan_stack(
+    layer: Callable[[Carry, Any, Any], tuple[Carry, Any]], carry: Carry, params: Any, inputs: Any = None, *, config: Any
+) -> tuple[Carry, Any]:
+    """Runs `layer(carry, layer_params, layer_inputs) -> (carry, layer_outputs)` over the stack.
+
+    Args:
+      layer: one layer.
+      carry: what flows from layer to layer.
+      params: stacked parameters.
+      inputs: stacked further inputs of the layers, such as caches.
+      config: a model's config; its `remat` says what the backward pass recomputes ("none" keeps all activations,
+        "full" recomputes them, "dots" keeps matrix products), its `scan_unroll` how many layers an iteration runs.
+
+    Returns:
+      The last carry and the stacked outputs.
+    """
+    if config.remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+    return jax.lax.scan(
+        lambda state, layer_inputs: layer(state, *layer_inputs), carry, (params, inputs), unroll=config.scan_unroll
+    )
+
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}

@@ -1,0 +1,283 @@
+"""T5 v1.1 encoder-decoder (2002.05202 over 1910.10683): RMS norm, relative position buckets, gated GELU, no biases."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from alignment_gap.models import layers
+from alignment_gap.models.policy import Output, check_sizes
+from alignment_gap.models.stack import init_stack, scan_stack
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes and settings of a T5 v1.1 policy; parameter names follow T5X.
+
+    Attributes:
+      architecture: always "t5"; tells the config of a policy from another's.
+      vocabulary_size: rows of the embedding.
+      width: of the residual stream.
+      encoder_layers: depth of the encoder.
+      decoder_layers: depth of the decoder.
+      heads: attention heads.
+      head_size: width of one head; need not divide `width`.
+      mlp_width: hidden width of the gated MLP.
+      relative_position_buckets: of the learned position bias, per head.
+      relative_position_max_distance: distances beyond share the last bucket.
+      tied_embeddings: whether the input embedding, over sqrt(width), is the output embedding too (v1.1: not).
+      dtype: of the computation; parameters, norms, softmax and losses are float32.
+      remat: what the backward pass recomputes: "none", "dots" or "full".
+      scan_unroll: layers per iteration of the loop over layers; more compiles longer and runs faster on a CPU.
+    """
+
+    architecture: str = "t5"
+    vocabulary_size: int = 32128
+    width: int = 64
+    encoder_layers: int = 2
+    decoder_layers: int = 2
+    heads: int = 4
+    head_size: int = 16
+    mlp_width: int = 128
+    relative_position_buckets: int = 32
+    relative_position_max_distance: int = 128
+    tied_embeddings: bool = False
+    dtype: str = "float32"
+    remat: str = "none"
+    scan_unroll: int = 1
+
+
+class Attention(nn.Module):
+    """The four projections of a multi-head attention; the caller says what attends to what."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        """Makes the projections; T5 scales the query's initial kernel, not the logits."""
+        config = self.config
+        split = partial(
+            layers.projection, (config.heads, config.head_size), ("embed", "heads", "kv"), dtype=config.dtype
+        )
+        self.query = split(variance=1 / config.head_size)
+        self.key = split()
+        self.value = split()
+        self.out = layers.projection(config.width, ("heads", "kv", "embed"), inputs=2, dtype=config.dtype)
+
+    def keys_values(self, x: Float[Array, "*B S D"]) -> tuple[Float[Array, "*B S H C"], Float[Array, "*B S H C"]]:
+        """What others attend to."""
+        return self.key(x), self.value(x)
+
+    def __call__(self, x: Float[Array, "B K Q D"], segment: layers.Segment) -> Float[Array, "B K Q D"]:
+        """The queries of x attend to the segment."""
+        return self.out(layers.attend(self.query(x), [segment], scale=1.0))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then MLP, each behind a norm and added to the stream."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        """Makes the sub-layers."""
+        config = self.config
+        self.pre_attention_layer_norm = layers.RMSNorm(config.dtype)
+        self.attention = Attention(config)
+        self.pre_mlp_layer_norm = layers.RMSNorm(config.dtype)
+        self.mlp = layers.GatedMLP(config.width, config.mlp_width, nn.gelu, config.dtype)
+
+    def __call__(self, x: Float[Array, "B 1 P D"], mask: Array, bias: Array) -> Float[Array, "B 1 P D"]:
+        """One layer over the prompts."""
+        y = self.pre_attention_layer_norm(x)
+        x = x + self.attention(y, layers.Segment(*self.attention.keys_values(y), mask, bias))
+        return x + self.mlp(self.pre_mlp_layer_norm(x))
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the prompt, then MLP."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        """Makes the sub-layers."""
+        config = self.config
+        self.pre_self_attention_layer_norm = layers.RMSNorm(config.dtype)
+        self.self_attention = Attention(config)
+        self.pre_cross_attention_layer_norm = layers.RMSNorm(config.dtype)
+        self.encoder_decoder_attention = Attention(config)
+        self.pre_mlp_layer_norm = layers.RMSNorm(config.dtype)
+        self.mlp = layers.GatedMLP(config.width, config.mlp_width, nn.gelu, config.dtype)
+
+    def prompt_keys_values(self, encoded: Float[Array, "B P D"]) -> tuple[Array, Array]:
+        """Keys and values [B, P, H, C] of the prompts, shared by all their responses."""
+        return self.encoder_decoder_attention.keys_values(encoded)
+
+    def __call__(
+        self, x: Float[Array, "B K Q D"], prompt: layers.Segment, mask: Array, bias: Array, cache: Any, step: Any
+    ) -> tuple[Float[Array, "B K Q D"], tuple[Array, Array]]:
+        """One layer over Q response positions; with a cache they are written into it at `step` and attend to all of it."""
+        y = self.pre_self_attention_layer_norm(x)
+        keys_values = layers.update_cache(cache, self.self_attention.keys_values(y), step)
+        x = x + self.self_attention(y, layers.Segment(*keys_values, mask, bias))
+        x = x + self.encoder_decoder_attention(self.pre_cross_attention_layer_norm(x), prompt)
+        return x + self.mlp(self.pre_mlp_layer_norm(x)), keys_values
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Policy:
+    """The policy contract of `alignment_gap.models.policy.Policy` for T5 v1.1."""
+
+    config: T5Config
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a size is not positive or a setting is unknown."""
+        check_sizes(self.config)
+
+    def init(self, key: Array) -> Any:
+        """Fresh float32 parameters, each in a box with its logical axis names."""
+        config = self.config
+        x, mask = jnp.zeros((1, 1, 1, config.width), config.dtype), jnp.ones((1, 1, 1, 1), bool)
+        bias = jnp.zeros((config.heads, 1, 1))
+        shared = jnp.zeros((1, 1, config.heads, config.head_size), config.dtype)
+        prompt = layers.Segment(shared, shared, mask)
+        keys = jax.random.split(key, 8)
+        positions = jnp.arange(1)
+
+        def decoder_layer(key: Array) -> Any:
+            def both(module: DecoderLayer) -> Any:
+                return module.prompt_keys_values(x[:, 0]), module(x, prompt, mask, bias, None, None)
+
+            return nn.init(both, DecoderLayer(config))(key)["params"]
+
+        params = {
+            "token_embedder": {"embedding": layers.embedding(keys[0], config.vocabulary_size, config.width)},
+            "encoder": {
+                "relpos_bias": self._relative_bias(True).init(keys[1], positions, positions)["params"],
+                "layers": init_stack(
+                    lambda key: EncoderLayer(config).init(key, x, mask, bias)["params"], keys[2], config.encoder_layers
+                ),
+                "encoder_norm": layers.RMSNorm(config.dtype).init(keys[3], x)["params"],
+            },
+            "decoder": {
+                "relpos_bias": self._relative_bias(False).init(keys[4], positions, positions)["params"],
+                "layers": init_stack(decoder_layer, keys[5], config.decoder_layers),
+                "decoder_norm": layers.RMSNorm(config.dtype).init(keys[6], x)["params"],
+            },
+        }
+        if not config.tied_embeddings:
+            params["output_embedder"] = {
+                "embedding": layers.embedding(keys[7], config.vocabulary_size, config.width, config.width**-0.5)
+            }
+        return params
+
+    def output(self, params: Any) -> Output:
+        """The output embedding and the scale of its logits."""
+        if self.config.tied_embeddings:
+            return Output(params["token_embedder"]["embedding"], self.config.width**-0.5)
+        return Output(params["output_embedder"]["embedding"], 1.0)
+
+    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, B]) -> Int[Array, B]:
+        """T5's decoder starts from id 0."""
+        return jnp.zeros_like(prompt_lengths)
+
+    def hidden(
+        self,
+        params: Any,
+        prompts: Int[Array, "B P"],
+        prompt_lengths: Int[Array, B],
+        inputs: Int[Array, "B K R"],
+    ) -> Float[Array, "B K R D"]:
+        """Final hidden states at every response position; the prompt is encoded once for its K responses."""
+        encoded = self._encode(params, prompts, prompt_lengths)
+        prompt_mask = self._prompt_mask(prompts, prompt_lengths)
+        positions = jnp.arange(inputs.shape[-1])
+        bias = self._relative_bias(False).apply({"params": params["decoder"]["relpos_bias"]}, positions, positions)
+        mask = layers.causal_mask(inputs.shape[-1])
+        decoder = DecoderLayer(self.config)
+
+        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
+            def apply(module: DecoderLayer) -> Array:
+                prompt = layers.Segment(*module.prompt_keys_values(encoded), prompt_mask)
+                return module(x, prompt, mask, bias, None, None)[0]
+
+            return nn.apply(apply, decoder)({"params": layer_params}), None
+
+        x, _ = scan_stack(layer, self._embed(params, inputs), params["decoder"]["layers"], config=self.config)
+        return self._norm(params["decoder"]["decoder_norm"], x)
+
+    def prefill(
+        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, B], samples: int, max_length: int
+    ) -> Any:
+        """The cache for sampling: every decoder layer's keys and values of the prompts, and room for the responses."""
+        config = self.config
+        encoded = self._encode(params, prompts, prompt_lengths)
+        decoder = DecoderLayer(config)
+
+        def layer(_: None, layer_params: Any, __: None) -> tuple[None, Any]:
+            return None, decoder.apply({"params": layer_params}, encoded, method="prompt_keys_values")
+
+        _, prompt = scan_stack(layer, None, params["decoder"]["layers"], config=self.config)
+        shape = (config.decoder_layers, len(prompts), samples, max_length, config.heads, config.head_size)
+        empty = jnp.zeros(shape, config.dtype)
+        return {
+            "prompt": prompt,
+            "prompt_mask": self._prompt_mask(prompts, prompt_lengths),
+            "responses": (empty, empty),
+        }
+
+    def decode_step(
+        self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"]
+    ) -> tuple[Float[Array, "B K D"], Any]:
+        """Hidden states that predict the token at position `step` from the token before it."""
+        positions = jnp.arange(cache["responses"][0].shape[3])
+        bias_params = {"params": params["decoder"]["relpos_bias"]}
+        bias = self._relative_bias(False).apply(bias_params, step[None], positions)
+        mask = (positions <= step)[None, None, None]
+        decoder = DecoderLayer(self.config)
+
+        def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, Any]:
+            prompt, responses = inputs
+            segment = layers.Segment(*prompt, cache["prompt_mask"])
+            return decoder.apply({"params": layer_params}, x, segment, mask, bias, responses, step)
+
+        x, responses = scan_stack(
+            layer,
+            self._embed(params, tokens[..., None]),
+            params["decoder"]["layers"],
+            (cache["prompt"], cache["responses"]),
+            config=self.config,
+        )
+        x = self._norm(params["decoder"]["decoder_norm"], x)
+        return x[:, :, 0], {**cache, "responses": responses}
+
+    def _encode(self, params: Any, prompts: Array, prompt_lengths: Array) -> Float[Array, "B P D"]:
+        encoder, positions = params["encoder"], jnp.arange(prompts.shape[-1])
+        bias = self._relative_bias(True).apply({"params": encoder["relpos_bias"]}, positions, positions)
+        mask = self._prompt_mask(prompts, prompt_lengths)
+
+        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
+            return EncoderLayer(self.config).apply({"params": layer_params}, x, mask, bias), None
+
+        x = self._embed(params, prompts)[:, None]
+        x, _ = scan_stack(layer, x, encoder["layers"], config=self.config)
+        return self._norm(encoder["encoder_norm"], x)[:, 0]
+
+    def _embed(self, params: Any, tokens: Array) -> Array:
+        return params["token_embedder"]["embedding"].astype(self.config.dtype)[tokens]
+
+    def _norm(self, params: Any, x: Array) -> Array:
+        return layers.RMSNorm(self.config.dtype).apply({"params": params}, x)
+
+    def _prompt_mask(self, prompts: Array, prompt_lengths: Array) -> Array:
+        return layers.prefix_mask(prompt_lengths, prompts.shape[-1])
+
+    def _relative_bias(self, bidirectional: bool) -> layers.RelativePositionBias:
+        config = self.config
+        return layers.RelativePositionBias(
+            config.relative_position_buckets, config.relative_position_max_distance, config.heads, bidirectional
+        )

@@ -1,0 +1,156 @@
+"""The networks of one seed of a study and the functions compiled for them, each made once and used by every stage."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.data.records import Example
+from alignment_gap.data.source import offline_source
+from alignment_gap.data.task import task_rubric, task_vocabulary
+from alignment_gap.data.vocabulary import extra_id
+from alignment_gap.errors import UserError
+from alignment_gap.evaluation.metrics import make_divergence, make_judge, make_score
+from alignment_gap.models import PreferenceModel, make_policy
+from alignment_gap.models.preference import Markers
+from alignment_gap.sampling import make_generate
+from alignment_gap.sharding import batch_sharding, replicated
+from alignment_gap.study.artefacts import Progress
+from alignment_gap.study.config import JudgeConfig, StudyConfig
+from alignment_gap.training import (
+    Checkpoints,
+    Objective,
+    OptimizerConfig,
+    Source,
+    abstract_state,
+    create_state,
+    make_optimizer,
+    make_update_step,
+    state_from_params,
+    train,
+)
+
+CHECKPOINTS = "checkpoints"
+
+
+class Bench:
+    """What the stages of one seed work with.
+
+    Attributes:
+      config: the study.
+      seed: of this repetition.
+      mesh: the device mesh.
+      vocabulary: of the task.
+      rubric: true quality, or None.
+      policy: the network of all arms.
+      golden, proxy: the preference models.
+    """
+
+    def __init__(self, config: StudyConfig, seed: int, mesh: Mesh) -> None:
+        self.config, self.seed, self.mesh = config, seed, mesh
+        self.vocabulary, self.rubric = task_vocabulary(config.task), task_rubric(config.task)
+        self.policy = make_policy(config.policy)
+        self.golden, self.proxy = self._preference_model(config.golden), self._preference_model(config.proxy)
+        self.score = make_score(self.policy, mesh)
+        self.divergence = make_divergence(self.policy, mesh)
+        self.golden_judge, self.proxy_judge = make_judge(self.golden, mesh), make_judge(self.proxy, mesh)
+        self._check_vocabulary()
+
+    @functools.cached_property
+    def draw_pairs(self) -> Callable[..., Any]:
+        """Two samples a prompt, for training."""
+        return self._generate(2)
+
+    @functools.cached_property
+    def draw_one(self) -> Callable[..., Any]:
+        """One sample a prompt, for evaluation."""
+        return self._generate(1)
+
+    def key(self, name: str) -> jax.Array:
+        """The random key of this name and seed, on every device."""
+        return jax.device_put(jax.random.fold_in(jax.random.key(self.seed), self.number(name)), replicated(self.mesh))
+
+    def number(self, name: str) -> int:
+        """A 32-bit number from this name and seed, to seed what is no jax.random."""
+        return zlib.crc32(f"{self.seed} {name}".encode())
+
+    def offline(self, name: str, examples: Sequence[Example], batch_size: int) -> Callable[[int], PreferenceBatch]:
+        """Shuffled batches on the device; the order depends on the name and the seed."""
+        task = self.config.task
+        source = offline_source(
+            examples,
+            batch_size=batch_size,
+            seed=self.number(name),
+            prompt_length=task.prompt_length,
+            response_length=task.response_length,
+        )
+        return lambda step: jax.device_put(source(step), batch_sharding(self.mesh))
+
+    def train(
+        self,
+        folder: Path,
+        progress: Progress,
+        *,
+        name: str,
+        objective: Objective,
+        optimizer: OptimizerConfig,
+        source: Source,
+        checkpoint_steps: Sequence[int],
+        network: Any,
+        params: Any | None = None,
+        on_checkpoint: Callable[[int, list[PreferenceBatch]], None] | None = None,
+    ) -> None:
+        """Trains a network into `folder`, from `params` or from fresh ones; goes on where an earlier call stopped."""
+        transformation = make_optimizer(optimizer)
+        abstract = abstract_state(network.init, transformation, self.mesh)
+        if params is None:
+            state = create_state(network.init, transformation, self.mesh, self.key(name))
+        else:
+            state = state_from_params(params, abstract, transformation)
+        with Checkpoints(folder / CHECKPOINTS) as checkpoints:
+            train(
+                state,
+                make_update_step(objective, transformation, self.mesh, abstract),
+                source,
+                checkpoint_steps=checkpoint_steps,
+                checkpoints=checkpoints,
+                metrics_path=folder / "metrics.jsonl",
+                on_checkpoint=on_checkpoint,
+                progress=progress,
+            )
+
+    def params(self, folder: Path, network: Any, step: int | None = None) -> Any:
+        """The parameters that a training stage left, of one step or of the last."""
+        abstract = abstract_state(network.init, make_optimizer(OptimizerConfig(name="sgd")), self.mesh)
+        with Checkpoints(folder / CHECKPOINTS) as checkpoints:
+            return checkpoints.restore_params(abstract.params, step)
+
+    def _preference_model(self, judge: JudgeConfig) -> PreferenceModel:
+        markers = Markers(*(extra_id(self.vocabulary, i) for i in range(len(Markers._fields))))
+        return PreferenceModel(make_policy(judge.model), markers, judge.kind)
+
+    def _generate(self, samples: int) -> Callable[..., Any]:
+        return make_generate(
+            self.policy,
+            self.mesh,
+            samples=samples,
+            max_length=self.config.task.response_length,
+            eos_id=self.vocabulary.eos_id,
+            config=self.config.sampler,
+        )
+
+    def _check_vocabulary(self) -> None:
+        networks = {"policy": self.config.policy, "golden": self.config.golden.model, "proxy": self.config.proxy.model}
+        for name, model in networks.items():
+            if model.vocabulary_size < self.vocabulary.size:
+                raise UserError(
+                    f"{name} has vocabulary_size={model.vocabulary_size} but the task's vocabulary has "
+                    f"{self.vocabulary.size} ids: raise it to at least that"
+                )

@@ -1,0 +1,183 @@
+"""Runs a study: every stage that is not finished, then the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.sharding import make_mesh
+from alignment_gap.study import artefacts
+from alignment_gap.study.analysis import CheckpointResult
+from alignment_gap.study.config import Arm, StudyConfig, arms, golden_arm, validate
+from alignment_gap.study.report import JudgeFacts, ReportContext, peaks_text, write_report
+from alignment_gap.study.stage_functions import evaluation_prompts
+from alignment_gap.study.stages import SeedStages, seed_stages
+
+VERSIONS = ("alignment-gap", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+MEASURED = ("responses", "lengths")
+
+
+def run_study(config: StudyConfig, workdir: Path, *, update: bool = False, say: Callable[[str], None] = print) -> Path:
+    """Runs every stage that `workdir` does not hold yet and writes report.html, results.csv and figures/ there.
+
+    Args:
+      config: the study.
+      workdir: its folder; finished stages are under artefacts/ and are never made twice.
+      update: allows a folder that holds another config's study; what does not depend on the change is kept.
+      say: prints a line.
+
+    Returns:
+      The report's path.
+
+    Raises:
+      UserError: where a setting or an input cannot be used, or the folder is another study's or in use.
+    """
+    validate(config, jax.device_count())
+    mesh = make_mesh(config.mesh)
+    root = workdir / "artefacts"
+    seeds = [seed_stages(config, seed, mesh, root) for seed in range(config.seed, config.seed + config.seeds)]
+    with artefacts.locked(workdir):
+        artefacts.claim(workdir, flatten(to_dict(config)), update=update)
+        root.mkdir(exist_ok=True)
+        run_stages([stage for seed in seeds for stage in seed.in_order()], root, say)
+        results = [result for seed in seeds for result in seed_results(seed, root)]
+        report = write_report(workdir, results, report_context(config, seeds, root))
+    say(peaks_text(results))
+    say(f"report: {report}")
+    return report
+
+
+def run_stages(stages: Sequence[artefacts.Stage], root: Path, say: Callable[[str], None]) -> None:
+    """Runs unfinished stages in order, each with a progress bar and an ETA."""
+    for number, stage in enumerate(stages, 1):
+        title = f"[{number}/{len(stages)}] {stage.name}"
+        if stage.folder(root).exists():
+            say(f"{title}: finished before")
+            continue
+        # Without a terminal a line now and then is enough.
+        every = 0.5 if sys.stderr.isatty() else 30.0
+        with tqdm(total=stage.units, desc=title, mininterval=every, maxinterval=max(every, 10.0)) as bar:
+            artefacts.make(stage, root, lambda units, bar=bar: bar.update(units))
+
+
+def seed_results(seed: SeedStages, root: Path) -> Iterator[CheckpointResult]:
+    """Every evaluated checkpoint of a seed; the SFT policy is the origin, at step 0."""
+    origin = Arm("sft", "sft", math.nan, seed.bench.config.sft.optimizer.learning_rate)
+    for arm, stage in [(origin, seed.origin), *((arm, evaluation) for arm, _, evaluation in seed.runs)]:
+        for path in sorted(stage.folder(root).glob("*.npz"), key=lambda path: int(path.stem)):
+            with np.load(path) as arrays:
+                outcomes = {name: arrays[name] for name in arrays.files if name not in MEASURED}
+            yield CheckpointResult(
+                arm.name, arm.loss, arm.beta, arm.learning_rate, seed.seed, int(path.stem), outcomes
+            )
+
+
+def report_context(config: StudyConfig, seeds: Sequence[SeedStages], root: Path) -> ReportContext:
+    """What the report says beside the numbers."""
+    settings = to_dict(config) | {"arms": _arms_table(config), "training of all arms": to_dict(config.arms)}
+    stages = [stage for seed in seeds for stage in seed.in_order()]
+    return ReportContext(
+        study=config.name,
+        config=settings,
+        versions={name: importlib.metadata.version(name) for name in VERSIONS}
+        | {"python": platform.python_version(), "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
+        seeds=[seed.seed for seed in seeds],
+        judges=[_judge_facts(seed, root) for seed in seeds],
+        samples=_samples(seeds[0], root),
+        wall_time={stage.name: _read(stage.folder(root) / "artefact.json")["seconds"] for stage in stages},
+        notes=_notes(config),
+    )
+
+
+def _arms_table(config: StudyConfig) -> list[dict[str, Any]]:
+    return [
+        {
+            "arm": arm.name,
+            "loss": arm.loss,
+            "beta": arm.beta,
+            "learning_rate": arm.learning_rate,
+            "steps": config.arms.checkpoint_steps[-1],
+            "batch_size": config.arms.batch_size,
+        }
+        for arm in [golden_arm(config), *arms(config)]
+    ]
+
+
+def _judge_facts(seed: SeedStages, root: Path) -> JudgeFacts:
+    golden, proxy = (_read(stage.folder(root) / "facts.json") for stage in (seed.golden, seed.proxy))
+    return JudgeFacts(
+        seed=seed.seed,
+        golden_accuracy=golden["validation_accuracy"],
+        golden_rubric_agreement=golden["rubric_agreement"],
+        proxy_train_accuracy=proxy["train_accuracy"],
+        proxy_validation_accuracy=proxy["validation_accuracy"],
+    )
+
+
+def _samples(seed: SeedStages, root: Path) -> list[dict[str, Any]]:
+    """The last checkpoint's responses of every arm to the first evaluation prompts, as text."""
+    bench = seed.bench
+    prompts = evaluation_prompts(bench, seed.relabelled.folder(root))[: bench.config.evaluation.shown]
+    samples = []
+    for result, path in _last_checkpoints(seed, root):
+        with np.load(path) as arrays:
+            responses, lengths = arrays["responses"], arrays["lengths"]
+        for i, example in enumerate(prompts):
+            samples.append(
+                {
+                    "prompt": bench.vocabulary.decode(example.prompt.tolist()),
+                    "arm": result.name,
+                    "loss": result.loss,
+                    "step": int(path.stem),
+                    "response": bench.vocabulary.decode(responses[i, : lengths[i]].tolist()),
+                    "rubric": None if bench.rubric is None else _one_rubric(bench, example, responses[i, : lengths[i]]),
+                }
+            )
+    return samples
+
+
+def _one_rubric(bench: Any, example: Any, response: np.ndarray) -> float:
+    return float(bench.rubric([example.prompt.tolist()], [response.tolist()])[0])
+
+
+def _last_checkpoints(seed: SeedStages, root: Path) -> Iterator[tuple[Arm, Path]]:
+    origin = Arm("sft", "sft", math.nan, math.nan)
+    for arm, stage in [(origin, seed.origin), *((arm, evaluation) for arm, _, evaluation in seed.runs)]:
+        yield arm, max(stage.folder(root).glob("*.npz"), key=lambda path: int(path.stem))
+
+
+def _notes(config: StudyConfig) -> list[str]:
+    """What the numbers can bear, from the study's own sizes."""
+    prompts, pairs = config.evaluation.prompts, config.evaluation.pairs
+    notes = [
+        f"Win rates rest on {prompts} prompts: the interval of one is up to {196 / math.sqrt(4 * prompts):.1f} points to "
+        f"each side; accuracies rest on {pairs} pairs, up to {196 / math.sqrt(4 * pairs):.1f} points.",
+        f"{config.seeds} seed{'s' if config.seeds > 1 else ''}: "
+        + (
+            "intervals cover the choice of seeds as far as so few can tell."
+            if config.seeds > 1
+            else "intervals cover the choice of prompts, not what another seed would give."
+        ),
+        "Prompts of the evaluation are training prompts, as in the paper; only the samples are new.",
+    ]
+    if config.task.kind == "human_pairs":
+        notes.append(
+            "The policies are small and start from nothing but this data: they do not write useful answers. The study "
+            "shows how the arms differ under these judges, not what a pretrained model would do."
+        )
+    return notes
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())

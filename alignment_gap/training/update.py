@@ -1,0 +1,175 @@
+"""The one update step: a batch, wherever it comes from, and a loss, whichever it is, change the state."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from alignment_gap.data.batch import PreferenceBatch, length_mask
+from alignment_gap.errors import UserError
+from alignment_gap.models import Policy, PreferenceModel, score
+from alignment_gap.models.preference import pair_loss
+from alignment_gap.sharding import batch_sharding, replicated
+from alignment_gap.training.state import TrainState
+
+Metrics = dict[str, Array]
+UpdateStep = Callable[[TrainState, PreferenceBatch], tuple[TrainState, Metrics]]
+
+
+class Objective(Protocol):
+    """What is minimised: one loss per prompt, and diagnostics per prompt."""
+
+    def __call__(
+        self, params: Any, batch: PreferenceBatch, step: Int[Array, ""]
+    ) -> tuple[Float[Array, B], dict[str, Float[Array, B]]]:
+        """The losses [B] in nats and named diagnostics [B]."""
+
+
+def make_update_step(
+    objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, abstract: TrainState
+) -> UpdateStep:
+    """One jitted, sharded `(state, batch) -> (state, metrics)`; the state's buffers are reused for the new one.
+
+    Args:
+      objective: such as `policy_objective(policy, loss)`.
+      optimizer: an optax transformation.
+      mesh: the device mesh.
+      abstract: the state's shapes and shardings, from `abstract_state`.
+
+    Returns:
+      The step. Its metrics are means over the batch, in float32: "loss", "gradient_norm" and the objective's own.
+    """
+
+    def update_step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
+        def mean_loss(params: Any) -> tuple[Array, Metrics]:
+            loss, diagnostics = objective(params, batch, state.step)
+            return jnp.mean(loss), {"loss": jnp.mean(loss)} | {k: jnp.mean(v) for k, v in diagnostics.items()}
+
+        gradients, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["gradient_norm"] = optax.global_norm(gradients)
+        return TrainState(state.step + 1, params, optimizer_state), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(
+        update_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def policy_objective(policy: Policy, loss: Callable[..., Array]) -> Objective:
+    """Trains a policy with any loss whose parameters are named after what `loss_inputs` offers.
+
+    Raises:
+      UserError: where the loss asks for something that no batch has.
+    """
+    wanted = _required_inputs(loss)
+
+    def objective(params: Any, batch: PreferenceBatch, step: Array) -> tuple[Array, dict[str, Array]]:
+        token_log_probs = score(
+            policy, params, batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths
+        )
+        inputs = loss_inputs(batch, token_log_probs)
+        missing = sorted(wanted - inputs.keys())
+        if missing:
+            raise UserError(
+                f"the loss asks for {', '.join(missing)}, which this batch has not: it has {', '.join(sorted(inputs))}"
+            )
+        return loss(**{name: inputs[name] for name in _accepted_inputs(loss, inputs)}), diagnostics(inputs)
+
+    return objective
+
+
+def preference_objective(model: PreferenceModel, run_key: Key[Array, ""]) -> Objective:
+    """Trains a preference model on pairs by cross-entropy, each pair in a random order drawn from (run, step)."""
+
+    def objective(params: Any, batch: PreferenceBatch, step: Array) -> tuple[Array, dict[str, Array]]:
+        swap = jax.random.bernoulli(jax.random.fold_in(run_key, step), shape=batch.prompt_lengths.shape)
+        order = jnp.where(swap[:, None], jnp.array([1, 0]), jnp.array([0, 1]))
+        responses = jnp.take_along_axis(batch.responses, order[..., None], axis=1)
+        lengths = jnp.take_along_axis(batch.response_lengths, order, axis=1)
+        log_odds = model.log_odds(params, batch.prompts, batch.prompt_lengths, responses, lengths)
+        preference = jnp.take_along_axis(batch.scores, order, axis=1)[:, 0]
+        correct = (jnp.sign(log_odds) * jnp.sign(preference - 0.5) + 1) / 2
+        return pair_loss(log_odds, preference), {"accuracy": correct}
+
+    return objective
+
+
+def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) -> dict[str, Array]:
+    """Every array that a loss may name, from a batch and the policy's log-probs of its responses.
+
+    The chosen response is the one of the highest score and the rejected one of the lowest; where all scores are equal
+    the first is "chosen" and `preference`, the probability that the chosen is better, is 0.5 instead of 1.
+
+    Returns:
+      token_logps, mask [B, K, R]; logps, scores, lengths [B, K]; chosen_logps, rejected_logps, chosen_lengths,
+      rejected_lengths, preference [B]; where the batch has reference log-probs the same of the reference, with ref_.
+    """
+    mask = length_mask(batch.response_lengths, batch.responses.shape[-1])
+    samples = batch.scores.shape[-1]
+    chosen = jnp.argmax(batch.scores, axis=-1)
+    rejected = samples - 1 - jnp.argmin(batch.scores[:, ::-1], axis=-1)
+
+    def pick(values: Array, index: Array) -> Array:
+        return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
+
+    inputs = {
+        "token_logps": token_log_probs,
+        "mask": mask,
+        "logps": token_log_probs.sum(-1),
+        "scores": batch.scores,
+        "lengths": batch.response_lengths,
+        "preference": jnp.where(pick(batch.scores, chosen) > pick(batch.scores, rejected), 1.0, 0.5),
+    }
+    if batch.reference_log_probs is not None:
+        inputs["ref_token_logps"] = jnp.where(mask, batch.reference_log_probs, 0.0)
+        inputs["ref_logps"] = inputs["ref_token_logps"].sum(-1)
+    for side, index in (("chosen", chosen), ("rejected", rejected)):
+        inputs[f"{side}_logps"] = pick(inputs["logps"], index)
+        inputs[f"{side}_lengths"] = pick(batch.response_lengths, index)
+        if batch.reference_log_probs is not None:
+            inputs[f"ref_{side}_logps"] = pick(inputs["ref_logps"], index)
+    return inputs
+
+
+def diagnostics(inputs: dict[str, Array]) -> dict[str, Array]:
+    """What tells whether a run is healthy, per prompt: log-ratios to the reference in nats, accuracy, length."""
+    values = {"length": inputs["lengths"].mean(-1), "log_prob": inputs["logps"].mean(-1)}
+    if "ref_logps" in inputs:
+        chosen = inputs["chosen_logps"] - inputs["ref_chosen_logps"]
+        rejected = inputs["rejected_logps"] - inputs["ref_rejected_logps"]
+        values |= {
+            "chosen_log_ratio": chosen,
+            "rejected_log_ratio": rejected,
+            "margin": chosen - rejected,
+            "accuracy": (jnp.sign(chosen - rejected) + 1) / 2,
+        }
+    return values
+
+
+def _parameters(loss: Callable[..., Array]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(loss).parameters)
+
+
+def _required_inputs(loss: Callable[..., Array]) -> set[str]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        name
+        for name, parameter in _parameters(loss).items()
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in kinds
+    }
+
+
+def _accepted_inputs(loss: Callable[..., Array], inputs: dict[str, Array]) -> list[str]:
+    return [name for name in _parameters(loss) if name in inputs]

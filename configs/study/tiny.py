@@ -1,0 +1,42 @@
+"""The whole study on the built-in task, at a size that two CPU cores finish in minutes."""
+
+from ml_collections import ConfigDict
+
+from alignment_gap.configuration import to_dict
+from alignment_gap.data.posts import vocabulary
+from alignment_gap.data.task import PostsTaskConfig
+from alignment_gap.models import T5Config
+from alignment_gap.study.config import ArmsConfig, EvaluationConfig, JudgeConfig, SftConfig, StudyConfig
+from alignment_gap.training import OptimizerConfig
+
+
+def get_config() -> ConfigDict:
+    model = T5Config(
+        vocabulary_size=vocabulary().size,
+        width=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        heads=2,
+        head_size=32,
+        mlp_width=128,
+        scan_unroll=2,
+    )
+    study = StudyConfig(
+        name="tiny",
+        task=PostsTaskConfig(pairs=20_000, validation_pairs=1_000),
+        policy=model,
+        sft=SftConfig(steps=1000, batch_size=64, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100)),
+        golden=JudgeConfig(model, steps=600, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
+        proxy=JudgeConfig(model, steps=400, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
+        arms=ArmsConfig(
+            losses=("ipo", "best_of_n"),
+            checkpoint_steps=(25, 50, 100, 200, 400),
+            batch_size=32,
+            optimizer=OptimizerConfig(learning_rate=1e-3),
+            beta=0.1,
+            offline_betas=(0.03, 0.1, 0.3),
+            offline_learning_rates=(3e-4, 1e-3),
+        ),
+        evaluation=EvaluationConfig(prompts=512, kl_prompts=256, pairs=256),
+    )
+    return ConfigDict(to_dict(study))
