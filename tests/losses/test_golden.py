@@ -221,3 +221,11 @@ def test_diagnostics():
     np.testing.assert_allclose(out["accuracy"], [1.0, 0.25, 0.5])
     np.testing.assert_allclose(out["chosen_log_ratio"], [1.0, 1.0, -3.0])
     np.testing.assert_allclose(out["rejected_log_ratio"], [-1.0, -1.0, -3.0])
+
+
+def test_discopop_starts_downhill_at_its_default_temperature():
+    # Slope in z at 0: (1 - log 2) / (4 * 0.05) - 3/4 = 0.7842641, and at tau = 1: -0.6732868.
+    zero = jnp.float32(0.0)
+    for tau, slope in ((0.05, 0.7842641), (1.0, -0.6732868)):
+        gradient = jax.grad(losses.discopop)(zero, zero, zero, zero, beta=1.0, tau=tau)
+        np.testing.assert_allclose(gradient, slope, rtol=1e-5)
