@@ -13,11 +13,11 @@ from jaxtyping import Array, Float
 
 from alignment_gap import losses
 from alignment_gap.data.batch import length_mask
-from alignment_gap.models import Policy, PreferenceModel, response_hidden, score
+from alignment_gap.models import Policy, PreferenceModel, response_hidden
 from alignment_gap.sharding import batch_sharding
 
 
-def make_judge(model: PreferenceModel, mesh: Mesh) -> Callable[..., Float[Array, B]]:
+def make_judge(model: PreferenceModel, mesh: Mesh) -> Callable[..., Float[Array, "B"]]:
     """A jitted `(params, prompts, prompt_lengths, first, first_lengths, second, second_lengths) -> wins [B]`.
 
     1 where the first response wins by the sign rule, 0 where it loses, 0.5 at a tie.
@@ -38,7 +38,7 @@ def make_judge(model: PreferenceModel, mesh: Mesh) -> Callable[..., Float[Array,
     return jax.jit(judge, out_shardings=batch_sharding(mesh))
 
 
-def make_divergence(policy: Policy, mesh: Mesh) -> Callable[..., Float[Array, B]]:
+def make_divergence(policy: Policy, mesh: Mesh) -> Callable[..., Float[Array, "B"]]:
     """A jitted `(params, reference_params, prompts, prompt_lengths, responses [B, 1, R], lengths [B, 1]) -> KL [B]`.
 
     The paper's estimator of KL(policy || reference) in nats: for one response y drawn from the policy the exact
@@ -59,11 +59,6 @@ def make_divergence(policy: Policy, mesh: Mesh) -> Callable[..., Float[Array, B]
     return jax.jit(divergence, out_shardings=batch_sharding(mesh))
 
 
-def make_score(policy: Policy, mesh: Mesh) -> Callable[..., Float[Array, "B K R"]]:
-    """A jitted `(params, prompts, prompt_lengths, responses, response_lengths) -> token log-probs [B, K, R]` in nats."""
-    return jax.jit(lambda *arrays: score(policy, *arrays), out_shardings=batch_sharding(mesh))
-
-
 def in_batches(function: Callable[..., Any], arrays: tuple[np.ndarray, ...], *, batch_size: int, mesh: Mesh) -> Any:
     """Applies a jitted function to slices of equal size of the arrays' first axis; returns its results on the host.
 
@@ -81,7 +76,7 @@ def in_batches(function: Callable[..., Any], arrays: tuple[np.ndarray, ...], *, 
 
 def classification(
     log_probs: Float[np.ndarray, "N 2 R"], reference: Float[np.ndarray, "N 2 R"], scores: Float[np.ndarray, "N 2"]
-) -> dict[str, Float[np.ndarray, N]]:
+) -> dict[str, Float[np.ndarray, "N"]]:
     """How a policy classifies labelled pairs, and how far it moved on both sides.
 
     Args:

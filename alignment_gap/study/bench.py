@@ -17,7 +17,7 @@ from alignment_gap.data.source import offline_source
 from alignment_gap.data.task import task_rubric, task_vocabulary
 from alignment_gap.data.vocabulary import extra_id
 from alignment_gap.errors import UserError
-from alignment_gap.evaluation.metrics import make_divergence, make_judge, make_score
+from alignment_gap.evaluation.metrics import make_divergence, make_judge
 from alignment_gap.models import PreferenceModel, make_policy
 from alignment_gap.models.preference import Markers
 from alignment_gap.sampling import make_generate
@@ -32,6 +32,7 @@ from alignment_gap.training import (
     abstract_state,
     create_state,
     make_optimizer,
+    make_score,
     make_update_step,
     state_from_params,
     train,

@@ -1,7 +1,7 @@
 """State, optimizers, the update step, checkpoints and the loop that all training shares."""
 
 from alignment_gap.training.checkpoints import Checkpoints
-from alignment_gap.training.loop import Source, train, with_reference
+from alignment_gap.training.loop import Source, make_score, train, with_reference
 from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
 from alignment_gap.training.state import TrainState, abstract_state, create_state, state_from_params
 from alignment_gap.training.update import (
@@ -24,6 +24,7 @@ __all__ = [
     "create_state",
     "loss_inputs",
     "make_optimizer",
+    "make_score",
     "make_update_step",
     "policy_objective",
     "preference_objective",

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.errors import UserError
+from alignment_gap.models import Policy, score
+from alignment_gap.sharding import batch_sharding
 from alignment_gap.training.checkpoints import Checkpoints
 from alignment_gap.training.state import TrainState
 from alignment_gap.training.update import Metrics, UpdateStep
@@ -88,8 +91,8 @@ def append_metrics(path: Path, step: int, metrics: Metrics, **more: float) -> No
         file.write(json.dumps(line) + "\n")
     if not math.isfinite(line["loss"]):
         raise UserError(
-            f"the loss is {line['loss']} at step {step} ({path}): lower the learning rate or clip_norm, then start again; "
-            "training goes on from the last checkpoint"
+            f"the loss is {line['loss']} at step {step} ({path}): lower the learning rate or clip_norm, then start "
+            "again; training goes on from the last checkpoint"
         )
 
 
@@ -107,13 +110,17 @@ def truncate_metrics(path: Path, step: int) -> None:
     path.write_text("".join(kept))
 
 
+def make_score(policy: Policy, mesh: Mesh) -> Callable[..., Float[Array, "B K R"]]:
+    """A jitted `(params, prompts, prompt_lengths, responses, response_lengths) -> log-probs [B, K, R]` in nats."""
+    return jax.jit(lambda *arrays: score(policy, *arrays), out_shardings=batch_sharding(mesh))
+
+
 def with_reference(source: Source, score: Callable[..., Float[Array, "B K R"]], reference_params: Any) -> Source:
     """The source with the reference policy's log-probabilities attached where a batch has none.
 
     Args:
       source: of batches.
-      score: from `alignment_gap.evaluation.metrics.make_score`: (params, prompts, prompt_lengths, responses,
-        response_lengths) -> log-probs in nats; the very function that the policy's evaluation uses.
+      score: from `make_score`, the very function that the policy's evaluation uses.
       reference_params: of the reference policy.
     """
 
