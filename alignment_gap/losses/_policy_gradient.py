@@ -137,8 +137,7 @@ def grpo(
       old_token_logps: [*B, K, T], log-probs under the policy that sampled; None takes the policy itself, q = 1.
       ref_token_logps: [*B, K, T], log-probs under the reference; needed where beta is not 0.
       beta: weight of the KL estimate, in rewards per nat.
-      clip: how far q may fall below 1.
-      clip_high: how far q may rise above 1; None takes `clip`.
+      clip, clip_high: how far q may fall below 1 and rise above it; None takes `clip` for both.
       over_tokens: "mean", "group" or "sum".
 
     Returns:
@@ -185,8 +184,7 @@ def dr_grpo(
       old_token_logps: [*B, K, T], log-probs under the policy that sampled; None takes the policy itself.
       ref_token_logps: [*B, K, T], log-probs under the reference; needed where beta is not 0.
       beta: weight of the KL estimate, in rewards per nat.
-      clip: how far the ratio may fall below 1.
-      clip_high: how far the ratio may rise above 1; None takes `clip`.
+      clip, clip_high: how far the ratio may fall below 1 and rise above it; None takes `clip` for both.
       max_length: the constant divisor; None takes T.
 
     Returns:
@@ -226,8 +224,7 @@ def ppo_clip(
       mask: [*B, K, T], true at scored tokens.
       old_token_logps: [*B, K, T], log-probs under the policy that sampled; None takes the policy itself, q = 1.
       advantages: [*B, K, T], per token, or None.
-      clip: how far q may fall below 1.
-      clip_high: how far q may rise above 1; None takes `clip`.
+      clip, clip_high: how far q may fall below 1 and rise above it; None takes `clip` for both.
 
     Returns:
       float32 [*B].

@@ -95,14 +95,12 @@ def wpo(
     Raises:
       ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
     """
-    weights = tangent_exp(
-        _log_weights(chosen_token_logps, chosen_mask, chosen_log_collisions)
-        + _log_weights(rejected_token_logps, rejected_mask, rejected_log_collisions)
-    )
+    log_weights = _log_weights(chosen_token_logps, chosen_mask, chosen_log_collisions)
+    log_weights += _log_weights(rejected_token_logps, rejected_mask, rejected_log_collisions)
     (chosen,), (rejected,) = as_float32(chosen_token_logps), as_float32(rejected_token_logps)
     chosen, rejected = masked_sum(chosen, chosen_mask), masked_sum(rejected, rejected_mask)
     ref_chosen, ref_rejected = as_float32(ref_chosen_logps, ref_rejected_logps)
-    return weights * dpo(chosen, rejected, ref_chosen, ref_rejected, preference, beta=beta)
+    return tangent_exp(log_weights) * dpo(chosen, rejected, ref_chosen, ref_rejected, preference, beta=beta)
 
 
 def wpo_weights(

@@ -20,7 +20,7 @@ OTHER_HIDDEN = jax.random.normal(KEYS[4], (*TOKENS, WIDTH + 1))
 OTHER_EMBEDDING = jax.random.normal(KEYS[5], (VOCABULARY, WIDTH + 1))
 FORMS = [{}, {"scale": 0.25}, {"soft_cap": 3.0}, {"scale": 0.5, "soft_cap": 2.0}]
 # None is one block; 16 does not divide 150 tokens; 1 makes a block of every token.
-BLOCKS = [None, 16, 1, 75]
+CASES = [*((form, block_size) for form in FORMS for block_size in (None, 16)), ({}, 1), ({}, 75)]
 
 
 def plain_logits(hidden, embedding, scale=1.0, soft_cap=None):
@@ -51,8 +51,7 @@ def value_and_gradients(function, *arrays):
     return value, pullback(WEIGHTS)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize(("form", "block_size"), CASES, ids=str)
 def test_value_and_gradients_equal_the_plain_form(form, block_size):
     def ours(hidden, embedding):
         return losses.token_log_probs(hidden, embedding, TARGETS, block_size=block_size, **form)
@@ -156,27 +155,32 @@ def test_shapes_are_checked_first():
         losses.token_kl(HIDDEN, EMBEDDING, OTHER_HIDDEN, OTHER_EMBEDDING[:-1])
 
 
+def peak_memory(function, *shapes):
+    """Temporary bytes of the value and of all gradients; compiled, not run."""
+
+    def run(weights, *arrays):
+        value, pullback = jax.vjp(function, *arrays)
+        return value, pullback(weights)
+
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (shapes[0][:-1], *shapes)]
+    return jax.jit(run).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+
 def test_peak_memory_at_a_real_size():
-    """An eighth of the plain form's at 8,192 tokens, a vocabulary of 32,128 and a width of 1,024; compiled, not run."""
-    shapes = [
-        jax.ShapeDtypeStruct((8192, 1024), jnp.float32),
-        jax.ShapeDtypeStruct((32128, 1024), jnp.float32),
-        jax.ShapeDtypeStruct((8192,), jnp.int32),
-        jax.ShapeDtypeStruct((8192,), jnp.float32),
-    ]
+    """At most an eighth of the plain form's at 8,192 tokens, a vocabulary of 32,128 and a width of 1,024."""
+    targets = jnp.zeros(8192, jnp.int32)
+    hidden, embedding = (8192, 1024), (32128, 1024)
 
-    def peak(form):
-        def run(hidden, embedding, targets, weights):
-            value, pullback = jax.vjp(lambda *arrays: form(*arrays, targets), hidden, embedding)
-            return value, pullback(weights)
-
-        return jax.jit(run).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-
-    def plain(hidden, embedding, targets):
+    def plain(hidden, embedding):
         log_probs = jax.nn.log_softmax(hidden @ embedding.T)
         return jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
 
-    assert peak(losses.token_log_probs) <= peak(plain) / 8
+    def blocked(hidden, embedding):
+        return losses.token_log_probs(hidden, embedding, targets)
+
+    assert peak_memory(blocked, hidden, embedding) <= peak_memory(plain, hidden, embedding) / 8
+    both = (hidden, embedding, hidden, embedding)
+    assert peak_memory(losses.token_kl, *both) <= peak_memory(plain_kl, *both) / 8
 
 
 @pytest.mark.parametrize("block_size", [None, 8])
