@@ -13,6 +13,7 @@ from alignment_gap.errors import UserError
 
 COMMANDS = {
     "study": "run the controlled study, or what is left of it, and write its report",
+    "train": "train one policy offline from gin files",
     "losses": "list the losses",
 }
 
@@ -60,7 +61,7 @@ def guarded(run: Callable[[], None]) -> int:
         if not _disk_full(error):
             raise
         print(
-            f"error: the disk is full ({error}): free some space and run the same command again; finished stages are kept",
+            f"error: the disk is full ({error}): free some space and run the same command again; what is done is kept",
             file=sys.stderr,
         )
         return 2

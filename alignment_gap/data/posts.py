@@ -239,7 +239,8 @@ def rubric(prompt: Sequence[int], response: Sequence[int], settings: PostsSettin
     told = [int(i) for i in prompt]
     held = {i for i in told if kind_of[i] is not None}
     facts = {kind: i for i in reversed(told) if (kind := kind_of[i]) is not None and kind != _SIDE_KIND}
-    words = _until_end(response)
+    # A model's output may have more rows than there are words: such an id counts as the last, reserved one.
+    words = [min(i, len(kind_of) - 1) for i in _until_end(response)]
     named = [kind for i in dict.fromkeys(words) if (kind := kind_of[i]) is not None and facts.get(kind) == i]
     inventions = sum(kind_of[i] is not None and i not in held for i in set(words))
     score = (1 - settings.order_weight) * _coverage(named, facts, settings) + settings.order_weight * _order(
@@ -291,9 +292,14 @@ def longest_prompt(settings: PostsSettings = DEFAULT_SETTINGS) -> int:
 
 @functools.cache
 def _kinds() -> list[int | None]:
-    """For each token id the index of its fact kind, _SIDE_KIND for side words, None for what has no substance."""
+    """For each token id the index of its fact kind, _SIDE_KIND for side words, None for what has no substance.
+
+    A reserved id is no word of any post, so a response that has one is charged for an invention.
+    """
     words = vocabulary()
     kinds: list[int | None] = [None] * words.size
+    for reserved in range(words.size - words.extra_ids, words.size):
+        kinds[reserved] = _SIDE_KIND
     for kind, members in enumerate((*FACT_WORDS, [w for side in _SIDE_WORDS.values() for w in side])):
         for index in words.encode(" ".join(members)):
             kinds[index] = kind

@@ -35,9 +35,9 @@ class Interval:
 class Band:
     """G estimates with the ends of their intervals, each alone at 95 %, not jointly."""
 
-    value: Float[np.ndarray, G]
-    low: Float[np.ndarray, G]
-    high: Float[np.ndarray, G]
+    value: Float[np.ndarray, "G"]
+    low: Float[np.ndarray, "G"]
+    high: Float[np.ndarray, "G"]
 
     def at(self, index: int) -> Interval:
         """One of the estimates."""
@@ -48,7 +48,7 @@ class Band:
         return Band(self.value, np.maximum(self.low, low), np.minimum(self.high, high))
 
 
-def mean_interval(values: Float[np.ndarray, N], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+def mean_interval(values: Float[np.ndarray, "N"], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """The mean of N examples with its percentile bootstrap interval.
 
     Equal seeds draw equal examples, so arrays over the same prompts move together. An array whose examples are all
@@ -86,7 +86,7 @@ def resampled_means(
     *,
     seed: int,
     resamples: int = RESAMPLES,
-    part: Bool[np.ndarray, N] | None = None,
+    part: Bool[np.ndarray, "N"] | None = None,
 ) -> Float[np.ndarray, "R C"]:
     """Means of C rows over the same N examples, and over joint bootstrap samples of them.
 

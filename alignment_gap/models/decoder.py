@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from alignment_gap.errors import UserError
 from alignment_gap.models import layers
 from alignment_gap.models.policy import Output, check_sizes
 from alignment_gap.models.stack import init_stack, scan_stack
@@ -66,7 +67,7 @@ class DecoderLayer(nn.Module):
 
     def prompt(
         self, x: Float[Array, "B P D"], positions: Int[Array, "B P"], mask: Array
-    ) -> tuple[Float[Array, "B P D"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B P D"], tuple[Array, "Array"]]:
         """One layer over the prompts; also their keys and values [B, P, G, C], for the responses to attend to."""
         y = self.pre_layer_norm(x)
         keys, values = self._keys_values(y, positions)
@@ -82,7 +83,7 @@ class DecoderLayer(nn.Module):
         mask: Array,
         cache: Any,
         step: Any,
-    ) -> tuple[Float[Array, "B K Q D"], tuple[Array, Array]]:
+    ) -> tuple[Float[Array, "B K Q D"], tuple[Array, "Array"]]:
         """One layer over Q response positions, which attend to the shared prompt and to their own row so far."""
         y = self.pre_layer_norm(x)
         keys_values = layers.update_cache(cache, self._keys_values(y, positions), step)
@@ -93,7 +94,7 @@ class DecoderLayer(nn.Module):
     def _query(self, y: Array, positions: Array) -> Array:
         return layers.rotate(self.query(y), positions, self.config.rope_base)
 
-    def _keys_values(self, y: Array, positions: Array) -> tuple[Array, Array]:
+    def _keys_values(self, y: Array, positions: Array) -> tuple[Array, "Array"]:
         return layers.rotate(self.key(y), positions, self.config.rope_base), self.value(y)
 
 
@@ -109,6 +110,8 @@ class DecoderPolicy:
     def __post_init__(self) -> None:
         """Raises UserError where a size is not positive, does not divide, or a setting is unknown."""
         check_sizes(self.config)
+        if self.config.head_size % 2:
+            raise UserError(f"DecoderConfig.head_size is {self.config.head_size}: it must be even, for rotary positions")
 
     def init(self, key: Array) -> Any:
         """Fresh float32 parameters, each in a box with its logical axis names."""
@@ -133,7 +136,7 @@ class DecoderPolicy:
         """The shared embedding; logits are scaled by 1 / sqrt(width), as in PaLM."""
         return Output(params["token_embedder"]["embedding"], self.config.width**-0.5)
 
-    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, B]) -> Int[Array, B]:
+    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"]) -> Int[Array, "B"]:
         """The last token of each prompt."""
         return jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, 0]
 
@@ -141,7 +144,7 @@ class DecoderPolicy:
         self,
         params: Any,
         prompts: Int[Array, "B P"],
-        prompt_lengths: Int[Array, B],
+        prompt_lengths: Int[Array, "B"],
         inputs: Int[Array, "B K R"],
     ) -> Float[Array, "B K R D"]:
         """Final hidden states at every response position; the prompt is computed once for its K responses."""
@@ -150,26 +153,27 @@ class DecoderPolicy:
         positions = (prompt_lengths[:, None] - 1 + jnp.arange(size))[:, None]
         mask = layers.causal_mask(size)
 
-        def layer(carry: tuple[Array, Array], layer_params: Any, _: None) -> tuple[tuple[Array, Array], None]:
-            def apply(module: DecoderLayer) -> tuple[Array, Array]:
+        def layer(carry: tuple[Array, "Array"], layer_params: Any, _: None) -> tuple[tuple[Array, "Array"], None]:
+            def apply(module: DecoderLayer) -> tuple[Array, "Array"]:
                 prompt, keys_values = module.prompt(carry[0], prompt_positions, prompt_causal)
                 segment = layers.Segment(*keys_values, shared)
                 return prompt, module(carry[1], positions, segment, mask, None, None)[0]
 
-            return nn.apply(apply, decoder)({"params": layer_params}), None
+            outputs: Any = nn.apply(apply, decoder)({"params": layer_params})
+            return outputs, None
 
         carry = self._embed(params, prompts), self._embed(params, inputs)
         (_, x), _ = scan_stack(layer, carry, params["decoder"]["layers"], config=self.config)
         return self._norm(params, x)
 
     def prefill(
-        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, B], samples: int, max_length: int
+        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
     ) -> Any:
         """The cache for sampling: every layer's keys and values of the prompts, and room for the responses."""
         config, decoder = self.config, DecoderLayer(self.config)
         positions, causal, shared = self._prompt_layout(prompts, prompt_lengths)
 
-        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, Any]:
+        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, "Any"]:
             return decoder.apply({"params": layer_params}, x, positions, causal, method="prompt")
 
         _, prompt = scan_stack(layer, self._embed(params, prompts), params["decoder"]["layers"], config=self.config)
@@ -190,9 +194,10 @@ class DecoderPolicy:
         positions = (cache["prompt_lengths"] - 1 + step)[:, None, None]
         mask = (jnp.arange(cache["responses"][0].shape[3]) <= step)[None, None, None]
 
-        def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, Any]:
+        def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, "Any"]:
             prompt, responses = inputs
-            segment = layers.Segment(*prompt, cache["prompt_mask"])
+            keys, values = prompt
+            segment = layers.Segment(keys, values, cache["prompt_mask"])
             return decoder.apply({"params": layer_params}, x, positions, segment, mask, responses, step)
 
         x, responses = scan_stack(
@@ -205,7 +210,7 @@ class DecoderPolicy:
         return self._norm(params, x)[:, :, 0], {**cache, "responses": responses}
 
     def _prompt_layout(self, prompts: Array, prompt_lengths: Array) -> tuple[Array, Array, Array]:
-        """Positions of the prompt's tokens, its causal mask, and the part that responses see: all but the last token."""
+        """Positions of the prompt, its causal mask, and the part that responses see: all but the last token."""
         batch, size = prompts.shape
         positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
         return positions, layers.causal_mask(size), layers.prefix_mask(prompt_lengths - 1, size)
@@ -213,5 +218,5 @@ class DecoderPolicy:
     def _embed(self, params: Any, tokens: Array) -> Array:
         return params["token_embedder"]["embedding"].astype(self.config.dtype)[tokens]
 
-    def _norm(self, params: Any, x: Array) -> Array:
+    def _norm(self, params: Any, x: Array) -> Any:
         return layers.RMSNorm(self.config.dtype).apply({"params": params["decoder"]["decoder_norm"]}, x)

@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """The normalised input times a learned scale, in `dtype`."""
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
+        scale: Any = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.epsilon) * scale).astype(self.dtype)
 
@@ -120,9 +120,9 @@ class RelativePositionBias(nn.Module):
     bidirectional: bool
 
     @nn.compact
-    def __call__(self, queries: Int[Array, Q], keys: Int[Array, S]) -> Float[Array, "H Q S"]:
+    def __call__(self, queries: Int[Array, "Q"], keys: Int[Array, "S"]) -> Float[Array, "H Q S"]:
         """The bias in float32 between these positions."""
-        table = self.param(
+        table: Any = self.param(
             "rel_embedding",
             nn.with_logical_partitioning(nn.initializers.normal(1.0), ("heads", "relpos_buckets")),
             (self.heads, self.buckets),
@@ -134,7 +134,7 @@ class RelativePositionBias(nn.Module):
 def relative_position_bucket(
     distance: Int[Array, "*B"], bidirectional: bool, buckets: int, max_distance: int
 ) -> Int[Array, "*B"]:
-    """T5's bucket of key position minus query position: exact when near, logarithmic up to max_distance (1910.10683)."""
+    """T5's bucket of key minus query position: exact when near, logarithmic up to max_distance (1910.10683)."""
     offset = jnp.zeros_like(distance)
     if bidirectional:
         buckets //= 2
@@ -169,14 +169,12 @@ def embedding(key: Array, vocabulary_size: int, width: int, stddev: float = 1.0)
     return initializer(key, (vocabulary_size, width), jnp.float32)
 
 
-def prefix_mask(lengths: Int[Array, B], size: int) -> Bool[Array, "B 1 1 S"]:
+def prefix_mask(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B 1 1 S"]:
     """True at each prompt's own tokens, for every row and query."""
     return (jnp.arange(size) < lengths[:, None])[:, None, None]
 
 
-def update_cache(
-    cache: tuple[Array, Array] | None, new: tuple[Array, Array], step: Int[Array, ""] | None
-) -> tuple[Array, Array]:
+def update_cache(cache: tuple[Array, "Array"] | None, new: tuple[Array, "Array"], step: Any) -> tuple[Array, "Array"]:
     """New keys and values [B, K, Q, G, C] themselves, or the cache [B, K, R, G, C] with them written at `step`."""
     if cache is None:
         return new

@@ -37,16 +37,16 @@ class Policy(Protocol):
     def output(self, params: Any) -> Output:
         """The output embedding and the scale of its logits."""
 
-    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, B]) -> Int[Array, B]:
+    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"]) -> Int[Array, "B"]:
         """The input that predicts each response's first token."""
 
     def hidden(
-        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, B], inputs: Int[Array, "B K R"]
+        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], inputs: Int[Array, "B K R"]
     ) -> Float[Array, "B K R D"]:
         """Hidden states that predict the tokens of K responses; the prompt is computed once."""
 
     def prefill(
-        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, B], samples: int, max_length: int
+        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
     ) -> Any:
         """A cache from which K samples of at most R tokens can be decoded."""
 
@@ -60,7 +60,7 @@ def response_hidden(
     policy: Policy,
     params: Any,
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, B],
+    prompt_lengths: Int[Array, "B"],
     responses: Int[Array, "B K R"],
 ) -> Float[Array, "B K R D"]:
     """Hidden states that predict each token of given responses."""
@@ -73,11 +73,11 @@ def score(
     policy: Policy,
     params: Any,
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, B],
+    prompt_lengths: Int[Array, "B"],
     responses: Int[Array, "B K R"],
     response_lengths: Int[Array, "B K"],
 ) -> Float[Array, "B K R"]:
-    """Log-probabilities in nats of every response token given its prompt and what precedes it; float32, 0 at padding."""
+    """Log-probs in nats of every response token given its prompt and what precedes it; float32, 0 at padding."""
     hidden = response_hidden(policy, params, prompts, prompt_lengths, responses)
     embedding, scale = policy.output(params)
     log_probs = losses.token_log_probs(hidden, embedding, responses, scale=scale)

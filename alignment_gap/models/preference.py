@@ -37,7 +37,7 @@ class PreferenceModel:
     Attributes:
       policy: the network.
       markers: reserved token ids.
-      kind: "pairwise" reads both responses in one context; "bradley_terry" reads one and takes the difference of rewards.
+      kind: "pairwise" reads both responses in one context; "bradley_terry" reads one at a time and compares rewards.
     """
 
     policy: Policy
@@ -53,10 +53,10 @@ class PreferenceModel:
         self,
         params: Any,
         prompts: Int[Array, "B P"],
-        prompt_lengths: Int[Array, B],
+        prompt_lengths: Int[Array, "B"],
         responses: Int[Array, "B 2 R"],
         response_lengths: Int[Array, "B 2"],
-    ) -> Float[Array, B]:
+    ) -> Float[Array, "B"]:
         """log r / (1 - r) where r is the probability that responses[:, 0] is better; float32.
 
         A pairwise model's answer depends on the order of the responses; `preferences` is free of that bias.
@@ -71,10 +71,10 @@ class PreferenceModel:
         self,
         params: Any,
         prompts: Int[Array, "B P"],
-        prompt_lengths: Int[Array, B],
+        prompt_lengths: Int[Array, "B"],
         responses: Int[Array, "B 2 R"],
         response_lengths: Int[Array, "B 2"],
-    ) -> Float[Array, B]:
+    ) -> Float[Array, "B"]:
         """The hard sign rule: 1 where r(x, y1, y2) > r(x, y2, y1), 0 where smaller, 0.5 where equal (2405.08448)."""
         rows = ((0,), (1,)) if self.kind == "bradley_terry" else ((0, 1), (1, 0))
         answers = self._answers(params, prompts, prompt_lengths, responses, response_lengths, rows=rows)
@@ -84,12 +84,14 @@ class PreferenceModel:
         self,
         params: Any,
         prompts: Int[Array, "B P"],
-        prompt_lengths: Int[Array, B],
+        prompt_lengths: Int[Array, "B"],
         responses: Int[Array, "B K R"],
         response_lengths: Int[Array, "B K"],
     ) -> Float[Array, "B K"]:
         """Each response's share of wins against the K - 1 others of its prompt; 1, 0 or 0.5 for a pair."""
         samples = responses.shape[1]
+        if samples < 2:
+            raise UserError(f"{samples} response a prompt: a preference needs 2 or more")
         scores = jnp.zeros(response_lengths.shape, jnp.float32)
         for i in range(samples):
             for j in range(i + 1, samples):
@@ -108,7 +110,7 @@ class PreferenceModel:
         *,
         rows: tuple[tuple[int, ...], ...],
     ) -> Float[Array, "B rows"]:
-        """Log-odds of "the first is better" for each row: the responses in that order, in one context behind the prompt.
+        """Log-odds of "the first is better" for each row: the responses in that order, in one context.
 
         The rows are to the policy what responses are: they share the prompt's computation.
         """
@@ -122,11 +124,11 @@ class PreferenceModel:
 
     def _context(
         self, responses: Array, response_lengths: Array, row: tuple[int, ...]
-    ) -> tuple[Int[Array, "B T"], Int[Array, B]]:
+    ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
         """The row's responses behind their markers, the question, and room for the answer; and its length before it."""
         ones = jnp.ones_like(response_lengths[:, 0])
 
-        def mark(token: int) -> tuple[Array, Array]:
+        def mark(token: int) -> tuple[Array, "Array"]:
             return jnp.full((len(ones), 1), token, responses.dtype), ones
 
         parts = []
@@ -136,7 +138,7 @@ class PreferenceModel:
         return join([*parts, mark(self.markers.question), room])
 
 
-def join(parts: list[tuple[Int[Array, "B S"], Int[Array, B]]]) -> tuple[Int[Array, "B T"], Int[Array, B]]:
+def join(parts: list[tuple[Int[Array, "B S"], Int[Array, "B"]]]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
     """Ragged rows behind each other without gaps; T is the sum of the parts' sizes, and the rest of a row is 0."""
     batch, size = len(parts[0][1]), sum(tokens.shape[1] for tokens, _ in parts)
     joined = jnp.zeros((batch, size), parts[0][0].dtype)
@@ -150,6 +152,6 @@ def join(parts: list[tuple[Int[Array, "B S"], Int[Array, B]]]) -> tuple[Int[Arra
     return joined, offset
 
 
-def pair_loss(log_odds: Float[Array, B], preference: Float[Array, B]) -> Float[Array, B]:
+def pair_loss(log_odds: Float[Array, "B"], preference: Float[Array, "B"]) -> Float[Array, "B"]:
     """Cross-entropy in nats of the answer against the probability that the first response is better."""
     return -(preference * jax.nn.log_sigmoid(log_odds) + (1 - preference) * jax.nn.log_sigmoid(-log_odds))

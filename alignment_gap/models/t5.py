@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from alignment_gap.errors import UserError
 from alignment_gap.models import layers
 from alignment_gap.models.policy import Output, check_sizes
 from alignment_gap.models.stack import init_stack, scan_stack
@@ -113,14 +114,14 @@ class DecoderLayer(nn.Module):
         self.pre_mlp_layer_norm = layers.RMSNorm(config.dtype)
         self.mlp = layers.GatedMLP(config.width, config.mlp_width, nn.gelu, config.dtype)
 
-    def prompt_keys_values(self, encoded: Float[Array, "B P D"]) -> tuple[Array, Array]:
+    def prompt_keys_values(self, encoded: Float[Array, "B P D"]) -> tuple[Array, "Array"]:
         """Keys and values [B, P, H, C] of the prompts, shared by all their responses."""
         return self.encoder_decoder_attention.keys_values(encoded)
 
     def __call__(
         self, x: Float[Array, "B K Q D"], prompt: layers.Segment, mask: Array, bias: Array, cache: Any, step: Any
-    ) -> tuple[Float[Array, "B K Q D"], tuple[Array, Array]]:
-        """One layer over Q response positions; with a cache they are written into it at `step` and attend to all of it."""
+    ) -> tuple[Float[Array, "B K Q D"], tuple[Array, "Array"]]:
+        """One layer over Q response positions; a cache is written at `step` and attended to as a whole."""
         y = self.pre_self_attention_layer_norm(x)
         keys_values = layers.update_cache(cache, self.self_attention.keys_values(y), step)
         x = x + self.self_attention(y, layers.Segment(*keys_values, mask, bias))
@@ -135,8 +136,16 @@ class T5Policy:
     config: T5Config
 
     def __post_init__(self) -> None:
-        """Raises UserError where a size is not positive or a setting is unknown."""
+        """Raises UserError where a size is not positive, position buckets cannot be made, or a setting is unknown."""
         check_sizes(self.config)
+        buckets, distance = self.config.relative_position_buckets, self.config.relative_position_max_distance
+        if buckets < 4:
+            raise UserError(f"T5Config.relative_position_buckets is {buckets}: it must be at least 4")
+        if distance <= buckets // 2:
+            raise UserError(
+                f"T5Config.relative_position_max_distance is {distance}: it must be above {buckets // 2}, "
+                f"half of relative_position_buckets={buckets}"
+            )
 
     def init(self, key: Array) -> Any:
         """Fresh float32 parameters, each in a box with its logical axis names."""
@@ -181,7 +190,7 @@ class T5Policy:
             return Output(params["token_embedder"]["embedding"], self.config.width**-0.5)
         return Output(params["output_embedder"]["embedding"], 1.0)
 
-    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, B]) -> Int[Array, B]:
+    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"]) -> Int[Array, "B"]:
         """T5's decoder starts from id 0."""
         return jnp.zeros_like(prompt_lengths)
 
@@ -189,29 +198,30 @@ class T5Policy:
         self,
         params: Any,
         prompts: Int[Array, "B P"],
-        prompt_lengths: Int[Array, B],
+        prompt_lengths: Int[Array, "B"],
         inputs: Int[Array, "B K R"],
     ) -> Float[Array, "B K R D"]:
         """Final hidden states at every response position; the prompt is encoded once for its K responses."""
         encoded = self._encode(params, prompts, prompt_lengths)
         prompt_mask = self._prompt_mask(prompts, prompt_lengths)
         positions = jnp.arange(inputs.shape[-1])
-        bias = self._relative_bias(False).apply({"params": params["decoder"]["relpos_bias"]}, positions, positions)
+        bias: Any = self._relative_bias(False).apply({"params": params["decoder"]["relpos_bias"]}, positions, positions)
         mask = layers.causal_mask(inputs.shape[-1])
         decoder = DecoderLayer(self.config)
 
-        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
+        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, "None"]:
             def apply(module: DecoderLayer) -> Array:
                 prompt = layers.Segment(*module.prompt_keys_values(encoded), prompt_mask)
                 return module(x, prompt, mask, bias, None, None)[0]
 
-            return nn.apply(apply, decoder)({"params": layer_params}), None
+            outputs: Any = nn.apply(apply, decoder)({"params": layer_params})
+            return outputs, None
 
         x, _ = scan_stack(layer, self._embed(params, inputs), params["decoder"]["layers"], config=self.config)
         return self._norm(params["decoder"]["decoder_norm"], x)
 
     def prefill(
-        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, B], samples: int, max_length: int
+        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
     ) -> Any:
         """The cache for sampling: every decoder layer's keys and values of the prompts, and room for the responses."""
         config = self.config
@@ -236,13 +246,14 @@ class T5Policy:
         """Hidden states that predict the token at position `step` from the token before it."""
         positions = jnp.arange(cache["responses"][0].shape[3])
         bias_params = {"params": params["decoder"]["relpos_bias"]}
-        bias = self._relative_bias(False).apply(bias_params, step[None], positions)
+        bias: Any = self._relative_bias(False).apply(bias_params, step[None], positions)
         mask = (positions <= step)[None, None, None]
         decoder = DecoderLayer(self.config)
 
-        def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, Any]:
+        def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, "Any"]:
             prompt, responses = inputs
-            segment = layers.Segment(*prompt, cache["prompt_mask"])
+            keys, values = prompt
+            segment = layers.Segment(keys, values, cache["prompt_mask"])
             return decoder.apply({"params": layer_params}, x, segment, mask, bias, responses, step)
 
         x, responses = scan_stack(
@@ -257,11 +268,12 @@ class T5Policy:
 
     def _encode(self, params: Any, prompts: Array, prompt_lengths: Array) -> Float[Array, "B P D"]:
         encoder, positions = params["encoder"], jnp.arange(prompts.shape[-1])
-        bias = self._relative_bias(True).apply({"params": encoder["relpos_bias"]}, positions, positions)
+        bias: Any = self._relative_bias(True).apply({"params": encoder["relpos_bias"]}, positions, positions)
         mask = self._prompt_mask(prompts, prompt_lengths)
 
-        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
-            return EncoderLayer(self.config).apply({"params": layer_params}, x, mask, bias), None
+        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, "None"]:
+            outputs: Any = EncoderLayer(self.config).apply({"params": layer_params}, x, mask, bias)
+            return outputs, None
 
         x = self._embed(params, prompts)[:, None]
         x, _ = scan_stack(layer, x, encoder["layers"], config=self.config)
@@ -270,7 +282,7 @@ class T5Policy:
     def _embed(self, params: Any, tokens: Array) -> Array:
         return params["token_embedder"]["embedding"].astype(self.config.dtype)[tokens]
 
-    def _norm(self, params: Any, x: Array) -> Array:
+    def _norm(self, params: Any, x: Array) -> Any:
         return layers.RMSNorm(self.config.dtype).apply({"params": params}, x)
 
     def _prompt_mask(self, prompts: Array, prompt_lengths: Array) -> Array:

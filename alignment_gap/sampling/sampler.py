@@ -53,7 +53,7 @@ class Samples(NamedTuple):
     sampler_log_probs: Float[Array, "B K R"]
 
 
-def sample_keys(run_key: Key[Array, ""], step: Int[Array, ""], prompt_ids: Int[Array, B], samples: int) -> Any:
+def sample_keys(run_key: Key[Array, ""], step: Int[Array, ""], prompt_ids: Int[Array, "B"], samples: int) -> Any:
     """One random key per prompt and sample [B, K], a function of run, step and prompt id only.
 
     So any batch can be drawn again, and neither the order of the prompts nor the mesh changes it.
@@ -67,7 +67,7 @@ def sample(
     policy: Policy,
     params: Any,
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, B],
+    prompt_lengths: Int[Array, "B"],
     keys: Key[Array, "B K"],
     *,
     max_length: int,

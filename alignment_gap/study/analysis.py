@@ -153,7 +153,7 @@ class Comparison:
     second: Method
     metric: str
     seeds: tuple[int, ...]
-    budgets: Float[np.ndarray, G]
+    budgets: Float[np.ndarray, "G"]
     first_frontier: Band
     second_frontier: Band
     gap: Band
@@ -367,7 +367,7 @@ def _budgeted(band: Band) -> Band:
     return Band(band.value[:-1], band.low[:-1], band.high[:-1])
 
 
-def _frontier(runs: Runs, metric: str, budgets: Float[np.ndarray, G], resamples: int) -> Float[np.ndarray, "R G+1"]:
+def _frontier(runs: Runs, metric: str, budgets: Float[np.ndarray, "G"], resamples: int) -> Float[np.ndarray, "R G+1"]:
     """The cross-fitted best within each budget and, last, at any KL; row 0 on the prompts, the others on resamples."""
     mixing, kl = _policies(runs, budgets)
     ascending = np.argsort(kl, kind="stable")
@@ -375,13 +375,13 @@ def _frontier(runs: Runs, metric: str, budgets: Float[np.ndarray, G], resamples:
     return _cross_fitted(runs, metric, mixing[:, ascending], within, resamples)
 
 
-def _best(runs: Runs, metric: str, resamples: int = RESAMPLES) -> Float[np.ndarray, R]:
+def _best(runs: Runs, metric: str, resamples: int = RESAMPLES) -> Float[np.ndarray, "R"]:
     """The cross-fitted best checkpoint of all runs."""
     checkpoints = sum(len(run) for run in runs)
     return _cross_fitted(runs, metric, np.eye(checkpoints), np.array([checkpoints - 1]), resamples)[:, 0]
 
 
-def _policies(runs: Runs, budgets: Float[np.ndarray, G]) -> tuple[Float[np.ndarray, "C V"], Float[np.ndarray, V]]:
+def _policies(runs: Runs, budgets: Float[np.ndarray, "G"]) -> tuple[Float[np.ndarray, "C V"], Float[np.ndarray, "V"]]:
     """The C checkpoints and the mixtures of neighbours that meet a budget, as weights of checkpoints, and their KL."""
     checkpoint_kl = np.array([result.mean("kl") for run in runs for result in run])
     weights = list(np.eye(len(checkpoint_kl)))
@@ -400,7 +400,7 @@ def _policies(runs: Runs, budgets: Float[np.ndarray, G]) -> tuple[Float[np.ndarr
 
 
 def _cross_fitted(
-    runs: Runs, metric: str, mixing: Float[np.ndarray, "C V"], within: Int[np.ndarray, G], resamples: int
+    runs: Runs, metric: str, mixing: Float[np.ndarray, "C V"], within: Int[np.ndarray, "G"], resamples: int
 ) -> Float[np.ndarray, "R G"]:
     """Chooses the best of the first `within` + 1 policies on one half of the examples, measures it on the other."""
     checkpoints = [result for run in runs for result in run]
@@ -442,7 +442,7 @@ def _replicates(checkpoints: Sequence[CheckpointResult], metric: str) -> Float[n
     return resampled_means(_stack(checkpoints, metric), seed=checkpoints[0].seed)
 
 
-def _interval(replicates: Sequence[Float[np.ndarray, R]]) -> Interval:
+def _interval(replicates: Sequence[Float[np.ndarray, "R"]]) -> Interval:
     return over_groups([values[:, None] for values in replicates]).at(0)
 
 
@@ -645,7 +645,7 @@ def prediction_finding(results: Sequence[CheckpointResult], method: Method) -> F
     return Finding(sentence, "agrees" if rho.high < STRONG_CORRELATION else "cannot be told")
 
 
-def _correlations(runs: Runs, seed: int) -> Float[np.ndarray, R]:
+def _correlations(runs: Runs, seed: int) -> Float[np.ndarray, "R"]:
     """Spearman's correlation over the checkpoints of all runs (first) and of resampled runs; nan where undefined."""
     points = [np.array([[r.mean("accuracy"), r.mean("win_rate")] for r in run[1:]]) for run in runs]
     rng = np.random.default_rng([seed, len(runs)])
@@ -666,7 +666,7 @@ def _trained_arms(results: Iterable[CheckpointResult], loss: str) -> list[str]:
 
 def _final(
     results: Sequence[CheckpointResult], method: Method, metric: str, *, matched: bool = False
-) -> dict[int, Float[np.ndarray, R]]:
+) -> dict[int, Float[np.ndarray, "R"]]:
     """By seed, the mean over the ends of a method's runs; if matched, of those at an online run's setting."""
     online = {r.setting for r in results if r.method == ("online", method[1])} if matched else set()
     replicates = {}

@@ -120,7 +120,7 @@ def claim(folder: Path, config: dict[str, Any], *, update: bool) -> None:
         if differences:
             shown = "; ".join(differences[:3]) + (f"; {len(differences) - 3} more" if len(differences) > 3 else "")
             raise UserError(
-                f"{folder} holds a study of another config ({shown}): give another --workdir, or --update to replace its "
-                "report and redo only the stages that depend on what changed"
+                f"{folder} holds a study of another config ({shown}): give another --workdir, or --update to replace "
+                "its report and redo only the stages that depend on what changed"
             )
     write_json(path, config)

@@ -177,7 +177,10 @@ def arms(config: StudyConfig) -> list[Arm]:
 
 def validate(config: StudyConfig, devices: int) -> None:
     """Raises UserError for the first setting that cannot be run, before any work is done."""
-    config.task.validate()
+    try:
+        config.task.validate()
+    except UserError as error:
+        raise UserError(f"task.{error}") from error
     _positive("seeds", config.seeds)
     for loss in config.arms.losses:
         try:

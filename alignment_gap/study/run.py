@@ -68,7 +68,7 @@ def run_stages(stages: Sequence[artefacts.Stage], root: Path, say: Callable[[str
         # Without a terminal a line now and then is enough.
         every = 0.5 if sys.stderr.isatty() else 30.0
         with tqdm(total=stage.units, desc=title, mininterval=every, maxinterval=max(every, 10.0)) as bar:
-            artefacts.make(stage, root, lambda units, bar=bar: bar.update(units))
+            artefacts.make(stage, root, bar.update)
 
 
 def seed_results(seed: SeedStages, root: Path) -> Iterator[CheckpointResult]:
@@ -78,9 +78,7 @@ def seed_results(seed: SeedStages, root: Path) -> Iterator[CheckpointResult]:
         for path in sorted(stage.folder(root).glob("*.npz"), key=lambda path: int(path.stem)):
             with np.load(path) as arrays:
                 outcomes = {name: arrays[name] for name in arrays.files if name not in MEASURED}
-            yield CheckpointResult(
-                arm.name, arm.loss, arm.beta, arm.learning_rate, seed.seed, int(path.stem), outcomes
-            )
+            yield CheckpointResult(arm.name, arm.loss, arm.beta, arm.learning_rate, seed.seed, int(path.stem), outcomes)
 
 
 def report_context(config: StudyConfig, seeds: Sequence[SeedStages], root: Path) -> ReportContext:
@@ -161,8 +159,8 @@ def _notes(config: StudyConfig) -> list[str]:
     """What the numbers can bear, from the study's own sizes."""
     prompts, pairs = config.evaluation.prompts, config.evaluation.pairs
     notes = [
-        f"Win rates rest on {prompts} prompts: the interval of one is up to {196 / math.sqrt(4 * prompts):.1f} points to "
-        f"each side; accuracies rest on {pairs} pairs, up to {196 / math.sqrt(4 * pairs):.1f} points.",
+        f"Win rates rest on {prompts} prompts: the interval of one is up to {196 / math.sqrt(4 * prompts):.1f} points "
+        f"to each side; accuracies rest on {pairs} pairs, up to {196 / math.sqrt(4 * pairs):.1f} points.",
         f"{config.seeds} seed{'s' if config.seeds > 1 else ''}: "
         + (
             "intervals cover the choice of seeds as far as so few can tell."

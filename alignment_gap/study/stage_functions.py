@@ -301,7 +301,7 @@ def _write(bench: Bench, folder: Path, examples: Iterable[Example], provenance: 
     write_dataset(folder, examples, vocabulary_digest=bench.vocabulary.digest, provenance=provenance)
 
 
-def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
+def _save_arrays(path: Path, **arrays: Any) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_bytes(path, buffer.getvalue())

@@ -69,7 +69,7 @@ def seed_stages(config: StudyConfig, seed: int, mesh: Mesh, root: Path) -> SeedS
     trainings: dict[Arm, Stage] = {}
     steps = config.arms.checkpoint_steps[-1]
     for arm in [golden_arm(config), *arms(config)]:
-        run_settings = {
+        run_settings: dict[str, Any] = {
             **shared,
             "arm": arm,
             "checkpoint_steps": config.arms.checkpoint_steps,
@@ -77,8 +77,9 @@ def seed_stages(config: StudyConfig, seed: int, mesh: Mesh, root: Path) -> SeedS
             "optimizer": dataclasses.replace(config.arms.optimizer, learning_rate=arm.learning_rate),
         }
         if arm.name in ("golden", "online"):
-            inputs = (sft, relabelled, golden if arm.name == "golden" else proxy)
-            run, run_settings = functions.train_online, {**run_settings, "sampler": config.sampler}
+            inputs: tuple[Stage, ...] = (sft, relabelled, golden if arm.name == "golden" else proxy)
+            run: Callable[..., None] = functions.train_online
+            run_settings = {**run_settings, "sampler": config.sampler}
         else:
             online = dataclasses.replace(arm, name="online")
             inputs, run = (sft, trainings[online] if arm.name == "shuffled" else relabelled), functions.train_offline

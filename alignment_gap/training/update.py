@@ -28,7 +28,7 @@ class Objective(Protocol):
 
     def __call__(
         self, params: Any, batch: PreferenceBatch, step: Int[Array, ""]
-    ) -> tuple[Float[Array, B], dict[str, Float[Array, B]]]:
+    ) -> tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]:
         """The losses [B] in nats and named diagnostics [B]."""
 
 
@@ -48,7 +48,7 @@ def make_update_step(
     """
 
     def update_step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
-        def mean_loss(params: Any) -> tuple[Array, Metrics]:
+        def mean_loss(params: Any) -> tuple[Array, "Metrics"]:
             loss, diagnostics = objective(params, batch, state.step)
             return jnp.mean(loss), {"loss": jnp.mean(loss)} | {k: jnp.mean(v) for k, v in diagnostics.items()}
 

@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
         width=64,
         encoder_layers=2,
         decoder_layers=2,
-        heads=2,
-        head_size=32,
+        heads=4,
+        head_size=16,
         mlp_width=128,
         scan_unroll=2,
     )
@@ -26,17 +26,20 @@ def get_config() -> ConfigDict:
         task=PostsTaskConfig(pairs=20_000, validation_pairs=1_000),
         policy=model,
         sft=SftConfig(steps=1000, batch_size=64, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100)),
-        golden=JudgeConfig(model, steps=600, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
+        golden=JudgeConfig(model, steps=1000, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
         proxy=JudgeConfig(model, steps=400, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
         arms=ArmsConfig(
             losses=("ipo", "best_of_n"),
-            checkpoint_steps=(25, 50, 100, 200, 400),
+            checkpoint_steps=(5, 10, 25, 50, 100, 200, 400),
             batch_size=32,
-            optimizer=OptimizerConfig(learning_rate=1e-3),
+            optimizer=OptimizerConfig(learning_rate=3e-4),
             beta=0.1,
             offline_betas=(0.03, 0.1, 0.3),
             offline_learning_rates=(3e-4, 1e-3),
         ),
         evaluation=EvaluationConfig(prompts=512, kl_prompts=256, pairs=256),
     )
-    return ConfigDict(to_dict(study))
+    config = ConfigDict(to_dict(study))
+    # One network: --config.policy.width=128 changes the judges', which start from the SFT policy, too.
+    config.golden.model = config.proxy.model = config.policy
+    return config

@@ -54,10 +54,12 @@ def test_rubric_ignores_what_follows_the_end():
     assert posts.rubric(np.array(ids(POST)), np.array([*short, end, 0])) == posts.rubric(ids(POST), short)
 
 
-def test_rubric_counts_padding_and_sentinels_before_the_end_as_words():
+def test_rubric_counts_padding_before_the_end_as_a_word_and_what_is_no_word_as_an_invention():
     words = ids("sister lost keys at park in june")
+    # One word over the brief costs 0.04, an invention 0.25 on top.
     assert posts.rubric(ids(POST), [*words, 0]) == pytest.approx(0.96)
-    assert posts.rubric(ids(POST), [*words, posts.vocabulary().size - 1]) == pytest.approx(0.96)
+    for no_word in (posts.vocabulary().size - 1, posts.vocabulary().size + 5):
+        assert posts.rubric(ids(POST), [*words, no_word]) == pytest.approx(0.71)
 
 
 def test_rubric_of_a_prompt_without_facts_is_zero():

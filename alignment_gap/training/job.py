@@ -1,0 +1,293 @@
+"""One training job: a policy trained offline on a dataset folder with any loss, in a folder that resumes itself.
+
+workdir/
+  job.json                   the settings
+  checkpoints/STEP/          complete or absent
+  metrics.jsonl              a line per `log_every` steps
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from alignment_gap import losses
+from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.data.records import Dataset, open_dataset
+from alignment_gap.data.source import OfflineSource, offline_source
+from alignment_gap.errors import UserError
+from alignment_gap.models import DecoderConfig, Policy, T5Config, make_policy
+from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, replicated
+from alignment_gap.training.checkpoints import Checkpoints
+from alignment_gap.training.loop import Source, make_score, train, with_reference
+from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
+from alignment_gap.training.state import TrainState, abstract_state, create_state, state_from_params
+from alignment_gap.training.update import Objective, make_update_step, policy_objective
+
+CHECKPOINTS, METRICS, CARD = "checkpoints", "metrics.jsonl", "job.json"
+# What a resumed run may change: none of it alters the steps that were taken.
+_MAY_CHANGE = ("steps", "checkpoint_every", "log_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """What a job reads.
+
+    Attributes:
+      folder: a dataset, as `alignment_gap.data.write_dataset` leaves it.
+      batch_size: prompts of a step, over all devices.
+      order: "shuffle" (anew in every epoch), "recorded" or "window"; see `offline_source`.
+      window: batches in a window; for order "window" only.
+      prompt_length: tokens that prompts are padded to; 0 means the dataset's longest.
+      response_length: tokens that responses are padded to; 0 means the dataset's longest.
+    """
+
+    folder: str = ""
+    batch_size: int = 32
+    order: str = "shuffle"
+    window: int = 0
+    prompt_length: int = 0
+    response_length: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """A loss by name.
+
+    Attributes:
+      name: one of `losses.names()`.
+      settings: its keyword-only parameters, such as {"beta": 0.1}.
+    """
+
+    name: str = "ipo"
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class JobConfig:
+    """One training job.
+
+    Attributes:
+      model: the policy.
+      loss: what it is trained with.
+      dataset: what it is trained on.
+      optimizer: its settings.
+      mesh: the device mesh.
+      steps: gradient steps.
+      checkpoint_every: steps between two checkpoints; the last step has one too.
+      log_every: steps between two lines of metrics.
+      seed: of fresh parameters and of the shuffle.
+      start: folder of the run whose parameters training starts from; empty for fresh ones.
+      start_step: which of its checkpoints; 0 means the last.
+      reference: folder of the run that is the reference policy; empty for the one of `start`, where the loss needs a
+        reference and the dataset has no reference log-probs.
+      reference_step: which of its checkpoints; 0 means the last.
+    """
+
+    model: T5Config | DecoderConfig = T5Config()
+    loss: LossConfig = LossConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    steps: int = 1000
+    checkpoint_every: int = 200
+    log_every: int = 20
+    seed: int = 0
+    start: str = ""
+    start_step: int = 0
+    reference: str = ""
+    reference_step: int = 0
+
+
+def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = lambda steps: None) -> TrainState:
+    """Trains up to `config.steps` in `workdir`, from its last complete checkpoint where there is one.
+
+    Args:
+      config: the job.
+      workdir: its folder.
+      progress: is told how many steps are newly done, those of an earlier run first.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      UserError: where a setting or an input cannot be used, or the folder is another job's; before anything is written
+        or compiled, but for a token id outside of the model's vocabulary, which is found when its batch is read.
+    """
+    _check_settings(config)
+    mesh, policy = make_mesh(config.mesh), make_policy(config.model)
+    dataset = open_dataset(config.dataset.folder)
+    batches = _batches(config, dataset, mesh)
+    objective = policy_objective(policy, _loss(config.loss))
+    optimizer = make_optimizer(config.optimizer)
+    abstract = abstract_state(policy.init, optimizer, mesh)
+    needs_reference = _needs_reference(config, dataset)
+    _check_loss(config, objective, abstract, batches(0), with_reference=needs_reference)
+    start = _params(config.start, config.start_step, abstract) if config.start else None
+    source = _source(config, policy, mesh, batches)
+    if needs_reference:
+        reference = _params(config.reference, config.reference_step, abstract) if config.reference else start
+        source = with_reference(source, make_score(policy, mesh), reference)
+    if start is None:
+        state = create_state(
+            policy.init, optimizer, mesh, jax.device_put(jax.random.key(config.seed), replicated(mesh))
+        )
+    else:
+        state = state_from_params(start, abstract, optimizer)
+    _claim(workdir, config)
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        _check_not_beyond(config, checkpoints)
+        return train(
+            state,
+            make_update_step(objective, optimizer, mesh, abstract),
+            source,
+            checkpoint_steps=(*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps),
+            checkpoints=checkpoints,
+            metrics_path=workdir / METRICS,
+            log_every=config.log_every,
+            progress=progress,
+        )
+
+
+def _batches(config: JobConfig, dataset: Dataset, mesh: Mesh) -> OfflineSource:
+    data, card = config.dataset, dataset.card
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if data.batch_size % shards:
+        raise UserError(
+            f"dataset.batch_size is {data.batch_size}: it must be a multiple of data * fsdp = {shards} devices of the "
+            "mesh"
+        )
+    lengths = {}
+    for name, longest in (("prompt_length", card.max_prompt_length), ("response_length", card.max_response_length)):
+        lengths[name] = getattr(data, name) or longest
+        if lengths[name] < longest:
+            raise UserError(
+                f"dataset.{name} is {lengths[name]}, but {data.folder} has one of {longest} tokens: raise it, or set 0 "
+                "for the longest"
+            )
+    return offline_source(
+        dataset, batch_size=data.batch_size, seed=config.seed, order=data.order, window=data.window, **lengths
+    )
+
+
+def _source(config: JobConfig, policy: Policy, mesh: Mesh, batches: OfflineSource) -> Source:
+    """Batches on the device, none of whose ids is outside of the model's vocabulary."""
+    size = policy.config.vocabulary_size
+
+    def source(step: int, state: TrainState) -> PreferenceBatch:
+        batch = batches(step)
+        largest = max(np.max(batch.prompts), np.max(batch.responses))
+        if largest >= size:
+            raise UserError(
+                f"{config.dataset.folder} has the token id {largest} but the model has vocabulary_size={size}: raise "
+                "it, or prepare the dataset with the model's vocabulary"
+            )
+        return jax.device_put(batch, batch_sharding(mesh))
+
+    return source
+
+
+def _params(folder: str, step: int, abstract: TrainState) -> Any:
+    """The parameters of another run's checkpoint, of its last one for step 0."""
+    path = Path(folder) / CHECKPOINTS
+    if not path.is_dir():
+        raise UserError(f"{folder} is no run: it has no {CHECKPOINTS}/; give the folder of a training job or stage")
+    with Checkpoints(path) as checkpoints:
+        if step and step not in checkpoints.steps():
+            there = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise UserError(f"{path} has no checkpoint of step {step}: choose one of {there}, or 0 for the last")
+        return checkpoints.restore_params(abstract.params, step or None)
+
+
+def _loss(config: LossConfig) -> Callable[..., Any]:
+    try:
+        return losses.get(config.name, **config.settings)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _needs_reference(config: JobConfig, dataset: Dataset) -> bool:
+    """Whether reference log-probs have to be computed."""
+    if "reference_log_probs" in dataset.card.fields:
+        if config.reference:
+            raise UserError(
+                f"{config.dataset.folder} has reference log-probs of its own: leave reference={config.reference!r} "
+                "empty"
+            )
+        return False
+    parameters = inspect.signature(_loss(config.loss)).parameters.values()
+    asked = any(p.name.startswith("ref_") and p.default is inspect.Parameter.empty for p in parameters)
+    if asked and not (config.reference or config.start):
+        raise UserError(
+            f"the loss {config.loss.name} needs a reference policy: set start or reference to the folder of a run, "
+            "such as one of supervised fine-tuning"
+        )
+    return asked or bool(config.reference)
+
+
+def _check_loss(
+    config: JobConfig, objective: Objective, abstract: TrainState, batch: PreferenceBatch, *, with_reference: bool
+) -> None:
+    """Traces the loss on the shapes of the first batch, so that what it asks for and does not get is told at once."""
+    if with_reference:
+        batch = dataclasses.replace(batch, reference_log_probs=jnp.zeros(batch.responses.shape))
+    try:
+        jax.eval_shape(objective, abstract.params, batch, abstract.step)
+    except UserError:
+        raise
+    except (AssertionError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the loss {config.loss.name} with {dict(config.loss.settings)} does not run: {reason}"
+        ) from error
+
+
+def _check_settings(config: JobConfig) -> None:
+    for name in ("steps", "checkpoint_every", "log_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}: it must be at least 1")
+    for name in ("start_step", "reference_step"):
+        if getattr(config, name) < 0:
+            raise UserError(f"{name} is {getattr(config, name)}: give the step of a checkpoint, or 0 for the last")
+    if not config.dataset.folder:
+        raise UserError("dataset.folder is empty: give the folder of a prepared dataset")
+
+
+def _check_not_beyond(config: JobConfig, checkpoints: Checkpoints) -> None:
+    if checkpoints.steps() and checkpoints.steps()[-1] > config.steps:
+        raise UserError(
+            f"{checkpoints.folder} is at step {checkpoints.steps()[-1]}, beyond steps={config.steps}: raise steps, or "
+            "give another folder"
+        )
+
+
+def _claim(workdir: Path, config: JobConfig) -> None:
+    """Writes the settings into the folder; raises UserError where it holds a job of others, naming what differs."""
+    path, settings = workdir / CARD, json.loads(json.dumps(flatten(to_dict(config))))
+    if path.exists():
+        found = json.loads(path.read_text())
+        differences = [
+            f"{key} was {found.get(key, 'absent')}, now {settings.get(key, 'absent')}"
+            for key in sorted(found.keys() | settings.keys())
+            if key not in _MAY_CHANGE and found.get(key) != settings.get(key)
+        ]
+        if differences:
+            shown = "; ".join(differences[:3]) + (f"; {len(differences) - 3} more" if len(differences) > 3 else "")
+            raise UserError(
+                f"{workdir} holds a job of other settings ({shown}): give another folder, or these settings"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+    os.replace(partial, path)

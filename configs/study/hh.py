@@ -1,0 +1,54 @@
+"""The same study on human pairs in Anthropic HH's format, at a micro size; the two paths are the user's to give.
+
+alignment-gap study --config=configs/study/hh.py --workdir=runs/hh \
+    --config.task.path=harmless-base.train.jsonl.gz --config.task.vocabulary_path=t5.spiece.model
+"""
+
+from ml_collections import ConfigDict
+
+from alignment_gap.configuration import to_dict
+from alignment_gap.data.task import HumanPairsTaskConfig
+from alignment_gap.models import T5Config
+from alignment_gap.study.config import ArmsConfig, EvaluationConfig, JudgeConfig, SftConfig, StudyConfig
+from alignment_gap.training import OptimizerConfig
+
+
+def get_config() -> ConfigDict:
+    model = T5Config(
+        vocabulary_size=32_128,
+        width=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        heads=2,
+        head_size=32,
+        mlp_width=128,
+        tied_embeddings=True,
+        scan_unroll=2,
+    )
+    study = StudyConfig(
+        name="hh",
+        # HH has a few pairs with an empty or a repeated response, and many that are too long for a micro size.
+        task=HumanPairsTaskConfig(prompt_length=64, response_length=24, bad_pairs="drop", long_pairs="drop"),
+        policy=model,
+        sft=SftConfig(steps=500, batch_size=32, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
+        golden=JudgeConfig(
+            model, steps=400, batch_size=32, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50)
+        ),
+        proxy=JudgeConfig(
+            model, steps=300, batch_size=32, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50)
+        ),
+        arms=ArmsConfig(
+            losses=("ipo", "best_of_n"),
+            checkpoint_steps=(25, 50, 100, 150),
+            batch_size=16,
+            optimizer=OptimizerConfig(learning_rate=1e-3),
+            beta=0.1,
+            offline_betas=(0.1, 0.3),
+            offline_learning_rates=(1e-3,),
+        ),
+        evaluation=EvaluationConfig(prompts=256, kl_prompts=128, pairs=256, batch_size=64),
+    )
+    config = ConfigDict(to_dict(study))
+    # One network: --config.policy.width=128 changes the judges', which start from the SFT policy, too.
+    config.golden.model = config.proxy.model = config.policy
+    return config

@@ -1,0 +1,126 @@
+"""`alignment-gap train`: gin files in T5X's conventions, and one job run from them."""
+
+import pathlib
+
+import pytest
+
+from alignment_gap import losses
+from alignment_gap.cli import train
+from alignment_gap.cli.main import guarded
+from alignment_gap.data import PostsTaskConfig, posts_task, write_dataset
+from alignment_gap.errors import UserError
+from alignment_gap.models import DecoderConfig, T5Config, make_policy
+from alignment_gap.training.job import LossConfig
+
+GIN = pathlib.Path(__file__).parents[2] / "gin"
+IPO = str(GIN / "runs" / "offline_ipo.gin")
+SET = ["DATASET=pairs", "START=runs/sft"]
+TINY = ["VOCABULARY_SIZE=136", "T5Config.width=16", "T5Config.encoder_layers=1", "T5Config.decoder_layers=1"]
+
+
+def test_offline_ipo_builds_the_job():
+    config = train.read_config([IPO], [*SET, "TRAIN_STEPS=7", "BETA=0.5", "OptimizerConfig.clip_norm=2"])
+    assert config.loss == LossConfig("ipo", {"beta": 0.5})
+    assert (config.steps, config.start, config.dataset.folder) == (7, "runs/sft", "pairs")
+    assert config.optimizer.clip_norm == 2.0
+    assert type(config.model) is T5Config
+
+
+@pytest.mark.parametrize("file", sorted((GIN / "models").glob("*.gin")), ids=lambda path: path.stem)
+def test_every_model_file_is_a_policy(file):
+    config = train.read_config([IPO, str(file)], [*SET, "VOCABULARY_SIZE=77"])
+    assert config.model.vocabulary_size == 77
+    assert type(config.model) is (DecoderConfig if "decoder" in file.stem else T5Config)
+    make_policy(config.model)
+
+
+@pytest.mark.parametrize("file", sorted((GIN / "losses").glob("*.gin")), ids=lambda path: path.stem)
+def test_every_loss_file_is_a_loss(file):
+    loss = train.read_config([str(GIN / "runs" / "sft.gin"), str(file)], SET[:1]).loss
+    assert loss.name == file.stem
+    losses.get(loss.name, **loss.settings)
+
+
+def test_files_are_found_in_search_paths_and_in_ours(tmp_path):
+    (tmp_path / "mine.gin").write_text("include 'runs/sft.gin'\nTRAIN_STEPS = 3\n")
+    assert train.read_config(["mine.gin"], SET[:1], [str(tmp_path)]).steps == 3
+    assert train.read_config(["runs/sft.gin"], SET[:1]).loss.name == "sft"
+
+
+def test_a_macro_that_files_use_may_be_set():
+    config = train.read_config(["runs/job.gin"], [*SET, "MODEL=@DecoderConfig()", "DatasetConfig.order=recorded"])
+    assert type(config.model) is DecoderConfig
+    assert config.dataset.order == "recorded"
+
+
+def test_dynamic_registration_as_in_t5x(tmp_path):
+    (tmp_path / "model.gin").write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from alignment_gap import models\n"
+        "MODEL = @models.T5Config()\n"
+        "models.T5Config.width = 8\n"
+    )
+    assert train.read_config([IPO, str(tmp_path / "model.gin")], SET).model.width == 8
+
+
+BAD = {
+    "no file": ([], [], "no --gin_file"),
+    "missing file": (["nowhere.gin"], [], "--gin_file=nowhere.gin: there is no such file"),
+    "macro": ([IPO], [*SET, "TRAIN_STEP=3"], "--gin.TRAIN_STEP: .* did you mean TRAIN_STEPS?"),
+    "macro unlike any": ([IPO], [*SET, "QQ=3"], "--gin.QQ: no macro .* they have .*TRAIN_STEPS"),
+    "required": ([IPO], SET[1:], "DATASET is not set: add --gin.DATASET=value"),
+    "configurable": ([IPO], [*SET, "Optimizer.clip_norm=1"], "No configurable matching 'Optimizer'"),
+    "field": ([IPO], [*SET, "T5Config.widht=1"], "'T5Config' doesn't have a parameter named 'widht'"),
+    "type": ([IPO], [*SET, "TRAIN_STEPS=many"], "JobConfig.steps is 'many': it must be of type int"),
+    "value of a field": ([IPO], [*SET, "OptimizerConfig.name=adam"], "optimizer 'adam' is unknown"),
+    "reference": ([IPO], [*SET, "MODEL=@T5()"], "No configurable matching reference '@T5"),
+    "macro in a value": ([IPO], [*SET, "TRAIN_STEPS=%NOWHERE"], "macro NOWHERE is not set"),
+    "no model": (["runs/job.gin"], SET[:1], "macro MODEL is not set: add --gin.MODEL=value, or a gin file"),
+    "no value": ([IPO], ["DATASET"], "write --gin.NAME=value"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name):
+    files, overrides, message = BAD[name]
+    with pytest.raises(UserError, match=message) as error:
+        train.read_config(files, overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files_name_the_place(tmp_path):
+    file = tmp_path / "mine.gin"
+    file.write_text("include 'runs/nowhere.gin'\n")
+    with pytest.raises(UserError, match=r"nowhere.gin.*--gin_search_paths"):
+        train.read_config([str(file)], [])
+    file.write_text("MODEL = @T5Config(\n")
+    with pytest.raises(UserError, match="ends inside of a statement"):
+        train.read_config([str(file)], [])
+    file.write_text("TRAIN_STEPS = 3\nnothing.width = 3\n")
+    with pytest.raises(UserError, match=r"No configurable matching 'nothing'.*line 2"):
+        train.read_config([str(file)], [])
+
+
+def test_the_command_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    task = posts_task(PostsTaskConfig(pairs=16, validation_pairs=1))
+    write_dataset("pairs", task.pairs, vocabulary_digest=task.vocabulary.digest, provenance={})
+    flags = [f"--gin.{setting}" for setting in ("DATASET=pairs", "TRAIN_STEPS=2", "BATCH_SIZE=8", *TINY)]
+    command = ["train", "--gin_file=runs/sft.gin", *flags, "--workdir=run", "--compilation_cache="]
+    train.main(command)
+    train.main(command)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    assert "run/checkpoints" in capsys.readouterr().out
+
+
+def test_bad_flags_end_in_one_line(capsys):
+    assert guarded(lambda: train.main(["train", "--gin_fil=x"])) == 2
+    assert guarded(lambda: train.main(["train", "runs/sft.gin"])) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 2
+    assert "runs/sft.gin" in error
+
+
+def test_help_names_the_flags(capsys):
+    train.main(["train", "--help"])
+    assert "--gin_search_paths" in capsys.readouterr().out
