@@ -25,6 +25,7 @@ from alignment_gap.study.stage_functions import evaluation_prompts
 from alignment_gap.study.stages import SeedStages, seed_stages
 
 VERSIONS = ("alignment-gap", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# Arrays of an evaluation that are no outcomes.
 MEASURED = ("responses", "lengths")
 
 
@@ -73,9 +74,8 @@ def run_stages(stages: Sequence[artefacts.Stage], root: Path, say: Callable[[str
 
 def seed_results(seed: SeedStages, root: Path) -> Iterator[CheckpointResult]:
     """Every evaluated checkpoint of a seed; the SFT policy is the origin, at step 0."""
-    origin = Arm("sft", "sft", math.nan, seed.bench.config.sft.optimizer.learning_rate)
-    for arm, stage in [(origin, seed.origin), *((arm, evaluation) for arm, _, evaluation in seed.runs)]:
-        for path in sorted(stage.folder(root).glob("*.npz"), key=lambda path: int(path.stem)):
+    for arm, folder in _evaluated(seed, root):
+        for path in _by_step(folder):
             with np.load(path) as arrays:
                 outcomes = {name: arrays[name] for name in arrays.files if name not in MEASURED}
             yield CheckpointResult(arm.name, arm.loss, arm.beta, arm.learning_rate, seed.seed, int(path.stem), outcomes)
@@ -128,31 +128,36 @@ def _samples(seed: SeedStages, root: Path) -> list[dict[str, Any]]:
     bench = seed.bench
     prompts = evaluation_prompts(bench, seed.relabelled.folder(root))[: bench.config.evaluation.shown]
     samples = []
-    for result, path in _last_checkpoints(seed, root):
+    for arm, folder in _evaluated(seed, root):
+        path = _by_step(folder)[-1]
         with np.load(path) as arrays:
-            responses, lengths = arrays["responses"], arrays["lengths"]
-        for i, example in enumerate(prompts):
+            responses = [
+                row[:length].tolist() for row, length in zip(arrays["responses"], arrays["lengths"], strict=True)
+            ]
+        for example, response in zip(prompts, responses, strict=False):
+            prompt = example.prompt.tolist()
             samples.append(
                 {
-                    "prompt": bench.vocabulary.decode(example.prompt.tolist()),
-                    "arm": result.name,
-                    "loss": result.loss,
+                    "prompt": bench.vocabulary.decode(prompt),
+                    "arm": arm.name,
+                    "loss": arm.loss,
                     "step": int(path.stem),
-                    "response": bench.vocabulary.decode(responses[i, : lengths[i]].tolist()),
-                    "rubric": None if bench.rubric is None else _one_rubric(bench, example, responses[i, : lengths[i]]),
+                    "response": bench.vocabulary.decode(response),
+                    "rubric": None if bench.rubric is None else float(bench.rubric([prompt], [response])[0]),
                 }
             )
     return samples
 
 
-def _one_rubric(bench: Any, example: Any, response: np.ndarray) -> float:
-    return float(bench.rubric([example.prompt.tolist()], [response.tolist()])[0])
+def _evaluated(seed: SeedStages, root: Path) -> list[tuple[Arm, Path]]:
+    """Every arm, SFT first, with the folder of its evaluation."""
+    origin = Arm("sft", "sft", math.nan, seed.bench.config.sft.optimizer.learning_rate)
+    stages = [(origin, seed.origin), *((arm, evaluation) for arm, _, evaluation in seed.runs)]
+    return [(arm, stage.folder(root)) for arm, stage in stages]
 
 
-def _last_checkpoints(seed: SeedStages, root: Path) -> Iterator[tuple[Arm, Path]]:
-    origin = Arm("sft", "sft", math.nan, math.nan)
-    for arm, stage in [(origin, seed.origin), *((arm, evaluation) for arm, _, evaluation in seed.runs)]:
-        yield arm, max(stage.folder(root).glob("*.npz"), key=lambda path: int(path.stem))
+def _by_step(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.npz"), key=lambda path: int(path.stem))
 
 
 def _notes(config: StudyConfig) -> list[str]:
