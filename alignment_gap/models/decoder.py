@@ -67,7 +67,7 @@ class DecoderLayer(nn.Module):
 
     def prompt(
         self, x: Float[Array, "B P D"], positions: Int[Array, "B P"], mask: Array
-    ) -> tuple[Float[Array, "B P D"], tuple[Array, "Array"]]:
+    ) -> tuple[Float[Array, "B P D"], tuple[Array, Array]]:
         """One layer over the prompts; also their keys and values [B, P, G, C], for the responses to attend to."""
         y = self.pre_layer_norm(x)
         keys, values = self._keys_values(y, positions)
@@ -83,7 +83,7 @@ class DecoderLayer(nn.Module):
         mask: Array,
         cache: Any,
         step: Any,
-    ) -> tuple[Float[Array, "B K Q D"], tuple[Array, "Array"]]:
+    ) -> tuple[Float[Array, "B K Q D"], tuple[Array, Array]]:
         """One layer over Q response positions, which attend to the shared prompt and to their own row so far."""
         y = self.pre_layer_norm(x)
         keys_values = layers.update_cache(cache, self._keys_values(y, positions), step)
@@ -94,7 +94,7 @@ class DecoderLayer(nn.Module):
     def _query(self, y: Array, positions: Array) -> Array:
         return layers.rotate(self.query(y), positions, self.config.rope_base)
 
-    def _keys_values(self, y: Array, positions: Array) -> tuple[Array, "Array"]:
+    def _keys_values(self, y: Array, positions: Array) -> tuple[Array, Array]:
         return layers.rotate(self.key(y), positions, self.config.rope_base), self.value(y)
 
 
@@ -111,7 +111,7 @@ class DecoderPolicy:
         """Raises UserError where a size is not positive, does not divide, or a setting is unknown."""
         check_sizes(self.config)
         if self.config.head_size % 2:
-            raise UserError(f"DecoderConfig.head_size is {self.config.head_size}: it must be even, for rotary positions")
+            raise UserError(f"DecoderConfig.head_size is {self.config.head_size}: rotary positions need it even")
 
     def init(self, key: Array) -> Any:
         """Fresh float32 parameters, each in a box with its logical axis names."""
@@ -153,8 +153,8 @@ class DecoderPolicy:
         positions = (prompt_lengths[:, None] - 1 + jnp.arange(size))[:, None]
         mask = layers.causal_mask(size)
 
-        def layer(carry: tuple[Array, "Array"], layer_params: Any, _: None) -> tuple[tuple[Array, "Array"], None]:
-            def apply(module: DecoderLayer) -> tuple[Array, "Array"]:
+        def layer(carry: tuple[Array, Array], layer_params: Any, _: None) -> tuple[tuple[Array, Array], None]:
+            def apply(module: DecoderLayer) -> tuple[Array, Array]:
                 prompt, keys_values = module.prompt(carry[0], prompt_positions, prompt_causal)
                 segment = layers.Segment(*keys_values, shared)
                 return prompt, module(carry[1], positions, segment, mask, None, None)[0]
@@ -173,7 +173,7 @@ class DecoderPolicy:
         config, decoder = self.config, DecoderLayer(self.config)
         positions, causal, shared = self._prompt_layout(prompts, prompt_lengths)
 
-        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, "Any"]:
+        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, Any]:
             return decoder.apply({"params": layer_params}, x, positions, causal, method="prompt")
 
         _, prompt = scan_stack(layer, self._embed(params, prompts), params["decoder"]["layers"], config=self.config)
@@ -194,7 +194,7 @@ class DecoderPolicy:
         positions = (cache["prompt_lengths"] - 1 + step)[:, None, None]
         mask = (jnp.arange(cache["responses"][0].shape[3]) <= step)[None, None, None]
 
-        def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, "Any"]:
+        def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, Any]:
             prompt, responses = inputs
             keys, values = prompt
             segment = layers.Segment(keys, values, cache["prompt_mask"])

@@ -174,7 +174,7 @@ def prefix_mask(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B 1 1 S"]:
     return (jnp.arange(size) < lengths[:, None])[:, None, None]
 
 
-def update_cache(cache: tuple[Array, "Array"] | None, new: tuple[Array, "Array"], step: Any) -> tuple[Array, "Array"]:
+def update_cache(cache: tuple[Array, Array] | None, new: tuple[Array, Array], step: Any) -> tuple[Array, Array]:
     """New keys and values [B, K, Q, G, C] themselves, or the cache [B, K, R, G, C] with them written at `step`."""
     if cache is None:
         return new

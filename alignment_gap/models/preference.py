@@ -128,7 +128,7 @@ class PreferenceModel:
         """The row's responses behind their markers, the question, and room for the answer; and its length before it."""
         ones = jnp.ones_like(response_lengths[:, 0])
 
-        def mark(token: int) -> tuple[Array, "Array"]:
+        def mark(token: int) -> tuple[Array, Array]:
             return jnp.full((len(ones), 1), token, responses.dtype), ones
 
         parts = []

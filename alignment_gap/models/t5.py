@@ -114,13 +114,13 @@ class DecoderLayer(nn.Module):
         self.pre_mlp_layer_norm = layers.RMSNorm(config.dtype)
         self.mlp = layers.GatedMLP(config.width, config.mlp_width, nn.gelu, config.dtype)
 
-    def prompt_keys_values(self, encoded: Float[Array, "B P D"]) -> tuple[Array, "Array"]:
+    def prompt_keys_values(self, encoded: Float[Array, "B P D"]) -> tuple[Array, Array]:
         """Keys and values [B, P, H, C] of the prompts, shared by all their responses."""
         return self.encoder_decoder_attention.keys_values(encoded)
 
     def __call__(
         self, x: Float[Array, "B K Q D"], prompt: layers.Segment, mask: Array, bias: Array, cache: Any, step: Any
-    ) -> tuple[Float[Array, "B K Q D"], tuple[Array, "Array"]]:
+    ) -> tuple[Float[Array, "B K Q D"], tuple[Array, Array]]:
         """One layer over Q response positions; a cache is written at `step` and attended to as a whole."""
         y = self.pre_self_attention_layer_norm(x)
         keys_values = layers.update_cache(cache, self.self_attention.keys_values(y), step)
@@ -209,7 +209,7 @@ class T5Policy:
         mask = layers.causal_mask(inputs.shape[-1])
         decoder = DecoderLayer(self.config)
 
-        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, "None"]:
+        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
             def apply(module: DecoderLayer) -> Array:
                 prompt = layers.Segment(*module.prompt_keys_values(encoded), prompt_mask)
                 return module(x, prompt, mask, bias, None, None)[0]
@@ -250,7 +250,7 @@ class T5Policy:
         mask = (positions <= step)[None, None, None]
         decoder = DecoderLayer(self.config)
 
-        def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, "Any"]:
+        def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, Any]:
             prompt, responses = inputs
             keys, values = prompt
             segment = layers.Segment(keys, values, cache["prompt_mask"])
@@ -271,7 +271,7 @@ class T5Policy:
         bias: Any = self._relative_bias(True).apply({"params": encoder["relpos_bias"]}, positions, positions)
         mask = self._prompt_mask(prompts, prompt_lengths)
 
-        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, "None"]:
+        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
             outputs: Any = EncoderLayer(self.config).apply({"params": layer_params}, x, mask, bias)
             return outputs, None
 

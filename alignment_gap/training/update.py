@@ -48,7 +48,7 @@ def make_update_step(
     """
 
     def update_step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
-        def mean_loss(params: Any) -> tuple[Array, "Metrics"]:
+        def mean_loss(params: Any) -> tuple[Array, Metrics]:
             loss, diagnostics = objective(params, batch, state.step)
             return jnp.mean(loss), {"loss": jnp.mean(loss)} | {k: jnp.mean(v) for k, v in diagnostics.items()}
 
@@ -113,8 +113,9 @@ def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) 
     the first is "chosen" and `preference`, the probability that the chosen is better, is 0.5 instead of 1.
 
     Returns:
-      token_logps, mask [B, K, R]; logps, scores, lengths [B, K]; chosen_logps, rejected_logps, chosen_lengths,
-      rejected_lengths, preference [B]; where the batch has reference log-probs the same of the reference, with ref_.
+      token_logps, mask [B, K, R]; logps, scores, lengths [B, K]; preference [B]; and of the chosen and of the rejected
+      response chosen_logps, chosen_lengths [B], chosen_token_logps, chosen_mask [B, R] and so on. Where the batch has
+      reference log-probs, those of the reference too: ref_logps, ref_token_logps, ref_chosen_logps and so on.
     """
     mask = length_mask(batch.response_lengths, batch.responses.shape[-1])
     samples = batch.scores.shape[-1]
@@ -122,7 +123,8 @@ def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) 
     rejected = samples - 1 - jnp.argmin(batch.scores[:, ::-1], axis=-1)
 
     def pick(values: Array, index: Array) -> Array:
-        return jnp.take_along_axis(values, index[:, None], axis=1)[:, 0]
+        index = index.reshape(-1, *[1] * (values.ndim - 1))
+        return jnp.take_along_axis(values, index, axis=1)[:, 0]
 
     inputs = {
         "token_logps": token_log_probs,
@@ -136,10 +138,9 @@ def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) 
         inputs["ref_token_logps"] = jnp.where(mask, batch.reference_log_probs, 0.0)
         inputs["ref_logps"] = inputs["ref_token_logps"].sum(-1)
     for side, index in (("chosen", chosen), ("rejected", rejected)):
-        inputs[f"{side}_logps"] = pick(inputs["logps"], index)
-        inputs[f"{side}_lengths"] = pick(batch.response_lengths, index)
+        inputs |= {f"{side}_{name}": pick(inputs[name], index) for name in ("logps", "lengths", "token_logps", "mask")}
         if batch.reference_log_probs is not None:
-            inputs[f"ref_{side}_logps"] = pick(inputs["ref_logps"], index)
+            inputs |= {f"ref_{side}_{name}": pick(inputs[f"ref_{name}"], index) for name in ("logps", "token_logps")}
     return inputs
 
 
