@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "alignment_gap" / "__init__
 
 EXTRAS = {
     # Figures and the HTML report of a study.
-    "study": ["altair>=5.5", "vl-convert-python>=1.7"],
+    "study": ["altair>=5.5", "jinja2>=3", "vl-convert-python>=1.7"],
     # Reading seqio tasks and tensorflow-datasets; nothing else imports TensorFlow.
     "data": [
         "seqio>=0.0.20",
@@ -51,7 +51,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
-        "scipy>=1.14",
+        "scipy>=1.15",
         "sentencepiece>=0.2.1",
         "tqdm>=4.66",
     ],
