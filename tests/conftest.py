@@ -1,0 +1,45 @@
+"""Eight virtual CPU devices, a cache of compiled functions, and the tiny policies that tests share."""
+
+import os
+import pathlib
+import sys
+
+# Before jax is imported anywhere.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".cache" / "jax-tests")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+# Tests import tiny_models and numpy_models, however pytest was started.
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "models"))
+
+import pytest
+from tiny_models import CONFIGS, EVEN_CONFIGS, MESHES, random_params
+
+from alignment_gap.models import make_policy
+from alignment_gap.sharding import make_mesh
+
+
+@pytest.fixture(scope="session", params=["t5", "decoder"])
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def policy(architecture):
+    return make_policy(CONFIGS[architecture])
+
+
+@pytest.fixture(scope="session")
+def params(policy):
+    return random_params(policy)
+
+
+@pytest.fixture(scope="session")
+def even_policy(architecture):
+    return make_policy(EVEN_CONFIGS[architecture])
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    return make_mesh(MESHES["data"])

@@ -1,0 +1,160 @@
+"""Both policies once more, in plain numpy at float64: one response, no cache, no loop over stacked layers, no sharing.
+
+Written from the papers: T5 (1910.10683, appendix of 2002.05202 for the gated GELU), PaLM (2204.02311), RoPE (2104.09864).
+"""
+
+import math
+
+import jax
+import numpy as np
+
+
+def relative_bucket(distance, *, bidirectional, buckets, max_distance):
+    """The bucket of key position minus query position, as T5 states it."""
+    offset = 0
+    if bidirectional:
+        buckets //= 2
+        if distance > 0:
+            offset = buckets
+        near = abs(distance)
+    else:
+        near = max(-distance, 0)
+    exact = buckets // 2
+    if near < exact:
+        return offset + near
+    # The logarithm may miss a whole number by its last bit.
+    steps = math.floor(math.log(near / exact) / math.log(max_distance / exact) * (buckets - exact) + 1e-9)
+    return offset + min(exact + steps, buckets - 1)
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def log_softmax(logits):
+    return np.log(softmax(logits))
+
+
+def norm(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def gelu(x):
+    """The tanh form, which T5 v1.1 was trained with."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def attention(query, key, value, *, bias=0.0, mask, scale):
+    """Query [Q, H, C], key and value [S, G, C]; each group of H / G query heads reads one key head."""
+    output = np.zeros_like(query)
+    for head in range(query.shape[1]):
+        group = head // (query.shape[1] // key.shape[1])
+        logits = scale * query[:, head] @ key[:, group].T
+        logits = logits + (bias if np.isscalar(bias) else bias[head])
+        output[:, head] = softmax(np.where(mask, logits, -1e9)) @ value[:, group]
+    return output
+
+
+def rope(x, positions, base):
+    """Pair i of a head, its components i and i + C/2, as a complex number turned by position / base^(2i/C)."""
+    half = x.shape[-1] // 2
+    turn = np.exp(1j * np.outer(positions, base ** (-2 * np.arange(half) / x.shape[-1])))[:, None]
+    turned = (x[..., :half] + 1j * x[..., half:]) * turn
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def _split(x, kernel):
+    return np.einsum("sd,dhc->shc", x, kernel)
+
+
+def _merge(x, kernel):
+    return np.einsum("shc,hcd->sd", x, kernel)
+
+
+def _mlp(x, params, activation):
+    return (activation(x @ params["wi_0"]["kernel"]) * (x @ params["wi_1"]["kernel"])) @ params["wo"]["kernel"]
+
+
+def _layer(stacked, index):
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+def _t5_attention(x, source, params, mask, bias=0.0):
+    heads = [
+        _split(inputs, params[name]["kernel"]) for inputs, name in ((x, "query"), (source, "key"), (source, "value"))
+    ]
+    return _merge(attention(*heads, bias=bias, mask=mask, scale=1.0), params["out"]["kernel"])
+
+
+def _t5_bias(params, size, config, *, bidirectional):
+    rules = dict(buckets=config.relative_position_buckets, max_distance=config.relative_position_max_distance)
+    buckets = [[relative_bucket(k - q, bidirectional=bidirectional, **rules) for k in range(size)] for q in range(size)]
+    return params["relpos_bias"]["rel_embedding"][:, buckets]
+
+
+def t5_logits(config, params, prompt, response):
+    """Logits [R, V] of each token of one response behind one prompt, both without padding."""
+    table, encoder, decoder = params["token_embedder"]["embedding"], params["encoder"], params["decoder"]
+    x = table[prompt]
+    bias, mask = _t5_bias(encoder, len(prompt), config, bidirectional=True), np.ones((len(prompt), len(prompt)), bool)
+    for index in range(config.encoder_layers):
+        layer = _layer(encoder["layers"], index)
+        y = norm(x, layer["pre_attention_layer_norm"]["scale"])
+        x = x + _t5_attention(y, y, layer["attention"], mask, bias)
+        x = x + _mlp(norm(x, layer["pre_mlp_layer_norm"]["scale"]), layer["mlp"], gelu)
+    encoded = norm(x, encoder["encoder_norm"]["scale"])
+
+    size = len(response)
+    x = table[np.concatenate([[0], response[:-1]]).astype(int)]
+    bias, causal = _t5_bias(decoder, size, config, bidirectional=False), np.tril(np.ones((size, size), bool))
+    for index in range(config.decoder_layers):
+        layer = _layer(decoder["layers"], index)
+        y = norm(x, layer["pre_self_attention_layer_norm"]["scale"])
+        x = x + _t5_attention(y, y, layer["self_attention"], causal, bias)
+        y = norm(x, layer["pre_cross_attention_layer_norm"]["scale"])
+        everything = np.ones((size, len(prompt)), bool)
+        x = x + _t5_attention(y, encoded, layer["encoder_decoder_attention"], everything)
+        x = x + _mlp(norm(x, layer["pre_mlp_layer_norm"]["scale"]), layer["mlp"], gelu)
+    x = norm(x, decoder["decoder_norm"]["scale"])
+    if config.tied_embeddings:
+        return x @ table.T / math.sqrt(config.width)
+    return x @ params["output_embedder"]["embedding"].T
+
+
+def decoder_logits(config, params, prompt, response):
+    """Logits [R, V] of each token of one response: prompt and response are one sequence."""
+    table, decoder = params["token_embedder"]["embedding"], params["decoder"]
+    tokens = np.concatenate([prompt, response[:-1]]).astype(int)
+    positions, causal = np.arange(len(tokens)), np.tril(np.ones((len(tokens), len(tokens)), bool))
+    x = table[tokens]
+    for index in range(config.layers):
+        layer = _layer(decoder["layers"], index)
+        y = norm(x, layer["pre_layer_norm"]["scale"])
+        query, key = (rope(_split(y, layer[name]["kernel"]), positions, config.rope_base) for name in ("query", "key"))
+        value = _split(y, layer["value"]["kernel"])
+        mixed = attention(query, key, value, mask=causal, scale=1 / math.sqrt(config.head_size))
+        x = x + _merge(mixed, layer["out"]["kernel"]) + _mlp(y, layer["mlp"], silu)
+    x = norm(x, decoder["decoder_norm"]["scale"])
+    return (x @ table.T / math.sqrt(config.width))[len(prompt) - 1 :]
+
+
+def logits_of(config, params, prompt, response):
+    """Logits [R, V] of either policy at float64."""
+    double = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    function = t5_logits if config.architecture == "t5" else decoder_logits
+    return function(config, double, np.asarray(prompt), np.asarray(response))
+
+
+def score_rows(config, params, prompts, prompt_lengths, responses, response_lengths):
+    """Log-probs [B, K, R] of every token, 0 at padding; each response on its own."""
+    scores = np.zeros(responses.shape)
+    for b, k in np.ndindex(*responses.shape[:2]):
+        prompt, response = prompts[b, : prompt_lengths[b]], responses[b, k, : response_lengths[b, k]]
+        log_probs = log_softmax(logits_of(config, params, prompt, response))
+        scores[b, k, : len(response)] = log_probs[np.arange(len(response)), response]
+    return scores

@@ -1,0 +1,219 @@
+"""The preference model: its context by hand, the sign rule, and that it can learn."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy_models import logits_of
+from tiny_models import make_batch, texts
+
+from alignment_gap.errors import UserError
+from alignment_gap.models import DecoderConfig, PreferenceModel, make_policy
+from alignment_gap.models.preference import KINDS, Markers, join, pair_loss
+from alignment_gap.sharding import unbox
+from alignment_gap.training import preference_objective
+
+MARKERS = Markers(8, 9, 10, 11, 12)
+BATCH = make_batch(6, vocabulary_size=8)
+SWAPPED = (*texts(BATCH)[:2], BATCH.responses[:, ::-1], BATCH.response_lengths[:, ::-1])
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def model(request, policy):
+    return PreferenceModel(policy, MARKERS, request.param)
+
+
+@pytest.fixture(scope="session")
+def log_odds(model):
+    return jax.jit(model.log_odds)
+
+
+@pytest.fixture(scope="session")
+def preferences(model):
+    return jax.jit(model.preferences)
+
+
+def test_join_by_hand():
+    first = (jnp.array([[1, 2, 7], [3, 7, 7]]), jnp.array([2, 1]))
+    second = (jnp.array([[4, 7], [5, 6]]), jnp.array([1, 2]))
+    nothing = (jnp.array([[9], [9]]), jnp.array([0, 0]))
+    joined, lengths = join([first, second, nothing])
+    np.testing.assert_array_equal(joined, [[1, 2, 4, 0, 0, 0], [3, 5, 6, 0, 0, 0]])
+    np.testing.assert_array_equal(lengths, [3, 3])
+
+
+def test_join_of_full_rows_loses_nothing():
+    joined, lengths = join([(jnp.array([[1, 2]]), jnp.array([2])), (jnp.array([[3]]), jnp.array([1]))])
+    np.testing.assert_array_equal(joined, [[1, 2, 3]])
+    np.testing.assert_array_equal(lengths, [3])
+
+
+def _rewards(model, params, prompt, parts):
+    """The log-odds of the answer behind prompt, marked parts and question, by the numpy model."""
+    text = [token for marker, part in zip(MARKERS[:2], parts, strict=False) for token in (marker, *part)]
+    # The last row of logits predicts what follows the question, whatever that is.
+    logits = logits_of(model.policy.config, params, prompt, np.array([*text, MARKERS.question, 0]))[-1]
+    return logits[MARKERS.first_better] - logits[MARKERS.second_better]
+
+
+def test_log_odds_equal_the_numpy_model(model, params, log_odds):
+    expected = []
+    for b in range(6):
+        prompt = np.asarray(BATCH.prompts)[b, : int(BATCH.prompt_lengths[b])]
+        parts = [np.asarray(BATCH.responses)[b, k, : int(BATCH.response_lengths[b, k])] for k in range(2)]
+        if model.kind == "pairwise":
+            expected.append(_rewards(model, params, prompt, parts))
+        else:
+            expected.append(_rewards(model, params, prompt, parts[:1]) - _rewards(model, params, prompt, parts[1:]))
+    np.testing.assert_allclose(log_odds(params, *texts(BATCH)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sign_rule_is_antisymmetric_and_hard(model, params, preferences):
+    wins, losses = preferences(params, *texts(BATCH)), preferences(params, *SWAPPED)
+    np.testing.assert_array_equal(wins + losses, 1.0)
+    assert set(np.asarray(wins).tolist()) == {0.0, 1.0}
+
+
+def test_the_sign_rule_compares_both_orders(model, params, log_odds, preferences):
+    forward, backward = log_odds(params, *texts(BATCH)), log_odds(params, *SWAPPED)
+    np.testing.assert_array_equal(preferences(params, *texts(BATCH)), forward > backward)
+    if model.kind == "pairwise":
+        # An order matters to the raw answer, which is what the rule removes.
+        assert np.abs(forward + backward).max() > 1e-2
+    else:
+        np.testing.assert_allclose(forward, -backward, rtol=1e-5, atol=1e-6)
+
+
+def test_identical_responses_tie(params, preferences):
+    """Also where only the padding behind them differs."""
+    same = BATCH.responses.at[:, 1].set(BATCH.responses[:, 0])
+    lengths = BATCH.response_lengths.at[:, 1].set(BATCH.response_lengths[:, 0])
+    padding = jnp.arange(5) >= lengths[..., None]
+    same = jnp.where(padding & jnp.array([True, False])[:, None], 3, same)
+    np.testing.assert_array_equal(preferences(params, *texts(BATCH)[:2], same, lengths), 0.5)
+
+
+def test_padding_is_not_seen(params, log_odds):
+    prompt_padding = jnp.arange(6) >= BATCH.prompt_lengths[:, None]
+    padding = jnp.arange(5) >= BATCH.response_lengths[..., None]
+    other = log_odds(
+        params,
+        jnp.where(prompt_padding, 7, BATCH.prompts),
+        BATCH.prompt_lengths,
+        jnp.where(padding, 1, BATCH.responses),
+        BATCH.response_lengths,
+    )
+    np.testing.assert_allclose(other, log_odds(params, *texts(BATCH)), rtol=1e-5, atol=1e-5)
+
+
+def test_pairwise_reads_both_responses_and_bradley_terry_rewards_are_transitive(model, params, log_odds):
+    batch = make_batch(6, responses=3, vocabulary_size=8, seed=1)
+    prompts = texts(batch)[:2]
+
+    def odds(i, j):
+        pair = jnp.array([i, j])
+        return log_odds(params, *prompts, batch.responses[:, pair], batch.response_lengths[:, pair])
+
+    cycle = odds(0, 1) + odds(1, 2) + odds(2, 0)
+    if model.kind == "pairwise":
+        assert np.abs(cycle).max() > 1e-2
+        assert (np.abs(odds(0, 1) - odds(0, 2)) > 1e-6).all()
+        assert (np.abs(odds(0, 1) - odds(2, 1)) > 1e-6).all()
+    else:
+        np.testing.assert_allclose(cycle, 0.0, atol=1e-5)
+
+
+def test_scores_of_three_responses_are_shares_of_wins(model, params, preferences):
+    batch = make_batch(6, responses=3, vocabulary_size=8, seed=1)
+    scores = jax.jit(model.scores)(params, *texts(batch))
+    expected = np.zeros((6, 3))
+    for i, j in itertools.permutations(range(3), 2):
+        pair = jnp.array([i, j])
+        won = preferences(params, *texts(batch)[:2], batch.responses[:, pair], batch.response_lengths[:, pair])
+        expected[:, i] += np.asarray(won) / 2
+    np.testing.assert_allclose(scores, expected, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(scores).sum(1), 1.5, atol=1e-6)
+
+
+def test_scores_of_a_pair_are_preferences(model, params, preferences):
+    scores = jax.jit(model.scores)(params, *texts(BATCH))
+    wins = preferences(params, *texts(BATCH))
+    np.testing.assert_array_equal(scores, np.stack([wins, 1 - wins], 1))
+
+
+def test_scores_of_one_response_are_refused(model, params):
+    one = (*texts(BATCH)[:2], BATCH.responses[:, :1], BATCH.response_lengths[:, :1])
+    with pytest.raises(UserError, match="1 response a prompt: a preference needs 2 or more"):
+        model.scores(params, *one)
+
+
+def test_pair_loss_by_hand():
+    # -log sigma(2) = log(1 + e^-2) = 0.126928; a tie at log-odds 0 costs log 2.
+    loss = pair_loss(jnp.array([2.0, 2.0, 0.0, 2.0]), jnp.array([1.0, 0.0, 0.5, 0.5]))
+    np.testing.assert_allclose(loss, [0.126928, 2.126928, 0.693147, 1.126928], rtol=1e-5)
+
+
+def test_pair_loss_is_finite_where_the_model_is_sure():
+    np.testing.assert_allclose(pair_loss(jnp.array([200.0, -200.0]), jnp.array([0.0, 0.0])), [200.0, 0.0], rtol=1e-6)
+
+
+def test_unknown_kind_is_refused(policy):
+    with pytest.raises(UserError, match="'listwise' is unknown: choose one of pairwise, bradley_terry"):
+        PreferenceModel(policy, MARKERS, "listwise")
+
+
+def test_the_order_of_a_pair_is_random_but_the_label_goes_with_it(model, params, log_odds):
+    """Every value is that of one of the two orders, both orders come up, and another step draws others."""
+    objective = jax.jit(preference_objective(model, jax.random.key(0)))
+    forward = pair_loss(log_odds(params, *texts(BATCH)), BATCH.scores[:, 0])
+    backward = pair_loss(log_odds(params, *SWAPPED), BATCH.scores[:, 1])
+    values = np.stack([objective(params, BATCH, jnp.int32(step))[0] for step in range(20)])
+    is_forward, is_backward = np.isclose(values, forward, rtol=1e-4), np.isclose(values, backward, rtol=1e-4)
+    assert (is_forward | is_backward).all()
+    if model.kind == "pairwise":
+        assert not (is_forward & is_backward).any()
+        # Of 120 fair coins fewer than 36 or more than 84 fall one way with probability 1e-5.
+        assert 36 <= is_forward.sum() <= 84
+        # Pairs of one step have coins of their own.
+        assert 0 < is_forward.sum(1).std()
+
+
+def test_accuracy_counts_a_tie_as_half(policy, params):
+    model = PreferenceModel(policy, MARKERS)
+    tied = jnp.full_like(BATCH.scores, 0.5)
+    batch = type(BATCH)(*[getattr(BATCH, name) for name in ("prompt_ids",)], *texts(BATCH), tied)
+    _, diagnostics = jax.jit(preference_objective(model, jax.random.key(0)))(params, batch, jnp.int32(0))
+    np.testing.assert_array_equal(diagnostics["accuracy"], 0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_that_a_token_wins(kind):
+    """The response with the token 5 is better; the two differ in nothing else but chance."""
+    config = DecoderConfig(vocabulary_size=13, width=16, layers=1, heads=2, kv_heads=1, head_size=8, mlp_width=16)
+    model = PreferenceModel(make_policy(config), MARKERS, kind)
+    objective, optimizer = preference_objective(model, jax.random.key(1)), optax.adam(2e-2)
+    params = unbox(jax.jit(model.policy.init)(jax.random.key(2)))
+
+    def pairs(seed):
+        batch = make_batch(64, vocabulary_size=5, prompt_length=3, response_length=3, seed=seed)
+        winner = np.random.default_rng(seed).integers(0, 2, 64)
+        responses = batch.responses.at[jnp.arange(64), winner, 0].set(5)
+        scores = jax.nn.one_hot(winner, 2)
+        return type(batch)(batch.prompt_ids, *texts(batch)[:2], responses, batch.response_lengths, scores)
+
+    @jax.jit
+    def step(params, state, batch, number):
+        gradient = jax.grad(lambda p: objective(p, batch, number)[0].mean())(params)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for number in range(40):
+        params, state = step(params, state, pairs(number), jnp.int32(number))
+    held_out = pairs(1000)
+    wins = jax.jit(partial(model.preferences))(params, *texts(held_out))
+    assert np.mean(np.asarray(wins) == np.asarray(held_out.scores[:, 0])) >= 0.9

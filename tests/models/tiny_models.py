@@ -1,0 +1,71 @@
+"""Policies and batches that are as small as can be, for the tests of models, sampling, sharding and training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.models import DecoderConfig, T5Config
+from alignment_gap.sharding import MeshConfig, unbox
+
+# Every size differs from every other where it can, so that a swapped axis shows.
+CONFIGS = {
+    "t5": T5Config(
+        vocabulary_size=13,
+        width=12,
+        encoder_layers=2,
+        decoder_layers=3,
+        heads=2,
+        head_size=5,
+        mlp_width=7,
+        relative_position_buckets=8,
+        relative_position_max_distance=12,
+    ),
+    "decoder": DecoderConfig(vocabulary_size=13, width=12, layers=3, heads=4, kv_heads=2, head_size=6, mlp_width=7),
+}
+# Sizes that two and eight devices divide.
+EVEN_CONFIGS = {
+    "t5": T5Config(
+        vocabulary_size=16, width=16, encoder_layers=1, decoder_layers=1, heads=2, head_size=4, mlp_width=24
+    ),
+    "decoder": DecoderConfig(vocabulary_size=16, width=16, layers=2, heads=2, kv_heads=1, head_size=4, mlp_width=24),
+}
+MESHES = {
+    "data": MeshConfig(8, 1, 1),
+    "fsdp": MeshConfig(1, 8, 1),
+    "model": MeshConfig(1, 1, 8),
+    "all": MeshConfig(2, 2, 2),
+}
+
+
+def random_params(policy, seed=0):
+    """Parameters of which none keeps an initial value that hides it, such as a norm's scale of one."""
+    params = unbox(jax.jit(policy.init)(jax.random.key(seed)))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(
+        tree, [leaf + jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
+    )
+
+
+def make_batch(prompts, *, responses=2, prompt_length=6, response_length=5, vocabulary_size=13, seed=0):
+    """Random prompts, responses and lengths, with the shortest and the longest among them; garbage behind the ends."""
+    rng = np.random.default_rng(seed)
+    prompt_lengths = rng.integers(1, prompt_length + 1, prompts)
+    response_lengths = rng.integers(1, response_length + 1, (prompts, responses))
+    prompt_lengths[:2] = 1, prompt_length
+    response_lengths[:2, 0] = response_length, 1
+    scores = rng.permuted(np.tile(np.linspace(0, 1, responses), (prompts, 1)), axis=1)
+    return PreferenceBatch(
+        jnp.asarray(100 + rng.permutation(prompts), jnp.int32),
+        jnp.asarray(rng.integers(0, vocabulary_size, (prompts, prompt_length)), jnp.int32),
+        jnp.asarray(prompt_lengths, jnp.int32),
+        jnp.asarray(rng.integers(0, vocabulary_size, (prompts, responses, response_length)), jnp.int32),
+        jnp.asarray(response_lengths, jnp.int32),
+        jnp.asarray(scores, jnp.float32),
+    )
+
+
+def texts(batch):
+    """The arrays of a batch that models read."""
+    return batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths
