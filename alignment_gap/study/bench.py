@@ -29,6 +29,7 @@ from alignment_gap.training import (
     Objective,
     OptimizerConfig,
     Source,
+    abstract_params,
     abstract_state,
     create_state,
     make_optimizer,
@@ -129,9 +130,12 @@ class Bench:
 
     def params(self, folder: Path, network: Any, step: int | None = None) -> Any:
         """The parameters that a training stage left, of one step or of the last."""
-        abstract = abstract_state(network.init, make_optimizer(OptimizerConfig(name="sgd")), self.mesh)
         with Checkpoints(folder / CHECKPOINTS) as checkpoints:
-            return checkpoints.restore_params(abstract.params, step)
+            return checkpoints.restore_params(abstract_params(network.init, self.mesh), step)
+
+    def checkpoint_steps(self, steps: int) -> list[int]:
+        """Where a run of so many steps, whose last parameters alone are used, can be taken up again."""
+        return [*range(self.config.checkpoint_every, steps, self.config.checkpoint_every), steps]
 
     def _preference_model(self, judge: JudgeConfig) -> PreferenceModel:
         markers = Markers(*(extra_id(self.vocabulary, i) for i in range(len(Markers._fields))))

@@ -112,6 +112,7 @@ class StudyConfig:
       arms: the arms.
       sampler: how policies are sampled, online and in evaluation.
       evaluation: how checkpoints are measured.
+      checkpoint_every: steps of SFT and of the judges after which a killed run can be taken up; changes no result.
       mesh: the device mesh.
     """
 
@@ -126,6 +127,7 @@ class StudyConfig:
     arms: ArmsConfig = ArmsConfig()
     sampler: SamplerConfig = SamplerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint_every: int = 250
     mesh: MeshConfig = MeshConfig()
 
 
@@ -182,6 +184,7 @@ def validate(config: StudyConfig, devices: int) -> None:
     except UserError as error:
         raise UserError(f"task.{error}") from error
     _positive("seeds", config.seeds)
+    _positive("checkpoint_every", config.checkpoint_every)
     for loss in config.arms.losses:
         try:
             losses.get(loss)

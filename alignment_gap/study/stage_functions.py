@@ -59,7 +59,7 @@ def train_sft(bench: Bench, folder: Path, progress: Progress, data: Path) -> Non
         objective=policy_objective(bench.policy, losses.get("sft")),
         optimizer=config.optimizer,
         source=lambda step, _: batches(step),
-        checkpoint_steps=(config.steps,),
+        checkpoint_steps=bench.checkpoint_steps(config.steps),
         network=bench.policy,
     )
 
@@ -117,7 +117,7 @@ def _train_judge(
         objective=preference_objective(model, bench.key(f"{name} order")),
         optimizer=config.optimizer,
         source=lambda step, _: batches(step),
-        checkpoint_steps=(config.steps,),
+        checkpoint_steps=bench.checkpoint_steps(config.steps),
         network=model.policy,
         params=bench.params(sft[0], bench.policy) if sft else None,
     )

@@ -3,7 +3,7 @@
 from alignment_gap.training.checkpoints import Checkpoints
 from alignment_gap.training.loop import Source, make_score, train, with_reference
 from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
-from alignment_gap.training.state import TrainState, abstract_state, create_state, state_from_params
+from alignment_gap.training.state import TrainState, abstract_params, abstract_state, create_state, state_from_params
 from alignment_gap.training.update import (
     Objective,
     UpdateStep,
@@ -20,6 +20,7 @@ __all__ = [
     "Source",
     "TrainState",
     "UpdateStep",
+    "abstract_params",
     "abstract_state",
     "create_state",
     "loss_inputs",

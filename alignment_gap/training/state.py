@@ -27,11 +27,12 @@ class TrainState:
 
 def abstract_state(init: Callable[[Array], Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a state, with nothing allocated: the target of a restore."""
-    boxed = jax.eval_shape(lambda: _build(init(jax.random.key(0)), optimizer))
-    shardings = shardings_of(boxed, mesh)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), unbox(boxed), shardings
-    )
+    return _abstract(lambda: _build(init(jax.random.key(0)), optimizer), mesh)
+
+
+def abstract_params(init: Callable[[Array], Any], mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of a network's parameters, with nothing allocated."""
+    return _abstract(lambda: init(jax.random.key(0)), mesh)
 
 
 def create_state(
@@ -46,6 +47,15 @@ def state_from_params(params: Any, abstract: TrainState, optimizer: optax.Gradie
     """Step 0 from given parameters, which are copied: the update step overwrites its state in place."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(lambda params: _build(jax.tree.map(jnp.copy, params), optimizer), out_shardings=shardings)(params)
+
+
+def _abstract(build: Callable[[], Any], mesh: Mesh) -> Any:
+    boxed = jax.eval_shape(build)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        unbox(boxed),
+        shardings_of(boxed, mesh),
+    )
 
 
 def _build(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -38,6 +38,7 @@ def nano_study() -> StudyConfig:
             offline_learning_rates=(1e-2,),
         ),
         evaluation=EvaluationConfig(prompts=16, kl_prompts=8, pairs=8, batch_size=8, shown=2),
+        checkpoint_every=2,
         mesh=MeshConfig(data=-1, fsdp=2, model=2),
     )
 

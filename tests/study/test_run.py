@@ -78,7 +78,7 @@ class Killed(BaseException):
     """Stands for a kill: no handler of the study's catches it."""
 
 
-@pytest.mark.parametrize("after", [9, 20])
+@pytest.mark.parametrize("after", [4, 20])
 def test_a_study_stopped_in_the_middle_of_a_stage_ends_with_the_same_numbers(finished, tmp_path, monkeypatch, after):
     make, units = artefacts.make, 0
 
