@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from alignment_gap import losses
@@ -90,7 +91,7 @@ class JobConfig:
       seed: of fresh parameters and of the shuffle.
       start: folder of the run whose parameters training starts from; empty for fresh ones.
       start_step: which of its checkpoints; 0 means the last.
-      reference: folder of the run that is the reference policy; empty for the one of `start`, where the loss needs a
+      reference: folder of the run that is the reference policy; empty for the one of `start`, where the loss takes a
         reference and the dataset has no reference log-probs.
       reference_step: which of its checkpoints; 0 means the last.
     """
@@ -207,7 +208,26 @@ def _params(folder: str, step: int, abstract: TrainState) -> Any:
         if step and step not in checkpoints.steps():
             there = ", ".join(map(str, checkpoints.steps())) or "none"
             raise UserError(f"{path} has no checkpoint of step {step}: choose one of {there}, or 0 for the last")
+        step = step or max(checkpoints.steps(), default=0)
+        if step:
+            _check_shapes(path / str(step) / "params", abstract.params)
         return checkpoints.restore_params(abstract.params, step or None)
+
+
+def _check_shapes(path: Path, params: Any) -> None:
+    """Raises UserError naming the first parameter that the checkpoint has not, or has in another shape."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(name, simple=True, separator="."): tuple(leaf.shape) for name, leaf in leaves}
+
+    found, wanted = shapes(ocp.StandardCheckpointer().metadata(path).item_metadata.tree), shapes(params)
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"{path} is of another model: {name} has the shape {found.get(name, 'none')}, the job's model has "
+                f"{wanted.get(name, 'none')}: give the model that it was trained as"
+            )
 
 
 def _loss(config: LossConfig) -> Callable[..., Any]:
@@ -226,14 +246,14 @@ def _needs_reference(config: JobConfig, dataset: Dataset) -> bool:
                 "empty"
             )
         return False
-    parameters = inspect.signature(_loss(config.loss)).parameters.values()
-    asked = any(p.name.startswith("ref_") and p.default is inspect.Parameter.empty for p in parameters)
-    if asked and not (config.reference or config.start):
+    there = bool(config.reference or config.start)
+    inputs = [p for p in inspect.signature(_loss(config.loss)).parameters.values() if p.name.startswith("ref_")]
+    if not there and any(p.default is inspect.Parameter.empty for p in inputs):
         raise UserError(
             f"the loss {config.loss.name} needs a reference policy: set start or reference to the folder of a run, "
             "such as one of supervised fine-tuning"
         )
-    return asked or bool(config.reference)
+    return bool(config.reference) or (there and bool(inputs))
 
 
 def _check_loss(

@@ -1,0 +1,192 @@
+"""One training job: what it learns, what it resumes, what it refuses."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from alignment_gap.data import PostsTaskConfig, open_dataset, posts_task, write_dataset
+from alignment_gap.errors import UserError
+from alignment_gap.models import DecoderConfig, T5Config
+from alignment_gap.sharding import MeshConfig
+from alignment_gap.training import Checkpoints, OptimizerConfig
+from alignment_gap.training.job import DatasetConfig, JobConfig, LossConfig, run_job
+
+MODEL = T5Config(vocabulary_size=136, width=16, encoder_layers=1, decoder_layers=1, heads=2, head_size=8, mlp_width=16)
+BETA = 0.1
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job") / "pairs"
+    task = posts_task(PostsTaskConfig(pairs=48, validation_pairs=1))
+    write_dataset(folder, task.pairs, vocabulary_digest=task.vocabulary.digest, provenance=task.provenance)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sft_config(pairs):
+    return JobConfig(
+        model=MODEL,
+        loss=LossConfig("sft"),
+        dataset=DatasetConfig(str(pairs), batch_size=8),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        steps=6,
+        checkpoint_every=2,
+        log_every=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def sft(sft_config, tmp_path_factory):
+    """The folder of a finished run and its last state."""
+    folder = tmp_path_factory.mktemp("job") / "sft"
+    return folder, run_job(sft_config, folder)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_states(first, second):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), jax.device_get(second))
+
+
+def test_trains_and_leaves_its_folder(sft):
+    folder, state = sft
+    assert int(state.step) == 6
+    losses = [line["loss"] for line in metrics(folder)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [2, 4, 6]
+
+
+def test_continues_after_a_stop_bit_for_bit(sft, sft_config, tmp_path):
+    told = []
+
+    def stop_in_step_five(steps):
+        told.append(steps)
+        if len(told) > 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(sft_config, tmp_path, stop_in_step_five)
+    told.clear()
+    assert_equal_states(run_job(sft_config, tmp_path, told.append), sft[1])
+    assert told == [4, 1, 1]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_more_steps_go_on_from_the_last(sft_config, sft, tmp_path):
+    run_job(dataclasses.replace(sft_config, steps=3), tmp_path)
+    assert_equal_states(run_job(sft_config, tmp_path), sft[1])
+
+
+def test_a_run_is_start_and_reference(sft, sft_config, tmp_path):
+    config = dataclasses.replace(sft_config, loss=LossConfig("ipo", {"beta": BETA}), start=str(sft[0]), steps=2)
+    run_job(config, tmp_path)
+    first, second = metrics(tmp_path)
+    # At the reference h = 0, so the loss is (1 / (2 beta))^2.
+    np.testing.assert_allclose(first["loss"], 1 / (4 * BETA**2), rtol=1e-6)
+    assert first["margin"] == pytest.approx(0.0, abs=1e-5)
+    assert second["loss"] < first["loss"]
+
+
+def test_reference_may_be_another_checkpoint(sft, sft_config, tmp_path):
+    config = dataclasses.replace(
+        sft_config, loss=LossConfig("dpo"), start=str(sft[0]), reference=str(sft[0]), reference_step=2, steps=1
+    )
+    run_job(config, tmp_path)
+    assert metrics(tmp_path)[0]["chosen_log_ratio"] > 1.0
+
+
+def test_reference_log_probs_of_the_dataset_are_used(pairs, sft_config, tmp_path):
+    examples = [
+        dataclasses.replace(e, reference_log_probs=tuple(np.full(len(r), -2.0, np.float32) for r in e.responses))
+        for e in open_dataset(pairs)
+    ]
+    write_dataset(tmp_path / "scored", examples, vocabulary_digest="", provenance={})
+    dataset = DatasetConfig(str(tmp_path / "scored"), batch_size=8)
+    config = dataclasses.replace(sft_config, loss=LossConfig("dpo"), dataset=dataset, steps=1)
+    run_job(config, tmp_path / "run")
+    line = metrics(tmp_path / "run")[0]
+    np.testing.assert_allclose(
+        line["log_prob"] + 2 * line["length"], (line["chosen_log_ratio"] + line["rejected_log_ratio"]) / 2, rtol=1e-4
+    )
+
+
+BAD = {
+    "no dataset": ({"dataset": DatasetConfig()}, "dataset.folder is empty"),
+    "missing dataset": ({"dataset": DatasetConfig("nowhere", batch_size=8)}, "nowhere is no finished dataset"),
+    "unknown loss": ({"loss": LossConfig("ipoo")}, "ipo"),
+    "unknown setting": ({"loss": LossConfig("ipo", {"bta": 1.0})}, "beta"),
+    "setting of another type": ({"loss": LossConfig("sft", {"over_tokens": "median"})}, "median"),
+    "loss without its reference": ({"loss": LossConfig("ipo")}, "ipo needs a reference policy: set start or reference"),
+    "loss with a beta and no reference": ({"loss": LossConfig("grpo")}, "the loss grpo with {} does not run"),
+    "start that is no run": ({"start": "nowhere"}, "nowhere is no run"),
+    "step without a checkpoint": (
+        {"start": "START", "start_step": 3},
+        "no checkpoint of step 3: choose one of 2, 4, 6",
+    ),
+    "start of another model": (
+        {"start": "START", "model": dataclasses.replace(MODEL, width=32)},
+        "of another model: .*32",
+    ),
+    "start of another architecture": ({"start": "START", "model": DecoderConfig(vocabulary_size=136)}, "another model"),
+    "no steps": ({"steps": 0}, "steps is 0"),
+    "negative step": ({"start_step": -1}, "start_step is -1"),
+    "mesh": ({"mesh": MeshConfig(data=3, model=5)}, "mesh data=3"),
+    "sizes": ({"model": dataclasses.replace(MODEL, heads=0)}, "heads is 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(name, sft, sft_config, tmp_path):
+    changes, message = BAD[name]
+    changes = {key: str(sft[0]) if value == "START" else value for key, value in changes.items()}
+    with pytest.raises(UserError, match=message) as error:
+        run_job(dataclasses.replace(sft_config, **changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+BAD_DATA = {
+    "order": ({"order": "sorted"}, "choose one of shuffle"),
+    "length": ({"response_length": 2}, "dataset.response_length is 2"),
+    "batch": ({"batch_size": 0}, "batch_size"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_dataset_settings(name, sft_config, tmp_path):
+    changes, message = BAD_DATA[name]
+    dataset = dataclasses.replace(sft_config.dataset, **changes)
+    with pytest.raises(UserError, match=message):
+        run_job(dataclasses.replace(sft_config, dataset=dataset), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_the_mesh_does_not_divide(sft_config, tmp_path):
+    if jax.device_count() == 1:
+        pytest.skip("one device divides every batch")
+    dataset = dataclasses.replace(sft_config.dataset, batch_size=jax.device_count() + 1)
+    with pytest.raises(UserError, match="must be a multiple"):
+        run_job(dataclasses.replace(sft_config, dataset=dataset), tmp_path)
+
+
+def test_token_ids_beyond_the_model(sft_config, tmp_path):
+    model = dataclasses.replace(MODEL, vocabulary_size=16)
+    with pytest.raises(UserError, match=r"token id .* vocabulary_size=16"):
+        run_job(dataclasses.replace(sft_config, model=model), tmp_path)
+
+
+def test_the_folder_of_another_job(sft, sft_config):
+    config = dataclasses.replace(sft_config, optimizer=OptimizerConfig(learning_rate=0.5))
+    with pytest.raises(UserError, match=r"optimizer.learning_rate was 0.01, now 0.5"):
+        run_job(config, sft[0])
+    with pytest.raises(UserError, match="beyond steps=4"):
+        run_job(dataclasses.replace(sft_config, steps=4), sft[0])
+    assert json.loads((sft[0] / "job.json").read_text())["optimizer.learning_rate"] == 0.01
