@@ -1,0 +1,57 @@
+"""Tokens per second of the sampler, for both policies at two sizes, on all devices.
+
+    python benchmarks/sampler.py --sizes tiny --repeats 5
+
+No end id can be drawn, so every response has its full length and the same work is done in every call. One untimed
+repeat warms up and compiles. A row has the median over the repeats, and the slowest and the fastest. The table is
+followed by a line of JSON for each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+from update_step import arguments, configs, print_rows, random_batch, rates, summary
+
+from alignment_gap.models import ModelConfig, count_parameters, make_policy
+from alignment_gap.sampling import SamplerConfig, make_generate
+from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh
+from alignment_gap.training import OptimizerConfig, create_state, make_optimizer
+
+SAMPLES = 2
+
+
+def measure(config: ModelConfig, options: argparse.Namespace) -> list[float]:
+    """Tokens per second of two samples a prompt."""
+    mesh, policy = make_mesh(MeshConfig()), make_policy(config)
+    params = create_state(policy.init, make_optimizer(OptimizerConfig("sgd")), mesh, jax.random.key(0)).params
+    generate = make_generate(
+        policy,
+        mesh,
+        samples=SAMPLES,
+        max_length=options.response_length,
+        eos_id=config.vocabulary_size,
+        config=SamplerConfig(),
+    )
+    batch = jax.device_put(random_batch(options), batch_sharding(mesh))
+    key, step = jax.random.key(1), jnp.int32(0)
+    tokens = options.batch * SAMPLES * options.response_length
+    return rates(
+        lambda: generate(params, key, step, batch.prompt_ids, batch.prompts, batch.prompt_lengths), tokens, options
+    )
+
+
+def main() -> None:
+    """Prints a row for each size and policy."""
+    options = arguments(__doc__, "two samples")
+    rows = []
+    for size, name, config in configs(options):
+        row = {"size": size, "policy": name, "parameters": count_parameters(make_policy(config))}
+        rows.append(summary(row, "tokens/s", measure(config, options)))
+    print_rows(rows)
+
+
+if __name__ == "__main__":
+    main()

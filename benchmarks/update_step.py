@@ -1,0 +1,159 @@
+"""Pairs per second of the update step, for both policies at two sizes, on all devices.
+
+    python benchmarks/update_step.py --sizes tiny --repeats 5
+
+"precomputed" is the update step alone, the batch having its reference log-probs; "every step" scores the batch under
+the reference policy first, as a run does without them. One untimed repeat warms up and compiles. A row has the median
+over the repeats, and the slowest and the fastest. The table is followed by a line of JSON for each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignment_gap import losses
+from alignment_gap.data import PreferenceBatch
+from alignment_gap.models import DecoderConfig, ModelConfig, T5Config, count_parameters, make_policy
+from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh
+from alignment_gap.training import (
+    OptimizerConfig,
+    abstract_state,
+    create_state,
+    make_optimizer,
+    make_score,
+    make_update_step,
+    policy_objective,
+    with_reference,
+)
+
+VOCABULARY = 136
+# "tiny" is the model of configs/study/tiny.py; "mini" that of gin/models/*_mini.gin.
+SIZES: dict[str, dict[str, ModelConfig]] = {
+    "tiny": {
+        "t5": T5Config(vocabulary_size=VOCABULARY, heads=2, head_size=32, scan_unroll=2),
+        "decoder": DecoderConfig(vocabulary_size=VOCABULARY, scan_unroll=2),
+    },
+    "mini": {
+        "t5": T5Config(
+            vocabulary_size=VOCABULARY,
+            width=256,
+            encoder_layers=4,
+            decoder_layers=4,
+            heads=4,
+            head_size=64,
+            mlp_width=512,
+        ),
+        "decoder": DecoderConfig(vocabulary_size=VOCABULARY, width=256, layers=4, heads=4, head_size=64, mlp_width=512),
+    },
+}
+
+
+def arguments(description: str, samples: str) -> argparse.Namespace:
+    """The flags that both benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--policies", nargs="+", choices=("t5", "decoder"), default=["t5", "decoder"])
+    parser.add_argument("--batch", type=int, default=32, help=f"prompts, each with {samples}")
+    parser.add_argument("--prompt-length", type=int, default=48, help="tokens")
+    parser.add_argument("--response-length", type=int, default=12, help="tokens")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--calls", type=int, default=10, help="calls in a repeat")
+    return parser.parse_args()
+
+
+def configs(options: argparse.Namespace) -> Iterator[tuple[str, str, ModelConfig]]:
+    """Size, policy and config of every model that was asked for."""
+    for size in options.sizes:
+        for name in options.policies:
+            values = {**vars(SIZES[size][name]), "dtype": options.dtype}
+            yield size, name, type(SIZES[size][name])(**values)
+
+
+def rates(call: Callable[[], Any], work: float, options: argparse.Namespace) -> list[float]:
+    """Work per second of each repeat after one that warms up; the device is waited for at the end of a repeat."""
+    found = []
+    for _ in range(options.repeats + 1):
+        start = time.perf_counter()
+        for _ in range(options.calls):
+            result = call()
+        jax.block_until_ready(result)
+        found.append(options.calls * work / (time.perf_counter() - start))
+    return found[1:]
+
+
+def summary(row: dict[str, Any], unit: str, found: Sequence[float]) -> dict[str, Any]:
+    """The row with the median rate and its spread."""
+    return row | {f"{unit}": statistics.median(found), "slowest": min(found), "fastest": max(found)}
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """The device, a markdown table, then JSON lines."""
+    load = os.getloadavg()[0]
+    where = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__}
+    print(f"{where['device']}, jax {where['jax']}, {os.cpu_count()} cores, load at the end {load:.1f}\n")
+    print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
+    for row in rows:
+        cells = (value if isinstance(value, str) else f"{value:,.0f}" for value in row.values())
+        print("| " + " | ".join(cells) + " |")
+    print()
+    for row in rows:
+        print(json.dumps(where | {"load": load} | row))
+
+
+def random_batch(options: argparse.Namespace) -> PreferenceBatch:
+    """Pairs of full length with random tokens."""
+    rng, pair = np.random.default_rng(0), (options.batch, 2)
+    return PreferenceBatch(
+        prompt_ids=np.arange(options.batch, dtype=np.int32),
+        prompts=rng.integers(2, VOCABULARY, (options.batch, options.prompt_length), dtype=np.int32),
+        prompt_lengths=np.full(options.batch, options.prompt_length, np.int32),
+        responses=rng.integers(2, VOCABULARY, (*pair, options.response_length), dtype=np.int32),
+        response_lengths=np.full(pair, options.response_length, np.int32),
+        scores=np.tile(np.array([1, 0], np.float32), (options.batch, 1)),
+    )
+
+
+def measure(config: ModelConfig, options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
+    """Pairs per second with the reference precomputed, and with it computed in every step."""
+    mesh, policy = make_mesh(MeshConfig()), make_policy(config)
+    optimizer = make_optimizer(OptimizerConfig())
+    abstract = abstract_state(policy.init, optimizer, mesh)
+    update_step = make_update_step(policy_objective(policy, losses.get("ipo", beta=0.1)), optimizer, mesh, abstract)
+    batch = jax.device_put(random_batch(options), batch_sharding(mesh))
+    reference = create_state(policy.init, optimizer, mesh, jax.random.key(0)).params
+    score = with_reference(lambda step, state: batch, make_score(policy, mesh), reference)
+    scored = score(0, None)
+    for name, source in (("precomputed", lambda step, state: scored), ("every step", score)):
+        state = create_state(policy.init, optimizer, mesh, jax.random.key(1))
+
+        def call(source: Any = source) -> Any:
+            nonlocal state
+            state, metrics = update_step(state, source(0, state))
+            return metrics
+
+        yield name, rates(call, options.batch, options)
+
+
+def main() -> None:
+    """Prints a row for each size, policy and treatment of the reference."""
+    options = arguments(__doc__, "two responses")
+    rows = []
+    for size, name, config in configs(options):
+        row = {"size": size, "policy": name, "parameters": count_parameters(make_policy(config))}
+        for reference, found in measure(config, options):
+            rows.append(summary(row | {"reference": reference}, "pairs/s", found))
+    print_rows(rows)
+
+
+if __name__ == "__main__":
+    main()
