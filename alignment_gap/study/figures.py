@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignment_gap.errors import UserError
-from alignment_gap.study import analysis
-from alignment_gap.study.analysis import ORIGIN, Band, CheckpointResult, Comparison, Finding, Method, loss_name
+from alignment_gap.study import analysis, findings
+from alignment_gap.study.analysis import ORIGIN, Band, CheckpointResult, Comparison, Method, loss_name
+from alignment_gap.study.findings import Finding
 
 try:
     import altair as alt
@@ -297,10 +298,10 @@ def _kl_figure(study: _Study, name: str, number: str, loss: str, metric: str, be
 def _kl_findings(study: _Study, loss: str, metric: str) -> tuple[Finding, ...]:
     shown = [c for c in study.comparisons if c.metric == metric and c.first[1] == loss]
     branches: list[Method] = [("online", loss), ("offline", loss)]
-    findings = [*map(analysis.equal_kl_finding, shown), analysis.fall_finding(study.results, branches, metric)]
+    found = [*map(findings.equal_kl_finding, shown), findings.fall_finding(study.results, branches, metric)]
     if metric == "rubric":
-        findings += [analysis.over_optimisation_finding(study.results, branch) for branch in branches]
-    return tuple(finding for finding in findings if finding)
+        found += [findings.over_optimisation_finding(study.results, branch) for branch in branches]
+    return tuple(finding for finding in found if finding)
 
 
 def _budget_figure(study: _Study, loss: str) -> Figure:
@@ -324,7 +325,7 @@ def _budget_figure(study: _Study, loss: str) -> Figure:
     )
     right = alt.layer(_level(0.0), gap.encode(color=alt.value(INK)))
     chart = alt.hconcat(*(side.properties(width=375, height=300) for side in (left, right)))
-    return Figure(name, title, (analysis.equal_kl_finding(comparison),), _finish(chart))
+    return Figure(name, title, (findings.equal_kl_finding(comparison),), _finish(chart))
 
 
 def _band_rows(comparison: Comparison, band: Band, arm: str) -> list[Row]:
@@ -358,8 +359,8 @@ def _accuracy_figure(study: _Study, losses: Sequence[str]) -> Figure:
         ).properties(width=375, height=320, title=loss_name(loss))
         for loss, rows in selected.items()
     ]
-    findings = tuple(analysis.prediction_finding(study.results, ("offline", loss)) for loss in drawn)
-    return Figure(name, title, findings, _finish(alt.concat(*panels, columns=2)))
+    found = tuple(findings.prediction_finding(study.results, ("offline", loss)) for loss in drawn)
+    return Figure(name, title, found, _finish(alt.concat(*panels, columns=2)))
 
 
 def _training_figure(study: _Study, loss: str) -> Figure:
@@ -370,6 +371,6 @@ def _training_figure(study: _Study, loss: str) -> Figure:
         return Figure(name, title, missing=reason)
     rows = [row for row in study.select(loss, metrics) if row["arm"] != "golden"]
     panels = [alt.layer(*_scatter(rows, _x("step"), metric)).properties(width=235, height=260) for metric in metrics]
-    findings = (analysis.final_accuracy_finding(study.results, loss), analysis.log_ratio_finding(study.results, loss))
+    found = (findings.final_accuracy_finding(study.results, loss), findings.log_ratio_finding(study.results, loss))
     chart = alt.hconcat(*panels, data=alt.Data(values=_with_starts(rows)))
-    return Figure(name, title, tuple(finding for finding in findings if finding), _finish(chart))
+    return Figure(name, title, tuple(finding for finding in found if finding), _finish(chart))

@@ -12,7 +12,7 @@ from typing import Any
 
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.intervals import Interval
-from alignment_gap.study import analysis, figures
+from alignment_gap.study import analysis, figures, findings
 from alignment_gap.study.analysis import CheckpointResult, Comparison, Peak, loss_name
 from alignment_gap.study.figures import Figure
 
@@ -143,13 +143,13 @@ def _page(
         count=len(results),
         answers=[
             (
-                analysis.equal_kl_headline(c),
-                f"{analysis.equal_kl_detail(c)} {analysis.seed_gaps_sentence(c)}",
-                analysis.equal_kl_finding(c).agreement,
+                findings.equal_kl_headline(c),
+                f"{findings.equal_kl_detail(c)} {findings.seed_gaps_sentence(c)}",
+                findings.equal_kl_finding(c).agreement,
             )
             for c in asked
         ],
-        coverage=analysis.coverage_sentence(len(set(context.seeds))),
+        coverage=findings.coverage_sentence(len(set(context.seeds))),
         comparisons=_comparisons_table(comparisons) if comparisons else None,
         has_rubric=any("rubric" in result.outcomes for result in results),
         figures=drawn,

@@ -6,32 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from planted import OFFLINE, ONLINE, checkpoint, origin, two_runs
 from scipy import stats
 
-from alignment_gap.evaluation.intervals import Interval
 from alignment_gap.study import analysis
 from alignment_gap.study.analysis import CheckpointResult, compare
-
-ONLINE, OFFLINE = ("online", "ipo"), ("offline", "ipo")
-
-
-def checkpoint(arm, step, *, loss="ipo", beta=0.1, lr=1e-3, seed=0, size=16, **means):
-    """A checkpoint whose examples all equal the mean, so that no estimate has noise."""
-    outcomes = {metric: np.full(size, value) for metric, value in means.items()}
-    return CheckpointResult(arm, loss, beta, lr, seed, step, outcomes)
-
-
-def origin(seed=0, **means):
-    return checkpoint("sft", 0, loss="sft", beta=math.nan, seed=seed, **{"kl": 0.0, "win_rate": 0.2, **means})
-
-
-def two_runs(online=(0.5, 0.8), offline=(0.4, 0.7), seed=0):
-    """The origin and one run of each arm, with win rates at 1 and at 4 nats."""
-    results = [origin(seed)]
-    for arm, win_rates in (("online", online), ("offline", offline)):
-        results += [checkpoint(arm, 1, seed=seed, kl=1.0, win_rate=win_rates[0])]
-        results += [checkpoint(arm, 2, seed=seed, kl=4.0, win_rate=win_rates[1])]
-    return results
 
 
 def noisy_study(trial, gap, *, settings=4, size=256):
@@ -107,6 +86,12 @@ def test_cross_fitting_takes_the_luck_out_of_a_peak():
         honest.append(peak.cross_fitted - 0.5)
     assert np.mean(optimism) > 0.06
     assert abs(np.mean(honest)) < 0.02
+
+
+def test_settings_without_a_beta_match():
+    nan = checkpoint("online", 1, loss="best_of_n", beta=math.nan)
+    other = checkpoint("offline", 1, loss="best_of_n", beta=float("nan"))
+    assert nan.setting == other.setting == "lr 0.001"
 
 
 # Equal KL.
@@ -209,153 +194,3 @@ def test_equal_arms_differ_by_nothing_at_all():
     comparison = compare(two_runs((0.3, 0.7), (0.3, 0.7)), ONLINE, OFFLINE)
     assert dataclasses.astuple(comparison.mean_gap) == (0.0, 0.0, 0.0)
     assert comparison.better == ""
-
-
-# Findings.
-
-
-def with_gaps(mean, peak, pair=(ONLINE, OFFLINE), metric="win_rate"):
-    comparison = compare(two_runs(), ONLINE, OFFLINE)
-    gaps = {"mean_gap": Interval(*mean), "peak_gap": Interval(*peak)}
-    return dataclasses.replace(comparison, first=pair[0], second=pair[1], metric=metric, **gaps)
-
-
-@pytest.mark.parametrize(
-    ("mean", "peak", "agreement"),
-    [
-        ((0.1, 0.05, 0.15), (0.1, 0.02, 0.2), "agrees"),
-        ((0.1, 0.05, 0.15), (0.0, -0.1, 0.1), "cannot be told"),
-        ((0.0, -0.05, 0.05), (0.1, 0.05, 0.2), "cannot be told"),
-        ((-0.1, -0.15, -0.05), (0.1, 0.05, 0.2), "disagrees"),
-        ((0.1, 0.05, 0.15), (-0.1, -0.2, -0.05), "disagrees"),
-    ],
-)
-def test_agreement_on_online_against_offline(mean, peak, agreement):
-    assert analysis.equal_kl_finding(with_gaps(mean, peak)).agreement == agreement
-
-
-@pytest.mark.parametrize(
-    ("mean", "agreement"),
-    [((0.0, -0.02, 0.02), "agrees"), ((0.02, -0.02, 0.06), "cannot be told"), ((0.1, 0.05, 0.15), "disagrees")],
-)
-def test_agreement_on_shuffled_against_offline(mean, agreement):
-    comparison = with_gaps(mean, mean, pair=(("shuffled", "ipo"), OFFLINE))
-    assert analysis.equal_kl_finding(comparison).agreement == agreement
-
-
-def test_the_paper_says_nothing_of_a_rubric_or_of_other_arms():
-    gap = (0.1, 0.05, 0.15)
-    assert analysis.equal_kl_finding(with_gaps(gap, gap, metric="rubric")).agreement == "not in the paper"
-    other = with_gaps(gap, gap, pair=(("mixed", "ipo"), OFFLINE))
-    assert analysis.equal_kl_finding(other).agreement == "not in the paper"
-
-
-def test_sentences_are_written_from_the_numbers():
-    finding = analysis.equal_kl_finding(with_gaps((0.062, 0.031, 0.092), (-0.01, -0.02, 0.03)))
-    assert finding.sentence == (
-        "IPO: at equal KL online beats offline. Averaged over budgets of 1 to 4 nats the gap in win rate against the "
-        "golden policy, online minus offline, is +6.2 points (95\u00a0% interval +3.1 to +9.2); between their peaks, "
-        "at any KL, it is \u22121.0 points (95\u00a0% interval \u22122.0 to +3.0)."
-    )
-
-
-@pytest.mark.parametrize(
-    ("online", "offline", "agreement"),
-    [(0.44, 0.7, "agrees"), (0.7, 0.8, "disagrees"), (0.44, 0.5, "disagrees"), (0.55, 0.7, "cannot be told")],
-)
-def test_final_accuracy(online, offline, agreement):
-    results = [
-        checkpoint("online", 1, accuracy=0.9),
-        checkpoint("online", 2, accuracy=online),
-        checkpoint("offline", 2, accuracy=offline),
-    ]
-    finding = analysis.final_accuracy_finding(results, "ipo")
-    assert finding.agreement == agreement
-    assert f"online {100 * online:.1f}" in finding.sentence
-
-
-def test_final_accuracy_without_measurements_says_nothing():
-    assert analysis.final_accuracy_finding(two_runs(), "ipo") is None
-
-
-@pytest.mark.parametrize(
-    ("online", "offline", "agreement"),
-    [(-3.0, -9.0, "agrees"), (-9.0, -3.0, "disagrees"), (1.0, -3.0, "disagrees"), (-3.0, -3.0, "cannot be told")],
-)
-def test_winner_log_ratio_is_compared_at_equal_settings(online, offline, agreement):
-    results = [
-        checkpoint("online", 2, beta=0.1, chosen_log_ratio=online),
-        checkpoint("offline", 2, beta=0.1, chosen_log_ratio=offline),
-        checkpoint("offline", 2, beta=0.5, chosen_log_ratio=50.0),
-    ]
-    assert analysis.log_ratio_finding(results, "ipo").agreement == agreement
-
-
-def test_log_ratio_without_online_cannot_be_told():
-    assert (
-        analysis.log_ratio_finding([checkpoint("offline", 1, chosen_log_ratio=-1.0)], "ipo").agreement
-        == "cannot be told"
-    )
-
-
-def test_settings_without_a_beta_match():
-    nan = checkpoint("online", 1, loss="best_of_n", beta=math.nan)
-    other = checkpoint("offline", 1, loss="best_of_n", beta=float("nan"))
-    assert nan.setting == other.setting == "lr 0.001"
-
-
-def swept(accuracies, win_rates):
-    """Runs of two checkpoints each, at settings that differ in beta."""
-    return [origin()] + [
-        checkpoint("offline", step, beta=0.1 * run, kl=1.0 * step, accuracy=accuracy, win_rate=win_rate)
-        for run, pair in enumerate(zip(accuracies, win_rates, strict=True), start=1)
-        for step, (accuracy, win_rate) in enumerate(zip(*pair, strict=True), start=1)
-    ]
-
-
-def test_prediction_of_win_rate_by_accuracy_is_spearmans():
-    rng = np.random.default_rng(0)
-    accuracies, win_rates = rng.random((8, 2)), rng.random((8, 2))
-    finding = analysis.prediction_finding(swept(accuracies, win_rates), OFFLINE)
-    expected = stats.spearmanr(accuracies.ravel(), win_rates.ravel()).statistic
-    assert f"{expected:+.2f}".replace("-", "\u2212") in finding.sentence
-
-
-def test_prediction_disagrees_where_accuracy_orders_the_runs():
-    ordered = np.linspace(0.4, 0.9, 12).reshape(6, 2)
-    assert analysis.prediction_finding(swept(ordered, ordered), OFFLINE).agreement == "disagrees"
-    assert analysis.prediction_finding(swept(ordered, ordered[::-1, ::-1]), OFFLINE).agreement == "agrees"
-
-
-def test_prediction_needs_three_runs_and_differing_results():
-    pair = np.array([[0.5, 0.6], [0.6, 0.7]])
-    assert "too few" in analysis.prediction_finding(swept(pair, pair), OFFLINE).sentence
-    flat = np.full((4, 2), 0.5)
-    assert analysis.prediction_finding(swept(flat, flat), OFFLINE).agreement == "cannot be told"
-
-
-def test_a_fall_after_the_peak_is_seen_and_measured():
-    falling = analysis.fall_finding(two_runs((0.9, 0.6), (0.8, 0.7)), [ONLINE, OFFLINE])
-    assert falling.agreement == "agrees"
-    assert "online \u221230.0 points" in falling.sentence and "at 4 nats" in falling.sentence
-    rising = analysis.fall_finding(two_runs(), [ONLINE, OFFLINE])
-    assert rising.agreement == "cannot be told"
-    assert rising.sentence.count("no fall that can be claimed") == 2
-    assert analysis.fall_finding([], [ONLINE]) is None
-
-
-@pytest.mark.parametrize(
-    ("rubric", "reading"), [(0.2, "over-optimised"), (0.8, "both rise"), (0.5, "not both clear of zero")]
-)
-def test_over_optimisation_compares_the_furthest_checkpoint_with_sft(rubric, reading):
-    results = [origin(rubric=0.5), checkpoint("online", 1, kl=9.0, win_rate=0.9, rubric=rubric)]
-    assert reading in analysis.over_optimisation_finding(results, ONLINE).sentence
-
-
-def test_over_optimisation_without_a_rubric_says_nothing():
-    assert analysis.over_optimisation_finding(two_runs(), ONLINE) is None
-
-
-def test_coverage_is_of_prompts_for_one_seed_and_of_seeds_for_several():
-    assert "not another training run" in analysis.coverage_sentence(1)
-    assert "2 degrees of freedom" in analysis.coverage_sentence(3)

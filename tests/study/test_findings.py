@@ -1,0 +1,153 @@
+"""The sentences of the report and their agreement with the paper, on numbers for which both are known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from planted import OFFLINE, ONLINE, checkpoint, origin, two_runs
+from scipy import stats
+
+from alignment_gap.evaluation.intervals import Interval
+from alignment_gap.study import findings
+from alignment_gap.study.analysis import compare
+
+
+def with_gaps(mean, peak, pair=(ONLINE, OFFLINE), metric="win_rate"):
+    comparison = compare(two_runs(), ONLINE, OFFLINE)
+    gaps = {"mean_gap": Interval(*mean), "peak_gap": Interval(*peak)}
+    return dataclasses.replace(comparison, first=pair[0], second=pair[1], metric=metric, **gaps)
+
+
+@pytest.mark.parametrize(
+    ("mean", "peak", "agreement"),
+    [
+        ((0.1, 0.05, 0.15), (0.1, 0.02, 0.2), "agrees"),
+        ((0.1, 0.05, 0.15), (0.0, -0.1, 0.1), "cannot be told"),
+        ((0.0, -0.05, 0.05), (0.1, 0.05, 0.2), "cannot be told"),
+        ((-0.1, -0.15, -0.05), (0.1, 0.05, 0.2), "disagrees"),
+        ((0.1, 0.05, 0.15), (-0.1, -0.2, -0.05), "disagrees"),
+    ],
+)
+def test_agreement_on_online_against_offline(mean, peak, agreement):
+    assert findings.equal_kl_finding(with_gaps(mean, peak)).agreement == agreement
+
+
+@pytest.mark.parametrize(
+    ("mean", "agreement"),
+    [((0.0, -0.02, 0.02), "agrees"), ((0.02, -0.02, 0.06), "cannot be told"), ((0.1, 0.05, 0.15), "disagrees")],
+)
+def test_agreement_on_shuffled_against_offline(mean, agreement):
+    comparison = with_gaps(mean, mean, pair=(("shuffled", "ipo"), OFFLINE))
+    assert findings.equal_kl_finding(comparison).agreement == agreement
+
+
+def test_the_paper_says_nothing_of_a_rubric_or_of_other_arms():
+    gap = (0.1, 0.05, 0.15)
+    assert findings.equal_kl_finding(with_gaps(gap, gap, metric="rubric")).agreement == "not in the paper"
+    other = with_gaps(gap, gap, pair=(("mixed", "ipo"), OFFLINE))
+    assert findings.equal_kl_finding(other).agreement == "not in the paper"
+
+
+def test_sentences_are_written_from_the_numbers():
+    finding = findings.equal_kl_finding(with_gaps((0.062, 0.031, 0.092), (-0.01, -0.02, 0.03)))
+    assert finding.sentence == (
+        "IPO: at equal KL online beats offline. Averaged over budgets of 1 to 4 nats the gap in win rate against the "
+        "golden policy, online minus offline, is +6.2 points (95\u00a0% interval +3.1 to +9.2); between their peaks, "
+        "at any KL, it is \u22121.0 points (95\u00a0% interval \u22122.0 to +3.0)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("online", "offline", "agreement"),
+    [(0.44, 0.7, "agrees"), (0.7, 0.8, "disagrees"), (0.44, 0.5, "disagrees"), (0.55, 0.7, "cannot be told")],
+)
+def test_final_accuracy(online, offline, agreement):
+    results = [
+        checkpoint("online", 1, accuracy=0.9),
+        checkpoint("online", 2, accuracy=online),
+        checkpoint("offline", 2, accuracy=offline),
+    ]
+    finding = findings.final_accuracy_finding(results, "ipo")
+    assert finding.agreement == agreement
+    assert f"online {100 * online:.1f}" in finding.sentence
+
+
+def test_final_accuracy_without_measurements_says_nothing():
+    assert findings.final_accuracy_finding(two_runs(), "ipo") is None
+
+
+@pytest.mark.parametrize(
+    ("online", "offline", "agreement"),
+    [(-3.0, -9.0, "agrees"), (-9.0, -3.0, "disagrees"), (1.0, -3.0, "disagrees"), (-3.0, -3.0, "cannot be told")],
+)
+def test_winner_log_ratio_is_compared_at_equal_settings(online, offline, agreement):
+    results = [
+        checkpoint("online", 2, beta=0.1, chosen_log_ratio=online),
+        checkpoint("offline", 2, beta=0.1, chosen_log_ratio=offline),
+        checkpoint("offline", 2, beta=0.5, chosen_log_ratio=50.0),
+    ]
+    assert findings.log_ratio_finding(results, "ipo").agreement == agreement
+
+
+def test_log_ratio_without_online_cannot_be_told():
+    assert (
+        findings.log_ratio_finding([checkpoint("offline", 1, chosen_log_ratio=-1.0)], "ipo").agreement
+        == "cannot be told"
+    )
+
+
+def swept(accuracies, win_rates):
+    """Runs of two checkpoints each, at settings that differ in beta."""
+    return [origin()] + [
+        checkpoint("offline", step, beta=0.1 * run, kl=1.0 * step, accuracy=accuracy, win_rate=win_rate)
+        for run, pair in enumerate(zip(accuracies, win_rates, strict=True), start=1)
+        for step, (accuracy, win_rate) in enumerate(zip(*pair, strict=True), start=1)
+    ]
+
+
+def test_prediction_of_win_rate_by_accuracy_is_spearmans():
+    rng = np.random.default_rng(0)
+    accuracies, win_rates = rng.random((8, 2)), rng.random((8, 2))
+    finding = findings.prediction_finding(swept(accuracies, win_rates), OFFLINE)
+    expected = stats.spearmanr(accuracies.ravel(), win_rates.ravel()).statistic
+    assert f"{expected:+.2f}".replace("-", "\u2212") in finding.sentence
+
+
+def test_prediction_disagrees_where_accuracy_orders_the_runs():
+    ordered = np.linspace(0.4, 0.9, 12).reshape(6, 2)
+    assert findings.prediction_finding(swept(ordered, ordered), OFFLINE).agreement == "disagrees"
+    assert findings.prediction_finding(swept(ordered, ordered[::-1, ::-1]), OFFLINE).agreement == "agrees"
+
+
+def test_prediction_needs_three_runs_and_differing_results():
+    pair = np.array([[0.5, 0.6], [0.6, 0.7]])
+    assert "too few" in findings.prediction_finding(swept(pair, pair), OFFLINE).sentence
+    flat = np.full((4, 2), 0.5)
+    assert findings.prediction_finding(swept(flat, flat), OFFLINE).agreement == "cannot be told"
+
+
+def test_a_fall_after_the_peak_is_seen_and_measured():
+    falling = findings.fall_finding(two_runs((0.9, 0.6), (0.8, 0.7)), [ONLINE, OFFLINE])
+    assert falling.agreement == "agrees"
+    assert "online \u221230.0 points" in falling.sentence and "at 4 nats" in falling.sentence
+    rising = findings.fall_finding(two_runs(), [ONLINE, OFFLINE])
+    assert rising.agreement == "cannot be told"
+    assert rising.sentence.count("no fall that can be claimed") == 2
+    assert findings.fall_finding([], [ONLINE]) is None
+
+
+@pytest.mark.parametrize(
+    ("rubric", "reading"), [(0.2, "over-optimised"), (0.8, "both rise"), (0.5, "not both clear of zero")]
+)
+def test_over_optimisation_compares_the_furthest_checkpoint_with_sft(rubric, reading):
+    results = [origin(rubric=0.5), checkpoint("online", 1, kl=9.0, win_rate=0.9, rubric=rubric)]
+    assert reading in findings.over_optimisation_finding(results, ONLINE).sentence
+
+
+def test_over_optimisation_without_a_rubric_says_nothing():
+    assert findings.over_optimisation_finding(two_runs(), ONLINE) is None
+
+
+def test_coverage_is_of_prompts_for_one_seed_and_of_seeds_for_several():
+    assert "not another training run" in findings.coverage_sentence(1)
+    assert "2 degrees of freedom" in findings.coverage_sentence(3)
