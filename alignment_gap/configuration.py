@@ -42,6 +42,8 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], path: str = "config"
 def _value(hint: Any, value: Any, path: str) -> Any:
     choices = [choice for choice in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(choice)]
     if choices:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path} is {value!r}: it must be a group of settings, given by their names")
         return from_dict(_choose(choices, value, path), value, path)
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def train(
       progress: is told how many steps are newly done.
 
     Raises:
-      UserError: where the loss is no longer finite.
+      UserError: where loss or gradient are no longer finite; no such state is saved.
     """
     start = checkpoints.steps()[-1] if checkpoints.steps() else 0
     if start:
@@ -63,7 +64,7 @@ def train(
     truncate_metrics(metrics_path, start)
     progress(start)
     recorded: list[PreferenceBatch] = []
-    last_step, clock = checkpoint_steps[-1], time.perf_counter()
+    last_step, clock, clocked = checkpoint_steps[-1], time.perf_counter(), start
     for step in range(start, last_step):
         with jax.transfer_guard("disallow"):
             batch = source(step, state)
@@ -73,10 +74,11 @@ def train(
         progress(1)
         done = step + 1
         if done % log_every == 0 or done == last_step:
-            seconds = (time.perf_counter() - clock) / ((done - start) % log_every or log_every)
-            append_metrics(metrics_path, done, metrics, pairs_per_second=batch.prompts.shape[0] / seconds)
-            clock = time.perf_counter()
+            pairs = batch.prompts.shape[0] * (done - clocked)
+            append_metrics(metrics_path, done, metrics, pairs_per_second=pairs / (time.perf_counter() - clock))
+            clock, clocked = time.perf_counter(), done
         if done in checkpoint_steps:
+            check_finite(metrics, done)
             if on_checkpoint:
                 on_checkpoint(done, recorded)
                 recorded = []
@@ -85,15 +87,22 @@ def train(
 
 
 def append_metrics(path: Path, step: int, metrics: Metrics, **more: float) -> None:
-    """Adds a line; raises UserError where the loss is not finite."""
+    """Adds a line; raises UserError where loss or gradient are not finite."""
     line = {"step": step} | {name: float(value) for name, value in jax.device_get(metrics).items()} | more
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
-    if not math.isfinite(line["loss"]):
-        raise UserError(
-            f"the loss is {line['loss']} at step {step} ({path}): lower the learning rate or clip_norm, then start "
-            "again; training goes on from the last checkpoint"
-        )
+    check_finite(metrics, step)
+
+
+def check_finite(metrics: Metrics, step: int) -> None:
+    """Raises UserError where loss or gradient are not finite: the parameters are lost with either."""
+    for name in ("loss", "gradient_norm"):
+        value = float(jax.device_get(metrics[name]))
+        if not math.isfinite(value):
+            raise UserError(
+                f"the {name} is {value} at step {step}: lower learning_rate or clip_norm, then start again; "
+                "training goes on from the last checkpoint"
+            )
 
 
 def truncate_metrics(path: Path, step: int) -> None:
@@ -107,7 +116,9 @@ def truncate_metrics(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             break
-    path.write_text("".join(kept))
+    shortened = path.with_suffix(".partial")
+    shortened.write_text("".join(kept))
+    os.replace(shortened, path)
 
 
 def make_score(policy: Policy, mesh: Mesh) -> Callable[..., Float[Array, "B K R"]]:

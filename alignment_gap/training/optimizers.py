@@ -35,6 +35,9 @@ class OptimizerConfig:
             raise UserError(f"optimizer {self.name!r} is unknown: choose one of {', '.join(NAMES)}")
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate is {self.learning_rate}: it must be above 0")
+        for name in ("warmup_steps", "clip_norm", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be 0 (none) or more")
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -44,7 +47,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         rate = optax.constant_schedule(config.learning_rate)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     if config.name == "adafactor":
-        step = optax.adafactor(rate, decay_rate=0.8, weight_decay_rate=config.weight_decay or None)
+        step = optax.adafactor(rate, decay_rate=0.8)
+        if config.weight_decay:  # Adafactor's own would not be times the learning rate.
+            step = optax.chain(step, optax.add_decayed_weights(lambda count: -config.weight_decay * rate(count)))
     elif config.name == "adamw":
         step = optax.adamw(rate, weight_decay=config.weight_decay)
     else:

@@ -1,6 +1,6 @@
 """Both policies once more, in plain numpy at float64: one response, no cache, no loop over stacked layers, no sharing.
 
-Written from the papers: T5 (1910.10683, appendix of 2002.05202 for the gated GELU), PaLM (2204.02311), RoPE (2104.09864).
+Written from the papers: T5 (1910.10683, with the gated GELU of 2002.05202), PaLM (2204.02311), RoPE (2104.09864).
 """
 
 import math
@@ -33,7 +33,8 @@ def softmax(logits):
 
 
 def log_softmax(logits):
-    return np.log(softmax(logits))
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def norm(x, scale):
@@ -92,7 +93,7 @@ def _t5_attention(x, source, params, mask, bias=0.0):
 
 
 def _t5_bias(params, size, config, *, bidirectional):
-    rules = dict(buckets=config.relative_position_buckets, max_distance=config.relative_position_max_distance)
+    rules = {"buckets": config.relative_position_buckets, "max_distance": config.relative_position_max_distance}
     buckets = [[relative_bucket(k - q, bidirectional=bidirectional, **rules) for k in range(size)] for q in range(size)]
     return params["relpos_bias"]["rel_embedding"][:, buckets]
 

@@ -15,7 +15,7 @@ from alignment_gap.models.layers import Segment, attend, prefix_mask, relative_p
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (8, 12), (16, 64)])
 def test_relative_position_buckets_follow_the_rule_of_t5(bidirectional, buckets, max_distance):
     distances = np.arange(-2 * max_distance, 2 * max_distance + 1)
-    settings = dict(bidirectional=bidirectional, buckets=buckets, max_distance=max_distance)
+    settings = {"bidirectional": bidirectional, "buckets": buckets, "max_distance": max_distance}
     expected = [relative_bucket(int(d), **settings) for d in distances]
     traced = jax.jit(lambda d: relative_position_bucket(d, bidirectional, buckets, max_distance))
     np.testing.assert_array_equal(traced(jnp.asarray(distances)), expected)

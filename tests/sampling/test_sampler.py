@@ -1,0 +1,215 @@
+"""The sampler against the scorer, against enumeration, and against itself on other meshes."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy_models import log_softmax, logits_of
+from tiny_models import EVEN_CONFIGS, MESHES, make_batch, random_params
+
+from alignment_gap.errors import UserError
+from alignment_gap.models import DecoderConfig, make_policy
+from alignment_gap.sampling import SamplerConfig, make_generate, restrict, sample_keys
+from alignment_gap.sharding import batch_sharding, make_mesh, replicated
+from alignment_gap.training import make_score
+
+PROMPTS = make_batch(8, vocabulary_size=16)
+LENGTH = 6
+EOS = 1
+RUN_KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def even_params(even_policy):
+    return random_params(even_policy)
+
+
+def draw_with(policy, params, config, mesh, *, batch=PROMPTS, eos_id=EOS, samples=3, length=LENGTH, step=0):
+    generate = make_generate(policy, mesh, samples=samples, max_length=length, eos_id=eos_id, config=config)
+    ids, prompts, lengths = jax.device_put(
+        (batch.prompt_ids, batch.prompts, batch.prompt_lengths), batch_sharding(mesh)
+    )
+    params, key, number = jax.device_put((params, RUN_KEY, jnp.int32(step)), replicated(mesh))
+    return jax.device_get(generate(params, key, number, ids, prompts, lengths))
+
+
+@pytest.fixture(scope="module")
+def drawn(even_policy, even_params, mesh):
+    return draw_with(even_policy, even_params, SamplerConfig(), mesh)
+
+
+@pytest.fixture(scope="module")
+def restricted(even_policy, even_params, mesh):
+    return draw_with(even_policy, even_params, SamplerConfig(temperature=1.7, top_k=5, top_p=0.8), mesh)
+
+
+@pytest.fixture(scope="module")
+def scorer(even_policy, mesh):
+    return make_score(even_policy, mesh)
+
+
+def test_the_scorer_agrees_with_the_sampler(scorer, even_params, drawn, restricted):
+    for samples in (drawn, restricted):
+        scores = scorer(even_params, PROMPTS.prompts, PROMPTS.prompt_lengths, samples.responses, samples.lengths)
+        np.testing.assert_allclose(samples.log_probs, scores, rtol=1e-4, atol=1e-4)
+
+
+def test_without_restriction_both_log_probs_are_one(drawn):
+    np.testing.assert_array_equal(drawn.log_probs, drawn.sampler_log_probs)
+
+
+def test_sampler_log_probs_are_of_the_restricted_distribution(even_policy, even_params, restricted):
+    config = SamplerConfig(temperature=1.7, top_k=5, top_p=0.8)
+    for b, k in itertools.product(range(8), range(3)):
+        response = restricted.responses[b, k, : restricted.lengths[b, k]]
+        prompt = np.asarray(PROMPTS.prompts)[b, : int(PROMPTS.prompt_lengths[b])]
+        logits = logits_of(even_policy.config, even_params, prompt, response)
+        expected = log_softmax(np.asarray(restrict(jnp.asarray(logits, jnp.float32), config), np.float64))
+        chosen = expected[np.arange(len(response)), response]
+        np.testing.assert_allclose(restricted.sampler_log_probs[b, k, : len(response)], chosen, rtol=1e-4, atol=1e-4)
+
+
+def test_a_response_ends_with_its_first_eos(drawn, restricted):
+    for samples in (drawn, restricted):
+        inside = np.arange(LENGTH) < samples.lengths[..., None]
+        is_eos = samples.responses == EOS
+        # EOS is the last token counted or there is none and the response is full; and it has a log-prob of its own.
+        ends = np.where(is_eos.any(-1), is_eos.argmax(-1) + 1, LENGTH)
+        np.testing.assert_array_equal(samples.lengths, ends)
+        assert (samples.log_probs[inside] < 0).all()
+        for behind in (samples.responses, samples.log_probs, samples.sampler_log_probs):
+            assert not behind[~inside].any()
+
+
+def test_some_end_early_and_some_do_not(drawn):
+    assert drawn.lengths.min() < LENGTH and (drawn.lengths == LENGTH).any()
+
+
+def test_samples_of_a_prompt_differ(drawn):
+    rows = {tuple(row) for row in drawn.responses.reshape(-1, LENGTH)}
+    assert len(rows) > 12
+
+
+def test_top_1_is_greedy_and_without_eos_full(even_policy, even_params, mesh):
+    samples = draw_with(even_policy, even_params, SamplerConfig(top_k=1), mesh, eos_id=-1, samples=1)
+    np.testing.assert_array_equal(samples.lengths, LENGTH)
+    np.testing.assert_allclose(samples.sampler_log_probs, 0.0, atol=1e-6)
+    for b in range(8):
+        prompt = np.asarray(PROMPTS.prompts)[b, : int(PROMPTS.prompt_lengths[b])]
+        logits = logits_of(even_policy.config, even_params, prompt, samples.responses[b, 0])
+        np.testing.assert_array_equal(logits.argmax(-1), samples.responses[b, 0])
+
+
+def test_a_sample_depends_on_run_step_and_prompt_id_only(even_policy, even_params, mesh, drawn):
+    order = jnp.array([3, 1, 0, 2, 7, 6, 5, 4])
+    moved = jax.tree.map(lambda leaf: leaf[order], PROMPTS)
+    again = draw_with(even_policy, even_params, SamplerConfig(), mesh, batch=moved)
+    np.testing.assert_array_equal(again.responses, drawn.responses[order])
+    later = draw_with(even_policy, even_params, SamplerConfig(), mesh, step=1)
+    assert (later.responses != drawn.responses).any((-1, -2)).all()
+
+
+@pytest.mark.parametrize("name", ["model", "all"])
+def test_another_mesh_draws_the_same(name, even_policy, even_params, drawn):
+    samples = draw_with(even_policy, even_params, SamplerConfig(), make_mesh(MESHES[name]))
+    np.testing.assert_array_equal(samples.responses, drawn.responses)
+    np.testing.assert_allclose(samples.log_probs, drawn.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_are_distinct_and_repeat():
+    keys = jax.random.key_data(sample_keys(RUN_KEY, jnp.int32(3), jnp.arange(5), 4)).reshape(20, -1)
+    assert len({tuple(key) for key in np.asarray(keys).tolist()}) == 20
+    same = jax.random.key_data(sample_keys(RUN_KEY, jnp.int32(3), jnp.array([4]), 4))
+    np.testing.assert_array_equal(same.reshape(4, -1), keys[16:])
+
+
+def test_samples_follow_the_exact_distribution(mesh):
+    """4096 draws of up to two tokens of four against all 13 responses by enumeration; Pearson's chi-square."""
+    config = DecoderConfig(vocabulary_size=4, width=8, layers=1, heads=2, kv_heads=1, head_size=4, mlp_width=8)
+    policy = make_policy(config)
+    params = random_params(policy, 5)
+    prompt = jnp.array([2, 3])
+    batch = make_batch(512)
+    batch = type(batch)(
+        jnp.arange(512),
+        jnp.tile(prompt, (512, 1)),
+        jnp.full(512, 2),
+        batch.responses,
+        batch.response_lengths,
+        batch.scores,
+    )
+    temperature = 1.5
+    samples = draw_with(policy, params, SamplerConfig(temperature=temperature), mesh, batch=batch, samples=8, length=2)
+    exact = {}
+    for first, second in itertools.product(range(4), range(4)):
+        logits = logits_of(config, params, prompt, np.array([first, second])) / temperature
+        probabilities = np.exp(log_softmax(logits))
+        response = (first, 0) if first == EOS else (first, second)
+        exact[response] = probabilities[0, first] * (1.0 if first == EOS else probabilities[1, second])
+    assert len(exact) == 13 and abs(sum(exact.values()) - 1) < 1e-12
+    drawn = [tuple(row) for row in samples.responses.reshape(-1, 2).tolist()]
+    assert set(drawn) <= set(exact)
+    expected = np.array([4096 * p for p in exact.values()])
+    counts = np.array([drawn.count(response) for response in exact])
+    assert expected.min() > 5
+    # Chi-square with 12 degrees of freedom exceeds 39.1 with probability 1e-4.
+    assert ((counts - expected) ** 2 / expected).sum() < 39.1
+
+
+def restricted_tokens(logits, **settings):
+    return np.isfinite(restrict(jnp.asarray(logits), SamplerConfig(**settings))).tolist()
+
+
+def test_restrict_by_hand():
+    logits = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
+    assert restricted_tokens(logits) == [True] * 4
+    assert restricted_tokens(logits, top_k=2) == [False, True, False, True]
+    assert restricted_tokens(logits, top_k=9) == [True] * 4
+    # 0.4 + 0.3 reaches 0.65; 0.4 does not.
+    assert restricted_tokens(logits, top_p=0.65) == [False, True, False, True]
+    assert restricted_tokens(logits, top_p=0.75) == [False, True, True, True]
+    # At least one stays, however small top_p is.
+    assert restricted_tokens(logits, top_p=1e-6) == [False, True, False, False]
+    # Top-p counts within top-k: 0.4 / 0.7 = 0.571 reaches 0.55 alone, which 0.4 of all would not.
+    assert restricted_tokens(logits, top_k=2, top_p=0.55) == [False, True, False, False]
+    # Temperature 1/2 squares the weights, 1, 16, 4, 9 of 30: 16 / 30 = 0.533 reaches 0.5.
+    assert restricted_tokens(logits, top_p=0.5) == [False, True, False, True]
+    assert restricted_tokens(logits, temperature=0.5, top_p=0.5) == [False, True, False, False]
+
+
+def test_tied_tokens_stay_or_go_together():
+    logits = np.log(np.array([0.4, 0.2, 0.2, 0.2], np.float32))
+    assert restricted_tokens(logits, top_k=2) == [True] * 4
+    assert restricted_tokens(logits, top_p=0.5) == [True] * 4
+    assert restricted_tokens(logits, top_p=0.3) == [True, False, False, False]
+
+
+def test_restrict_divides_by_the_temperature():
+    np.testing.assert_allclose(restrict(jnp.array([1.0, 3.0]), SamplerConfig(temperature=0.5)), [2.0, 6.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0: it must be above 0; for greedy decoding use top_k=1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        SamplerConfig(**settings)
+
+
+def test_bfloat16_samples_agree_with_their_scorer(mesh):
+    """Both read the same rounded hidden states, computed in another order."""
+    policy = make_policy(dataclasses.replace(EVEN_CONFIGS["decoder"], dtype="bfloat16"))
+    params = random_params(policy)
+    samples = draw_with(policy, params, SamplerConfig(), mesh)
+    scores = make_score(policy, mesh)(params, PROMPTS.prompts, PROMPTS.prompt_lengths, *samples[:2])
+    assert samples.log_probs.dtype == np.float32
+    np.testing.assert_allclose(samples.log_probs, scores, atol=0.1)

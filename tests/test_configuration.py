@@ -1,0 +1,86 @@
+"""Between dataclasses and dictionaries."""
+
+import dataclasses
+
+import pytest
+
+from alignment_gap.configuration import flatten, from_dict, to_dict
+from alignment_gap.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Cat:
+    animal: str = "cat"
+    lives: int = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Dog:
+    animal: str = "dog"
+    weight: float = 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class House:
+    pet: Cat | Dog = Cat()
+    garden: Dog = Dog()
+    rooms: tuple[int, ...] = (1, 2)
+    heights: tuple[float, ...] = (2.5,)
+    open: bool = False
+
+
+@pytest.mark.parametrize("house", [House(), House(Dog(weight=3.5), rooms=(), open=True), House(Cat(lives=1))])
+def test_round_trip(house):
+    assert from_dict(House, to_dict(house)) == house
+
+
+def test_to_dict_by_hand():
+    assert to_dict(House(Dog(), rooms=(4,))) == {
+        "pet": {"animal": "dog", "weight": 20.0},
+        "garden": {"animal": "dog", "weight": 20.0},
+        "rooms": (4,),
+        "heights": (2.5,),
+        "open": False,
+    }
+
+
+def test_what_is_left_out_has_its_default():
+    assert from_dict(House, {"garden": {"weight": 1.0}}) == House(garden=Dog(weight=1.0))
+
+
+def test_the_tag_chooses():
+    assert from_dict(House, {"pet": {"animal": "dog"}}).pet == Dog()
+
+
+def test_whole_numbers_serve_as_floats_and_lists_as_tuples():
+    house = from_dict(House, {"pet": {"animal": "dog", "weight": 3}, "rooms": [3], "heights": [2]})
+    assert house == House(Dog(weight=3.0), rooms=(3,), heights=(2.0,))
+    assert type(house.pet.weight) is float and type(house.heights[0]) is float
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gardn": {}}, r"unknown key config\.gardn: did you mean garden\?"),
+        ({"zzz": 1}, r"unknown key config\.zzz: valid keys are pet, garden, rooms, heights, open"),
+        ({"pet": {"animal": "cat", "live": 3}}, r"unknown key config\.pet\.live: did you mean lives\?"),
+        ({"pet": {"animal": "cow"}}, r"config\.pet\.animal is 'cow': choose one of cat, dog"),
+        ({"pet": {"animal": "cat", "lives": 9.5}}, r"config\.pet\.lives is 9\.5: it must be of type int"),
+        ({"pet": {"animal": "cat", "lives": True}}, r"config\.pet\.lives is True: it must be of type int"),
+        ({"garden": {"weight": "heavy"}}, r"config\.garden\.weight is 'heavy': it must be of type float"),
+        ({"garden": {"weight": True}}, r"config\.garden\.weight is True: it must be of type float"),
+        ({"open": 1}, r"config\.open is 1: it must be of type bool"),
+        ({"rooms": 3}, r"config\.rooms is 3: it must be a tuple such as \(1, 2\)"),
+        ({"rooms": "12"}, r"config\.rooms is '12': it must be a tuple"),
+        ({"rooms": ("a",)}, r"config\.rooms is 'a': it must be of type int"),
+        ({"garden": 3}, r"config\.garden is 3: it must be a group of settings"),
+        ({"pet": "dog"}, r"config\.pet is 'dog': it must be a group of settings"),
+    ],
+)
+def test_bad_values_are_refused_by_their_path(values, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(House, values)
+
+
+def test_flatten_by_hand():
+    assert flatten({"a": 1, "b": {"c": (2, 3), "d": {"e": "f"}}}) == {"a": 1, "b.c": (2, 3), "b.d.e": "f"}
