@@ -18,7 +18,8 @@ import io
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -107,7 +108,10 @@ class Comparison:
       second: the other.
       metric: what is compared.
       seeds: those in which both methods and the SFT origin were measured.
-      budgets: KL to SFT in nats, ascending, over the range that both methods reach.
+      spans: smallest and largest KL of the trained checkpoints of each method, over all seeds.
+      budgets: KL to SFT in nats, ascending, over the range that both methods reach in every seed; empty where there
+        is none, with empty bands, a mean gap of nan, and only the peaks to compare.
+      origin: the metric of SFT, which is within every budget.
       first_frontier: the best of the first method within each budget.
       second_frontier: the best of the second method within each budget.
       gap: their difference at each budget.
@@ -120,7 +124,9 @@ class Comparison:
     second: Method
     metric: str
     seeds: tuple[int, ...]
+    spans: tuple[tuple[float, float], tuple[float, float]]
     budgets: Float[np.ndarray, "G"]
+    origin: float
     first_frontier: Band
     second_frontier: Band
     gap: Band
@@ -130,15 +136,17 @@ class Comparison:
 
     @property
     def better(self) -> str:
-        """The arm that beats the other at equal KL; empty where the interval of the mean gap holds 0."""
+        """The arm that beats the other at equal KL; empty where the interval of the mean gap holds 0 or is none."""
         if self.mean_gap.low > 0:
             return self.first[0]
         return self.second[0] if self.mean_gap.high < 0 else ""
 
     @property
     def verdict(self) -> str:
-        """Which of the two beats the other at equal KL, in words."""
+        """Which of the two beats the other at equal KL, in words; where they share no KL, that neither can be said."""
         arms = self.first[0], self.second[0]
+        if not len(self.budgets):
+            return f"{arms[0]} and {arms[1]} cannot be compared"
         if not self.better:
             return f"no difference between {arms[0]} and {arms[1]} can be claimed"
         return f"{self.better} beats {arms[self.better == arms[0]]}"
@@ -243,6 +251,11 @@ def compare(
     sqrt(KL) where both methods have checkpoints, from the larger of their smallest KLs to the smaller of their
     largest, and averaged over them.
 
+    Below its first checkpoint a method has mixtures with the origin, but nothing to bound them from the other side:
+    they say what it reaches at least, by how much it could do better was not measured. Against the measured
+    checkpoints of another method the gap would be biased, the more so as metrics rise steeply at first. So the
+    budgets do not go below it, and methods whose ranges of KL do not overlap have no gap at equal KL.
+
     The maximum over noisy checkpoints is biased upwards, the more the more there are, which would favour the swept
     method. So it is cross-fitted: the best policy is chosen on one half of the prompts and measured on the other, the
     same halves for both methods, both ways round, averaged over several splits. All copies of a resampled prompt stay
@@ -260,30 +273,41 @@ def compare(
       resamples: bootstrap samples of the prompts.
 
     Returns:
-      The comparison over the seeds that have both methods and the origin, or None where there are none.
+      The comparison over the seeds that have both methods and the origin, or None where there are none or where a
+      method never left the origin.
     """
     both = {s: [measured_runs(results, method, s, metric) for method in (first, second)] for s in seeds_of(results)}
     paired = {seed: pair for seed, pair in both.items() if all(pair)}
-    budgets = _budgets([runs for pair in paired.values() for runs in pair], points)
-    if not len(budgets):
+    spans = [[_span(runs) for runs in pair] for pair in paired.values()]
+    if not paired or not all(high > 0 for span in spans for _, high in span):
         return None
-    firsts = [_frontier(runs, metric, budgets, resamples) for runs, _ in paired.values()]
-    seconds = [_frontier(runs, metric, budgets, resamples) for _, runs in paired.values()]
-    gaps = [one - other for one, other in zip(firsts, seconds, strict=True)]
-    gap = over_groups(gaps)
+    budgets = _budgets([span for pair in spans for span in pair], points)
+    frontiers = {s: [_frontier(runs, metric, budgets, resamples) for runs in pair] for s, pair in paired.items()}
     return Comparison(
         first=first,
         second=second,
         metric=metric,
-        seeds=tuple(paired),
+        spans=(_hull([one for one, _ in spans]), _hull([other for _, other in spans])),
         budgets=budgets,
-        first_frontier=_budgeted(over_groups(firsts)).within(*_range(metric)),
-        second_frontier=_budgeted(over_groups(seconds)).within(*_range(metric)),
-        gap=_budgeted(gap),
-        mean_gap=over_groups([replicates[:, :-1].mean(axis=1, keepdims=True) for replicates in gaps]).at(0),
-        peak_gap=gap.at(-1),
-        seed_gaps=tuple(float(replicates[0, :-1].mean()) for replicates in gaps),
+        origin=float(np.mean([one[0][0].mean(metric) for one, _ in paired.values()])),
+        **_contrast(frontiers, metric),
     )
+
+
+def _contrast(frontiers: Mapping[int, Sequence[Float[np.ndarray, "R G+1"]]], metric: str) -> dict[str, Any]:
+    """What a comparison says of the frontiers of two methods, given by seed."""
+    firsts, seconds = zip(*frontiers.values(), strict=True)
+    gaps = [one - other for one, other in zip(firsts, seconds, strict=True)]
+    gap = over_groups(gaps)
+    return {
+        "seeds": tuple(frontiers),
+        "first_frontier": _budgeted(over_groups(firsts)).within(*_range(metric)),
+        "second_frontier": _budgeted(over_groups(seconds)).within(*_range(metric)),
+        "gap": _budgeted(gap),
+        "mean_gap": _mean_gap(gaps),
+        "peak_gap": gap.at(-1),
+        "seed_gaps": tuple(float(replicates[0, :-1].mean()) for replicates in gaps if replicates.shape[1] > 1),
+    }
 
 
 def measured_runs(results: Sequence[CheckpointResult], method: Method, seed: int, metric: str) -> Runs:
@@ -297,14 +321,23 @@ def measured_runs(results: Sequence[CheckpointResult], method: Method, seed: int
     return [origin + sorted(run, key=lambda result: result.step) for run in runs.values()] if origin else []
 
 
-def _budgets(methods_runs: Sequence[Runs], points: int) -> Float[np.ndarray, "G"]:
-    """KL budgets in nats, equally spaced in the root, that all methods reach; none where none trained beyond 0."""
-    spans = [_span(runs) for runs in methods_runs]
-    limit = min((high for _, high in spans), default=0.0)
-    if not limit > 0:
-        return np.array([])
-    start = min(limit, max(low for low, _ in spans))
+def _budgets(spans: Sequence[tuple[float, float]], points: int) -> Float[np.ndarray, "G"]:
+    """KL budgets in nats, equally spaced in the root, within all spans; one where they share a point, or none."""
+    start, limit = max(low for low, _ in spans), min(high for _, high in spans)
+    if start >= limit:
+        return np.array([limit] if start == limit else [])
     return np.linspace(math.sqrt(start), math.sqrt(limit), points) ** 2
+
+
+def _hull(spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return min(low for low, _ in spans), max(high for _, high in spans)
+
+
+def _mean_gap(gaps: Sequence[Float[np.ndarray, "R G+1"]]) -> Interval:
+    """The gap averaged over the budgets, nan where there are none."""
+    if gaps[0].shape[1] == 1:
+        return Interval(math.nan, math.nan, math.nan)
+    return over_seeds([replicates[:, :-1].mean(axis=1) for replicates in gaps])
 
 
 def _span(runs: Runs) -> tuple[float, float]:

@@ -40,7 +40,7 @@ _SPARE_STYLES = (
     ("#B8A000", "arrow"),
 )
 _UNTRAINED = (ORIGIN, "golden")
-_KL_TICKS = (0, 0.1, 0.3, 1, 2, 4, *(k * 2**power for power in range(10) for k in (8, 12)))
+_KL_TICKS = (0, 0.1, 0.3, 1, 2, 4, 6, *(k * 2**power for power in range(10) for k in (8, 12)))
 _PLOTTED = ("kl", "win_rate", "rubric", "accuracy", "chosen_log_ratio", "rejected_log_ratio")
 _PERCENT = frozenset({"win_rate", "accuracy"})
 _AXES = {
@@ -207,15 +207,19 @@ def _styles(rows: Sequence[Row]) -> tuple[alt.Color, alt.Shape]:
 
 def _x(field: str, rows: Sequence[Row] = ()) -> alt.X:
     if field != "kl":
-        return alt.X(f"{field}:Q", title=_AXES[field], scale=alt.Scale(zero=False), axis=_ticks(field))
-    return _kl_axis("kl", _AXES["kl"], max((row["kl"] for row in rows), default=1.0))
-
-
-def _kl_axis(field: str, title: str, largest: float) -> alt.X:
-    """KL on a square-root scale, which shows 0, with ticks that double."""
+        scale = alt.Scale(zero=False, nice=False, padding=12)
+        return alt.X(f"{field}:Q", title=_AXES[field], scale=scale, axis=_ticks(field))
+    largest = max((row["kl"] for row in rows), default=1.0)
     ticks = [tick for tick in _KL_TICKS if tick <= 1.05 * largest]
     scale = alt.Scale(type="sqrt", domainMin=0, domainMax=1.05 * largest, nice=False)
-    return alt.X(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(values=ticks, format="~g"))
+    return alt.X("kl:Q", title=_AXES["kl"], scale=scale, axis=alt.Axis(values=ticks, format="~g"))
+
+
+def _budget_axis() -> alt.X:
+    """The range of the budgets, which may lie far from 0, on a square-root scale."""
+    scale = alt.Scale(type="sqrt", zero=False, nice=False, padding=8)
+    title = "KL budget (nats, square-root scale)"
+    return alt.X("budget:Q", title=title, scale=scale, axis=alt.Axis(format="~g", tickCount=6))
 
 
 def _y(field: str, end: str = "") -> alt.Y:
@@ -263,7 +267,7 @@ def _finish(chart: alt.TopLevelMixin) -> dict[str, Any]:
     """The specification in the report's look; the page turns its greys over for a dark screen."""
     text: Row = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 13}
     text["titleFontWeight"] = "normal"
-    lines: Row = {"gridColor": GRID, "domainColor": LINE, "tickColor": LINE, "titlePadding": 10}
+    lines: Row = {"labelFlush": False, "gridColor": GRID, "domainColor": LINE, "tickColor": LINE, "titlePadding": 10}
     config: Row = {
         "font": "Helvetica, Arial, sans-serif",
         "background": "white",
@@ -296,7 +300,10 @@ def _kl_figure(study: _Study, name: str, number: str, loss: str, metric: str, be
 
 
 def _kl_findings(study: _Study, loss: str, metric: str) -> tuple[Finding, ...]:
+    """What the figure shows beyond the win rates of online and offline at equal KL, which have their own figure."""
     shown = [c for c in study.comparisons if c.metric == metric and c.first[1] == loss]
+    if metric == "win_rate":
+        shown = [c for c in shown if (c.first[0], c.second[0]) != PAIRS[0]]
     branches: list[Method] = [("online", loss), ("offline", loss)]
     found = [*map(findings.equal_kl_finding, shown), findings.fall_finding(study.results, branches, metric)]
     if metric == "rubric":
@@ -314,18 +321,21 @@ def _budget_figure(study: _Study, loss: str) -> Figure:
             name, title, missing="it needs checkpoints of online, of offline and of SFT, with KL and win rate"
         )
     comparison = found[0]
+    said = (findings.equal_kl_finding(comparison),)
+    if len(comparison.budgets) < 2:
+        return Figure(name, title, said, missing="the checkpoints of online and of offline share no range of KL")
     frontiers = [
         *_band_rows(comparison, comparison.first_frontier, "online"),
         *_band_rows(comparison, comparison.second_frontier, "offline"),
     ]
-    x = _kl_axis("budget", "KL budget (nats, square-root scale)", float(comparison.budgets[-1]))
+    x = _budget_axis()
     left = _band_chart(frontiers, x, _AXES["win_rate"], "%").encode(_styles(frontiers)[0])
     gap = _band_chart(
         _band_rows(comparison, comparison.gap, "online minus offline"), x, "Gap, online minus offline", ""
     )
     right = alt.layer(_level(0.0), gap.encode(color=alt.value(INK)))
     chart = alt.hconcat(*(side.properties(width=375, height=300) for side in (left, right)))
-    return Figure(name, title, (findings.equal_kl_finding(comparison),), _finish(chart))
+    return Figure(name, title, said, _finish(chart))
 
 
 def _band_rows(comparison: Comparison, band: Band, arm: str) -> list[Row]:

@@ -43,7 +43,7 @@ METRIC_NAMES = {
 }
 _FORMS: dict[str, tuple[int, str, str]] = {
     **dict.fromkeys(PROPORTIONS, (100, ".1f", " points")),
-    "nats": (1, ".3g", " nats"),
+    "nats": (1, ".2f", " nats"),
     "rubric": (1, ".3f", ""),
 }
 """How a change is written: its scale, its digits, its unit."""
@@ -51,6 +51,8 @@ CHANCE = 0.55
 """The paper's "around or below 50 %": an accuracy up to this counts as chance."""
 MARGIN = 0.03
 """Win rates closer than this at equal KL count as level with the paper's "about as good" and "hardly beats"."""
+NARROW = 1.1
+"""Shared budgets whose ends have a smaller ratio are too few for a claim of the paper, which is on a range of KL."""
 STRONG_CORRELATION = 0.5
 """Accuracy that may correlate with win rate by this much is not said to predict nothing."""
 
@@ -91,24 +93,48 @@ def coverage_sentence(seeds: int) -> str:
 
 def equal_kl_headline(comparison: Comparison) -> str:
     """The verdict at equal KL in one short sentence."""
-    return f"{loss_name(comparison.first[1])}: at equal KL {comparison.verdict}."
+    metric = "" if comparison.metric == "win_rate" else f" in {_metric_name(comparison.metric)}"
+    return f"{loss_name(comparison.first[1])}: at equal KL {comparison.verdict}{metric}."
 
 
 def equal_kl_detail(comparison: Comparison) -> str:
     """The size of the gap: averaged over the budgets, and between the peaks."""
     first, second = comparison.first[0], comparison.second[0]
-    metric = METRIC_NAMES.get(comparison.metric, comparison.metric)
+    peak = in_words(comparison.peak_gap, comparison.metric)
+    name = f"the gap in {_metric_name(comparison.metric)}, {first} minus {second}, is"
+    if not len(comparison.budgets):
+        one, other = map(_span, comparison.spans)
+        seeds = "" if len(comparison.seeds) == 1 else f" in all {len(comparison.seeds)} seeds"
+        return (
+            f"They share no range of KL{seeds}: {first} was measured at {one} nats, {second} at {other} nats. "
+            f"Between their peaks, at any KL, {name} {peak}."
+        )
     low, high = comparison.budgets[[0, -1]]
+    budgets = f"budgets of {nats(low)} to {nats(high)} nats"
+    if both_at_origin(comparison):
+        return f"Within {budgets} the best of both in {_metric_name(comparison.metric)} is SFT itself."
+    averaged = f"At the one budget that both reach, {nats(low)} nats," if low == high else f"Averaged over {budgets}"
     return (
-        f"Averaged over budgets of {low:.2g} to {high:.2g} nats the gap in {metric}, {first} minus {second}, is "
-        f"{in_words(comparison.mean_gap, comparison.metric)}; between their peaks, at any KL, it is "
-        f"{in_words(comparison.peak_gap, comparison.metric)}."
+        f"{averaged} {name} {in_words(comparison.mean_gap, comparison.metric)}; "
+        f"between their peaks, at any KL, it is {peak}."
     )
 
 
+def both_at_origin(comparison: Comparison) -> bool:
+    """Whether neither method has anything better than SFT, at any KL."""
+    gaps = comparison.mean_gap, comparison.peak_gap
+    frontiers = np.concatenate([comparison.first_frontier.value, comparison.second_frontier.value])
+    return all(gap.low == gap.high == 0 for gap in gaps) and np.allclose(frontiers, comparison.origin)
+
+
+def is_narrow(comparison: Comparison) -> bool:
+    """Whether the shared budgets are none, or no wider than what the noise of the KL can make of one."""
+    return not len(comparison.budgets) or bool(comparison.budgets[-1] < NARROW * comparison.budgets[0])
+
+
 def seed_gaps_sentence(comparison: Comparison) -> str:
-    """The mean gap of each of several seeds; empty for one."""
-    if len(comparison.seeds) == 1:
+    """The mean gap of each of several seeds; empty for one, or where there is none."""
+    if len(comparison.seed_gaps) <= 1:
         return ""
     gaps = (
         f"{_amount(gap, comparison.metric)} (seed {seed})"
@@ -122,6 +148,7 @@ def equal_kl_finding(comparison: Comparison) -> Finding:
 
     Where the paper has one arm ahead, it agrees if the intervals of the mean gap and of the peak gap are both above
     zero, and disagrees if either is below. Where it has them level, the mean gap has to be within or beyond `MARGIN`.
+    Where the shared range of KL is none or narrow, it cannot be told.
     """
     mean, peak = comparison.mean_gap, comparison.peak_gap
     pair = comparison.first[0], comparison.second[0], comparison.first[1]
@@ -129,6 +156,8 @@ def equal_kl_finding(comparison: Comparison) -> Finding:
     agreement: Agreement = "cannot be told"
     if expected is None:
         agreement = "not in the paper"
+    elif is_narrow(comparison):
+        agreement = "cannot be told"
     elif expected == "ahead":
         if mean.high < 0 or peak.high < 0:
             agreement = "disagrees"
@@ -144,7 +173,10 @@ def equal_kl_finding(comparison: Comparison) -> Finding:
 def fall_finding(
     results: Sequence[CheckpointResult], chosen: Sequence[Method], metric: str = "win_rate"
 ) -> Finding | None:
-    """The paper: both branches rise, then fall with KL. The fall is from the cross-fitted best to the largest KL."""
+    """The paper: both branches rise, then fall with KL. The fall is from the cross-fitted best to the largest KL.
+
+    It agrees where all the chosen methods were measured and fall.
+    """
     parts, falls = [], []
     for method in chosen:
         seeded = [runs for seed in seeds_of(results) if (runs := measured_runs(results, method, seed, metric))]
@@ -160,14 +192,14 @@ def fall_finding(
         kl = np.mean([end.mean("kl") for end in last])
         falls.append(fall.low > 0)
         reading = "" if fall.low > 0 else ", no fall that can be claimed"
-        parts.append(f"{method[0]} {in_words(-fall, metric)} at {kl:.2g} nats{reading}")
+        parts.append(f"{method[0]} {in_words(-fall, metric)} at {nats(float(kl))} nats{reading}")
     if not parts:
         return None
-    name = METRIC_NAMES.get(metric, metric)
-    sentence = f"{loss_name(chosen[0][1])}, change of the {name} from its peak to the largest KL: {'; '.join(parts)}."
+    name = f"{loss_name(chosen[0][1])}, change of the {_metric_name(metric)}"
+    sentence = f"{name} from its cross-fitted peak to the largest KL: {'; '.join(parts)}."
     if metric != "win_rate":
         return Finding(sentence, "not in the paper")
-    return Finding(sentence, "agrees" if all(falls) else "cannot be told")
+    return Finding(sentence, "agrees" if len(falls) == len(chosen) and all(falls) else "cannot be told")
 
 
 def over_optimisation_finding(results: Sequence[CheckpointResult], method: Method) -> Finding | None:
@@ -190,10 +222,12 @@ def over_optimisation_finding(results: Sequence[CheckpointResult], method: Metho
         reading = "the golden judge is over-optimised: it applauds while true quality falls below that of SFT"
     elif judged.low > 0 and true.low > 0:
         reading = "the golden judge and the rubric both rise above SFT"
+    elif judged.low > 0:
+        reading = "the golden judge's win rate rises, and no change of the rubric can be claimed"
     else:
-        reading = "the two changes are not both clear of zero in opposite directions"
+        reading = "no rise of the golden judge's win rate can be claimed"
     return Finding(
-        f"{loss_name(method[1])} {method[0]} at its largest KL, {np.mean(kls):.2g} nats, against SFT: "
+        f"{loss_name(method[1])} {method[0]} at its largest KL, {nats(float(np.mean(kls)))} nats, against SFT: "
         f"golden win rate {in_words(judged, 'win_rate')}, rubric {in_words(true, 'rubric')}; {reading}.",
         "not in the paper",
     )
@@ -313,6 +347,20 @@ def _final(
 # Numbers in words.
 
 
+def nats(kl: float) -> str:
+    """A KL to two digits, never in powers of ten for being large."""
+    return f"{float(f'{kl:.2g}'):g}"
+
+
+def _span(kl: tuple[float, float]) -> str:
+    low, high = map(nats, kl)
+    return low if low == high else f"{low} to {high}"
+
+
+def _metric_name(metric: str) -> str:
+    return METRIC_NAMES.get(metric, metric)
+
+
 def in_words(interval: Interval, metric: str) -> str:
     """A change with its interval: win rates and accuracies in percentage points."""
     scale, form, _ = _FORMS.get(metric, (1, ".3g", ""))
@@ -326,9 +374,9 @@ def _amount(value: float, metric: str) -> str:
 
 
 def _plain(interval: Interval, metric: str) -> str:
-    """A level with its interval: win rates and accuracies in per cent."""
+    """A level with its interval: win rates and accuracies in per cent, nats relative to SFT with their sign."""
     scale, form, unit = _FORMS.get(metric, (1, ".3g", ""))
-    unit = "\u00a0%" if metric in PROPORTIONS else unit
+    form, unit = (form, "\u00a0%") if metric in PROPORTIONS else (f"+{form}", unit)
     value, low, high = (f"{scale * end:{form}}" for end in (interval.value, interval.low, interval.high))
     return _signs(f"{value}{unit} ({low} to {high})")
 

@@ -178,14 +178,20 @@ def _comparisons_table(comparisons: Iterable[Comparison]) -> _Table:
             loss_name(c.first[1]),
             f"{c.first[0]} \u2212 {c.second[0]}",
             c.metric.replace("_", " "),
-            f"{c.budgets[0]:.2g} to {c.budgets[-1]:.2g}",
-            _gap(c.mean_gap, c.metric),
+            f"{findings.nats(c.budgets[0])} to {findings.nats(c.budgets[-1])}" if len(c.budgets) else "none shared",
+            _gap(c.mean_gap, c.metric) if len(c.budgets) else "\u2013",
             _gap(c.peak_gap, c.metric),
-            c.better or "no claim",
+            _better(c),
         )
         for c in comparisons
     ]
     return _Table(headers, rows)
+
+
+def _better(comparison: Comparison) -> str:
+    if not len(comparison.budgets):
+        return "cannot be compared"
+    return "neither beats SFT" if findings.both_at_origin(comparison) else comparison.better or "no claim"
 
 
 def _gap(interval: Interval, metric: str) -> str:
@@ -255,7 +261,9 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
 
 
 def _text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:g}"
+    return str(value)
 
 
 def _by_prompt(samples: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:

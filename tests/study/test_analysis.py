@@ -167,6 +167,28 @@ def test_several_seeds_have_students_interval():
     assert comparison.verdict == "no difference between online and offline can be claimed"
 
 
+def test_methods_that_share_no_kl_have_peaks_but_no_gap():
+    results = [origin(), *(checkpoint("offline", i, kl=k, win_rate=0.3) for i, k in enumerate((0.5, 1.0), 1))]
+    results += [checkpoint("online", i, kl=k, win_rate=0.9) for i, k in enumerate((5.0, 9.0), 1)]
+    comparison = compare(results, ONLINE, OFFLINE)
+    assert len(comparison.budgets) == len(comparison.gap.value) == len(comparison.seed_gaps) == 0
+    assert comparison.spans == ((5.0, 9.0), (0.5, 1.0))
+    assert math.isnan(comparison.mean_gap.value) and comparison.better == ""
+    assert comparison.verdict == "online and offline cannot be compared"
+    assert comparison.peak_gap.value == pytest.approx(0.6)
+
+
+def test_a_single_checkpoint_is_compared_at_its_own_kl():
+    comparison = compare([*two_runs()[:1], *two_runs()[2:]], ONLINE, OFFLINE)
+    assert list(comparison.budgets) == [4.0]
+    assert comparison.mean_gap.value == comparison.peak_gap.value == pytest.approx(0.1)
+
+
+def test_a_method_that_stays_at_the_origin_leaves_no_comparison():
+    still = [dataclasses.replace(r, outcomes=r.outcomes | {"kl": np.zeros(8)}) for r in two_runs() if r.arm == "online"]
+    assert compare([*still, *(r for r in two_runs() if r.arm != "online")], ONLINE, OFFLINE) is None
+
+
 @pytest.mark.parametrize("missing", ["sft", "online", "offline"])
 def test_a_missing_arm_leaves_no_comparison(missing):
     assert compare([result for result in two_runs() if result.arm != missing], ONLINE, OFFLINE) is None

@@ -153,6 +153,14 @@ def test_a_missing_arm_is_named_and_the_rest_is_drawn():
     assert not found["figure_4"].missing
 
 
+def test_arms_that_share_no_kl_are_not_drawn_at_equal_kl():
+    far = run("online", start=9.0)
+    found = draw([*study(arms=("offline",), losses=("ipo",)), *far])
+    assert "share no range of KL" in found["equal_kl_ipo"].missing
+    assert "cannot be compared" in found["equal_kl_ipo"].findings[0].sentence
+    assert not found["figure_4"].missing
+
+
 def test_nothing_trained_draws_nothing():
     found = draw(study(arms=()))
     assert found and all(figure.missing for figure in found.values())

@@ -32,6 +32,40 @@ def test_agreement_on_online_against_offline(mean, peak, agreement):
     assert findings.equal_kl_finding(with_gaps(mean, peak)).agreement == agreement
 
 
+@pytest.mark.parametrize("kl", [5.0, 4.0, 3.9])
+def test_no_agreement_on_a_range_of_kl_without_width(kl):
+    # The best of online is far ahead, at a KL at or beyond the largest of offline, or just within it.
+    results = [r for r in two_runs() if r.arm != "online"]
+    results += [checkpoint("online", step, kl=kl * step, win_rate=0.9) for step in (1, 2)]
+    comparison = compare(results, ONLINE, OFFLINE)
+    assert comparison.peak_gap.low > 0
+    assert findings.equal_kl_finding(comparison).agreement == "cannot be told"
+
+
+def test_sentences_of_methods_that_share_no_kl():
+    results = [r for r in two_runs() if r.arm != "online"]
+    results += [checkpoint("online", step, kl=60.0 * step, win_rate=0.9) for step in (1, 2)]
+    assert findings.equal_kl_finding(compare(results, ONLINE, OFFLINE)).sentence == (
+        "IPO: at equal KL online and offline cannot be compared. They share no range of KL: online was measured at 60 "
+        "to 120 nats, offline at 1 to 4 nats. Between their peaks, at any KL, the gap in win rate against the golden "
+        "policy, online minus offline, is +20.0 points (95\u00a0% interval +20.0 to +20.0)."
+    )
+    both = [*results, *(dataclasses.replace(result, seed=1) for result in results)]
+    assert "no range of KL in all 2 seeds" in findings.equal_kl_detail(compare(both, ONLINE, OFFLINE))
+    assert findings.seed_gaps_sentence(compare(both, ONLINE, OFFLINE)) == ""
+
+
+def test_sentences_at_one_budget_and_where_nothing_beats_sft():
+    alone = compare([*two_runs()[:1], *two_runs()[2:]], ONLINE, OFFLINE)
+    assert "At the one budget that both reach, 4 nats, the gap" in findings.equal_kl_detail(alone)
+    worse = compare(two_runs((0.1, 0.0), (0.15, 0.05)), ONLINE, OFFLINE)
+    assert findings.equal_kl_detail(worse) == (
+        "Within budgets of 1 to 4 nats the best of both in win rate against the golden policy is SFT itself."
+    )
+    level = compare(two_runs((0.3, 0.7), (0.3, 0.7)), ONLINE, OFFLINE)
+    assert "SFT itself" not in findings.equal_kl_detail(level)
+
+
 @pytest.mark.parametrize(
     ("mean", "agreement"),
     [((0.0, -0.02, 0.02), "agrees"), ((0.02, -0.02, 0.06), "cannot be told"), ((0.1, 0.05, 0.15), "disagrees")],
@@ -136,8 +170,13 @@ def test_a_fall_after_the_peak_is_seen_and_measured():
     assert findings.fall_finding([], [ONLINE]) is None
 
 
+def test_a_fall_of_one_branch_is_not_that_of_both():
+    alone = [r for r in two_runs((0.9, 0.6)) if r.arm != "offline"]
+    assert findings.fall_finding(alone, [ONLINE, OFFLINE]).agreement == "cannot be told"
+
+
 @pytest.mark.parametrize(
-    ("rubric", "reading"), [(0.2, "over-optimised"), (0.8, "both rise"), (0.5, "not both clear of zero")]
+    ("rubric", "reading"), [(0.2, "over-optimised"), (0.8, "both rise"), (0.5, "no change of the rubric")]
 )
 def test_over_optimisation_compares_the_furthest_checkpoint_with_sft(rubric, reading):
     results = [origin(rubric=0.5), checkpoint("online", 1, kl=9.0, win_rate=0.9, rubric=rubric)]

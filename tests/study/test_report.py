@@ -1,6 +1,7 @@
 """The report on disk: complete or absent, self-contained, and safe with whatever text the data hold."""
 
 import csv
+import dataclasses
 import html.parser
 import json
 import re
@@ -139,6 +140,14 @@ def test_without_offline_the_question_is_left_open_and_stale_pictures_go(tmp_pat
     write_report(tmp_path, results(arms=("online",), rubric=False), ReportContext(study="part"))
     assert "cannot be answered" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"figure_4.png", "mine.png"}
+
+
+def test_arms_that_share_no_kl_are_not_compared(tmp_path):
+    far = [dataclasses.replace(r, outcomes=r.outcomes | {"kl": np.full(8, 9.0)}) for r in results(arms=("online",))[1:]]
+    write_report(tmp_path, [*results(arms=("offline",)), *far], context())
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "IPO: at equal KL online and offline cannot be compared." in text
+    assert "none shared" in text and not re.search(r"\bnan\b", Page(text).text)
 
 
 def test_a_failure_leaves_the_finished_report(tmp_path, monkeypatch):
