@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 
 from alignment_gap import losses
@@ -221,7 +222,7 @@ def _check_shapes(path: Path, params: Any) -> None:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(name, simple=True, separator="."): tuple(leaf.shape) for name, leaf in leaves}
 
-    found, wanted = shapes(ocp.StandardCheckpointer().metadata(path).item_metadata.tree), shapes(params)
+    found, wanted = shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute())).tree), shapes(params)
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise UserError(

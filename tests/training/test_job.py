@@ -85,8 +85,9 @@ def test_more_steps_go_on_from_the_last(sft_config, sft, tmp_path):
     assert_equal_states(run_job(sft_config, tmp_path), sft[1])
 
 
-def test_a_run_is_start_and_reference(sft, sft_config, tmp_path):
-    config = dataclasses.replace(sft_config, loss=LossConfig("ipo", {"beta": BETA}), start=str(sft[0]), steps=2)
+def test_a_run_is_start_and_reference(sft, sft_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(sft[0].parent)
+    config = dataclasses.replace(sft_config, loss=LossConfig("ipo", {"beta": BETA}), start=sft[0].name, steps=2)
     run_job(config, tmp_path)
     first, second = metrics(tmp_path)
     # At the reference h = 0, so the loss is (1 / (2 beta))^2.
