@@ -49,7 +49,7 @@ class Vocabulary(Protocol):
         """Token ids of `text`, without an end id; raises EncodingError where `text` cannot be expressed."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids` up to the first end id; sentinels read `<extra_id_i>`."""
+        """The text of `ids` up to the first end id; sentinels read `<extra_id_i>`, ids beyond `<no_token_i>`."""
 
 
 def extra_id(vocabulary: Vocabulary, index: int) -> int:
@@ -189,6 +189,7 @@ def _parse_model(content: bytes, path: pathlib.Path) -> sentencepiece.SentencePi
 
 
 def _extra_name(size: int, extra_ids: int, index: int) -> str:
+    """What is written for an id that is no text; a model's output may have more rows than its vocabulary has ids."""
     if not size - extra_ids <= index < size:
-        raise ValueError(f"id {index} is outside a vocabulary of {size}")
+        return f"<no_token_{index}>"
     return f"<extra_id_{size - 1 - index}>"

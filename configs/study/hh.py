@@ -32,21 +32,21 @@ def get_config() -> ConfigDict:
         policy=model,
         sft=SftConfig(steps=500, batch_size=32, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
         golden=JudgeConfig(
-            model, steps=400, batch_size=32, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50)
+            model, steps=300, batch_size=32, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50)
         ),
         proxy=JudgeConfig(
-            model, steps=300, batch_size=32, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50)
+            model, steps=200, batch_size=32, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50)
         ),
         arms=ArmsConfig(
             losses=("ipo", "best_of_n"),
-            checkpoint_steps=(25, 50, 100, 150),
+            checkpoint_steps=(20, 50, 100),
             batch_size=16,
             optimizer=OptimizerConfig(learning_rate=1e-3),
             beta=0.1,
             offline_betas=(0.1, 0.3),
             offline_learning_rates=(1e-3,),
         ),
-        evaluation=EvaluationConfig(prompts=256, kl_prompts=128, pairs=256, batch_size=64),
+        evaluation=EvaluationConfig(prompts=192, kl_prompts=128, pairs=256, batch_size=64),
     )
     config = ConfigDict(to_dict(study))
     # One network: --config.policy.width=128 changes the judges', which start from the SFT policy, too.

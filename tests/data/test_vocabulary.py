@@ -57,9 +57,8 @@ def test_missing_sentinel_is_refused():
         extra_id(WordVocabulary(["a"]), 8)
 
 
-def test_id_outside_the_vocabulary_is_an_error():
-    with pytest.raises(ValueError, match="id 99 is outside"):
-        WordVocabulary(["a"]).decode([99])
+def test_an_id_that_only_the_model_has_is_shown_as_no_token():
+    assert WordVocabulary(["a"]).decode([2, 99]) == "a <no_token_99>"
 
 
 def test_digest_changes_with_content_only():

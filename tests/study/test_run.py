@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,8 @@ spec = importlib.util.spec_from_file_location("nano", HERE / "nano.py")
 nano = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(nano)
 
-COLUMNS = (
-    "arm loss beta learning_rate seed step kl win_rate win_rate_low win_rate_high win_rate_sft proxy_win_rate rubric "
-    "accuracy chosen_log_ratio rejected_log_ratio length"
-).split()
+COLUMNS = ["arm", "loss", "beta", "learning_rate", "seed", "step", "kl", "win_rate", "win_rate_low", "win_rate_high"]
+COLUMNS += ["win_rate_sft", "proxy_win_rate", "rubric", "accuracy", "chosen_log_ratio", "rejected_log_ratio", "length"]
 
 
 def quiet(line):
@@ -55,7 +54,9 @@ def test_the_report_and_a_row_for_every_checkpoint_of_every_arm_are_there(finish
     page = (finished / "report.html").read_text()
     assert "http-equiv" in page and "<script src" not in page
     assert len(list((finished / "figures").glob("*.png"))) >= 4
-    assert all(0 <= float(row["win_rate_low"]) <= float(row["win_rate"]) <= float(row["win_rate_high"]) for row in found)
+    assert all(
+        0 <= float(row["win_rate_low"]) <= float(row["win_rate"]) <= float(row["win_rate_high"]) for row in found
+    )
 
 
 def test_the_origin_has_no_divergence_and_classifies_nothing(finished):
@@ -125,8 +126,6 @@ def test_the_command_killed_with_signal_9_goes_on_to_the_same_numbers(finished, 
 
 
 def test_another_config_in_the_folder_is_refused_and_update_redoes_only_what_depends_on_it(finished, tmp_path):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     config = nano.nano_study()
