@@ -1,0 +1,167 @@
+"""The loop and its checkpoints with the smallest update step there is."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import make_batch
+
+from alignment_gap.errors import UserError
+from alignment_gap.training import Checkpoints, TrainState, train
+from alignment_gap.training.loop import truncate_metrics
+
+BATCH = make_batch(4)
+ABSTRACT = {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=jnp.ones(3).sharding)}
+
+
+def fresh():
+    return TrainState(jnp.int32(0), {"w": jnp.ones(3)}, {"m": jnp.zeros(3)})
+
+
+def walk(loss_at=None, gradient_at=None):
+    """An update step that adds one, and reports nan after the given step."""
+
+    @jax.jit
+    def update_step(state, batch):
+        step = state.step + 1
+        params = jax.tree.map(lambda leaf: leaf + 1, state.params)
+        metrics = {
+            "loss": jnp.where(step == (loss_at or -1), jnp.nan, 1.0 / step),
+            "gradient_norm": jnp.where(step == (gradient_at or -1), jnp.inf, 2.0),
+        }
+        return TrainState(step, params, state.optimizer_state), metrics
+
+    return update_step
+
+
+def run(folder, update_step=None, **settings):
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        return train(
+            fresh(),
+            update_step or walk(),
+            lambda step, state: BATCH,
+            **{"checkpoint_steps": (2, 5), "log_every": 3} | settings,
+            checkpoints=checkpoints,
+            metrics_path=folder / "metrics.jsonl",
+        )
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_every_few_steps_and_at_the_end(tmp_path):
+    state = run(tmp_path)
+    np.testing.assert_array_equal(state.params["w"], 6.0)
+    assert [line["step"] for line in lines(tmp_path)] == [3, 5]
+    np.testing.assert_allclose([line["loss"] for line in lines(tmp_path)], [1 / 3, 1 / 5], rtol=1e-6)
+    assert all(line["pairs_per_second"] > 0 for line in lines(tmp_path))
+
+
+def test_the_recorder_gets_each_batch_once_before_its_checkpoint(tmp_path):
+    seen = []
+
+    def record(step, batches):
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            seen.append((step, len(batches), checkpoints.steps()))
+
+    run(tmp_path, on_checkpoint=record)
+    assert seen == [(2, 2, []), (5, 3, [2])]
+
+
+def test_progress_adds_up_after_a_restart(tmp_path):
+    run(tmp_path, checkpoint_steps=(2,))
+    steps = []
+    run(tmp_path, progress=steps.append)
+    assert steps == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("which", ["loss", "gradient"])
+def test_a_run_that_diverges_stops_and_saves_nothing_of_it(which, tmp_path):
+    """Also between two lines of metrics: the checkpoint of step 2 is good, that of step 4 is never written."""
+    name = {"loss": "loss is nan", "gradient": "gradient_norm is inf"}[which]
+    with pytest.raises(UserError, match=f"the {name} at step 4: lower learning_rate or clip_norm"):
+        run(tmp_path, walk(**{f"{which}_at": 4}), checkpoint_steps=(2, 4, 6), log_every=100)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [2]
+
+
+def test_a_diverged_line_names_its_step(tmp_path):
+    with pytest.raises(UserError, match="the loss is nan at step 3"):
+        run(tmp_path, walk(loss_at=3))
+
+
+def test_a_line_that_was_cut_short_and_those_after_the_step_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
+    truncate_metrics(path, 4)
+    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+    truncate_metrics(tmp_path / "none.jsonl", 4)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_no_checkpoint_is_said_so(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="holds no complete checkpoint: train"):
+        checkpoints.restore_params(ABSTRACT)
+
+
+def test_a_step_that_is_not_there_is_said_so(tmp_path):
+    run(tmp_path)
+    with (
+        Checkpoints(tmp_path / "checkpoints") as checkpoints,
+        pytest.raises(UserError, match="checkpoints/3 cannot be restored"),
+    ):
+        checkpoints.restore_params(ABSTRACT, 3)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run(folder)
+    return folder
+
+
+def everything(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def empty(folder):
+    for path in everything(folder):
+        path.write_bytes(b"")
+
+
+def garble(folder):
+    for path in everything(folder):
+        path.write_bytes(bytes(reversed(path.read_bytes())))
+
+
+def cut(folder):
+    for path in everything(folder):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def remove(folder):
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("damage", [empty, garble, cut, remove])
+def test_a_damaged_checkpoint_is_one_line(damage, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "5" / "params")
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        with pytest.raises(UserError, match=r"checkpoints/5 cannot be restored \(.*\): it is damaged") as error:
+            checkpoints.restore_params(ABSTRACT, 5)
+        assert "\n" not in str(error.value)
+        np.testing.assert_array_equal(checkpoints.restore_params(ABSTRACT, 2)["w"], 3.0)
+
+
+def test_a_checkpoint_of_another_model_is_one_line(finished):
+    other = {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jnp.ones(4).sharding)}
+    with (
+        Checkpoints(finished / "checkpoints") as checkpoints,
+        pytest.raises(UserError, match="checkpoints/5 cannot be restored"),
+    ):
+        checkpoints.restore_params(other)

@@ -1,0 +1,251 @@
+"""One compiled update step, two sources: a recorded online run, replayed in order, is the online run, bit for bit."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import EVEN_CONFIGS, MESHES, make_batch, random_params
+
+from alignment_gap import losses
+from alignment_gap.data import close_dataset, examples_of, offline_source, open_dataset, write_chunk
+from alignment_gap.models import PreferenceModel, make_policy
+from alignment_gap.models.preference import Markers
+from alignment_gap.sampling import SamplerConfig, make_generate, online_source, preference_labeller
+from alignment_gap.sharding import batch_sharding, make_mesh, replicated
+from alignment_gap.training import (
+    Checkpoints,
+    OptimizerConfig,
+    abstract_state,
+    make_optimizer,
+    make_score,
+    make_update_step,
+    policy_objective,
+    state_from_params,
+    train,
+    with_reference,
+)
+
+STEPS, CHECKPOINTS, BATCH_SIZE, PROMPT, RESPONSE = 6, (2, 4, 6), 8, 6, 5
+
+
+class Killed(Exception):
+    """Stands for a kill between two steps."""
+
+
+def host_batch(seed=0):
+    return jax.tree.map(np.asarray, make_batch(BATCH_SIZE, vocabulary_size=11, seed=seed))
+
+
+class Rig:
+    """A policy with its update step, and both sources for it; what is compiled is shared by all runs."""
+
+    def __init__(self, architecture):
+        self.mesh = make_mesh(MESHES["all"])
+        self.policy = make_policy(EVEN_CONFIGS[architecture])
+        self.optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2))
+        self.abstract = abstract_state(self.policy.init, self.optimizer, self.mesh)
+        objective = policy_objective(self.policy, losses.get("ipo", beta=0.1))
+        self.update_step = make_update_step(objective, self.optimizer, self.mesh, self.abstract)
+        self.reference = self.state().params
+        self.score = make_score(self.policy, self.mesh)
+        self.generate = make_generate(
+            self.policy, self.mesh, samples=2, max_length=RESPONSE, eos_id=1, config=SamplerConfig()
+        )
+        judge = PreferenceModel(make_policy(EVEN_CONFIGS["decoder"]), Markers(11, 12, 13, 14, 15))
+        judge_params = jax.device_put(random_params(judge.policy, 9), replicated(self.mesh))
+        self.labeller = preference_labeller(judge, judge_params, self.mesh)
+        self.prompts = [host_batch(seed=step) for step in range(STEPS)]
+        self.key = jax.device_put(jax.random.key(4), replicated(self.mesh))
+
+    def state(self):
+        return state_from_params(random_params(self.policy), self.abstract, self.optimizer)
+
+    def online(self):
+        def prompts(step):
+            return jax.device_put(self.prompts[step], batch_sharding(self.mesh))
+
+        source = online_source(prompts, self.generate, self.labeller, self.key)
+        return with_reference(source, self.score, self.reference)
+
+    def offline(self, folder):
+        batches = offline_source(
+            open_dataset(folder),
+            batch_size=BATCH_SIZE,
+            seed=0,
+            prompt_length=PROMPT,
+            response_length=RESPONSE,
+            order="recorded",
+        )
+        return lambda step, _: jax.device_put(batches(step), batch_sharding(self.mesh))
+
+    def run(self, folder, source, *, update_step=None, on_checkpoint=None):
+        folder.mkdir(exist_ok=True)
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            state = train(
+                self.state(),
+                update_step or self.update_step,
+                source,
+                checkpoint_steps=CHECKPOINTS,
+                checkpoints=checkpoints,
+                metrics_path=folder / "metrics.jsonl",
+                log_every=2,
+                on_checkpoint=on_checkpoint,
+            )
+        return jax.device_get(state)
+
+    def watched(self, log):
+        """The update step itself, with the parameters after it written down."""
+
+        def update_step(state, batch):
+            state, metrics = self.update_step(state, batch)
+            log.append(jax.device_get(state.params))
+            return state, metrics
+
+        return update_step
+
+
+def recorder(folder):
+    def record(step, batches):
+        write_chunk(folder, f"until-{step:08d}", (row for batch in batches for row in examples_of(batch)))
+
+    return record
+
+
+def close(folder):
+    close_dataset(folder, vocabulary_digest="none", provenance={})
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "pairs_per_second"} for line in lines]
+
+
+def assert_identical(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+
+
+@pytest.fixture(scope="module")
+def rig(architecture):
+    return Rig(architecture)
+
+
+@pytest.fixture(scope="module")
+def online(rig, tmp_path_factory):
+    """The uninterrupted online run: its folder, its last state, its parameters after every step."""
+    folder, log = tmp_path_factory.mktemp("online") / "run", []
+    state = rig.run(folder, rig.online(), update_step=rig.watched(log), on_checkpoint=recorder(folder / "record"))
+    close(folder / "record")
+    return folder, state, log
+
+
+def test_a_replay_is_the_online_run_bit_for_bit(rig, online, tmp_path):
+    folder, state, log = online
+    replayed = []
+    last = rig.run(tmp_path / "replay", rig.offline(folder / "record"), update_step=rig.watched(replayed))
+    assert len(log) == len(replayed) == STEPS
+    for before, after in zip(log, replayed, strict=True):
+        assert_identical(before, after)
+    assert_identical(state, last)
+    assert metrics(tmp_path / "replay") == metrics(folder)
+    # Both sources went through one compiled function.
+    assert rig.update_step._cache_size() == 1
+
+
+def test_the_stream_is_on_policy_and_labelled(online):
+    """Otherwise the replay would prove nothing: samples change with the parameters, and both labels come up."""
+    folder, _, log = online
+    record = open_dataset(folder / "record")
+    assert len(record) == STEPS * BATCH_SIZE
+    assert {tuple(example.scores.tolist()) for example in record} >= {(0.0, 1.0), (1.0, 0.0)}
+    moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(log[0]), jax.tree.leaves(log[-1]), strict=True)]
+    assert min(moved) > 1e-3
+
+
+def test_another_order_is_another_run(rig, online, tmp_path):
+    folder, state, _ = online
+    source = rig.offline(folder / "record")
+    other = rig.run(tmp_path / "reversed", lambda step, state: source(STEPS - 1 - step, state))
+    assert not np.array_equal(other.params["token_embedder"]["embedding"], state.params["token_embedder"]["embedding"])
+
+
+def stopped(source, at):
+    def killing(step, state):
+        if step == at:
+            raise Killed
+        return source(step, state)
+
+    return killing
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_an_online_run_goes_on_where_it_was_stopped(at, rig, online, tmp_path):
+    folder, state, _ = online
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        rig.run(run, stopped(rig.online(), at), on_checkpoint=recorder(run / "record"))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 0.')
+    resumed = rig.run(run, rig.online(), on_checkpoint=recorder(run / "record"))
+    assert_identical(resumed, state)
+    assert metrics(run) == metrics(folder)
+    close(run / "record")
+    for first, second in zip(open_dataset(run / "record"), open_dataset(folder / "record"), strict=True):
+        assert_identical(first.responses, second.responses)
+        np.testing.assert_array_equal(first.scores, second.scores)
+
+
+def test_an_offline_run_goes_on_where_it_was_stopped(rig, online, tmp_path):
+    folder, state, _ = online
+    with pytest.raises(Killed):
+        rig.run(tmp_path / "run", stopped(rig.offline(folder / "record"), 4))
+    resumed = rig.run(tmp_path / "run", rig.offline(folder / "record"))
+    assert_identical(resumed, state)
+    assert metrics(tmp_path / "run") == metrics(folder)
+    finished = rig.run(tmp_path / "run", stopped(rig.offline(folder / "record"), 0))
+    assert_identical(finished, state)
+
+
+def test_a_checkpoint_gives_its_parameters_on_their_own(rig, online):
+    folder, _, log = online
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == list(CHECKPOINTS)
+        for step in CHECKPOINTS:
+            assert_identical(jax.device_get(checkpoints.restore_params(rig.abstract.params, step)), log[step - 1])
+        assert_identical(jax.device_get(checkpoints.restore_params(rig.abstract.params)), log[-1])
+
+
+def test_a_checkpoint_is_laid_out_as_asked(rig, online):
+    folder, _, log = online
+    other = abstract_state(rig.policy.init, rig.optimizer, make_mesh(MESHES["data"]))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        state = checkpoints.restore(other, 4)
+    table = state.params["token_embedder"]["embedding"]
+    assert table.sharding.is_fully_replicated
+    assert_identical(jax.device_get(state.params), log[3])
+    assert int(state.step) == 4
+
+
+def test_batches_that_are_still_on_the_host_are_refused(rig, tmp_path):
+    reference = np.zeros((BATCH_SIZE, 2, RESPONSE), np.float32)
+    batch = dataclasses.replace(host_batch(), reference_log_probs=reference)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        rig.run(tmp_path / "run", lambda step, state: batch)
+
+
+def test_reference_log_probs_are_attached_only_where_there_are_none(rig):
+    batch = jax.device_put(host_batch(), batch_sharding(rig.mesh))
+    calls = []
+
+    def score(params, *arrays):
+        calls.append(params)
+        return jnp.full(batch.responses.shape, -3.0)
+
+    source = with_reference(lambda step, state: batch, score, "reference")
+    attached = source(0, None)
+    np.testing.assert_array_equal(attached.reference_log_probs, -3.0)
+    again = with_reference(lambda step, state: attached, score, "reference")(0, None)
+    assert again is attached and calls == ["reference"]
