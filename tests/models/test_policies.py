@@ -188,7 +188,7 @@ def test_bfloat16_is_close(policy, params, scores):
         ),
         (DecoderConfig(), {"layers": -1}, r"DecoderConfig\.layers is -1: it must be positive"),
         (DecoderConfig(), {"kv_heads": 3}, "kv_heads is 3: it must divide heads=4"),
-        (DecoderConfig(), {"head_size": 7}, "head_size is 7: it must be even"),
+        (DecoderConfig(), {"head_size": 7}, "head_size is 7: rotary positions need it even"),
     ],
 )
 def test_sizes_that_cannot_be_built_are_refused(config, change, message):

@@ -1,5 +1,7 @@
 """Policies and batches that are as small as can be, for the tests of models, sampling, sharding and training."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,7 @@ MESHES = {
 }
 
 
+@functools.cache
 def random_params(policy, seed=0):
     """Parameters of which none keeps an initial value that hides it, such as a norm's scale of one."""
     params = unbox(jax.jit(policy.init)(jax.random.key(seed)))

@@ -1,0 +1,265 @@
+"""The update step: the same on every mesh, any loss by the names of its arrays, and what is true at the reference."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny_models import MESHES, make_batch, random_params, texts
+
+from alignment_gap import losses
+from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.errors import UserError
+from alignment_gap.models import score
+from alignment_gap.models.policy import Output
+from alignment_gap.sharding import batch_sharding, make_mesh
+from alignment_gap.sharding.mesh import AXES
+from alignment_gap.training import (
+    OptimizerConfig,
+    abstract_state,
+    create_state,
+    loss_inputs,
+    make_optimizer,
+    make_update_step,
+    policy_objective,
+    state_from_params,
+)
+
+BATCH = make_batch(8, vocabulary_size=16)
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3))
+
+
+def single_device_mesh():
+    types = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh((1, 1, 1), AXES, axis_types=types, devices=jax.devices()[:1])
+
+
+def two_steps(policy, params, mesh, loss):
+    """Losses and parameters after two steps on the mesh, and the last state."""
+    abstract = abstract_state(policy.init, OPTIMIZER, mesh)
+    state = state_from_params(params, abstract, OPTIMIZER)
+    step = make_update_step(policy_objective(policy, loss), OPTIMIZER, mesh, abstract)
+    batch = jax.device_put(BATCH, batch_sharding(mesh))
+    values = []
+    for _ in range(2):
+        state, metrics = step(state, batch)
+        values.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
+    return values, jax.device_get(state.params), state
+
+
+@pytest.fixture(scope="module")
+def alone(even_policy):
+    params = random_params(even_policy)
+    return params, two_steps(even_policy, params, single_device_mesh(), losses.get("cpo"))
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_every_mesh_takes_the_same_steps(name, even_policy, alone):
+    """Sums are taken in another order: differences in the last bits of float32, which Adam's division can enlarge."""
+    params, (values, expected, _) = alone
+    other_values, other, _ = two_steps(even_policy, params, make_mesh(MESHES[name]), losses.get("cpo"))
+    np.testing.assert_allclose(other_values, values, rtol=1e-5)
+    # The learning rate is 1e-3: a step in another direction would show as 1e-3.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), other, expected)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, expected)
+    assert min(jax.tree.leaves(moved)) > 5e-4
+
+
+def test_parameters_and_moments_are_created_sharded(even_policy):
+    mesh = make_mesh(MESHES["all"])
+    state = create_state(even_policy.init, OPTIMIZER, mesh, jax.random.key(0))
+    moments = next(part for part in jax.tree.leaves(state.optimizer_state, is_leaf=is_adam) if is_adam(part))
+    for tree in (state.params, moments.mu, moments.nu):
+        table = tree["token_embedder"]["embedding"]
+        assert table.sharding.spec == P("model", "fsdp")
+        assert table.addressable_shards[0].data.shape == (8, 8)
+        kernel = tree["decoder"]["layers"]["mlp"]["wi_0"]["kernel"]
+        assert kernel.sharding.spec == P(None, "fsdp", "model")
+        assert kernel.addressable_shards[0].data.shape == (kernel.shape[0], 8, 12)
+    assert state.step.sharding.is_fully_replicated
+
+
+def is_adam(part):
+    return hasattr(part, "mu")
+
+
+def test_shardings_outlive_a_step_and_the_old_state_is_reused(even_policy):
+    mesh = make_mesh(MESHES["all"])
+    params = random_params(even_policy)
+    abstract = abstract_state(even_policy.init, OPTIMIZER, mesh)
+    before = state_from_params(params, abstract, OPTIMIZER)
+    step = make_update_step(policy_objective(even_policy, losses.get("cpo")), OPTIMIZER, mesh, abstract)
+    after, _ = step(before, jax.device_put(BATCH, batch_sharding(mesh)))
+    kept = jax.tree.map(
+        lambda leaf, target: leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim), after, abstract
+    )
+    assert all(jax.tree.leaves(kept))
+    assert int(after.step) == 1
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+    # The parameters that it was made from were copied.
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+def test_a_fresh_state_is_the_policys_own(even_policy):
+    """Created sharded or on one device: the same numbers."""
+    sharded = create_state(even_policy.init, OPTIMIZER, make_mesh(MESHES["all"]), jax.random.key(3))
+    single = create_state(even_policy.init, OPTIMIZER, single_device_mesh(), jax.random.key(3))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(sharded.params), jax.device_get(single.params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unigram:
+    """The least that is a policy: one distribution over tokens, whatever came before."""
+
+    config: None = None
+
+    def init(self, key):
+        return {"logits": jnp.linspace(-1.0, 1.0, 16)}
+
+    def output(self, params):
+        return Output(params["logits"][:, None], 1.0)
+
+    def start_tokens(self, prompts, prompt_lengths):
+        return jnp.zeros_like(prompt_lengths)
+
+    def hidden(self, params, prompts, prompt_lengths, inputs):
+        return jnp.ones((*inputs.shape, 1))
+
+
+UNIGRAM = Unigram()
+PARAMS = UNIGRAM.init(None)
+
+
+def with_reference(policy, params, batch):
+    return dataclasses.replace(batch, reference_log_probs=jax.jit(partial(score, policy))(params, *texts(batch)))
+
+
+@pytest.fixture(scope="module")
+def unigram_batch():
+    return with_reference(UNIGRAM, {"logits": jnp.zeros(16)}, BATCH)
+
+
+def test_every_registered_loss_trains_a_policy(unigram_batch):
+    @jax.jit
+    def all_losses(params):
+        objectives = {name: policy_objective(UNIGRAM, losses.get(name)) for name in losses.names()}
+        return {
+            name: jax.value_and_grad(lambda p, o=objective: o(p, unigram_batch, jnp.int32(0))[0].mean())(params)
+            for name, objective in objectives.items()
+        }
+
+    for name, (value, gradient) in all_losses(PARAMS).items():
+        assert np.isfinite(value), name
+        assert np.isfinite(gradient["logits"]).all() and np.abs(gradient["logits"]).max() > 0, name
+
+
+def test_a_loss_of_ones_own_is_given_what_it_names(unigram_batch):
+    """Settings have defaults, optional arrays are given where there are any, names that are unknown stay defaults."""
+    seen = {}
+
+    def mine(chosen_logps, mask, ref_logps=None, something=None, *, strength=2.0):
+        seen.update(mask=mask, ref_logps=ref_logps)
+        assert something is None
+        return -strength * chosen_logps
+
+    @jax.jit
+    def evaluate(params):
+        value, diagnostics = policy_objective(UNIGRAM, mine)(params, unigram_batch, jnp.int32(0))
+        return value, diagnostics, dict(seen), loss_inputs(unigram_batch, score(UNIGRAM, params, *texts(BATCH)))
+
+    value, diagnostics, given, inputs = evaluate(PARAMS)
+    np.testing.assert_allclose(value, -2 * inputs["chosen_logps"], rtol=1e-6)
+    np.testing.assert_array_equal(given["mask"], np.arange(5) < np.asarray(BATCH.response_lengths)[..., None])
+    np.testing.assert_allclose(given["ref_logps"], -math.log(16) * BATCH.response_lengths, rtol=1e-5)
+    assert value.shape == (8,) and all(part.shape == (8,) for part in diagnostics.values())
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda logps, rewards: logps, "the loss asks for rewards, which this batch has not: it has chosen_lengths, "),
+        (losses.get("dpo"), "asks for ref_chosen_logps, ref_rejected_logps, which this batch has not"),
+    ],
+)
+def test_a_loss_that_asks_for_what_no_batch_has_is_refused(loss, message):
+    with pytest.raises(UserError, match=message):
+        policy_objective(UNIGRAM, loss)(PARAMS, BATCH, jnp.int32(0))
+
+
+def test_at_the_reference_the_losses_are_known(even_policy):
+    params = random_params(even_policy)
+    batch = with_reference(even_policy, params, BATCH)
+
+    @jax.jit
+    def values(params):
+        objectives = [policy_objective(even_policy, losses.get(name, beta=0.3)) for name in ("dpo", "ipo")]
+        return [objective(params, batch, jnp.int32(0)) for objective in objectives]
+
+    (dpo, diagnostics), (ipo, _) = values(params)
+    np.testing.assert_allclose(dpo, math.log(2), rtol=1e-5)
+    # (0 - 1 / (2 beta))^2
+    np.testing.assert_allclose(ipo, 1 / (4 * 0.3**2), rtol=1e-5)
+    np.testing.assert_allclose(diagnostics["margin"], 0.0, atol=1e-5)
+    np.testing.assert_allclose(diagnostics["chosen_log_ratio"], 0.0, atol=1e-5)
+
+
+def test_diagnostics_by_hand():
+    """One token a response: tokens 15 and 0 of the unigram's logits 1 and -1, against a uniform reference."""
+    batch = dataclasses.replace(
+        BATCH,
+        responses=jnp.tile(jnp.array([[15, 3], [0, 3]]), (8, 1, 1)),
+        response_lengths=jnp.ones((8, 2), jnp.int32),
+        scores=jnp.array([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 4),
+    )
+    batch = with_reference(UNIGRAM, {"logits": jnp.zeros(16)}, batch)
+    _, diagnostics = jax.jit(policy_objective(UNIGRAM, losses.get("sft")))(PARAMS, batch, jnp.int32(0))
+    normalizer = math.log(sum(math.exp(-1 + 2 * i / 15) for i in range(16)))
+    high, low = 1 - normalizer, -1 - normalizer
+    np.testing.assert_allclose(
+        diagnostics["chosen_log_ratio"], [high + math.log(16)] * 4 + [low + math.log(16)] * 4, rtol=1e-5
+    )
+    np.testing.assert_allclose(diagnostics["margin"], [2.0] * 4 + [-2.0] * 4, rtol=1e-5)
+    np.testing.assert_array_equal(diagnostics["accuracy"], [1.0] * 4 + [0.0] * 4)
+    np.testing.assert_allclose(diagnostics["log_prob"], (high + low) / 2, rtol=1e-5)
+    np.testing.assert_array_equal(diagnostics["length"], 1.0)
+
+
+def test_equal_policies_classify_at_chance():
+    batch = with_reference(UNIGRAM, PARAMS, BATCH)
+    _, diagnostics = jax.jit(policy_objective(UNIGRAM, losses.get("sft")))(PARAMS, batch, jnp.int32(0))
+    np.testing.assert_array_equal(diagnostics["accuracy"], 0.5)
+
+
+def test_loss_inputs_by_hand():
+    """K = 4. Row 0: the best is 2, the worst 1. Row 1: ties take the first best and the last worst. Row 2: all tie."""
+    scores = jnp.array([[0.5, 0.1, 0.9, 0.3], [0.2, 0.8, 0.8, 0.2], [0.4, 0.4, 0.4, 0.4]])
+    token_log_probs = -jnp.arange(1.0, 25.0).reshape(3, 4, 2)
+    reference = jnp.full((3, 4, 2), -0.5)
+    lengths = jnp.array([[2, 2, 2, 2], [1, 2, 1, 1], [2, 2, 2, 2]])
+    token_log_probs = jnp.where(jnp.arange(2) < lengths[..., None], token_log_probs, 0.0)
+    batch = PreferenceBatch(
+        jnp.arange(3), jnp.ones((3, 1), int), jnp.ones(3, int), jnp.ones((3, 4, 2), int), lengths, scores, reference
+    )
+    inputs = jax.jit(loss_inputs)(batch, token_log_probs)
+    # Row 0: -(5 + 6) and -(3 + 4). Row 1: -(11 + 12) and -15, one token. Row 2: -(17 + 18) and -(23 + 24).
+    np.testing.assert_array_equal(inputs["chosen_logps"], [-11, -23, -35])
+    np.testing.assert_array_equal(inputs["rejected_logps"], [-7, -15, -47])
+    np.testing.assert_array_equal(inputs["chosen_lengths"], [2, 2, 2])
+    np.testing.assert_array_equal(inputs["rejected_lengths"], [2, 1, 2])
+    np.testing.assert_array_equal(inputs["preference"], [1, 1, 0.5])
+    np.testing.assert_array_equal(inputs["logps"][1], [-9, -23, -13, -15])
+    # Padding of the reference does not count.
+    np.testing.assert_array_equal(inputs["ref_rejected_logps"], [-1, -0.5, -1])
+    np.testing.assert_array_equal(inputs["rejected_token_logps"][1], [-15, 0])
+    np.testing.assert_array_equal(inputs["ref_rejected_token_logps"][1], [-0.5, 0])
+    np.testing.assert_array_equal(inputs["rejected_mask"][1], [True, False])
+    np.testing.assert_array_equal(inputs["scores"], scores)
+
+
+def test_no_reference_offers_no_reference():
+    inputs = jax.eval_shape(loss_inputs, BATCH, jnp.zeros((8, 2, 5)))
+    assert not [name for name in inputs if name.startswith("ref_")]
