@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from alignment_gap.errors import UserError
 from alignment_gap.training.state import TrainState
@@ -50,11 +51,17 @@ class Checkpoints:
         return TrainState(restored.optimizer["step"], restored.params, restored.optimizer["optimizer_state"])
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
-        """The parameters of a step, or of the last one."""
+        """The parameters of a step, or of the last one.
+
+        Raises:
+          UserError: where there is none, it is damaged, or it is of another model; the first tensor that differs is
+            named with both shapes.
+        """
         if step is None:
             if not self.steps():
                 raise UserError(f"{self.folder} holds no complete checkpoint: train it first, or give another folder")
             step = self.steps()[-1]
+        _check_shapes(self.folder / str(step) / "params", abstract_params)
         return self._restore(step, ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))).params
 
     def _restore(self, step: int, items: Any) -> Any:
@@ -63,5 +70,25 @@ class Checkpoints:
         except (ValueError, KeyError, FileNotFoundError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"{self.folder}/{step} cannot be restored ({reason}): it is damaged or of another model; delete it"
+                f"{self.folder}/{step} cannot be restored ({reason}): it is damaged or of another model"
             ) from error
+
+
+def _check_shapes(path: Path, params: Any) -> None:
+    """Raises UserError naming the first parameter that the checkpoint has not, or has in another shape."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(name, simple=True, separator="."): tuple(leaf.shape) for name, leaf in leaves}
+
+    try:
+        found = shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute())).tree)
+    except (ValueError, KeyError, OSError):
+        return  # Damaged: the restore says how.
+    wanted = shapes(params)
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"{path} is of another model: {name} has the shape {found.get(name, 'none')}, the model has "
+                f"{wanted.get(name, 'none')}: give the model that it was trained as"
+            )

@@ -19,8 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 from jax.sharding import Mesh
 
 from alignment_gap import losses
@@ -209,26 +207,7 @@ def _params(folder: str, step: int, abstract: TrainState) -> Any:
         if step and step not in checkpoints.steps():
             there = ", ".join(map(str, checkpoints.steps())) or "none"
             raise UserError(f"{path} has no checkpoint of step {step}: choose one of {there}, or 0 for the last")
-        step = step or max(checkpoints.steps(), default=0)
-        if step:
-            _check_shapes(path / str(step) / "params", abstract.params)
         return checkpoints.restore_params(abstract.params, step or None)
-
-
-def _check_shapes(path: Path, params: Any) -> None:
-    """Raises UserError naming the first parameter that the checkpoint has not, or has in another shape."""
-
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(name, simple=True, separator="."): tuple(leaf.shape) for name, leaf in leaves}
-
-    found, wanted = shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute())).tree), shapes(params)
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            raise UserError(
-                f"{path} is of another model: {name} has the shape {found.get(name, 'none')}, the job's model has "
-                f"{wanted.get(name, 'none')}: give the model that it was trained as"
-            )
 
 
 def _loss(config: LossConfig) -> Callable[..., Any]:
