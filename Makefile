@@ -1,5 +1,5 @@
 # Two commands for a fresh machine with Python 3.11 and make: `make study` and `make test`.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/study/tiny.py
