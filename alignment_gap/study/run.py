@@ -27,6 +27,8 @@ from alignment_gap.study.stages import SeedStages, seed_stages
 VERSIONS = ("alignment-gap", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Arrays of an evaluation that are no outcomes.
 MEASURED = ("responses", "lengths")
+# Below this agreement with human labels the report says how little the golden model knows of them.
+WEAK_JUDGE = 0.65
 
 
 def run_study(config: StudyConfig, workdir: Path, *, update: bool = False, say: Callable[[str], None] = print) -> Path:
@@ -85,16 +87,17 @@ def report_context(config: StudyConfig, seeds: Sequence[SeedStages], root: Path)
     """What the report says beside the numbers."""
     settings = to_dict(config) | {"arms": _arms_table(config), "training of all arms": to_dict(config.arms)}
     stages = [stage for seed in seeds for stage in seed.in_order()]
+    judges = [_judge_facts(seed, root) for seed in seeds]
     return ReportContext(
         study=config.name,
         config=settings,
         versions={name: importlib.metadata.version(name) for name in VERSIONS}
         | {"python": platform.python_version(), "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
         seeds=[seed.seed for seed in seeds],
-        judges=[_judge_facts(seed, root) for seed in seeds],
+        judges=judges,
         samples=_samples(seeds[0], root),
         wall_time={stage.name: _read(stage.folder(root) / "artefact.json")["seconds"] for stage in stages},
-        notes=_notes(config),
+        notes=_notes(config, judges),
     )
 
 
@@ -160,8 +163,8 @@ def _by_step(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.npz"), key=lambda path: int(path.stem))
 
 
-def _notes(config: StudyConfig) -> list[str]:
-    """What the numbers can bear, from the study's own sizes."""
+def _notes(config: StudyConfig, judges: Sequence[JudgeFacts]) -> list[str]:
+    """What the numbers can bear, from the study's own sizes and from how good its judges are."""
     prompts, pairs = config.evaluation.prompts, config.evaluation.pairs
     notes = [
         f"Win rates rest on {prompts} prompts: the interval of one is up to {196 / math.sqrt(4 * prompts):.1f} points "
@@ -174,6 +177,12 @@ def _notes(config: StudyConfig) -> list[str]:
         ),
         "Prompts of the evaluation are training prompts, as in the paper; only the samples are new.",
     ]
+    worst = min(judge.golden_accuracy for judge in judges)
+    if worst < WEAK_JUDGE:
+        notes.append(
+            f"The golden model agrees with held-out human labels on {worst:.0%} of pairs, where guessing gives 50 %: "
+            "win rates by it tell what it learned to like, and little of what people prefer."
+        )
     if config.task.kind == "human_pairs":
         notes.append(
             "The policies are small and start from nothing but this data: they do not write useful answers. The study "
