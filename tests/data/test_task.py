@@ -122,7 +122,9 @@ def human_config():
     path, vocabulary = SHARED / "hh/helpful-base.test.jsonl.gz", SHARED / "vocab/t5.spiece.model"
     if not (path.exists() and vocabulary.exists()):
         pytest.skip(f"{path} and {vocabulary} are not here: human pairs are not shipped with the project")
-    return HumanPairsTaskConfig(str(path), str(vocabulary), bad_pairs="drop", validation_fraction=0.1)
+    return HumanPairsTaskConfig(
+        path=str(path), vocabulary_path=str(vocabulary), bad_pairs="drop", validation_fraction=0.1
+    )
 
 
 def test_real_human_pairs_become_a_task(human_config):
