@@ -17,6 +17,9 @@ COMMANDS = {
     "losses": "list the losses",
 }
 
+# Of another library's message, as much as one line bears.
+LONGEST = 120
+
 USAGE = f"""alignment-gap {__version__}: preference training of language models in JAX, online and offline
 
 usage: alignment-gap COMMAND [flags]
@@ -60,8 +63,9 @@ def guarded(run: Callable[[], None]) -> int:
     except Exception as error:
         if not _disk_full(error):
             raise
+        place = getattr(error, "filename", None) or str(error)[:LONGEST].splitlines()[0]
         print(
-            f"error: the disk is full ({error}): free some space and run the same command again; what is done is kept",
+            f"error: the disk is full ({place}): free some space and run the same command again; what is done is kept",
             file=sys.stderr,
         )
         return 2
