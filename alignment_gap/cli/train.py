@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # A plain import would be taken by ruff and mypy for the folder gin/ of this repository.
 gin: Any = importlib.import_module("gin")
+# gin would look for runs/job.gin in a package named runs, and fail where the folder of that name holds runs instead.
+gin.config._FILE_READERS = [(open, os.path.isfile)]
 
 OVERRIDE = "--gin."
 GIN_FOLDER = Path(__file__).parents[2] / "gin"

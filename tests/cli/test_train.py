@@ -26,6 +26,13 @@ def test_offline_ipo_builds_the_job():
     assert type(config.model) is T5Config
 
 
+def test_a_folder_of_runs_beside_it_is_not_taken_for_a_package_of_gin_files(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "study").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert train.read_config([IPO], SET).dataset.folder == "pairs"
+
+
 @pytest.mark.parametrize("file", sorted((GIN / "models").glob("*.gin")), ids=lambda path: path.stem)
 def test_every_model_file_is_a_policy(file):
     config = train.read_config([IPO, str(file)], [*SET, "VOCABULARY_SIZE=77"])
