@@ -19,7 +19,7 @@ class MeshConfig:
 
     Attributes:
       data: copies of the model, each with its own part of the batch.
-      fsdp: parts into which parameters are split and which share the batch (ZeRO-3).
+      fsdp: parts into which parameters are split along their width; the batch is split over data and fsdp.
       model: parts into which heads, MLP and vocabulary are split (tensor parallel).
     """
 
