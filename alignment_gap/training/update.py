@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from alignment_gap import losses
 from alignment_gap.data.batch import PreferenceBatch, length_mask
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, PreferenceModel, score
@@ -94,6 +95,10 @@ def preference_objective(model: PreferenceModel, run_key: Key[Array, ""]) -> Obj
     """Trains a preference model on pairs by cross-entropy, each pair in a random order drawn from (run, step)."""
 
     def objective(params: Any, batch: PreferenceBatch, step: Array) -> tuple[Array, dict[str, Array]]:
+        if batch.responses.shape[1] != 2:
+            raise UserError(
+                f"a preference model is trained on pairs, the batch has {batch.responses.shape[1]} responses"
+            )
         swap = jax.random.bernoulli(jax.random.fold_in(run_key, step), shape=batch.prompt_lengths.shape)
         order = jnp.where(swap[:, None], jnp.array([1, 0]), jnp.array([0, 1]))
         responses = jnp.take_along_axis(batch.responses, order[..., None], axis=1)
@@ -148,14 +153,11 @@ def diagnostics(inputs: dict[str, Array]) -> dict[str, Array]:
     """What tells whether a run is healthy, per prompt: log-ratios to the reference in nats, accuracy, length."""
     values = {"length": inputs["lengths"].mean(-1), "log_prob": inputs["logps"].mean(-1)}
     if "ref_logps" in inputs:
-        chosen = inputs["chosen_logps"] - inputs["ref_chosen_logps"]
-        rejected = inputs["rejected_logps"] - inputs["ref_rejected_logps"]
-        values |= {
-            "chosen_log_ratio": chosen,
-            "rejected_log_ratio": rejected,
-            "margin": chosen - rejected,
-            "accuracy": (jnp.sign(chosen - rejected) + 1) / 2,
-        }
+        pair = losses.pairwise_diagnostics(
+            inputs["chosen_logps"], inputs["rejected_logps"], inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        )
+        # Not the implicit rewards: they need the loss's beta, which a loss may not have.
+        values |= {name: pair[name] for name in ("chosen_log_ratio", "rejected_log_ratio", "margin", "accuracy")}
     return values
 
 

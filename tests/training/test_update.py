@@ -26,6 +26,7 @@ from alignment_gap.training import (
     make_optimizer,
     make_update_step,
     policy_objective,
+    preference_objective,
     state_from_params,
 )
 
@@ -263,3 +264,11 @@ def test_loss_inputs_by_hand():
 def test_no_reference_offers_no_reference():
     inputs = jax.eval_shape(loss_inputs, BATCH, jnp.zeros((8, 2, 5)))
     assert not [name for name in inputs if name.startswith("ref_")]
+
+
+def test_a_preference_model_is_trained_on_pairs_only():
+    three = dataclasses.replace(
+        BATCH, responses=np.zeros((8, 3, 4), np.int32), response_lengths=np.ones((8, 3), np.int32)
+    )
+    with pytest.raises(UserError, match="trained on pairs, the batch has 3 responses"):
+        preference_objective(None, jax.random.key(0))({}, three, 0)
