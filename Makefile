@@ -1,7 +1,8 @@
 # Two commands for a fresh machine with Python 3.11 and make: `make study` and `make test`.
 PYTHON ?= $(shell command -v python3.11 || echo python3)
+# The study's environment, and that of tests and lint, which also has TensorFlow, libtpu and the like (4 GB).
 VENV := .venv
-BIN := $(VENV)/bin
+TEST_VENV := .venv-test
 CONFIG ?= configs/study/tiny.py
 WORKDIR ?= runs/study
 PARITY := .cache/parity-venv
@@ -9,26 +10,28 @@ PARITY := .cache/parity-venv
 .PHONY: study test parity lint lock clean
 
 study: $(VENV)/installed
-	$(BIN)/alignment-gap study --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
+	$(VENV)/bin/alignment-gap study --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
 
-test: $(VENV)/installed
-	$(BIN)/python -m pytest $(FLAGS)
+test: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m pytest $(FLAGS)
 
 # Not part of `make test`: torch (the CPU build), TRL and transformers never meet the library's own pins.
 parity: $(PARITY)/installed
 	$(PARITY)/bin/python -m pytest tests/parity -W default --confcutdir tests/parity $(FLAGS)
 
-lint: $(VENV)/installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+lint: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/ruff check .
+	$(TEST_VENV)/bin/ruff format --check .
+	$(TEST_VENV)/bin/mypy
 
 # Everything is pinned; bytecode is compiled now so that no later start pays for it.
 $(VENV)/installed: requirements.lock setup.py
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --requirement requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+$(TEST_VENV)/installed: requirements-test.lock setup.py
+$(VENV)/installed $(TEST_VENV)/installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet uv==0.13.9
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --compile-bytecode --requirement $<
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --no-deps --editable .
 	touch $@
 
 $(PARITY)/installed: requirements-parity.lock
@@ -36,8 +39,12 @@ $(PARITY)/installed: requirements-parity.lock
 	$(PARITY)/bin/python -m pip install --quiet --no-deps --requirement requirements-parity.lock
 	touch $@
 
+COMPILE := $(TEST_VENV)/bin/uv pip compile setup.py --python-version 3.11 --no-emit-index-url --no-header --upgrade
+
 lock:
-	$(BIN)/uv pip compile setup.py --extra study --extra dev --python-version 3.11 --no-emit-index-url --no-header --upgrade --output-file requirements.lock
+	$(COMPILE) --extra study --output-file requirements.lock
+	$(COMPILE) --extra study --extra dev --extra data --extra huggingface --extra tpu --constraint requirements.lock \
+	    --output-file requirements-test.lock
 
 clean:
-	rm -rf $(VENV) runs .cache
+	rm -rf $(VENV) $(TEST_VENV) runs .cache

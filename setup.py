@@ -11,6 +11,15 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "alignment_gap" / "__init__
 EXTRAS = {
     # Figures and the HTML report of a study.
     "study": ["altair>=5.5", "jinja2>=3", "vl-convert-python>=1.7"],
+    # Checkpoints, tokenizers and datasets in Hugging Face's formats, and Parquet; without torch.
+    "huggingface": [
+        "datasets>=4",
+        "huggingface-hub>=1",
+        "jinja2>=3",
+        "pyarrow>=20",
+        "safetensors>=0.6",
+        "tokenizers>=0.22",
+    ],
     # Reading seqio tasks and tensorflow-datasets; nothing else imports TensorFlow.
     "data": [
         "seqio>=0.0.20",
