@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alignment_gap.errors import UserError
+from alignment_gap.folders import sync, write_json
 
 # Changes where the code changes what a stage makes from the same settings, so that old artefacts are not taken for new.
 FORMAT = 1
@@ -66,61 +64,3 @@ def make(stage: Stage, root: Path, progress: Progress) -> Path:
     os.rename(partial, folder)
     sync(root)
     return folder
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON under a temporary name, then renames: readers see the old file or the new, never half of one."""
-    write_bytes(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, then renames."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
-
-
-def sync(folder: Path) -> None:
-    """Makes renames in a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process; raises UserError where another one works in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{folder} is in use by another run: wait for it, or give another --workdir") from error
-        yield
-
-
-def claim(folder: Path, config: dict[str, Any], *, update: bool) -> None:
-    """Writes the study's config into its folder.
-
-    Raises:
-      UserError: where the folder holds the study of another config, naming what differs, unless `update` is set.
-    """
-    path = folder / "study.json"
-    config = json.loads(json.dumps(config))
-    if path.exists() and not update:
-        found = json.loads(path.read_text())
-        differences = [
-            f"{key} was {found.get(key, 'absent')}, now {config.get(key, 'absent')}"
-            for key in sorted(found.keys() | config.keys())
-            if found.get(key) != config.get(key)
-        ]
-        if differences:
-            shown = "; ".join(differences[:3]) + (f"; {len(differences) - 3} more" if len(differences) > 3 else "")
-            raise UserError(
-                f"{folder} holds a study of another config ({shown}): give another --workdir, or --update to replace "
-                "its report and redo only the stages that depend on what changed"
-            )
-    write_json(path, config)

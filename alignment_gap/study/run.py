@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.folders import claim, locked, write_json
 from alignment_gap.sharding import make_mesh
 from alignment_gap.study import artefacts
 from alignment_gap.study.analysis import CheckpointResult
@@ -50,8 +51,8 @@ def run_study(config: StudyConfig, workdir: Path, *, update: bool = False, say: 
     mesh = make_mesh(config.mesh)
     root = workdir / "artefacts"
     seeds = [seed_stages(config, seed, mesh, root) for seed in range(config.seed, config.seed + config.seeds)]
-    with artefacts.locked(workdir):
-        artefacts.claim(workdir, flatten(to_dict(config)), update=update)
+    with locked(workdir):
+        _claim(workdir / "study.json", flatten(to_dict(config)), update=update)
         root.mkdir(exist_ok=True)
         run_stages([stage for seed in seeds for stage in seed.in_order()], root, say)
         results = [result for seed in seeds for result in seed_results(seed, root)]
@@ -59,6 +60,18 @@ def run_study(config: StudyConfig, workdir: Path, *, update: bool = False, say: 
     say(peaks_text(results))
     say(f"report: {report}")
     return report
+
+
+def _claim(path: Path, settings: dict[str, Any], *, update: bool) -> None:
+    if update:
+        write_json(path, settings)
+        return
+    claim(
+        path,
+        settings,
+        remedy="give another --workdir, or --update to replace its report and redo only the stages that depend on what "
+        "changed",
+    )
 
 
 def run_stages(stages: Sequence[artefacts.Stage], root: Path, say: Callable[[str], None]) -> None:

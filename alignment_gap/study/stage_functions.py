@@ -26,10 +26,11 @@ from alignment_gap.data.records import (
 )
 from alignment_gap.data.task import build_task, rubric_preference
 from alignment_gap.evaluation.metrics import classification, in_batches
+from alignment_gap.folders import write_bytes, write_json
 from alignment_gap.models import PreferenceModel
 from alignment_gap.sampling import online_source, preference_labeller
 from alignment_gap.sharding import replicated
-from alignment_gap.study.artefacts import Progress, write_bytes, write_json
+from alignment_gap.study.artefacts import Progress
 from alignment_gap.study.bench import Bench
 from alignment_gap.study.config import Arm, JudgeConfig, takes_beta
 from alignment_gap.training import Source, policy_objective, preference_objective, with_reference

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.data.records import Dataset, open_dataset
 from alignment_gap.data.source import OfflineSource, offline_source
 from alignment_gap.errors import UserError
+from alignment_gap.folders import claim
 from alignment_gap.models import DecoderConfig, Policy, T5Config, make_policy
 from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from alignment_gap.training.checkpoints import Checkpoints
@@ -145,7 +144,12 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
         )
     else:
         state = state_from_params(start, abstract, optimizer)
-    _claim(workdir, config)
+    claim(
+        workdir / CARD,
+        flatten(to_dict(config)),
+        remedy="give another folder, or these settings",
+        may_change=_MAY_CHANGE,
+    )
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         _check_not_beyond(config, checkpoints)
         return train(
@@ -270,24 +274,3 @@ def _check_not_beyond(config: JobConfig, checkpoints: Checkpoints) -> None:
             f"{checkpoints.folder} is at step {checkpoints.steps()[-1]}, beyond steps={config.steps}: raise steps, or "
             "give another folder"
         )
-
-
-def _claim(workdir: Path, config: JobConfig) -> None:
-    """Writes the settings into the folder; raises UserError where it holds a job of others, naming what differs."""
-    path, settings = workdir / CARD, json.loads(json.dumps(flatten(to_dict(config))))
-    if path.exists():
-        found = json.loads(path.read_text())
-        differences = [
-            f"{key} was {found.get(key, 'absent')}, now {settings.get(key, 'absent')}"
-            for key in sorted(found.keys() | settings.keys())
-            if key not in _MAY_CHANGE and found.get(key) != settings.get(key)
-        ]
-        if differences:
-            shown = "; ".join(differences[:3]) + (f"; {len(differences) - 3} more" if len(differences) > 3 else "")
-            raise UserError(
-                f"{workdir} holds a job of other settings ({shown}): give another folder, or these settings"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
-    os.replace(partial, path)

@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from alignment_gap.cli.main import guarded
-from alignment_gap.study.artefacts import Stage, claim, make, write_json
+from alignment_gap.study.artefacts import Stage, make
 
 
 def stage(name="a", settings=None, inputs=(), run=lambda folder, progress: None):
@@ -69,15 +69,3 @@ def test_any_other_failure_keeps_its_traceback():
 
     with pytest.raises(ValueError, match="a bug"):
         guarded(bug)
-
-
-def test_json_is_replaced_whole(tmp_path):
-    write_json(tmp_path / "a.json", {"b": 1})
-    write_json(tmp_path / "a.json", {"b": 2})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert '"b": 2' in (tmp_path / "a.json").read_text()
-
-
-def test_the_same_config_claims_its_folder_again(tmp_path):
-    for _ in range(2):
-        claim(tmp_path, {"steps": (1, 2)}, update=False)

@@ -14,6 +14,7 @@ import time
 import pytest
 
 from alignment_gap.errors import UserError
+from alignment_gap.folders import locked
 from alignment_gap.study import artefacts
 from alignment_gap.study.config import validate
 from alignment_gap.study.run import run_study
@@ -146,7 +147,7 @@ def test_another_config_in_the_folder_is_refused_and_update_redoes_only_what_dep
 
 
 def test_two_runs_in_one_folder_are_refused(finished):
-    with artefacts.locked(finished), pytest.raises(UserError, match="is in use by another run"):
+    with locked(finished), pytest.raises(UserError, match="is in use by another run"):
         run_study(nano.nano_study(), finished, say=quiet)
 
 

@@ -1,0 +1,32 @@
+"""Files are replaced whole; a folder belongs to one process and to one set of settings."""
+
+import json
+
+import pytest
+
+from alignment_gap.errors import UserError
+from alignment_gap.folders import claim, locked, write_json
+
+
+def test_json_is_replaced_whole(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 1})
+    write_json(tmp_path / "a.json", {"b": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert '"b": 2' in (tmp_path / "a.json").read_text()
+
+
+def test_a_folder_is_claimed_again_by_the_same_settings_only(tmp_path):
+    path = tmp_path / "new" / "settings.json"
+    for steps in (1, 2):
+        claim(path, {"sizes": (1, 2), "steps": steps}, remedy="go", may_change=("steps",))
+    assert json.loads(path.read_text()) == {"sizes": [1, 2], "steps": 2}
+    with pytest.raises(UserError, match=r"new was made with other settings \(seed was absent, now 3; sizes .*\): go$"):
+        claim(path, {"sizes": (1, 3), "steps": 2, "seed": 3}, remedy="go")
+    assert json.loads(path.read_text()) == {"sizes": [1, 2], "steps": 2}
+
+
+def test_one_process_at_a_time(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match="in use by another run"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
