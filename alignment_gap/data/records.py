@@ -1,16 +1,18 @@
 """Datasets on disk: a folder of ArrayRecord files and an index card, written whole or not at all.
 
     prepared/
-      card.json                  counts, longest lengths, vocabulary digest, provenance, a digest of each file
+      card.json                  counts, lengths, vocabulary digest, provenance, a digest of each file
       pairs.array_record         one example a record: tokens without padding, msgpack
 
 A dataset is written in one go by `write_dataset`, or chunk by chunk by `write_chunk` and finished by `close_dataset`;
-a chunk that is written again replaces the earlier one of its name. A folder without a card is unfinished.
+a chunk that is written again replaces the earlier one of its name. A folder without a card is unfinished; until it has
+one, `.chunks/` keeps what is known of each chunk, so that closing need not read them again.
 """
 
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -19,8 +21,9 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import jax
 import msgpack
@@ -28,10 +31,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.data.lengths import summarise_lengths
 from alignment_gap.errors import UserError
+from alignment_gap.folders import sync, write_bytes
 
-FORMAT_VERSION = 1
-CARD = "card.json"
+FORMAT_VERSION = 2
+CARD, CHUNKS = "card.json", ".chunks"
 _SUFFIX = ".array_record"
 # Measured with 350-byte records: a random read is four times as fast as with groups of 1, and as fast as with 64.
 _WRITER_OPTIONS = "group_size:8"
@@ -83,6 +88,7 @@ class Card:
       responses_per_prompt: K, the same in every example.
       max_prompt_length: tokens of the longest prompt.
       max_response_length: tokens of the longest response.
+      lengths: of "prompt" and of "response", in tokens; see `lengths.summarise_lengths`.
       fields: what an example holds.
       vocabulary_digest: `digest` of the vocabulary that it was encoded with.
       provenance: how it came about, as its maker states it.
@@ -94,10 +100,17 @@ class Card:
     responses_per_prompt: int
     max_prompt_length: int
     max_response_length: int
+    lengths: Mapping[str, Any]
     fields: tuple[str, ...]
     vocabulary_digest: str
     provenance: Mapping[str, Any]
     files: tuple[Chunk, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal of the examples, in their files, and of the vocabulary that encodes them."""
+        content = [self.vocabulary_digest, [chunk.sha256 for chunk in self.files]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 class Dataset(Sequence[Example]):
@@ -148,8 +161,9 @@ def write_dataset(
     Raises:
       UserError: there is no example, examples differ in form, or the disk is full or cannot be written.
     """
-    chunk = write_chunk(folder, name, examples)
-    return _write_card(pathlib.Path(folder), [chunk], vocabulary_digest, provenance)
+    write_chunk(folder, name, examples)
+    path = pathlib.Path(folder)
+    return _write_card(path, [_summary(chunk_path(path, name))], vocabulary_digest, provenance)
 
 
 def write_chunk(folder: _Path, name: str, examples: Iterable[Example]) -> Chunk:
@@ -160,19 +174,25 @@ def write_chunk(folder: _Path, name: str, examples: Iterable[Example]) -> Chunk:
     Raises:
       UserError: there is no example, examples differ in form, or the disk is full or cannot be written.
     """
-    path = pathlib.Path(folder) / f"{name}{_SUFFIX}"
+    path = chunk_path(folder, name)
     partial = path.with_suffix(".partial")
     summary = _Summary(str(path))
     try:
         _write_records(partial, path, summary.watch(examples))
         chunk = summary.chunk(path.name, partial)
         with _writing(path):
+            _keep_summary(path, chunk, summary)
             os.replace(partial, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
     return chunk
+
+
+def chunk_path(folder: _Path, name: str) -> pathlib.Path:
+    """The record file of a chunk; it is there when the chunk is whole."""
+    return pathlib.Path(folder) / f"{name}{_SUFFIX}"
 
 
 def close_dataset(folder: _Path, *, vocabulary_digest: str, provenance: Mapping[str, Any]) -> Card:
@@ -182,15 +202,31 @@ def close_dataset(folder: _Path, *, vocabulary_digest: str, provenance: Mapping[
       UserError: there is no chunk, a chunk is damaged or of another form, or the disk is full or cannot be written.
     """
     folder = pathlib.Path(folder)
-    chunks = []
-    for path in sorted(folder.glob(f"*{_SUFFIX}")):
-        summary = _Summary(str(path))
-        for _ in summary.watch(_read_all(path)):
-            pass
-        chunks.append(summary.chunk(path.name, path))
-    if not chunks:
+    summaries = [_summary(path) for path in sorted(folder.glob(f"*{_SUFFIX}"))]
+    if not summaries:
         raise UserError(f"no dataset can be closed in {folder}: it holds no *{_SUFFIX} file; write a chunk first")
-    return _write_card(folder, chunks, vocabulary_digest, provenance)
+    return _write_card(folder, summaries, vocabulary_digest, provenance)
+
+
+def derived(made_by: str, inputs: Mapping[str, Dataset], **facts: Any) -> dict[str, Any]:
+    """Provenance of a dataset that is made from others, with all of theirs: the chain holds though folders move.
+
+    Args:
+      made_by: what made it.
+      inputs: the datasets, by what they are to it.
+      facts: what else decides its content, as JSON values.
+    """
+    chain = [
+        {
+            "role": role,
+            "folder": str(dataset.folder),
+            "digest": dataset.card.digest,
+            "count": dataset.card.count,
+            "provenance": dict(dataset.card.provenance),
+        }
+        for role, dataset in inputs.items()
+    ]
+    return {"made_by": made_by, **facts, "inputs": chain}
 
 
 def open_dataset(folder: _Path) -> Dataset:
@@ -212,10 +248,11 @@ def open_dataset(folder: _Path) -> Dataset:
 
 
 def verify_dataset(dataset: Dataset) -> None:
-    """Reads every file and raises UserError where one is not, bit for bit, what the card says."""
+    """Reads every file; raises UserError where one is not what the card says, naming the record that is damaged."""
     for chunk in dataset.card.files:
         path = dataset.folder / chunk.name
         if _sha256(path) != chunk.sha256:
+            collections.deque(_read_all(path), maxlen=0)
             raise UserError(f"{path} was changed since its card was written: prepare the dataset again")
 
 
@@ -274,8 +311,10 @@ class _Summary:
 
     def __init__(self, where: str):
         self.where = where
-        self.count = self.responses = self.prompt_length = self.response_length = 0
+        self.count = self.responses = 0
         self.with_reference = False
+        self.prompt_lengths: collections.Counter[int] = collections.Counter()
+        self.response_lengths: collections.Counter[int] = collections.Counter()
 
     def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
         for example in examples:
@@ -284,8 +323,8 @@ class _Summary:
                 self.with_reference = example.reference_log_probs is not None
             _check_form(example, self.responses, self.with_reference, f"record {self.count} of {self.where}")
             self.count += 1
-            self.prompt_length = max(self.prompt_length, len(example.prompt))
-            self.response_length = max(self.response_length, *map(len, example.responses))
+            self.prompt_lengths[len(example.prompt)] += 1
+            self.response_lengths.update(map(len, example.responses))
             yield example
         if not self.count:
             raise UserError(f"{self.where} would hold no example: check what was dropped before it")
@@ -297,10 +336,38 @@ class _Summary:
             bytes=path.stat().st_size,
             sha256=_sha256(path),
             responses_per_prompt=self.responses,
-            max_prompt_length=self.prompt_length,
-            max_response_length=self.response_length,
+            max_prompt_length=max(self.prompt_lengths),
+            max_response_length=max(self.response_lengths),
             reference_log_probs=self.with_reference,
         )
+
+
+class _Known(NamedTuple):
+    """A chunk and how many of its prompts and responses have each length."""
+
+    chunk: Chunk
+    prompt_lengths: Mapping[int, int]
+    response_lengths: Mapping[int, int]
+
+
+def _keep_summary(path: pathlib.Path, chunk: Chunk, summary: _Summary) -> None:
+    """Before the chunk has its name: a summary that no file fits does no harm."""
+    lengths = [sorted(counts.items()) for counts in (summary.prompt_lengths, summary.response_lengths)]
+    kept = path.parent / CHUNKS / f"{path.stem}.json"
+    kept.parent.mkdir(exist_ok=True)
+    write_bytes(kept, json.dumps([dataclasses.asdict(chunk), *lengths]).encode())
+
+
+def _summary(path: pathlib.Path) -> _Known:
+    """What was kept of a chunk, or, where nothing was or the file has changed since, what reading it gives."""
+    kept = path.parent / CHUNKS / f"{path.stem}.json"
+    if kept.exists():
+        chunk, prompts, responses = json.loads(kept.read_text())
+        if chunk["sha256"] == _sha256(path):
+            return _Known(Chunk(**chunk), dict(prompts), dict(responses))
+    summary = _Summary(str(path))
+    collections.deque(summary.watch(_read_all(path)), maxlen=0)
+    return _Known(summary.chunk(path.name, path), summary.prompt_lengths, summary.response_lengths)
 
 
 def _check_form(example: Example, responses: int, with_reference: bool, where: str) -> None:
@@ -380,7 +447,7 @@ def _write_records(partial: pathlib.Path, path: pathlib.Path, examples: Iterable
         raise
     with _writing(path):
         writer.close()
-        _sync(partial)
+        sync(partial)
 
 
 def _read_all(path: pathlib.Path) -> Iterator[Example]:
@@ -437,8 +504,9 @@ def _first_clause(error: Exception) -> str:
 
 
 def _write_card(
-    folder: pathlib.Path, chunks: Sequence[Chunk], vocabulary_digest: str, provenance: Mapping[str, Any]
+    folder: pathlib.Path, known: Sequence[_Known], vocabulary_digest: str, provenance: Mapping[str, Any]
 ) -> Card:
+    chunks = [part.chunk for part in known]
     first = chunks[0]
     for chunk in chunks:
         if chunk.responses_per_prompt != first.responses_per_prompt:
@@ -457,22 +525,23 @@ def _write_card(
         responses_per_prompt=first.responses_per_prompt,
         max_prompt_length=max(chunk.max_prompt_length for chunk in chunks),
         max_response_length=max(chunk.max_response_length for chunk in chunks),
+        lengths={
+            "prompt": _add_up(part.prompt_lengths for part in known),
+            "response": _add_up(part.response_lengths for part in known),
+        },
         fields=tuple(name for name in names if first.reference_log_probs or name != "reference_log_probs"),
         vocabulary_digest=vocabulary_digest,
         provenance=dict(provenance),
         files=tuple(chunks),
     )
-    _write_json(folder / CARD, dataclasses.asdict(card))
+    with _writing(folder / CARD):
+        write_bytes(folder / CARD, (json.dumps(dataclasses.asdict(card), indent=2) + "\n").encode())
+        shutil.rmtree(folder / CHUNKS, ignore_errors=True)
     return card
 
 
-def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    with _writing(path):
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
+def _add_up(counts: Iterable[Mapping[int, int]]) -> dict[str, Any]:
+    return summarise_lengths(sum(map(collections.Counter, counts), collections.Counter()))
 
 
 def _read_card(path: pathlib.Path) -> Card:
@@ -498,12 +567,3 @@ def _read_card(path: pathlib.Path) -> Card:
 def _sha256(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from typing import Any
 from alignment_gap.folders import sync, write_json
 
 # Changes where the code changes what a stage makes from the same settings, so that old artefacts are not taken for new.
-FORMAT = 1
+FORMAT = 2
 
 # Told how many units of work are newly done.
 Progress = Callable[[int], None]

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from alignment_gap import losses
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.batch import PreferenceBatch
-from alignment_gap.data.records import Dataset, open_dataset
+from alignment_gap.data.records import Dataset, open_dataset, verify_dataset
 from alignment_gap.data.source import OfflineSource, offline_source
 from alignment_gap.errors import UserError
 from alignment_gap.folders import claim
@@ -127,6 +127,7 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
     _check_settings(config)
     mesh, policy = make_mesh(config.mesh), make_policy(config.model)
     dataset = open_dataset(config.dataset.folder)
+    verify_dataset(dataset)
     batches = _batches(config, dataset, mesh)
     objective = policy_objective(policy, _loss(config.loss))
     optimizer = make_optimizer(config.optimizer)
@@ -146,7 +147,7 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
         state = state_from_params(start, abstract, optimizer)
     claim(
         workdir / CARD,
-        flatten(to_dict(config)),
+        flatten(to_dict(config)) | {"dataset.digest": dataset.card.digest},
         remedy="give another folder, or these settings",
         may_change=_MAY_CHANGE,
     )

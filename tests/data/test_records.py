@@ -17,12 +17,14 @@ from alignment_gap.data import (
     PreferenceBatch,
     close_dataset,
     collate,
+    derived,
     examples_of,
     open_dataset,
     verify_dataset,
     write_chunk,
     write_dataset,
 )
+from alignment_gap.data.lengths import summarise_lengths
 from alignment_gap.errors import UserError
 
 ABOUT = {"vocabulary_digest": "abc", "provenance": {"made": "by a test"}}
@@ -100,7 +102,7 @@ def test_a_failure_while_writing_leaves_the_earlier_chunk(tmp_path, make_example
 
     with pytest.raises(OSError, match="from the caller"):
         write_chunk(tmp_path, "a", failing())
-    assert [path.name for path in tmp_path.iterdir()] == ["a.array_record"]
+    assert [path.name for path in tmp_path.glob("a.*")] == ["a.array_record"]
     close_dataset(tmp_path, **ABOUT)
     assert [plain(e) for e in open_dataset(tmp_path)] == [plain(e) for e in examples]
 
@@ -136,7 +138,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_finished(tmp_path, make_exa
     with pytest.raises(UserError, match=message.format("pairs.array_record")):
         write_dataset(tmp_path, make_examples(3), **ABOUT)
     assert [plain(e) for e in open_dataset(tmp_path)] == [plain(e) for e in examples]
-    (tmp_path / "card.partial").symlink_to("/dev/full")
+    (tmp_path / "card.json.partial").symlink_to("/dev/full")
     with pytest.raises(UserError, match=message.format("card.json")):
         close_dataset(tmp_path, **ABOUT)
     assert len(open_dataset(tmp_path)) == 5
@@ -199,10 +201,10 @@ def test_an_unfinished_or_unknown_dataset_is_refused(tmp_path, make_examples):
     write_dataset(tmp_path, make_examples(2), **ABOUT)
     card = json.loads((tmp_path / "card.json").read_text())
     for content, message in [
-        (json.dumps(card | {"format_version": 99}), "of format 99, this version reads 1"),
+        (json.dumps(card | {"format_version": 99}), "of format 99, this version reads 2"),
         ("{", "is not a dataset's card"),
         ("[]", "is not a dataset's card"),
-        (json.dumps({"format_version": 1}), "is not a dataset's card"),
+        (json.dumps({"format_version": 2}), "is not a dataset's card"),
     ]:
         (tmp_path / "card.json").write_text(content)
         with pytest.raises(UserError, match=message):
@@ -233,12 +235,58 @@ def test_a_flipped_bit_is_found(tmp_path, make_examples):
     content[5000] ^= 1
     path.write_bytes(content)
     dataset = open_dataset(tmp_path)
-    with pytest.raises(UserError, match=r"pairs.array_record was changed since"):
+    with pytest.raises(UserError, match=r"record \d+ of .*pairs.array_record cannot be read"):
         verify_dataset(dataset)
     with pytest.raises(UserError, match=r"record \d+ of .*pairs.array_record cannot be read"):
         list(dataset)
     with pytest.raises(UserError, match=r"record \d+ of .*pairs.array_record cannot be read"):
         close_dataset(tmp_path, **ABOUT)
+
+
+def test_a_file_that_was_exchanged_for_a_whole_one_is_found(tmp_path, make_examples):
+    write_dataset(tmp_path, make_examples(40), **ABOUT)
+    card = (tmp_path / "card.json").read_bytes()
+    old = open_dataset(tmp_path)
+    write_dataset(tmp_path, make_examples(40, seed=1), **ABOUT)
+    new = open_dataset(tmp_path)
+    assert new.card.digest != old.card.digest
+    (tmp_path / "card.json").write_bytes(card)
+    with pytest.raises(UserError, match=r"pairs.array_record was changed since its card was written"):
+        verify_dataset(old)
+
+
+def test_the_card_has_the_lengths_percentiles(tmp_path, make_examples):
+    examples = make_examples(203)
+    for start in range(0, 203, 50):
+        write_chunk(tmp_path / "a", f"{start:03}", examples[start : start + 50])
+    card = close_dataset(tmp_path / "a", **ABOUT)
+    lengths = {"prompt": [len(e.prompt) for e in examples], "response": [len(r) for e in examples for r in e.responses]}
+    for name, values in lengths.items():
+        found = card.lengths[name]
+        assert found["mean"] == pytest.approx(np.mean(values), abs=0.005)
+        for percent in (50, 90, 99):
+            assert found[f"p{percent}"] == np.percentile(values, percent, method="inverted_cdf")
+        assert found["bin_width"] == 1
+        assert found["histogram"] == np.bincount(values)[1:].tolist()
+    assert not (tmp_path / "a" / ".chunks").exists()
+    # Closed again without what was kept of the chunks, which are then read.
+    assert close_dataset(tmp_path / "a", **ABOUT) == card
+
+
+def test_a_histogram_has_few_bins_and_all_sequences():
+    found = summarise_lengths({1: 3, 16: 1, 17: 2, 500: 4})
+    assert found["bin_width"] == 16 and len(found["histogram"]) == 32
+    assert (found["histogram"][0], found["histogram"][1], found["histogram"][31]) == (4, 2, 4)
+    assert (found["p50"], found["p90"], found["max"]) == (17, 500, 500)
+
+
+def test_provenance_holds_the_whole_chain(tmp_path, make_examples):
+    human = write_dataset(tmp_path / "human", make_examples(5), vocabulary_digest="v", provenance={"source": "pairs"})
+    about = derived("relabel", {"pairs": open_dataset(tmp_path / "human")}, judge="golden")
+    assert about["made_by"] == "relabel" and about["judge"] == "golden"
+    (part,) = about["inputs"]
+    assert (part["role"], part["digest"], part["count"]) == ("pairs", human.digest, 5)
+    assert part["provenance"] == {"source": "pairs"}
 
 
 @pytest.mark.parametrize("with_reference", [False, True])

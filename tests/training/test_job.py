@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -191,3 +192,25 @@ def test_the_folder_of_another_job(sft, sft_config):
     with pytest.raises(UserError, match="beyond steps=4"):
         run_job(dataclasses.replace(sft_config, steps=4), sft[0])
     assert json.loads((sft[0] / "job.json").read_text())["optimizer.learning_rate"] == 0.01
+
+
+def test_a_dataset_that_was_damaged_or_exchanged(pairs, sft, sft_config, tmp_path):
+    folder = tmp_path / "pairs"
+    shutil.copytree(pairs, folder)
+    config = dataclasses.replace(sft_config, dataset=dataclasses.replace(sft_config.dataset, folder=str(folder)))
+    record_file = folder / "pairs.array_record"
+    whole = record_file.read_bytes()
+    record_file.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    with pytest.raises(UserError, match=r"record \d+ of .*pairs.array_record cannot be read"):
+        run_job(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    # The dataset is prepared anew, and differs: a run on the earlier one does not go on with it.
+    run = tmp_path / "sft"
+    shutil.copytree(sft[0], run)
+    dataset = open_dataset(pairs)
+    write_dataset(pairs.parent / "fewer", dataset[:40], vocabulary_digest="", provenance={})
+    settings = json.loads((run / "job.json").read_text()) | {"dataset.folder": str(pairs.parent / "fewer")}
+    (run / "job.json").write_text(json.dumps(settings))
+    fewer = dataclasses.replace(sft_config.dataset, folder=str(pairs.parent / "fewer"))
+    with pytest.raises(UserError, match=r"dataset.digest was \w+, now \w+"):
+        run_job(dataclasses.replace(sft_config, dataset=fewer), run)
