@@ -8,16 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from alignment_gap import losses
 from alignment_gap.data.batch import length_mask
 from alignment_gap.models import Policy, PreferenceModel, response_hidden
-from alignment_gap.sharding import batch_sharding
+from alignment_gap.sharding import LogicalMesh, batch_sharding, within
 
 
-def make_judge(model: PreferenceModel, mesh: Mesh) -> Callable[..., Float[Array, "B"]]:
+def make_judge(model: PreferenceModel, mesh: LogicalMesh) -> Callable[..., Float[Array, "B"]]:
     """A jitted `(params, prompts, prompt_lengths, first, first_lengths, second, second_lengths) -> wins [B]`.
 
     1 where the first response wins by the sign rule, 0 where it loses, 0.5 at a tie.
@@ -35,10 +34,10 @@ def make_judge(model: PreferenceModel, mesh: Mesh) -> Callable[..., Float[Array,
         responses, response_lengths = jnp.stack([first, second], 1), jnp.stack([first_lengths, second_lengths], 1)
         return model.preferences(params, prompts, lengths, responses, response_lengths)
 
-    return jax.jit(judge, out_shardings=batch_sharding(mesh))
+    return jax.jit(within(mesh, judge), out_shardings=batch_sharding(mesh))
 
 
-def make_divergence(policy: Policy, mesh: Mesh) -> Callable[..., Float[Array, "B"]]:
+def make_divergence(policy: Policy, mesh: LogicalMesh) -> Callable[..., Float[Array, "B"]]:
     """A jitted `(params, reference_params, prompts, prompt_lengths, responses [B, 1, R], lengths [B, 1]) -> KL [B]`.
 
     The paper's estimator of KL(policy || reference) in nats: for one response y drawn from the policy the exact
@@ -56,10 +55,12 @@ def make_divergence(policy: Policy, mesh: Mesh) -> Callable[..., Float[Array, "B
         mask = length_mask(response_lengths, responses.shape[-1])
         return jnp.where(mask, per_token, 0.0).sum((-1, -2))
 
-    return jax.jit(divergence, out_shardings=batch_sharding(mesh))
+    return jax.jit(within(mesh, divergence), out_shardings=batch_sharding(mesh))
 
 
-def in_batches(function: Callable[..., Any], arrays: tuple[np.ndarray, ...], *, batch_size: int, mesh: Mesh) -> Any:
+def in_batches(
+    function: Callable[..., Any], arrays: tuple[np.ndarray, ...], *, batch_size: int, mesh: LogicalMesh
+) -> Any:
     """Applies a jitted function to slices of equal size of the arrays' first axis; returns its results on the host.
 
     The last slice is filled up with the first rows, whose results are dropped.

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from alignment_gap.sharding import constrain
+
 # Added to masked attention logits: far below any real one, and still finite where a whole row is masked.
 MASKED = -1e30
 
@@ -68,7 +70,8 @@ class GatedMLP(nn.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Applies the block to the last axis."""
-        return self.wo(self.activation(self.wi_0(x)) * self.wi_1(x))
+        hidden = self.activation(self.wi_0(x)) * self.wi_1(x)
+        return self.wo(constrain(hidden, "batch", *[None] * (x.ndim - 2), "mlp"))
 
 
 class Segment(NamedTuple):
@@ -93,6 +96,8 @@ def attend(query: Float[Array, "B K Q H D"], segments: Sequence[Segment], *, sca
     H query heads read G key heads, G dividing H (multi-head, grouped or multi-query). Logits and softmax are float32.
     """
     batch, rows, length, heads, size = query.shape
+    query = constrain(query, "batch", None, None, "heads", "kv")
+    segments = [_constrain_segment(segment) for segment in segments]
     groups = segments[0].keys.shape[-2]
     query = query.reshape(batch, rows, length, groups, heads // groups, size) * scale
     logits = []
@@ -108,7 +113,13 @@ def attend(query: Float[Array, "B K Q H D"], segments: Sequence[Segment], *, sca
     for segment, weight in zip(segments, jnp.split(weights, ends[:-1], axis=-1), strict=True):
         values = "bsgd" if segment.values.ndim == 4 else "bksgd"
         output += jnp.einsum(f"bkghqs,{values}->bkqghd", weight, segment.values)
-    return jnp.reshape(output, (batch, rows, length, heads, size))
+    output = jnp.reshape(output, (batch, rows, length, heads, size))
+    return constrain(output, "batch", None, None, "heads", "kv")
+
+
+def _constrain_segment(segment: Segment) -> Segment:
+    names = ("batch", *[None] * (segment.keys.ndim - 4), "kv_length", "kv_heads", "kv")
+    return segment._replace(keys=constrain(segment.keys, *names), values=constrain(segment.values, *names))
 
 
 class RelativePositionBias(nn.Module):

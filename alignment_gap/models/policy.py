@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from alignment_gap import losses
 from alignment_gap.errors import UserError
 from alignment_gap.models.stack import REMAT_POLICIES
+from alignment_gap.sharding import constrain
 
 
 class Output(NamedTuple):
@@ -66,7 +67,8 @@ def response_hidden(
     """Hidden states that predict each token of given responses."""
     start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None, None], (*responses.shape[:2], 1))
     inputs = jnp.concatenate([start, responses[..., :-1]], axis=-1)
-    return policy.hidden(params, prompts, prompt_lengths, inputs)
+    hidden = policy.hidden(params, prompts, prompt_lengths, inputs)
+    return constrain(hidden, "batch", None, None, "embed")
 
 
 def score(

@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, Float
+
+from alignment_gap.sharding import constrain
 
 Carry = TypeVar("Carry")
 
@@ -36,9 +38,17 @@ def scan_stack(
     """
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
-    return jax.lax.scan(
-        lambda state, layer_inputs: layer(state, *layer_inputs), carry, (params, inputs), unroll=config.scan_unroll
-    )
+
+    def body(state: Carry, layer_inputs: Any) -> tuple[Carry, Any]:
+        state, outputs = layer(jax.tree.map(constrain_stream, state), *layer_inputs)
+        return jax.tree.map(constrain_stream, state), outputs
+
+    return jax.lax.scan(body, carry, (params, inputs), unroll=config.scan_unroll)
+
+
+def constrain_stream(x: Float[Array, "B *K T D"]) -> Float[Array, "B *K T D"]:
+    """Lays a residual stream out over the mesh: by batch, and by position where the rules split those."""
+    return constrain(x, "batch", *[None] * (x.ndim - 3), "length", "embed")
 
 
 REMAT_POLICIES: dict[str, Any] = {

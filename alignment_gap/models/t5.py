@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from alignment_gap.errors import UserError
 from alignment_gap.models import layers
 from alignment_gap.models.policy import Output, check_sizes
-from alignment_gap.models.stack import init_stack, scan_stack
+from alignment_gap.models.stack import constrain_stream, init_stack, scan_stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +280,7 @@ class T5Policy:
         return self._norm(encoder["encoder_norm"], x)[:, 0]
 
     def _embed(self, params: Any, tokens: Array) -> Array:
-        return params["token_embedder"]["embedding"].astype(self.config.dtype)[tokens]
+        return constrain_stream(params["token_embedder"]["embedding"].astype(self.config.dtype)[tokens])
 
     def _norm(self, params: Any, x: Array) -> Any:
         return layers.RMSNorm(self.config.dtype).apply({"params": params}, x)

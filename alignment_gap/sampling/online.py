@@ -6,20 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.models import Policy, PreferenceModel
 from alignment_gap.sampling.sampler import SamplerConfig, sample, sample_keys
-from alignment_gap.sharding import batch_sharding
+from alignment_gap.sharding import LogicalMesh, batch_sharding, within
 
 # Scores [B, K] of responses: (prompts, prompt_lengths, responses, response_lengths) -> scores, on the device.
 Labeller = Callable[[Array, Array, Array, Array], Float[Array, "B K"]]
 
 
 def make_generate(
-    policy: Policy, mesh: Mesh, *, samples: int, max_length: int, eos_id: int, config: SamplerConfig
+    policy: Policy, mesh: LogicalMesh, *, samples: int, max_length: int, eos_id: int, config: SamplerConfig
 ) -> Callable[..., Any]:
     """A jitted `(params, run_key, step, prompt_ids, prompts, prompt_lengths) -> Samples`, sharded over the batch."""
 
@@ -27,12 +26,12 @@ def make_generate(
         keys = sample_keys(run_key, step, ids, samples)
         return sample(policy, params, prompts, lengths, keys, max_length=max_length, eos_id=eos_id, config=config)
 
-    return jax.jit(generate, out_shardings=batch_sharding(mesh))
+    return jax.jit(within(mesh, generate), out_shardings=batch_sharding(mesh))
 
 
-def preference_labeller(model: PreferenceModel, params: Any, mesh: Mesh) -> Labeller:
+def preference_labeller(model: PreferenceModel, params: Any, mesh: LogicalMesh) -> Labeller:
     """Labels by a preference model's hard sign rule."""
-    scores = jax.jit(model.scores, out_shardings=batch_sharding(mesh))
+    scores = jax.jit(within(mesh, model.scores), out_shardings=batch_sharding(mesh))
     return lambda *batch: scores(params, *batch)
 
 

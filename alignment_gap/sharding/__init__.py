@@ -1,6 +1,32 @@
-"""The device mesh and the rules that lay parameters and batches out over it."""
+"""The device mesh and the rules that lay parameters, activations and batches out over it."""
 
-from alignment_gap.sharding.mesh import MeshConfig, make_mesh
-from alignment_gap.sharding.rules import LOGICAL_AXIS_RULES, batch_sharding, replicated, shardings_of, unbox
+from alignment_gap.sharding.layout import (
+    batch_sharding,
+    constrain,
+    partition_spec,
+    replicated,
+    shardings_of,
+    unbox,
+    within,
+)
+from alignment_gap.sharding.mesh import LogicalMesh, MeshConfig, make_mesh
+from alignment_gap.sharding.rules import AXES, LAYOUTS, SEQUENCE, STANDARD, Layout, Rules
 
-__all__ = ["LOGICAL_AXIS_RULES", "MeshConfig", "batch_sharding", "make_mesh", "replicated", "shardings_of", "unbox"]
+__all__ = [
+    "AXES",
+    "LAYOUTS",
+    "SEQUENCE",
+    "STANDARD",
+    "Layout",
+    "LogicalMesh",
+    "MeshConfig",
+    "Rules",
+    "batch_sharding",
+    "constrain",
+    "make_mesh",
+    "partition_spec",
+    "replicated",
+    "shardings_of",
+    "unbox",
+    "within",
+]

@@ -1,49 +1,137 @@
-"""A named device mesh from a config."""
+"""A named device mesh, with the rules of its layout, from a config."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from alignment_gap.errors import UserError
-
-AXES = ("data", "fsdp", "model")
+from alignment_gap.sharding.rules import AXES, LAYOUTS, Rules
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; -1 for at most one of them means all devices that are left.
+    """A layout by name and the sizes of its mesh axes.
 
     Attributes:
-      data: copies of the model, each with its own part of the batch.
+      data: copies of the model, each with its own part of the batch; -1 for all devices that are left, here or for one
+        of the other sizes; 0 for what the layout says.
       fsdp: parts into which parameters are split along their width; the batch is split over data and fsdp.
       model: parts into which heads, MLP and vocabulary are split (tensor parallel).
+      layout: "data", "fsdp", "tensor", "fsdp_tensor" or "sequence": the table of rules, and the sizes that are 0.
+      slices: TPU slices joined by the data-centre network; they divide `data`, the one axis that reaches over it.
+      rules: the mesh axis, axes or None over which a logical axis is laid, by its name; they precede the layout's own.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    model: int = 1
+    data: int = 0
+    fsdp: int = 0
+    model: int = 0
+    layout: str = "data"
+    slices: int = 1
+    rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def shape(self, devices: int) -> tuple[int, int, int]:
         """The three sizes for this many devices; raises UserError where they do not fit."""
-        sizes = (self.data, self.fsdp, self.model)
-        written = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-            raise UserError(f"mesh {written}: sizes must be positive, and one of them may be -1 (all that is left)")
-        known = math.prod(size for size in sizes if size != -1)
-        if devices % known or (-1 not in sizes and known != devices):
+        self._check()
+        given = (self.data, self.fsdp, self.model)
+        default = dict(zip(AXES, LAYOUTS[self.layout].sizes, strict=True))
+        if default["data"] != -1:
+            default["data"] = self.slices
+        if -1 in given:
+            default = {axis: max(size, 1) for axis, size in default.items()}
+        sizes = {axis: size or default[axis] for axis, size in zip(AXES, given, strict=True)}
+        written = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        known = math.prod(size for size in sizes.values() if size != -1)
+        if devices % known or (-1 not in sizes.values() and known != devices):
             raise UserError(
                 f"mesh {written} takes a multiple of {known} devices but {devices} are present: "
                 "choose sizes whose product is the number of devices, or set one to -1"
             )
-        data, fsdp, model = (devices // known if size == -1 else size for size in sizes)
+        data, fsdp, model = (devices // known if size == -1 else size for size in sizes.values())
+        if data % self.slices:
+            raise UserError(
+                f"mesh data={data} is not a multiple of slices={self.slices}: each slice has its part of it"
+            )
         return data, fsdp, model
 
+    def all_rules(self) -> Rules:
+        """The config's own rules, then those of its layout; raises UserError for an axis that no mesh has."""
+        self._check()
+        for name, axes in self.rules.items():
+            unknown = set((axes,) if isinstance(axes, str) else axes or ()) - set(AXES)
+            if unknown:
+                raise UserError(f"mesh rule {name}={axes!r}: a mesh has the axes {', '.join(AXES)}; None is whole")
+        own = tuple((name, tuple(axes) if isinstance(axes, list) else axes) for name, axes in self.rules.items())
+        return own + LAYOUTS[self.layout].rules
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """Returns a mesh over all devices with the axes data, fsdp and model."""
-    shape = config.shape(jax.device_count())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    def _check(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UserError(f"mesh layout {self.layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
+        given = (self.data, self.fsdp, self.model)
+        if any(size < -1 for size in given) or given.count(-1) > 1:
+            written = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, given, strict=True))
+            raise UserError(
+                f"mesh {written}: sizes must be positive or 0 (the layout's own), and one of them may be -1 (all that "
+                "is left)"
+            )
+        if self.slices < 1:
+            raise UserError(f"mesh slices is {self.slices}: it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogicalMesh:
+    """A device mesh and the rules that lay logical axes over it.
+
+    Attributes:
+      devices: the mesh, with the axes data, fsdp and model.
+      rules: from logical axis names to mesh axes; see `alignment_gap.sharding.rules`.
+    """
+
+    devices: Mesh
+    rules: Rules
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Sizes of the mesh axes by name."""
+        return dict(self.devices.shape)
+
+    @property
+    def batch_parts(self) -> int:
+        """Parts that a batch is split into; they divide its size."""
+        return self.shape["data"] * self.shape["fsdp"]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> LogicalMesh:
+    """A mesh over all devices, or over these, with the axes data, fsdp and model.
+
+    Raises:
+      UserError: where the sizes do not fit the devices, or these are not of so many slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape, rules = config.shape(len(devices)), config.all_rules()
+    types = (AxisType.Auto,) * len(AXES)
+    if config.slices == 1:
+        return LogicalMesh(jax.make_mesh(shape, AXES, axis_types=types, devices=devices), rules)
+    return LogicalMesh(Mesh(_over_slices(config.slices, shape, devices), AXES, axis_types=types), rules)
+
+
+def _over_slices(slices: int, shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices in mesh order: the slices along the data axis, so that no other axis reaches over their network.
+
+    Devices that are of no slice, such as CPUs, count as one slice for each process.
+    """
+    of_slices = len({getattr(device, "slice_index", None) for device in devices}) > 1
+    found = len({device.slice_index if of_slices else device.process_index for device in devices})
+    if found != slices:
+        raise UserError(f"mesh slices is {slices} but the devices are of {found}: set slices={found}")
+    within = (shape[0] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(
+        within, (slices, 1, 1), devices=devices, process_is_granule=not of_slices
+    )

@@ -1,67 +1,49 @@
-"""Logical axis names, as in T5X, and the mesh axes they are laid over."""
+"""Logical axis names, as in T5X, and the mesh axes that they are laid over: one table for each layout."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
-import jax
-from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+AXES = ("data", "fsdp", "model")
 
-# The names that parameters carry -> the mesh axis that splits them. A name without a rule is not split.
-LOGICAL_AXIS_RULES: tuple[tuple[str, str | None], ...] = (
+# (name of an axis of an array, the mesh axis or axes that split it, or None for whole). As in T5X the rules are read in
+# order and a mesh axis splits one axis of an array: activations are split by batch, so their width stays whole where
+# that of a parameter is split. A name may have several rules, of which the first that fits counts.
+Rule = tuple[str, str | tuple[str, ...] | None]
+Rules = tuple[Rule, ...]
+
+STANDARD: Rules = (
+    ("batch", ("data", "fsdp")),
     ("vocab", "model"),
     ("mlp", "model"),
     ("heads", "model"),
-    ("kv_heads", None),
+    ("kv_heads", "model"),
     ("embed", "fsdp"),
     ("kv", None),
+    ("length", None),
+    ("kv_length", None),
     ("layers", None),
     ("relpos_buckets", None),
 )
-
-BATCH_AXES = ("data", "fsdp")
-
-
-def _is_box(leaf: Any) -> bool:
-    return isinstance(leaf, nn.LogicallyPartitioned)
+# Between attention and MLP, where no heads and no MLP are split, the positions are in their place (2205.05198).
+SEQUENCE: Rules = (*(rule for rule in STANDARD if rule[0] != "length"), ("length", "model"))
 
 
-def shardings_of(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf of a tree of (abstract) boxed parameters or optimizer state.
+class Layout(NamedTuple):
+    """A table of rules, and the sizes of the mesh axes (data, fsdp, model) that a config does not give.
 
-    An axis that its mesh axis does not divide is left whole, and so is a leaf whose rank is not its parameter's
-    (Adafactor's factored moments), so that any size runs on any mesh.
+    A size of -1 takes all devices that are left.
     """
-    rules = dict(LOGICAL_AXIS_RULES)
 
-    def sharding(leaf: Any) -> NamedSharding:
-        if not _is_box(leaf) or len(leaf.names) != leaf.value.ndim:
-            return replicated(mesh)
-        axes = [rules.get(name) for name in leaf.names]
-        return NamedSharding(
-            mesh,
-            PartitionSpec(
-                *(
-                    axis if axis and size % mesh.shape[axis] == 0 else None
-                    for axis, size in zip(axes, leaf.value.shape, strict=True)
-                )
-            ),
-        )
-
-    return jax.tree.map(sharding, tree, is_leaf=_is_box)
+    rules: Rules
+    sizes: tuple[int, int, int]
 
 
-def unbox(tree: Any) -> Any:
-    """The tree with plain arrays in place of arrays that carry logical axis names."""
-    return jax.tree.map(lambda leaf: leaf.value if _is_box(leaf) else leaf, tree, is_leaf=_is_box)
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis over data and fsdp, for batches."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+# The hosts of most TPUs have four chips: a model axis of four stays within one.
+LAYOUTS: dict[str, Layout] = {
+    "data": Layout(STANDARD, (-1, 1, 1)),
+    "fsdp": Layout(STANDARD, (1, -1, 1)),
+    "tensor": Layout(STANDARD, (1, 1, -1)),
+    "fsdp_tensor": Layout(STANDARD, (1, -1, 4)),
+    "sequence": Layout(SEQUENCE, (1, -1, 4)),
+}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.data.records import Example
@@ -21,7 +20,7 @@ from alignment_gap.evaluation.metrics import make_divergence, make_judge
 from alignment_gap.models import PreferenceModel, make_policy
 from alignment_gap.models.preference import Markers
 from alignment_gap.sampling import make_generate
-from alignment_gap.sharding import batch_sharding, replicated
+from alignment_gap.sharding import LogicalMesh, batch_sharding, replicated
 from alignment_gap.study.artefacts import Progress
 from alignment_gap.study.config import JudgeConfig, StudyConfig
 from alignment_gap.training import (
@@ -55,7 +54,7 @@ class Bench:
       golden, proxy: the preference models.
     """
 
-    def __init__(self, config: StudyConfig, seed: int, mesh: Mesh) -> None:
+    def __init__(self, config: StudyConfig, seed: int, mesh: LogicalMesh) -> None:
         self.config, self.seed, self.mesh = config, seed, mesh
         self.vocabulary, self.rubric = task_vocabulary(config.task), task_rubric(config.task)
         self.policy = make_policy(config.policy)

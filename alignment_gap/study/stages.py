@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
 from alignment_gap.configuration import to_dict
+from alignment_gap.sharding import LogicalMesh
 from alignment_gap.study import stage_functions as functions
 from alignment_gap.study.artefacts import Progress, Stage
 from alignment_gap.study.bench import Bench
@@ -47,7 +46,7 @@ class SeedStages:
         return [*shared, *trainings, self.opponents, self.origin, *(evaluation for *_, evaluation in self.runs)]
 
 
-def seed_stages(config: StudyConfig, seed: int, mesh: Mesh, root: Path) -> SeedStages:
+def seed_stages(config: StudyConfig, seed: int, mesh: LogicalMesh, root: Path) -> SeedStages:
     """All stages of one seed; nothing is run."""
     bench = Bench(dataclasses.replace(config, task=dataclasses.replace(config.task, seed=seed)), seed, mesh)
     make = functools.partial(_stage, bench, root)

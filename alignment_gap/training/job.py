@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from alignment_gap import losses
 from alignment_gap.configuration import flatten, to_dict
@@ -27,7 +26,7 @@ from alignment_gap.data.source import OfflineSource, offline_source
 from alignment_gap.errors import UserError
 from alignment_gap.folders import claim
 from alignment_gap.models import DecoderConfig, Policy, T5Config, make_policy
-from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, replicated
+from alignment_gap.sharding import LogicalMesh, MeshConfig, batch_sharding, make_mesh, replicated
 from alignment_gap.training.checkpoints import Checkpoints
 from alignment_gap.training.loop import Source, make_score, train, with_reference
 from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
@@ -165,7 +164,7 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
         )
 
 
-def _batches(config: JobConfig, dataset: Dataset, mesh: Mesh) -> OfflineSource:
+def _batches(config: JobConfig, dataset: Dataset, mesh: LogicalMesh) -> OfflineSource:
     data, card = config.dataset, dataset.card
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if data.batch_size % shards:
@@ -186,7 +185,7 @@ def _batches(config: JobConfig, dataset: Dataset, mesh: Mesh) -> OfflineSource:
     )
 
 
-def _source(config: JobConfig, policy: Policy, mesh: Mesh, batches: OfflineSource) -> Source:
+def _source(config: JobConfig, policy: Policy, mesh: LogicalMesh, batches: OfflineSource) -> Source:
     """Batches on the device, none of whose ids is outside of the model's vocabulary."""
     size = policy.config.vocabulary_size
 

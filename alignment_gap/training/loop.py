@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, score
-from alignment_gap.sharding import batch_sharding
+from alignment_gap.sharding import LogicalMesh, batch_sharding, within
 from alignment_gap.training.checkpoints import Checkpoints
 from alignment_gap.training.state import TrainState
 from alignment_gap.training.update import Metrics, UpdateStep
@@ -121,9 +120,9 @@ def truncate_metrics(path: Path, step: int) -> None:
     os.replace(shortened, path)
 
 
-def make_score(policy: Policy, mesh: Mesh) -> Callable[..., Float[Array, "B K R"]]:
+def make_score(policy: Policy, mesh: LogicalMesh) -> Callable[..., Float[Array, "B K R"]]:
     """A jitted `(params, prompts, prompt_lengths, responses, response_lengths) -> log-probs [B, K, R]` in nats."""
-    return jax.jit(lambda *arrays: score(policy, *arrays), out_shardings=batch_sharding(mesh))
+    return jax.jit(within(mesh, lambda *arrays: score(policy, *arrays)), out_shardings=batch_sharding(mesh))
 
 
 def with_reference(source: Source, score: Callable[..., Float[Array, "B K R"]], reference_params: Any) -> Source:

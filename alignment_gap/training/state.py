@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
-from alignment_gap.sharding import shardings_of, unbox
+from alignment_gap.sharding import LogicalMesh, shardings_of, unbox
 
 
 @jax.tree_util.register_dataclass
@@ -25,18 +24,20 @@ class TrainState:
     optimizer_state: Any
 
 
-def abstract_state(init: Callable[[Array], Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    init: Callable[[Array], Any], optimizer: optax.GradientTransformation, mesh: LogicalMesh
+) -> TrainState:
     """Shapes, dtypes and shardings of a state, with nothing allocated: the target of a restore."""
     return _abstract(lambda: _build(init(jax.random.key(0)), optimizer), mesh)
 
 
-def abstract_params(init: Callable[[Array], Any], mesh: Mesh) -> Any:
+def abstract_params(init: Callable[[Array], Any], mesh: LogicalMesh) -> Any:
     """Shapes, dtypes and shardings of a network's parameters, with nothing allocated."""
     return _abstract(lambda: init(jax.random.key(0)), mesh)
 
 
 def create_state(
-    init: Callable[[Array], Any], optimizer: optax.GradientTransformation, mesh: Mesh, key: Key[Array, ""]
+    init: Callable[[Array], Any], optimizer: optax.GradientTransformation, mesh: LogicalMesh, key: Key[Array, ""]
 ) -> TrainState:
     """Fresh parameters and optimizer state, each device making only its own part."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init, optimizer, mesh))
@@ -49,7 +50,7 @@ def state_from_params(params: Any, abstract: TrainState, optimizer: optax.Gradie
     return jax.jit(lambda params: _build(jax.tree.map(jnp.copy, params), optimizer), out_shardings=shardings)(params)
 
 
-def _abstract(build: Callable[[], Any], mesh: Mesh) -> Any:
+def _abstract(build: Callable[[], Any], mesh: LogicalMesh) -> Any:
     boxed = jax.eval_shape(build)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

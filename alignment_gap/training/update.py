@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from alignment_gap import losses
@@ -17,7 +16,7 @@ from alignment_gap.data.batch import PreferenceBatch, length_mask
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, PreferenceModel, score
 from alignment_gap.models.preference import pair_loss
-from alignment_gap.sharding import batch_sharding, replicated
+from alignment_gap.sharding import LogicalMesh, batch_sharding, replicated, within
 from alignment_gap.training.state import TrainState
 
 Metrics = dict[str, Array]
@@ -34,7 +33,7 @@ class Objective(Protocol):
 
 
 def make_update_step(
-    objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, abstract: TrainState
+    objective: Objective, optimizer: optax.GradientTransformation, mesh: LogicalMesh, abstract: TrainState
 ) -> UpdateStep:
     """One jitted, sharded `(state, batch) -> (state, metrics)`; the state's buffers are reused for the new one.
 
@@ -61,7 +60,7 @@ def make_update_step(
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(
-        update_step,
+        within(mesh, update_step),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

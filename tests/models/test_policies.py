@@ -14,7 +14,7 @@ from tiny_models import CONFIGS, make_batch, random_params, texts
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config, count_parameters, make_policy, score
 from alignment_gap.models.policy import response_hidden
-from alignment_gap.sharding.rules import LOGICAL_AXIS_RULES
+from alignment_gap.sharding import STANDARD
 
 BATCH = make_batch(4, responses=3)
 
@@ -41,7 +41,7 @@ def _logits(policy, params):
 
 def test_every_parameter_names_its_axes(policy):
     boxed = jax.eval_shape(policy.init, jax.random.key(0))
-    known = dict(LOGICAL_AXIS_RULES)
+    known = dict(STANDARD)
     leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
     for leaf in leaves:
         assert isinstance(leaf, nn.LogicallyPartitioned)

@@ -16,8 +16,7 @@ from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.errors import UserError
 from alignment_gap.models import score
 from alignment_gap.models.policy import Output
-from alignment_gap.sharding import batch_sharding, make_mesh
-from alignment_gap.sharding.mesh import AXES
+from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh
 from alignment_gap.training import (
     OptimizerConfig,
     abstract_state,
@@ -35,8 +34,7 @@ OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3))
 
 
 def single_device_mesh():
-    types = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh((1, 1, 1), AXES, axis_types=types, devices=jax.devices()[:1])
+    return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def two_steps(policy, params, mesh, loss):
