@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from alignment_gap.data import posts
-from alignment_gap.data.human_pairs import POLICIES, read_human_pairs, split_by_prompt
+from alignment_gap.data.human_pairs import read_human_pairs, split_by_prompt
 from alignment_gap.data.records import Example
-from alignment_gap.data.vocabulary import SentencePieceVocabulary, Vocabulary
+from alignment_gap.data.sources import Limits, SourceConfig, source_digest
+from alignment_gap.data.vocabulary import Vocabulary, load_vocabulary
 from alignment_gap.errors import UserError
 
 Rubric = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], np.ndarray]
@@ -82,50 +81,54 @@ class PostsTaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HumanPairsTaskConfig:
-    """Human pairs from a JSON-lines file in Anthropic HH's format; see `human_pairs.read_human_pairs`.
+    """Human pairs of any source; see `human_pairs.read_human_pairs`.
 
     Attributes:
       kind: always "human_pairs"; tells the config of a task from another's.
-      path: the `.jsonl` or `.jsonl.gz` file.
-      vocabulary_path: a SentencePiece model.
+      source: where the pairs are and how they are read.
+      vocabulary_path: what `load_vocabulary` takes.
       prompt_length: most tokens of a prompt.
       response_length: most tokens of a response, the end id included.
       validation_fraction: share of the prompts that is held out.
       limit: pairs to keep, 0 for all.
-      bad_pairs: "refuse" or "drop" pairs that hold no preference.
-      long_pairs: "refuse" or "drop" pairs over a length.
-      extra_ids: sentinels of the vocabulary.
+      long_prompts: "refuse", "drop", or "keep_end".
+      long_responses: "refuse" or "drop".
+      extra_ids: sentinels that are added to a SentencePiece model's pieces.
       seed: of the split.
     """
 
     kind: str = "human_pairs"
-    path: str = ""
+    source: SourceConfig = SourceConfig()
     vocabulary_path: str = ""
     prompt_length: int = 128
     response_length: int = 64
     validation_fraction: float = 0.05
     limit: int = 0
-    bad_pairs: str = "refuse"
-    long_pairs: str = "drop"
+    long_prompts: str = "drop"
+    long_responses: str = "drop"
     extra_ids: int = 100
     seed: int = 0
 
+    @property
+    def limits(self) -> Limits:
+        """Lengths, and what becomes of longer pairs."""
+        return Limits(self.prompt_length, self.response_length, self.long_prompts, self.long_responses)
+
     def validate(self) -> None:
         """Raises UserError naming the first setting that is missing, unknown or out of range."""
-        for name in ("path", "vocabulary_path"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is not set: give the path of a file")
-        for name in ("prompt_length", "response_length"):
-            _within(self, name, 1)
+        try:
+            self.source.validate()
+        except UserError as error:
+            raise UserError(f"source.{error}") from None
+        if not self.vocabulary_path:
+            raise UserError("vocabulary_path is not set: give the path of a vocabulary")
+        self.limits.validate()
         if self.limit:
             _within(self, "limit", 2)
         _within(self, "extra_ids", 0)
         _within(self, "seed", 0)
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction} is out of range: set it between 0 and 1")
-        for name in ("bad_pairs", "long_pairs"):
-            if getattr(self, name) not in POLICIES:
-                raise UserError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(POLICIES)}")
 
 
 def build_task(config: PostsTaskConfig | HumanPairsTaskConfig) -> Task:
@@ -137,7 +140,7 @@ def task_vocabulary(config: PostsTaskConfig | HumanPairsTaskConfig) -> Vocabular
     """The vocabulary alone of a config's task."""
     if isinstance(config, PostsTaskConfig):
         return posts.vocabulary()
-    return SentencePieceVocabulary(config.vocabulary_path, config.extra_ids)
+    return load_vocabulary(config.vocabulary_path, config.extra_ids)
 
 
 def task_rubric(config: PostsTaskConfig | HumanPairsTaskConfig) -> Rubric | None:
@@ -172,26 +175,16 @@ def posts_task(config: PostsTaskConfig) -> Task:
 
 
 def human_pairs_task(config: HumanPairsTaskConfig) -> Task:
-    """Human pairs from a file; raises UserError where the file, the vocabulary or a setting is unusable."""
+    """Human pairs from a source; raises UserError where the source, the vocabulary or a setting is unusable."""
     config.validate()
     vocabulary = task_vocabulary(config)
-    read = read_human_pairs(
-        config.path,
-        vocabulary,
-        prompt_length=config.prompt_length,
-        response_length=config.response_length,
-        bad_pairs=config.bad_pairs,
-        long_pairs=config.long_pairs,
-        limit=config.limit or None,
-    )
+    read = read_human_pairs(config.source, vocabulary, config.limits, limit=config.limit or None)
     training, validation = split_by_prompt(read.examples, config.validation_fraction, config.seed)
     if not training or not validation:
         raise UserError(
             f"validation_fraction={config.validation_fraction} of the prompts of {len(read.examples)} pairs leaves "
             f"{len(training)} training and {len(validation)} validation pairs: change it or give more pairs"
         )
-    with pathlib.Path(config.path).open("rb") as file:
-        source = hashlib.file_digest(file, "sha256").hexdigest()
     return Task(
         name="human_pairs",
         vocabulary=vocabulary,
@@ -203,7 +196,7 @@ def human_pairs_task(config: HumanPairsTaskConfig) -> Task:
         provenance={
             "task": "human_pairs",
             "config": dataclasses.asdict(config),
-            "source_sha256": source,
+            "source_digest": source_digest(config.source),
             "dropped": dict(read.dropped),
         },
     )

@@ -14,6 +14,9 @@ import sentencepiece
 
 from alignment_gap.errors import UserError
 
+BYTES = "bytes"
+_KINDS = 'a SentencePiece *.model, a tokenizer.json, a word list *.txt, a folder with one of them, or "bytes"'
+
 
 class EncodingError(UserError):
     """A text that a vocabulary cannot express."""
@@ -36,6 +39,10 @@ class Vocabulary(Protocol):
     @property
     def eos_id(self) -> int:
         """The id that ends a text."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins every prompt, None where prompts begin with their text."""
 
     @property
     def extra_ids(self) -> int:
@@ -69,6 +76,7 @@ class WordVocabulary:
 
     pad_id = 0
     eos_id = 1
+    bos_id = None
 
     def __init__(self, words: Sequence[str], extra_ids: int = 8):
         """Raises UserError where a word is empty, holds a blank or comes twice."""
@@ -110,21 +118,55 @@ class WordVocabulary:
         return _extra_name(self.size, self.extra_ids, index)
 
 
-class SentencePieceVocabulary:
-    """A SentencePiece model, T5's conventions: its pad, end and unknown ids, then `extra_ids` sentinels."""
+class ByteVocabulary:
+    """UTF-8 bytes with ByT5's ids: pad 0, end 1, unknown 2, the 256 bytes from 3, then 125 sentinels."""
 
-    def __init__(self, path: str | pathlib.Path, extra_ids: int = 100):
-        """Raises UserError where `path` is missing, is no SentencePiece model, or has no pad or end id."""
+    pad_id = 0
+    eos_id = 1
+    unk_id = 2
+    bos_id = None
+    extra_ids = 125
+    size = 3 + 256 + 125
+    digest = hashlib.sha256(b"ByT5 bytes").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of `text` plus 3, without an end id."""
+        return [byte + 3 for byte in text.encode("utf-8")]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` up to the first end id; what is not UTF-8 reads as the replacement sign."""
+        kept = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
+        parts: list[str] = []
+        for is_byte, run in itertools.groupby(kept, key=lambda i: 3 <= i < 259):
+            if is_byte:
+                parts.append(bytes(i - 3 for i in run).decode("utf-8", errors="replace"))
+            else:
+                names = {self.pad_id: "<pad>", self.unk_id: "<unk>"}
+                parts.extend(names.get(i) or _extra_name(self.size, self.extra_ids, i) for i in run)
+        return "".join(parts)
+
+
+class SentencePieceVocabulary:
+    """A SentencePiece model with its own special ids, then `extra_ids` sentinels; T5 adds 100, Gemma none.
+
+    A begin id that the model has is what its prompts begin with, as Gemma's do; T5's model has none.
+    """
+
+    def __init__(self, path: str | pathlib.Path, extra_ids: int | None = None):
+        """`extra_ids` is 100 without a begin id, as in T5, and 0 with one, where not given.
+
+        Raises UserError where `path` is missing, is no SentencePiece model, or has no pad or end id."""
         self.path = pathlib.Path(path)
-        self.extra_ids = extra_ids
         content = _read(self.path)
         self._model = _parse_model(content, self.path)
         self.pad_id = self._special("pad", self._model.pad_id())
         self.eos_id = self._special("eos", self._model.eos_id())
+        self.bos_id: int | None = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.unk_id: int = self._model.unk_id()
+        self.extra_ids = extra_ids if extra_ids is not None else 100 if self.bos_id is None else 0
         self._pieces: int = self._model.vocab_size()
-        self.size = self._pieces + extra_ids
-        self.digest = hashlib.sha256(hashlib.sha256(content).digest() + str(extra_ids).encode()).hexdigest()
+        self.size = self._pieces + self.extra_ids
+        self.digest = hashlib.sha256(hashlib.sha256(content).digest() + str(self.extra_ids).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Piece ids of `text`, without an end id; raises EncodingError where nothing of it is known."""
@@ -152,30 +194,50 @@ class SentencePieceVocabulary:
         return index
 
 
-def load_vocabulary(path: str | pathlib.Path) -> Vocabulary:
-    """The vocabulary at `path`: `*.model` is SentencePiece, `*.txt` a word on each line.
+def load_vocabulary(path: str | pathlib.Path, extra_ids: int | None = None) -> Vocabulary:
+    """The vocabulary at `path`: "bytes" (ByT5's), a SentencePiece model, a tokenizer.json, a word list or a folder.
+
+    Args:
+      path: "bytes"; a `*.model`; a `tokenizer.json`; a `*.txt` with a word on each line; or a folder, such as that of a
+        checkpoint, with a `tokenizer.json` or a SentencePiece model in it.
+      extra_ids: sentinels that are added to a SentencePiece model, None for its own convention; others have theirs.
 
     Raises:
       UserError: the file is missing, of another kind, or not what its name says.
     """
+    if str(path) == BYTES:
+        return ByteVocabulary()
     path = pathlib.Path(path)
+    path = _in_folder(path) if path.is_dir() else path
     if path.suffix == ".model":
-        return SentencePieceVocabulary(path)
+        return SentencePieceVocabulary(path, extra_ids)
+    if path.suffix == ".json":
+        from alignment_gap.data.tokenizer_vocabulary import TokenizerVocabulary
+
+        return TokenizerVocabulary(path)
     if path.suffix == ".txt":
         try:
             return WordVocabulary(_read(path).decode("utf-8").split())
         except UnicodeDecodeError:
             raise UserError(f"{path} is not UTF-8 text: save the word list as UTF-8") from None
-    raise UserError(f"{path} is no vocabulary that is known here: give a SentencePiece *.model or a word list *.txt")
+    raise UserError(f"{path} is no vocabulary that is known here: give {_KINDS}")
+
+
+def _in_folder(folder: pathlib.Path) -> pathlib.Path:
+    for name in ("tokenizer.json", "tokenizer.model", "spiece.model"):
+        if (folder / name).exists():
+            return folder / name
+    models = sorted(folder.glob("*.model"))
+    if len(models) != 1:
+        raise UserError(f"{folder} holds no vocabulary: give {_KINDS}")
+    return models[0]
 
 
 def _read(path: pathlib.Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"cannot read the vocabulary {path} ({error.strerror}): give the path of a SentencePiece model or word list"
-        ) from None
+        raise UserError(f"cannot read the vocabulary {path} ({error.strerror}): give {_KINDS}") from None
 
 
 def _parse_model(content: bytes, path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:

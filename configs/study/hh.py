@@ -1,12 +1,13 @@
 """The same study on human pairs in Anthropic HH's format, at a micro size; the two paths are the user's to give.
 
 alignment-gap study --config=configs/study/hh.py --workdir=runs/hh \
-    --config.task.path=harmless-base.train.jsonl.gz --config.task.vocabulary_path=t5.spiece.model
+    --config.task.source.location=harmless-base.train.jsonl.gz --config.task.vocabulary_path=t5.spiece.model
 """
 
 from ml_collections import ConfigDict
 
 from alignment_gap.configuration import to_dict
+from alignment_gap.data.sources import SourceConfig
 from alignment_gap.data.task import HumanPairsTaskConfig
 from alignment_gap.models import T5Config
 from alignment_gap.study.config import ArmsConfig, EvaluationConfig, JudgeConfig, SftConfig, StudyConfig
@@ -28,7 +29,7 @@ def get_config() -> ConfigDict:
     study = StudyConfig(
         name="hh",
         # HH has a few pairs with an empty or a repeated response, and many that are too long for a micro size.
-        task=HumanPairsTaskConfig(prompt_length=64, response_length=24, bad_pairs="drop", long_pairs="drop"),
+        task=HumanPairsTaskConfig(source=SourceConfig(bad_pairs="drop"), prompt_length=64, response_length=24),
         policy=model,
         sft=SftConfig(steps=500, batch_size=32, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
         golden=JudgeConfig(

@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -6,7 +7,8 @@ import pathlib
 import pytest
 
 from alignment_gap.data import WordVocabulary
-from alignment_gap.data.human_pairs import read_dialogues, read_human_pairs, split_by_prompt, split_dialogues
+from alignment_gap.data.human_pairs import read_human_pairs, split_by_prompt
+from alignment_gap.data.sources import Dropped, Limits, SourceConfig, open_source
 from alignment_gap.errors import UserError
 
 WORDS = WordVocabulary(
@@ -14,6 +16,9 @@ WORDS = WordVocabulary(
 )
 GOOD = {"chosen": "\n\nHuman: hello\n\nAssistant: yes one", "rejected": "\n\nHuman: hello\n\nAssistant: no"}
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
+
+
+LIMITS = [field.name for field in dataclasses.fields(Limits)]
 
 
 def dialogue(human: str, answer: str) -> str:
@@ -30,7 +35,12 @@ def write_lines(path: pathlib.Path, *lines) -> pathlib.Path:
 
 
 def read(path, **settings):
-    return read_human_pairs(path, WORDS, **({"prompt_length": 12, "response_length": 6} | settings))
+    limits = {name: settings.pop(name) for name in LIMITS if name in settings}
+    limit = settings.pop("limit", None)
+    config = SourceConfig(str(path), **({"task": "dialogues", "duplicates": "keep"} | settings))
+    return read_human_pairs(
+        config, WORDS, Limits(**({"prompt_length": 12, "response_length": 6} | limits)), limit=limit
+    )
 
 
 def test_pairs_are_split_at_the_last_assistant_turn(tmp_path):
@@ -53,7 +63,7 @@ def test_equal_prompts_share_their_number(tmp_path):
 def test_gzip_blank_lines_and_a_byte_order_mark_are_read(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\n" + json.dumps(GOOD).encode()))
-    assert [number for number, _, _ in read_dialogues(path)] == [1, 3]
+    assert [pair.where for pair in open_source(SourceConfig(str(path))).read()] == [f"{path}:1", f"{path}:3"]
     assert len(read(path).examples) == 2
 
 
@@ -114,9 +124,9 @@ def test_long_pairs_are_dropped_and_counted_or_refused_never_cut(tmp_path):
     (example,) = result.examples
     assert len(example.prompt) == 12 and len(example.responses[1]) == 6
     with pytest.raises(UserError, match=r"a\.jsonl:2: long prompt \(13 tokens, over prompt_length=12\): raise"):
-        read(path, long_pairs="refuse")
-    with pytest.raises(UserError, match=r":3: long response \(7 tokens, over .*6\).*or set long_pairs=\"drop\""):
-        read(path, long_pairs="refuse", prompt_length=13)
+        read(path, long_prompts="refuse")
+    with pytest.raises(UserError, match=r":3: long response \(7 tokens, over .*6\).*or set long_responses=\"drop\""):
+        read(path, long_responses="refuse", prompt_length=13)
 
 
 def test_limit_keeps_the_first_pairs_and_reads_no_further(tmp_path):
@@ -143,7 +153,7 @@ def test_an_unusable_file_is_named(tmp_path, name, content, message):
 def test_a_missing_file_or_a_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*none\.jsonl \(No such file.*give the path"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match=r"cannot read .*directory"):
+    with pytest.raises(UserError, match="holds no data files: give a"):
         read(tmp_path)
 
 
@@ -157,7 +167,8 @@ def test_a_file_of_which_nothing_is_left_says_why(tmp_path):
     "change, message",
     [
         ({"bad_pairs": "keep"}, "bad_pairs='keep' is unknown: choose one of refuse, drop"),
-        ({"long_pairs": "cut"}, "long_pairs='cut' is unknown"),
+        ({"long_prompts": "cut"}, "long_prompts='cut' is unknown: choose one of refuse, drop, keep_end"),
+        ({"long_responses": "keep_end"}, "long_responses='keep_end' is unknown: choose one of refuse, drop"),
         ({"prompt_length": 0}, "prompt_length=0"),
         ({"response_length": 0}, "response_length=0"),
         ({"limit": 0}, "limit=0"),
@@ -185,16 +196,17 @@ def test_real_pairs_are_all_accounted_for(name, count):
     if not path.exists():
         pytest.skip(f"{path} is not here: human pairs are not shipped with the project")
     seen = collections.Counter()
-    for number, chosen, rejected in read_dialogues(path):
-        try:
-            split = split_dialogues(chosen, rejected, number)
-        except Exception as problem:
-            seen[problem.args[0]] += 1
+    lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    for number, item in enumerate(open_source(SourceConfig(str(path), bad_pairs="drop")).read()):
+        if isinstance(item, Dropped):
+            seen[item.reason] += 1
             continue
         seen["good"] += 1
         # Put together again, nothing but blanks around the responses is lost; texts are kept out of the output.
-        whole = [split.prompt + response for response in (split.chosen, split.rejected)]
-        if ["".join(x.split()) for x in whole] != ["".join(x.split()) for x in (chosen, rejected)]:
-            pytest.fail(f"line {number} was not split without loss")
+        whole = [item.prompt + response for response in item.responses]
+        if ["".join(x.split()) for x in whole] != [
+            "".join(lines[number][name].split()) for name in ("chosen", "rejected")
+        ]:
+            pytest.fail(f"line {number + 1} was not split without loss")
     assert sum(seen.values()) == count and seen["good"] > 0.99 * count
     assert set(seen) <= {"good", "identical pair", "empty response", "prompts differ"}

@@ -16,6 +16,7 @@ from alignment_gap.data import (
     posts_task,
     rubric_preference,
 )
+from alignment_gap.data.sources import SourceConfig
 from alignment_gap.errors import UserError
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
@@ -100,19 +101,19 @@ def test_posts_settings_out_of_range_are_named(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"path": ""}, "path is not set"),
+        ({"source": SourceConfig()}, "source.location is not set"),
         ({"vocabulary_path": ""}, "vocabulary_path is not set"),
         ({"prompt_length": 0}, "prompt_length=0"),
         ({"limit": 1}, "limit=1 is out of range: choose 2 or more"),
         ({"validation_fraction": 1.0}, "validation_fraction=1.0"),
-        ({"bad_pairs": "keep"}, "bad_pairs='keep' is unknown"),
-        ({"long_pairs": "cut"}, "long_pairs='cut' is unknown"),
+        ({"source": SourceConfig("none.jsonl", bad_pairs="keep")}, "source.bad_pairs='keep' is unknown"),
+        ({"long_prompts": "cut"}, "long_prompts='cut' is unknown"),
         ({"extra_ids": -1}, "extra_ids=-1"),
         ({"vocabulary_path": "none.model"}, "cannot read the vocabulary none.model"),
     ],
 )
 def test_human_pairs_settings_out_of_range_are_named(change, message):
-    config = HumanPairsTaskConfig(path="none.jsonl", vocabulary_path="none.model")
+    config = HumanPairsTaskConfig(source=SourceConfig("none.jsonl"), vocabulary_path="none.model")
     with pytest.raises(UserError, match=message):
         human_pairs_task(dataclasses.replace(config, **change))
 
@@ -123,7 +124,7 @@ def human_config():
     if not (path.exists() and vocabulary.exists()):
         pytest.skip(f"{path} and {vocabulary} are not here: human pairs are not shipped with the project")
     return HumanPairsTaskConfig(
-        path=str(path), vocabulary_path=str(vocabulary), bad_pairs="drop", validation_fraction=0.1
+        source=SourceConfig(str(path), bad_pairs="drop"), vocabulary_path=str(vocabulary), validation_fraction=0.1
     )
 
 

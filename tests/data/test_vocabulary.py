@@ -104,8 +104,8 @@ def test_load_vocabulary_goes_by_the_name(tmp_path, model_path):
     assert isinstance(load_vocabulary(model_path), SentencePieceVocabulary)
     (tmp_path / "words.txt").write_text("red\ngreen\n")
     assert load_vocabulary(tmp_path / "words.txt").encode("green") == [3]
-    with pytest.raises(UserError, match=r"words\.json is no vocabulary that is known"):
-        load_vocabulary(tmp_path / "words.json")
+    with pytest.raises(UserError, match=r"words\.csv is no vocabulary that is known"):
+        load_vocabulary(tmp_path / "words.csv")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.txt is not UTF-8"):
         load_vocabulary(tmp_path / "latin.txt")

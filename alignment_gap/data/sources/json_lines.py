@@ -1,0 +1,99 @@
+"""Records of a JSON-lines file, plain or gzip."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import itertools
+import json
+import pathlib
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from alignment_gap.data.sources.pair import Record
+from alignment_gap.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+# A plain file is entered at one line in so many, which are found when its lines are counted.
+_STRIDE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonLines:
+    """A JSON object on each line; a record's number is that of its line, blank lines have one too.
+
+    Attributes:
+      path: the file; a name ending in `.gz` is gzip.
+      split: of its records, or "".
+    """
+
+    path: pathlib.Path
+    split: str = ""
+
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """What is read."""
+        return (self.path,)
+
+    @property
+    def identity(self) -> str:
+        """None but its file."""
+        return ""
+
+    @functools.cached_property
+    def _index(self) -> tuple[int, tuple[int, ...]]:
+        """Number of lines, and where every `_STRIDE`-th begins in the decompressed bytes."""
+        number, position, entries = 0, 0, []
+        for number, line in _lines(self.path):
+            if (number - 1) % _STRIDE == 0:
+                entries.append(position)
+            position += len(line)
+        return number, tuple(entries)
+
+    def __len__(self) -> int:
+        return self._index[0]
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+        """The records of lines [start, stop), counted from 0; a gzip file is decompressed from its beginning.
+
+        Raises:
+          UserError: the file is missing, empty or damaged, or a line is not a JSON object.
+        """
+        entry = 0
+        if start >= _STRIDE and self.path.suffix != ".gz":
+            entry = min(start // _STRIDE, len(self._index[1]) - 1)
+        lines = _lines(self.path, entry * _STRIDE, self._index[1][entry] if entry else 0)
+        skipped = start - entry * _STRIDE
+        for number, line in itertools.islice(lines, skipped, None if stop is None else stop - entry * _STRIDE):
+            if line.strip():
+                where = f"{self.path}:{number}"
+                yield Record(where, _parse(line, where), self.split)
+
+
+def _lines(path: pathlib.Path, number: int = 0, position: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers from 1, from the byte where line `number` ends."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            file.seek(position)
+            for number, line in enumerate(file, start=number + 1):  # noqa: B020
+                yield number, line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip data after line {number} ({error}): fetch the file again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): give the path of a file that can be read") from None
+    if not number:
+        raise UserError(f"{path} is empty: give a file with a pair on each line")
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line: save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}): write one JSON object on each line") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a JSON {type(record).__name__}, not an object: write one JSON object on each line")
+    return record

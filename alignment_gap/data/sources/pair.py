@@ -1,0 +1,127 @@
+"""A pair as text, what a record may be instead of one, and typed access to a record's fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Record(NamedTuple):
+    """A raw record: `file:number` from 1, its values, and the split that its container states, or ""."""
+
+    where: str
+    values: Mapping[str, Any]
+    split: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPair:
+    """One prompt, its K responses and their label.
+
+    Attributes:
+      prompt: as the policy reads it, with the mark that asks for an answer.
+      responses: K texts, without an end mark; K = 2 is a pair, 1 a response with a label of its own.
+      scores: K numbers from 0 to 1; of a pair the probability that this response is preferred.
+      where: file and record number that it came from.
+      split: "train", "validation", or "" where the source states none.
+    """
+
+    prompt: str
+    responses: tuple[str, ...]
+    scores: tuple[float, ...]
+    where: str = ""
+    split: str = ""
+
+    @property
+    def key(self) -> bytes:
+        """16 bytes that are equal where prompt, responses and label are, in whichever order the responses come."""
+        content = json.dumps([self.prompt, sorted(zip(self.responses, self.scores, strict=True))])
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """A record that gave no pair, and why, in the few words that drops are counted by."""
+
+    reason: str
+    where: str
+
+
+class BadPair(Exception):
+    """A pair that may be dropped: (reason, remedy)."""
+
+
+class Skip(Exception):
+    """A pair that is left out and counted by its task's rules, which nobody needs to mend: (reason,)."""
+
+
+class Malformed(Exception):
+    """A record that is not in its task's form, which is refused always: (problem, remedy or "")."""
+
+
+class Fields:
+    """A record's fields by their role, checked as they are read.
+
+    A problem names the field as the user's file has it; `names` says how a role is called there.
+    """
+
+    def __init__(self, values: Mapping[str, Any], names: Mapping[str, str] | None = None):
+        self._values = values
+        self._names = names or {}
+
+    def __contains__(self, role: str) -> bool:
+        return self.name(role) in self._values
+
+    def name(self, role: str) -> str:
+        """How the file calls `role`."""
+        return self._names.get(role, role)
+
+    def value(self, role: str) -> Any:
+        """Any value but null; raises Malformed."""
+        name = self.name(role)
+        if name not in self._values:
+            raise Malformed(f"lacks the field {name!r}", "")
+        if self._values[name] is None:
+            raise Malformed(f"the field {name!r} is null, not {_wanted(role)}", "")
+        return self._values[name]
+
+    def text(self, role: str) -> str:
+        """A text; raises Malformed."""
+        return as_text(self.value(role), f"the field {self.name(role)!r}")
+
+    def group(self, role: str) -> Fields:
+        """The fields of a nested object; raises Malformed."""
+        value = self.value(role)
+        if not isinstance(value, Mapping):
+            raise Malformed(f"the field {self.name(role)!r} is {type(value).__name__}, not an object", "")
+        return Fields(value)
+
+    def rows(self, role: str) -> list[Mapping[str, Any]]:
+        """A list of objects, also where the container turned it into an object of lists; raises Malformed."""
+        value = self.value(role)
+        if isinstance(value, Mapping):
+            columns = [list(column) for column in value.values()]
+            value = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise Malformed(f"the field {self.name(role)!r} is {type(value).__name__}, not a list", "")
+        for item in value:
+            if not isinstance(item, Mapping):
+                raise Malformed(f"the field {self.name(role)!r} holds {type(item).__name__}, not objects", "")
+        return list(value)
+
+
+def as_text(value: Any, what: str) -> str:
+    """`value`, which must be a text of whole characters; raises Malformed."""
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise Malformed(f"{what} is {kind}, not a text", "")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise Malformed(f"{what} holds half a surrogate pair", "write whole characters")
+    return value
+
+
+def _wanted(role: str) -> str:
+    return "a label" if role in ("label", "choice", "winner") else "a text"

@@ -1,0 +1,171 @@
+"""From a source's settings to its pairs: opens the records, reads them by their task, refuses or counts the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Iterator
+
+from alignment_gap.data.sources.chat import Template, load_template
+from alignment_gap.data.sources.containers import Joined, open_records, split_name
+from alignment_gap.data.sources.pair import BadPair, Dropped, Malformed, Record, Skip, TextPair
+from alignment_gap.data.sources.tasks import PROMPT_MARK, TASKS, Parsing, SourceTask, detect
+from alignment_gap.data.sources.trl import parse_fields, parse_labels
+from alignment_gap.errors import UserError
+
+AUTO = "auto"
+POLICIES = ("refuse", "drop")
+_CHOICES = {
+    "task": (AUTO, *TASKS),
+    "ties": ("drop", "keep"),
+    "duplicates": ("", "drop", "keep"),
+    "bad_pairs": POLICIES,
+}
+_TURN_MARKS = ("\n\nHuman:", PROMPT_MARK)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Where pairs come from and how they are read.
+
+    Attributes:
+      location: file, folder, `hub:` or `tfds:` name, or several with commas between; see `containers.LOCATIONS`.
+      task: one of `TASKS`, or "auto" to tell it from the first record.
+      fields: columns of a user's own pairs, "prompt=question,chosen=good,rejected=bad".
+      labels: meaning of a label's values, "model=1,reference=0,both=0.5,=drop".
+      template: of conversations: "plain", a jinja file, or a tokenizer's folder.
+      ties: "drop" pairs without a preference, or "keep" them with scores (0.5, 0.5).
+      duplicates: "drop" or "keep" pairs that come again; "" is the task's own rule.
+      bad_pairs: "refuse" or "drop" pairs that hold no preference: identical responses, an empty prompt or response, no
+        common prompt. What is not JSON or UTF-8, lacks a field or has a label out of its range is always refused.
+    """
+
+    location: str = ""
+    task: str = AUTO
+    fields: str = ""
+    labels: str = ""
+    template: str = "plain"
+    ties: str = "drop"
+    duplicates: str = ""
+    bad_pairs: str = "refuse"
+
+    def validate(self) -> None:
+        """Raises UserError naming the first setting that is missing or unknown."""
+        if not self.location:
+            raise UserError("location is not set: give the path of a file or folder")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                valid = ", ".join(choice or '""' for choice in choices)
+                raise UserError(f"{name}={getattr(self, name)!r} is unknown: choose one of {valid}")
+        parse_fields(self.fields)
+        parse_labels(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Pairs as text; `open_source` makes it. It can be pickled, and processes share one by ranges of records.
+
+    Attributes:
+      config: with the task that was found.
+      records: what the pairs are read from.
+      template: of conversations.
+    """
+
+    config: SourceConfig
+    records: Joined
+    template: Template
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """The files whose bytes are the source."""
+        return self.records.files
+
+    @property
+    def task(self) -> SourceTask:
+        """How its records are read."""
+        return TASKS[self.config.task]
+
+    @property
+    def drops_duplicates(self) -> bool:
+        """Whether of equal `TextPair.key` only the first is wanted, in the order of the records."""
+        return self.config.duplicates == "drop" or (not self.config.duplicates and self.task.drops_duplicates)
+
+    @functools.cached_property
+    def _parsing(self) -> Parsing:
+        return Parsing(parse_fields(self.config.fields), parse_labels(self.config.labels), self.template)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[TextPair | Dropped]:
+        """Pairs, and records that gave none, of records [start, stop), counted from 0.
+
+        Raises:
+          UserError: a record is malformed, or no pair while bad pairs are refused; with file, number and remedy.
+        """
+        for record in self.records.read(start, stop):
+            yield self._pair(record)
+
+    def _pair(self, record: Record) -> TextPair | Dropped:
+        try:
+            pair = self.task.parse(record.values, self._parsing)
+            pair = dataclasses.replace(pair, where=record.where, split=split_name(pair.split or record.split))
+            _check(pair)
+        except Malformed as problem:
+            reason, remedy = problem.args
+            raise UserError(f"{record.where}: {reason}: {remedy or self.task.form}") from None
+        except Skip as problem:
+            return Dropped(problem.args[0], record.where)
+        except BadPair as problem:
+            return refuse_or_drop(problem, record.where, "bad_pairs", self.config.bad_pairs)
+        if self.config.ties == "drop" and set(pair.scores) == {0.5}:
+            return Dropped("tie", record.where)
+        return pair
+
+
+def open_source(config: SourceConfig) -> Source:
+    """The source of a config; reads no further than the first record.
+
+    Raises:
+      UserError: a setting is unknown, the location cannot be read, or its first record has not the task's form.
+    """
+    config.validate()
+    records = open_records(config.location)
+    first = next(iter(records.read()), None)
+    if config.task == AUTO:
+        named = bool(config.fields) or first is None
+        config = dataclasses.replace(config, task="pairs" if named else detect(first.values))  # type: ignore[union-attr]
+    return Source(config, records, load_template(config.template))
+
+
+def refuse_or_drop(problem: BadPair, where: str, setting: str, policy: str) -> Dropped:
+    """What becomes of an unusable pair by the policy of `setting`."""
+    reason, remedy = problem.args
+    if policy == "refuse":
+        raise UserError(f'{where}: {reason}: {remedy}, or set {setting}="drop"') from None
+    return Dropped(reason.split(" (")[0], where)
+
+
+def _check(pair: TextPair) -> None:
+    bare = pair.prompt
+    for mark in _TURN_MARKS:
+        bare = bare.replace(mark, "")
+    if not bare.strip():
+        raise BadPair("empty prompt", "write what the human says")
+    stripped = [response.strip() for response in pair.responses]
+    if len(set(stripped)) < len(stripped):
+        raise BadPair("identical pair", "remove it, it states no preference")
+    if not all(stripped):
+        raise BadPair("empty response", "remove the pair")
+
+
+def source_digest(config: SourceConfig) -> str:
+    """SHA-256 in hexadecimal of the bytes of a source's files, and of what names those parts that have none."""
+    records = open_records(config.location)
+    digest = hashlib.sha256(records.identity.encode())
+    for path in records.files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

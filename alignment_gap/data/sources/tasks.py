@@ -1,0 +1,145 @@
+"""The tasks that pairs come from: how each one's records are read, and how they are told apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from alignment_gap.data.sources.chat import Template, messages_of, split_answers
+from alignment_gap.data.sources.pair import BadPair, Fields, Malformed, Skip, TextPair
+from alignment_gap.data.sources.trl import parse_pair
+
+PROMPT_MARK = "\n\nAssistant:"
+_HUMAN_MARK = "\n\nHuman:"
+_POST = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+_WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsing:
+    """What the reading of a record depends on."""
+
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
+    template: Template = Template()
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceTask:
+    """One form of record.
+
+    Attributes:
+      parse: record to TextPair; raises Malformed, BadPair or Skip.
+      matches: whether a record has this form.
+      form: of a record, in an error's remedy.
+      drops_duplicates: whether a pair that comes again is left out; repeated judgements of a pair are kept otherwise.
+    """
+
+    parse: Callable[[Mapping[str, Any], Parsing], TextPair]
+    matches: Callable[[Mapping[str, Any]], bool]
+    form: str
+    drops_duplicates: bool = True
+
+
+def parse_dialogues(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
+    """Anthropic HH: two whole dialogues, which share everything up to their last assistant turn."""
+    fields = Fields(record, parsing.names)
+    return split_dialogues(fields.text("chosen"), fields.text("rejected"))
+
+
+def split_dialogues(chosen: str, rejected: str) -> TextPair:
+    """The prompt that both dialogues share and their two responses, stripped; raises where there is no preference."""
+    prompts = [dialogue[: dialogue.rfind(PROMPT_MARK) + len(PROMPT_MARK)] for dialogue in (chosen, rejected)]
+    if PROMPT_MARK not in chosen or PROMPT_MARK not in rejected:
+        raise BadPair("no prompt", 'each dialogue needs a "\\n\\nAssistant:" turn')
+    if prompts[0] != prompts[1]:
+        raise BadPair("prompts differ", 'make both dialogues the same up to the last "\\n\\nAssistant:"')
+    first, second = (dialogue[len(prompts[0]) :].strip() for dialogue in (chosen, rejected))
+    return TextPair(prompts[0], (first, second), (1.0, 0.0))
+
+
+def parse_summaries(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
+    """OpenAI's comparisons: a Reddit post, two summaries and which one the worker chose.
+
+    Those of CNN/DM articles are another task and left out.
+    """
+    fields = Fields(record)
+    post = fields.group("info")
+    if not record["info"].get("post"):
+        raise Skip("news article")
+    summaries = [Fields(row).text("text").strip() for row in fields.rows("summaries")]
+    if len(summaries) != 2:
+        raise Malformed(f"the field 'summaries' holds {len(summaries)} of them, not 2", "")
+    choice = fields.value("choice")
+    if isinstance(choice, bool) or choice not in (0, 1):
+        raise Malformed(f"the field 'choice' is {choice!r}, out of its range", "use 0 or 1")
+    prompt = _POST.format(**{name: post.text(name).strip() for name in ("subreddit", "title", "post")})
+    scores = (1.0 - choice, float(choice))
+    return TextPair(prompt, (summaries[0], summaries[1]), scores, split=str(record.get("split") or ""))
+
+
+def parse_arena(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
+    """Chat arena: one user, two models, and who won.
+
+    The two conversations must agree up to the last answer; after several turns with other answers they do not, and
+    the judgement is of no single response.
+    """
+    fields = Fields(record)
+    winner = fields.text("winner")
+    if winner not in _WINNERS:
+        raise Malformed(f"the field 'winner' is {winner!r}, out of its range", f"use {', '.join(_WINNERS)}")
+    both = [messages_of(fields.rows(name), name) for name in ("conversation_a", "conversation_b")]
+    if [messages[-1]["role"] for messages in both] != ["assistant", "assistant"]:
+        raise BadPair("no answer", "end both conversations with an assistant's message")
+    if both[0][:-1] != both[1][:-1]:
+        raise Skip("several turns" if min(map(len, both)) > 2 else "prompts differ")
+    if len(both[0]) < 2:
+        raise BadPair("no prompt", "begin both conversations with the user's message")
+    prompt, responses = split_answers(parsing.template, both[0][:-1], [messages[-1:] for messages in both])
+    return TextPair(prompt, responses, (_WINNERS[winner], 1 - _WINNERS[winner]))
+
+
+def parse_own(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
+    """TRL's forms, or columns by a field mapping; see `trl.parse_pair`."""
+    return parse_pair(Fields(record, parsing.names), parsing.template, parsing.labels)
+
+
+def _is_dialogues(record: Mapping[str, Any]) -> bool:
+    texts = [record.get("chosen"), record.get("rejected")]
+    marked = all(isinstance(text, str) and _HUMAN_MARK in text and PROMPT_MARK in text for text in texts)
+    return marked and "prompt" not in record
+
+
+_DIALOGUES = SourceTask(
+    parse_dialogues, _is_dialogues, 'write {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": "..."}'
+)
+TASKS: Mapping[str, SourceTask] = {
+    "summarization": SourceTask(
+        parse_summaries,
+        lambda record: {"info", "summaries", "choice"} <= set(record),
+        'write {"info": {"subreddit": ..., "title": ..., "post": ...}, "summaries": [{"text": ...}, ...], "choice": 0}',
+        drops_duplicates=False,
+    ),
+    "helpfulness": _DIALOGUES,
+    "harmlessness": _DIALOGUES,
+    "chat_arena": SourceTask(
+        parse_arena,
+        lambda record: {"conversation_a", "conversation_b"} <= set(record),
+        'write {"conversation_a": [{"role": ..., "content": ...}, ...], "conversation_b": [...], "winner": "model_a"}',
+    ),
+    "dialogues": _DIALOGUES,
+    "pairs": SourceTask(
+        parse_own,
+        lambda record: True,
+        'write {"prompt": ..., "chosen": ..., "rejected": ...} or say by fields how yours are called',
+    ),
+}
+
+
+def detect(record: Mapping[str, Any]) -> str:
+    """The task whose form a record has; HH's dialogues are "dialogues", which of its two they are nobody can tell."""
+    for name in ("summarization", "chat_arena", "dialogues"):
+        if TASKS[name].matches(record):
+            return name
+    return "pairs"

@@ -1,0 +1,112 @@
+"""Hugging Face tokenizers: a checkpoint's `tokenizer.json` and the files beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from alignment_gap.errors import UserError
+
+_CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
+
+
+class TokenizerVocabulary:
+    """A `tokenizer.json`, through the `tokenizers` library.
+
+    The special tokens are those that `tokenizer_config.json` or `special_tokens_map.json` beside it names; a vocabulary
+    without a padding token pads with the end id, which is harmless here: masks come from lengths. Prompts begin with
+    the begin token where the tokenizer's own post-processing puts it there.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        """Raises UserError where `path` is missing or no tokenizer, or has no end token."""
+        self.path = pathlib.Path(path)
+        content = self._read()
+        self._tokenizer = _parse(content, self.path)
+        named = _special_tokens(self.path.parent)
+        self.eos_id = self._required(named, "eos_token")
+        pad = self._id(named.get("pad_token"))
+        self.pad_id = self.eos_id if pad is None else pad
+        self.unk_id = self._id(named.get("unk_token"))
+        bos = self._id(named.get("bos_token"))
+        self.bos_id = bos if bos in self._tokenizer.encode("", add_special_tokens=True).ids[:1] else None
+        self.size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.extra_ids = self._count_sentinels()
+        settings = json.dumps([self.eos_id, self.pad_id, self.bos_id])
+        self.digest = hashlib.sha256(hashlib.sha256(content).digest() + settings.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without begin and end ids; the texts of special tokens become these tokens."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` up to the first end id; special tokens are shown, ids beyond read `<no_token_i>`."""
+        kept = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
+        parts: list[str] = []
+        for is_token, run in itertools.groupby(kept, key=lambda i: 0 <= i < self.size):
+            if is_token:
+                parts.append(self._tokenizer.decode(list(run), skip_special_tokens=False))
+            else:
+                parts.extend(f"<no_token_{i}>" for i in run)
+        return "".join(parts)
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def _required(self, named: Mapping[str, str], name: str) -> int:
+        index = self._id(named.get(name))
+        if index is None:
+            raise UserError(
+                f"{self.path} has no {name}: keep {' or '.join(_CONFIGS)} of the checkpoint beside it, which names it"
+            )
+        return index
+
+    def _count_sentinels(self) -> int:
+        """How many of the last ids are T5's `<extra_id_i>`, counted from the end."""
+        names = (self._tokenizer.id_to_token(self.size - 1 - i) for i in range(self.size))
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[1] == f"<extra_id_{pair[0]}>", enumerate(names)))
+
+    def _read(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"cannot read the vocabulary {self.path} ({error.strerror}): give a tokenizer.json"
+            ) from None
+
+
+def _parse(content: bytes, path: pathlib.Path) -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError('tokenizers is not installed: pip install "alignment-gap[huggingface]"') from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # The library raises Exception itself.
+        raise UserError(f"{path} is not a tokenizer ({str(error)[:80]}): give a checkpoint's tokenizer.json") from None
+    # A file may carry the lengths of its training; texts are never cut or padded here.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _special_tokens(folder: pathlib.Path) -> dict[str, str]:
+    """{"eos_token": "</s>", ...}; the later file of `_CONFIGS` wins."""
+    named: dict[str, str] = {}
+    for name in _CONFIGS:
+        if not (folder / name).exists():
+            continue
+        try:
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{folder / name} is not JSON ({error}): fetch the file again") from None
+        for key, value in values.items():
+            token = value.get("content") if isinstance(value, Mapping) else value
+            if key.endswith("_token") and isinstance(token, str):
+                named[key] = token
+    return named
