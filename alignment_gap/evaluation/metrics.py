@@ -50,8 +50,9 @@ def make_divergence(policy: Policy, mesh: LogicalMesh) -> Callable[..., Float[Ar
         hidden, reference = (
             response_hidden(policy, p, prompts, lengths, responses) for p in (params, reference_params)
         )
-        output, reference_output = policy.output(params), policy.output(reference_params)
-        per_token = losses.token_kl(hidden, output.embedding, reference, reference_output.embedding, scale=output.scale)
+        embedding, scale, soft_cap = policy.output(params)
+        reference_embedding = policy.output(reference_params).embedding
+        per_token = losses.token_kl(hidden, embedding, reference, reference_embedding, scale=scale, soft_cap=soft_cap)
         mask = length_mask(response_lengths, responses.shape[-1])
         return jnp.where(mask, per_token, 0.0).sum((-1, -2))
 

@@ -1,35 +1,69 @@
-"""PaLM-style decoder (2204.02311): parallel attention and MLP, multi-query attention, SwiGLU, RoPE, no biases."""
+"""Decoder-only policies, one class for all: PaLM by default (2204.02311); by settings Gemma, Llama 3, Qwen 2 and 3."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from alignment_gap.errors import UserError
-from alignment_gap.models import layers
-from alignment_gap.models.policy import Output, check_sizes
+from alignment_gap.models import layers, rope
+from alignment_gap.models.policy import Output, check_choice, check_sizes
 from alignment_gap.models.stack import constrain_stream, init_stack, scan_stack
+
+ACTIVATIONS = {"silu": nn.silu, "gelu": nn.gelu}
+CHOICES = {
+    "block": ("parallel", "serial"),
+    "activation": tuple(ACTIVATIONS),
+    "norm": ("scale", "one_plus_scale"),
+    "embedding_scale": ("one", "sqrt_width"),
+    "logits_scale": ("inverse_sqrt_width", "one"),
+    "rope_scaling": rope.SCALINGS,
+}
+OPTIONAL = ("logits_soft_cap", "attention_soft_cap", "query_pre_attention_scalar", "rope_local_base", "window")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and settings of a PaLM-style decoder.
+    """Sizes and settings of a decoder; the defaults are PaLM's. A number that is 0 where it may be means "none".
 
     Attributes:
       architecture: always "decoder"; tells the config of a policy from another's.
-      vocabulary_size: rows of the embedding, which is the output embedding too.
+      vocabulary_size: rows of the embedding.
       width: of the residual stream.
       layers: depth.
       heads: query heads.
-      kv_heads: key and value heads; 1 is multi-query attention. Divides `heads`.
-      head_size: width of one head; even.
-      mlp_width: hidden width of SwiGLU.
+      kv_heads: key and value heads; 1 is multi-query, fewer than `heads` grouped attention. Divides `heads`.
+      head_size: width of one head; even; need not be width / heads.
+      mlp_width: hidden width of the gated MLP.
+      block: "parallel" adds attention and MLP of one norm; "serial" is attention, then MLP, each with its norm.
+      activation: of the MLP's gate: "silu" (SwiGLU) or "gelu" (GeGLU, the tanh form).
+      norm: "scale" multiplies by w, "one_plus_scale" by 1 + w (Gemma).
+      norm_epsilon: added to the mean square.
+      post_norms: norms behind attention and MLP too (Gemma 2 and 3).
+      query_key_norm: norms over each head of queries and keys, before their rotation (Gemma 3, Qwen 3).
+      query_key_value_bias: biases on those three projections (Qwen 2).
+      tied_embeddings: whether the input embedding is the output embedding too.
+      embedding_scale: what multiplies the input embedding: "one", or "sqrt_width" rounded to `dtype` (Gemma).
+      logits_scale: what multiplies the logits: "inverse_sqrt_width" (PaLM) or "one".
+      logits_soft_cap: c of z = c tanh(z / c) on the logits (Gemma 2).
+      attention_soft_cap: the same on attention's logits (Gemma 2).
+      query_pre_attention_scalar: attention's logits are divided by its root; 0 takes `head_size`.
       rope_base: wavelengths of the rotary embedding grow from 2 pi to 2 pi times this.
+      rope_scaling: "none", "linear" (all wavelengths times the factor) or "llama3" (the long ones only).
+      rope_scaling_factor: of "linear" and "llama3".
+      rope_low_frequency_factor: of "llama3": wavelengths over original length / this are scaled in full.
+      rope_high_frequency_factor: of "llama3": wavelengths under original length / this are not scaled.
+      rope_original_length: of "llama3", in tokens.
+      rope_local_base: base of the layers with a window, not scaled (Gemma 3); 0 takes what the others have.
+      window: tokens, its own among them, that a layer with a sliding window attends to.
+      full_attention_every: with a window, every n-th layer has none (Gemma 2: 2, Gemma 3: 6).
       dtype: of the computation; parameters, norms, softmax and losses are float32.
       remat: what the backward pass recomputes: "none", "dots" or "full".
       scan_unroll: layers per iteration of the loop over layers; more compiles longer and runs faster on a CPU.
@@ -43,59 +77,113 @@ class DecoderConfig:
     kv_heads: int = 1
     head_size: int = 16
     mlp_width: int = 128
+    block: str = "parallel"
+    activation: str = "silu"
+    norm: str = "scale"
+    norm_epsilon: float = 1e-6
+    post_norms: bool = False
+    query_key_norm: bool = False
+    query_key_value_bias: bool = False
+    tied_embeddings: bool = True
+    embedding_scale: str = "one"
+    logits_scale: str = "inverse_sqrt_width"
+    logits_soft_cap: float = 0.0
+    attention_soft_cap: float = 0.0
+    query_pre_attention_scalar: float = 0.0
     rope_base: float = 10000.0
+    rope_scaling: str = "none"
+    rope_scaling_factor: float = 1.0
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_length: int = 8192
+    rope_local_base: float = 0.0
+    window: int = 0
+    full_attention_every: int = 1
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
 
 
+class View(NamedTuple):
+    """Where a layer's queries are and what they may attend to.
+
+    Attributes:
+      rotation: of the queries, and of the keys at their positions.
+      own: True where a query attends to a key of its own row.
+      prompt: [B, 1, Q or 1, P], True where a query of a response attends to a key of the prompt; None in the prompt.
+    """
+
+    rotation: rope.Rotation
+    own: Bool[Array, "1 1 Q S"]
+    prompt: Any = None
+
+
+def _norm(config: DecoderConfig, axis: str = "embed") -> layers.RMSNorm:
+    return layers.RMSNorm(config.dtype, config.norm_epsilon, config.norm, axis)
+
+
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)) + mlp(norm(x)), with one norm for both."""
+    """Attention and MLP, both on one norm of the input (parallel) or one behind the other (serial)."""
 
     config: DecoderConfig
 
     def setup(self) -> None:
-        """Makes the norm, the projections and the MLP."""
+        """Makes the norms, the projections and the MLP that the settings ask for."""
         config = self.config
+        project = partial(layers.projection, bias=config.query_key_value_bias, dtype=config.dtype)
         key_value = ((config.kv_heads, config.head_size), ("embed", "kv_heads", "kv"))
-        self.pre_layer_norm = layers.RMSNorm(config.dtype)
-        self.query = layers.projection((config.heads, config.head_size), ("embed", "heads", "kv"), dtype=config.dtype)
-        self.key = layers.projection(*key_value, dtype=config.dtype)
-        self.value = layers.projection(*key_value, dtype=config.dtype)
+        if config.block == "parallel":
+            self.pre_layer_norm = _norm(config)
+        else:
+            self.pre_attention_layer_norm, self.pre_mlp_layer_norm = _norm(config), _norm(config)
+        if config.post_norms:
+            self.post_attention_layer_norm, self.post_mlp_layer_norm = _norm(config), _norm(config)
+        if config.query_key_norm:
+            self.query_norm, self.key_norm = _norm(config, "kv"), _norm(config, "kv")
+        self.query = project((config.heads, config.head_size), ("embed", "heads", "kv"))
+        self.key = project(*key_value)
+        self.value = project(*key_value)
         self.out = layers.projection(config.width, ("heads", "kv", "embed"), inputs=2, dtype=config.dtype)
-        self.mlp = layers.GatedMLP(config.width, config.mlp_width, nn.silu, config.dtype)
+        self.mlp = layers.GatedMLP(config.width, config.mlp_width, ACTIVATIONS[config.activation], config.dtype)
 
-    def prompt(
-        self, x: Float[Array, "B P D"], positions: Int[Array, "B P"], mask: Array
-    ) -> tuple[Float[Array, "B P D"], tuple[Array, Array]]:
+    def prompt(self, x: Float[Array, "B P D"], view: View) -> tuple[Float[Array, "B P D"], tuple[Array, Array]]:
         """One layer over the prompts; also their keys and values [B, P, G, C], for the responses to attend to."""
-        y = self.pre_layer_norm(x)
-        keys, values = self._keys_values(y, positions)
-        query = self._query(y, positions)[:, None]
-        attention = layers.attend(query, [layers.Segment(keys, values, mask)], scale=self.config.head_size**-0.5)
-        return x + self.out(attention[:, 0]) + self.mlp(y), (keys, values)
+        y = self._first_norm(x)
+        keys_values = self._keys_values(y, view)
+        attention = self._attend(self._query(y, view)[:, None], [layers.Segment(*keys_values, view.own)])
+        return self._add(x, y, attention[:, 0]), keys_values
 
     def __call__(
-        self,
-        x: Float[Array, "B K Q D"],
-        positions: Int[Array, "B 1 Q"],
-        prompt: layers.Segment,
-        mask: Array,
-        cache: Any,
-        step: Any,
+        self, x: Float[Array, "B K Q D"], view: View, prompt: tuple[Array, Array], cache: Any, step: Any
     ) -> tuple[Float[Array, "B K Q D"], tuple[Array, Array]]:
         """One layer over Q response positions, which attend to the shared prompt and to their own row so far."""
-        y = self.pre_layer_norm(x)
-        keys_values = layers.update_cache(cache, self._keys_values(y, positions), step)
-        segments = [prompt, layers.Segment(*keys_values, mask)]
-        attention = layers.attend(self._query(y, positions), segments, scale=self.config.head_size**-0.5)
-        return x + self.out(attention) + self.mlp(y), keys_values
+        y = self._first_norm(x)
+        keys_values = layers.update_cache(cache, self._keys_values(y, view), step)
+        segments = [layers.Segment(*prompt, view.prompt), layers.Segment(*keys_values, view.own)]
+        return self._add(x, y, self._attend(self._query(y, view), segments)), keys_values
 
-    def _query(self, y: Array, positions: Array) -> Array:
-        return layers.rotate(self.query(y), positions, self.config.rope_base)
+    def _first_norm(self, x: Array) -> Any:
+        return self.pre_layer_norm(x) if self.config.block == "parallel" else self.pre_attention_layer_norm(x)
 
-    def _keys_values(self, y: Array, positions: Array) -> tuple[Array, Array]:
-        return layers.rotate(self.key(y), positions, self.config.rope_base), self.value(y)
+    def _query(self, y: Array, view: View) -> Array:
+        query = self.query(y)
+        return rope.rotate(self.query_norm(query) if self.config.query_key_norm else query, view.rotation)
+
+    def _keys_values(self, y: Array, view: View) -> tuple[Array, Array]:
+        keys = self.key(y)
+        return rope.rotate(self.key_norm(keys) if self.config.query_key_norm else keys, view.rotation), self.value(y)
+
+    def _attend(self, query: Array, segments: list[layers.Segment]) -> Array:
+        config = self.config
+        scale = (config.query_pre_attention_scalar or config.head_size) ** -0.5
+        return layers.attend(query, segments, scale=scale, soft_cap=config.attention_soft_cap or None)
+
+    def _add(self, x: Array, y: Array, attention: Array) -> Array:
+        """The residual stream behind attention, not yet projected, and MLP; y is the norm that attention read."""
+        mixed = self.out(attention)
+        x = x + (self.post_attention_layer_norm(mixed) if self.config.post_norms else mixed)
+        mixed = self.mlp(y if self.config.block == "parallel" else self.pre_mlp_layer_norm(x))
+        return x + (self.post_mlp_layer_norm(mixed) if self.config.post_norms else mixed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,32 +197,48 @@ class DecoderPolicy:
 
     def __post_init__(self) -> None:
         """Raises UserError where a size is not positive, does not divide, or a setting is unknown."""
-        check_sizes(self.config)
-        if self.config.head_size % 2:
-            raise UserError(f"DecoderConfig.head_size is {self.config.head_size}: rotary positions need it even")
+        config = self.config
+        check_sizes(config, optional=OPTIONAL)
+        for field, choices in CHOICES.items():
+            check_choice(config, field, choices)
+        if config.head_size % 2:
+            raise UserError(f"DecoderConfig.head_size is {config.head_size}: rotary positions need it even")
+        if (config.window > 0) != (config.full_attention_every > 1):
+            raise UserError(
+                f"DecoderConfig.window is {config.window} with full_attention_every={config.full_attention_every}: "
+                "set both, such as window=512 and full_attention_every=6, or leave both"
+            )
+        rope.check(config)
 
     def init(self, key: Array) -> Any:
         """Fresh float32 parameters, each in a box with its logical axis names."""
         config = self.config
-        x, positions = jnp.zeros((1, 1, config.width), config.dtype), jnp.zeros((1, 1), jnp.int32)
-        keys = jax.random.split(key, 3)
-        return {
-            "token_embedder": {"embedding": layers.embedding(keys[0], config.vocabulary_size, config.width)},
+        x, view = jnp.zeros((1, 1, config.width), config.dtype), self._prompt_view(1, 0)
+        # Initial logits of order one: an output embedding is small where nothing else scales its logits down.
+        small = 1.0 if config.logits_scale == "inverse_sqrt_width" else config.width**-0.5
+        keys = jax.random.split(key, 4 if not config.tied_embeddings else 3)
+        table = partial(layers.embedding, vocabulary_size=config.vocabulary_size, width=config.width)
+        params = {
+            "token_embedder": {"embedding": table(keys[0], stddev=small if config.tied_embeddings else 1.0)},
             "decoder": {
                 "layers": init_stack(
-                    lambda key: DecoderLayer(config).init(
-                        key, x, positions, jnp.ones((1, 1, 1, 1), bool), method="prompt"
-                    )["params"],
+                    lambda key: DecoderLayer(config).init(key, x, view, method="prompt")["params"],
                     keys[1],
                     config.layers,
                 ),
-                "decoder_norm": layers.RMSNorm(config.dtype).init(keys[2], x)["params"],
+                "decoder_norm": _norm(config).init(keys[2], x)["params"],
             },
         }
+        if not config.tied_embeddings:
+            params["output_embedder"] = {"embedding": table(keys[3], stddev=small)}
+        return params
 
     def output(self, params: Any) -> Output:
-        """The shared embedding; logits are scaled by 1 / sqrt(width), as in PaLM."""
-        return Output(params["token_embedder"]["embedding"], self.config.width**-0.5)
+        """The output embedding, and the scale and soft cap of its logits."""
+        config = self.config
+        embedder = params["token_embedder" if config.tied_embeddings else "output_embedder"]
+        scale = config.width**-0.5 if config.logits_scale == "inverse_sqrt_width" else 1.0
+        return Output(embedder["embedding"], scale, config.logits_soft_cap or None)
 
     def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"]) -> Int[Array, "B"]:
         """The last token of each prompt."""
@@ -149,74 +253,93 @@ class DecoderPolicy:
     ) -> Float[Array, "B K R D"]:
         """Final hidden states at every response position; the prompt is computed once for its K responses."""
         decoder, size = DecoderLayer(self.config), inputs.shape[-1]
-        prompt_positions, prompt_causal, shared = self._prompt_layout(prompts, prompt_lengths)
-        positions = (prompt_lengths[:, None] - 1 + jnp.arange(size))[:, None]
-        mask = layers.causal_mask(size)
+        prompt_view = self._by_layer(partial(self._prompt_view, prompts.shape[-1]))
+        view = self._by_layer(partial(self._response_view, prompt_lengths, prompts.shape[-1], jnp.arange(size), size))
 
-        def layer(carry: tuple[Array, Array], layer_params: Any, _: None) -> tuple[tuple[Array, Array], None]:
+        def layer(carry: tuple[Array, Array], layer_params: Any, full: Any) -> tuple[tuple[Array, Array], None]:
             def apply(module: DecoderLayer) -> tuple[Array, Array]:
-                prompt, keys_values = module.prompt(carry[0], prompt_positions, prompt_causal)
-                segment = layers.Segment(*keys_values, shared)
-                return prompt, module(carry[1], positions, segment, mask, None, None)[0]
+                prompt, keys_values = module.prompt(carry[0], prompt_view(full))
+                return prompt, module(carry[1], view(full), keys_values, None, None)[0]
 
             outputs: Any = nn.apply(apply, decoder)({"params": layer_params})
             return outputs, None
 
         carry = self._embed(params, prompts), self._embed(params, inputs)
-        (_, x), _ = scan_stack(layer, carry, params["decoder"]["layers"], config=self.config)
-        return self._norm(params, x)
+        (_, x), _ = scan_stack(layer, carry, params["decoder"]["layers"], self._full_layers(), config=self.config)
+        return self._final_norm(params, x)
 
     def prefill(
         self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
     ) -> Any:
         """The cache for sampling: every layer's keys and values of the prompts, and room for the responses."""
         config, decoder = self.config, DecoderLayer(self.config)
-        positions, causal, shared = self._prompt_layout(prompts, prompt_lengths)
+        view = self._by_layer(partial(self._prompt_view, prompts.shape[-1]))
 
-        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, Any]:
-            return decoder.apply({"params": layer_params}, x, positions, causal, method="prompt")
+        def layer(x: Array, layer_params: Any, full: Any) -> tuple[Array, Any]:
+            return decoder.apply({"params": layer_params}, x, view(full), method="prompt")
 
-        _, prompt = scan_stack(layer, self._embed(params, prompts), params["decoder"]["layers"], config=self.config)
+        x, stacked = self._embed(params, prompts), params["decoder"]["layers"]
+        _, prompt = scan_stack(layer, x, stacked, self._full_layers(), config=config)
         shape = (config.layers, len(prompts), samples, max_length, config.kv_heads, config.head_size)
         empty = jnp.zeros(shape, config.dtype)
-        return {
-            "prompt": prompt,
-            "prompt_mask": shared,
-            "prompt_lengths": prompt_lengths,
-            "responses": (empty, empty),
-        }
+        return {"prompt": prompt, "prompt_lengths": prompt_lengths, "responses": (empty, empty)}
 
     def decode_step(
         self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K D"], Any]:
         """Hidden states that predict the token at position `step` from the token before it."""
-        decoder = DecoderLayer(self.config)
-        positions = (cache["prompt_lengths"] - 1 + step)[:, None, None]
-        mask = (jnp.arange(cache["responses"][0].shape[3]) <= step)[None, None, None]
+        decoder, sizes = DecoderLayer(self.config), (cache["prompt"][0].shape[2], cache["responses"][0].shape[3])
+        view = self._by_layer(partial(self._response_view, cache["prompt_lengths"], sizes[0], step[None], sizes[1]))
 
         def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, Any]:
-            prompt, responses = inputs
-            keys, values = prompt
-            segment = layers.Segment(keys, values, cache["prompt_mask"])
-            return decoder.apply({"params": layer_params}, x, positions, segment, mask, responses, step)
+            prompt, responses, full = inputs
+            return decoder.apply({"params": layer_params}, x, view(full), prompt, responses, step)
 
         x, responses = scan_stack(
             layer,
             self._embed(params, tokens[..., None]),
             params["decoder"]["layers"],
-            (cache["prompt"], cache["responses"]),
+            (cache["prompt"], cache["responses"], self._full_layers()),
             config=self.config,
         )
-        return self._norm(params, x)[:, :, 0], {**cache, "responses": responses}
+        return self._final_norm(params, x)[:, :, 0], {**cache, "responses": responses}
 
-    def _prompt_layout(self, prompts: Array, prompt_lengths: Array) -> tuple[Array, Array, Array]:
-        """Positions of the prompt, its causal mask, and the part that responses see: all but the last token."""
-        batch, size = prompts.shape
-        positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
-        return positions, layers.causal_mask(size), layers.prefix_mask(prompt_lengths - 1, size)
+    def _full_layers(self) -> Bool[Array, " L"] | None:
+        """Which layers have no window, or None where no layer has one."""
+        config = self.config
+        return (jnp.arange(config.layers) + 1) % config.full_attention_every == 0 if config.window else None
+
+    def _by_layer(self, view: Callable[[int], View]) -> Callable[[Any], View]:
+        """The view of a layer that has no window (its argument is True, or None), or has one (False)."""
+        full = view(0)
+        if not self.config.window:
+            return lambda _: full
+        local = view(self.config.window)
+        return lambda is_full: jax.tree.map(partial(jnp.where, is_full), full, local)
+
+    def _prompt_view(self, size: int, window: int) -> View:
+        positions = jnp.arange(size)
+        return View(self._rotation(positions[None], window), layers.causal_mask(positions, positions, window))
+
+    def _response_view(
+        self, prompt_lengths: Array, prompt_size: int, queries: Int[Array, "Q"], size: int, window: int
+    ) -> View:
+        """The view of responses of `size` at `queries`; of the prompt they see all but the last token."""
+        positions = (prompt_lengths[:, None] - 1 + queries)[:, None]
+        prompt = layers.prefix_mask(prompt_lengths - 1, prompt_size)
+        if window:
+            prompt &= positions[..., None] - jnp.arange(prompt_size) < window
+        own = layers.causal_mask(queries, jnp.arange(size), window)
+        return View(self._rotation(positions, window), own, prompt)
+
+    def _rotation(self, positions: Array, window: int) -> rope.Rotation:
+        return rope.rotation(positions, rope.frequencies(self.config, local=window > 0))
 
     def _embed(self, params: Any, tokens: Array) -> Array:
-        return constrain_stream(params["token_embedder"]["embedding"].astype(self.config.dtype)[tokens])
+        x = params["token_embedder"]["embedding"].astype(self.config.dtype)[tokens]
+        if self.config.embedding_scale == "sqrt_width":
+            x *= jnp.asarray(self.config.width**0.5, x.dtype)
+        return constrain_stream(x)
 
-    def _norm(self, params: Any, x: Array) -> Any:
-        return layers.RMSNorm(self.config.dtype).apply({"params": params["decoder"]["decoder_norm"]}, x)
+    def _final_norm(self, params: Any, x: Array) -> Any:
+        return _norm(self.config).apply({"params": params["decoder"]["decoder_norm"]}, x)

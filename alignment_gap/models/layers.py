@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from alignment_gap.sharding import constrain
@@ -19,38 +20,59 @@ MASKED = -1e30
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm without mean or bias, computed in float32."""
+    """Root-mean-square norm without mean or bias, computed in float32.
+
+    Attributes:
+      dtype: of the result.
+      epsilon: added to the mean square.
+      form: "scale" multiplies by a parameter that starts at 1, "one_plus_scale" by 1 plus one that starts at 0.
+      axis: logical name of the normalised axis.
+    """
 
     dtype: Any = jnp.float32
     epsilon: float = 1e-6
+    form: str = "scale"
+    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """The normalised input times a learned scale, in `dtype`."""
-        scale: Any = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
+        offset = 1.0 if self.form == "one_plus_scale" else 0.0
+        initializer = nn.with_logical_partitioning(nn.initializers.constant(1.0 - offset), (self.axis,))
+        scale: Any = self.param("scale", initializer, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
-        return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.epsilon) * scale).astype(self.dtype)
+        return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.epsilon) * (scale + offset)).astype(
+            self.dtype
+        )
 
 
 def projection(
-    features: int | tuple[int, ...], axes: tuple[str, ...], *, inputs: int = 1, variance: float = 1.0, dtype: Any
+    features: int | tuple[int, ...],
+    axes: tuple[str, ...],
+    *,
+    inputs: int = 1,
+    variance: float = 1.0,
+    bias: bool = False,
+    dtype: Any,
 ) -> nn.DenseGeneral:
-    """A linear map without bias whose kernel carries logical axis names.
+    """A linear map whose kernel and bias carry logical axis names.
 
     Args:
       features: size or sizes of the output axes.
       axes: logical names of the kernel's axes, inputs first.
       inputs: how many trailing axes of the input are contracted.
       variance: of the initial kernel, times fan-in.
-      dtype: of the computation; the kernel is float32.
+      bias: whether one is added.
+      dtype: of the computation; the parameters are float32.
     """
     initializer = nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
     return nn.DenseGeneral(
         features,
         axis=tuple(range(-inputs, 0)),
-        use_bias=False,
+        use_bias=bias,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(initializer, axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[inputs:]),
     )
 
 
@@ -90,10 +112,13 @@ class Segment(NamedTuple):
     bias: Float[Array, "H Q S"] | None = None
 
 
-def attend(query: Float[Array, "B K Q H D"], segments: Sequence[Segment], *, scale: float) -> Float[Array, "B K Q H D"]:
+def attend(
+    query: Float[Array, "B K Q H D"], segments: Sequence[Segment], *, scale: float, soft_cap: float | None = None
+) -> Float[Array, "B K Q H D"]:
     """Softmax attention over the concatenation of segments; a shared segment's keys are never copied per row.
 
-    H query heads read G key heads, G dividing H (multi-head, grouped or multi-query). Logits and softmax are float32.
+    H query heads read G key heads, G dividing H (multi-head, grouped or multi-query). Logits and softmax are float32;
+    a soft cap bounds the logits before bias and mask.
     """
     batch, rows, length, heads, size = query.shape
     query = constrain(query, "batch", None, None, "heads", "kv")
@@ -104,6 +129,8 @@ def attend(query: Float[Array, "B K Q H D"], segments: Sequence[Segment], *, sca
     for segment in segments:
         keys = "bsgd" if segment.keys.ndim == 4 else "bksgd"
         logit = jnp.einsum(f"bkqghd,{keys}->bkghqs", query, segment.keys, preferred_element_type=jnp.float32)
+        if soft_cap is not None:
+            logit = soft_cap * jnp.tanh(logit / soft_cap)
         if segment.bias is not None:
             logit += segment.bias.reshape(groups, heads // groups, *segment.bias.shape[1:])
         logits.append(jnp.where(segment.mask[:, :, None, None], logit, MASKED))
@@ -153,25 +180,32 @@ def relative_position_bucket(
         distance = jnp.abs(distance)
     else:
         distance = jnp.maximum(-distance, 0)
+    starts = jnp.asarray(_bucket_starts(buckets, max_distance))
+    return offset + jnp.searchsorted(starts, distance, side="right", method="compare_all").astype(distance.dtype)
+
+
+@functools.cache
+def _bucket_starts(buckets: int, max_distance: int) -> np.ndarray:
+    """The smallest distance of every bucket but the first, in exact integers: a logarithm would miss by its last bit.
+
+    With e = buckets / 2 and n = buckets - e, bucket e + i begins where n log(d/e) / log(max/e) reaches i, which is
+    where d^n reaches max^i e^(n-i).
+    """
     exact = buckets // 2
-    far = jnp.log(jnp.maximum(distance, 1) / exact) / math.log(max_distance / exact)
-    far_bucket = jnp.minimum(exact + (far * (buckets - exact)).astype(distance.dtype), buckets - 1)
-    return offset + jnp.where(distance < exact, distance, far_bucket)
+    far = buckets - exact
+    starts, distance = list(range(1, exact + 1)), exact
+    for i in range(1, far):
+        while distance**far < max_distance**i * exact ** (far - i):
+            distance += 1
+        starts.append(distance)
+    return np.asarray(starts, np.int32)
 
 
-def rotate(x: Float[Array, "*B T H D"], positions: Int[Array, "*B T"], base: float) -> Float[Array, "*B T H D"]:
-    """Rotary position embedding: pairs (i, i + D/2) of each head turned by position * base^(-2i/D) (2104.09864)."""
-    half = x.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def causal_mask(size: int) -> Bool[Array, "1 1 T T"]:
-    """True where the key is not after the query."""
-    return jnp.tril(jnp.ones((size, size), dtype=bool))[None, None]
+def causal_mask(queries: Int[Array, "Q"], keys: Int[Array, "S"], window: int = 0) -> Bool[Array, "1 1 Q S"]:
+    """True where the key's position is not after the query's, and within a window of so many tokens where given."""
+    distance = queries[:, None] - keys
+    mask = distance >= 0
+    return ((mask & (distance < window)) if window else mask)[None, None]
 
 
 def embedding(key: Array, vocabulary_size: int, width: int, stddev: float = 1.0) -> nn.LogicallyPartitioned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,10 +17,23 @@ from alignment_gap.sharding import constrain
 
 
 class Output(NamedTuple):
-    """How hidden states become logits: scale * hidden @ embedding.T."""
+    """How hidden states become logits: z = scale * hidden @ embedding.T, then soft_cap * tanh(z / soft_cap).
+
+    Attributes:
+      embedding: of the output; its rows may be those of a few tokens only.
+      scale: multiplies the logits.
+      soft_cap: bound of the absolute logits, or None.
+    """
 
     embedding: Float[Array, "V D"]
-    scale: float
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The logits of every token at once, accumulated in float32; for training see `losses.token_log_probs`."""
+        embedding = self.embedding.astype(hidden.dtype)
+        logits = self.scale * jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+        return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
 
 class Policy(Protocol):
@@ -36,7 +50,7 @@ class Policy(Protocol):
         """Fresh parameters, each in a box with its logical axis names."""
 
     def output(self, params: Any) -> Output:
-        """The output embedding and the scale of its logits."""
+        """The output embedding, and the scale and soft cap of its logits."""
 
     def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"]) -> Int[Array, "B"]:
         """The input that predicts each response's first token."""
@@ -81,8 +95,8 @@ def score(
 ) -> Float[Array, "B K R"]:
     """Log-probs in nats of every response token given its prompt and what precedes it; float32, 0 at padding."""
     hidden = response_hidden(policy, params, prompts, prompt_lengths, responses)
-    embedding, scale = policy.output(params)
-    log_probs = losses.token_log_probs(hidden, embedding, responses, scale=scale)
+    embedding, scale, soft_cap = policy.output(params)
+    log_probs = losses.token_log_probs(hidden, embedding, responses, scale=scale, soft_cap=soft_cap)
     mask = jnp.arange(responses.shape[-1]) < response_lengths[..., None]
     return jnp.where(mask, log_probs, 0.0)
 
@@ -93,17 +107,28 @@ def count_parameters(policy: Policy) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
-def check_sizes(config: Any) -> None:
-    """Raises UserError with field, value and remedy where a model's config cannot be built."""
+def check_sizes(config: Any, *, optional: Collection[str] = ()) -> None:
+    """Raises UserError with field, value and remedy where a model's config cannot be built.
+
+    Numbers must be positive; those of the `optional` fields may be 0, which turns them off.
+    """
     name = type(config).__name__
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
-            raise UserError(f"{name}.{field.name} is {value}: it must be positive")
-    if config.remat not in REMAT_POLICIES:
-        raise UserError(f"{name}.remat is {config.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
-    if config.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"{name}.dtype is {config.dtype!r}: choose float32 or bfloat16")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if value < 0 or (value == 0 and field.name not in optional):
+            remedy = "it must be positive, or 0 for none" if field.name in optional else "it must be positive"
+            raise UserError(f"{name}.{field.name} is {value}: {remedy}")
+    check_choice(config, "remat", tuple(REMAT_POLICIES))
+    check_choice(config, "dtype", ("float32", "bfloat16"))
     heads, kv_heads = config.heads, getattr(config, "kv_heads", config.heads)
     if heads % kv_heads:
         raise UserError(f"{name}.kv_heads is {kv_heads}: it must divide heads={heads}")
+
+
+def check_choice(config: Any, field: str, choices: Sequence[str]) -> None:
+    """Raises UserError where a setting is none of its choices."""
+    value = getattr(config, field)
+    if value not in choices:
+        raise UserError(f"{type(config).__name__}.{field} is {value!r}: choose one of {', '.join(choices)}")

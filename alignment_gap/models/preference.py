@@ -118,9 +118,10 @@ class PreferenceModel:
         text, lengths = (jnp.stack(part, axis=1) for part in zip(*contexts, strict=True))
         hidden = response_hidden(self.policy, params, prompts, prompt_lengths, text)
         answer = jnp.take_along_axis(hidden, lengths[..., None, None], axis=2)[:, :, 0].astype(jnp.float32)
-        embedding, scale = self.policy.output(params)
-        direction = embedding[self.markers.first_better] - embedding[self.markers.second_better]
-        return scale * answer @ direction.astype(jnp.float32)
+        output = self.policy.output(params)
+        labels = output.embedding[jnp.array([self.markers.first_better, self.markers.second_better])]
+        logits = output._replace(embedding=labels).logits(answer)
+        return logits[..., 0] - logits[..., 1]
 
     def _context(
         self, responses: Array, response_lengths: Array, row: tuple[int, ...]

@@ -188,7 +188,7 @@ class T5Policy:
         """The output embedding and the scale of its logits."""
         if self.config.tied_embeddings:
             return Output(params["token_embedder"]["embedding"], self.config.width**-0.5)
-        return Output(params["output_embedder"]["embedding"], 1.0)
+        return Output(params["output_embedder"]["embedding"])
 
     def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"]) -> Int[Array, "B"]:
         """T5's decoder starts from id 0."""
@@ -206,7 +206,7 @@ class T5Policy:
         prompt_mask = self._prompt_mask(prompts, prompt_lengths)
         positions = jnp.arange(inputs.shape[-1])
         bias: Any = self._relative_bias(False).apply({"params": params["decoder"]["relpos_bias"]}, positions, positions)
-        mask = layers.causal_mask(inputs.shape[-1])
+        mask = layers.causal_mask(positions, positions)
         decoder = DecoderLayer(self.config)
 
         def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
@@ -247,7 +247,7 @@ class T5Policy:
         positions = jnp.arange(cache["responses"][0].shape[3])
         bias_params = {"params": params["decoder"]["relpos_bias"]}
         bias: Any = self._relative_bias(False).apply(bias_params, step[None], positions)
-        mask = (positions <= step)[None, None, None]
+        mask = layers.causal_mask(step[None], positions)
         decoder = DecoderLayer(self.config)
 
         def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, Any]:

@@ -78,7 +78,7 @@ def sample(
 
     A response's token t is drawn with its key folded with t; decoding stops when all rows have ended.
     """
-    embedding, scale = policy.output(params)
+    output = policy.output(params)
     batch, samples = keys.shape
     cache = policy.prefill(params, prompts, prompt_lengths, samples, max_length)
     start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None], (batch, samples))
@@ -94,9 +94,7 @@ def sample(
     def step(state: Any) -> Any:
         position, tokens, ended, cache, drawn = state
         hidden, cache = policy.decode_step(params, cache, position, tokens)
-        logits = scale * jnp.einsum(
-            "bkd,vd->bkv", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        logits = output.logits(hidden)
         restricted = restrict(logits, config)
         token_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, position)
         tokens = jax.vmap(jax.vmap(jax.random.categorical))(token_keys, restricted).astype(tokens.dtype)

@@ -1,6 +1,7 @@
 """Both policies once more, in plain numpy at float64: one response, no cache, no loop over stacked layers, no sharing.
 
-Written from the papers: T5 (1910.10683, with the gated GELU of 2002.05202), PaLM (2204.02311), RoPE (2104.09864).
+Written from the papers: T5 (1910.10683, with the gated GELU of 2002.05202), PaLM (2204.02311), RoPE (2104.09864),
+Gemma (2403.08295, 2408.00118, 2503.19786), Llama 3 (2407.21783), Qwen 2 and 3 (2407.10671, 2505.09388).
 """
 
 import math
@@ -37,8 +38,8 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def norm(x, scale):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+def norm(x, scale, epsilon=1e-6):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
 
 
 def gelu(x):
@@ -50,23 +51,49 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def attention(query, key, value, *, bias=0.0, mask, scale):
+def cap(logits, bound):
+    return bound * np.tanh(logits / bound) if bound else logits
+
+
+def attention(query, key, value, *, bias=0.0, mask, scale, soft_cap=0.0):
     """Query [Q, H, C], key and value [S, G, C]; each group of H / G query heads reads one key head."""
     output = np.zeros_like(query)
     for head in range(query.shape[1]):
         group = head // (query.shape[1] // key.shape[1])
-        logits = scale * query[:, head] @ key[:, group].T
+        logits = cap(scale * query[:, head] @ key[:, group].T, soft_cap)
         logits = logits + (bias if np.isscalar(bias) else bias[head])
         output[:, head] = softmax(np.where(mask, logits, -1e9)) @ value[:, group]
     return output
 
 
-def rope(x, positions, base):
-    """Pair i of a head, its components i and i + C/2, as a complex number turned by position / base^(2i/C)."""
+def rope(x, positions, frequencies):
+    """Pair i of a head, its components i and i + C/2, as a complex number turned by position * frequencies[i]."""
     half = x.shape[-1] // 2
-    turn = np.exp(1j * np.outer(positions, base ** (-2 * np.arange(half) / x.shape[-1])))[:, None]
+    turn = np.exp(1j * np.outer(positions, frequencies))[:, None]
     turned = (x[..., :half] + 1j * x[..., half:]) * turn
     return np.concatenate([turned.real, turned.imag], -1)
+
+
+def rope_frequencies(config, *, local):
+    """Of each pair of a head; Llama 3.1's scaling goes by wavelength in tokens."""
+    base = config.rope_local_base if local and config.rope_local_base else config.rope_base
+    found = [base ** (-2 * pair / config.head_size) for pair in range(config.head_size // 2)]
+    if config.rope_scaling == "none" or (local and config.rope_local_base):
+        return np.array(found)
+    if config.rope_scaling == "linear":
+        return np.array(found) / config.rope_scaling_factor
+    longest = config.rope_original_length / config.rope_low_frequency_factor
+    shortest = config.rope_original_length / config.rope_high_frequency_factor
+    for pair, frequency in enumerate(found):
+        wavelength = 2 * math.pi / frequency
+        if wavelength > longest:
+            found[pair] = frequency / config.rope_scaling_factor
+        elif wavelength > shortest:
+            smooth = (config.rope_original_length / wavelength - config.rope_low_frequency_factor) / (
+                config.rope_high_frequency_factor - config.rope_low_frequency_factor
+            )
+            found[pair] = (1 - smooth) * frequency / config.rope_scaling_factor + smooth * frequency
+    return np.array(found)
 
 
 def _split(x, kernel):
@@ -127,21 +154,58 @@ def t5_logits(config, params, prompt, response):
     return x @ params["output_embedder"]["embedding"].T
 
 
+def _decoder_norm(x, params, config):
+    scale = params["scale"] + 1 if config.norm == "one_plus_scale" else params["scale"]
+    return norm(x, scale, config.norm_epsilon)
+
+
+def _decoder_attention(config, index, layer, y):
+    """Layer `index` of a decoder, its self-attention over one sequence y [S, D] of normalised inputs."""
+    local = config.window > 0 and (index + 1) % config.full_attention_every != 0
+    positions = np.arange(len(y))
+    distance = positions[:, None] - positions
+    mask = (distance >= 0) & (distance < config.window) if local else distance >= 0
+    heads = {name: _split(y, layer[name]["kernel"]) for name in ("query", "key", "value")}
+    if config.query_key_value_bias:
+        heads = {name: head + layer[name]["bias"] for name, head in heads.items()}
+    if config.query_key_norm:
+        heads |= {name: _decoder_norm(heads[name], layer[f"{name}_norm"], config) for name in ("query", "key")}
+    frequencies = rope_frequencies(config, local=local)
+    mixed = attention(
+        rope(heads["query"], positions, frequencies),
+        rope(heads["key"], positions, frequencies),
+        heads["value"],
+        mask=mask,
+        scale=1 / math.sqrt(config.query_pre_attention_scalar or config.head_size),
+        soft_cap=config.attention_soft_cap,
+    )
+    return _merge(mixed, layer["out"]["kernel"])
+
+
 def decoder_logits(config, params, prompt, response):
     """Logits [R, V] of each token of one response: prompt and response are one sequence."""
     table, decoder = params["token_embedder"]["embedding"], params["decoder"]
-    tokens = np.concatenate([prompt, response[:-1]]).astype(int)
-    positions, causal = np.arange(len(tokens)), np.tril(np.ones((len(tokens), len(tokens)), bool))
-    x = table[tokens]
+    activation = {"silu": silu, "gelu": gelu}[config.activation]
+    x = table[np.concatenate([prompt, response[:-1]]).astype(int)]
+    if config.embedding_scale == "sqrt_width":
+        x = x * math.sqrt(config.width)
     for index in range(config.layers):
         layer = _layer(decoder["layers"], index)
-        y = norm(x, layer["pre_layer_norm"]["scale"])
-        query, key = (rope(_split(y, layer[name]["kernel"]), positions, config.rope_base) for name in ("query", "key"))
-        value = _split(y, layer["value"]["kernel"])
-        mixed = attention(query, key, value, mask=causal, scale=1 / math.sqrt(config.head_size))
-        x = x + _merge(mixed, layer["out"]["kernel"]) + _mlp(y, layer["mlp"], silu)
-    x = norm(x, decoder["decoder_norm"]["scale"])
-    return (x @ table.T / math.sqrt(config.width))[len(prompt) - 1 :]
+
+        def normed(y, name, layer=layer):
+            return _decoder_norm(y, layer[name], config)
+
+        def behind(y, name):
+            return normed(y, name) if config.post_norms else y
+
+        y = normed(x, "pre_layer_norm" if config.block == "parallel" else "pre_attention_layer_norm")
+        x = x + behind(_decoder_attention(config, index, layer, y), "post_attention_layer_norm")
+        y = y if config.block == "parallel" else normed(x, "pre_mlp_layer_norm")
+        x = x + behind(_mlp(y, layer["mlp"], activation), "post_mlp_layer_norm")
+    x = _decoder_norm(x, decoder["decoder_norm"], config)
+    output = table if config.tied_embeddings else params["output_embedder"]["embedding"]
+    scale = 1 / math.sqrt(config.width) if config.logits_scale == "inverse_sqrt_width" else 1.0
+    return cap(scale * x @ output.T, config.logits_soft_cap)[len(prompt) - 1 :]
 
 
 def logits_of(config, params, prompt, response):

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from numpy_models import attention, relative_bucket
 
-from alignment_gap.models.layers import Segment, attend, prefix_mask, relative_position_bucket, rotate, update_cache
+from alignment_gap.models.layers import (
+    RMSNorm,
+    Segment,
+    attend,
+    causal_mask,
+    prefix_mask,
+    relative_position_bucket,
+    update_cache,
+)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -33,8 +41,24 @@ def _normal(rng, *shape):
     return rng.standard_normal(shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_buckets_equal_the_float32_logarithms_of_t5x_and_transformers(bidirectional):
+    """T5X adds an epsilon inside of the logarithm, transformers does not; at T5's sizes no distance falls between."""
+    distances = np.arange(-512, 513)
+    buckets = 16 if bidirectional else 32
+    exact, near = buckets // 2, np.abs(distances) if bidirectional else np.maximum(-distances, 0)
+    offset = np.where(distances > 0, 16, 0) if bidirectional else 0
+    ours = relative_position_bucket(jnp.asarray(distances), bidirectional, 32, 128)
+    for epsilon in (np.finfo(np.float32).eps, np.float32(0)):
+        ratio = np.log(np.maximum(near, 1).astype(np.float32) / np.float32(exact) + epsilon)
+        far = ratio / np.float32(np.log(128 / exact)) * np.float32(buckets - exact)
+        far = np.minimum(exact + far.astype(np.int32), buckets - 1)
+        np.testing.assert_array_equal(ours, offset + np.where(near < exact, near, far))
+
+
+@pytest.mark.parametrize("soft_cap", [None, 0.7])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_attend_is_softmax_over_both_segments(key_heads):
+def test_attend_is_softmax_over_both_segments(key_heads, soft_cap):
     rng = np.random.default_rng(0)
     b, k, q, shared, own, heads, size = 2, 3, 4, 5, 6, 4, 7
     query = _normal(rng, b, k, q, heads, size)
@@ -44,7 +68,7 @@ def test_attend_is_softmax_over_both_segments(key_heads):
     own_mask[..., 0] = True
     bias = _normal(rng, heads, q, own)
     segments = [Segment(shared_keys, shared_values, shared_mask), Segment(own_keys, own_values, own_mask, bias)]
-    output = jax.jit(partial(attend, scale=0.3))(query, segments)
+    output = jax.jit(partial(attend, scale=0.3, soft_cap=soft_cap))(query, segments)
     full_bias = np.concatenate([np.zeros((heads, q, shared)), bias], -1)
     for i, j in np.ndindex(b, k):
         expected = attention(
@@ -54,8 +78,21 @@ def test_attend_is_softmax_over_both_segments(key_heads):
             bias=full_bias,
             mask=np.concatenate([np.broadcast_to(shared_mask[i, 0], (q, shared)), own_mask[i, j]], -1),
             scale=0.3,
+            soft_cap=soft_cap,
         )
         np.testing.assert_allclose(output[i, j], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("form", "start"), [("scale", 1.0), ("one_plus_scale", 0.0)])
+def test_norm_by_hand(form, start):
+    # The mean square of (3, 4) is 12.5, with epsilon 16.
+    norm = RMSNorm(epsilon=3.5, form=form, axis="kv")
+    x = jnp.array([3.0, 4.0])
+    boxed = norm.init(jax.random.key(0), x)["params"]["scale"]
+    assert boxed.names == ("kv",)
+    np.testing.assert_array_equal(boxed.value, [start, start])
+    scale = {"scale": jnp.array([2.0, 1.0]) - (1.0 - start)}
+    np.testing.assert_allclose(norm.apply({"params": scale}, x), [1.5, 1.0], rtol=1e-6)
 
 
 def test_attend_is_finite_where_a_whole_row_is_masked():
@@ -70,32 +107,10 @@ def test_attend_is_finite_where_a_whole_row_is_masked():
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
-def test_rotated_dot_products_depend_on_the_relative_position_only():
-    rng = np.random.default_rng(2)
-    query, key = jnp.asarray(_normal(rng, 8)), jnp.asarray(_normal(rng, 8))
-
-    @jax.jit
-    def dot(query_position, key_position):
-        def turn(x, position):
-            return rotate(x[None, None], position[None], 10000.0)[0, 0]
-
-        return turn(query, query_position) @ turn(key, key_position)
-
-    np.testing.assert_allclose(dot(*jnp.array([3, 1])), dot(*jnp.array([103, 101])), rtol=1e-4)
-    np.testing.assert_allclose(dot(*jnp.array([7, 7])), query @ key, rtol=1e-5)
-    assert abs(dot(*jnp.array([3, 1])) - dot(*jnp.array([3, 2]))) > 1e-2
-
-
-def test_rotation_by_hand():
-    # One pair of components, frequency 1: a quarter turn takes (1, 0) to (0, 1), up to the angle of one radian a step.
-    turned = rotate(jnp.array([[[1.0, 0.0]]]), jnp.array([2]), 10000.0)
-    np.testing.assert_allclose(turned[0, 0], [np.cos(2.0), np.sin(2.0)], rtol=1e-6)
-
-
-def test_rotation_keeps_lengths():
-    x = jnp.asarray(_normal(np.random.default_rng(3), 5, 2, 6))
-    turned = rotate(x, jnp.arange(5), 100.0)
-    np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+def test_causal_mask_by_hand():
+    queries, keys = jnp.array([1, 3]), jnp.arange(4)
+    np.testing.assert_array_equal(causal_mask(queries, keys)[0, 0], [[1, 1, 0, 0], [1, 1, 1, 1]])
+    np.testing.assert_array_equal(causal_mask(queries, keys, 2)[0, 0], [[1, 1, 0, 0], [0, 0, 1, 1]])
 
 
 def test_prefix_mask_by_hand():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_models import logits_of, score_rows
-from tiny_models import CONFIGS, make_batch, random_params, texts
+from tiny_models import CONFIGS, SETTINGS, make_batch, random_params, texts
 
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config, count_parameters, make_policy, score
@@ -33,8 +33,7 @@ def _logits(policy, params):
     @jax.jit
     def logits(params):
         hidden = response_hidden(policy, params, BATCH.prompts, BATCH.prompt_lengths, BATCH.responses)
-        embedding, scale = policy.output(params)
-        return scale * hidden @ embedding.T
+        return policy.output(params).logits(hidden)
 
     return logits(params)
 
@@ -89,6 +88,35 @@ def test_tied_t5_equals_the_numpy_model():
     params = random_params(policy, 1)
     expected = score_rows(policy.config, params, *map(np.asarray, texts(BATCH)))
     np.testing.assert_allclose(jax.jit(partial(score, policy))(params, *texts(BATCH)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_the_decoder_equal_the_numpy_model(name):
+    policy = make_policy(SETTINGS[name])
+    params = random_params(policy, 2)
+    expected = score_rows(policy.config, params, *map(np.asarray, texts(BATCH)))
+    np.testing.assert_allclose(jax.jit(partial(score, policy))(params, *texts(BATCH)), expected, rtol=1e-4, atol=1e-4)
+    initial = nn.meta.unbox(jax.jit(policy.init)(jax.random.key(3)))
+    assert 0.3 < float(jnp.std(_logits(policy, initial))) < 3
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_decoding_with_windows_equals_scoring(name):
+    policy = make_policy(SETTINGS[name])
+    params, (prompts, lengths, responses, _) = random_params(policy, 2), texts(BATCH)
+
+    @jax.jit
+    def stepwise(params):
+        cache, tokens = policy.prefill(params, prompts, lengths, 3, 5), policy.start_tokens(prompts, lengths)
+        tokens, found = jnp.broadcast_to(tokens[:, None], (4, 3)), []
+        for step in range(5):
+            hidden, cache = policy.decode_step(params, cache, jnp.int32(step), tokens)
+            tokens = responses[..., step]
+            found.append(hidden)
+        return jnp.stack(found, 2)
+
+    whole = jax.jit(partial(response_hidden, policy))(params, prompts, lengths, responses)
+    np.testing.assert_allclose(stepwise(params), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_responses_of_one_prompt_do_not_see_each_other(scorer, params, scores):
@@ -179,7 +207,7 @@ def test_bfloat16_is_close(policy, params, scores):
     [
         (T5Config(), {"width": 0}, r"T5Config\.width is 0: it must be positive"),
         (T5Config(), {"remat": "some"}, "remat is 'some': choose one of none, full, dots"),
-        (T5Config(), {"dtype": "float16"}, "dtype is 'float16': choose float32 or bfloat16"),
+        (T5Config(), {"dtype": "float16"}, "dtype is 'float16': choose one of float32, bfloat16"),
         (T5Config(), {"relative_position_buckets": 2}, "relative_position_buckets is 2: it must be at least 4"),
         (
             T5Config(),
@@ -188,6 +216,9 @@ def test_bfloat16_is_close(policy, params, scores):
         ),
         (DecoderConfig(), {"layers": -1}, r"DecoderConfig\.layers is -1: it must be positive"),
         (DecoderConfig(), {"kv_heads": 3}, "kv_heads is 3: it must divide heads=4"),
+        (DecoderConfig(), {"window": -1}, r"DecoderConfig\.window is -1: it must be positive, or 0 for none"),
+        (DecoderConfig(), {"window": 4}, "window is 4 with full_attention_every=1: set both"),
+        (DecoderConfig(), {"block": "series"}, "block is 'series': choose one of parallel, serial"),
         (DecoderConfig(), {"head_size": 7}, "head_size is 7: rotary positions need it even"),
     ],
 )

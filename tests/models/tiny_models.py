@@ -1,5 +1,6 @@
 """Policies and batches that are as small as can be, for the tests of models, sampling, sharding and training."""
 
+import dataclasses
 import functools
 
 import jax
@@ -24,6 +25,40 @@ CONFIGS = {
         relative_position_max_distance=12,
     ),
     "decoder": DecoderConfig(vocabulary_size=13, width=12, layers=3, heads=4, kv_heads=2, head_size=6, mlp_width=7),
+}
+# The decoder with the settings of each family of checkpoints; windows are shorter than prompt and response together.
+_SERIAL = dataclasses.replace(CONFIGS["decoder"], block="serial", logits_scale="one", rope_base=100.0)
+_GEMMA = dataclasses.replace(_SERIAL, activation="gelu", norm="one_plus_scale", embedding_scale="sqrt_width")
+SETTINGS = {
+    "gemma": dataclasses.replace(_GEMMA, kv_heads=1, norm_epsilon=1e-3),
+    "gemma2": dataclasses.replace(
+        _GEMMA,
+        post_norms=True,
+        attention_soft_cap=0.5,
+        logits_soft_cap=1.5,
+        query_pre_attention_scalar=3.0,
+        window=3,
+        full_attention_every=2,
+    ),
+    "gemma3": dataclasses.replace(
+        _GEMMA,
+        post_norms=True,
+        query_key_norm=True,
+        window=2,
+        full_attention_every=3,
+        rope_scaling="linear",
+        rope_scaling_factor=8.0,
+        rope_local_base=10.0,
+    ),
+    "llama3": dataclasses.replace(
+        _SERIAL,
+        tied_embeddings=False,
+        rope_scaling="llama3",
+        rope_scaling_factor=8.0,
+        rope_original_length=64,
+    ),
+    "qwen2": dataclasses.replace(_SERIAL, query_key_value_bias=True),
+    "qwen3": dataclasses.replace(_SERIAL, query_key_norm=True, kv_heads=4),
 }
 # Sizes that two and eight devices divide.
 EVEN_CONFIGS = {

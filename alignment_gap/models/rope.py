@@ -1,0 +1,70 @@
+"""Rotary positions (2104.09864), with the scalings that pretrained checkpoints use for contexts beyond their first."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from alignment_gap.errors import UserError
+
+SCALINGS = ("none", "linear", "llama3")
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the angles that positions turn the pairs of a head by, the same for every head."""
+
+    cos: Float[Array, "*B T 1 half"]
+    sin: Float[Array, "*B T 1 half"]
+
+
+def check(config: Any) -> None:
+    """Raises UserError where a decoder's settings of the scaling contradict each other."""
+    if config.rope_scaling == "none" and config.rope_scaling_factor != 1:
+        raise UserError(
+            f"DecoderConfig.rope_scaling_factor is {config.rope_scaling_factor} without a scaling: "
+            "set rope_scaling to linear or llama3"
+        )
+    if config.rope_high_frequency_factor <= config.rope_low_frequency_factor:
+        raise UserError(
+            f"DecoderConfig.rope_high_frequency_factor is {config.rope_high_frequency_factor}: "
+            f"it must be above rope_low_frequency_factor={config.rope_low_frequency_factor}"
+        )
+
+
+def frequencies(config: Any, *, local: bool = False) -> Float[np.ndarray, " half"]:
+    """Radians per token of every pair of a head, float64: base^(-2i/head_size), scaled as a decoder's config says.
+
+    Args:
+      config: a `DecoderConfig`.
+      local: of a layer with a sliding window, which may have a base of its own, without scaling.
+    """
+    base = (config.rope_local_base if local else 0.0) or config.rope_base
+    plain = base ** (-2.0 * np.arange(config.head_size // 2) / config.head_size)
+    if config.rope_scaling == "none" or (local and config.rope_local_base):
+        return plain
+    slow = plain / config.rope_scaling_factor
+    if config.rope_scaling == "linear":
+        return slow
+    # Llama 3.1: turns per original context below `low` are slowed in full, above `high` not, between in proportion.
+    low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
+    turns = config.rope_original_length * plain / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return kept * plain + (1 - kept) * slow
+
+
+def rotation(positions: Int[Array, "*B T"], frequencies: Float[np.ndarray, " half"]) -> Rotation:
+    """Pair i is turned by position * frequencies[i] radians; float32."""
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "*B T H D"], turn: Rotation) -> Float[Array, "*B T H D"]:
+    """Turns the pairs (i, i + D/2) of each head; computed in float32."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    turned = [first * turn.cos - second * turn.sin, second * turn.cos + first * turn.sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
