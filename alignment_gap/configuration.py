@@ -40,6 +40,8 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], path: str = "config"
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
+    if value is None and type(None) in typing.get_args(hint):
+        return None
     choices = [choice for choice in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(choice)]
     if choices:
         if not isinstance(value, Mapping):

@@ -52,7 +52,8 @@ def main(arguments: list[str]) -> None:
     import jax
     from tqdm import tqdm
 
-    from alignment_gap.training.job import CHECKPOINTS, run_job
+    from alignment_gap.checkpoints import CHECKPOINTS
+    from alignment_gap.training.job import run_job
 
     if values.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(values.compilation_cache))

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from alignment_gap.checkpoints import CHECKPOINTS, network_of
 from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.data.records import Example
 from alignment_gap.data.source import offline_source
@@ -17,7 +18,7 @@ from alignment_gap.data.task import task_rubric, task_vocabulary
 from alignment_gap.data.vocabulary import extra_id
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.metrics import make_divergence, make_judge
-from alignment_gap.models import PreferenceModel, make_policy
+from alignment_gap.models import Policy, PreferenceModel, make_policy
 from alignment_gap.models.preference import Markers
 from alignment_gap.sampling import make_generate
 from alignment_gap.sharding import LogicalMesh, batch_sharding, replicated
@@ -37,8 +38,6 @@ from alignment_gap.training import (
     state_from_params,
     train,
 )
-
-CHECKPOINTS = "checkpoints"
 
 
 class Bench:
@@ -104,18 +103,19 @@ class Bench:
         optimizer: OptimizerConfig,
         source: Source,
         checkpoint_steps: Sequence[int],
-        network: Any,
+        network: Policy | PreferenceModel,
         params: Any | None = None,
         on_checkpoint: Callable[[int, list[PreferenceBatch]], None] | None = None,
     ) -> None:
         """Trains a network into `folder`, from `params` or from fresh ones; goes on where an earlier call stopped."""
         transformation = make_optimizer(optimizer)
-        abstract = abstract_state(network.init, transformation, self.mesh)
+        policy = network.policy if isinstance(network, PreferenceModel) else network
+        abstract = abstract_state(policy.init, transformation, self.mesh)
         if params is None:
-            state = create_state(network.init, transformation, self.mesh, self.key(name))
+            state = create_state(policy.init, transformation, self.mesh, self.key(name))
         else:
             state = state_from_params(params, abstract, transformation)
-        with Checkpoints(folder / CHECKPOINTS) as checkpoints:
+        with Checkpoints(folder / CHECKPOINTS, network_of(network, self.vocabulary.digest)) as checkpoints:
             train(
                 state,
                 make_update_step(objective, transformation, self.mesh, abstract),
@@ -127,7 +127,7 @@ class Bench:
                 progress=progress,
             )
 
-    def params(self, folder: Path, network: Any, step: int | None = None) -> Any:
+    def params(self, folder: Path, network: Policy, step: int | None = None) -> Any:
         """The parameters that a training stage left, of one step or of the last."""
         with Checkpoints(folder / CHECKPOINTS) as checkpoints:
             return checkpoints.restore_params(abstract_params(network.init, self.mesh), step)

@@ -119,7 +119,7 @@ def _train_judge(
         optimizer=config.optimizer,
         source=lambda step, _: batches(step),
         checkpoint_steps=bench.checkpoint_steps(config.steps),
-        network=model.policy,
+        network=model,
         params=bench.params(sft[0], bench.policy) if sft else None,
     )
 

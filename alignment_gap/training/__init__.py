@@ -1,6 +1,6 @@
 """State, optimizers, the update step, checkpoints and the loop that all training shares."""
 
-from alignment_gap.training.checkpoints import Checkpoints
+from alignment_gap.training.checkpoints import Checkpoints, load_policy, load_preference_model
 from alignment_gap.training.loop import Source, make_score, train, with_reference
 from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
 from alignment_gap.training.state import TrainState, abstract_params, abstract_state, create_state, state_from_params
@@ -23,6 +23,8 @@ __all__ = [
     "abstract_params",
     "abstract_state",
     "create_state",
+    "load_policy",
+    "load_preference_model",
     "loss_inputs",
     "make_optimizer",
     "make_score",

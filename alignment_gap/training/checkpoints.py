@@ -1,4 +1,4 @@
-"""Checkpoints of a run: complete or absent, with the parameters readable on their own."""
+"""Checkpoints of a run: complete or absent, saying what network they hold, the parameters readable on their own."""
 
 from __future__ import annotations
 
@@ -9,20 +9,31 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from alignment_gap.checkpoints import Network, check_shapes, find_checkpoint, known_network
+from alignment_gap.checkpoints.layout import NETWORK, PARAMS, first_line
+from alignment_gap.checkpoints.network import to_json
+from alignment_gap.checkpoints.tensors import shapes_of
 from alignment_gap.errors import UserError
-from alignment_gap.training.state import TrainState
+from alignment_gap.models import Policy, PreferenceModel
+from alignment_gap.sharding import LogicalMesh
+from alignment_gap.training.state import TrainState, abstract_params
 
 
 class Checkpoints:
     """The checkpoints in a folder, one per step, written by Orbax; use as a context manager.
 
     A checkpoint appears under its name only when all of it is on disk, so one that a kill cut short is never restored.
+
+    Args:
+      folder: of the checkpoints; made by the first save.
+      network: what they hold, which they then say; not needed to read them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, network: Network | None = None) -> None:
         # Saves block: a study's checkpoints are small, and an error then names the step that failed.
-        options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
         self.folder = folder
+        self._metadata = {NETWORK: to_json(network)} if network else None
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -37,9 +48,10 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """Writes the state under its step."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         rest = {"step": state.step, "optimizer_state": state.optimizer_state}
         items = ocp.args.Composite(params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(rest))
-        self._manager.save(int(jax.device_get(state.step)), args=items)
+        self._manager.save(int(jax.device_get(state.step)), args=items, custom_metadata=self._metadata)
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """The whole state of a step, laid out as `abstract` says."""
@@ -54,41 +66,57 @@ class Checkpoints:
         """The parameters of a step, or of the last one.
 
         Raises:
-          UserError: where there is none, it is damaged, or it is of another model; the first tensor that differs is
-            named with both shapes.
+          UserError: where there is none, it is damaged, or it is of another model: the tensors that differ are named,
+            with both shapes.
         """
         if step is None:
             if not self.steps():
                 raise UserError(f"{self.folder} holds no complete checkpoint: train it first, or give another folder")
             step = self.steps()[-1]
-        _check_shapes(self.folder / str(step) / "params", abstract_params)
+        _check_shapes(self.folder / str(step) / PARAMS, abstract_params)
         return self._restore(step, ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))).params
 
     def _restore(self, step: int, items: Any) -> Any:
         try:
             return self._manager.restore(step, args=items)
         except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"{self.folder}/{step} cannot be restored ({reason}): it is damaged or of another model"
+                f"{self.folder}/{step} cannot be restored ({first_line(error)}): it is damaged or of another model"
             ) from error
 
 
+def load_policy(path: Path, mesh: LogicalMesh, step: int | None = None) -> tuple[Policy, Any]:
+    """The policy that a checkpoint holds and its parameters, laid out over the mesh.
+
+    Args:
+      path: a run's folder, its checkpoints/, or the folder of a step.
+      mesh: the device mesh.
+      step: which of a run's checkpoints; None for the last.
+
+    Raises:
+      UserError: where there is none, it is damaged, or it does not say what network it holds.
+    """
+    folder = find_checkpoint(path, step)
+    policy = known_network(folder).policy()
+    return policy, _load(folder, policy, mesh)
+
+
+def load_preference_model(path: Path, mesh: LogicalMesh, step: int | None = None) -> tuple[PreferenceModel, Any]:
+    """The preference model that a checkpoint holds and its parameters; see `load_policy`."""
+    folder = find_checkpoint(path, step)
+    model = known_network(folder).preference_model()
+    return model, _load(folder, model.policy, mesh)
+
+
+def _load(folder: Path, policy: Policy, mesh: LogicalMesh) -> Any:
+    with Checkpoints(folder.parent) as checkpoints:
+        return checkpoints.restore_params(abstract_params(policy.init, mesh), int(folder.name))
+
+
 def _check_shapes(path: Path, params: Any) -> None:
-    """Raises UserError naming the first parameter that the checkpoint has not, or has in another shape."""
-
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(name, simple=True, separator="."): tuple(leaf.shape) for name, leaf in leaves}
-
+    """Raises UserError naming the parameters that the checkpoint has not, or has in another shape."""
     try:
-        found = shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute())).tree)
+        found = shapes_of(ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute())).tree)
     except (ValueError, KeyError, OSError):
         return  # Damaged: the restore says how.
-    wanted = shapes(params)
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            raise UserError(
-                f"{path} is of another model: {name} has the shape {found.get(name, 'none')}, the model has "
-                f"{wanted.get(name, 'none')}: give the model that it was trained as"
-            )
+    check_shapes(str(path), found, shapes_of(params))

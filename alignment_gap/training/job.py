@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment_gap import losses
+from alignment_gap.checkpoints import CHECKPOINTS, Network, agreed_model, find_checkpoint, read_network
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.data.records import Dataset, open_dataset, verify_dataset
 from alignment_gap.data.source import OfflineSource, offline_source
 from alignment_gap.errors import UserError
 from alignment_gap.folders import claim
-from alignment_gap.models import DecoderConfig, Policy, T5Config, make_policy
+from alignment_gap.models import DecoderConfig, ModelConfig, Policy, T5Config, make_policy
 from alignment_gap.sharding import LogicalMesh, MeshConfig, batch_sharding, make_mesh, replicated
 from alignment_gap.training.checkpoints import Checkpoints
 from alignment_gap.training.loop import Source, make_score, train, with_reference
@@ -33,7 +34,7 @@ from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
 from alignment_gap.training.state import TrainState, abstract_state, create_state, state_from_params
 from alignment_gap.training.update import Objective, make_update_step, policy_objective
 
-CHECKPOINTS, METRICS, CARD = "checkpoints", "metrics.jsonl", "job.json"
+METRICS, CARD = "metrics.jsonl", "job.json"
 # What a resumed run may change: none of it alters the steps that were taken.
 _MAY_CHANGE = ("steps", "checkpoint_every", "log_every")
 
@@ -77,7 +78,7 @@ class JobConfig:
     """One training job.
 
     Attributes:
-      model: the policy.
+      model: the policy; None for the one of `start`.
       loss: what it is trained with.
       dataset: what it is trained on.
       optimizer: its settings.
@@ -93,7 +94,7 @@ class JobConfig:
       reference_step: which of its checkpoints; 0 means the last.
     """
 
-    model: T5Config | DecoderConfig = T5Config()
+    model: T5Config | DecoderConfig | None = None
     loss: LossConfig = LossConfig()
     dataset: DatasetConfig = DatasetConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -124,7 +125,9 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
         or compiled, but for a token id outside of the model's vocabulary, which is found when its batch is read.
     """
     _check_settings(config)
-    mesh, policy = make_mesh(config.mesh), make_policy(config.model)
+    model = _model(config)
+    config = dataclasses.replace(config, model=model)
+    mesh, policy = make_mesh(config.mesh), make_policy(model)
     dataset = open_dataset(config.dataset.folder)
     verify_dataset(dataset)
     batches = _batches(config, dataset, mesh)
@@ -133,10 +136,12 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
     abstract = abstract_state(policy.init, optimizer, mesh)
     needs_reference = _needs_reference(config, dataset)
     _check_loss(config, objective, abstract, batches(0), with_reference=needs_reference)
-    start = _params(config.start, config.start_step, abstract) if config.start else None
+    start = _params(config.start, config.start_step, model, abstract) if config.start else None
     source = _source(config, policy, mesh, batches)
     if needs_reference:
-        reference = _params(config.reference, config.reference_step, abstract) if config.reference else start
+        reference = start
+        if config.reference:
+            reference = _params(config.reference, config.reference_step, model, abstract)
         source = with_reference(source, make_score(policy, mesh), reference)
     if start is None:
         state = create_state(
@@ -150,7 +155,8 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
         remedy="give another folder, or these settings",
         may_change=_MAY_CHANGE,
     )
-    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+    network = Network(model=model, vocabulary_digest=dataset.card.vocabulary_digest)
+    with Checkpoints(workdir / CHECKPOINTS, network) as checkpoints:
         _check_not_beyond(config, checkpoints)
         return train(
             state,
@@ -202,16 +208,30 @@ def _source(config: JobConfig, policy: Policy, mesh: LogicalMesh, batches: Offli
     return source
 
 
-def _params(folder: str, step: int, abstract: TrainState) -> Any:
+def _model(config: JobConfig) -> ModelConfig:
+    """The model to train: that of the settings or, where they have none, that of the start."""
+    if config.start:
+        folder = find_checkpoint(Path(config.start), config.start_step or None)
+        network = read_network(folder)
+        if network is not None:
+            return agreed_model(config.model, network, config.start)
+        if config.model is None:
+            raise UserError(f"{folder} does not say what model it holds: set MODEL to the one that it was trained as")
+    if config.model is None:
+        raise UserError(
+            "there is no model: set MODEL, such as by --gin_file=gin/models/t5_tiny.gin, or START to a run's folder"
+        )
+    return config.model
+
+
+def _params(path: str, step: int, model: ModelConfig, abstract: TrainState) -> Any:
     """The parameters of another run's checkpoint, of its last one for step 0."""
-    path = Path(folder) / CHECKPOINTS
-    if not path.is_dir():
-        raise UserError(f"{folder} is no run: it has no {CHECKPOINTS}/; give the folder of a training job or stage")
-    with Checkpoints(path) as checkpoints:
-        if step and step not in checkpoints.steps():
-            there = ", ".join(map(str, checkpoints.steps())) or "none"
-            raise UserError(f"{path} has no checkpoint of step {step}: choose one of {there}, or 0 for the last")
-        return checkpoints.restore_params(abstract.params, step or None)
+    folder = find_checkpoint(Path(path), step or None)
+    network = read_network(folder)
+    if network is not None:
+        agreed_model(model, network, path)
+    with Checkpoints(folder.parent) as checkpoints:
+        return checkpoints.restore_params(abstract.params, int(folder.name))
 
 
 def _loss(config: LossConfig) -> Callable[..., Any]:

@@ -23,7 +23,8 @@ def test_offline_ipo_builds_the_job():
     assert config.loss == LossConfig("ipo", {"beta": 0.5})
     assert (config.steps, config.start, config.dataset.folder) == (7, "runs/sft", "pairs")
     assert config.optimizer.clip_norm == 2.0
-    assert type(config.model) is T5Config
+    assert config.model is None
+    assert type(train.read_config([str(GIN / "runs" / "sft.gin")], SET[:1]).model) is T5Config
 
 
 def test_a_folder_of_runs_beside_it_is_not_taken_for_a_package_of_gin_files(tmp_path, monkeypatch):
@@ -82,7 +83,7 @@ BAD = {
     "value of a field": ([IPO], [*SET, "OptimizerConfig.name=adam"], "optimizer 'adam' is unknown"),
     "reference": ([IPO], [*SET, "MODEL=@T5()"], "No configurable matching reference '@T5"),
     "macro in a value": ([IPO], [*SET, "TRAIN_STEPS=%NOWHERE"], "macro NOWHERE is not set"),
-    "no model": (["runs/job.gin"], SET[:1], "macro MODEL is not set: add --gin.MODEL=value, or a gin file"),
+    "unset macro": (["runs/job.gin"], [*SET, "JobConfig.loss=%LOSS"], "macro LOSS is not set: add --gin.LOSS=value"),
     "no value": ([IPO], ["DATASET"], "write --gin.NAME=value"),
 }
 

@@ -11,8 +11,8 @@ import pytest
 from alignment_gap.data import PostsTaskConfig, open_dataset, posts_task, write_dataset
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config
-from alignment_gap.sharding import MeshConfig
-from alignment_gap.training import Checkpoints, OptimizerConfig
+from alignment_gap.sharding import MeshConfig, make_mesh
+from alignment_gap.training import Checkpoints, OptimizerConfig, load_policy
 from alignment_gap.training.job import DatasetConfig, JobConfig, LossConfig, run_job
 
 MODEL = T5Config(vocabulary_size=136, width=16, encoder_layers=1, decoder_layers=1, heads=2, head_size=8, mlp_width=16)
@@ -97,6 +97,21 @@ def test_a_run_is_start_and_reference(sft, sft_config, tmp_path, monkeypatch):
     assert second["loss"] < first["loss"]
 
 
+def test_the_model_is_that_of_the_start(sft, sft_config, tmp_path):
+    config = dataclasses.replace(sft_config, model=None, start=str(sft[0] / "checkpoints" / "4"), steps=1)
+    state = run_job(config, tmp_path)
+    assert json.loads((tmp_path / "job.json").read_text())["model.mlp_width"] == 16
+    policy, params = load_policy(tmp_path, make_mesh(MeshConfig()))
+    assert policy.config == MODEL
+    assert_equal_states(params, state.params)
+
+
+def test_run_time_settings_may_differ_from_the_start(sft, sft_config, tmp_path):
+    model = dataclasses.replace(MODEL, scan_unroll=2)
+    run_job(dataclasses.replace(sft_config, model=model, start=str(sft[0]), steps=1), tmp_path)
+    assert load_policy(tmp_path, make_mesh(MeshConfig()))[0].config == model
+
+
 def test_reference_may_be_another_checkpoint(sft, sft_config, tmp_path):
     config = dataclasses.replace(
         sft_config, loss=LossConfig("dpo"), start=str(sft[0]), reference=str(sft[0]), reference_step=2, steps=1
@@ -128,16 +143,24 @@ BAD = {
     "setting of another type": ({"loss": LossConfig("sft", {"over_tokens": "median"})}, "median"),
     "loss without its reference": ({"loss": LossConfig("ipo")}, "ipo needs a reference policy: set start or reference"),
     "loss with a beta and no reference": ({"loss": LossConfig("grpo")}, "the loss grpo with {} does not run"),
-    "start that is no run": ({"start": "nowhere"}, "nowhere is no run"),
+    "start that is no run": ({"start": "nowhere"}, "nowhere has no complete checkpoint"),
+    "no model": ({"model": None}, "set MODEL, .* or START"),
+    "reference of another model": (
+        {"reference": "START", "loss": LossConfig("dpo"), "model": dataclasses.replace(MODEL, mlp_width=8)},
+        r"of another model \(mlp_width is 8, there 16\)",
+    ),
     "step without a checkpoint": (
         {"start": "START", "start_step": 3},
         "no checkpoint of step 3: choose one of 2, 4, 6",
     ),
     "start of another model": (
         {"start": "START", "model": dataclasses.replace(MODEL, width=32)},
-        "of another model: .*32",
+        r"of another model \(width is 32, there 16\)",
     ),
-    "start of another architecture": ({"start": "START", "model": DecoderConfig(vocabulary_size=136)}, "another model"),
+    "start of another architecture": (
+        {"start": "START", "model": DecoderConfig(vocabulary_size=136)},
+        "architecture is decoder",
+    ),
     "no steps": ({"steps": 0}, "steps is 0"),
     "negative step": ({"start_step": -1}, "start_step is -1"),
     "mesh": ({"mesh": MeshConfig(data=3, model=5)}, "mesh data=3"),

@@ -1,0 +1,32 @@
+"""Checkpoints as others keep them and as we do: what a checkpoint holds, its tensors one by one, other formats."""
+
+from alignment_gap.checkpoints.layout import (
+    CHECKPOINTS,
+    Stored,
+    find_checkpoint,
+    known_network,
+    open_checkpoint,
+    read_network,
+    write_checkpoint,
+)
+from alignment_gap.checkpoints.network import Network, agreed_model, network_of
+from alignment_gap.checkpoints.tensors import Entry, Tensor, check_entries, check_shapes, exported, imported
+
+__all__ = [
+    "CHECKPOINTS",
+    "Entry",
+    "Network",
+    "Stored",
+    "Tensor",
+    "agreed_model",
+    "check_entries",
+    "check_shapes",
+    "exported",
+    "find_checkpoint",
+    "imported",
+    "known_network",
+    "network_of",
+    "open_checkpoint",
+    "read_network",
+    "write_checkpoint",
+]

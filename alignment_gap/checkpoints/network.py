@@ -1,0 +1,86 @@
+"""What a checkpoint says of itself: the network whose parameters it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from alignment_gap.configuration import from_dict, to_dict
+from alignment_gap.errors import UserError
+from alignment_gap.models import ModelConfig, Policy, PreferenceModel, T5Config, make_policy
+from alignment_gap.models.preference import Markers
+
+# Fields of a model's config that change how it runs, not what it computes nor its parameters.
+RUN_TIME = ("dtype", "remat", "scan_unroll")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The network that a checkpoint holds.
+
+    Attributes:
+      kind: "policy", or the kind of a preference model, "pairwise" or "bradley_terry".
+      model: the policy, or the one that a preference model asks.
+      markers: a preference model's reserved token ids, in the order of `Markers`; empty for a policy.
+      vocabulary: where its vocabulary is; empty where that is not known.
+      vocabulary_digest: of the vocabulary; empty where that is not known.
+    """
+
+    kind: str = "policy"
+    model: ModelConfig = T5Config()
+    markers: tuple[int, ...] = ()
+    vocabulary: str = ""
+    vocabulary_digest: str = ""
+
+    def policy(self) -> Policy:
+        """The policy itself; of a preference model the one that it asks."""
+        return make_policy(self.model)
+
+    def preference_model(self) -> PreferenceModel:
+        """The preference model; raises UserError where the network is a policy."""
+        if self.kind == "policy":
+            raise UserError("the network is a policy, no preference model: give the folder of a preference model")
+        return PreferenceModel(self.policy(), Markers(*self.markers), self.kind)
+
+
+def network_of(network: Policy | PreferenceModel, vocabulary_digest: str = "") -> Network:
+    """What a checkpoint of this network says of itself."""
+    if isinstance(network, PreferenceModel):
+        return Network(network.kind, network.policy.config, tuple(network.markers), "", vocabulary_digest)
+    return Network(model=network.config, vocabulary_digest=vocabulary_digest)
+
+
+def to_json(network: Network) -> dict[str, Any]:
+    """The network as a checkpoint keeps it."""
+    return to_dict(network) | {"markers": list(network.markers)}
+
+
+def from_json(values: Mapping[str, Any]) -> Network:
+    """The network from what a checkpoint keeps; raises UserError for a field that this version does not know."""
+    return from_dict(Network, values, path="network")
+
+
+def agreed_model(asked: ModelConfig | None, network: Network, where: str) -> ModelConfig:
+    """The model to train from a checkpoint: its own, or the one that is asked for, where they are the same network.
+
+    Args:
+      asked: the model of the settings, which may differ in `RUN_TIME`; None for the checkpoint's own.
+      network: of the checkpoint.
+      where: the checkpoint, for the error.
+
+    Raises:
+      UserError: naming the fields that differ.
+    """
+    if asked is None:
+        return network.model
+    ours, theirs = to_dict(asked), to_dict(network.model)
+    differences = [
+        f"{name} is {ours.get(name, 'absent')}, there {theirs.get(name, 'absent')}"
+        for name in dict.fromkeys((*ours, *theirs))
+        if name not in RUN_TIME and ours.get(name) != theirs.get(name)
+    ]
+    if differences:
+        shown = "; ".join(differences[:3]) + (f"; {len(differences) - 3} more" if len(differences) > 3 else "")
+        raise UserError(f"{where} is of another model ({shown}): leave MODEL out to take the checkpoint's own")
+    return asked
