@@ -14,8 +14,9 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".cache" / "jax-tests")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
-# Tests import tiny_models and numpy_models, however pytest was started.
+# Tests import tiny_models, numpy_models and resumption, however pytest was started.
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "models"))
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "data"))
 
 import pytest
 from tiny_models import CONFIGS, EVEN_CONFIGS, MESHES, random_params

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alignment_gap.data.batch import PreferenceBatch, length_mask
+    from alignment_gap.data.buckets import choose_buckets, lengths_of
+    from alignment_gap.data.collation import Examples
+    from alignment_gap.data.prefetch import Prefetched
     from alignment_gap.data.records import (
         Card,
         Dataset,
@@ -46,6 +49,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "batch": ("PreferenceBatch", "length_mask"),
+    "buckets": ("choose_buckets", "lengths_of"),
+    "collation": ("Examples",),
+    "prefetch": ("Prefetched",),
     "records": (
         "Card",
         "Dataset",
@@ -84,15 +90,18 @@ __all__ = [
     "Dataset",
     "EncodingError",
     "Example",
+    "Examples",
     "HumanPairsTaskConfig",
     "OfflineSource",
     "PostsTaskConfig",
     "PreferenceBatch",
+    "Prefetched",
     "Rubric",
     "SentencePieceVocabulary",
     "Task",
     "Vocabulary",
     "WordVocabulary",
+    "choose_buckets",
     "close_dataset",
     "collate",
     "derived",
@@ -100,6 +109,7 @@ __all__ = [
     "extra_id",
     "human_pairs_task",
     "length_mask",
+    "lengths_of",
     "load_vocabulary",
     "offline_source",
     "open_dataset",

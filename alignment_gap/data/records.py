@@ -143,9 +143,27 @@ class Dataset(Sequence[Example]):
         file = bisect.bisect_right(self._ends, position)
         row = position - (self._ends[file - 1] if file else 0)
         try:
-            return _decode(self._readers[file].read([row])[0])
+            return decode(self._readers[file].read([row])[0])
         except _DAMAGE as error:
             raise _damaged(self.folder / self.card.files[file].name, row, error) from None
+
+    def records(self, numbers: Sequence[int]) -> list[bytes]:
+        """The examples as they are on disk, read together; raises UserError naming the file where it is damaged."""
+        found: list[bytes] = [b""] * len(numbers)
+        places: dict[int, list[int]] = {}
+        for place, number in enumerate(numbers):
+            places.setdefault(bisect.bisect_right(self._ends, number), []).append(place)
+        for file, there in places.items():
+            start = self._ends[file - 1] if file else 0
+            try:
+                read = self._readers[file].read([int(numbers[place]) - start for place in there])
+            except _DAMAGE:
+                for place in there:
+                    self[int(numbers[place])]  # Names the record.
+                raise
+            for place, record in zip(there, read, strict=True):
+                found[place] = record
+        return found
 
 
 def write_dataset(
@@ -419,7 +437,8 @@ def _encode(example: Example) -> bytes:
     return msgpack.packb(record)
 
 
-def _decode(record: bytes) -> Example:
+def decode(record: bytes) -> Example:
+    """The example in a record as it is on disk."""
     content = msgpack.unpackb(record)
     reference = content.get("reference_log_probs")
     return Example(
@@ -454,7 +473,7 @@ def _read_all(path: pathlib.Path) -> Iterator[Example]:
     reader = _open_records(path)
     for row in range(reader.num_records()):
         try:
-            example = _decode(reader.read([row])[0])
+            example = decode(reader.read([row])[0])
         except _DAMAGE as error:
             raise _damaged(path, row, error) from None
         yield example

@@ -1,44 +1,120 @@
-"""The offline source: from a dataset to the batch of any step."""
+"""The offline source: from datasets to the batch of any step."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any
 
-import grain
 import numpy as np
 
 from alignment_gap.data.batch import PreferenceBatch
-from alignment_gap.data.records import Example, collate
+from alignment_gap.data.buckets import Bucket, bucket_of, check_buckets
+from alignment_gap.data.collation import Examples
+from alignment_gap.data.order import ORDERS, SEED_LIMIT, Order, Stream, draws_of, kept, permutation
+from alignment_gap.data.records import Example
 from alignment_gap.errors import UserError
 
-ORDERS = ("shuffle", "recorded", "window")
-_SEED_LIMIT = 2**32
+# Tells the random order of an epoch's batches from that of its examples.
+_BATCHES = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class OfflineSource:
-    """Batches of a dataset: `source(step)` is a pure function of the step, so a killed run goes on where it was.
+class Padding:
+    """Tokens of an epoch's batches, prompts and all responses: how many are there and how many are real.
 
     Attributes:
-      numbers: for each step the numbers of its examples in the dataset.
-      batches: the batches themselves, without end.
+      slots: tokens of the batches' arrays.
+      tokens: those that are no padding.
     """
 
-    numbers: grain.MapDataset
-    batches: grain.MapDataset
+    slots: int
+    tokens: int
+
+    @property
+    def share(self) -> float:
+        """The share of the arrays that is padding."""
+        return 1 - self.tokens / self.slots
+
+
+class OfflineSource:
+    """Batches of datasets: `source(step)` is a pure function of the step, so a killed run goes on where it was.
+
+    Position in the data is nothing but the step, whatever the number of processes that read it.
+    """
+
+    def __init__(
+        self, examples: Examples, order: Order, batch_size: int, buckets: tuple[Bucket, ...], rows: Sequence[int] | None
+    ):
+        """Use `offline_source`, which checks the settings."""
+        self.examples, self.order, self.batch_size, self.buckets, self.rows = examples, order, batch_size, buckets, rows
+        self._stream = Stream(order)
+        self._plan = kept(self._make_plan)
+        self._bucket = bucket_of(examples.lengths(), buckets) if len(buckets) > 1 else None
 
     def __call__(self, step: int) -> PreferenceBatch:
-        """The batch of numpy arrays of `step`, counted from 0."""
+        """The batch of numpy arrays of `step`, counted from 0; of it the rows of this process alone are read."""
+        numbers = self.numbers(step)
+        rows = numbers if self.rows is None else numbers[np.asarray(self.rows)]
+        return self.examples.batch(rows, *self.shape(numbers))
+
+    def numbers(self, step: int) -> np.ndarray:
+        """The numbers int32[B] of the examples in the whole batch of `step`, one dataset counted after another."""
         if step < 0:
             raise UserError(f"step={step} has no batch: steps count from 0")
-        return self.batches[step]
+        epoch = step * self.batch_size // len(self.order)
+        return self._plan(epoch)[step - self._first_step(epoch)]
+
+    def shape(self, numbers: np.ndarray) -> Bucket:
+        """The shape (P, R) of the batch of these examples: the smallest bucket that fits all of them."""
+        return self.buckets[0 if self._bucket is None else int(self._bucket[numbers].max())]
+
+    def padding(self, epoch: int = 0) -> Padding:
+        """The tokens of the batches that start in `epoch`."""
+        lengths, plan = self.examples.lengths(), self._plan(epoch)
+        fitting = np.zeros(len(plan), np.uint8) if self._bucket is None else self._bucket[plan].max(axis=1)
+        slots = np.array([p + r * (lengths.shape[1] - 1) for p, r in self.buckets])
+        return Padding(int(self.batch_size * slots[fitting].sum()), int(lengths.sum(axis=1)[plan].sum()))
+
+    def _first_step(self, epoch: int) -> int:
+        """The first step whose batch starts in `epoch`."""
+        return -(-epoch * len(self.order) // self.batch_size)
+
+    def _make_plan(self, epoch: int) -> np.ndarray:
+        """The batches int32[steps, B] that start in `epoch`.
+
+        The first examples of the epoch complete the batch that the epoch before could not fill, so that no example is
+        lost or comes twice in an epoch, and which batch is whose follows from the numbers alone.
+        """
+        size, places = self.batch_size, len(self.order)
+        own = self._stream.epoch(epoch)[-epoch * places % size :]
+        batches, rest = self._grouped(own, epoch)
+        if rest.size:
+            following = self._stream((epoch + 1) * places, size - rest.size)
+            batches = np.concatenate([batches, np.concatenate([rest, following])[None]])
+        return batches
+
+    def _grouped(self, numbers: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The examples as whole batches [n, B], and the fewer than B that are left.
+
+        A shuffled order is cut within each bucket; what does not fill a batch there moves up to the next bucket. The
+        other orders are cut as they are.
+        """
+        size = self.batch_size
+        if self._bucket is None or self.order.kind != "shuffle":
+            whole = len(numbers) // size * size
+            return numbers[:whole].reshape(-1, size), numbers[whole:]
+        groups, rest = [], numbers[:0]
+        for bucket in range(len(self.buckets)):
+            members = np.concatenate([rest, numbers[self._bucket[numbers] == bucket]])
+            whole = len(members) // size * size
+            groups.append(members[:whole].reshape(-1, size))
+            rest = members[whole:]
+        batches = np.concatenate(groups)
+        return batches[permutation(len(batches), self.order.seed, epoch, 0, _BATCHES)], rest
 
 
 def offline_source(
-    dataset: Sequence[Example],
+    dataset: Sequence[Example] | Examples,
     *,
     batch_size: int,
     seed: int,
@@ -46,64 +122,49 @@ def offline_source(
     response_length: int,
     order: str = "shuffle",
     window: int = 0,
+    buckets: Sequence[Bucket] = (),
+    weights: Sequence[float] = (),
+    rows: Sequence[int] | None = None,
 ) -> OfflineSource:
     """Batches of `dataset`, epoch after epoch, a batch reaching over into the next epoch where it must.
 
     Args:
-      dataset: the examples, on disk or in memory.
-      batch_size: B.
+      dataset: the examples, on disk or in memory; several datasets as `Examples`.
+      batch_size: B, over all processes.
       seed: of the shuffle, from 0 to 2**32 - 1.
-      prompt_length: P, tokens that prompts are padded to.
-      response_length: R, tokens that responses are padded to.
-      order: "shuffle", uniform over the dataset and anew in every epoch; "recorded", as they are in the dataset, the
-        batch of step s being records s * B to (s + 1) * B; "window", the record shuffled within successive windows,
-        the same in every epoch.
+      prompt_length: P, tokens that prompts are padded to at most.
+      response_length: R, tokens that responses are padded to at most.
+      order: "shuffle", uniform over the dataset; "recorded", as they are in the dataset, the batch of step s being
+        records s * B to (s + 1) * B; "window", the record shuffled within successive windows. The shuffles are new in
+        every epoch.
       window: batches in a window; for order "window" only.
+      buckets: smaller shapes (P, R), each holding the one before it. A shuffled epoch is batched within each bucket
+        and a batch padded to its bucket; batches of the other orders stay as they are, and are padded to the smallest
+        bucket that fits. Needs the lengths of all examples, see `buckets.lengths_of`.
+      weights: of each dataset, in any unit; for order "shuffle" only. An epoch then has as many places as there are
+        examples, and each dataset its share of them. Empty for every example once.
+      rows: which rows of every batch are read, those of this process; None for all.
 
     Raises:
-      UserError: a setting is out of range, or the dataset is empty.
+      UserError: a setting is out of range, the dataset is empty, or an example is longer than its limit.
     """
-    _check(dataset, batch_size, seed, order, window)
-    order_of: Any = grain.MapDataset.range(len(dataset)).seed(seed)
-    if order == "shuffle":
-        order_of = order_of.shuffle()
-    elif order == "window":
-        order_of = grain.MapDataset.source(_Windows(len(dataset), window * batch_size, seed))
-    numbers = order_of.repeat().batch(batch_size, batch_fn=list)
-
-    def read(batch: list[int]) -> PreferenceBatch:
-        return collate([dataset[i] for i in batch], prompt_length, response_length)
-
-    return OfflineSource(numbers, numbers.map(read))
+    examples = dataset if isinstance(dataset, Examples) else Examples([dataset])
+    _check(batch_size, seed, order, window, weights)
+    smaller = [bucket for bucket in buckets if tuple(bucket) != (prompt_length, response_length)]
+    shapes = (*smaller, (prompt_length, response_length))
+    check_buckets(shapes)
+    places = Order(examples.sizes, draws_of(examples.sizes, weights), seed, order, window * batch_size)
+    return OfflineSource(examples, places, batch_size, shapes, rows)
 
 
-class _Windows:
-    """The numbers below `count`, shuffled within successive windows; the last one may be shorter."""
-
-    def __init__(self, count: int, size: int, seed: int):
-        self._count, self._size, self._seed = count, size, seed
-        self._permutation = functools.lru_cache(maxsize=4)(self._permute)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> int:
-        window, row = divmod(index, self._size)
-        return window * self._size + int(self._permutation(window)[row])
-
-    def _permute(self, window: int) -> np.ndarray:
-        length = min(self._size, self._count - window * self._size)
-        return np.random.Generator(np.random.PCG64([self._seed, window])).permutation(length)
-
-
-def _check(dataset: Sequence[Example], batch_size: int, seed: int, order: str, window: int) -> None:
+def _check(batch_size: int, seed: int, order: str, window: int, weights: Sequence[float]) -> None:
     if order not in ORDERS:
         raise UserError(f"order={order!r} is unknown: choose one of {', '.join(ORDERS)}")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} is out of range: set it to 1 or more")
-    if not 0 <= seed < _SEED_LIMIT:
-        raise UserError(f"seed={seed} is out of range: set it from 0 to {_SEED_LIMIT - 1}")
+    if not 0 <= seed < SEED_LIMIT:
+        raise UserError(f"seed={seed} is out of range: set it from 0 to {SEED_LIMIT - 1}")
     if (window > 0) != (order == "window"):
         raise UserError(f"window={window} does not go with order={order!r}: set it to 1 or more for 'window', else 0")
-    if not len(dataset):
-        raise UserError("the dataset is empty: check what was dropped from it")
+    if weights and order != "shuffle":
+        raise UserError(f"weights={tuple(weights)} do not go with order={order!r}: leave them out, or shuffle")

@@ -178,7 +178,7 @@ def _batches(config: JobConfig, dataset: Dataset, mesh: LogicalMesh) -> OfflineS
             f"dataset.batch_size is {data.batch_size}: it must be a multiple of data * fsdp = {shards} devices of the "
             "mesh"
         )
-    lengths = {}
+    lengths: dict[str, Any] = {}
     for name, longest in (("prompt_length", card.max_prompt_length), ("response_length", card.max_response_length)):
         lengths[name] = getattr(data, name) or longest
         if lengths[name] < longest:

@@ -1,13 +1,17 @@
 import collections
-import time
+import itertools
 
+import grain
 import numpy as np
 import pytest
+from resumption import assert_equal_batches, assert_equal_output_after_restore, assert_union_of_processes
 
-from alignment_gap.data import offline_source, open_dataset, write_dataset
+from alignment_gap.data import Prefetched, offline_source, open_dataset, write_dataset
+from alignment_gap.data.collation import Examples
 from alignment_gap.errors import UserError
 
 LENGTHS = {"prompt_length": 9, "response_length": 5}
+BUCKETS = {"buckets": [(4, 3), (6, 5)]}
 
 
 def ids(source, steps) -> list[int]:
@@ -20,34 +24,97 @@ def dataset(tmp_path, make_examples):
     return open_dataset(tmp_path)
 
 
+@pytest.fixture
+def mixture(dataset, tmp_path, make_examples):
+    """Three datasets of 50, 7 and 20 examples, whose numbers are 0 to 49, 100 to 106 and 200 to 219."""
+    datasets = [dataset]
+    for start, count in ((100, 7), (200, 20)):
+        write_dataset(tmp_path / str(start), make_examples(start + count)[start:], vocabulary_digest="", provenance={})
+        datasets.append(open_dataset(tmp_path / str(start)))
+    return Examples(datasets)
+
+
 def test_recorded_order_is_the_records_in_order_then_again(dataset):
     source = offline_source(dataset, batch_size=8, seed=3, order="recorded", **LENGTHS)
     for step in range(14):
         assert ids(source, [step]) == [i % 50 for i in range(step * 8, step * 8 + 8)]
 
 
-def test_shuffle_gives_every_example_once_an_epoch_each_epoch_anew(dataset):
-    source = offline_source(dataset, batch_size=10, seed=3, **LENGTHS)
+@pytest.mark.parametrize("buckets", [{}, BUCKETS])
+def test_shuffle_gives_every_example_once_an_epoch_each_epoch_anew(dataset, buckets):
+    source = offline_source(dataset, batch_size=10, seed=3, **LENGTHS, **buckets)
     epochs = [ids(source, range(5 * epoch, 5 * epoch + 5)) for epoch in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(50))
     assert epochs[0] != epochs[1] != epochs[2] != list(range(50))
 
 
-def test_batches_reach_over_the_end_of_an_epoch_without_loss(dataset):
-    source = offline_source(dataset, batch_size=8, seed=3, **LENGTHS)
-    seen = collections.Counter(ids(source, range(25)))
-    assert set(seen) == set(range(50)) and set(seen.values()) == {4}
+@pytest.mark.parametrize("buckets", [{}, BUCKETS])
+@pytest.mark.parametrize("batch_size", [8, 48, 50, 64])
+def test_batches_reach_over_the_end_of_an_epoch_without_loss(dataset, batch_size, buckets):
+    source = offline_source(dataset, batch_size=batch_size, seed=3, **LENGTHS, **buckets)
+    seen = collections.Counter(ids(source, range(50)))
+    assert set(seen) == set(range(50)) and set(seen.values()) == {batch_size}
+    # At no time has an example come two times more often than another, but within a bucket's order.
+    seen = collections.Counter(ids(source, range(-(-50 // batch_size))))
+    assert set(seen) == set(range(50)) and max(seen.values()) <= 1 + -(-batch_size // 50)
 
 
-@pytest.mark.parametrize("order, window", [("shuffle", 0), ("recorded", 0), ("window", 2)])
-def test_a_batch_is_a_function_of_seed_and_step(dataset, plain, order, window):
-    settings = dict(batch_size=8, seed=3, order=order, window=window, **LENGTHS)
-    whole = [vars(offline_source(dataset, **settings)(step)) for step in range(20)]
-    for step in (19, 7, 0):
-        resumed = vars(offline_source(list(dataset), **settings)(step))
-        for field, value in whole[step].items():
-            np.testing.assert_array_equal(value, resumed[field])
+SOURCES = {
+    "shuffle": {},
+    "recorded": {"order": "recorded"},
+    "window": {"order": "window", "window": 2},
+    "buckets": BUCKETS,
+    "recorded in buckets": {"order": "recorded", **BUCKETS},
+    "large batch": {"batch_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_resumes_at_every_step_on_any_number_of_processes(dataset, name):
+    settings = {"batch_size": 8, "seed": 3} | LENGTHS | SOURCES[name]
+
+    def source(rows=None):
+        return offline_source(dataset, rows=rows, **settings)
+
+    through = assert_equal_output_after_restore(source, 9)
+    assert_union_of_processes(source, settings["batch_size"], 9)
+    in_memory = offline_source(list(dataset), **settings)
+    for step, batch in enumerate(through):
+        assert_equal_batches(in_memory(step), batch)
+
+
+@pytest.mark.parametrize("weights", [(), (1, 2, 3)])
+@pytest.mark.parametrize("buckets", [{}, BUCKETS])
+def test_a_mixture_resumes_at_every_step_on_any_number_of_processes(mixture, weights, buckets):
+    def source(rows=None):
+        return offline_source(mixture, batch_size=8, seed=3, weights=weights, rows=rows, **LENGTHS, **buckets)
+
+    assert_equal_output_after_restore(source, 12)
+    assert_union_of_processes(source, 8, 12)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_prefetched_resumes_at_every_step(dataset, threads):
+    whole = offline_source(dataset, batch_size=8, seed=3, **LENGTHS, **BUCKETS)
+    opened = []
+
+    def source():
+        opened.append(Prefetched(whole, 3, threads=threads))
+        return opened[-1]
+
+    through = assert_equal_output_after_restore(source, 9)
+    for step, batch in enumerate(through):
+        assert_equal_batches(whole(step), batch)
+    for prefetched in opened:
+        prefetched.__exit__(None, None, None)
+
+
+def test_grain_reads_the_source_and_restores_it(dataset):
+    """Its own check of checkpoints, on a pipeline of its own over our batches."""
+    source = offline_source(dataset, batch_size=8, seed=3, **LENGTHS, **BUCKETS)
+    pipeline = grain.MapDataset.range(9).map(lambda step: source(step).prompt_ids).to_iter_dataset()
+    grain.experimental.assert_equal_output_after_checkpoint(pipeline)
 
 
 def test_seeds_give_other_orders(dataset):
@@ -55,32 +122,93 @@ def test_seeds_give_other_orders(dataset):
     assert len({tuple(order) for order in orders}) == 5
 
 
+def chi_squared(first, cells):
+    counts = np.bincount(first, minlength=cells)
+    return ((counts - len(first) / cells) ** 2 / (len(first) / cells)).sum()
+
+
 def test_shuffle_is_near_uniform(make_examples):
-    """Each of 8 examples is first about as often as any other, over seeds."""
+    """Each of 8 examples is first about as often as any other, over seeds and over epochs."""
     examples = make_examples(8)
-    first = [ids(offline_source(examples, batch_size=1, seed=seed, **LENGTHS), [0])[0] for seed in range(800)]
-    counts = np.bincount(first, minlength=8)
-    assert ((counts - 100) ** 2 / 100).sum() < 30  # chi-squared with 7 degrees of freedom, p about 1e-4
+    sources = [offline_source(examples, batch_size=1, seed=seed, **LENGTHS) for seed in range(400)]
+    # Chi-squared with 7 degrees of freedom, p about 1e-4.
+    assert chi_squared([source.numbers(0)[0] for source in sources], 8) < 30
+    assert chi_squared([sources[0].numbers(8 * epoch)[0] for epoch in range(400)], 8) < 30
 
 
-def test_window_shuffles_within_windows_only(dataset):
-    source = offline_source(dataset, batch_size=4, seed=3, order="window", window=3, **LENGTHS)
-    order = ids(source, range(12)) + ids(source, [12])[:2]
-    for start in range(0, 50, 12):
-        assert sorted(order[start : start + 12]) == list(range(start, min(start + 12, 50)))
-    assert order[:12] != list(range(12))
-    within = [tuple(i - start for i in order[start : start + 12]) for start in range(0, 48, 12)]
-    assert len(set(within)) == 4
+def test_window_shuffles_within_windows_only_and_anew_in_each_epoch(dataset):
+    source = offline_source(dataset, batch_size=5, seed=3, order="window", window=3, **LENGTHS)
+    epochs = [ids(source, range(10 * epoch, 10 * epoch + 10)) for epoch in range(3)]
+    for order in epochs:
+        for start in range(0, 50, 15):
+            assert sorted(order[start : start + 15]) == list(range(start, min(start + 15, 50)))
+    within = {tuple(i - start for i in order[start : start + 15]) for order in epochs for start in range(0, 45, 15)}
+    assert len(within) == 9
 
 
 def test_window_is_uniform_within_a_window(make_examples):
     examples = make_examples(16)
-    first = [
-        ids(offline_source(examples, batch_size=4, seed=seed, order="window", window=2, **LENGTHS), [2])[0] - 8
-        for seed in range(800)
-    ]
-    counts = np.bincount(first, minlength=8)
-    assert ((counts - 100) ** 2 / 100).sum() < 30
+    settings = dict(batch_size=4, order="window", window=2, **LENGTHS)
+    first = [offline_source(examples, seed=seed, **settings).numbers(2)[0] - 8 for seed in range(400)]
+    assert chi_squared(first, 8) < 30
+
+
+def test_each_batch_is_of_one_bucket_and_of_few_shapes(dataset):
+    """And an example stands in a larger bucket than its own only to fill a batch up."""
+    source = offline_source(dataset, batch_size=8, seed=3, **LENGTHS, **BUCKETS)
+    shapes = [(4, 3), (6, 5), (9, 5)]
+    moved = 0
+    for step in range(6):
+        batch = source(step)
+        shape = batch.prompts.shape[1], batch.responses.shape[2]
+        longest = zip(batch.prompt_lengths.tolist(), batch.response_lengths.max(axis=1).tolist(), strict=True)
+        own = [next(s for s in shapes if p <= s[0] and r <= s[1]) for p, r in longest]
+        assert shape == max(own)
+        moved += sum(o != shape for o in own)
+    assert moved <= 2 * 8
+
+
+def test_batches_of_all_buckets_are_mixed(make_examples):
+    source = offline_source(make_examples(400), batch_size=8, seed=3, **LENGTHS, **BUCKETS)
+    lengths = [source(step).prompts.shape[1] for step in range(50)]
+    changes = sum(a != b for a, b in itertools.pairwise(lengths))
+    assert set(lengths) == {4, 6, 9} and changes > 15
+
+
+def test_padding_is_counted_with_and_without_buckets(make_examples):
+    examples = make_examples(40)
+    shares = {}
+    for name, buckets in (("without", {}), ("with", BUCKETS)):
+        source = offline_source(examples, batch_size=8, seed=3, **LENGTHS, **buckets)
+        batches = [source(step) for step in range(5)]
+        slots = sum(batch.prompts.size + batch.responses.size for batch in batches)
+        tokens = sum(int(batch.prompt_lengths.sum() + batch.response_lengths.sum()) for batch in batches)
+        padding = source.padding()
+        assert (padding.slots, padding.tokens) == (slots, tokens)
+        shares[name] = padding.share
+        assert padding.share == pytest.approx(1 - tokens / slots)
+    assert shares["with"] < shares["without"]
+
+
+def test_a_mixture_has_its_weights_in_every_epoch_and_loses_nothing(mixture):
+    """77 places at weights 1, 2, 3 are 12.8, 25.7 and 38.5: by largest remainders 13, 26, 38."""
+    source = offline_source(mixture, batch_size=7, seed=3, weights=(1, 2, 3), **LENGTHS)
+    seen = collections.Counter()
+    for epoch in range(4):
+        drawn = ids(source, range(11 * epoch, 11 * epoch + 11))
+        assert [sum(low <= i < low + 100 for i in drawn) for low in (0, 100, 200)] == [13, 26, 38]
+        seen.update(drawn)
+    # Each dataset goes round: of its 52, 104 and 152 draws every example has its share, give or take one.
+    for first, size, draws in ((0, 50, 52), (100, 7, 104), (200, 20, 152)):
+        counts = {seen[i] for i in range(first, first + size)}
+        assert (
+            counts <= {draws // size, draws // size + 1} and sum(seen[i] for i in range(first, first + size)) == draws
+        )
+
+
+def test_a_mixture_without_weights_has_every_example_once_an_epoch(mixture):
+    source = offline_source(mixture, batch_size=7, seed=3, **LENGTHS)
+    assert sorted(ids(source, range(11))) == [*range(50), *range(100, 107), *range(200, 220)]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +221,14 @@ def test_window_is_uniform_within_a_window(make_examples):
         ({"window": 4}, "window=4 does not go with order='shuffle'"),
         ({"order": "window"}, "window=0 does not go with order='window'"),
         ({"prompt_length": 8}, "over prompt_length=8"),
+        ({"prompt_length": 8, "buckets": [(4, 4)]}, "over prompt_length=8"),
+        ({"response_length": 4, "buckets": [(4, 4)]}, "has a response of 5 tokens, over response_length=4"),
+        ({"buckets": [(4, 4), (5, 3)]}, r"bucket \(5, 3\) does not hold bucket \(4, 4\)"),
+        ({"buckets": [(10, 4)]}, r"bucket \(9, 5\) does not hold bucket \(10, 4\)"),
+        ({"buckets": [(0, 4)]}, "out of range"),
+        ({"weights": (1.0, 2.0)}, "are 2 for 1 datasets"),
+        ({"weights": (0.0,)}, "set each above 0"),
+        ({"weights": (1.0,), "order": "recorded"}, "weights=.* do not go with order='recorded'"),
     ],
 )
 def test_settings_out_of_range_are_named(dataset, change, message):
@@ -108,12 +244,17 @@ def test_no_example_or_step_is_refused(dataset):
         offline_source(dataset, batch_size=4, seed=0, **LENGTHS)(-1)
 
 
-def test_a_batch_of_64_takes_milliseconds(tmp_path, make_examples):
-    """2 ms on an idle core; the bound leaves room for a busy machine."""
-    write_dataset(tmp_path, make_examples(5000), vocabulary_digest="", provenance={})
-    source = offline_source(open_dataset(tmp_path), batch_size=64, seed=0, **LENGTHS)
-    source(0)
-    start = time.process_time()
-    for step in range(50):
-        source(step)
-    assert (time.process_time() - start) / 50 < 0.01
+def test_a_weight_that_gives_nothing_is_refused(mixture):
+    with pytest.raises(UserError, match="weight 1 of dataset 1 gives it none of the 77 places"):
+        offline_source(mixture, batch_size=4, seed=0, weights=(1000, 1, 1000), **LENGTHS)
+
+
+def test_datasets_that_do_not_go_together_are_named(dataset, tmp_path, make_examples):
+    for name, examples, digest, message in (
+        ("vocabulary", make_examples(3), "other", "has a vocabulary of digest other"),
+        ("responses", make_examples(3, responses=3), "", "has responses a prompt: 3"),
+        ("fields", make_examples(3, with_reference=True), "", "has the fields"),
+    ):
+        write_dataset(tmp_path / name, examples, vocabulary_digest=digest, provenance={})
+        with pytest.raises(UserError, match=message):
+            Examples([dataset, open_dataset(tmp_path / name)])

@@ -1,0 +1,124 @@
+"""Lengths of a dataset's examples, the buckets that fit them, and the padding that is left."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import msgpack
+import numpy as np
+
+from alignment_gap.data.records import Dataset, Example
+from alignment_gap.errors import UserError
+
+# A bucket is a shape (P, R): tokens that the prompts and the responses of a batch are padded to.
+Bucket = tuple[int, int]
+_BLOCK = 4096  # Records read at once.
+_GRID = 32  # Lengths that are tried as a bucket's limit, for prompts and for responses.
+
+
+def lengths_of(dataset: Sequence[Example]) -> np.ndarray:
+    """Tokens int32[N, 1 + K] of the prompt and of each response of every example.
+
+    For a dataset on disk they are read from all records once and kept beside them, as `lengths-DIGEST.npy`; the file
+    may be removed at any time.
+    """
+    if not isinstance(dataset, Dataset):
+        return np.array([[len(e.prompt), *map(len, e.responses)] for e in dataset], np.int32)
+    path = dataset.folder / f"lengths-{dataset.card.digest[:16]}.npy"
+    shape = (len(dataset), 1 + dataset.card.responses_per_prompt)
+    with contextlib.suppress(OSError, ValueError):
+        found = np.load(path)
+        if found.shape == shape and found.dtype == np.int32:
+            return found
+    lengths = np.fromiter(_lengths_on_disk(dataset), np.dtype((np.int32, shape[1:])), shape[0])
+    with contextlib.suppress(OSError):  # A folder that cannot be written is read again the next time.
+        descriptor, partial = tempfile.mkstemp(dir=dataset.folder, suffix=".partial")
+        with os.fdopen(descriptor, "wb") as file:
+            np.save(file, lengths)
+        os.replace(partial, path)
+    return lengths
+
+
+def _lengths_on_disk(dataset: Dataset) -> Iterator[list[int]]:
+    for start in range(0, len(dataset), _BLOCK):
+        for record in dataset.records(range(start, min(start + _BLOCK, len(dataset)))):
+            content = msgpack.unpackb(record)
+            yield [len(content["prompt"]) // 4, *(len(response) // 4 for response in content["responses"])]
+
+
+def check_buckets(buckets: Sequence[Bucket]) -> None:
+    """Raises UserError unless each bucket holds the one before it, so that an example fits into all that follow."""
+    for smaller, larger in itertools.pairwise(buckets):
+        if not (smaller[0] <= larger[0] and smaller[1] <= larger[1] and smaller != larger):
+            raise UserError(f"bucket {larger} does not hold bucket {smaller}: give shapes (P, R) that grow in both")
+    if not buckets or min(buckets[0]) < 1:
+        raise UserError(f"buckets={tuple(buckets)} are out of range: give one shape (P, R) of 1 or more at least")
+
+
+def bucket_of(lengths: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
+    """The number uint8[N] of the smallest bucket that fits each example; raises UserError where none does."""
+    longest = (lengths[:, 0], lengths[:, 1:].max(axis=1))
+    fitting = np.zeros(len(lengths), np.uint8)
+    for axis, what in enumerate(("prompt", "response")):
+        limits = np.array([bucket[axis] for bucket in buckets])
+        least = np.searchsorted(limits, longest[axis]).astype(np.uint8)
+        if (least == len(buckets)).any():
+            number = int(np.argmax(least == len(buckets)))
+            raise UserError(
+                f"example {number} has a {what} of {longest[axis][number]} tokens, over {what}_length={limits[-1]}: "
+                f"raise {what}_length or prepare the data with this limit"
+            )
+        np.maximum(fitting, least, out=fitting)
+    return fitting
+
+
+def choose_buckets(lengths: np.ndarray, count: int, largest: Bucket, multiple: int = 8) -> tuple[Bucket, ...]:
+    """At most `count` nested shapes, the last one `largest`, that leave the fewest padded tokens.
+
+    The limits are chosen among quantiles of the lengths, rounded up to `multiple`, by dynamic programming over chains
+    of shapes: a shape takes all that fits into it and not into the one before.
+
+    Args:
+      lengths: int32[N, 1 + K] from `lengths_of`.
+      count: most shapes, 1 or more.
+      largest: the shape that everything fits into.
+      multiple: what limits are rounded up to.
+
+    Raises:
+      UserError: `count` is below 1.
+    """
+    if count < 1:
+        raise UserError(f"buckets={count} is out of range: set 1 or more")
+    rows = (lengths[:, 0], lengths[:, 1:].max(axis=1))
+    prompt, response = (_limits(row, top, multiple) for row, top in zip(rows, largest, strict=True))
+    held = _held(rows, prompt, response).reshape(-1)
+    p, r = np.repeat(prompt, len(response)), np.tile(response, len(prompt))
+    slots = (p + r * (lengths.shape[1] - 1)).astype(np.float64)
+    nested = (p[:, None] <= p) & (r[:, None] <= r)
+    step = np.where(nested, (held - held[:, None]) * slots, np.inf)  # From one shape to the next.
+    cost, before = held * slots, []
+    for _ in range(count - 1):
+        through = cost[:, None] + step
+        before.append(through.argmin(axis=0))
+        cost = through.min(axis=0)
+    chain = [len(slots) - 1]
+    for choice in reversed(before):
+        chain.append(int(choice[chain[-1]]))
+    return tuple(dict.fromkeys((int(p[i]), int(r[i])) for i in reversed(chain) if held[i]))
+
+
+def _limits(lengths: np.ndarray, largest: int, multiple: int) -> np.ndarray:
+    quantiles = np.quantile(lengths, np.linspace(0, 1, _GRID + 1)[1:], method="higher")
+    rounded = -(-quantiles.astype(np.int64) // multiple) * multiple
+    return np.unique(np.append(np.minimum(rounded, largest), largest))
+
+
+def _held(rows: tuple[np.ndarray, np.ndarray], prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """How many examples int64[P', R'] fit into each pair of limits."""
+    cells = np.searchsorted(prompt, rows[0]) * len(response) + np.searchsorted(response, rows[1])
+    counts = np.bincount(cells, minlength=len(prompt) * len(response)).reshape(len(prompt), len(response))
+    return counts.cumsum(axis=0).cumsum(axis=1)

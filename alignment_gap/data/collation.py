@@ -1,0 +1,107 @@
+"""Records into the arrays of a batch, without an object for each example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.data.buckets import lengths_of
+from alignment_gap.data.records import Dataset, Example, collate, decode
+from alignment_gap.errors import UserError
+
+_INTS, _FLOATS = np.dtype("<i4"), np.dtype("<f4")
+
+
+class Examples:
+    """The examples of one or several datasets, numbered one dataset after another, and read many at a time."""
+
+    def __init__(self, datasets: Sequence[Sequence[Example]]):
+        """Raises UserError where there is no dataset, one is empty, or they cannot be in one batch."""
+        self.datasets = tuple(datasets)
+        self.sizes = tuple(len(dataset) for dataset in datasets)
+        self._starts = np.cumsum((0, *self.sizes))
+        if not self.sizes or not all(self.sizes):
+            raise UserError("the dataset is empty: check what was dropped from it")
+        _check_alike([dataset for dataset in self.datasets if isinstance(dataset, Dataset)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def batch(self, numbers: np.ndarray, prompt_length: int, response_length: int) -> PreferenceBatch:
+        """The examples of these numbers, padded on the right to P and R; raises UserError as `collate` does."""
+        home = np.searchsorted(self._starts, numbers, side="right") - 1
+        rows = (numbers - self._starts[home]).tolist()
+        if not all(isinstance(dataset, Dataset) for dataset in self.datasets):
+            examples = [self.datasets[d][row] for d, row in zip(home.tolist(), rows, strict=True)]
+            return collate(examples, prompt_length, response_length)
+        records: list[bytes] = [b""] * len(rows)
+        for d in np.unique(home).tolist():
+            places = np.flatnonzero(home == d).tolist()
+            found = self.datasets[d].records([rows[place] for place in places])
+            for place, record in zip(places, found, strict=True):
+                records[place] = record
+        return collate_records(records, prompt_length, response_length)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens int32[N, 1 + K] of the prompt and of each response of every example."""
+        return np.concatenate([lengths_of(dataset) for dataset in self.datasets])
+
+
+def collate_records(records: Sequence[bytes], prompt_length: int, response_length: int) -> PreferenceBatch:
+    """What `collate` makes of the examples in `records`, which are as they are on disk; raises what it raises."""
+    contents = [msgpack.unpackb(record) for record in records]
+    responses = [response for content in contents for response in content["responses"]]
+    if not _fit(contents, responses, prompt_length, response_length):
+        return collate([decode(record) for record in records], prompt_length, response_length)
+    grid = (len(contents), -1)
+    prompts, prompt_lengths = _pad([content["prompt"] for content in contents], prompt_length, _INTS)
+    padded, response_lengths = _pad(responses, response_length, _INTS)
+    arrays: dict[str, Any] = {
+        "prompt_ids": np.array([content["prompt_id"] for content in contents], _INTS),
+        "prompts": prompts,
+        "prompt_lengths": prompt_lengths,
+        "responses": padded.reshape(*grid, response_length),
+        "response_lengths": response_lengths.reshape(grid),
+        "scores": np.frombuffer(b"".join(content["scores"] for content in contents), _FLOATS).reshape(grid),
+    }
+    if "reference_log_probs" in contents[0]:
+        rows = [row for content in contents for row in content["reference_log_probs"]]
+        arrays["reference_log_probs"] = _pad(rows, response_length, _FLOATS)[0].reshape(*grid, response_length)
+    return PreferenceBatch(**arrays)
+
+
+def _fit(
+    contents: Sequence[Mapping[str, Any]], responses: Sequence[bytes], prompt_length: int, response_length: int
+) -> bool:
+    """Whether the contents of records are all of one form and within the limits."""
+    return (
+        len({(len(content["responses"]), "reference_log_probs" in content) for content in contents}) == 1
+        and max(len(content["prompt"]) for content in contents) <= prompt_length * _INTS.itemsize
+        and max(map(len, responses)) <= response_length * _INTS.itemsize
+    )
+
+
+def _pad(rows: Sequence[bytes], length: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of 4-byte numbers as one array [len(rows), length] with zeros behind their ends, and their lengths."""
+    lengths = np.fromiter(map(len, rows), _INTS, len(rows)) // dtype.itemsize
+    padded = np.zeros((len(rows), length), dtype)
+    padded[np.arange(length) < lengths[:, None]] = np.frombuffer(b"".join(rows), dtype)
+    return padded, lengths
+
+
+def _check_alike(datasets: Sequence[Dataset]) -> None:
+    for dataset in datasets[1:]:
+        first, card = datasets[0], dataset.card
+        for name, value, other in (
+            ("a vocabulary of digest", card.vocabulary_digest[:12], first.card.vocabulary_digest[:12]),
+            ("responses a prompt:", card.responses_per_prompt, first.card.responses_per_prompt),
+            ("the fields", ", ".join(card.fields), ", ".join(first.card.fields)),
+        ):
+            if value != other:
+                raise UserError(
+                    f"{dataset.folder} has {name} {value}, {first.folder} {other}: mix datasets that agree in it"
+                )

@@ -1,0 +1,52 @@
+"""Reading ahead: the batches of the next steps are made while the current one is trained on."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from alignment_gap.errors import UserError
+
+Batch = TypeVar("Batch")
+
+
+class Prefetched(Generic[Batch]):
+    """A source that makes the batches of the steps to come in threads; use as a context manager.
+
+    It gives exactly what the source underneath gives: any step may be asked for, what was read ahead in vain is
+    dropped, and what the source raises is raised where its step is asked for.
+    """
+
+    def __init__(self, source: Callable[[int], Batch], ahead: int, last: int | None = None, threads: int = 1):
+        """`source` is read up to `ahead` steps before it is asked for, but never from step `last` on.
+
+        Raises:
+          UserError: `ahead` is negative.
+        """
+        if ahead < 0:
+            raise UserError(f"prefetch={ahead} is out of range: set 0 or more batches")
+        self._source, self._ahead, self._last = source, ahead, last
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
+        self._next: collections.deque[tuple[int, Future[Batch]]] = collections.deque()
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of `step`."""
+        if not self._ahead:
+            return self._source(step)
+        while self._next and self._next[0][0] != step:
+            self._next.popleft()[1].cancel()
+        following = self._next[-1][0] + 1 if self._next else step
+        stop = step + self._ahead + 1 if self._last is None else max(step + 1, min(step + self._ahead + 1, self._last))
+        for later in range(following, stop):
+            self._next.append((later, self._threads.submit(self._source, later)))
+        return self._next.popleft()[1].result()
+
+    def __enter__(self) -> Prefetched[Batch]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
+        """Waits for what is being read and drops the rest."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
