@@ -32,7 +32,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda13]>=0.10.2"],
     "notebooks": ["jupyterlab", "nbclient", "ipykernel"],
-    "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "nbclient", "ipykernel"],
+    "dev": ["pytest>=8", "grain>=0.2.18", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "nbclient", "ipykernel"],
 }
 
 setup(
@@ -52,7 +52,6 @@ setup(
         "chex>=0.1.90",
         "flax>=0.12.8",
         "gin-config>=0.5",
-        "grain>=0.2.18",
         "jax>=0.10.2",
         "jaxtyping>=0.3",
         "ml-collections>=1.1",

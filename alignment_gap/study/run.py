@@ -25,7 +25,7 @@ from alignment_gap.study.report import JudgeFacts, ReportContext, peaks_text, wr
 from alignment_gap.study.stage_functions import evaluation_prompts
 from alignment_gap.study.stages import SeedStages, seed_stages
 
-VERSIONS = ("alignment-gap", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+VERSIONS = ("alignment-gap", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "array-record", "numpy")
 # Arrays of an evaluation that are no outcomes.
 MEASURED = ("responses", "lengths")
 # Below this agreement with human labels the report says how little the golden model knows of them.
