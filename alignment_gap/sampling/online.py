@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,14 @@ def make_generate(
 
 def preference_labeller(model: PreferenceModel, params: Any, mesh: LogicalMesh) -> Labeller:
     """Labels by a preference model's hard sign rule."""
-    scores = jax.jit(within(mesh, model.scores), out_shardings=batch_sharding(mesh))
+    scores = _make_scores(model, mesh)
     return lambda *batch: scores(params, *batch)
+
+
+@functools.cache
+def _make_scores(model: PreferenceModel, mesh: LogicalMesh) -> Callable[..., Float[Array, "B K"]]:
+    """One jitted function for all parameters of a model."""
+    return jax.jit(within(mesh, model.scores), out_shardings=batch_sharding(mesh))
 
 
 def online_source(

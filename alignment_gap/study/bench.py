@@ -17,6 +17,7 @@ from alignment_gap.data.source import offline_source
 from alignment_gap.data.task import task_rubric, task_vocabulary
 from alignment_gap.data.vocabulary import extra_id
 from alignment_gap.errors import UserError
+from alignment_gap.evaluation.datasets import Batching
 from alignment_gap.evaluation.metrics import make_divergence, make_judge
 from alignment_gap.models import Policy, PreferenceModel, make_policy
 from alignment_gap.models.preference import Markers
@@ -51,6 +52,7 @@ class Bench:
       rubric: true quality, or None.
       policy: the network of all arms.
       golden, proxy: the preference models.
+      batching: how examples are measured, labelled and answered.
     """
 
     def __init__(self, config: StudyConfig, seed: int, mesh: LogicalMesh) -> None:
@@ -58,6 +60,9 @@ class Bench:
         self.vocabulary, self.rubric = task_vocabulary(config.task), task_rubric(config.task)
         self.policy = make_policy(config.policy)
         self.golden, self.proxy = self._preference_model(config.golden), self._preference_model(config.proxy)
+        self.batching = Batching(
+            mesh, config.evaluation.batch_size, config.task.prompt_length, config.task.response_length
+        )
         self.score = make_score(self.policy, mesh)
         self.divergence = make_divergence(self.policy, mesh)
         self.golden_judge, self.proxy_judge = make_judge(self.golden, mesh), make_judge(self.proxy, mesh)

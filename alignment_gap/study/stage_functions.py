@@ -18,17 +18,18 @@ from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.data.records import (
     Example,
     close_dataset,
-    collate,
+    derived,
     examples_of,
     open_dataset,
     write_chunk,
     write_dataset,
 )
 from alignment_gap.data.task import build_task, rubric_preference
-from alignment_gap.evaluation.metrics import classification, in_batches
+from alignment_gap.evaluation.datasets import draw, label
+from alignment_gap.evaluation.metrics import classification
 from alignment_gap.folders import write_bytes, write_json
 from alignment_gap.models import PreferenceModel
-from alignment_gap.sampling import online_source, preference_labeller
+from alignment_gap.sampling import Labeller, Samples, online_source, preference_labeller
 from alignment_gap.sharding import replicated
 from alignment_gap.study.artefacts import Progress
 from alignment_gap.study.bench import Bench
@@ -69,7 +70,7 @@ def train_golden(bench: Bench, folder: Path, progress: Progress, data: Path, *sf
     """The preference model of the human labels, and how often it agrees with them and with the rubric."""
     _train_judge(bench, folder, progress, "golden", bench.golden, bench.config.golden, data, *sft)
     validation = open_dataset(data / "validation")[:JUDGED_PAIRS]
-    preferences = _preferences(bench, bench.golden, bench.golden_judge, folder, validation)
+    preferences = _preferences(bench, bench.golden, folder, validation)
     facts = {"validation_accuracy": _agreement(preferences, _labels(validation)), "rubric_agreement": None}
     if bench.rubric is not None:
         facts["rubric_agreement"] = _agreement(preferences, rubric_preference(bench.rubric, validation))
@@ -78,14 +79,11 @@ def train_golden(bench: Bench, folder: Path, progress: Progress, data: Path, *sf
 
 def relabel(bench: Bench, folder: Path, progress: Progress, data: Path, golden: Path) -> None:
     """D_golden: the human pairs with the golden model's hard labels; a tie is a tie."""
+    labeller = _labeller(bench, bench.golden, golden)
     for split in ("train", "validation"):
         human = open_dataset(data / split)
-        preferences = _preferences(bench, bench.golden, bench.golden_judge, golden, human)
-        relabelled = (
-            dataclasses.replace(example, scores=np.array([p, 1 - p], np.float32))
-            for example, p in zip(human, preferences, strict=True)
-        )
-        _write(bench, folder / split, relabelled, {"relabelled": data.name, "by": golden.name, "split": split})
+        provenance = derived("relabel", {"pairs": human}, preference_model=golden.name)
+        _write(bench, folder / split, label(human, labeller, bench.batching), provenance)
     progress(1)
 
 
@@ -95,7 +93,7 @@ def train_proxy(bench: Bench, folder: Path, progress: Progress, relabelled: Path
     facts = {}
     for split in ("train", "validation"):
         examples = open_dataset(relabelled / split)[:JUDGED_PAIRS]
-        preferences = _preferences(bench, bench.proxy, bench.proxy_judge, folder, examples)
+        preferences = _preferences(bench, bench.proxy, folder, examples)
         facts[f"{split}_accuracy"] = _agreement(preferences, _labels(examples))
     write_json(folder / "facts.json", facts)
 
@@ -129,9 +127,9 @@ def train_online(
 ) -> None:
     """An online arm: fresh pairs of the current policy, labelled by a judge, and recorded as D_online."""
     model = bench.golden if arm.name == "golden" else bench.proxy
-    labeller = preference_labeller(model, bench.params(judge, model.policy), bench.mesh)
-    prompts = bench.offline("online prompts", open_dataset(relabelled / "train"), bench.config.arms.batch_size)
-    source = online_source(prompts, bench.draw_pairs, labeller, bench.key(arm.title))
+    examples = open_dataset(relabelled / "train")
+    prompts = bench.offline("online prompts", examples, bench.config.arms.batch_size)
+    source = online_source(prompts, bench.draw_pairs, _labeller(bench, model, judge), bench.key(arm.title))
 
     def record(step: int, batches: list[PreferenceBatch]) -> None:
         write_chunk(folder / RECORD, f"until-{step:08d}", (row for batch in batches for row in examples_of(batch)))
@@ -140,7 +138,7 @@ def train_online(
     close_dataset(
         folder / RECORD,
         vocabulary_digest=bench.vocabulary.digest,
-        provenance={"recorded": arm.title, "labelled_by": judge.name, "prompts": relabelled.name},
+        provenance=derived("online", {"prompts": examples}, arm=arm.title, preference_model=judge.name),
     )
 
 
@@ -204,7 +202,7 @@ def evaluate(
 ) -> None:
     """Measures checkpoints of one run, prompt by prompt and pair by pair; None is a run's last checkpoint."""
     prompts = _evaluation_prompts(bench, relabelled)
-    pairs = _collate(bench, open_dataset(relabelled / "train")[-bench.config.evaluation.pairs :])
+    pairs = bench.batching.collate(open_dataset(relabelled / "train")[-bench.config.evaluation.pairs :])
     golden_params, proxy_params = (
         bench.params(path, model.policy) for path, model in ((golden, bench.golden), (proxy, bench.proxy))
     )
@@ -220,7 +218,7 @@ def evaluate(
                 first = (drawn.responses[:, 0], drawn.lengths[:, 0])
                 second = (against[opponent]["responses"], against[opponent]["lengths"])
                 rows = (prompts.prompts, prompts.prompt_lengths, *first, *second)
-                return _in_batches(bench, functools.partial(judge, judge_params), rows)
+                return bench.batching.run(functools.partial(judge, judge_params), rows)
 
             outcomes = {
                 "win_rate": wins(bench.golden_judge, golden_params, "golden"),
@@ -242,25 +240,24 @@ def evaluation_prompts(bench: Bench, relabelled: Path) -> list[Example]:
 
 
 def _evaluation_prompts(bench: Bench, relabelled: Path) -> PreferenceBatch:
-    return _collate(bench, evaluation_prompts(bench, relabelled))
+    return bench.batching.collate(evaluation_prompts(bench, relabelled))
 
 
-def _draw(bench: Bench, params: Any, prompts: PreferenceBatch, name: str) -> Any:
+def _draw(bench: Bench, params: Any, prompts: PreferenceBatch, name: str) -> Samples:
     """One sample for each prompt; the name and the seed decide which."""
     step = jax.device_put(jnp.int32(0), replicated(bench.mesh))
-    draw = functools.partial(bench.draw_one, params, bench.key(name), step)
-    return _in_batches(bench, draw, (prompts.prompt_ids, prompts.prompts, prompts.prompt_lengths))
+    return draw(prompts, functools.partial(bench.draw_one, params, bench.key(name), step), bench.batching)
 
 
 def _divergence(bench: Bench, params: Any, reference: Any, prompts: PreferenceBatch, drawn: Any) -> np.ndarray:
     rows = slice(bench.config.evaluation.kl_prompts)
     arrays = (prompts.prompts[rows], prompts.prompt_lengths[rows], drawn.responses[rows], drawn.lengths[rows])
-    return _in_batches(bench, functools.partial(bench.divergence, params, reference), arrays)
+    return bench.batching.run(functools.partial(bench.divergence, params, reference), arrays)
 
 
 def _classification(bench: Bench, params: Any, reference: Any, pairs: PreferenceBatch) -> dict[str, np.ndarray]:
     arrays = (pairs.prompts, pairs.prompt_lengths, pairs.responses, pairs.response_lengths)
-    policy, sft = (_in_batches(bench, functools.partial(bench.score, p), arrays) for p in (params, reference))
+    policy, sft = (bench.batching.run(functools.partial(bench.score, p), arrays) for p in (params, reference))
     return classification(policy, sft, np.asarray(pairs.scores))
 
 
@@ -271,14 +268,13 @@ def _rubric(bench: Bench, prompts: PreferenceBatch, drawn: Any) -> np.ndarray:
     return bench.rubric(texts, answers)
 
 
-def _preferences(
-    bench: Bench, model: PreferenceModel, judge: Any, folder: Path, pairs: Sequence[Example]
-) -> np.ndarray:
+def _labeller(bench: Bench, model: PreferenceModel, folder: Path) -> Labeller:
+    return preference_labeller(model, bench.params(folder, model.policy), bench.mesh)
+
+
+def _preferences(bench: Bench, model: PreferenceModel, folder: Path, pairs: Sequence[Example]) -> np.ndarray:
     """The judge's preference for the first response of every pair, by the sign rule."""
-    batch = _collate(bench, pairs[:])
-    sides = (value for k in range(2) for value in (batch.responses[:, k], batch.response_lengths[:, k]))
-    arrays = (batch.prompts, batch.prompt_lengths, *sides)
-    return _in_batches(bench, functools.partial(judge, bench.params(folder, model.policy)), arrays)
+    return _labels(list(label(pairs, _labeller(bench, model, folder), bench.batching)))
 
 
 def _labels(pairs: Sequence[Example]) -> np.ndarray:
@@ -288,14 +284,6 @@ def _labels(pairs: Sequence[Example]) -> np.ndarray:
 def _agreement(preferences: np.ndarray, labels: np.ndarray) -> float:
     """Share of pairs on which both prefer the same response; a tie of one is half."""
     return float(np.mean(1 - np.abs(preferences - labels)))
-
-
-def _in_batches(bench: Bench, function: Callable[..., Any], arrays: tuple[Any, ...]) -> Any:
-    return in_batches(function, arrays, batch_size=bench.config.evaluation.batch_size, mesh=bench.mesh)
-
-
-def _collate(bench: Bench, examples: Sequence[Example]) -> PreferenceBatch:
-    return collate(examples, bench.config.task.prompt_length, bench.config.task.response_length)
 
 
 def _write(bench: Bench, folder: Path, examples: Iterable[Example], provenance: dict[str, Any]) -> None:
