@@ -14,6 +14,7 @@ from alignment_gap.errors import UserError
 COMMANDS = {
     "study": "run the controlled study, or what is left of it, and write its report",
     "train": "train one policy offline from gin files",
+    "data": "prepare datasets, make new ones from them, show what they are",
     "losses": "list the losses",
 }
 

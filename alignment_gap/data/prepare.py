@@ -1,0 +1,412 @@
+"""From a source of text to prepared datasets: tokenised by several processes, part by part, the same bytes every time.
+
+    prepared/
+      train/, validation/        datasets: record files of a part of the source each, and a card
+      preview.txt                some examples as text, with their boundaries
+      lengths.png                histograms of the lengths
+      settings.json              what it was made with
+      .parts/                    until it is finished: what is known of each part
+
+A part is a range of the source's records. What becomes of a record depends on the settings and on the source alone, so
+neither the number of processes nor a kill changes a byte.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures.process
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from alignment_gap import __version__
+from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.data.preview import lengths_picture, preview
+from alignment_gap.data.records import Card, Example, close_dataset, open_dataset, write_chunk
+from alignment_gap.data.sources import (
+    Dropped,
+    Encoded,
+    Limits,
+    Source,
+    SourceConfig,
+    TextPair,
+    encode_pair,
+    example_of,
+    held_out,
+    open_source,
+    source_digest,
+)
+from alignment_gap.data.vocabulary import Vocabulary, load_vocabulary
+from alignment_gap.errors import UserError
+from alignment_gap.folders import claim, locked, write_bytes, write_json
+
+TRAIN, VALIDATION = "train", "validation"
+PREVIEW, PICTURE, SETTINGS = "preview.txt", "lengths.png", "settings.json"
+_PARTS, _SURVEY = ".parts", "survey.npz"
+_SHOWN = 5
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """What a prepared dataset is made from, and how.
+
+    Attributes:
+      source: the pairs.
+      vocabulary: what encodes them; see `load_vocabulary`.
+      limits: lengths, and what becomes of a pair that is over one.
+      validation: share of the prompts that is held out; where the source states a training and a validation split of
+        its own, these are kept.
+      seed: of the split.
+      records_per_file: records of the source whose examples make one record file.
+    """
+
+    source: SourceConfig = SourceConfig()
+    vocabulary: str = ""
+    limits: Limits = Limits(prompt_length=512, response_length=256)
+    validation: float = 0.02
+    seed: int = 0
+    records_per_file: int = 5000
+
+    def validate(self) -> None:
+        """Raises UserError naming the first setting that is missing, unknown or out of range."""
+        self.source.validate()
+        self.limits.validate()
+        if not self.vocabulary:
+            raise UserError("vocabulary is not set: give a SentencePiece model, a tokenizer, or bytes")
+        if not 0 <= self.validation < 1:
+            raise UserError(f"validation={self.validation} is out of range: set it from 0 to below 1")
+        if self.records_per_file < 1:
+            raise UserError(f"records_per_file={self.records_per_file} is out of range: set it to 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What every process knows; it is sent to each as it is here."""
+
+    config: PrepareConfig
+    source: Source
+    output: Path
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        return load_vocabulary(self.config.vocabulary)
+
+    @functools.cached_property
+    def survey(self) -> _Survey:
+        with np.load(self.output / _PARTS / _SURVEY) as arrays:
+            duplicates, held = arrays["duplicates"], arrays["validation_prompts"]
+            return _Survey(frozenset(duplicates.tolist()), bool(arrays["own_split"]), frozenset(held.tolist()))
+
+    @property
+    def parts(self) -> int:
+        """How many parts there are."""
+        return -(-len(self.source) // self.config.records_per_file)
+
+    def size(self, part: int) -> int:
+        """Records of a part."""
+        return min(self.config.records_per_file, len(self.source) - part * self.config.records_per_file)
+
+    def pairs(self, part: int) -> Iterator[TextPair | Dropped]:
+        """What the records of a part are."""
+        start = part * self.config.records_per_file
+        return self.source.read(start, start + self.size(part))
+
+    def encode(self, pair: TextPair) -> Encoded | Dropped:
+        return encode_pair(pair, self.vocabulary, self.config.limits, bad_pairs=self.config.source.bad_pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Survey:
+    """What has to be known of all records before one can be written.
+
+    Attributes:
+      duplicates: names of the pairs that came before, as `_pair_name` gives them.
+      own_split: whether the source states a training and a validation split.
+      validation_prompts: hashes of the prompts in that validation split.
+    """
+
+    duplicates: frozenset[int]
+    own_split: bool
+    validation_prompts: frozenset[int]
+
+
+def prepare(
+    config: PrepareConfig, output: Path, *, processes: int = 1, say: Callable[[str], None] = print
+) -> dict[str, Card]:
+    """Prepares `config.source` in the folder `output`; from its finished parts where an earlier run was stopped.
+
+    Args:
+      config: from what, and how.
+      output: the folder.
+      processes: how many work at it.
+      say: prints a line.
+
+    Returns:
+      The cards of the datasets "train" and, where a pair is held out, "validation".
+
+    Raises:
+      UserError: a setting, the vocabulary, the source or one of its records cannot be used, no pair is left, the folder
+        was made with other settings, or the disk is full; the parts that are finished are kept.
+    """
+    config.validate()
+    source = open_source(config.source)
+    config = dataclasses.replace(config, source=source.config)
+    work = _Work(config, source, output)
+    digests = {
+        "vocabulary_digest": load_vocabulary(config.vocabulary).digest,
+        "source_sha256": source_digest(config.source),
+    }
+    with locked(output):
+        _claim(output / SETTINGS, flatten(to_dict(config)) | digests | {"version": __version__})
+        if not (output / _PARTS).exists():
+            say(f"{output}: finished before")
+            return {path.parent.name: open_dataset(path.parent).card for path in sorted(output.glob("*/card.json"))}
+        with _processes(work, processes) as run:
+            _survey(work, run)
+            _write_parts(work, run)
+        return _finish(work, digests, say)
+
+
+def _claim(path: Path, settings: dict[str, Any]) -> None:
+    """Takes the folder; what refused nothing so far may drop or cut from now on, for no finished part is affected."""
+    may_change: list[str] = []
+    if path.exists():
+        found = json.loads(path.read_text())
+        may_change = [key for key, value in found.items() if value == "refuse"]
+    else:
+        if any((path.parent / split).exists() for split in (TRAIN, VALIDATION)):
+            raise UserError(f"{path.parent} holds {TRAIN} or {VALIDATION} of something else: give another folder")
+        (path.parent / _PARTS).mkdir()
+    claim(path, settings, remedy="give another folder, these settings, or remove it", may_change=may_change)
+
+
+class _PartSurvey(NamedTuple):
+    """Of one part: the keys uint64[N, 2] of its pairs, the splits that they state, and its validation prompts."""
+
+    keys: np.ndarray
+    splits: frozenset[str]
+    validation_prompts: frozenset[int]
+
+
+def _survey(work: _Work, run: _Run) -> None:
+    """Reads the whole source once: what is malformed is told before anything is written."""
+    path = work.output / _PARTS / _SURVEY
+    if path.exists():
+        return
+    found = []
+    with _bar("reading", len(work.source)) as bar:
+        for part, one in enumerate(run(_survey_part, range(work.parts))):
+            found.append(one)
+            bar.update(work.size(part))
+    own = {TRAIN, VALIDATION} <= frozenset().union(*(one.splits for one in found))
+    held = frozenset().union(*(one.validation_prompts for one in found)) if own else frozenset()
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        duplicates=_duplicates(work, [one.keys for one in found]),
+        own_split=own,
+        validation_prompts=np.array(sorted(held), np.uint64),
+    )
+    write_bytes(path, buffer.getvalue())
+
+
+def _survey_part(work: _Work, part: int) -> _PartSurvey:
+    pairs = [pair for pair in work.pairs(part) if isinstance(pair, TextPair)]
+    keys = np.frombuffer(b"".join(pair.key for pair in pairs), "<u8").reshape(-1, 2)
+    encoded = [work.encode(pair) for pair in pairs if pair.split == VALIDATION]
+    prompts = frozenset(_prompt_hash(one.prompt) for one in encoded if isinstance(one, Encoded))
+    return _PartSurvey(keys, frozenset(pair.split for pair in pairs), prompts)
+
+
+def _duplicates(work: _Work, keys: list[np.ndarray]) -> np.ndarray:
+    """The numbers of the pairs whose key an earlier one has, where the source is to be rid of them."""
+    if not work.source.drops_duplicates:
+        return np.zeros(0, np.int64)
+    numbers = np.concatenate([_pair_numbers(work, part, len(one)) for part, one in enumerate(keys)])
+    _, first = np.unique(np.concatenate(keys), axis=0, return_index=True)
+    return np.delete(numbers, first)
+
+
+def _pair_numbers(work: _Work, part: int, count: int) -> np.ndarray:
+    """A number for each pair of a part, increasing and of no other part."""
+    return part * work.config.records_per_file + np.arange(count, dtype=np.int64)
+
+
+def _write_parts(work: _Work, run: _Run) -> None:
+    missing = [part for part in range(work.parts) if not _known(work, part).exists()]
+    with _bar("tokenising", len(work.source)) as bar:
+        bar.update(len(work.source) - sum(map(work.size, missing)))
+        for part, _ in zip(missing, run(_write_part, missing), strict=True):
+            bar.update(work.size(part))
+
+
+def _write_part(work: _Work, part: int) -> None:
+    """Writes the record files of a part, then what became of its records, with which it is finished."""
+    examples: dict[str, list[Example]] = {TRAIN: [], VALIDATION: []}
+    dropped: collections.Counter[str] = collections.Counter()
+    cut = 0
+    numbers = itertools.count(part * work.config.records_per_file)
+    for item in work.pairs(part):
+        outcome = item if isinstance(item, Dropped) else _encode(work, item, next(numbers))
+        if isinstance(outcome, Dropped):
+            dropped[outcome.reason] += 1
+            continue
+        encoded, split = outcome
+        cut += encoded.prompt_was_cut
+        examples[split].append(example_of(encoded, _prompt_id(encoded.prompt)))
+    for split, chosen in examples.items():
+        if chosen:
+            write_chunk(work.output / split, f"part-{part:05d}", chosen)
+    write_json(_known(work, part), {"dropped": dropped, "cut_prompts": cut})
+
+
+def _encode(work: _Work, pair: TextPair, number: int) -> tuple[Encoded, str] | Dropped:
+    """A pair's tokens and the split that it belongs to, or why there are none."""
+    if number in work.survey.duplicates:
+        return Dropped("duplicate", pair.where)
+    encoded = work.encode(pair)
+    if isinstance(encoded, Dropped):
+        return encoded
+    if not work.survey.own_split:
+        held = held_out(encoded.prompt.tobytes(), work.config.validation, work.config.seed)
+        return encoded, VALIDATION if held else TRAIN
+    if pair.split != VALIDATION and _prompt_hash(encoded.prompt) in work.survey.validation_prompts:
+        return Dropped("prompt of the validation split", pair.where)
+    return encoded, VALIDATION if pair.split == VALIDATION else TRAIN
+
+
+def _prompt_hash(prompt: np.ndarray) -> int:
+    return int.from_bytes(hashlib.sha256(prompt.tobytes()).digest()[:8], "big")
+
+
+def _prompt_id(prompt: np.ndarray) -> int:
+    """31 bits of the prompt's hash: equal prompts have equal ids, in every dataset, whatever else there is."""
+    return _prompt_hash(prompt) >> 33
+
+
+def _known(work: _Work, part: int) -> Path:
+    return work.output / _PARTS / f"{part:05d}.json"
+
+
+def _finish(work: _Work, digests: dict[str, str], say: Callable[[str], None]) -> dict[str, Card]:
+    """Cards, preview and picture; the folder is finished when what is known of the parts is gone."""
+    known = [json.loads(_known(work, part).read_text()) for part in range(work.parts)]
+    dropped = sum((collections.Counter(one["dropped"]) for one in known), collections.Counter[str]())
+    about = {
+        "made_by": "prepare",
+        "command": _command(work.config),
+        "version": __version__,
+        **to_dict(work.config),
+        "source_sha256": digests["source_sha256"],
+        "records": len(work.source),
+        "dropped": dict(sorted(dropped.items())),
+        "cut_prompts": sum(one["cut_prompts"] for one in known),
+    }
+    if not (work.output / TRAIN).exists():
+        raise UserError(f"{work.config.source.location}: {_nothing_left(len(work.source), about['dropped'])}")
+    cards = {
+        split: close_dataset(
+            work.output / split, vocabulary_digest=digests["vocabulary_digest"], provenance=about | {"split": split}
+        )
+        for split in (TRAIN, VALIDATION)
+        if (work.output / split).exists()
+    }
+    text = preview(open_dataset(work.output / TRAIN), work.vocabulary, _SHOWN)
+    write_bytes(work.output / PREVIEW, text.encode())
+    try:
+        write_bytes(work.output / PICTURE, lengths_picture(cards[TRAIN].lengths))
+    except UserError as error:
+        say(f"no {PICTURE}: {error}")
+    shutil.rmtree(work.output / _PARTS)
+    return cards
+
+
+def _nothing_left(records: int, dropped: Mapping[str, int]) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "all are for validation"
+    return f"no pair of {records} records is left for training ({reasons}): raise the lengths or mend the source"
+
+
+def _command(config: PrepareConfig) -> str:
+    """The command that makes the same again, but for the folder and the number of processes."""
+    settings = to_dict(config)
+    flat = {"source": config.source.location} | settings["source"] | settings["limits"] | settings
+    plain = to_dict(PrepareConfig())
+    default = plain["source"] | plain["limits"] | plain
+    words = [
+        f"--{name}={value}"
+        for name, value in flat.items()
+        if name not in ("location", "limits") and value != default.get(name) and not isinstance(value, dict)
+    ]
+    return shlex.join(["alignment-gap", "data", "prepare", f"--source={config.source.location}", *words])
+
+
+class _Run(Protocol):
+    """Applies a function of work and part to parts, one result after another in their order."""
+
+    def __call__(self, function: Callable[[_Work, int], Result], parts: Iterable[int]) -> Iterator[Result]: ...
+
+
+@contextlib.contextmanager
+def _processes(work: _Work, count: int) -> Iterator[_Run]:
+    """Processes that know `work`, or this one where one is enough; none outlives this process."""
+    if count <= 1:
+        yield lambda function, parts: (function(work, part) for part in parts)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(work,))
+    try:
+        yield lambda function, parts: pool.map(functools.partial(_call, function), parts)
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError(
+            "a process was killed, most likely for want of memory: run again with fewer --processes or a smaller "
+            "--records_per_file; finished parts are kept"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_work: _Work
+
+
+def _start(work: _Work) -> None:
+    """In a new process: remembers the work, leaves ctrl-c to the parent, and ends with it, even by kill -9."""
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _call(function: Callable[[_Work, int], Result], part: int) -> Result:
+    return function(_work, part)
+
+
+def _bar(title: str, records: int) -> tqdm:
+    # Without a terminal a line now and then is enough.
+    every = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=records, desc=title, unit=" records", mininterval=every, maxinterval=max(every, 10.0))
