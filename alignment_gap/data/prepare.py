@@ -200,10 +200,10 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
 
 
 class _PartSurvey(NamedTuple):
-    """Of one part: the keys uint64[N, 2] of its pairs, the splits that they state, and its validation prompts."""
+    """Of one part: the keys uint64[N, 2] of its pairs, the splits str[N] that they state, the validation's prompts."""
 
     keys: np.ndarray
-    splits: frozenset[str]
+    splits: np.ndarray
     validation_prompts: frozenset[int]
 
 
@@ -217,12 +217,12 @@ def _survey(work: _Work, run: _Run) -> None:
         for part, one in enumerate(run(_survey_part, range(work.parts))):
             found.append(one)
             bar.update(work.size(part))
-    own = {TRAIN, VALIDATION} <= frozenset().union(*(one.splits for one in found))
+    own = {TRAIN, VALIDATION} <= {split for one in found for split in np.unique(one.splits)}
     held = frozenset().union(*(one.validation_prompts for one in found)) if own else frozenset()
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        duplicates=_duplicates(work, [one.keys for one in found]),
+        duplicates=_duplicates(work, found, own),
         own_split=own,
         validation_prompts=np.array(sorted(held), np.uint64),
     )
@@ -234,15 +234,17 @@ def _survey_part(work: _Work, part: int) -> _PartSurvey:
     keys = np.frombuffer(b"".join(pair.key for pair in pairs), "<u8").reshape(-1, 2)
     encoded = [work.encode(pair) for pair in pairs if pair.split == VALIDATION]
     prompts = frozenset(_prompt_hash(one.prompt) for one in encoded if isinstance(one, Encoded))
-    return _PartSurvey(keys, frozenset(pair.split for pair in pairs), prompts)
+    return _PartSurvey(keys, np.array([pair.split for pair in pairs], "U10"), prompts)
 
 
-def _duplicates(work: _Work, keys: list[np.ndarray]) -> np.ndarray:
-    """The numbers of the pairs whose key an earlier one has, where the source is to be rid of them."""
+def _duplicates(work: _Work, found: list[_PartSurvey], own_split: bool) -> np.ndarray:
+    """The numbers of the pairs whose key an earlier one of their split has, where the source is to be rid of them."""
     if not work.source.drops_duplicates:
         return np.zeros(0, np.int64)
-    numbers = np.concatenate([_pair_numbers(work, part, len(one)) for part, one in enumerate(keys)])
-    _, first = np.unique(np.concatenate(keys), axis=0, return_index=True)
+    numbers = np.concatenate([_pair_numbers(work, part, len(one.keys)) for part, one in enumerate(found)])
+    split = np.concatenate([one.splits for one in found]) == VALIDATION
+    keys = np.column_stack([np.concatenate([one.keys for one in found]), split & own_split])
+    _, first = np.unique(keys, axis=0, return_index=True)
     return np.delete(numbers, first)
 
 
