@@ -70,12 +70,11 @@ def _texts(fields: Fields, roles: Sequence[str], template: Template) -> tuple[st
     chats = [_is_conversation(fields.value(role)) for role in roles]
     if any(chats) != all(chats):
         raise Malformed("holds a text and a conversation side by side", "write both responses in one form")
-    explicit = "prompt" in fields and _is_conversation(fields.value("prompt")) == chats[0]
     if not chats[0]:
         texts = tuple(fields.text(role) for role in roles)
-        return (fields.text("prompt"), texts) if explicit else _common_text(texts)
+        return (fields.text("prompt"), texts) if "prompt" in fields else _common_text(texts)
     answers = [messages_of(fields.rows(role), fields.name(role)) for role in roles]
-    if explicit:
+    if "prompt" in fields and _is_conversation(fields.value("prompt")):
         prompt: Messages = messages_of(fields.rows("prompt"), fields.name("prompt"))
     else:
         shared = _shared(answers)

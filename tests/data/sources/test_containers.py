@@ -1,0 +1,155 @@
+import itertools
+import pickle
+import re
+
+import pytest
+
+from alignment_gap.data.sources import SourceConfig, open_source
+from alignment_gap.data.sources.containers import open_records
+from alignment_gap.errors import UserError
+
+FORMS = ["jsonl", "json", "jsonl.gz", "parquet", "hugging_face"]
+ROWS = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(11)]
+
+
+def values(records, *bounds) -> list[dict]:
+    return [dict(record.values) for record in records.read(*bounds)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_container_gives_the_records_with_their_numbers(write, tmp_path, form):
+    records = open_records(write(tmp_path, form, ROWS))
+    assert len(records) == 11 and values(records) == ROWS
+    assert [record.where.rpartition(":")[2] for record in records.read()] == [str(n) for n in range(1, 12)]
+    assert records.files and all(file.is_file() for file in records.files) and not records.identity
+
+
+@pytest.mark.parametrize("form", [*FORMS, "dictionary"])
+def test_ranges_that_share_nothing_are_the_whole_in_any_process(write, tmp_path, form):
+    records = pickle.loads(pickle.dumps(open_records(write(tmp_path, form, ROWS))))
+    for cuts in [(0, 11), (0, 1, 2, 7, 11), (0, 4, 5, 11, 22), (0, 10, 13)]:
+        ends = [min(cut, len(records)) for cut in cuts] + [len(records)]
+        parts = [list(records.read(a, b)) for a, b in itertools.pairwise(ends)]
+        assert list(itertools.chain(*parts)) == list(records.read())
+    assert values(records, 3, 3) == [] and values(records, 9) == values(records)[9:]
+
+
+def test_a_range_far_into_a_file_starts_there(tmp_path):
+    rows = [f'{{"n": {i}}}' for i in range(10_000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    records = open_records(str(tmp_path / "a.jsonl"))
+    for start, stop in [(4095, 4098), (4096, 4097), (8191, 8200), (9999, 10_000), (9999, None), (5000, None)]:
+        read = list(records.read(start, stop))
+        assert [record.values["n"] for record in read] == list(range(start, stop or 10_000))
+        assert read[0].where.endswith(f":{start + 1}")
+
+
+def test_a_folder_of_shards_and_several_locations_are_read_in_order(write, tmp_path):
+    (tmp_path / "shards").mkdir()
+    for number, name in enumerate(["b.jsonl", "a.jsonl.gz", "c.parquet"]):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        part = write(tmp_path / "x", name.split(".", 1)[1], ROWS[number * 3 : number * 3 + 3])
+        (tmp_path / "x" / part).rename(tmp_path / "shards" / name)
+    assert values(open_records(str(tmp_path / "shards"))) == ROWS[3:6] + ROWS[:3] + ROWS[6:9]
+    both = f"{tmp_path}/shards/c.parquet, {tmp_path}/shards/b.jsonl"
+    assert values(open_records(both), 2, 5) == [ROWS[8], ROWS[0], ROWS[1]]
+
+
+def test_splits_are_named_by_folders_of_datasets_and_by_files(write, tmp_path):
+    saved = write(tmp_path, "dictionary", ROWS)
+    assert [pair.split for pair in open_source(SourceConfig(saved)).read(9, 13)] == [
+        "train",
+        "train",
+        "validation",
+        "validation",
+    ]
+    assert len(open_records(f"{saved}:test")) == 11
+    with pytest.raises(UserError, match=r"saved has no split 'dev': choose one of train, test"):
+        open_records(f"{saved}:dev")
+    (tmp_path / "files").mkdir()
+    for name in ("train.jsonl", "test.jsonl", "valid-00000-of-00001.jsonl", "harmless.jsonl"):
+        (tmp_path / "files" / name).write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    files = open_source(SourceConfig(str(tmp_path / "files")))
+    assert [pair.split for pair in files.read()] == ["", "validation", "train", "validation"]
+    assert len(open_records(f"{tmp_path}/files:test")) == 1
+
+
+def flipped(path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_a_damaged_parquet_file_is_one_line(write, tmp_path):
+    location = write(tmp_path, "parquet", ROWS)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for damaged in (whole[:-20], whole[: len(whole) // 2], b"PAR1", b""):
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"a\.parquet: cannot be read .*: fetch the file again") as error:
+            open_source(SourceConfig(location))
+        assert "\n" not in str(error.value)
+
+
+def test_a_damaged_page_names_the_record_from_which_nothing_is_read(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    table = pyarrow.Table.from_pylist(ROWS)
+    pyarrow.parquet.write_table(table, path, row_group_size=4, compression="zstd", write_page_checksum=True)
+    start = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    for place in range(start + 2, start + 40):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet: from record 5: cannot be read"):
+        list(open_records(str(path)).read())
+
+
+def test_text_in_parquet_that_is_not_utf8_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    array = pyarrow.array([b"good", b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": array}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet.*not UTF-8 .*: write the texts as UTF-8"):
+        list(open_records(str(tmp_path / "a.parquet")).read())
+
+
+def test_a_damaged_hugging_face_dataset_is_one_line(write, tmp_path):
+    location = write(tmp_path, "hugging_face", ROWS)
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"{re.escape(location)}: cannot be read .*: fetch the file again") as error:
+        open_source(SourceConfig(location))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "location, message",
+    [
+        ("none.jsonl", r"cannot read none\.jsonl \(No such file or directory\): give the path"),
+        ("none.parquet", r"none\.parquet"),
+        ("a.csv", r"a\.csv is of no kind that is read here: give a \.jsonl"),
+        ("", "location is not set"),
+    ],
+)
+def test_a_location_that_is_nothing_is_named(tmp_path, monkeypatch, location, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").write_text("prompt,chosen\n")
+    with pytest.raises(UserError, match=message) as error:
+        open_source(SourceConfig(location))
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_name_without_network_is_one_line(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"hub:nobody/nothing: cannot be read .*check the name and the network"
+    ) as error:
+        open_source(SourceConfig("hub:nobody/nothing"))
+    assert "\n" not in str(error.value)
