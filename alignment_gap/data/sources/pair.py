@@ -124,4 +124,4 @@ def as_text(value: Any, what: str) -> str:
 
 
 def _wanted(role: str) -> str:
-    return "a label" if role in ("label", "choice", "winner") else "a text"
+    return "a label" if role in ("label", "preference", "choice", "winner") else "a text"

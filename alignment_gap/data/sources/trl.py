@@ -10,7 +10,7 @@ from alignment_gap.data.sources.chat import Messages, Template, messages_of, spl
 from alignment_gap.data.sources.pair import BadPair, Fields, Malformed, Skip, TextPair
 from alignment_gap.errors import UserError
 
-ROLES = ("prompt", "chosen", "rejected", "first", "second", "completion", "label")
+ROLES = ("prompt", "chosen", "rejected", "preference", "first", "second", "completion", "label")
 _DROP = "drop"
 _PREFERENCE = {"first": 1.0, "second": 0.0, "tie": 0.5}
 _DESIRABLE = {"true": 1.0, "false": 0.0}
@@ -43,6 +43,7 @@ def parse_pair(fields: Fields, template: Template, labels: Mapping[str, float | 
 
     prompt, chosen, rejected: texts, or conversations; where only the responses are conversations they hold the prompt.
     chosen, rejected: whole texts or conversations; the prompt is their longest common beginning.
+    preference, beside chosen and rejected: the probability that the chosen one is the better, else 1.
     prompt, first, second, label: the label says how probable it is that the first is the better.
     prompt, completion, label: one response that is good (true, 1) or bad (false, 0).
 
@@ -61,8 +62,9 @@ def parse_pair(fields: Fields, template: Template, labels: Mapping[str, float | 
         score = _label(fields, {**_PREFERENCE, **labels})
         prompt, responses = _texts(fields, ("first", "second"), template)
         return TextPair(prompt, responses, (score, 1 - score))
+    score = _label(fields, labels, "preference") if "preference" in fields else 1.0
     prompt, responses = _texts(fields, ("chosen", "rejected"), template)
-    return TextPair(prompt, responses, (1.0, 0.0))
+    return TextPair(prompt, responses, (score, 1 - score))
 
 
 def _texts(fields: Fields, roles: Sequence[str], template: Template) -> tuple[str, tuple[str, ...]]:
@@ -100,23 +102,21 @@ def _shared(sequences: Sequence[Sequence[Any]]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda column: all(item == column[0] for item in column), columns))
 
 
-def _label(fields: Fields, meanings: Mapping[str, float | str]) -> float:
-    value = fields.value("label")
-    name = str(value).lower() if isinstance(value, bool) else value
-    if isinstance(name, str) and name in meanings:
-        if meanings[name] == _DROP:
-            raise Skip("label dropped")
-        return float(meanings[name])
-    if str(name) in meanings:
-        return _label(Fields({"label": str(name)}), meanings)
+def _label(fields: Fields, meanings: Mapping[str, float | str], role: str = "label") -> float:
+    value = fields.value(role)
+    meaning = meanings.get(str(value).lower() if isinstance(value, bool) else str(value))
+    if meaning == _DROP:
+        raise Skip("label dropped")
+    if meaning is not None:
+        return float(meaning)
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
         return float(value)
-    known = ", ".join(repr(name) for name in meanings)
-    raise _out_of_range(fields, f"use a number from 0 to 1 or {known}, or say by labels what it means")
+    known = "".join(f" or {name!r}" for name in meanings)
+    raise _out_of_range(fields, f"use a number from 0 to 1{known}, or say by labels what it means", role)
 
 
-def _out_of_range(fields: Fields, remedy: str) -> Malformed:
-    return Malformed(f"the field {fields.name('label')!r} is {fields.value('label')!r}, out of its range", remedy)
+def _out_of_range(fields: Fields, remedy: str, role: str = "label") -> Malformed:
+    return Malformed(f"the field {fields.name(role)!r} is {fields.value(role)!r}, out of its range", remedy)
 
 
 def _is_conversation(value: Any) -> bool:
