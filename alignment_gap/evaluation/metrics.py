@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from alignment_gap import losses
 from alignment_gap.data.batch import length_mask
 from alignment_gap.models import Policy, PreferenceModel, response_hidden
-from alignment_gap.sharding import LogicalMesh, batch_sharding, within
+from alignment_gap.sharding import LogicalMesh, batch_sharding, put_batch, within
 
 
 def make_judge(model: PreferenceModel, mesh: LogicalMesh) -> Callable[..., Float[Array, "B"]]:
@@ -71,7 +71,7 @@ def in_batches(
     results = []
     for start in range(0, len(padded), batch_size):
         rows = padded[start : start + batch_size]
-        on_device = jax.device_put(tuple(array[rows] for array in arrays), batch_sharding(mesh))
+        on_device = put_batch(tuple(array[rows] for array in arrays), mesh, batch_size)
         results.append(jax.device_get(function(*on_device)))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
 

@@ -9,7 +9,8 @@ from alignment_gap.sharding.layout import (
     unbox,
     within,
 )
-from alignment_gap.sharding.mesh import LogicalMesh, MeshConfig, make_mesh
+from alignment_gap.sharding.mesh import LogicalMesh, MeshConfig, check_batch_size, make_mesh
+from alignment_gap.sharding.processes import host_rows, initialize, is_first_process, on_first_process, put_batch
 from alignment_gap.sharding.rules import AXES, LAYOUTS, SEQUENCE, STANDARD, Layout, Rules
 
 __all__ = [
@@ -22,9 +23,15 @@ __all__ = [
     "MeshConfig",
     "Rules",
     "batch_sharding",
+    "check_batch_size",
     "constrain",
+    "host_rows",
+    "initialize",
+    "is_first_process",
     "make_mesh",
+    "on_first_process",
     "partition_spec",
+    "put_batch",
     "replicated",
     "shardings_of",
     "unbox",

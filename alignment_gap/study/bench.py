@@ -22,7 +22,7 @@ from alignment_gap.evaluation.metrics import make_divergence, make_judge
 from alignment_gap.models import Policy, PreferenceModel, make_policy
 from alignment_gap.models.preference import Markers
 from alignment_gap.sampling import make_generate
-from alignment_gap.sharding import LogicalMesh, batch_sharding, replicated
+from alignment_gap.sharding import LogicalMesh, put_batch, replicated
 from alignment_gap.study.artefacts import Progress
 from alignment_gap.study.config import JudgeConfig, StudyConfig
 from alignment_gap.training import (
@@ -96,7 +96,7 @@ class Bench:
             prompt_length=task.prompt_length,
             response_length=task.response_length,
         )
-        return lambda step: jax.device_put(source(step), batch_sharding(self.mesh))
+        return lambda step: put_batch(source(step), self.mesh, batch_size)
 
     def train(
         self,
@@ -123,7 +123,7 @@ class Bench:
         with Checkpoints(folder / CHECKPOINTS, network_of(network, self.vocabulary.digest)) as checkpoints:
             train(
                 state,
-                make_update_step(objective, transformation, self.mesh, abstract),
+                make_update_step(objective, transformation, self.mesh, abstract, microbatches=self.config.microbatches),
                 source,
                 checkpoint_steps=checkpoint_steps,
                 checkpoints=checkpoints,

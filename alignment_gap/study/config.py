@@ -12,7 +12,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config
 from alignment_gap.models.preference import KINDS
 from alignment_gap.sampling import SamplerConfig
-from alignment_gap.sharding import MeshConfig
+from alignment_gap.sharding import MeshConfig, check_batch_size
 from alignment_gap.training import OptimizerConfig
 
 INITIALISATIONS = ("sft", "random")
@@ -113,6 +113,7 @@ class StudyConfig:
       sampler: how policies are sampled, online and in evaluation.
       evaluation: how checkpoints are measured.
       checkpoint_every: steps of SFT and of the judges after which a killed run can be taken up; changes no result.
+      microbatches: parts in which the batch of a training step is computed, one after the other, to save memory.
       mesh: the device mesh.
     """
 
@@ -128,6 +129,7 @@ class StudyConfig:
     sampler: SamplerConfig = SamplerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint_every: int = 250
+    microbatches: int = 1
     mesh: MeshConfig = MeshConfig()
 
 
@@ -203,14 +205,12 @@ def validate(config: StudyConfig, devices: int) -> None:
         raise UserError(
             f"evaluation.kl_prompts is {evaluation.kl_prompts}, over evaluation.prompts={evaluation.prompts}: lower it"
         )
+    _positive("microbatches", config.microbatches)
     data, fsdp, _ = config.mesh.shape(devices)
     for name in ("sft", "golden", "proxy", "arms", "evaluation"):
         size = getattr(config, name).batch_size
         _positive(f"{name}.batch_size", size)
-        if size % (data * fsdp):
-            raise UserError(
-                f"{name}.batch_size is {size}: it must be a multiple of data * fsdp = {data * fsdp} devices of the mesh"
-            )
+        check_batch_size(f"{name}.batch_size", size, data * fsdp, 1 if name == "evaluation" else config.microbatches)
 
 
 def _check_judge(name: str, judge: JudgeConfig, config: StudyConfig) -> None:

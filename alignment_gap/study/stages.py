@@ -51,7 +51,7 @@ def seed_stages(config: StudyConfig, seed: int, mesh: LogicalMesh, root: Path) -
     bench = Bench(dataclasses.replace(config, task=dataclasses.replace(config.task, seed=seed)), seed, mesh)
     make = functools.partial(_stage, bench, root)
     config = bench.config
-    shared = {"mesh": config.mesh, "policy": config.policy}
+    shared = {"mesh": config.mesh, "policy": config.policy, "microbatches": config.microbatches}
 
     data = make("data", functions.write_data, {"task": config.task})
     sft = make("sft", functions.train_sft, {**shared, "sft": config.sft}, data, units=config.sft.steps)

@@ -8,9 +8,10 @@ workdir/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,17 @@ from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.data.records import Dataset, open_dataset, verify_dataset
 from alignment_gap.data.source import OfflineSource, offline_source
 from alignment_gap.errors import UserError
-from alignment_gap.folders import claim
+from alignment_gap.folders import claim, locked
 from alignment_gap.models import DecoderConfig, ModelConfig, Policy, T5Config, make_policy
-from alignment_gap.sharding import LogicalMesh, MeshConfig, batch_sharding, make_mesh, replicated
+from alignment_gap.sharding import (
+    LogicalMesh,
+    MeshConfig,
+    check_batch_size,
+    host_rows,
+    make_mesh,
+    on_first_process,
+    put_batch,
+)
 from alignment_gap.training.checkpoints import Checkpoints
 from alignment_gap.training.loop import Source, make_score, train, with_reference
 from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
@@ -36,7 +45,8 @@ from alignment_gap.training.update import Objective, make_update_step, policy_ob
 
 METRICS, CARD = "metrics.jsonl", "job.json"
 # What a resumed run may change: none of it alters the steps that were taken.
-_MAY_CHANGE = ("steps", "checkpoint_every", "log_every")
+_MESH = tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
+_MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "microbatches", *_MESH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +96,7 @@ class JobConfig:
       steps: gradient steps.
       checkpoint_every: steps between two checkpoints; the last step has one too.
       log_every: steps between two lines of metrics.
+      microbatches: parts in which a step's batch is computed, one after the other, to save memory.
       seed: of fresh parameters and of the shuffle.
       start: folder of the run whose parameters training starts from; empty for fresh ones.
       start_step: which of its checkpoints; 0 means the last.
@@ -102,6 +113,7 @@ class JobConfig:
     steps: int = 1000
     checkpoint_every: int = 200
     log_every: int = 20
+    microbatches: int = 1
     seed: int = 0
     start: str = ""
     start_step: int = 0
@@ -144,23 +156,17 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
             reference = _params(config.reference, config.reference_step, model, abstract)
         source = with_reference(source, make_score(policy, mesh), reference)
     if start is None:
-        state = create_state(
-            policy.init, optimizer, mesh, jax.device_put(jax.random.key(config.seed), replicated(mesh))
-        )
+        state = create_state(policy.init, optimizer, mesh, jax.random.key(config.seed))
     else:
         state = state_from_params(start, abstract, optimizer)
-    claim(
-        workdir / CARD,
-        flatten(to_dict(config)) | {"dataset.digest": dataset.card.digest},
-        remedy="give another folder, or these settings",
-        may_change=_MAY_CHANGE,
-    )
     network = Network(model=model, vocabulary_digest=dataset.card.vocabulary_digest)
-    with Checkpoints(workdir / CHECKPOINTS, network) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        on_first_process(lambda: stack.enter_context(_own(workdir, config, dataset)))
+        checkpoints = stack.enter_context(Checkpoints(workdir / CHECKPOINTS, network))
         _check_not_beyond(config, checkpoints)
         return train(
             state,
-            make_update_step(objective, optimizer, mesh, abstract),
+            make_update_step(objective, optimizer, mesh, abstract, microbatches=config.microbatches),
             source,
             checkpoint_steps=(*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps),
             checkpoints=checkpoints,
@@ -170,14 +176,18 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
         )
 
 
+@contextlib.contextmanager
+def _own(workdir: Path, config: JobConfig, dataset: Dataset) -> Iterator[None]:
+    """Holds the job's folder, which has its settings; raises UserError where it is another job's or in use."""
+    settings = flatten(to_dict(config)) | {"dataset.digest": dataset.card.digest}
+    with locked(workdir):
+        claim(workdir / CARD, settings, remedy="give another folder, or these settings", may_change=_MAY_CHANGE)
+        yield
+
+
 def _batches(config: JobConfig, dataset: Dataset, mesh: LogicalMesh) -> OfflineSource:
     data, card = config.dataset, dataset.card
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if data.batch_size % shards:
-        raise UserError(
-            f"dataset.batch_size is {data.batch_size}: it must be a multiple of data * fsdp = {shards} devices of the "
-            "mesh"
-        )
+    check_batch_size("dataset.batch_size", data.batch_size, mesh.batch_parts, config.microbatches)
     lengths: dict[str, Any] = {}
     for name, longest in (("prompt_length", card.max_prompt_length), ("response_length", card.max_response_length)):
         lengths[name] = getattr(data, name) or longest
@@ -193,7 +203,7 @@ def _batches(config: JobConfig, dataset: Dataset, mesh: LogicalMesh) -> OfflineS
 
 def _source(config: JobConfig, policy: Policy, mesh: LogicalMesh, batches: OfflineSource) -> Source:
     """Batches on the device, none of whose ids is outside of the model's vocabulary."""
-    size = policy.config.vocabulary_size
+    size, rows = policy.config.vocabulary_size, host_rows(mesh, config.dataset.batch_size)
 
     def source(step: int, state: TrainState) -> PreferenceBatch:
         batch = batches(step)
@@ -203,7 +213,7 @@ def _source(config: JobConfig, policy: Policy, mesh: LogicalMesh, batches: Offli
                 f"{config.dataset.folder} has the token id {largest} but the model has vocabulary_size={size}: raise "
                 "it, or prepare the dataset with the model's vocabulary"
             )
-        return jax.device_put(batch, batch_sharding(mesh))
+        return put_batch(jax.tree.map(lambda array: array[rows], batch), mesh, config.dataset.batch_size)
 
     return source
 
@@ -278,7 +288,7 @@ def _check_loss(
 
 
 def _check_settings(config: JobConfig) -> None:
-    for name in ("steps", "checkpoint_every", "log_every"):
+    for name in ("steps", "checkpoint_every", "log_every", "microbatches"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}: it must be at least 1")
     for name in ("start_step", "reference_step"):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, score
-from alignment_gap.sharding import LogicalMesh, batch_sharding, within
+from alignment_gap.sharding import LogicalMesh, batch_sharding, is_first_process, within
 from alignment_gap.training.checkpoints import Checkpoints
 from alignment_gap.training.state import TrainState
 from alignment_gap.training.update import Metrics, UpdateStep
@@ -60,7 +60,8 @@ def train(
     if start:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         state = checkpoints.restore(abstract, start)
-    truncate_metrics(metrics_path, start)
+    if is_first_process():
+        truncate_metrics(metrics_path, start)
     progress(start)
     recorded: list[PreferenceBatch] = []
     last_step, clock, clocked = checkpoint_steps[-1], time.perf_counter(), start
@@ -88,8 +89,9 @@ def train(
 def append_metrics(path: Path, step: int, metrics: Metrics, **more: float) -> None:
     """Adds a line; raises UserError where loss or gradient are not finite."""
     line = {"step": step} | {name: float(value) for name, value in jax.device_get(metrics).items()} | more
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    if is_first_process():
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
     check_finite(metrics, step)
 
 

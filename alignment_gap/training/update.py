@@ -16,7 +16,7 @@ from alignment_gap.data.batch import PreferenceBatch, length_mask
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, PreferenceModel, score
 from alignment_gap.models.preference import pair_loss
-from alignment_gap.sharding import LogicalMesh, batch_sharding, replicated, within
+from alignment_gap.sharding import LogicalMesh, batch_sharding, constrain, replicated, within
 from alignment_gap.training.state import TrainState
 
 Metrics = dict[str, Array]
@@ -33,7 +33,12 @@ class Objective(Protocol):
 
 
 def make_update_step(
-    objective: Objective, optimizer: optax.GradientTransformation, mesh: LogicalMesh, abstract: TrainState
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: LogicalMesh,
+    abstract: TrainState,
+    *,
+    microbatches: int = 1,
 ) -> UpdateStep:
     """One jitted, sharded `(state, batch) -> (state, metrics)`; the state's buffers are reused for the new one.
 
@@ -42,29 +47,60 @@ def make_update_step(
       optimizer: an optax transformation.
       mesh: the device mesh.
       abstract: the state's shapes and shardings, from `abstract_state`.
+      microbatches: parts of the batch whose gradients are computed one after the other and averaged; they, times
+        `mesh.batch_parts`, divide its size. The step is that of the whole batch, but for a loss that looks at the
+        batch as one (as kto and bco do), which sees a part.
 
     Returns:
       The step. Its metrics are means over the batch, in float32: "loss", "gradient_norm" and the objective's own.
     """
 
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
     def update_step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
-        def mean_loss(params: Any) -> tuple[Array, Metrics]:
-            loss, diagnostics = objective(params, batch, state.step)
+        def mean_loss(params: Any, part: PreferenceBatch) -> tuple[Array, Metrics]:
+            loss, diagnostics = objective(params, part, state.step)
             return jnp.mean(loss), {"loss": jnp.mean(loss)} | {k: jnp.mean(v) for k, v in diagnostics.items()}
 
-        gradients, metrics = jax.grad(mean_loss, has_aux=True)(state.params)
+        def gradients_of(part: PreferenceBatch) -> tuple[Any, Metrics]:
+            gradients, metrics = jax.grad(mean_loss, has_aux=True)(state.params, part)
+            return jax.lax.with_sharding_constraint(gradients, shardings.params), metrics
+
+        gradients, metrics = _mean_over(gradients_of, batch, microbatches)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["gradient_norm"] = optax.global_norm(gradients)
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(
         within(mesh, update_step),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def _mean_over(
+    gradients_of: Callable[[PreferenceBatch], tuple[Any, Metrics]], batch: PreferenceBatch, microbatches: int
+) -> tuple[Any, Metrics]:
+    """The mean of gradients and metrics over equal parts of the batch.
+
+    A part takes every n-th row, so that a batch that is split over devices stays split within each part.
+    """
+    if microbatches == 1:
+        return gradients_of(batch)
+
+    def split(array: Array) -> Array:
+        parts = jnp.swapaxes(array.reshape(-1, microbatches, *array.shape[1:]), 0, 1)
+        return constrain(parts, None, "batch", *[None] * (parts.ndim - 2))
+
+    def add(total: Any, part: PreferenceBatch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradients_of(part)), None
+
+    parts = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(gradients_of, jax.tree.map(lambda array: array[0], parts))
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), parts)
+    return jax.tree.map(lambda value: value / microbatches, total)
 
 
 def policy_objective(policy: Policy, loss: Callable[..., Array]) -> Objective:
@@ -91,14 +127,15 @@ def policy_objective(policy: Policy, loss: Callable[..., Array]) -> Objective:
 
 
 def preference_objective(model: PreferenceModel, run_key: Key[Array, ""]) -> Objective:
-    """Trains a preference model on pairs by cross-entropy, each pair in a random order drawn from (run, step)."""
+    """Trains a preference model on pairs by cross-entropy, each pair in an order drawn from (run, step, prompt)."""
 
     def objective(params: Any, batch: PreferenceBatch, step: Array) -> tuple[Array, dict[str, Array]]:
         if batch.responses.shape[1] != 2:
             raise UserError(
                 f"a preference model is trained on pairs, the batch has {batch.responses.shape[1]} responses"
             )
-        swap = jax.random.bernoulli(jax.random.fold_in(run_key, step), shape=batch.prompt_lengths.shape)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(run_key, step), batch.prompt_ids)
+        swap = jax.vmap(jax.random.bernoulli)(keys)
         order = jnp.where(swap[:, None], jnp.array([1, 0]), jnp.array([0, 1]))
         responses = jnp.take_along_axis(batch.responses, order[..., None], axis=1)
         lengths = jnp.take_along_axis(batch.response_lengths, order, axis=1)
