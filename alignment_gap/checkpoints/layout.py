@@ -55,7 +55,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     Raises:
       UserError: where there is none.
     """
-    if (path / METADATA).is_file():
+    if (path / PARAMS).is_dir():
         return path
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train one policy offline from gin files",
     "data": "prepare datasets, make new ones from them, show what they are",
     "losses": "list the losses",
+    "checkpoint": "checkpoints of other libraries in and out, and what a checkpoint holds",
 }
 
 # Of another library's message, as much as one line bears.
@@ -34,7 +35,7 @@ def main() -> None:
     """Runs a command; what the user can mend is one line on standard error and exit status 2."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(USAGE.format(commands="\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())))
+        print(USAGE.format(commands="\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())))
         sys.exit(0 if arguments else 2)
     if arguments[0] == "--version":
         print(__version__)

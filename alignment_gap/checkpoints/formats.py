@@ -1,0 +1,132 @@
+"""Checkpoints of other libraries in and out, whatever their format; a module for each format.
+
+A format is a module with
+  recognises(path) -> bool              whether the file or folder is of this format, from a look at it
+  open_source(path) -> Source           what it holds; nothing is loaded
+  write(output, model, tensors)         writes our parameters in it, tensor by tensor
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from alignment_gap.checkpoints.layout import Stored, find_checkpoint, known_network, open_checkpoint, write_checkpoint
+from alignment_gap.checkpoints.network import Network
+from alignment_gap.checkpoints.tensors import Entries, Tensor, check_entries, check_shapes, imported, shapes_of
+from alignment_gap.configuration import to_dict
+from alignment_gap.errors import UserError
+from alignment_gap.models import ModelConfig, make_policy
+from alignment_gap.sharding import unbox
+
+FORMATS = {
+    "t5x": "alignment_gap.checkpoints.t5x",
+    "t5x-legacy": "alignment_gap.checkpoints.t5x_legacy",
+    "t5x-file": "alignment_gap.checkpoints.t5x_file",
+}
+
+
+class Source(NamedTuple):
+    """A checkpoint of another format, of which nothing is loaded yet.
+
+    Attributes:
+      model: the network, from its config or from its tensors.
+      tensors: all that it holds, by its own names.
+      entries: how they make up our parameters.
+      ignored: names that may be there and are not used.
+    """
+
+    model: ModelConfig
+    tensors: Mapping[str, Tensor]
+    entries: Entries
+    ignored: Collection[str] = ()
+
+
+def import_checkpoint(path: Path, output: Path, name: str = "") -> Stored:
+    """Writes a checkpoint of another format into the run folder `output`, as its step 0, tensor by tensor.
+
+    Args:
+      path: of the file or folder.
+      output: the new folder; training starts from it, and `load_policy` loads it.
+      name: of the format; found by looking where empty.
+
+    Raises:
+      UserError: where the format is unknown, or tensors are wrong, missing or too many: before anything is loaded.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already: give a new folder")
+    source = open_source(path, name)
+    tensors = imported(source.tensors, source.entries)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    check_shapes(str(path), shapes, model_shapes(source.model))
+    write_checkpoint(output, 0, Network(model=source.model), tensors)
+    return open_checkpoint(output)
+
+
+def export_checkpoint(path: Path, output: Path, name: str, step: int | None = None) -> None:
+    """Writes the policy of a checkpoint of ours in another format, tensor by tensor; `output` appears when complete.
+
+    Raises:
+      UserError: where the format is unknown or cannot hold the policy, or the checkpoint is damaged.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already: give a new name")
+    module = _module(name)
+    folder = find_checkpoint(path, step)
+    model, stored = known_network(folder).model, open_checkpoint(folder)
+    shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
+    check_shapes(str(folder), shapes, model_shapes(model))
+    partial = output.with_name(output.name + ".partial")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    module.write(partial, model, stored.tensors)
+    os.replace(partial, output)
+
+
+def open_source(path: Path, name: str = "") -> Source:
+    """A checkpoint of another format, all of whose tensors are there in their shapes; nothing is loaded.
+
+    Raises:
+      UserError: where the format is unknown, or tensors are wrong, missing or too many.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the file or folder of a checkpoint")
+    names = [name] if name else [known for known in FORMATS if _module(known).recognises(path)]
+    if not names:
+        raise UserError(f"{path} is in no format that is known here: it must be of {', '.join(FORMATS)}")
+    source = _module(names[0]).open_source(path)
+    check_entries(str(path), source.tensors, source.entries, source.ignored)
+    return source
+
+
+def describe(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """What a checkpoint of ours or of another format says of itself, and its tensors, in its own names.
+
+    Raises:
+      UserError: where it is neither, or is damaged.
+    """
+    names = [name for name in FORMATS if _module(name).recognises(path)]
+    if names:
+        source = open_source(path, names[0])
+        return {"format": names[0], "model": to_dict(source.model)}, source.tensors
+    stored = open_checkpoint(path)
+    network = to_dict(stored.network) if stored.network else {"network": "it does not say"}
+    return {"checkpoint": str(stored.folder), **network}, stored.tensors
+
+
+def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's parameters by dotted names, without allocating them."""
+    return shapes_of(unbox(jax.eval_shape(make_policy(model).init, jax.random.key(0))))
+
+
+def _module(name: str) -> Any:
+    if name not in FORMATS:
+        raise UserError(f"format {name!r} is unknown: choose one of {', '.join(FORMATS)}")
+    return importlib.import_module(FORMATS[name])

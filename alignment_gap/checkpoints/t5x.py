@@ -1,0 +1,45 @@
+"""T5X's checkpoints as it writes them today: checkpoint_STEP/state/ is an Orbax tree of target and optimizer state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from alignment_gap.checkpoints.formats import Source
+from alignment_gap.checkpoints.layout import METADATA, open_store, write_store
+from alignment_gap.checkpoints.t5x_tree import TARGET, t5_entries, t5_source
+from alignment_gap.checkpoints.tensors import Tensor, exported, from_array
+from alignment_gap.models import ModelConfig
+
+PREFIX, STATE = "checkpoint_", "state"
+_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+
+
+def recognises(path: Path) -> bool:
+    """Whether it is a folder of T5X's with an Orbax tree, or a model's folder with such ones."""
+    return (last_step(path) / STATE).is_dir()
+
+
+def open_source(path: Path) -> Source:
+    """The T5 network of the target; raises UserError where it is none."""
+    return t5_source(path, open_store(last_step(path) / STATE))
+
+
+def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a model's folder with checkpoint_0, whose optimizer state is empty."""
+    theirs = exported(tensors, t5_entries(model))
+    folder = output / f"{PREFIX}0"
+    tree = {TARGET + name: tensor for name, tensor in theirs.items()}
+    write_store(folder / STATE, tree | {"state.step": from_array(np.asarray(0, np.int32))})
+    metadata = {"item_handlers": {STATE: _HANDLER}, "metrics": {}, "performance_metrics": {}, "custom_metadata": {}}
+    (folder / METADATA).write_text(json.dumps(metadata))
+    (folder / "commit_success.txt").write_text("Checkpoint commit was successful.\n")
+
+
+def last_step(path: Path) -> Path:
+    """The checkpoint of the last step where the folder is a model's, else the path itself."""
+    steps = [int(p.name.removeprefix(PREFIX)) for p in path.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+    return path / f"{PREFIX}{max(steps)}" if steps else path

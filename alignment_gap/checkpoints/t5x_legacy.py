@@ -1,0 +1,139 @@
+"""T5X's legacy checkpoints (version 3): checkpoint_STEP/ with a msgpack index and a zarr folder for each large tensor.
+
+The index is the file `checkpoint`, {version, optimizer: {target, state}}; its leaves are arrays, or specs of
+tensorstore whose paths are relative to its folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from flax.traverse_util import unflatten_dict
+
+from alignment_gap.checkpoints.flax_msgpack import is_flax_file, read_tree
+from alignment_gap.checkpoints.formats import Source
+from alignment_gap.checkpoints.layout import check_parts, first_line, parts_of, stored_tensor
+from alignment_gap.checkpoints.t5x import PREFIX, last_step
+from alignment_gap.checkpoints.t5x_tree import TARGET, t5_entries, t5_source
+from alignment_gap.checkpoints.tensors import Tensor, exported
+from alignment_gap.errors import UserError
+from alignment_gap.models import ModelConfig
+
+INDEX = "checkpoint"
+# Of a gzip file: its last four bytes are the size of what was compressed.
+_TRAILER = 4
+
+
+def recognises(path: Path) -> bool:
+    """Whether it is a folder with an index, or a model's folder with such ones, or the index itself."""
+    index = _index(path)
+    return index.parent.is_dir() and index.name == INDEX and is_flax_file(index)
+
+
+def open_source(path: Path) -> Source:
+    """The T5 network of the target; raises UserError where it is none, or a part of a tensor is missing."""
+    return t5_source(path, open_tree(_index(path)))
+
+
+def open_tree(index: Path) -> dict[str, Tensor]:
+    """All tensors of an index by dotted names, of its target and of its state; nothing is loaded.
+
+    Raises:
+      UserError: where the index is damaged, or parts of tensors are missing or cut short; all of them are named.
+    """
+    tree = read_tree(index)
+    tensors: dict[str, Tensor] = {}
+    parts: dict[str, tuple[int, int]] = {}
+    pending = [("", tree.get("optimizer", tree))]
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, dict) and "driver" in value:
+            array = _open_array(name, index.parent, value)
+            tensors[name], parts[name] = stored_tensor(array, name), (_whole_parts(array), parts_of(array))
+        elif isinstance(value, dict):
+            pending += [(f"{name}.{key}".removeprefix("."), child) for key, child in value.items()]
+    check_parts(str(index.parent), parts)
+    return tensors
+
+
+def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a model's folder with checkpoint_0, every parameter in a zarr folder, the optimizer state empty."""
+    theirs = exported(tensors, t5_entries(model))
+    folder = output / f"{PREFIX}0"
+    folder.mkdir(parents=True)
+    specs = {}
+    for name, tensor in theirs.items():
+        path = f"{TARGET}{name}/"
+        spec = {
+            "driver": "zarr",
+            "dtype": tensor.dtype,
+            "kvstore": {"driver": "file", "path": path},
+            "metadata": {
+                "chunks": list(tensor.shape),
+                "compressor": {"id": "gzip", "level": 1},
+                "shape": list(tensor.shape),
+            },
+        }
+        array = ts.open(spec | {"kvstore": {"driver": "file", "path": str(folder.absolute() / path)}}, create=True)
+        array.result().write(tensor.read(None)).result()
+        specs[name] = spec
+    (folder / INDEX).write_bytes(flax.serialization.msgpack_serialize(index_tree(specs)))
+
+
+def index_tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What an index holds: the target with these leaves, and an empty optimizer state."""
+    state = {"step": np.int32(0), "param_states": {}}
+    return {"version": 3, "optimizer": {"target": unflatten_dict(leaves, sep="."), "state": state}}
+
+
+def _index(path: Path) -> Path:
+    step = last_step(path)
+    return step / INDEX if step.is_dir() else step
+
+
+def _open_array(name: str, folder: Path, spec: Mapping[str, Any]) -> Any:
+    """The zarr array of a spec, whose bucket and driver are those of the machine that wrote it."""
+    kvstore, metadata = spec.get("kvstore", {}), dict(spec.get("metadata", {}))
+    path = folder / Path(kvstore.get("path") or spec.get("path") or name).name
+    ours = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path.absolute()}/"}}
+    try:
+        if (path / ".zarray").exists():
+            return ts.open(ours, open=True, read=True).result()
+        # Some copies lack the hidden files: the spec has what they say.
+        stored = ts.dtype(spec["dtype"]).numpy_dtype if "dtype" in spec else np.dtype(metadata["dtype"])
+        encoding = "bfloat16" if stored == jnp.bfloat16 else stored.str
+        metadata = {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None, "dtype": encoding} | metadata
+        return ts.open(ours | {"metadata": metadata}, open=True, read=True, assume_metadata=True).result()
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): the checkpoint is damaged") from error
+
+
+def _whole_parts(array: Any) -> int:
+    """How many chunks of an array are there and, where they are compressed by gzip, whole."""
+    spec = array.spec(retain_context=False).to_json()
+    chunk = array.chunk_layout.read_chunk.shape or ()
+    size = math.prod(chunk) * array.dtype.numpy_dtype.itemsize % 2**32
+    zipped = (spec.get("metadata", {}).get("compressor") or {}).get("id") == "gzip"
+    counts = [range(-(-n // part)) for n, part in zip(array.shape, chunk, strict=True)]
+    whole = 0
+    for place in itertools.product(*counts):
+        path = Path(spec["kvstore"]["path"]) / (".".join(map(str, place)) or "0")
+        if path.is_file() and (not zipped or _unzipped_size(path) == size):
+            whole += 1
+    return whole
+
+
+def _unzipped_size(path: Path) -> int:
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - _TRAILER, 0))
+        return int.from_bytes(file.read(), "little")
