@@ -1,4 +1,5 @@
 import pathlib
+import warnings
 
 import pytest
 import sentencepiece
@@ -109,6 +110,30 @@ def test_load_vocabulary_goes_by_the_name(tmp_path, model_path):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.txt is not UTF-8"):
         load_vocabulary(tmp_path / "latin.txt")
+
+
+def test_a_begin_id_of_the_model_is_kept_and_no_sentinels_are_added(tmp_path):
+    # Gemma's special ids.
+    vocabulary = SentencePieceVocabulary(train_model(tmp_path, pad_id=0, eos_id=1, bos_id=2, unk_id=3))
+    assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.bos_id, vocabulary.unk_id) == (0, 1, 2, 3)
+    assert vocabulary.extra_ids == 0 and vocabulary.bos_id not in vocabulary.encode("the cat")
+    assert SentencePieceVocabulary(vocabulary.path, extra_ids=8).size == vocabulary.size + 8
+
+
+def test_bytes_are_byt5s():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import seqio
+    theirs, ours = seqio.ByteVocabulary(extra_ids=125), load_vocabulary("bytes")
+    assert (ours.pad_id, ours.eos_id, ours.unk_id, ours.size) == (0, theirs.eos_id, theirs.unk_id, theirs.vocab_size)
+    assert (ours.extra_ids, ours.bos_id) == (theirs.extra_ids, None)
+    for text in ("", "hello\n", "日本 é"):
+        assert ours.encode(text) == list(theirs.encode(text))
+        assert ours.decode([*ours.encode(text), 1, 50]) == text
+    assert (
+        ours.decode([75, extra_id(ours, 0), 0, 2, 259, 400, 203])
+        == "H<extra_id_0><pad><unk><extra_id_124><no_token_400>\ufffd"
+    )
 
 
 def test_t5_vocabulary_has_t5s_ids():
