@@ -9,7 +9,7 @@ from alignment_gap.checkpoints.layout import (
     read_network,
     write_checkpoint,
 )
-from alignment_gap.checkpoints.network import Network, agreed_model, network_of
+from alignment_gap.checkpoints.network import Network, agreed_model, check_vocabulary, network_of
 from alignment_gap.checkpoints.tensors import Entry, Tensor, check_entries, check_shapes, exported, imported
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "agreed_model",
     "check_entries",
     "check_shapes",
+    "check_vocabulary",
     "exported",
     "find_checkpoint",
     "imported",

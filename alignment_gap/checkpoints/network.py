@@ -61,6 +61,21 @@ def from_json(values: Mapping[str, Any]) -> Network:
     return from_dict(Network, values, path="network")
 
 
+def check_vocabulary(network: Network, digest: str, checkpoint: str, dataset: str) -> None:
+    """Raises UserError where a checkpoint and a dataset are known to be of different vocabularies.
+
+    Args:
+      network: of the checkpoint.
+      digest: of the dataset's vocabulary.
+      checkpoint, dataset: where they are, for the error.
+    """
+    if network.vocabulary_digest and digest and network.vocabulary_digest != digest:
+        raise UserError(
+            f"{dataset} was prepared with the vocabulary {digest[:12]}, {checkpoint} was trained with "
+            f"{network.vocabulary_digest[:12]}: prepare the dataset with the checkpoint's vocabulary"
+        )
+
+
 def agreed_model(asked: ModelConfig | None, network: Network, where: str) -> ModelConfig:
     """The model to train from a checkpoint: its own, or the one that is asked for, where they are the same network.
 

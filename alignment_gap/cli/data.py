@@ -84,19 +84,15 @@ def show(arguments: list[str]) -> None:
     if values is None:
         return
 
-    from alignment_gap.data.card import card_text, vocabulary_of
+    from alignment_gap.data.card import card_text, find_vocabulary
     from alignment_gap.data.preview import preview
     from alignment_gap.data.records import open_dataset, verify_dataset
-    from alignment_gap.data.vocabulary import load_vocabulary
 
     dataset = open_dataset(require(values, "folder"))
     verify_dataset(dataset)
     print(card_text(dataset))
-    vocabulary = values.vocabulary or vocabulary_of(dataset.card.provenance)
-    if values.examples and not vocabulary:
-        print("for the examples as text give the vocabulary that they were encoded with by --vocabulary")
-    elif values.examples:
-        print(preview(dataset, load_vocabulary(vocabulary), values.examples))
+    if values.examples:
+        print(preview(dataset, find_vocabulary(dataset, values.vocabulary), values.examples))
 
 
 def parse(
@@ -130,7 +126,7 @@ def require(values: flags.FlagValues, name: str) -> str:
 
 
 def _prepare_flags(values: flags.FlagValues) -> None:
-    text, number = _definers(values)
+    text, number = definers(values)
     text("source", "", "File, folder, hub: or tfds: name of the pairs; several with commas between.")
     text("vocabulary", "", "SentencePiece *.model, word list *.txt, tokenizer.json or its folder, or bytes.")
     text("output", "", "Folder of the prepared datasets; one that was stopped goes on there.")
@@ -152,13 +148,15 @@ def _prepare_flags(values: flags.FlagValues) -> None:
 
 
 def _show_flags(values: flags.FlagValues) -> None:
-    text, number = _definers(values)
+    text, number = definers(values)
     text("folder", "", "The dataset.")
     number("examples", 3, "Examples to show.")
     text("vocabulary", "", "What the examples were encoded with, where it is no longer at its place.")
 
 
-def _definers(values: flags.FlagValues) -> tuple[Callable[[str, str, str], None], Callable[[str, int, str], None]]:
+def definers(values: flags.FlagValues) -> tuple[Callable[[str, str, str], None], Callable[[str, int, str], None]]:
+    """What defines a flag that is a text, and one that is a whole number: (name, default, help)."""
+
     def text(name: str, default: str, help_text: str) -> None:
         flags.DEFINE_string(name, default, help_text, flag_values=values)
 

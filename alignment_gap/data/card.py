@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from alignment_gap.data import posts
 from alignment_gap.data.records import Dataset
+from alignment_gap.data.vocabulary import Vocabulary, load_vocabulary
+from alignment_gap.errors import UserError
 
+# The name of the built-in task, whose vocabulary is no file.
+_POSTS = "posts"
 # Facts of provenance that are shown elsewhere or are long.
 _NOT_SHOWN = ("made_by", "inputs", "dropped", "source", "limits", "config")
 
@@ -47,8 +52,32 @@ def provenance_lines(provenance: Mapping[str, Any], depth: int = 1) -> Iterator[
         yield from provenance_lines(part["provenance"], depth + 2)
 
 
-def vocabulary_of(provenance: Mapping[str, Any]) -> str:
-    """The vocabulary that the first source was encoded with, as it was given; "" where nothing says it."""
-    if vocabulary := provenance.get("vocabulary"):
-        return str(vocabulary)
-    return next((found for part in provenance.get("inputs", ()) if (found := vocabulary_of(part["provenance"]))), "")
+def find_vocabulary(dataset: Dataset, given: str = "") -> Vocabulary:
+    """The vocabulary that a dataset was encoded with.
+
+    Args:
+      dataset: the dataset.
+      given: where it is; empty for where it was when the first source was encoded.
+
+    Raises:
+      UserError: it is not known, no longer there, or another one than the dataset's.
+    """
+    found = given or _vocabulary_of(dataset.card.provenance)
+    if not found:
+        raise UserError(f"{dataset.folder} does not say where its vocabulary is: give --vocabulary")
+    vocabulary = posts.vocabulary() if found == _POSTS else load_vocabulary(found)
+    if vocabulary.digest != dataset.card.vocabulary_digest:
+        raise UserError(
+            f"{dataset.folder} was encoded with the vocabulary {dataset.card.vocabulary_digest[:12]}, {found} is "
+            f"{vocabulary.digest[:12]}: give the dataset's own by --vocabulary"
+        )
+    return vocabulary
+
+
+def _vocabulary_of(provenance: Mapping[str, Any]) -> str:
+    """Where the first source's vocabulary was, "" where nothing says it."""
+    if provenance.get("task") == _POSTS:
+        return _POSTS
+    own = provenance.get("vocabulary") or provenance.get("config", {}).get("vocabulary_path")
+    inputs = provenance.get("inputs", ())
+    return own or next((found for part in inputs if (found := _vocabulary_of(part["provenance"]))), "")

@@ -20,7 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment_gap import losses
-from alignment_gap.checkpoints import CHECKPOINTS, Network, agreed_model, find_checkpoint, read_network
+from alignment_gap.checkpoints import (
+    CHECKPOINTS,
+    Network,
+    agreed_model,
+    check_vocabulary,
+    find_checkpoint,
+    read_network,
+)
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.data.records import Dataset, open_dataset, verify_dataset
@@ -148,12 +155,12 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
     abstract = abstract_state(policy.init, optimizer, mesh)
     needs_reference = _needs_reference(config, dataset)
     _check_loss(config, objective, abstract, batches(0), with_reference=needs_reference)
-    start = _params(config.start, config.start_step, model, abstract) if config.start else None
+    start = _params(config.start, config.start_step, model, dataset, abstract) if config.start else None
     source = _source(config, policy, mesh, batches)
     if needs_reference:
         reference = start
         if config.reference:
-            reference = _params(config.reference, config.reference_step, model, abstract)
+            reference = _params(config.reference, config.reference_step, model, dataset, abstract)
         source = with_reference(source, make_score(policy, mesh), reference)
     if start is None:
         state = create_state(policy.init, optimizer, mesh, jax.random.key(config.seed))
@@ -234,12 +241,13 @@ def _model(config: JobConfig) -> ModelConfig:
     return config.model
 
 
-def _params(path: str, step: int, model: ModelConfig, abstract: TrainState) -> Any:
+def _params(path: str, step: int, model: ModelConfig, dataset: Dataset, abstract: TrainState) -> Any:
     """The parameters of another run's checkpoint, of its last one for step 0."""
     folder = find_checkpoint(Path(path), step or None)
     network = read_network(folder)
     if network is not None:
         agreed_model(model, network, path)
+        check_vocabulary(network, dataset.card.vocabulary_digest, path, str(dataset.folder))
     with Checkpoints(folder.parent) as checkpoints:
         return checkpoints.restore_params(abstract.params, int(folder.name))
 
