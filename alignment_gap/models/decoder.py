@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from alignment_gap.errors import UserError
-from alignment_gap.models import layers, rope
+from alignment_gap.models import fused_attention, layers, rope
 from alignment_gap.models.policy import Output, check_choice, check_sizes
 from alignment_gap.models.stack import constrain_stream, init_stack, scan_stack
 
@@ -25,6 +25,7 @@ CHOICES = {
     "embedding_scale": ("one", "sqrt_width"),
     "logits_scale": ("inverse_sqrt_width", "one"),
     "rope_scaling": rope.SCALINGS,
+    "attention": fused_attention.ATTENTIONS,
 }
 OPTIONAL = ("logits_soft_cap", "attention_soft_cap", "query_pre_attention_scalar", "rope_local_base", "window")
 
@@ -64,6 +65,8 @@ class DecoderConfig:
       rope_local_base: base of the layers with a window, not scaled (Gemma 3); 0 takes what the others have.
       window: tokens, its own among them, that a layer with a sliding window attends to.
       full_attention_every: with a window, every n-th layer has none (Gemma 2: 2, Gemma 3: 6).
+      attention: what computes it in training and scoring: "xla", "cudnn" (CUDA, bfloat16) or "splash" (TPU); decoding
+        is XLA's.
       dtype: of the computation; parameters, norms, softmax and losses are float32.
       remat: what the backward pass recomputes: "none", "dots" or "full".
       scan_unroll: layers per iteration of the loop over layers; more compiles longer and runs faster on a CPU.
@@ -99,9 +102,13 @@ class DecoderConfig:
     rope_local_base: float = 0.0
     window: int = 0
     full_attention_every: int = 1
+    attention: str = "xla"
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
+
+
+Tree = TypeVar("Tree")
 
 
 class View(NamedTuple):
@@ -109,17 +116,21 @@ class View(NamedTuple):
 
     Attributes:
       rotation: of the queries, and of the keys at their positions.
-      own: True where a query attends to a key of its own row.
+      own: [1, 1, Q, S], True where a query attends to a key of its own row.
       prompt: [B, 1, Q or 1, P], True where a query of a response attends to a key of the prompt; None in the prompt.
     """
 
     rotation: rope.Rotation
-    own: Bool[Array, "1 1 Q S"]
+    own: Any
     prompt: Any = None
 
 
 def _norm(config: DecoderConfig, axis: str = "embed") -> layers.RMSNorm:
     return layers.RMSNorm(config.dtype, config.norm_epsilon, config.norm, axis)
+
+
+def _attention_scale(config: DecoderConfig) -> float:
+    return (config.query_pre_attention_scalar or config.head_size) ** -0.5
 
 
 class DecoderLayer(nn.Module):
@@ -162,6 +173,13 @@ class DecoderLayer(nn.Module):
         segments = [layers.Segment(*prompt, view.prompt), layers.Segment(*keys_values, view.own)]
         return self._add(x, y, self._attend(self._query(y, view), segments)), keys_values
 
+    def row(
+        self, x: Float[Array, "B S D"], rotation: rope.Rotation, attend: fused_attention.Attend
+    ) -> Float[Array, "B S D"]:
+        """One layer over rows that hold a prompt and its responses, with attention by a fused kernel."""
+        y, view = self._first_norm(x), View(rotation, None)
+        return self._add(x, y, attend(self._query(y, view), *self._keys_values(y, view)))
+
     def _first_norm(self, x: Array) -> Any:
         return self.pre_layer_norm(x) if self.config.block == "parallel" else self.pre_attention_layer_norm(x)
 
@@ -174,9 +192,8 @@ class DecoderLayer(nn.Module):
         return rope.rotate(self.key_norm(keys) if self.config.query_key_norm else keys, view.rotation), self.value(y)
 
     def _attend(self, query: Array, segments: list[layers.Segment]) -> Array:
-        config = self.config
-        scale = (config.query_pre_attention_scalar or config.head_size) ** -0.5
-        return layers.attend(query, segments, scale=scale, soft_cap=config.attention_soft_cap or None)
+        soft_cap = self.config.attention_soft_cap or None
+        return layers.attend(query, segments, scale=_attention_scale(self.config), soft_cap=soft_cap)
 
     def _add(self, x: Array, y: Array, attention: Array) -> Array:
         """The residual stream behind attention, not yet projected, and MLP; y is the norm that attention read."""
@@ -209,6 +226,7 @@ class DecoderPolicy:
                 "set both, such as window=512 and full_attention_every=6, or leave both"
             )
         rope.check(config)
+        fused_attention.check(config)
 
     def init(self, key: Array) -> Any:
         """Fresh float32 parameters, each in a box with its logical axis names."""
@@ -252,6 +270,8 @@ class DecoderPolicy:
         inputs: Int[Array, "B K R"],
     ) -> Float[Array, "B K R D"]:
         """Final hidden states at every response position; the prompt is computed once for its K responses."""
+        if self.config.attention != "xla":
+            return self._fused_hidden(params, prompts, prompt_lengths, inputs)
         decoder, size = DecoderLayer(self.config), inputs.shape[-1]
         prompt_view = self._by_layer(partial(self._prompt_view, prompts.shape[-1]))
         view = self._by_layer(partial(self._response_view, prompt_lengths, prompts.shape[-1], jnp.arange(size), size))
@@ -267,6 +287,21 @@ class DecoderPolicy:
         carry = self._embed(params, prompts), self._embed(params, inputs)
         (_, x), _ = scan_stack(layer, carry, params["decoder"]["layers"], self._full_layers(), config=self.config)
         return self._final_norm(params, x)
+
+    def _fused_hidden(self, params: Any, prompts: Array, prompt_lengths: Array, inputs: Array) -> Array:
+        """The hidden states by a fused kernel, over rows that hold a prompt and its responses."""
+        config, decoder = self.config, DecoderLayer(self.config)
+        row = fused_attention.Row.of(prompts.shape[1], inputs.shape[1], inputs.shape[2], config.attention)
+        attention = fused_attention.make(config, row, row.segments(prompt_lengths), scale=_attention_scale(config))
+        rotation = self._by_layer(partial(self._rotation, row.positions(prompt_lengths)))
+
+        def layer(x: Array, layer_params: Any, full: Any) -> tuple[Array, None]:
+            outputs: Any = decoder.apply({"params": layer_params}, x, rotation(full), attention(full), method="row")
+            return outputs, None
+
+        x = self._embed(params, row.tokens(prompts, prompt_lengths, inputs))
+        x, _ = scan_stack(layer, x, params["decoder"]["layers"], self._full_layers(), config=config)
+        return self._final_norm(params, row.responses(x))
 
     def prefill(
         self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
@@ -309,8 +344,8 @@ class DecoderPolicy:
         config = self.config
         return (jnp.arange(config.layers) + 1) % config.full_attention_every == 0 if config.window else None
 
-    def _by_layer(self, view: Callable[[int], View]) -> Callable[[Any], View]:
-        """The view of a layer that has no window (its argument is True, or None), or has one (False)."""
+    def _by_layer(self, view: Callable[[int], Tree]) -> Callable[[Any], Tree]:
+        """What follows from a layer's window, by whether it has none (True, or None where no layer has one)."""
         full = view(0)
         if not self.config.window:
             return lambda _: full

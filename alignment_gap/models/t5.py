@@ -33,6 +33,7 @@ class T5Config:
       relative_position_buckets: of the learned position bias, per head.
       relative_position_max_distance: distances beyond share the last bucket.
       tied_embeddings: whether the input embedding, over sqrt(width), is the output embedding too (v1.1: not).
+      attention: "xla"; the fused kernels have no gradient for the learned position bias.
       dtype: of the computation; parameters, norms, softmax and losses are float32.
       remat: what the backward pass recomputes: "none", "dots" or "full".
       scan_unroll: layers per iteration of the loop over layers; more compiles longer and runs faster on a CPU.
@@ -49,6 +50,7 @@ class T5Config:
     relative_position_buckets: int = 32
     relative_position_max_distance: int = 128
     tied_embeddings: bool = False
+    attention: str = "xla"
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
@@ -138,6 +140,10 @@ class T5Policy:
     def __post_init__(self) -> None:
         """Raises UserError where a size is not positive, position buckets cannot be made, or a setting is unknown."""
         check_sizes(self.config)
+        if self.config.attention != "xla":
+            raise UserError(
+                f"T5Config.attention is {self.config.attention!r}: its learned position bias needs attention=xla"
+            )
         buckets, distance = self.config.relative_position_buckets, self.config.relative_position_max_distance
         if buckets < 4:
             raise UserError(f"T5Config.relative_position_buckets is {buckets}: it must be at least 4")

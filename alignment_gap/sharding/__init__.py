@@ -6,6 +6,7 @@ from alignment_gap.sharding.layout import (
     partition_spec,
     replicated,
     shardings_of,
+    spec_within,
     unbox,
     within,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "put_batch",
     "replicated",
     "shardings_of",
+    "spec_within",
     "unbox",
     "within",
 ]

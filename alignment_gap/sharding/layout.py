@@ -69,12 +69,18 @@ def constrain(x: Array, *names: str | None) -> Array:
       x: an array.
       names: the logical names of its axes; None is whole on every device.
     """
+    spec = spec_within(x.shape, *names)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def spec_within(shape: Sequence[int], *names: str | None) -> PartitionSpec | None:
+    """The mesh axes of an array inside of a function that runs `within` a mesh; None elsewhere."""
     mesh, rules = jax.sharding.get_abstract_mesh(), _RULES.get()
     if mesh.empty or not rules:
-        return x
-    if len(names) != x.ndim:
-        raise ValueError(f"constrain: {len(names)} names {names} for an array of shape {x.shape}")
-    return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh.shape, rules))
+        return None
+    if len(names) != len(shape):
+        raise ValueError(f"constrain: {len(names)} names {names} for an array of shape {tuple(shape)}")
+    return partition_spec(names, shape, mesh.shape, rules)
 
 
 def _is_box(leaf: Any) -> bool:

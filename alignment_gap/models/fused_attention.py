@@ -1,0 +1,184 @@
+"""Attention by a fused kernel: cuDNN's on CUDA, Pallas splash on TPU; for training and scoring with the decoder.
+
+Such kernels take one row of tokens and a mask. A row here is the prompt, moved right so that it ends where responses
+begin, and its K responses behind each other. Then the mask is the same for every row, a tree: all responses branch
+off the prompt's end, and a distance in it is a distance in the text, so that windows are static too. Two segments keep
+text from padding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from alignment_gap.errors import UserError
+from alignment_gap.sharding import spec_within
+
+ATTENTIONS = ("xla", "cudnn", "splash")
+# Tokens that a row's length is a multiple of. Splash reads lanes of 128, cuDNN's masks are aligned to 8.
+MULTIPLE = {"cudnn": 8, "splash": 128}
+# What jax.nn.dot_product_attention runs for "cudnn"; tests run its plain form on CPU.
+CUDNN: Any = "cudnn"
+
+
+def check(config: Any) -> None:
+    """Raises UserError where a decoder's settings are not what its attention kernel can do."""
+    name = "DecoderConfig.attention"
+    if config.attention != "cudnn":
+        return
+    if config.attention_soft_cap:
+        raise UserError(f"{name} is 'cudnn', which has no attention_soft_cap: use xla, or splash on TPU")
+    if config.head_size % 8 or config.head_size > 256:
+        raise UserError(f"{name} is 'cudnn' with head_size={config.head_size}: it takes multiples of 8 up to 256")
+    if config.dtype != "bfloat16":
+        raise UserError(f"{name} is 'cudnn' with dtype={config.dtype}: it computes in bfloat16")
+
+
+class Row(NamedTuple):
+    """What the slots of a row hold.
+
+    Attributes:
+      prompt: slots of the prompt, all but its last token, which is every response's first input.
+      rows: responses.
+      length: of a response.
+      padding: slots at the end.
+    """
+
+    prompt: int
+    rows: int
+    length: int
+    padding: int
+
+    @classmethod
+    def of(cls, prompt_size: int, rows: int, length: int, attention: str) -> Row:
+        """The layout for prompts of a size; its length is a multiple of what the kernel takes."""
+        size = prompt_size - 1 + rows * length
+        return cls(prompt_size - 1, rows, length, -size % MULTIPLE[attention])
+
+    def tokens(
+        self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], inputs: Int[Array, "B K R"]
+    ) -> Int[Array, "B S"]:
+        """The row's tokens; arbitrary ones where the prompt is shorter than its slots."""
+        shift = self.prompt + 1 - prompt_lengths
+        slots = jnp.maximum(jnp.arange(self.prompt) - shift[:, None], 0)
+        prompts = jnp.take_along_axis(prompts, slots, axis=1)
+        row = jnp.concatenate([prompts, inputs.reshape(len(inputs), -1)], axis=1)
+        return jnp.pad(row, ((0, 0), (0, self.padding)))
+
+    def positions(self, prompt_lengths: Int[Array, "B"]) -> Int[Array, "B S"]:
+        """Positions in the text, at least 0."""
+        return jnp.maximum(self._distances() - (self.prompt + 1 - prompt_lengths[:, None]), 0)
+
+    def segments(self, prompt_lengths: Int[Array, "B"]) -> Int[Array, "B S"]:
+        """0 at text and 1 at padding; neither attends to the other."""
+        slots = jnp.arange(len(self._branches()))
+        before = slots < self.prompt + 1 - prompt_lengths[:, None]
+        return ((before & (slots < self.prompt)) | (slots >= len(slots) - self.padding)).astype(jnp.int32)
+
+    def mask(self, window: int) -> Bool[np.ndarray, "S S"]:
+        """True where a slot attends to another: to the prompt's and its own response's not behind it, in its window."""
+        branches, distances = self._branches(), self._distances()
+        distance = distances[:, None] - distances
+        mask = (distance >= 0) & ((branches == 0) | (branches[:, None] == branches))
+        return mask & (distance < window) if window else mask
+
+    def responses(self, x: Float[Array, "B S D"]) -> Float[Array, "B K R D"]:
+        """The part of the responses."""
+        end = x.shape[1] - self.padding
+        return x[:, self.prompt : end].reshape(len(x), self.rows, self.length, -1)
+
+    def _branches(self) -> Int[np.ndarray, " S"]:
+        """0 in the prompt, k in response k, and K + 1 in the padding."""
+        return np.repeat(np.arange(self.rows + 2), [self.prompt, *[self.length] * self.rows, self.padding])
+
+    def _distances(self) -> Int[np.ndarray, " S"]:
+        """Of each slot from the row's first: in the text, where a response begins at the prompt's end."""
+        responses = np.tile(self.prompt + np.arange(self.length), self.rows)
+        return np.concatenate([np.arange(self.prompt), responses, np.arange(self.padding)])
+
+
+Attend = Callable[[Array, Array, Array], Float[Array, "B S H C"]]
+
+
+def make(config: Any, row: Row, segments: Int[Array, "B S"], *, scale: float) -> Callable[[Any], Attend]:
+    """A layer's attention (query [B, S, H, C], keys and values [B, S, G, C]) by whether it is full or has a window.
+
+    Args:
+      config: a `DecoderConfig` whose attention is "cudnn" or "splash".
+      row: the slots.
+      segments: of text and padding.
+      scale: multiplies the logits.
+    """
+    kernel = _cudnn if config.attention == "cudnn" else functools.partial(_splash, config.attention_soft_cap or None)
+    full = functools.partial(kernel, row.mask(0), segments, scale)
+    if not config.window:
+        return lambda _: full
+    local = functools.partial(kernel, row.mask(config.window), segments, scale)
+    return lambda is_full: lambda *heads: jax.lax.cond(is_full, full, local, *heads)
+
+
+def _cudnn(mask: np.ndarray, segments: Array, scale: float, query: Array, keys: Array, values: Array) -> Array:
+    if CUDNN == "cudnn" and _platform() not in ("cuda", "gpu"):
+        raise UserError(f"DecoderConfig.attention is 'cudnn' on {_platform()}: it needs a CUDA GPU; use xla")
+    seen = (segments[:, :, None] == segments[:, None]) & mask
+    masked: Any = {"mask": seen[:, None], "implementation": CUDNN}
+    return jax.nn.dot_product_attention(query, keys, values, scale=scale, **masked)
+
+
+def _splash(
+    soft_cap: float | None,
+    mask: np.ndarray,
+    segments: Array,
+    scale: float,
+    query: Array,
+    keys: Array,
+    values: Array,
+) -> Array:
+    """The kernel on each device's own batch and heads."""
+    attend = functools.partial(_splash_on_device, mask, soft_cap)
+    arrays = (query * scale, keys, values, segments)
+    names: list[tuple[str | None, ...]] = [("batch", None, name, None) for name in ("heads", "kv_heads", "kv_heads")]
+    specs = [spec_within(x.shape, *axes) for x, axes in zip(arrays, [*names, ("batch", None)], strict=True)]
+    if specs[0] is None:
+        return attend(*arrays)
+    if specs[1] != specs[0] and keys.shape[2] > 1:
+        # Grouped heads that the mesh cannot split with their keys stay together.
+        specs[0] = specs[1]
+    return jax.shard_map(attend, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def _splash_on_device(
+    mask: np.ndarray, soft_cap: float | None, query: Array, keys: Array, values: Array, segments: Array
+) -> Float[Array, "B S H C"]:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    if _platform() not in ("tpu", "cpu"):
+        raise UserError(f"DecoderConfig.attention is 'splash' on {_platform()}: it needs a TPU; use xla or cudnn")
+    size = next(size for size in (512, 256, 128) if len(mask) % size == 0)
+    blocks: Any = {f"block_{name}": size for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([splash_attention_mask.NumpyMask(mask)] * query.shape[2]),
+        block_sizes=splash_attention_kernel.BlockSizes(**blocks),
+        attn_logits_soft_cap=soft_cap,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=_platform() == "cpu",
+    )
+
+    def attend(query: Array, keys: Array, values: Array, segments: Array) -> Array:
+        heads_first = (jnp.swapaxes(x, 0, 1) for x in (query, keys, values))
+        return jnp.swapaxes(kernel(*heads_first, splash_attention_kernel.SegmentIds(segments, segments)), 0, 1)
+
+    return jax.vmap(attend)(query, keys, values, segments)
+
+
+def _platform() -> str:
+    """Of the mesh that the function is compiled for, which may be of a machine elsewhere; else of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -1,0 +1,191 @@
+"""Fused attention: rows and masks by hand, parity with XLA's attention, and what settings it refuses."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import CONFIGS, SETTINGS, make_batch, random_params, texts
+
+from alignment_gap.errors import UserError
+from alignment_gap.models import DecoderConfig, T5Config, fused_attention, make_policy, score
+from alignment_gap.models.fused_attention import Row
+from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, shardings_of, unbox, within
+
+BATCH = make_batch(4, responses=3)
+
+
+def test_a_row_by_hand():
+    # Prompts 5 6 7 and 8, of which the last token is the first input of two responses of two tokens.
+    row = Row(prompt=2, rows=2, length=2, padding=1)
+    prompts, lengths = jnp.array([[5, 6, 7], [8, 0, 0]]), jnp.array([3, 1])
+    inputs = jnp.array([[[7, 1], [7, 2]], [[8, 3], [8, 4]]])
+    text = np.array([[1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(row.segments(lengths), 1 - text)
+    tokens = row.tokens(prompts, lengths, inputs)
+    np.testing.assert_array_equal(tokens * text, [[5, 6, 7, 1, 7, 2, 0], [0, 0, 8, 3, 8, 4, 0]])
+    np.testing.assert_array_equal(row.positions(lengths) * text, [[0, 1, 2, 3, 2, 3, 0], [0, 0, 0, 1, 0, 1, 0]])
+    tree = [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0],
+    ]
+    np.testing.assert_array_equal(row.mask(0)[:6], tree)
+    windowed = [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 1, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 1, 0],
+    ]
+    np.testing.assert_array_equal(row.mask(2)[:6], windowed)
+    np.testing.assert_array_equal(row.responses(jnp.arange(14).reshape(2, 7, 1))[0, ..., 0], [[2, 3], [4, 5]])
+
+
+def test_no_slot_attends_to_nothing():
+    """Else its softmax would be that of an empty set."""
+    row = Row.of(6, 3, 5, "cudnn")
+    segments = np.asarray(row.segments(jnp.array([1, 4, 6])))
+    for window in (0, 1, 3):
+        seen = (segments[:, :, None] == segments[:, None]) & row.mask(window)
+        assert seen.any(-1).all()
+    assert len(row.mask(0)) == 24
+
+
+def _value_and_gradient(config, params, batch=BATCH):
+    def total(params):
+        log_probs = score(make_policy(config), params, *texts(batch))
+        return jnp.sum(log_probs * jnp.linspace(0.5, 1.5, log_probs.size).reshape(log_probs.shape)), log_probs
+
+    (_, log_probs), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    return log_probs, gradient
+
+
+def _assert_equal_attention(config, kernel):
+    params = random_params(make_policy(config), 2)
+    plain, fused = (
+        _value_and_gradient(dataclasses.replace(config, attention=attention), params) for attention in ("xla", kernel)
+    )
+    np.testing.assert_allclose(fused[0], plain[0], rtol=1e-4, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), fused[1], plain[1])
+
+
+@pytest.mark.parametrize("name", ["palm", "gemma2"])
+def test_splash_equals_xla_in_value_and_gradient(name):
+    """In the kernel's interpreter; Gemma 2 has windows, soft caps and grouped heads."""
+    _assert_equal_attention({"palm": CONFIGS["decoder"], **SETTINGS}[name], "splash")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_the_row_of_cudnn_equals_xla_in_value_and_gradient(name, monkeypatch):
+    """With the plain form of the function that calls cuDNN, at float32."""
+    monkeypatch.setattr(fused_attention, "CUDNN", "xla")
+    monkeypatch.setattr(fused_attention, "check", lambda config: None)
+    _assert_equal_attention(SETTINGS[name], "cudnn")
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_splash_over_a_mesh_equals_splash_on_one_device(kv_heads):
+    """One key head is read by the query heads of every device, two are split over the devices with theirs."""
+    config = dataclasses.replace(CONFIGS["decoder"], kv_heads=kv_heads, layers=1, attention="splash")
+    policy = make_policy(config)
+    params, mesh = random_params(policy), make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    alone = jax.jit(partial(score, policy))(params, *texts(BATCH))
+    split = jax.device_put(params, shardings_of(jax.eval_shape(policy.init, jax.random.key(0)), mesh))
+    over_mesh = jax.jit(within(mesh, partial(score, policy)))(
+        split, *jax.device_put(texts(BATCH), batch_sharding(mesh))
+    )
+    np.testing.assert_allclose(over_mesh, alone, rtol=1e-5, atol=1e-5)
+
+
+TPU_PROGRAM = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from alignment_gap.models import DecoderConfig, make_policy, score
+from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, shardings_of, unbox, within
+
+topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2), topology.devices)
+policy = make_policy(DecoderConfig(
+    vocabulary_size=256, width=128, heads=4, kv_heads=2, head_size=64, block="serial", attention_soft_cap=5.0,
+    window=64, full_attention_every=2, dtype="bfloat16", attention="splash"))
+boxed = jax.eval_shape(policy.init, jax.random.key(0))
+params = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    unbox(boxed), shardings_of(boxed, mesh))
+texts = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+         for shape in ((8, 97), (8,), (8, 2, 80), (8, 2))]
+step = jax.value_and_grad(lambda params, *texts: score(policy, params, *texts).sum())
+lowered = jax.jit(within(mesh, step)).trace(params, *texts).lower(lowering_platforms=("tpu",))
+print(lowered.compile().as_text())
+"""
+
+
+def test_splash_compiles_for_a_tpu_slice():
+    """Value and gradient for eight chips of v5e, ahead of time."""
+    pytest.importorskip("libtpu", reason="libtpu compiles for TPUs ahead of time")
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_LOG_DIR": "disabled",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", TPU_PROGRAM], env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    # Forward and the two backward kernels, of the full layers and of those with a window.
+    for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+        calls = [line for line in process.stdout.splitlines() if kernel in line and "tpu_custom_call" in line]
+        assert len(calls) == 2, kernel
+
+
+def test_cudnn_is_what_a_gpu_would_run(monkeypatch):
+    """Lowered for CUDA without one, with the version of cuDNN and the platform pretended."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention, "_platform", lambda: "cuda")
+    policy = make_policy(DecoderConfig(heads=4, kv_heads=2, head_size=64, dtype="bfloat16", attention="cudnn"))
+    params = unbox(jax.eval_shape(policy.init, jax.random.key(0)))
+    step = jax.grad(lambda params, *texts: score(policy, params, *texts).sum())
+    text = jax.jit(step).trace(params, *texts(BATCH)).lower(lowering_platforms=("cuda",))
+    assert "__cudnn$fmha" in text.as_text()
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in text.as_text()
+
+
+def test_a_kernel_of_another_machine_is_refused():
+    policy = make_policy(DecoderConfig(head_size=64, dtype="bfloat16", attention="cudnn"))
+    with pytest.raises(UserError, match="attention is 'cudnn' on cpu: it needs a CUDA GPU; use xla"):
+        jax.eval_shape(lambda key: score(policy, unbox(policy.init(key)), *texts(BATCH)), jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (DecoderConfig(), {"attention": "flash"}, "attention is 'flash': choose one of xla, cudnn, splash"),
+        (DecoderConfig(), {"attention": "cudnn"}, "'cudnn' with dtype=float32: it computes in bfloat16"),
+        (DecoderConfig(), {"attention": "cudnn", "head_size": 20}, "'cudnn' with head_size=20: it takes multiples"),
+        (
+            DecoderConfig(),
+            {"attention": "cudnn", "attention_soft_cap": 5.0},
+            "'cudnn', which has no attention_soft_cap",
+        ),
+        (T5Config(), {"attention": "splash"}, "T5Config.attention is 'splash': its learned position bias needs"),
+    ],
+)
+def test_settings_that_no_kernel_can_do_are_refused(config, change, message):
+    with pytest.raises(UserError, match=message):
+        make_policy(dataclasses.replace(config, **change))
