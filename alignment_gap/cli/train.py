@@ -53,15 +53,20 @@ def main(arguments: list[str]) -> None:
     from tqdm import tqdm
 
     from alignment_gap.checkpoints import CHECKPOINTS
+    from alignment_gap.sharding import initialize, is_first_process
     from alignment_gap.training.job import run_job
 
     if values.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(values.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    workdir, every = Path(values.workdir), 0.5 if sys.stderr.isatty() else 30.0
-    with tqdm(total=config.steps, desc=workdir.name, mininterval=every, maxinterval=max(every, 10.0)) as bar:
+    initialize(values.coordinator, values.processes, values.process)
+    workdir, every, silent = Path(values.workdir), 0.5 if sys.stderr.isatty() else 30.0, not is_first_process()
+    with tqdm(
+        total=config.steps, desc=workdir.name, mininterval=every, maxinterval=max(every, 10.0), disable=silent
+    ) as bar:
         run_job(config, workdir, bar.update)
-    print(f"checkpoints: {workdir / CHECKPOINTS}")
+    if not silent:
+        print(f"checkpoints: {workdir / CHECKPOINTS}")
 
 
 def make_flags() -> flags.FlagValues:
@@ -73,7 +78,23 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "compilation_cache", ".cache/jax", "Folder that keeps compiled functions; empty for none.", flag_values=values
     )
+    _process_flags(values)
     return values
+
+
+def _process_flags(values: flags.FlagValues) -> None:
+    """Where the processes of a run meet; the environment may say it in JAX's own variables."""
+    flags.DEFINE_string(
+        "coordinator",
+        os.environ.get("JAX_COORDINATOR_ADDRESS", ""),
+        "HOST:PORT of process 0 of a run of several processes; auto finds it on TPU pods and Slurm.",
+        flag_values=values,
+    )
+    for name, variable, default, meaning in (
+        ("processes", "JAX_NUM_PROCESSES", 1, "How many processes run together."),
+        ("process", "JAX_PROCESS_ID", 0, "Number of this process, from 0."),
+    ):
+        flags.DEFINE_integer(name, int(os.environ.get(variable, default)), meaning, flag_values=values)
 
 
 def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str] = ()) -> JobConfig:

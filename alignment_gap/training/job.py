@@ -162,15 +162,15 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
         if config.reference:
             reference = _params(config.reference, config.reference_step, model, dataset, abstract)
         source = with_reference(source, make_score(policy, mesh), reference)
-    if start is None:
-        state = create_state(policy.init, optimizer, mesh, jax.random.key(config.seed))
-    else:
-        state = state_from_params(start, abstract, optimizer)
     network = Network(model=model, vocabulary_digest=dataset.card.vocabulary_digest)
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(_own(workdir, config, dataset)))
         checkpoints = stack.enter_context(Checkpoints(workdir / CHECKPOINTS, network))
         _check_not_beyond(config, checkpoints)
+        if start is None:
+            state = create_state(policy.init, optimizer, mesh, jax.random.key(config.seed))
+        else:
+            state = state_from_params(start, abstract, optimizer)
         return train(
             state,
             make_update_step(objective, optimizer, mesh, abstract, microbatches=config.microbatches),
