@@ -9,7 +9,7 @@ from alignment_gap.checkpoints.layout import (
     read_network,
     write_checkpoint,
 )
-from alignment_gap.checkpoints.network import Network, agreed_model, check_vocabulary, network_of
+from alignment_gap.checkpoints.network import Network, agreed_model, check_vocabulary, network_of, preference_network
 from alignment_gap.checkpoints.tensors import Entry, Tensor, check_entries, check_shapes, exported, imported
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "known_network",
     "network_of",
     "open_checkpoint",
+    "preference_network",
     "read_network",
     "write_checkpoint",
 ]

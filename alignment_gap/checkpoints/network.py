@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment_gap.configuration import from_dict, to_dict
+from alignment_gap.data.vocabulary import Vocabulary, extra_id
 from alignment_gap.errors import UserError
 from alignment_gap.models import ModelConfig, Policy, PreferenceModel, T5Config, make_policy
 from alignment_gap.models.preference import Markers
@@ -42,6 +43,12 @@ class Network:
         if self.kind == "policy":
             raise UserError("the network is a policy, no preference model: give the folder of a preference model")
         return PreferenceModel(self.policy(), Markers(*self.markers), self.kind)
+
+
+def preference_network(kind: str, model: ModelConfig, vocabulary: Vocabulary) -> Network:
+    """A preference model that marks its context with the vocabulary's sentinels; raises UserError where it has few."""
+    markers = tuple(extra_id(vocabulary, i) for i in range(len(Markers._fields)))
+    return Network(kind, model, markers, vocabulary_digest=vocabulary.digest)
 
 
 def network_of(network: Policy | PreferenceModel, vocabulary_digest: str = "") -> Network:

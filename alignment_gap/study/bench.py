@@ -15,12 +15,10 @@ from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.data.records import Example
 from alignment_gap.data.source import offline_source
 from alignment_gap.data.task import task_rubric, task_vocabulary
-from alignment_gap.data.vocabulary import extra_id
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.datasets import Batching
 from alignment_gap.evaluation.metrics import make_divergence, make_judge
 from alignment_gap.models import Policy, PreferenceModel, make_policy
-from alignment_gap.models.preference import Markers
 from alignment_gap.sampling import make_generate
 from alignment_gap.sharding import LogicalMesh, put_batch, replicated
 from alignment_gap.study.artefacts import Progress
@@ -142,8 +140,7 @@ class Bench:
         return [*range(self.config.checkpoint_every, steps, self.config.checkpoint_every), steps]
 
     def _preference_model(self, judge: JudgeConfig) -> PreferenceModel:
-        markers = Markers(*(extra_id(self.vocabulary, i) for i in range(len(Markers._fields))))
-        return PreferenceModel(make_policy(judge.model), markers, judge.kind)
+        return preference_network(judge.kind, judge.model, self.vocabulary).preference_model()
 
     def _generate(self, samples: int) -> Callable[..., Any]:
         return make_generate(

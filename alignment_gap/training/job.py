@@ -1,4 +1,4 @@
-"""One training job: a policy trained offline on a dataset folder with any loss, in a folder that resumes itself.
+"""One training job: a policy or a preference model trained offline on a dataset, in a folder that resumes itself.
 
 workdir/
   job.json                   the settings
@@ -26,15 +26,18 @@ from alignment_gap.checkpoints import (
     agreed_model,
     check_vocabulary,
     find_checkpoint,
+    preference_network,
     read_network,
 )
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.data.card import find_vocabulary
 from alignment_gap.data.records import Dataset, open_dataset, verify_dataset
 from alignment_gap.data.source import OfflineSource, offline_source
 from alignment_gap.errors import UserError
 from alignment_gap.folders import claim, locked
-from alignment_gap.models import DecoderConfig, ModelConfig, Policy, T5Config, make_policy
+from alignment_gap.models import DecoderConfig, ModelConfig, Policy, T5Config
+from alignment_gap.models.preference import KINDS
 from alignment_gap.sharding import (
     LogicalMesh,
     MeshConfig,
@@ -48,8 +51,9 @@ from alignment_gap.training.checkpoints import Checkpoints
 from alignment_gap.training.loop import Source, make_score, train, with_reference
 from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
 from alignment_gap.training.state import TrainState, abstract_state, create_state, state_from_params
-from alignment_gap.training.update import Objective, make_update_step, policy_objective
+from alignment_gap.training.update import Objective, make_update_step, policy_objective, preference_objective
 
+POLICY = "policy"
 METRICS, CARD = "metrics.jsonl", "job.json"
 # What a resumed run may change: none of it alters the steps that were taken.
 _MESH = tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
@@ -67,6 +71,7 @@ class DatasetConfig:
       window: batches in a window; for order "window" only.
       prompt_length: tokens that prompts are padded to; 0 means the dataset's longest.
       response_length: tokens that responses are padded to; 0 means the dataset's longest.
+      vocabulary: that of the dataset, where it is no longer where it was; only a preference model needs it.
     """
 
     folder: str = ""
@@ -75,6 +80,7 @@ class DatasetConfig:
     window: int = 0
     prompt_length: int = 0
     response_length: int = 0
+    vocabulary: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +102,8 @@ class JobConfig:
 
     Attributes:
       model: the policy; None for the one of `start`.
-      loss: what it is trained with.
+      kind: "policy"; or a preference model, "pairwise" or "bradley_terry", which asks the policy.
+      loss: what a policy is trained with; a preference model learns the labels.
       dataset: what it is trained on.
       optimizer: its settings.
       mesh: the device mesh.
@@ -113,6 +120,7 @@ class JobConfig:
     """
 
     model: T5Config | DecoderConfig | None = None
+    kind: str = "policy"
     loss: LossConfig = LossConfig()
     dataset: DatasetConfig = DatasetConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -146,11 +154,12 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
     _check_settings(config)
     model = _model(config)
     config = dataclasses.replace(config, model=model)
-    mesh, policy = make_mesh(config.mesh), make_policy(model)
     dataset = open_dataset(config.dataset.folder)
     verify_dataset(dataset)
+    network = _network(config, model, dataset)
+    mesh, policy = make_mesh(config.mesh), network.policy()
     batches = _batches(config, dataset, mesh)
-    objective = policy_objective(policy, _loss(config.loss))
+    objective = _objective(config, network)
     optimizer = make_optimizer(config.optimizer)
     abstract = abstract_state(policy.init, optimizer, mesh)
     needs_reference = _needs_reference(config, dataset)
@@ -162,7 +171,6 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
         if config.reference:
             reference = _params(config.reference, config.reference_step, model, dataset, abstract)
         source = with_reference(source, make_score(policy, mesh), reference)
-    network = Network(model=model, vocabulary_digest=dataset.card.vocabulary_digest)
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(_own(workdir, config, dataset)))
         checkpoints = stack.enter_context(Checkpoints(workdir / CHECKPOINTS, network))
@@ -241,6 +249,19 @@ def _model(config: JobConfig) -> ModelConfig:
     return config.model
 
 
+def _network(config: JobConfig, model: ModelConfig, dataset: Dataset) -> Network:
+    if config.kind == POLICY:
+        return Network(model=model, vocabulary_digest=dataset.card.vocabulary_digest)
+    return preference_network(config.kind, model, find_vocabulary(dataset, config.dataset.vocabulary))
+
+
+def _objective(config: JobConfig, network: Network) -> Objective:
+    if network.kind == POLICY:
+        return policy_objective(network.policy(), _loss(config.loss))
+    # The key of the order of pairs; the seed's own is that of fresh parameters.
+    return preference_objective(network.preference_model(), jax.random.fold_in(jax.random.key(config.seed), 1))
+
+
 def _params(path: str, step: int, model: ModelConfig, dataset: Dataset, abstract: TrainState) -> Any:
     """The parameters of another run's checkpoint, of its last one for step 0."""
     folder = find_checkpoint(Path(path), step or None)
@@ -261,6 +282,8 @@ def _loss(config: LossConfig) -> Callable[..., Any]:
 
 def _needs_reference(config: JobConfig, dataset: Dataset) -> bool:
     """Whether reference log-probs have to be computed."""
+    if config.kind != POLICY:
+        return False
     if "reference_log_probs" in dataset.card.fields:
         if config.reference:
             raise UserError(
@@ -302,6 +325,10 @@ def _check_settings(config: JobConfig) -> None:
     for name in ("start_step", "reference_step"):
         if getattr(config, name) < 0:
             raise UserError(f"{name} is {getattr(config, name)}: give the step of a checkpoint, or 0 for the last")
+    if config.kind not in (POLICY, *KINDS):
+        raise UserError(f"kind is {config.kind!r}: choose one of {', '.join((POLICY, *KINDS))}")
+    if config.kind != POLICY and config.reference:
+        raise UserError(f"reference is {config.reference!r}: a preference model has none, leave it empty")
     if not config.dataset.folder:
         raise UserError("dataset.folder is empty: give the folder of a prepared dataset")
 

@@ -12,7 +12,7 @@ from alignment_gap.data import PostsTaskConfig, open_dataset, posts_task, write_
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config
 from alignment_gap.sharding import MeshConfig, make_mesh
-from alignment_gap.training import Checkpoints, OptimizerConfig, load_policy
+from alignment_gap.training import Checkpoints, OptimizerConfig, load_policy, load_preference_model
 from alignment_gap.training.job import DatasetConfig, JobConfig, LossConfig, run_job
 
 MODEL = T5Config(vocabulary_size=136, width=16, encoder_layers=1, decoder_layers=1, heads=2, head_size=8, mlp_width=16)
@@ -237,3 +237,39 @@ def test_a_dataset_that_was_damaged_or_exchanged(pairs, sft, sft_config, tmp_pat
     fewer = dataclasses.replace(sft_config.dataset, folder=str(pairs.parent / "fewer"))
     with pytest.raises(UserError, match=r"dataset.digest was \w+, now \w+"):
         run_job(dataclasses.replace(sft_config, dataset=fewer), run)
+
+
+@pytest.mark.parametrize("kind", ["pairwise", "bradley_terry"])
+def test_a_preference_model_starts_from_a_policy_and_says_what_it_is(kind, sft, sft_config, mesh, tmp_path):
+    config = dataclasses.replace(
+        sft_config, kind=kind, start=str(sft[0]), steps=12, optimizer=OptimizerConfig(learning_rate=2e-2)
+    )
+    run_job(config, tmp_path / "judge")
+    values = [line["loss"] for line in metrics(tmp_path / "judge")]
+    assert np.mean(values[-3:]) < np.mean(values[:3])
+    model, _ = load_preference_model(tmp_path / "judge", mesh)
+    size = posts_task(PostsTaskConfig(pairs=1, validation_pairs=1)).vocabulary.size
+    assert (model.kind, model.policy.config) == (kind, MODEL)
+    # T5's sentinels, counted from the end.
+    assert model.markers == tuple(range(size - 1, size - 6, -1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "triple"}, "kind is 'triple': choose one of policy"),
+        ({"kind": "pairwise", "reference": "x"}, "has none"),
+    ],
+)
+def test_bad_settings_of_a_preference_model(changes, message, sft_config, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run_job(dataclasses.replace(sft_config, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_of_another_vocabulary_is_refused(pairs, sft, sft_config, tmp_path):
+    write_dataset(tmp_path / "other", open_dataset(pairs)[:16], vocabulary_digest="another", provenance={})
+    dataset = dataclasses.replace(sft_config.dataset, folder=str(tmp_path / "other"))
+    with pytest.raises(UserError, match=r"other was prepared with .* another, .*sft was trained with \w{12}:"):
+        run_job(dataclasses.replace(sft_config, dataset=dataset, start=str(sft[0])), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
