@@ -187,15 +187,24 @@ def prepare(
 
 
 def _claim(path: Path, settings: dict[str, Any]) -> None:
-    """Takes the folder; what refused nothing so far may drop or cut from now on, for no finished part is affected."""
+    """Takes the folder for these settings.
+
+    What refused nothing so far may drop or cut from now on, for no finished part is affected. Where no part is finished
+    there is nothing to keep, and any settings will do.
+    """
     may_change: list[str] = []
+    parts = path.parent / _PARTS
     if path.exists():
-        found = json.loads(path.read_text())
-        may_change = [key for key, value in found.items() if value == "refuse"]
+        if parts.exists() and not list(parts.glob("*.json")):
+            shutil.rmtree(parts)
+            parts.mkdir()
+            path.unlink()
+        else:
+            may_change = [key for key, value in json.loads(path.read_text()).items() if value == "refuse"]
     else:
         if any((path.parent / split).exists() for split in (TRAIN, VALIDATION)):
             raise UserError(f"{path.parent} holds {TRAIN} or {VALIDATION} of something else: give another folder")
-        (path.parent / _PARTS).mkdir()
+        parts.mkdir(exist_ok=True)
     claim(path, settings, remedy="give another folder, these settings, or remove it", may_change=may_change)
 
 

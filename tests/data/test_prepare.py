@@ -153,6 +153,18 @@ def test_other_settings_are_refused_and_what_was_refused_may_be_dropped(config, 
         prepare(mended, output, say=quiet)
 
 
+def test_where_no_part_is_finished_other_settings_start_anew(config, tmp_path):
+    whole = pathlib.Path(config.source.location).read_text()
+    pathlib.Path(config.source.location).write_text(whole + "{\n")
+    with pytest.raises(UserError, match=r"pairs.jsonl:121: not JSON"):
+        prepare(config, tmp_path / "out", say=quiet)
+    pathlib.Path(config.source.location).write_text(whole)
+    changed = dataclasses.replace(config, records_per_file=50, seed=3)
+    prepare(changed, tmp_path / "out", say=quiet)
+    prepare(changed, tmp_path / "fresh", say=quiet)
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
 def test_a_refusal_in_a_later_part_keeps_the_finished_ones(config, tmp_path):
     lines = pathlib.Path(config.source.location).read_text().splitlines()
     short = [line for line in lines if len(json.loads(line)["prompt"].split()) <= 6]
