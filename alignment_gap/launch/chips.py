@@ -1,0 +1,115 @@
+"""What accelerators have: memory, arithmetic, bandwidths; and topologies by name.
+
+Figures are those of the vendor's public pages, per device as XLA sees it (of TPU7x two a chip):
+https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. A page's bidirectional interconnect bandwidth is that
+of all links of a chip, both directions; a link's one-way bandwidth is that over two, over the number of links.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from difflib import get_close_matches
+
+from alignment_gap.errors import UserError
+
+GIB, TERA, GIGA = 2.0**30, 1e12, 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device.
+
+    Attributes:
+      hbm: bytes that a program can have; where known what the compiler grants, which is a little under the nominal.
+      flops: dense bfloat16 products, FLOP/s.
+      hbm_bandwidth: bytes/s.
+      link_bandwidth: bytes/s one way of one interconnect link.
+      dimensions: of the torus; 0 where there is none. Two links for each.
+      wraps: a torus axis whose size is a multiple of this closes to a ring.
+      dcn_bandwidth: bytes/s one way of a device's share of the data-centre network between slices.
+      devices: as XLA counts them in a chip.
+      shape: an example of a topology.
+    """
+
+    hbm: float
+    flops: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    dimensions: int
+    wraps: int
+    dcn_bandwidth: float
+    devices: int = 1
+    shape: str = ""
+
+
+CHIPS: dict[str, Chip] = {
+    # 32 GiB, 275 TFLOP/s, 1200 GB/s, 6 links of 50 GB/s; multiples of 4 close. DCN 50 Gbit/s a chip.
+    "v4": Chip(30.75 * GIB, 275 * TERA, 1200 * GIGA, 50 * GIGA, 3, 4, 6.25 * GIGA, shape="4x4x4"),
+    # 16 GB, 197 TFLOP/s, 819 GB/s, 400 GB/s over 4 links both ways; only 16 closes. DCN 6.4 Tbit/s for 256.
+    "v5e": Chip(15.75 * GIB, 197 * TERA, 819 * GIGA, 50 * GIGA, 2, 16, 3.125 * GIGA, shape="16x16"),
+    # 95 GiB, 459 TFLOP/s, 2765 GB/s, 1200 GB/s over 6 links both ways. DCN 50 Gbit/s a chip.
+    "v5p": Chip(95 * GIB, 459 * TERA, 2765 * GIGA, 100 * GIGA, 3, 4, 6.25 * GIGA, shape="4x4x4"),
+    # 32 GB, 918 TFLOP/s, 1640 GB/s, 800 GB/s over 4 links both ways. DCN 25.6 Tbit/s a pod of 256.
+    "v6e": Chip(31.25 * GIB, 918 * TERA, 1640 * GIGA, 100 * GIGA, 2, 16, 12.5 * GIGA, shape="16x16"),
+    # 192 GiB, 2307 TFLOP/s, 7380 GB/s, 1200 GB/s over 6 links both ways, DCN 100 Gbit/s: all shared by two devices.
+    "tpu7x": Chip(94.75 * GIB, 1153.5 * TERA, 3690 * GIGA, 50 * GIGA, 3, 4, 6.25 * GIGA, 2, shape="4x4x4"),
+    # Not to be rented: a laptop's devices, to try a plan. One core of a desktop and its part of the memory.
+    "cpu": Chip(4 * GIB, 0.1 * TERA, 10 * GIGA, 10 * GIGA, 0, 1, 1 * GIGA, shape="8"),
+    # H100 SXM: 80 GB, 989 TFLOP/s, 3350 GB/s, NVLink 450 GB/s one way. https://www.nvidia.com/en-us/data-center/h100
+    "cuda": Chip(74 * GIB, 989 * TERA, 3350 * GIGA, 450 * GIGA, 0, 1, 50 * GIGA, shape="8"),
+}
+TPUS = tuple(name for name, chip in CHIPS.items() if chip.dimensions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices by name.
+
+    Attributes:
+      kind: a name in CHIPS.
+      shape: of the torus of one slice, or the number of devices.
+      slices: joined by the data-centre network.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        """What one of its devices has."""
+        return CHIPS[self.kind]
+
+    @property
+    def devices(self) -> int:
+        """How many, in all slices."""
+        return math.prod(self.shape) * self.slices * self.chip.devices
+
+    @property
+    def name(self) -> str:
+        """Of one slice, as the compiler takes it."""
+        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+
+
+def parse_topology(text: str, slices: int = 1) -> Topology:
+    """ "v5e:16x16", "v5p:4x4x8", "cpu:8"; raises UserError with the nearest name for what is none."""
+    kind, _, sizes = text.partition(":")
+    if cores := re.fullmatch(r"(v4|v5p)-(\d+)", text):
+        chips = int(cores[2]) // 2
+        raise UserError(
+            f"topology {text!r} names {chips} chips by their cores, not how they are joined: give the shape, such as "
+            f"{cores[1]}:{CHIPS[cores[1]].shape} for {cores[1]}-128"
+        )
+    if kind not in CHIPS:
+        near = get_close_matches(kind, CHIPS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}:{CHIPS[near[0]].shape}?" if near else f"there are {', '.join(CHIPS)}"
+        raise UserError(f"topology {text!r} is unknown: {hint}")
+    chip = CHIPS[kind]
+    wanted = max(chip.dimensions, 1)
+    if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{wanted - 1}}}", sizes):
+        raise UserError(f"topology {text!r}: give {wanted} size{'s' * (wanted > 1)}, such as {kind}:{chip.shape}")
+    if slices < 1 or (slices > 1 and not chip.dimensions):
+        raise UserError(f"slices is {slices}: it must be 1, or more for a TPU, which {kind} is not")
+    return Topology(kind, tuple(map(int, sizes.split("x"))), slices)

@@ -1,0 +1,292 @@
+"""What a compiled program moves: its collectives and its traffic with HBM, each times the loops around it.
+
+The compiler's own cost analysis counts the body of a loop once; here every instruction counts as often as it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
+# What moves no bytes of its own: names for parts of other buffers, control flow (its body counts) and ends of copies.
+_FREE = frozenset(
+    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all")
+    + ("partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update")
+    + tuple(f"{kind}-done" for kind in COLLECTIVES)
+)
+_ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(r"(calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of a computation: its name, type, operation, operands and all that follows them."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str
+    is_root: bool
+
+    def called(self, attribute: str) -> list[str]:
+        """Computations under an attribute such as "calls" or "body"."""
+        return [
+            name
+            for key, value in _CALLED.findall(self.text)
+            if key == attribute
+            for name in re.findall(r"%([\w.\-]+)", value)
+        ]
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Computations by name, and that which is entered."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Equal collectives of a program.
+
+    Attributes:
+      kind: "all-gather" and so on; TPU's fusion of an all-reduce and a slice is a "reduce-scatter".
+      bytes: of the largest of one collective's operand and result, per device.
+      count: runs in one call of the program.
+      group: partition ids of the first of its groups; of a permute the first source and its target.
+    """
+
+    kind: str
+    bytes: int
+    count: int
+    group: tuple[int, ...]
+
+
+def parse(text: str) -> Program:
+    """Reads the text of a compiled module."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
+            current = computations.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (instruction := _instruction(line)):
+            current[instruction.name] = instruction
+    return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if not head:
+        return None
+    rest = line[head.end() :]
+    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, arguments = rest.partition("(")
+    end = _closing("(" + arguments) - 1
+    operands = re.findall(r"%([\w.\-]+)", arguments[:end])
+    return Instruction(head[2], kind, opcode, tuple(operands), rest, bool(head[1]))
+
+
+def _closing(text: str) -> int:
+    """Index behind the bracket that closes the one that the text begins with."""
+    depth = 0
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.end()
+    return len(text)
+
+
+def type_bytes(text: str, *, hbm_only: bool = False) -> int:
+    """Bytes of an array's or tuple's type; with `hbm_only` without what its layout puts in a memory on the chip."""
+    return sum(
+        math.prod(int(size) for size in shape.split(",") if size) * _bits(dtype) // 8
+        for dtype, shape, layout in _ARRAY.findall(text)
+        if not (hbm_only and "S(" in layout)
+    )
+
+
+def _bits(dtype: str) -> int:
+    if dtype in _BITS:
+        return _BITS[dtype]
+    return int(re.search(r"\d+", dtype)[0]) if re.search(r"\d", dtype) else 0  # type: ignore[index]
+
+
+def trip_count(program: Program, loop: Instruction) -> int:
+    """How often a while's body runs: as the compiler knows it, else the bound that its condition compares with.
+
+    Of a loop that may stop sooner, such as a sampler's, that is the most that it runs.
+    """
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
+        return int(known[1])
+    condition = program.computations[loop.called("condition")[0]]
+    bounds = [
+        int(bound[1])
+        for instruction in condition.values()
+        if re.match(r"[su]\d+\[\]", instruction.type) and (bound := re.match(r"constant\((\d+)\)", instruction.text))
+    ]
+    return max(bounds, default=1)
+
+
+def executed(program: Program) -> Iterator[tuple[str, int, bool]]:
+    """(computation, runs in one call, whether it is the inside of a fusion), once for every place that calls it."""
+    stack = [(program.entry, 1, False)]
+    while stack:
+        name, runs, fused = stack.pop()
+        yield name, runs, fused
+        for instruction in program.computations[name].values():
+            if instruction.opcode == "while":
+                times = runs * trip_count(program, instruction)
+                stack += [(part, times, fused) for key in ("body", "condition") for part in instruction.called(key)]
+            elif instruction.opcode == "fusion":
+                stack += [(part, runs, True) for part in instruction.called("calls")]
+            elif instruction.opcode in ("call", "conditional", "async-start"):
+                attributes = ("to_apply", "branch_computations", "calls")
+                stack += [(part, runs, fused) for key in attributes for part in instruction.called(key)]
+
+
+def collectives(program: Program, devices: int) -> list[Collective]:
+    """All collectives between these many partitions, equal ones added up; those of one device are left out."""
+    counts: dict[tuple[str, int, tuple[int, ...]], int] = {}
+    chains: set[tuple[str, str, int]] = set()
+    for name, runs, _ in executed(program):
+        for instruction in program.computations[name].values():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            # A gather that the TPU spreads over several fusions stands in each of them, as links of one chain.
+            if chain := re.search(r'chain_id="(\w+)"', instruction.text):
+                channel = re.search(r"channel_id=(\d+)", instruction.text)
+                link = (chain[1], channel[1] if channel else "", runs)
+                if link in chains:
+                    continue
+                chains.add(link)
+            group = _group(instruction.text, devices)
+            if len(group) > 1:
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                key = (kind, _moved(program.computations[name], instruction), group)
+                counts[key] = counts.get(key, 0) + runs
+    found = [Collective(kind, size, count, group) for (kind, size, group), count in counts.items()]
+    return sorted(found, key=lambda each: -each.bytes * each.count)
+
+
+def _moved(computation: Computation, instruction: Instruction) -> int:
+    """Bytes of operands or results, whichever are more; a permute's result stands beside its operand."""
+    operands = sum(type_bytes(computation[name].type) for name in instruction.operands if name in computation)
+    if instruction.opcode.endswith("-start"):
+        return max(operands, type_bytes(instruction.type) - operands) if operands else type_bytes(instruction.type)
+    return max(operands, type_bytes(instruction.type))
+
+
+def _group(text: str, devices: int) -> tuple[int, ...]:
+    """The first group of partition ids, in any of the three ways that XLA writes them."""
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
+        return int(pairs[1]), int(pairs[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return tuple(int(number) for number in listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        groups, sizes = _numbers(iota[1]), _numbers(iota[2])
+        ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(iota[3]) if iota[3] else None)
+        return tuple(ids.reshape(groups)[0].tolist())
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:device_ids=\S+\s*)?\{([^}]*)\}", text):
+        axes = re.findall(r"'(\w+)'=(\d+)", named[1])
+        ids = np.arange(math.prod(int(size) for _, size in axes)).reshape([int(size) for _, size in axes])
+        spread = re.findall(r"'(\w+)'", named[2])
+        return tuple(ids[tuple(slice(None) if axis in spread else 0 for axis, _ in axes)].ravel().tolist())
+    return tuple(range(devices))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def hbm_traffic(program: Program) -> int:
+    """Bytes that a device reads from and writes to HBM in one call.
+
+    What an instruction takes and gives counts, unless it lies in a memory on the chip. Of an operand that is only
+    sliced or indexed the slices count, and of a buffer that is updated in place the update.
+    """
+    return sum(
+        runs * _traffic(program, program.computations[name], instruction)
+        for name, runs, fused in executed(program)
+        if not fused
+        for instruction in program.computations[name].values()
+    )
+
+
+def _traffic(program: Program, computation: Computation, instruction: Instruction) -> int:
+    opcode = instruction.opcode
+    if opcode in _FREE:
+        return 0
+    if opcode == "fusion":
+        inside = program.computations[instruction.called("calls")[0]]
+        parameters = {i.text.partition("(")[2].partition(")")[0]: i for i in inside.values() if i.opcode == "parameter"}
+        users = _users(inside)
+        reads = sum(
+            _read(inside, users.get(parameters[str(index)].name, ()), parameters[str(index)])
+            for index in range(len(instruction.operands))
+            if str(index) in parameters
+        )
+        return reads + _written(inside)
+    hbm = functools.partial(type_bytes, hbm_only=True)
+    result = hbm(instruction.type)
+    if opcode in ("dynamic-slice", "gather", "slice"):
+        return 2 * result
+    operands = [hbm(computation[name].type) for name in instruction.operands if name in computation]
+    if opcode == "dynamic-update-slice":
+        return 2 * sum(operands[1:2])
+    if opcode.endswith("-start"):
+        return sum(operands)
+    return result + sum(operands)
+
+
+def _users(computation: Computation) -> dict[str, list[Instruction]]:
+    users: dict[str, list[Instruction]] = {}
+    for instruction in computation.values():
+        for operand in instruction.operands:
+            users.setdefault(operand, []).append(instruction)
+    return users
+
+
+def _read(inside: Computation, users: list[Instruction] | tuple[()], parameter: Instruction) -> int:
+    """Bytes of a fusion's operand that it reads."""
+    if "S(" in parameter.type:
+        return 0
+    total = 0
+    for user in users:
+        if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == parameter.name:
+            total += type_bytes(user.type)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+            continue
+        elif user.opcode != "tuple" and user.opcode not in COLLECTIVES:
+            return type_bytes(parameter.type)
+    return min(total, type_bytes(parameter.type))
+
+
+def _written(inside: Computation) -> int:
+    """Bytes of HBM that a fusion writes: its results, without what it hands through."""
+    root = next(instruction for instruction in inside.values() if instruction.is_root)
+    parts = [inside[name] for name in root.operands if name in inside] if root.opcode == "tuple" else [root]
+    total = 0
+    for part in parts:
+        if part.opcode == "dynamic-update-slice":
+            total += 0 if "S(" in part.type else type_bytes(inside[part.operands[1]].type)
+        elif part.opcode not in ("parameter", "get-tuple-element", *COLLECTIVES):
+            total += type_bytes(part.type, hbm_only=True)
+    return total
