@@ -15,11 +15,10 @@ import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
-# What moves no bytes of its own: names for parts of other buffers, control flow (its body counts) and ends of copies.
-_FREE = frozenset(
-    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all")
-    + ("partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update")
-    + tuple(f"{kind}-done" for kind in COLLECTIVES)
+# What moves no bytes of its own: names for parts of other buffers, control flow (its body counts), ends of copies.
+_FREE = re.compile(
+    r"parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|(partition|replica)-id"
+    r"|.*-done|async-update"
 )
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
@@ -232,7 +231,7 @@ def hbm_traffic(program: Program) -> int:
 
 def _traffic(program: Program, computation: Computation, instruction: Instruction) -> int:
     opcode = instruction.opcode
-    if opcode in _FREE:
+    if _FREE.fullmatch(opcode):
         return 0
     if opcode == "fusion":
         inside = program.computations[instruction.called("calls")[0]]

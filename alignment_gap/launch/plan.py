@@ -2,7 +2,8 @@
 
 Offline a step is the update alone, its reference log-probs precomputed with the dataset. Online the step also samples
 two responses a prompt, scores them under the reference, and asks the proxy which is better; the golden preference model
-judges the same batch. Then all four networks stay in memory together.
+judges the same batch. Then all four networks stay in memory together. What an offline run's evaluation does after
+training, sampling and labelling, is planned beside the step: one network at a time.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class PlanConfig:
       optimizer: of the update step.
       microbatches: of the update step.
       proxy, golden: preference models of the online step; None for the offline one.
+      evaluate: whether an offline plan has sampling, and labels by a preference model of the policy's size.
       search: whether the largest batch that fits is looked for.
     """
 
@@ -52,15 +54,22 @@ class PlanConfig:
     microbatches: int = 1
     proxy: ModelConfig | None = None
     golden: ModelConfig | None = None
+    evaluate: bool = True
     search: bool = True
+
+    @property
+    def online(self) -> bool:
+        """Whether a step samples."""
+        return self.proxy is not None or self.golden is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One program of a step.
+    """One program of a step, or of the evaluation after it.
 
     Attributes:
       name: such as "proxy labels".
+      in_step: whether each step runs it.
       request: what was compiled.
       compiled: what the compiler says.
       model_flops: of one call, over all devices.
@@ -71,6 +80,7 @@ class Part:
     """
 
     name: str
+    in_step: bool
     request: Request
     compiled: Compiled
     model_flops: float
@@ -86,10 +96,10 @@ class Plan:
 
     Attributes:
       config: what was planned.
-      parts: the programs of a step.
+      parts: the programs.
       capacity: bytes of HBM that a device grants.
-      resident: bytes of what stays in a device's HBM, by name.
-      working: bytes of the one program that needs most beside that.
+      resident: bytes of what stays in a device's HBM from step to step, by name.
+      working: bytes of the one program of a step that needs most beside that.
       largest_batch: that fits; 0 where none does, None where it was not looked for.
       advice: what would help, where it does not fit.
     """
@@ -104,8 +114,9 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes of a device's HBM in all."""
-        return sum(self.resident.values()) + self.working
+        """Bytes of a device's HBM: of a step's programs together or of another alone, whatever is more."""
+        alone = (part.compiled.peak for part in self.parts if not part.in_step)
+        return max(sum(self.resident.values()) + self.working, *alone, 0)
 
     @property
     def fits(self) -> bool:
@@ -114,13 +125,13 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Of all programs, one after another, at best; infinite where one cannot be compiled."""
-        return sum(part.times.seconds if part.times else math.inf for part in self.parts)
+        """Of its programs, one after another, at best; infinite where one cannot be compiled."""
+        return sum(part.times.seconds if part.times else math.inf for part in self.parts if part.in_step)
 
     @property
     def utilisation(self) -> float:
         """Model FLOPs over what the devices could do in that time (MFU), an upper bound."""
-        done = sum(part.model_flops for part in self.parts)
+        done = sum(part.model_flops for part in self.parts if part.in_step)
         return done / (self.step_seconds * self.config.topology.devices * self.config.topology.chip.flops)
 
 
@@ -164,23 +175,25 @@ def _at_batch(config: PlanConfig, batch: int, compile_: Compile, say: Callable[[
     lengths = dataclasses.replace(config.lengths, batch=batch)
     parts = tuple(_part(config, lengths, *each, compile_, say) for each in _programs(config))
     resident = {"policy and optimizer": parts[0].compiled.state}
-    if config.proxy or config.golden:
-        resident["reference"] = parts[0].compiled.parameters
-    for part in parts:
-        if part.request.program == "label":
-            resident[f"{part.name.split()[0]} preference model"] = part.compiled.parameters
-    resident["code"] = sum(part.compiled.code for part in parts)
-    working = max(_working(part, parts[0].compiled.state) for part in parts)
+    for part in parts[1:]:
+        if part.in_step and part.request.program != "sample":
+            resident[part.name] = part.compiled.parameters
+    step = [part for part in parts if part.in_step]
+    resident["code"] = sum(part.compiled.code for part in step)
+    working = max(_working(part, parts[0].compiled.state) for part in step)
     return Plan(dataclasses.replace(config, lengths=lengths), parts, _capacity(config.topology), resident, working)
 
 
-def _programs(config: PlanConfig) -> list[tuple[str, str, ModelConfig]]:
-    """Name, program and network of what a step runs; the update first."""
-    programs = [("update", "update", config.model)]
-    if config.proxy or config.golden:
-        programs += [("sample", "sample", config.model), ("reference log-probs", "reference", config.model)]
-    programs += [("proxy labels", "label", config.proxy)] if config.proxy else []
-    programs += [("golden labels", "label", config.golden)] if config.golden else []
+def _programs(config: PlanConfig) -> list[tuple[str, bool, str, ModelConfig]]:
+    """Name, whether a step runs it, program and network; the update first."""
+    programs = [("update", True, "update", config.model)]
+    if config.online:
+        programs += [("sampling", True, "sample", config.model), ("reference", True, "reference", config.model)]
+        judges = (("proxy labels", config.proxy), ("golden labels", config.golden))
+        programs += [(name, True, "label", model) for name, model in judges if model]
+    elif config.evaluate:
+        model = dataclasses.replace(config.model, remat="none")
+        programs += [("sampling", False, "sample", config.model), ("labels", False, "label", model)]
     return programs
 
 
@@ -188,6 +201,7 @@ def _part(
     config: PlanConfig,
     lengths: Lengths,
     name: str,
+    in_step: bool,
     program: str,
     model: ModelConfig,
     compile_: Compile,
@@ -195,8 +209,9 @@ def _part(
 ) -> Part:
     request = Request(program, model, config.topology, config.mesh, lengths)
     if program == "update":
-        settings = {"loss": config.loss, "optimizer": config.optimizer, "microbatches": config.microbatches}
-        request = dataclasses.replace(request, **settings)
+        request = dataclasses.replace(
+            request, loss=config.loss, optimizer=config.optimizer, microbatches=config.microbatches
+        )
     say(f"compiling {name} for {config.topology.devices} devices of {config.topology.name}, batch {lengths.batch}")
     compiled = compile_(request)
     counted = _flops(program, model, lengths)
@@ -206,7 +221,7 @@ def _part(
         share = (counted + again) / config.topology.devices
         found = times(config.topology.chip, share, compiled.traffic, compiled.collectives)
     token = _token_seconds(config, compiled, lengths) if program == "sample" else 0.0
-    return Part(name, request, compiled, counted, again, found, lengths.response if token else 0, token)
+    return Part(name, in_step, request, compiled, counted, again, found, lengths.response if token else 0, token)
 
 
 def _flops(program: str, model: ModelConfig, lengths: Lengths) -> float:
@@ -218,9 +233,10 @@ def _flops(program: str, model: ModelConfig, lengths: Lengths) -> float:
 
 
 def _token_seconds(config: PlanConfig, compiled: Compiled, lengths: Lengths) -> float:
-    """Reading a device's part of the parameters and of the cache once."""
+    """Reading a device's part of the parameters, as the computation takes them, and of the cache once."""
     cache = flops.cache_bytes(config.model, lengths) / config.topology.devices
-    return (compiled.parameters + cache) / config.topology.chip.hbm_bandwidth
+    parameters = compiled.parameters / (2 if config.model.dtype == "bfloat16" else 1)
+    return (parameters + cache) / config.topology.chip.hbm_bandwidth
 
 
 def _working(part: Part, state: int) -> int:
@@ -239,20 +255,20 @@ def _capacity(topology: Topology) -> float:
 def _largest_batch(plan: Plan, compile_: Compile, say: Callable[[str], None]) -> int:
     """The largest batch that fits: a line through the memory of two, and each guess compiled before it is believed.
 
-    Only the program that needs most is compiled again; what stays in memory does not depend on the batch.
+    Only the program of the step that needs most is compiled again; what stays in memory does not depend on the batch.
     """
     unit, first = batch_parts(plan.config), plan.config.lengths.batch
     state = plan.resident["policy and optimizer"]
-    binding = max(plan.parts, key=lambda part: _working(part, state))
+    binding = max((part for part in plan.parts if part.in_step), key=lambda part: _working(part, state))
 
     def needed(batch: int) -> int:
         lengths = dataclasses.replace(plan.config.lengths, batch=batch)
         say(f"compiling {binding.name} at batch {batch}, for the largest that fits")
         again = dataclasses.replace(binding, compiled=compile_(dataclasses.replace(binding.request, lengths=lengths)))
-        return plan.needed - plan.working + _working(again, state)
+        return sum(plan.resident.values()) + _working(again, state)
 
-    known = {first: plan.needed}
-    guess = 2 * first if plan.fits else max(first // 2 // unit, 1) * unit
+    known = {first: sum(plan.resident.values()) + plan.working}
+    guess = 2 * first if known[first] <= plan.capacity else max(first // 2 // unit, 1) * unit
     for _ in range(_CONFIRMATIONS + 1):
         if guess in known or guess < unit:
             break

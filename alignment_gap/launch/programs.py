@@ -202,20 +202,21 @@ def build(request: Request, mesh: LogicalMesh) -> tuple[Callable[..., Any], tupl
     policy, lengths = make_policy(request.model), request.lengths
     batch, samples, response = lengths.batch, lengths.samples, lengths.response
     prompts = array(batch, lengths.prompt), array(batch)
-    texts = (*prompts, array(batch, samples, response), array(batch, samples))
+    texts: Any = (*prompts, array(batch, samples, response), array(batch, samples))
     if request.program == "update":
         optimizer = make_optimizer(request.optimizer)
         state = abstract_state(policy.init, optimizer, mesh)
         objective = policy_objective(policy, losses.get(request.loss))
         step = make_update_step(objective, optimizer, mesh, state, **_microbatches(request))
-        scores = array(batch, samples, dtype=jnp.float32), array(batch, samples, response, dtype=jnp.float32)
-        return step, (state, PreferenceBatch(array(batch), *texts, *scores)), state.params
+        scores: Any = array(batch, samples, dtype=jnp.float32), array(batch, samples, response, dtype=jnp.float32)
+        ids: Any = array(batch)
+        return step, (state, PreferenceBatch(ids, *texts, *scores)), state.params
     params = abstract_params(policy.init, mesh)
     if request.program == "sample":
         generate = make_generate(policy, mesh, samples=samples, max_length=response, eos_id=1, config=SamplerConfig())
         key = jax.eval_shape(lambda: jax.random.key(0))
-        key, step = array(dtype=key.dtype, whole=True), array(whole=True)
-        return generate, (params, key, step, array(batch), *prompts), params
+        run = array(dtype=key.dtype, whole=True), array(whole=True)
+        return generate, (params, *run, array(batch), *prompts), params
     if request.program == "reference":
         return make_score(policy, mesh), (params, *texts), params
     model = PreferenceModel(policy, Markers(*MARKER_IDS))
@@ -231,9 +232,8 @@ def compile_here(request: Request) -> Compiled:
     start = time.perf_counter()
     mesh = make_mesh(request.mesh, devices_of(request.topology))
     function, arguments, params = build(request, mesh)
-    held = {"parameters": _shard_bytes(params), "state": 0}
-    if request.program == "update":
-        held["state"] = _shard_bytes(arguments[0])
+    state = _shard_bytes(arguments[0]) if request.program == "update" else 0
+    base = Compiled(_shard_bytes(params), state)
     platform = "tpu" if request.topology.kind in TPUS else request.topology.kind
     lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))  # type: ignore[attr-defined]
     try:
@@ -242,10 +242,10 @@ def compile_here(request: Request) -> Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         exceeded = exceeded_bytes(str(error), _shard_bytes(arguments))
-        return Compiled(**held, exceeded=exceeded, compile_seconds=time.perf_counter() - start)
+        return dataclasses.replace(base, exceeded=exceeded, compile_seconds=time.perf_counter() - start)
     memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
-    return Compiled(
-        **held,
+    return dataclasses.replace(
+        base,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,

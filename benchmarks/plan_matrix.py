@@ -1,0 +1,151 @@
+"""Plans of the paper's networks and of the PaLM ladder, one JSON each; what is there is not made again.
+
+    python benchmarks/plan_matrix.py
+
+The online step of the paper: policies T5 Large, XL and XXL with golden XXL and proxy Large. A v5e-256 is 256 chips; the
+name v5p-128 counts cores, two a chip, and is 64 chips, 4x4x4. No TPU is needed; T5-XXL takes some minutes on two cores.
+Afterwards benchmarks/results/plan.md is the table of all, and plan/memory.png and plan/time.png the pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import altair as alt
+import vl_convert
+
+from alignment_gap.cli.plan import make_flags, read_config
+from alignment_gap.errors import UserError
+from alignment_gap.launch.plan import make_plan
+from alignment_gap.launch.report import as_json
+
+RESULTS = Path(__file__).parent / "results" / "plan"
+GIB = 2.0**30
+V5E, V5P = "v5e:16x16", "v5p:4x4x4"
+LADDER = {
+    "palm_10m": "v5e:2x4",
+    "palm_30m": "v5e:2x4",
+    "palm_100m": "v5e:2x4",
+    "palm_300m": "v5e:2x4",
+    "palm_1b": "v5e:4x4",
+    "palm_3b": "v5e:4x8",
+    "palm_8b": "v5e:16x16",
+    "palm_62b": "v5p:4x4x8",
+    "palm_540b": "v5p:8x8x16",
+}
+
+
+def commands() -> dict[str, list[str]]:
+    """The flags of each plan by its name, the smallest first."""
+    plans = {}
+    for model, topology in LADDER.items():
+        batch = {"v5e:2x4": 32, "v5e:4x4": 64, "v5e:4x8": 128}.get(topology, 1024)
+        plans[model] = [f"--model={model}", f"--topology={topology}", f"--batch={batch}", "--noevaluate", "--nosearch"]
+    for model in ("t5_large", "t5_xl", "t5_xxl"):
+        for topology in (V5P, V5E):
+            name = f"{model}_online_{topology.partition(':')[0]}"
+            plans[name] = [f"--model={model}", f"--topology={topology}", "--batch=512", "--online", "--nosearch"]
+    return plans
+
+
+def make(name: str, arguments: list[str]) -> None:
+    """One plan, unless it is there."""
+    path = RESULTS / f"{name}.json"
+    if path.exists():
+        return
+    values = make_flags()
+    values(["plan", *arguments])
+    found = as_json(make_plan(read_config(values)))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"command": ["alignment-gap", "plan", *arguments], **found}, indent=1) + "\n")
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """All plans that are there."""
+    paths = {name: RESULTS / f"{name}.json" for name in commands()}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def table(plans: dict[str, dict[str, Any]]) -> str:
+    """A row for each plan, in markdown."""
+    columns = ("plan", "devices", "batch", "HBM GiB", "of", "step s", "bound by", "MFU", "token ms", "fits")
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for name, plan in plans.items():
+        step = [part for part in plan["programs"] if part["in_step"] and part["times"]]
+        longest = max(step, key=lambda part: part["times"]["seconds"], default=None)
+        tokens = [p["times"]["seconds"] / p["tokens"] for p in plan["programs"] if p["tokens"] and p["times"]]
+        cells = (
+            f"[{name}](plan/{name}.json)",
+            str(plan["devices"]),
+            str(plan["config"]["lengths"]["batch"]),
+            f"{plan['needed'] / GIB:.1f}",
+            f"{plan['capacity'] / GIB:.1f}",
+            f"{plan['step_seconds']:.3g}" if plan["step_seconds"] else "",
+            f"{longest['name']}: {longest['times']['bound']}" if longest else "",
+            f"{plan['utilisation']:.0%}" if plan["utilisation"] else "",
+            f"{1e3 * tokens[0]:.3g}" if tokens else "",
+            "yes" if plan["fits"] else "no",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(plans: dict[str, dict[str, Any]]) -> None:
+    """HBM by part and time by bound, of every plan."""
+    memory = [
+        {"plan": name, "part": part, "value": size / plan["capacity"]}
+        for name, plan in plans.items()
+        for part, size in [*plan["resident"].items(), ("working", plan["working"])]
+    ]
+    time = [
+        {"plan": f"{name}: {part['name']}", "part": bound, "value": part["times"][bound]}
+        for name, plan in plans.items()
+        for part in plan["programs"]
+        if part["times"]
+        for bound in ("compute", "hbm", "interconnect")
+    ]
+    charts = {
+        "memory": _bars(memory, "Share of a device's HBM").encode(alt.X("value:Q", title="Share of a device's HBM")),
+        "time": _bars(time, "Seconds at best, each alone").encode(alt.YOffset("part:N", sort=None)),
+    }
+    for stem, chart in charts.items():
+        (RESULTS / f"{stem}.png").write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=1.5))
+
+
+def _bars(rows: list[dict[str, Any]], title: str) -> alt.Chart:
+    return (
+        alt.Chart(alt.Data(values=rows))
+        .mark_bar()
+        .encode(
+            alt.X("value:Q", title=title),
+            alt.Y("plan:N", title=None, sort=None),
+            alt.Color("part:N", title=None, sort=None, legend=alt.Legend(orient="top", columns=4)),
+        )
+        .properties(width=560)
+    )
+
+
+def main() -> None:
+    """Makes what is missing, then writes table and pictures anew."""
+    for name, arguments in commands().items():
+        try:
+            make(name, arguments)
+        except UserError as error:
+            print(f"{name}: {error}")
+        except Exception:
+            traceback.print_exc()
+        plans = results()
+        text = f"# Plans\n\nMade by `python benchmarks/plan_matrix.py`.\n\n{table(plans)}\n"
+        RESULTS.with_suffix(".md").write_text(text)
+        if plans:
+            draw(plans)
+
+
+if __name__ == "__main__":
+    main()
