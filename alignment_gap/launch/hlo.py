@@ -168,6 +168,7 @@ def collectives(program: Program, devices: int) -> list[Collective]:
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
+            times = runs
             # A gather that the TPU spreads over several fusions stands in each of them, as links of one chain.
             if chain := re.search(r'chain_id="(\w+)"', instruction.text):
                 channel = re.search(r"channel_id=(\d+)", instruction.text)
@@ -175,12 +176,14 @@ def collectives(program: Program, devices: int) -> list[Collective]:
                 if link in chains:
                     continue
                 chains.add(link)
+                # And where it is none of a loop's own, one gather goes on beside all of the loop's iterations.
+                times = runs if "while/body" in instruction.text else 1
             group = _group(instruction.text, devices)
             if len(group) > 1:
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
                 key = (kind, _moved(program.computations[name], instruction), group)
-                counts[key] = counts.get(key, 0) + runs
+                counts[key] = counts.get(key, 0) + times
     found = [Collective(kind, size, count, group) for (kind, size, group), count in counts.items()]
     return sorted(found, key=lambda each: -each.bytes * each.count)
 

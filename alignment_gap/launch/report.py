@@ -13,7 +13,18 @@ from alignment_gap.launch.chips import GIB
 from alignment_gap.launch.plan import Part, Plan, parameters
 
 _BOUNDS = {"compute": "arithmetic", "hbm": "HBM", "interconnect": "interconnect"}
-_COLOURS = tuple(f"#{each}" for each in ["0072B2", "E69F00", "009E73", "CC79A7", "56B4E9", "D55E00", "8C8C8C", "B8A000", "7B4FA3", "5A5A5A"])
+_COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#8C8C8C",
+    "#B8A000",
+    "#7B4FA3",
+    "#5A5A5A",
+)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -93,8 +104,8 @@ def _time_lines(plan: Plan) -> list[str]:
         if part.tokens and part.times:
             each = part.times.seconds / part.tokens
             lines.append(
-                f"sampling: {_ms(each)} ms a token, its part of the prompts among it; reading parameters and cache once "
-                f"takes {_ms(part.token_seconds)} ms"
+                f"sampling: {_ms(each)} ms a token, its part of the prompts among it; reading parameters and "
+                f"cache once takes {_ms(part.token_seconds)} ms"
             )
     if math.isfinite(plan.step_seconds):
         rate = plan.config.lengths.batch / plan.step_seconds
@@ -156,7 +167,7 @@ def write_picture(plan: Plan, path: Path) -> None:
         .encode(
             alt.X("gib:Q", title="HBM of a device (GiB)"),
             alt.Y("program:N", title=None, sort=None),
-            alt.Color("part:N", title=None, sort=None, scale=alt.Scale(range=list(_COLOURS))),
+            alt.Color("part:N", title=None, sort=None, scale=alt.Scale(range=_COLOURS)),
             alt.Order("order:Q"),
         )
     )
@@ -170,7 +181,7 @@ def write_picture(plan: Plan, path: Path) -> None:
             alt.X("ms:Q", title="Time of a call at best, each alone (ms)"),
             alt.Y("program:N", title=None, sort=None),
             alt.YOffset("bound:N", sort=None),
-            alt.Color("bound:N", title=None, sort=None, scale=alt.Scale(range=list(_COLOURS[:3]))),
+            alt.Color("bound:N", title=None, sort=None, scale=alt.Scale(range=_COLOURS[:3])),
         )
     )
     panels = [(memory + limit).properties(width=420, height=alt.Step(42))] + (
