@@ -9,6 +9,9 @@ Afterwards benchmarks/results/plan.md is the table of all, and plan/memory.png a
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import hashlib
 import json
 import os
 import traceback
@@ -23,9 +26,11 @@ import vl_convert
 from alignment_gap.cli.plan import make_flags, read_config
 from alignment_gap.errors import UserError
 from alignment_gap.launch.plan import make_plan
+from alignment_gap.launch.programs import Compiled, Request, compile_program, read_compiled
 from alignment_gap.launch.report import as_json
 
 RESULTS = Path(__file__).parent / "results" / "plan"
+CACHE = Path(".cache/plan")
 GIB = 2.0**30
 V5E, V5P = "v5e:16x16", "v5p:4x4x4"
 LADDER = {
@@ -42,16 +47,26 @@ LADDER = {
 
 
 def commands() -> dict[str, list[str]]:
-    """The flags of each plan by its name, the smallest first."""
+    """The flags of each plan by its name."""
     plans = {}
     for model, topology in LADDER.items():
         batch = {"v5e:2x4": 32, "v5e:4x4": 64, "v5e:4x8": 128}.get(topology, 1024)
         plans[model] = [f"--model={model}", f"--topology={topology}", f"--batch={batch}", "--noevaluate", "--nosearch"]
     for model in ("t5_large", "t5_xl", "t5_xxl"):
-        for topology in (V5P, V5E):
+        for topology in (V5E, V5P):
             name = f"{model}_online_{topology.partition(':')[0]}"
             plans[name] = [f"--model={model}", f"--topology={topology}", "--batch=512", "--online", "--nosearch"]
     return plans
+
+
+def compile_once(request: Request) -> Compiled:
+    """From the cache, where a run before this one was stopped, or compiled."""
+    text = json.dumps(dataclasses.asdict(request), sort_keys=True)
+    path = CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(compile_program(request))))
+    return read_compiled(path)
 
 
 def make(name: str, arguments: list[str]) -> None:
@@ -61,7 +76,7 @@ def make(name: str, arguments: list[str]) -> None:
         return
     values = make_flags()
     values(["plan", *arguments])
-    found = as_json(make_plan(read_config(values)))
+    found = as_json(make_plan(read_config(values), compile_once))
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"command": ["alignment-gap", "plan", *arguments], **found}, indent=1) + "\n")
 
@@ -133,7 +148,10 @@ def _bars(rows: list[dict[str, Any]], title: str) -> alt.Chart:
 
 def main() -> None:
     """Makes what is missing, then writes table and pictures anew."""
-    for name, arguments in commands().items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all where none is given: {', '.join(commands())}")
+    for name in parser.parse_args().names or commands():
+        arguments = commands()[name]
         try:
             make(name, arguments)
         except UserError as error:

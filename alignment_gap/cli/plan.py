@@ -101,7 +101,10 @@ def read_config(values: flags.FlagValues) -> PlanConfig:
     for name in ("model", "topology"):
         if not values[name].value:
             raise UserError(f"no --{name}: give one, such as --model=t5_xxl --topology=v5e:16x16")
-    losses.get(values.loss)
+    try:
+        losses.get(values.loss)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     models = {name: _model(name, values) for name in ("model", "proxy", "golden") if name == "model" or values.online}
     for model in models.values():
         if model:

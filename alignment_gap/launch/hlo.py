@@ -133,10 +133,12 @@ def trip_count(program: Program, loop: Instruction) -> int:
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(known[1])
-    condition = program.computations[loop.called("condition")[0]]
+    name = loop.called("condition")[0]
+    parts = [name, *(part for each in program.computations[name].values() for part in each.called("calls"))]
     bounds = [
         int(bound[1])
-        for instruction in condition.values()
+        for part in parts
+        for instruction in program.computations[part].values()
         if re.match(r"[su]\d+\[\]", instruction.type) and (bound := re.match(r"constant\((\d+)\)", instruction.text))
     ]
     return max(bounds, default=1)

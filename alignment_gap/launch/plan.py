@@ -160,8 +160,8 @@ def _check(config: PlanConfig) -> None:
     parts = batch_parts(config)
     if config.lengths.batch % parts:
         raise UserError(
-            f"batch is {config.lengths.batch}: the mesh splits it into {parts * config.microbatches}, make it a "
-            f"multiple of that, or give the mesh a model axis (--layout=fsdp_tensor, --model_axis=N), which does not"
+            f"batch is {config.lengths.batch}: the mesh splits it, make it a multiple of {parts}, or take a mesh "
+            "with a model axis (--layout=fsdp_tensor, --model_axis=N), over which it is not split"
         )
 
 

@@ -136,7 +136,12 @@ def _compile(request: str, program: str, topology: Topology) -> Compiled:
         done = subprocess.run(command, input=request, env=variables, capture_output=True, text=True)
         if done.returncode or not result.exists():
             raise UserError(_failure(f"{program} on {topology.name}", done.returncode, done.stderr))
-        values = json.loads(result.read_text())
+        return read_compiled(result)
+
+
+def read_compiled(path: Path) -> Compiled:
+    """What was written as JSON."""
+    values = json.loads(path.read_text())
     values["collectives"] = tuple(Moved(**each) for each in values["collectives"])
     return Compiled(**values)
 
