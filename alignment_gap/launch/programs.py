@@ -212,7 +212,7 @@ def build(request: Request, mesh: LogicalMesh) -> tuple[Callable[..., Any], tupl
         optimizer = make_optimizer(request.optimizer)
         state = abstract_state(policy.init, optimizer, mesh)
         objective = policy_objective(policy, losses.get(request.loss))
-        step = make_update_step(objective, optimizer, mesh, state, **_microbatches(request))
+        step = make_update_step(objective, optimizer, mesh, state, microbatches=request.microbatches)
         scores: Any = array(batch, samples, dtype=jnp.float32), array(batch, samples, response, dtype=jnp.float32)
         ids: Any = array(batch)
         return step, (state, PreferenceBatch(ids, *texts, *scores)), state.params
@@ -226,10 +226,6 @@ def build(request: Request, mesh: LogicalMesh) -> tuple[Callable[..., Any], tupl
         return make_score(policy, mesh), (params, *texts), params
     model = PreferenceModel(policy, Markers(*MARKER_IDS))
     return jax.jit(within(mesh, model.scores), out_shardings=batch_sharding(mesh)), (params, *texts), params
-
-
-def _microbatches(request: Request) -> dict[str, int]:
-    return {"microbatches": request.microbatches} if request.microbatches > 1 else {}
 
 
 def compile_here(request: Request) -> Compiled:
