@@ -1,17 +1,26 @@
 """Real programs, compiled in processes of their own."""
 
 import dataclasses
+import importlib.util
 
 import pytest
-from conftest import LENGTHS, TINY
 
 from alignment_gap.errors import UserError
 from alignment_gap.launch.chips import GIB, parse_topology
+from alignment_gap.launch.flops import Lengths
 from alignment_gap.launch.programs import Request, compile_program, environment, exceeded_bytes
-from alignment_gap.models import count_parameters, make_policy
+from alignment_gap.models import DecoderConfig, count_parameters, make_policy
 from alignment_gap.sharding import MeshConfig
 
+TINY = DecoderConfig(vocabulary_size=256, width=64, layers=2, heads=4, head_size=16, mlp_width=128, dtype="bfloat16")
+LENGTHS = Lengths(batch=8, prompt=16, samples=2, response=8)
 CPU = Request("update", TINY, parse_topology("cpu:8"), MeshConfig(layout="fsdp"), LENGTHS)
+
+
+@pytest.fixture
+def libtpu():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, which compiles for TPUs, is not installed")
 
 
 @pytest.fixture(scope="module")
