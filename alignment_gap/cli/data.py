@@ -1,6 +1,7 @@
 """Prepare datasets, make new ones from them, show what they are.
 
-alignment-gap data prepare --source=pairs.jsonl.gz --vocabulary=t5.spiece.model --output=prepared
+alignment-gap data vocabulary --source=pairs.jsonl.gz --size=32000 --output=own.model
+alignment-gap data prepare --source=pairs.jsonl.gz --vocabulary=own.model --output=prepared
 alignment-gap data show prepared/train --examples=3
 alignment-gap data shuffle --input=prepared/train --output=shuffled --window=320
 alignment-gap data mix --inputs=a,b --weights=0.7,0.3 --output=mixed
@@ -18,13 +19,18 @@ import os
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from alignment_gap.errors import UserError
 
+if TYPE_CHECKING:
+    from alignment_gap.data.sources import SourceConfig
+
 # What each is done by: a function of the command line in a module of this floor.
 SUBCOMMANDS = {
+    "vocabulary": "data_vocabulary:vocabulary",
     "prepare": "data:prepare",
     "show": "data:show",
     "shuffle": "data_derive:shuffle",
@@ -58,12 +64,12 @@ def prepare(arguments: list[str]) -> None:
     from alignment_gap.data.card import lengths_text
     from alignment_gap.data.prepare import PREVIEW, PrepareConfig
     from alignment_gap.data.prepare import prepare as run
-    from alignment_gap.data.sources import Limits, SourceConfig
+    from alignment_gap.data.sources import Limits
 
     def of(cls: type) -> dict[str, object]:
         return {field.name: values[field.name].value for field in dataclasses.fields(cls) if field.name in values}
 
-    source = SourceConfig(location=require(values, "source"), **of(SourceConfig))  # type: ignore[arg-type]
+    source = source_config(values)
     require(values, "vocabulary")
     settings = {name: value for name, value in of(PrepareConfig).items() if name != "source"}
     config = PrepareConfig(source, limits=Limits(**of(Limits)), **settings)  # type: ignore[arg-type]
@@ -125,11 +131,10 @@ def require(values: flags.FlagValues, name: str) -> str:
     return str(values[name].value)
 
 
-def _prepare_flags(values: flags.FlagValues) -> None:
-    text, number = definers(values)
+def define_source_flags(values: flags.FlagValues) -> None:
+    """What says where pairs are and how they are read."""
+    text, _ = definers(values)
     text("source", "", "File, folder, hub: or tfds: name of the pairs; several with commas between.")
-    text("vocabulary", "", "SentencePiece *.model, word list *.txt, tokenizer.json or its folder, or bytes.")
-    text("output", "", "Folder of the prepared datasets; one that was stopped goes on there.")
     text("task", "auto", "summarization, helpfulness, harmlessness, chat_arena, pairs; auto tells by the first record.")
     text("fields", "", "Columns of your own pairs: prompt=question,chosen=good,rejected=bad.")
     text("labels", "", "Meaning of a label's values: model=1,reference=0,both=0.5,=drop.")
@@ -137,6 +142,22 @@ def _prepare_flags(values: flags.FlagValues) -> None:
     text("ties", "drop", "drop or keep pairs without a preference.")
     text("duplicates", "", "drop or keep pairs that come again; the task's own rule where empty.")
     text("bad_pairs", "refuse", "refuse or drop pairs that hold no preference.")
+
+
+def source_config(values: flags.FlagValues) -> SourceConfig:
+    """The source of the flags; raises UserError where none is given."""
+    from alignment_gap.data.sources import SourceConfig
+
+    names = [field.name for field in dataclasses.fields(SourceConfig) if field.name in values]
+    settings = {name: values[name].value for name in names}
+    return SourceConfig(location=require(values, "source"), **settings)  # type: ignore[arg-type]
+
+
+def _prepare_flags(values: flags.FlagValues) -> None:
+    text, number = definers(values)
+    define_source_flags(values)
+    text("vocabulary", "", "SentencePiece *.model, word list *.txt, tokenizer.json or its folder, or bytes.")
+    text("output", "", "Folder of the prepared datasets; one that was stopped goes on there.")
     number("prompt_length", 512, "Most tokens of a prompt.")
     number("response_length", 256, "Most tokens of a response, its end included.")
     text("long_prompts", "drop", "drop, refuse, or keep_end: the last tokens.")

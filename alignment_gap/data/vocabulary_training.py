@@ -46,14 +46,14 @@ def train_vocabulary(
         raise UserError(f"{output} is no name of a SentencePiece model: let it end in .model")
     if model not in ("unigram", "bpe"):
         raise UserError(f"model={model!r} is unknown: choose one of unigram, bpe")
-    lines = itertools.islice(_lines(texts), sentences)
-    first = next(lines, None)
-    if first is None:
+    # All at once: SentencePiece keeps them too, and hides what a source raises while it draws from it.
+    lines = list(itertools.islice(_lines(texts), sentences))
+    if not lines:
         raise UserError("there is no text to train a vocabulary on: give a source with pairs")
     content = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], lines),
+            sentence_iterator=iter(lines),
             model_writer=content,
             model_type=model,
             vocab_size=size,
@@ -74,6 +74,7 @@ def train_vocabulary(
     except (RuntimeError, OSError) as error:
         message = str(error).splitlines()[-1].rpartition("] ")[2][:160]
         raise UserError(f"size={size} does not suit these texts ({message}): choose another size") from None
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(output, content.getvalue())
     return SentencePieceVocabulary(output)
 

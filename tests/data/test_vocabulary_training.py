@@ -40,6 +40,8 @@ def test_the_texts_of_a_source_are_its_prompts_and_responses(tmp_path):
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "c", "rejected": "c"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert list(source_texts(SourceConfig(str(path), bad_pairs="drop"))) == ["p", "a", "b"]
+    with pytest.raises(UserError, match=r"a\.jsonl:2: identical pair"):
+        train_vocabulary(source_texts(SourceConfig(str(path))), tmp_path / "own.model", 300)
 
 
 @pytest.mark.parametrize(
