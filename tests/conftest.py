@@ -48,3 +48,19 @@ def even_policy(architecture):
 @pytest.fixture(scope="session")
 def mesh():
     return make_mesh(MESHES["data"])
+
+
+@pytest.fixture(scope="session")
+def without_tensorflow(tmp_path_factory):
+    """The environment of a process that cannot import TensorFlow, nor what is built on it."""
+    folder = tmp_path_factory.mktemp("blocked")
+    (folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio'):\n"
+        "            raise ImportError(name + ' is blocked')\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(root)])}

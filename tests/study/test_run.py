@@ -13,6 +13,8 @@ import time
 
 import pytest
 
+from alignment_gap.data import open_dataset
+from alignment_gap.data.card import card_text, find_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.folders import locked
 from alignment_gap.study import artefacts
@@ -76,6 +78,16 @@ def test_a_finished_study_runs_no_stage_again(finished):
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "artefacts").rglob("*") if path.is_file()}
 
 
+def test_the_datasets_of_a_study_lead_back_to_the_human_pairs(finished):
+    (record,) = (finished / "artefacts").glob("seed0-online-*/record")
+    text = card_text(open_dataset(record))
+    steps = [line.strip() for line in text.splitlines() if line.strip() in ("online", "relabel", "posts")]
+    assert steps == ["online", "relabel", "posts"]
+    (golden,) = (path.name for path in (finished / "artefacts").glob("seed0-golden-????????????"))
+    assert f"preference_model: {golden}" in text
+    assert find_vocabulary(open_dataset(record)).digest == open_dataset(record).card.vocabulary_digest
+
+
 class Killed(BaseException):
     """Stands for a kill: no handler of the study's catches it."""
 
@@ -103,12 +115,13 @@ def test_a_study_stopped_in_the_middle_of_a_stage_ends_with_the_same_numbers(fin
     assert (tmp_path / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()
 
 
-def test_the_command_killed_with_signal_9_goes_on_to_the_same_numbers(finished, tmp_path):
+def test_the_command_killed_with_signal_9_goes_on_to_the_same_numbers(finished, tmp_path, without_tensorflow):
+    """Also: all of the study runs in a process that cannot import TensorFlow."""
     command = [sys.executable, "-c", "from alignment_gap.cli.main import main; main()", "study"]
     command += [f"--config={HERE / 'nano.py'}", f"--workdir={tmp_path}"]
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax-tests")
     command.append(f"--compilation_cache={cache}")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=without_tensorflow)
     try:
         deadline = time.monotonic() + 240
         while not list((tmp_path / "artefacts").glob("seed0-online-*.partial/checkpoints/2")):
@@ -120,7 +133,7 @@ def test_the_command_killed_with_signal_9_goes_on_to_the_same_numbers(finished, 
         process.kill()
         process.communicate()
     assert not list((tmp_path / "artefacts").glob("seed0-shuffled-*"))
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=without_tensorflow)
     assert done.returncode == 0, done.stderr
     assert f"report: {tmp_path / 'report.html'}" in done.stdout
     assert (tmp_path / "results.csv").read_bytes() == (finished / "results.csv").read_bytes()

@@ -1,0 +1,64 @@
+"""`alignment-gap data`: one line for every wrong input; what the commands do is run by tests/docs/test_data.py."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from alignment_gap.cli.main import main
+from alignment_gap.data import Example, write_dataset
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "pairs"
+    tokens = np.array([2, 3, 1], np.int32)
+    examples = [Example(i, tokens, (tokens, tokens[1:]), np.array([1, 0], np.float32)) for i in range(3)]
+    write_dataset(folder, examples, vocabulary_digest="v", provenance={})
+    return str(folder)
+
+
+BAD = {
+    "command": (["shufle"], "unknown command data 'shufle': did you mean shuffle?"),
+    "no source": (["prepare", "--vocabulary=bytes", "--output=x"], "--source is not set"),
+    "no vocabulary": (["prepare", "--source=PAIRS", "--output=x"], "--vocabulary is not set"),
+    "source": (["prepare", "--source=nowhere.jsonl", "--vocabulary=bytes", "--output=x"], "nowhere.jsonl"),
+    "flag": (["prepare", "--sourc=x"], "Unknown command line flag 'sourc'"),
+    "number": (["prepare", "--prompt_length=many"], "--prompt_length=many"),
+    "choice": (["prepare", "--source=x", "--vocabulary=bytes", "--output=x", "--ties=toss"], "ties='toss' is unknown"),
+    "argument": (["prepare", "x"], "unexpected argument 'x'"),
+    "no folder": (["show"], "--folder is not set"),
+    "no dataset": (["show", "nowhere"], "nowhere is no finished dataset"),
+    "no vocabulary of it": (["show", "PAIRS"], "does not say where its vocabulary is: give --vocabulary"),
+    "other vocabulary": (["show", "PAIRS", "--vocabulary=bytes"], "was encoded with the vocabulary v, bytes is"),
+    "window": (["shuffle", "--input=PAIRS", "--output=x", "--window=-1"], "--window=-1 is out of range"),
+    "seed": (["shuffle", "--input=PAIRS", "--output=x", "--seed=-1"], "--seed=-1 is out of range"),
+    "weights": (["mix", "--inputs=PAIRS,PAIRS", "--weights=1", "--output=x"], "weights=(1.0,) are 1 for 2 datasets"),
+    "weight": (["mix", "--inputs=PAIRS", "--weights=much", "--output=x"], "--weights=much: give numbers"),
+    "no model": (["relabel", "--input=PAIRS", "--output=x"], "--preference_model is not set"),
+    "model": (["relabel", "--input=PAIRS", "--output=x", "--preference_model=nowhere"], "nowhere"),
+    "batch": (["relabel", "--input=PAIRS", "--output=x", "--preference_model=x", "--batch_size=3"], "--batch_size=3"),
+    "policies": (["generate", "--prompts=PAIRS", "--output=x", "--policies=a,b,c"], "--policies has 3 folders"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(name, pairs, monkeypatch, capsys, tmp_path):
+    words, message = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["alignment-gap", "data", *(word.replace("PAIRS", pairs) for word in words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["prepare", "--help"], ["generate", "-h"]])
+def test_help(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["alignment-gap", "data", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert "--source" in capsys.readouterr().out or words[:1] == ["generate"]
