@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from alignment_gap.checkpoints import CHECKPOINTS, network_of
+from alignment_gap.checkpoints import CHECKPOINTS, network_of, preference_network
 from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.data.records import Example
 from alignment_gap.data.source import offline_source
