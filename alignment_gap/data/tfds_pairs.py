@@ -20,6 +20,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from alignment_gap.data.sources import Dropped, Source, SourceConfig, TextPair, held_out, open_source
+from alignment_gap.errors import UserError
 
 VALIDATION_FRACTION = 0.05
 NAME, VERSION = "alignment_pairs", "1.0.0"
@@ -68,6 +69,9 @@ class AlignmentPairs(tfds.core.GeneratorBasedBuilder):
         folder = pathlib.Path(dl_manager.manual_dir) / task
         source = open_source(SourceConfig(str(folder), task=task, bad_pairs="drop"))
         splits, dropped = _survey(source)
+        for split in ("train", "validation"):
+            if split not in splits:
+                raise UserError(f"{folder} gives no pair of the split {split!r}: add the publisher's other files")
         self.info.metadata.update(dropped=dict(sorted(dropped.items())), kept=dict(collections.Counter(splits)))
         return {split: self._generate_examples(source, splits, split) for split in ("train", "validation")}
 

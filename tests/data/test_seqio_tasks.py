@@ -64,8 +64,8 @@ def tasks(tfds_folder):
         import seqio
 
         from alignment_gap.data import seqio_tasks
-    if "alignment_pairs_bytes" not in seqio.MixtureRegistry.names():
-        seqio_tasks.register(seqio.ByteVocabulary(), "_bytes")
+    if "alignment_pairs_test" not in seqio.MixtureRegistry.names():
+        seqio_tasks.register(seqio.ByteVocabulary(), "_test")
     seqio.set_tfds_data_dir_override(str(tfds_folder))
     yield seqio
     seqio.set_tfds_data_dir_override(None)
@@ -97,6 +97,18 @@ def test_the_builder_splits_by_the_prompt_where_its_publisher_did_not(tfds_folde
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in validation}
     both = [row for row in train + validation if row["prompt"] == b"\n\nHuman: q\n\nAssistant:"]
     assert sorted((row["chosen"], row["rejected"]) for row in both) == [(b"a", b"b"), (b"b", b"a")]
+
+
+def test_files_that_leave_a_split_empty_are_one_line(tfds_folder, tmp_path):
+    import tensorflow_datasets as tfds
+
+    write_lines(tmp_path / "manual/helpfulness/train.jsonl", TRAIN[:1])
+    builder = tfds.builder("alignment_pairs/helpfulness", data_dir=tmp_path / "data")
+    config = tfds.download.DownloadConfig(manual_dir=tmp_path / "manual")
+    with pytest.raises(
+        UserError, match="helpfulness gives no pair of the split '(train|validation)': add the publisher's"
+    ):
+        builder.download_and_prepare(download_config=config)
 
 
 def test_tfds_is_a_source_like_any_other(tfds_folder, monkeypatch):
@@ -144,7 +156,7 @@ def test_importing_one_module_registers_the_four_tasks_and_their_mixtures(tasks)
 
 def test_a_preference_task_gives_our_own_tokens_and_leaves_out_long_pairs(tasks, tfds_folder, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_folder))
-    task = tasks.TaskRegistry.get("alignment_pairs_harmlessness_bytes")
+    task = tasks.TaskRegistry.get("alignment_pairs_harmlessness_test")
     examples = list(task.get_dataset(LENGTHS, "train", shuffle=False).as_numpy_iterator())
     # 8 in the split; "y" * 9 with its end id is over the length.
     assert len(examples) == 7
@@ -160,7 +172,7 @@ def test_the_converter_pads_and_counts(tasks):
     from alignment_gap.data import seqio_tasks
 
     dataset = tasks.get_dataset(
-        "alignment_pairs_harmlessness_bytes",
+        "alignment_pairs_harmlessness_test",
         task_feature_lengths=LENGTHS,
         dataset_split="validation",
         shuffle=False,
@@ -183,7 +195,7 @@ def test_the_converter_pads_and_counts(tasks):
 def test_an_sft_task_goes_through_seqios_own_converter(tasks):
     lengths = {"inputs": 48, "targets": 8}
     dataset = tasks.get_dataset(
-        "alignment_pairs_harmlessness_sft_bytes",
+        "alignment_pairs_harmlessness_sft_test",
         task_feature_lengths=lengths,
         dataset_split="validation",
         shuffle=False,
@@ -196,7 +208,7 @@ def test_an_sft_task_goes_through_seqios_own_converter(tasks):
 
 
 def test_a_mixture_draws_from_its_tasks(tasks):
-    parts = ["alignment_pairs_harmlessness_bytes", "alignment_pairs_chat_arena_bytes"]
+    parts = ["alignment_pairs_harmlessness_test", "alignment_pairs_chat_arena_test"]
     if "two" not in tasks.MixtureRegistry.names():
         tasks.MixtureRegistry.add("two", parts, default_rate=tasks.mixing_rate_num_examples)
     dataset = tasks.MixtureRegistry.get("two").get_dataset(LENGTHS, "train", shuffle=False, seed=0)

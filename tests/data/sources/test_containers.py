@@ -1,10 +1,11 @@
 import itertools
+import json
 import pickle
 import re
 
 import pytest
 
-from alignment_gap.data.sources import SourceConfig, open_source
+from alignment_gap.data.sources import SourceConfig, open_source, source_digest
 from alignment_gap.data.sources.containers import open_records
 from alignment_gap.errors import UserError
 
@@ -153,3 +154,27 @@ def test_a_hub_name_without_network_is_one_line(monkeypatch):
     ) as error:
         open_source(SourceConfig("hub:nobody/nothing"))
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_name_has_a_subset_and_a_split(tmp_path, monkeypatch):
+    # `datasets` takes a folder of that name for the repository, so that all but the download is as with the hub's.
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for subset in ("harmless-base", "helpful-base"):
+        for split in ("train", "test"):
+            path = tmp_path / "someone/pairs" / subset / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"prompt": f"{subset} {split}", "chosen": "a", "rejected": "b"}) + "\n")
+    source = open_source(SourceConfig("hub:someone/pairs/harmless-base"))
+    pairs = list(source.read())
+    assert [(pair.prompt, pair.split) for pair in pairs] == [
+        ("harmless-base train", "train"),
+        ("harmless-base test", "validation"),
+    ]
+    assert [pair.where for pair in pairs] == [
+        f"hub:someone/pairs/harmless-base:{split}:1" for split in ("train", "test")
+    ]
+    assert not source.files and source_digest(source.config) == source_digest(source.config)
+    assert len(open_records("hub:someone/pairs/helpful-base:test")) == 1
