@@ -106,7 +106,7 @@ def test_files_that_leave_a_split_empty_are_one_line(tfds_folder, tmp_path):
     builder = tfds.builder("alignment_pairs/helpfulness", data_dir=tmp_path / "data")
     config = tfds.download.DownloadConfig(manual_dir=tmp_path / "manual")
     with pytest.raises(
-        UserError, match="helpfulness gives no pair of the split '(train|validation)': add the publisher's"
+        UserError, match=r"helpfulness gives no pair of the split '(train|validation)': add the publisher's"
     ):
         builder.download_and_prepare(download_config=config)
 
