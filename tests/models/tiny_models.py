@@ -71,6 +71,7 @@ MESHES = {
     "data": MeshConfig(8, 1, 1),
     "fsdp": MeshConfig(1, 8, 1),
     "model": MeshConfig(1, 1, 8),
+    "two_by_four": MeshConfig(2, 1, 4),
     "all": MeshConfig(2, 2, 2),
 }
 
