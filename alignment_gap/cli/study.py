@@ -30,12 +30,14 @@ def main(arguments: list[str]) -> None:
     import jax
 
     from alignment_gap.study.config import StudyConfig
-    from alignment_gap.study.run import run_study
+    from alignment_gap.study.run import run_sizes, run_study
 
     if values.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(values.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    run_study(from_dict(StudyConfig, settings), Path(values.workdir), update=values.update)
+    study = from_dict(StudyConfig, settings)
+    run = run_sizes if study.sizes else run_study
+    run(study, Path(values.workdir), update=values.update)
 
 
 def make_flags(arguments: Sequence[str] = ()) -> tuple[flags.FlagValues, Any]:

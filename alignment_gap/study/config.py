@@ -106,6 +106,7 @@ class StudyConfig:
       seeds: how many times everything is repeated, data and judges included, with seed, seed + 1, ...
       task: where prompts and human pairs come from.
       policy: the network that all arms train.
+      sizes: names of `models.sizes`: a scaling study, which is one study for each with its shape for the policy's.
       golden: the preference model that stands for the human.
       proxy: the preference model that online arms are trained against.
       sft: supervised fine-tuning.
@@ -122,6 +123,7 @@ class StudyConfig:
     seeds: int = 1
     task: PostsTaskConfig | HumanPairsTaskConfig = PostsTaskConfig()
     policy: T5Config | DecoderConfig = T5Config()
+    sizes: tuple[str, ...] = ()
     golden: JudgeConfig = JudgeConfig()
     proxy: JudgeConfig = JudgeConfig()
     sft: SftConfig = SftConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.folders import claim, locked, write_json
+from alignment_gap.models import sizes
 from alignment_gap.sharding import make_mesh
 from alignment_gap.study import artefacts
 from alignment_gap.study.analysis import CheckpointResult
@@ -32,12 +34,41 @@ MEASURED = ("responses", "lengths")
 WEAK_JUDGE = 0.65
 
 
-def run_study(config: StudyConfig, workdir: Path, *, update: bool = False, say: Callable[[str], None] = print) -> Path:
+def run_sizes(config: StudyConfig, workdir: Path, *, update: bool = False, say: Callable[[str], None] = print) -> None:
+    """A scaling study: one study for each of the config's sizes, in `workdir`/SIZE.
+
+    They share workdir/artefacts, and with it every stage that does not depend on the policy: the data, and judges that
+    do not start from it, with their labels. Arguments and errors are those of `run_study`.
+    """
+    studies = {name: of_size(config, name) for name in config.sizes}
+    for study in studies.values():
+        validate(study, jax.device_count())
+    for name, study in studies.items():
+        say(f"size {name}")
+        run_study(study, workdir / name, artefacts_folder=workdir / "artefacts", update=update, say=say)
+
+
+def of_size(config: StudyConfig, name: str) -> StudyConfig:
+    """The study of one size: its shape, with the vocabulary and the settings of the computation of the policy."""
+    kept = ("vocabulary_size", "dtype", "remat", "scan_unroll")
+    policy = sizes.get(name, **{field: getattr(config.policy, field) for field in kept})
+    return dataclasses.replace(config, name=f"{config.name} {name}", policy=policy, sizes=())
+
+
+def run_study(
+    config: StudyConfig,
+    workdir: Path,
+    *,
+    artefacts_folder: Path | None = None,
+    update: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
     """Runs every stage that `workdir` does not hold yet and writes report.html, results.csv and figures/ there.
 
     Args:
       config: the study.
       workdir: its folder; finished stages are under artefacts/ and are never made twice.
+      artefacts_folder: where they are instead, for studies that share some.
       update: allows a folder that holds another config's study; what does not depend on the change is kept.
       say: prints a line.
 
@@ -49,7 +80,7 @@ def run_study(config: StudyConfig, workdir: Path, *, update: bool = False, say: 
     """
     validate(config, jax.device_count())
     mesh = make_mesh(config.mesh)
-    root = workdir / "artefacts"
+    root = artefacts_folder or workdir / "artefacts"
     seeds = [seed_stages(config, seed, mesh, root) for seed in range(config.seed, config.seed + config.seeds)]
     with locked(workdir):
         _claim(workdir / "study.json", flatten(to_dict(config)), update=update)

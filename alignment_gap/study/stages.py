@@ -51,18 +51,24 @@ def seed_stages(config: StudyConfig, seed: int, mesh: LogicalMesh, root: Path) -
     bench = Bench(dataclasses.replace(config, task=dataclasses.replace(config.task, seed=seed)), seed, mesh)
     make = functools.partial(_stage, bench, root)
     config = bench.config
-    shared = {"mesh": config.mesh, "policy": config.policy, "microbatches": config.microbatches}
+    # A judge that starts from the SFT policy has its network by that stage; another is shared by policies of all sizes.
+    training = {"mesh": config.mesh, "microbatches": config.microbatches}
+    shared = {**training, "policy": config.policy}
 
     data = make("data", functions.write_data, {"task": config.task})
     sft = make("sft", functions.train_sft, {**shared, "sft": config.sft}, data, units=config.sft.steps)
     golden_inputs = (data, sft) if config.golden.initialisation == "sft" else (data,)
     golden = make(
-        "golden", functions.train_golden, {**shared, "judge": config.golden}, *golden_inputs, units=config.golden.steps
+        "golden",
+        functions.train_golden,
+        {**training, "judge": config.golden},
+        *golden_inputs,
+        units=config.golden.steps,
     )
     relabelled = make("relabelled", functions.relabel, {"kind": config.golden.kind}, data, golden)
     proxy_inputs = (relabelled, sft) if config.proxy.initialisation == "sft" else (relabelled,)
     proxy = make(
-        "proxy", functions.train_proxy, {**shared, "judge": config.proxy}, *proxy_inputs, units=config.proxy.steps
+        "proxy", functions.train_proxy, {**training, "judge": config.proxy}, *proxy_inputs, units=config.proxy.steps
     )
 
     trainings: dict[Arm, Stage] = {}
