@@ -202,6 +202,28 @@ def test_bfloat16_is_close(policy, params, scores):
     assert np.abs(low - scores).mean() < 0.05
 
 
+def _products(jaxpr):
+    """The matrix products of a traced function, those in its loops too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from _products(getattr(inner, "jaxpr", inner))
+
+
+def test_bfloat16_computes_over_float32_parameters(policy, params):
+    """Every product of two matrices reads bfloat16; parameters and their gradients are float32."""
+    half = make_policy(dataclasses.replace(policy.config, dtype="bfloat16"))
+    boxed = jax.eval_shape(half.init, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(boxed)} == {jnp.dtype("float32")}
+    step = jax.grad(lambda p: score(half, p, *texts(BATCH)).sum())
+    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(step, params))} == {jnp.dtype("float32")}
+    products = list(_products(jax.make_jaxpr(partial(score, half))(params, *texts(BATCH)).jaxpr))
+    assert len(products) > 8
+    assert all(x.aval.dtype == jnp.bfloat16 for product in products for x in product.invars)
+
+
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
