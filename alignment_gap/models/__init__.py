@@ -1,7 +1,7 @@
 """Policies (T5-style encoder-decoders, PaLM-style decoders) behind one contract, and preference models over them."""
 
 from alignment_gap.models.decoder import DecoderConfig, DecoderPolicy
-from alignment_gap.models.policy import Output, Policy, count_parameters, response_hidden, score
+from alignment_gap.models.policy import Output, Policy, compute_params, count_parameters, response_hidden, score
 from alignment_gap.models.preference import PreferenceModel
 from alignment_gap.models.t5 import T5Config, T5Policy
 
@@ -22,6 +22,7 @@ __all__ = [
     "PreferenceModel",
     "T5Config",
     "T5Policy",
+    "compute_params",
     "count_parameters",
     "make_policy",
     "response_hidden",

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from alignment_gap.errors import UserError
 from alignment_gap.models import fused_attention, layers, rope
 from alignment_gap.models.policy import Output, check_choice, check_sizes
-from alignment_gap.models.stack import constrain_stream, init_stack, scan_stack
+from alignment_gap.models.stack import constrain_stream, decode_stack, init_stack, scan_stack
 
 ACTIVATIONS = {"silu": nn.silu, "gelu": nn.gelu}
 CHOICES = {
@@ -157,21 +157,32 @@ class DecoderLayer(nn.Module):
         self.out = layers.projection(config.width, ("heads", "kv", "embed"), inputs=2, dtype=config.dtype)
         self.mlp = layers.GatedMLP(config.width, config.mlp_width, ACTIVATIONS[config.activation], config.dtype)
 
-    def prompt(self, x: Float[Array, "B P D"], view: View) -> tuple[Float[Array, "B P D"], tuple[Array, Array]]:
-        """One layer over the prompts; also their keys and values [B, P, G, C], for the responses to attend to."""
+    def prompt(self, x: Float[Array, "B P D"], view: View) -> tuple[Float[Array, "B P D"], layers.KeysValues]:
+        """One layer over the prompts; also their keys and values [B, G, P, C], for the responses to attend to."""
         y = self._first_norm(x)
-        keys_values = self._keys_values(y, view)
+        keys_values = layers.heads_first(*self._keys_values(y, view))
         attention = self._attend(self._query(y, view)[:, None], [layers.Segment(*keys_values, view.own)])
         return self._add(x, y, attention[:, 0]), keys_values
 
     def __call__(
-        self, x: Float[Array, "B K Q D"], view: View, prompt: tuple[Array, Array], cache: Any, step: Any
-    ) -> tuple[Float[Array, "B K Q D"], tuple[Array, Array]]:
-        """One layer over Q response positions, which attend to the shared prompt and to their own row so far."""
+        self,
+        x: Float[Array, "B K Q D"],
+        view: View,
+        prompt: layers.KeysValues,
+        cache: Any = None,
+        layer: Any = None,
+        step: Any = None,
+    ) -> tuple[Float[Array, "B K Q D"], Any]:
+        """One layer over Q response positions, which attend to the shared prompt and to their own row so far.
+
+        Where there is a cache, that row is in it; it is returned with the new keys and values written at `step`.
+        """
         y = self._first_norm(x)
-        keys_values = layers.update_cache(cache, self._keys_values(y, view), step)
-        segments = [layers.Segment(*prompt, view.prompt), layers.Segment(*keys_values, view.own)]
-        return self._add(x, y, self._attend(self._query(y, view), segments)), keys_values
+        own = layers.heads_first(*self._keys_values(y, view))
+        if cache is not None:
+            cache, own = layers.extend_cache(cache, own, layer, step)
+        segments = [layers.Segment(*prompt, view.prompt), layers.Segment(*own, view.own)]
+        return self._add(x, y, self._attend(self._query(y, view), segments)), cache
 
     def row(
         self, x: Float[Array, "B S D"], rotation: rope.Rotation, attend: fused_attention.Attend
@@ -279,7 +290,7 @@ class DecoderPolicy:
         def layer(carry: tuple[Array, Array], layer_params: Any, full: Any) -> tuple[tuple[Array, Array], None]:
             def apply(module: DecoderLayer) -> tuple[Array, Array]:
                 prompt, keys_values = module.prompt(carry[0], prompt_view(full))
-                return prompt, module(carry[1], view(full), keys_values, None, None)[0]
+                return prompt, module(carry[1], view(full), keys_values)[0]
 
             outputs: Any = nn.apply(apply, decoder)({"params": layer_params})
             return outputs, None
@@ -315,26 +326,30 @@ class DecoderPolicy:
 
         x, stacked = self._embed(params, prompts), params["decoder"]["layers"]
         _, prompt = scan_stack(layer, x, stacked, self._full_layers(), config=config)
-        shape = (config.layers, len(prompts), samples, max_length, config.kv_heads, config.head_size)
-        empty = jnp.zeros(shape, config.dtype)
-        return {"prompt": prompt, "prompt_lengths": prompt_lengths, "responses": (empty, empty)}
+        shape = (config.layers, len(prompts), samples, config.kv_heads, max_length, config.head_size)
+        return {
+            "prompt": prompt,
+            "prompt_lengths": prompt_lengths,
+            "responses": layers.empty_cache(shape, config.dtype),
+        }
 
     def decode_step(
         self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K D"], Any]:
         """Hidden states that predict the token at position `step` from the token before it."""
-        decoder, sizes = DecoderLayer(self.config), (cache["prompt"][0].shape[2], cache["responses"][0].shape[3])
+        decoder, sizes = DecoderLayer(self.config), [cache[name][0].shape[-2] for name in ("prompt", "responses")]
         view = self._by_layer(partial(self._response_view, cache["prompt_lengths"], sizes[0], step[None], sizes[1]))
 
-        def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, Any]:
-            prompt, responses, full = inputs
-            return decoder.apply({"params": layer_params}, x, view(full), prompt, responses, step)
+        def layer(x: Array, responses: Any, index: Array, layer_params: Any, inputs: Any) -> Any:
+            prompt, full = inputs
+            return decoder.apply({"params": layer_params}, x, view(full), prompt, responses, index, step)
 
-        x, responses = scan_stack(
+        x, responses = decode_stack(
             layer,
             self._embed(params, tokens[..., None]),
+            cache["responses"],
             params["decoder"]["layers"],
-            (cache["prompt"], cache["responses"], self._full_layers()),
+            (cache["prompt"], self._full_layers()),
             config=self.config,
         )
         return self._final_norm(params, x)[:, :, 0], {**cache, "responses": responses}

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignment_gap.sharding import constrain
 
+KeysValues = tuple[Array, Array]
 # Added to masked attention logits: far below any real one, and still finite where a whole row is masked.
 MASKED = -1e30
 
@@ -46,6 +47,38 @@ class RMSNorm(nn.Module):
         )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def product(
+    x: Array, kernel: Array, dimensions: Any, precision: Any = None, preferred_element_type: Any = None
+) -> Array:
+    """`jax.lax.dot_general` of the last axes of `x` with the first of `kernel`, for `projection`.
+
+    Its own gradient differs in one thing: the kernel's is x^T g, never (g^T x)^T. On a CPU the left factor is copied
+    into its transpose, and x is shared by projections and at hand, while g is made on the way, at ten times the cost.
+    """
+    return jax.lax.dot_general(x, kernel, dimensions, precision, preferred_element_type)
+
+
+def _product_forward(x: Array, kernel: Array, *static: Any) -> tuple[Array, tuple[Array, Array]]:
+    return product(x, kernel, *static), (x, kernel)
+
+
+def _product_backward(
+    dimensions: Any, precision: Any, preferred_element_type: Any, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = residuals
+    rows, inputs = x.ndim - len(dimensions[0][0]), len(dimensions[0][1])
+    batch, outputs = tuple(range(rows)), tuple(range(inputs, kernel.ndim))
+    multiply = functools.partial(jax.lax.dot_general, precision=precision)
+    return (
+        multiply(gradient, kernel, ((tuple(range(rows, gradient.ndim)), outputs), ((), ()))).astype(x.dtype),
+        multiply(x, gradient, ((batch, batch), ((), ()))).astype(kernel.dtype),
+    )
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 def projection(
     features: int | tuple[int, ...],
     axes: tuple[str, ...],
@@ -70,6 +103,7 @@ def projection(
         features,
         axis=tuple(range(-inputs, 0)),
         use_bias=bias,
+        dot_general=product,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(initializer, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[inputs:]),
@@ -100,14 +134,15 @@ class Segment(NamedTuple):
     """Keys that queries attend to: of a prompt that K responses share, or of each response's own.
 
     Attributes:
-      keys: [B, S, G, D] where all K rows of a prompt share them, [B, K, S, G, D] where each row has its own.
+      keys: [B, G, S, D] where all K rows of a prompt share them, [B, K, G, S, D] where each row has its own. Heads come
+        before positions, as matrix products want them: a cache is not transposed at every token.
       values: as keys.
       mask: True where attending is allowed, broadcastable to [B, K, Q, S].
       bias: added to the logits per head, [H, Q, S], or None.
     """
 
-    keys: Float[Array, "B *K S G D"]
-    values: Float[Array, "B *K S G D"]
+    keys: Float[Array, "B *K G S D"]
+    values: Float[Array, "B *K G S D"]
     mask: Bool[Array, "#B #K #Q #S"]
     bias: Float[Array, "H Q S"] | None = None
 
@@ -123,11 +158,11 @@ def attend(
     batch, rows, length, heads, size = query.shape
     query = constrain(query, "batch", None, None, "heads", "kv")
     segments = [_constrain_segment(segment) for segment in segments]
-    groups = segments[0].keys.shape[-2]
+    groups = segments[0].keys.shape[-3]
     query = query.reshape(batch, rows, length, groups, heads // groups, size) * scale
     logits = []
     for segment in segments:
-        keys = "bsgd" if segment.keys.ndim == 4 else "bksgd"
+        keys = "bgsd" if segment.keys.ndim == 4 else "bkgsd"
         logit = jnp.einsum(f"bkqghd,{keys}->bkghqs", query, segment.keys, preferred_element_type=jnp.float32)
         if soft_cap is not None:
             logit = soft_cap * jnp.tanh(logit / soft_cap)
@@ -138,14 +173,14 @@ def attend(
     ends = list(itertools.accumulate(logit.shape[-1] for logit in logits))
     output = jnp.zeros((), query.dtype)
     for segment, weight in zip(segments, jnp.split(weights, ends[:-1], axis=-1), strict=True):
-        values = "bsgd" if segment.values.ndim == 4 else "bksgd"
+        values = "bgsd" if segment.values.ndim == 4 else "bkgsd"
         output += jnp.einsum(f"bkghqs,{values}->bkqghd", weight, segment.values)
     output = jnp.reshape(output, (batch, rows, length, heads, size))
     return constrain(output, "batch", None, None, "heads", "kv")
 
 
 def _constrain_segment(segment: Segment) -> Segment:
-    names = ("batch", *[None] * (segment.keys.ndim - 4), "kv_length", "kv_heads", "kv")
+    names = ("batch", *[None] * (segment.keys.ndim - 4), "kv_heads", "kv_length", "kv")
     return segment._replace(keys=constrain(segment.keys, *names), values=constrain(segment.values, *names))
 
 
@@ -219,11 +254,22 @@ def prefix_mask(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B 1 1 S"]:
     return (jnp.arange(size) < lengths[:, None])[:, None, None]
 
 
-def update_cache(cache: tuple[Array, Array] | None, new: tuple[Array, Array], step: Any) -> tuple[Array, Array]:
-    """New keys and values [B, K, Q, G, C] themselves, or the cache [B, K, R, G, C] with them written at `step`."""
-    if cache is None:
-        return new
-    keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(old, add, step, axis=2) for old, add in zip(cache, new, strict=True)
-    )
-    return keys, values
+def heads_first(keys: Float[Array, "*B S G C"], values: Float[Array, "*B S G C"]) -> KeysValues:
+    """Keys and values as projections give them, in the order of axes of a `Segment`."""
+    return jnp.swapaxes(keys, -3, -2), jnp.swapaxes(values, -3, -2)
+
+
+def empty_cache(shape: tuple[int, ...], dtype: Any) -> KeysValues:
+    """Room for the keys and values [L, B, K, G, R, C] of all layers' responses."""
+    empty = constrain(jnp.zeros(shape, dtype), "layers", "batch", None, "kv_heads", "kv_length", "kv")
+    return empty, empty
+
+
+def extend_cache(
+    cache: KeysValues, new: KeysValues, layer: Int[Array, ""], step: Int[Array, ""]
+) -> tuple[KeysValues, KeysValues]:
+    """The cache with a layer's new keys and values [B, K, G, 1, C] written at `step`, and all of that layer's."""
+    index = (layer, 0, 0, 0, step, 0)
+    keys, values = (jax.lax.dynamic_update_slice(old, add[None], index) for old, add in zip(cache, new, strict=True))
+    own_keys, own_values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
+    return (keys, values), (own_keys, own_values)

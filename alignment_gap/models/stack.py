@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignment_gap.sharding import constrain
@@ -29,7 +30,7 @@ def scan_stack(
       layer: one layer.
       carry: what flows from layer to layer.
       params: stacked parameters.
-      inputs: stacked further inputs of the layers, such as caches.
+      inputs: stacked further inputs of the layers.
       config: a model's config; its `remat` says what the backward pass recomputes ("none" keeps all activations,
         "full" recomputes them, "dots" keeps matrix products), its `scan_unroll` how many layers an iteration runs.
 
@@ -44,6 +45,31 @@ def scan_stack(
         return jax.tree.map(constrain_stream, state), outputs
 
     return jax.lax.scan(body, carry, (params, inputs), unroll=config.scan_unroll)
+
+
+def decode_stack(
+    layer: Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]],
+    x: Float[Array, "B K Q D"],
+    cache: Any,
+    params: Any,
+    inputs: Any = None,
+    *,
+    config: Any,
+) -> tuple[Float[Array, "B K Q D"], Any]:
+    """Runs `layer(x, cache, index, layer_params, layer_inputs) -> (x, cache)` over the stack.
+
+    The cache of all layers goes from layer to layer, and each writes its new entries in place. As inputs and outputs of
+    the layers, all of it would be copied for every token.
+    """
+
+    def body(carry: Any, layer_inputs: Any) -> tuple[Any, None]:
+        x, cache = carry
+        x, cache = layer(constrain_stream(x), cache, *layer_inputs)
+        return (constrain_stream(x), cache), None
+
+    depth = jax.tree.leaves(params)[0].shape[0]
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(depth), params, inputs), unroll=config.scan_unroll)
+    return x, cache
 
 
 def constrain_stream(x: Float[Array, "B *K T D"]) -> Float[Array, "B *K T D"]:

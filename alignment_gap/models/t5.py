@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from alignment_gap.errors import UserError
 from alignment_gap.models import layers
 from alignment_gap.models.policy import Output, check_sizes
-from alignment_gap.models.stack import constrain_stream, init_stack, scan_stack
+from alignment_gap.models.stack import constrain_stream, decode_stack, init_stack, scan_stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Attention(nn.Module):
         self.value = split()
         self.out = layers.projection(config.width, ("heads", "kv", "embed"), inputs=2, dtype=config.dtype)
 
-    def keys_values(self, x: Float[Array, "*B S D"]) -> tuple[Float[Array, "*B S H C"], Float[Array, "*B S H C"]]:
-        """What others attend to."""
-        return self.key(x), self.value(x)
+    def keys_values(self, x: Float[Array, "*B S D"]) -> layers.KeysValues:
+        """What others attend to: [*B, H, S, C]."""
+        return layers.heads_first(self.key(x), self.value(x))
 
     def __call__(self, x: Float[Array, "B K Q D"], segment: layers.Segment) -> Float[Array, "B K Q D"]:
         """The queries of x attend to the segment."""
@@ -116,19 +116,31 @@ class DecoderLayer(nn.Module):
         self.pre_mlp_layer_norm = layers.RMSNorm(config.dtype)
         self.mlp = layers.GatedMLP(config.width, config.mlp_width, nn.gelu, config.dtype)
 
-    def prompt_keys_values(self, encoded: Float[Array, "B P D"]) -> tuple[Array, Array]:
-        """Keys and values [B, P, H, C] of the prompts, shared by all their responses."""
+    def prompt_keys_values(self, encoded: Float[Array, "B P D"]) -> layers.KeysValues:
+        """Keys and values [B, H, P, C] of the prompts, shared by all their responses."""
         return self.encoder_decoder_attention.keys_values(encoded)
 
     def __call__(
-        self, x: Float[Array, "B K Q D"], prompt: layers.Segment, mask: Array, bias: Array, cache: Any, step: Any
-    ) -> tuple[Float[Array, "B K Q D"], tuple[Array, Array]]:
-        """One layer over Q response positions; a cache is written at `step` and attended to as a whole."""
+        self,
+        x: Float[Array, "B K Q D"],
+        prompt: layers.Segment,
+        mask: Array,
+        bias: Array,
+        cache: Any = None,
+        layer: Any = None,
+        step: Any = None,
+    ) -> tuple[Float[Array, "B K Q D"], Any]:
+        """One layer over Q response positions, which attend to the prompt and to their own row so far.
+
+        Where there is a cache, that row is in it; it is returned with the new keys and values written at `step`.
+        """
         y = self.pre_self_attention_layer_norm(x)
-        keys_values = layers.update_cache(cache, self.self_attention.keys_values(y), step)
-        x = x + self.self_attention(y, layers.Segment(*keys_values, mask, bias))
+        own = self.self_attention.keys_values(y)
+        if cache is not None:
+            cache, own = layers.extend_cache(cache, own, layer, step)
+        x = x + self.self_attention(y, layers.Segment(*own, mask, bias))
         x = x + self.encoder_decoder_attention(self.pre_cross_attention_layer_norm(x), prompt)
-        return x + self.mlp(self.pre_mlp_layer_norm(x)), keys_values
+        return x + self.mlp(self.pre_mlp_layer_norm(x)), cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,14 +170,14 @@ class T5Policy:
         config = self.config
         x, mask = jnp.zeros((1, 1, 1, config.width), config.dtype), jnp.ones((1, 1, 1, 1), bool)
         bias = jnp.zeros((config.heads, 1, 1))
-        shared = jnp.zeros((1, 1, config.heads, config.head_size), config.dtype)
+        shared = jnp.zeros((1, config.heads, 1, config.head_size), config.dtype)
         prompt = layers.Segment(shared, shared, mask)
         keys = jax.random.split(key, 8)
         positions = jnp.arange(1)
 
         def decoder_layer(key: Array) -> Any:
             def both(module: DecoderLayer) -> Any:
-                return module.prompt_keys_values(x[:, 0]), module(x, prompt, mask, bias, None, None)
+                return module.prompt_keys_values(x[:, 0]), module(x, prompt, mask, bias)
 
             return nn.init(both, DecoderLayer(config))(key)["params"]
 
@@ -218,7 +230,7 @@ class T5Policy:
         def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
             def apply(module: DecoderLayer) -> Array:
                 prompt = layers.Segment(*module.prompt_keys_values(encoded), prompt_mask)
-                return module(x, prompt, mask, bias, None, None)[0]
+                return module(x, prompt, mask, bias)[0]
 
             outputs: Any = nn.apply(apply, decoder)({"params": layer_params})
             return outputs, None
@@ -238,35 +250,33 @@ class T5Policy:
             return None, decoder.apply({"params": layer_params}, encoded, method="prompt_keys_values")
 
         _, prompt = scan_stack(layer, None, params["decoder"]["layers"], config=self.config)
-        shape = (config.decoder_layers, len(prompts), samples, max_length, config.heads, config.head_size)
-        empty = jnp.zeros(shape, config.dtype)
+        shape = (config.decoder_layers, len(prompts), samples, config.heads, max_length, config.head_size)
         return {
             "prompt": prompt,
             "prompt_mask": self._prompt_mask(prompts, prompt_lengths),
-            "responses": (empty, empty),
+            "responses": layers.empty_cache(shape, config.dtype),
         }
 
     def decode_step(
         self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K D"], Any]:
         """Hidden states that predict the token at position `step` from the token before it."""
-        positions = jnp.arange(cache["responses"][0].shape[3])
+        positions = jnp.arange(cache["responses"][0].shape[-2])
         bias_params = {"params": params["decoder"]["relpos_bias"]}
         bias: Any = self._relative_bias(False).apply(bias_params, step[None], positions)
         mask = layers.causal_mask(step[None], positions)
         decoder = DecoderLayer(self.config)
 
-        def layer(x: Array, layer_params: Any, inputs: Any) -> tuple[Array, Any]:
-            prompt, responses = inputs
-            keys, values = prompt
-            segment = layers.Segment(keys, values, cache["prompt_mask"])
-            return decoder.apply({"params": layer_params}, x, segment, mask, bias, responses, step)
+        def layer(x: Array, responses: Any, index: Array, layer_params: Any, prompt: layers.KeysValues) -> Any:
+            segment = layers.Segment(*prompt, cache["prompt_mask"])
+            return decoder.apply({"params": layer_params}, x, segment, mask, bias, responses, index, step)
 
-        x, responses = scan_stack(
+        x, responses = decode_stack(
             layer,
             self._embed(params, tokens[..., None]),
+            cache["responses"],
             params["decoder"]["layers"],
-            (cache["prompt"], cache["responses"]),
+            cache["prompt"],
             config=self.config,
         )
         x = self._norm(params["decoder"]["decoder_norm"], x)

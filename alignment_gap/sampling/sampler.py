@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from alignment_gap.errors import UserError
-from alignment_gap.models import Policy
+from alignment_gap.models import Policy, compute_params
+
+# Tokens of a block in `draw`: about the square root of a vocabulary's size.
+_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,7 @@ def sample(
 
     A response's token t is drawn with its key folded with t; decoding stops when all rows have ended.
     """
+    params = compute_params(policy, params)
     output = policy.output(params)
     batch, samples = keys.shape
     cache = policy.prefill(params, prompts, prompt_lengths, samples, max_length)
@@ -97,7 +101,7 @@ def sample(
         logits = output.logits(hidden)
         restricted = restrict(logits, config)
         token_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, position)
-        tokens = jax.vmap(jax.vmap(jax.random.categorical))(token_keys, restricted).astype(tokens.dtype)
+        tokens = jax.vmap(jax.vmap(draw))(token_keys, restricted).astype(tokens.dtype)
         tokens = jnp.where(ended, 0, tokens)
         drawn = Samples(
             drawn.responses.at[..., position].set(tokens),
@@ -111,6 +115,25 @@ def sample(
         return (state[0] < max_length) & ~jnp.all(state[2])
 
     return jax.lax.while_loop(unfinished, step, state)[-1]
+
+
+def draw(key: Key[Array, ""], logits: Float[Array, "V"]) -> Int[Array, ""]:
+    """A token of softmax(logits), by inverting the distribution function: first a block of tokens, then one in it.
+
+    Two random numbers instead of one for each token (Gumbel): random bits for a whole vocabulary cost more than a small
+    model's step. Two, not one, so that a block of rare tokens has all 24 bits of the second to itself.
+    """
+    block_key, token_key = jax.random.split(key)
+    weights = jnp.exp(logits - jnp.max(logits))
+    blocks = jnp.pad(weights, (0, -len(weights) % _BLOCK)).reshape(-1, _BLOCK)
+    block = _invert(block_key, blocks.sum(-1))
+    return block * _BLOCK + _invert(token_key, blocks[block])
+
+
+def _invert(key: Key[Array, ""], weights: Float[Array, "N"]) -> Int[Array, ""]:
+    """An index drawn in proportion to its weight; never one of weight 0, whatever the rounding of the sums."""
+    cumulative = jnp.where(weights > 0, jnp.cumsum(weights), 0.0)
+    return jnp.argmax(cumulative > jax.random.uniform(key) * jnp.max(cumulative))
 
 
 def restrict(logits: Float[Array, "*B V"], config: SamplerConfig) -> Float[Array, "*B V"]:

@@ -13,9 +13,11 @@ from alignment_gap.models.layers import (
     Segment,
     attend,
     causal_mask,
+    extend_cache,
+    heads_first,
     prefix_mask,
+    projection,
     relative_position_bucket,
-    update_cache,
 )
 
 
@@ -67,7 +69,10 @@ def test_attend_is_softmax_over_both_segments(key_heads, soft_cap):
     shared_mask, own_mask = rng.random((b, 1, 1, shared)) < 0.6, rng.random((b, k, q, own)) < 0.6
     own_mask[..., 0] = True
     bias = _normal(rng, heads, q, own)
-    segments = [Segment(shared_keys, shared_values, shared_mask), Segment(own_keys, own_values, own_mask, bias)]
+    segments = [
+        Segment(*heads_first(shared_keys, shared_values), shared_mask),
+        Segment(*heads_first(own_keys, own_values), own_mask, bias),
+    ]
     output = jax.jit(partial(attend, scale=0.3, soft_cap=soft_cap))(query, segments)
     full_bias = np.concatenate([np.zeros((heads, q, shared)), bias], -1)
     for i, j in np.ndindex(b, k):
@@ -97,7 +102,7 @@ def test_norm_by_hand(form, start):
 
 def test_attend_is_finite_where_a_whole_row_is_masked():
     rng = np.random.default_rng(1)
-    query, keys = _normal(rng, 1, 1, 2, 1, 3), _normal(rng, 1, 4, 1, 3)
+    query, keys = _normal(rng, 1, 1, 2, 1, 3), _normal(rng, 1, 1, 4, 3)
     segment = Segment(keys, keys, np.zeros((1, 1, 1, 4), bool))
 
     def total(query):
@@ -117,9 +122,31 @@ def test_prefix_mask_by_hand():
     np.testing.assert_array_equal(prefix_mask(jnp.array([0, 2, 3]), 3)[:, 0, 0], [[0, 0, 0], [1, 1, 0], [1, 1, 1]])
 
 
-def test_a_cache_is_written_at_its_step_only():
-    cache, new = jnp.zeros((1, 2, 4, 1, 1)), jnp.ones((1, 2, 1, 1, 1))
-    keys, values = update_cache((cache, cache - 1), (new, 2 * new), jnp.int32(2))
-    np.testing.assert_array_equal(keys[0, 1, :, 0, 0], [0, 0, 1, 0])
-    np.testing.assert_array_equal(values[0, 1, :, 0, 0], [-1, -1, 2, -1])
-    assert update_cache(None, (new, new), None)[0] is new
+def test_a_cache_is_written_at_its_layer_and_step_only():
+    cache, new = jnp.zeros((3, 1, 2, 1, 4, 1)), jnp.ones((1, 2, 1, 1, 1))
+    written, own = extend_cache((cache, cache - 1), (new, 2 * new), jnp.int32(1), jnp.int32(2))
+    for whole, of_layer, before, added in zip(written, own, (0, -1), (1, 2), strict=True):
+        expected = np.full((3, 1, 2, 1, 4, 1), before)
+        expected[1, :, :, :, 2] = added
+        np.testing.assert_array_equal(whole, expected)
+        np.testing.assert_array_equal(of_layer, expected[1])
+
+
+@pytest.mark.parametrize(("features", "inputs", "kernel"), [((2, 3), 1, "btd,dhc->bthc"), (3, 2, "bhc,hcd->bd")])
+def test_a_projection_and_its_gradients_are_those_of_the_matrix_product(features, inputs, kernel):
+    rng = np.random.default_rng(2)
+    x, axes = _normal(rng, 5, 4, 3), ("a",) * (inputs + (1 if isinstance(features, int) else len(features)))
+    module = projection(features, axes, inputs=inputs, dtype=jnp.float32)
+    params = jax.tree.map(
+        lambda box: box.value, module.init(jax.random.key(0), x), is_leaf=lambda x: hasattr(x, "names")
+    )
+    weight = _normal(rng, *module.apply(params, x).shape)
+
+    def ours(params, x):
+        return (module.apply(params, x) * weight).sum()
+
+    def plain(params, x):
+        return (jnp.einsum(kernel, x, params["params"]["kernel"]) * weight).sum()
+
+    for got, expected in zip(*(jax.tree.leaves(jax.grad(f, (0, 1))(params, x)) for f in (ours, plain)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)

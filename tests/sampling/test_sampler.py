@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_models import log_softmax, logits_of
+from scipy import stats
 from tiny_models import EVEN_CONFIGS, MESHES, make_batch, random_params
 
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, make_policy
-from alignment_gap.sampling import SamplerConfig, make_generate, restrict, sample_keys
+from alignment_gap.sampling import SamplerConfig, draw, make_generate, restrict, sample_keys
 from alignment_gap.sharding import batch_sharding, make_mesh, replicated
 from alignment_gap.training import make_score
 
@@ -214,3 +215,33 @@ def test_bfloat16_samples_agree_with_their_scorer(mesh):
     scores = make_score(policy, mesh)(params, PROMPTS.prompts, PROMPTS.prompt_lengths, *samples[:2])
     assert samples.log_probs.dtype == np.float32
     np.testing.assert_allclose(samples.log_probs, scores, atol=0.1)
+
+
+@pytest.mark.parametrize("size", [5, 128, 300])
+def test_tokens_are_drawn_in_proportion_to_their_probabilities(size):
+    rng = np.random.default_rng(size)
+    logits = (2 * rng.standard_normal(size)).astype(np.float32)
+    logits[rng.random(size) < 0.3] = -np.inf
+    logits[-1] = -np.inf
+    drawn = jax.jit(jax.vmap(draw, (0, None)))(jax.random.split(jax.random.key(3), 40_000), logits)
+    counts = np.bincount(drawn, minlength=size)
+    assert len(counts) == size and not counts[np.isinf(logits)].any()
+    probabilities = np.exp(logits.astype(np.float64))
+    probabilities /= probabilities.sum()
+    likely = probabilities * 40_000 > 5
+    assert (
+        stats.chisquare(
+            counts[likely], counts[likely].sum() * probabilities[likely] / probabilities[likely].sum()
+        ).pvalue
+        > 1e-3
+    )
+
+
+def test_the_rarest_tokens_of_a_large_vocabulary_are_drawn_too():
+    # One token of probability 0.5; 2**20 others of 0.5 / 2**20 each, less than one float32 random number tells apart.
+    logits = np.zeros(2**20 + 1, np.float32)
+    logits[7] = 20 * np.log(2)
+    drawn = np.asarray(jax.jit(jax.vmap(draw, (0, None)))(jax.random.split(jax.random.key(4), 200), logits))
+    rare = drawn[drawn != 7]
+    assert 70 <= len(rare) <= 130
+    assert len(set(rare % 128)) > 40 and len(set(rare)) >= len(rare) - 1
