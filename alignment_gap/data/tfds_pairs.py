@@ -72,7 +72,7 @@ class AlignmentPairs(tfds.core.GeneratorBasedBuilder):
         for split in ("train", "validation"):
             if split not in splits:
                 raise UserError(f"{folder} gives no pair of the split {split!r}: add the publisher's other files")
-        self.info.metadata.update(dropped=dict(sorted(dropped.items())), kept=dict(collections.Counter(splits)))
+        self.info.metadata.update(dropped=dict(sorted(dropped.items())))
         return {split: self._generate_examples(source, splits, split) for split in ("train", "validation")}
 
     def _generate_examples(self, source: Source, splits: list[str], split: str) -> Iterator[tuple[int, dict]]:

@@ -134,7 +134,7 @@ def test_tfds_is_a_source_like_any_other(tfds_folder, monkeypatch):
         ("tfds:alignment_pairs/harmlessness:dev", "has no split 'dev': choose one of train, validation"),
         (
             "tfds:alignment_pairs/helpfulness",
-            "is not prepared here: prepare it with `tfds build`, or set TFDS_DATA_DIR",
+            "is not prepared here: call its builder's download_and_prepare, or set TFDS_DATA_DIR",
         ),
         ("tfds:no_such_dataset", "tfds:no_such_dataset is no dataset that TFDS knows"),
     ],

@@ -85,7 +85,9 @@ def _open_builder(name: str, folder: str | None) -> Any:
         message = (str(error).splitlines() or ["unknown"])[0][:120]
         raise UserError(f"tfds:{name} is no dataset that TFDS knows ({message}): check the name") from None
     if not builder.info.splits:
-        remedy = f"prepare it with `tfds build`, or set TFDS_DATA_DIR, which leads to {builder.data_path} now"
+        remedy = (
+            f"call its builder's download_and_prepare, or set TFDS_DATA_DIR, which leads to {builder.data_path} now"
+        )
         raise UserError(f"tfds:{name} is not prepared here: {remedy}")
     return builder
 
