@@ -2,11 +2,13 @@
 
 from alignment_gap.checkpoints.layout import (
     CHECKPOINTS,
+    TOKENIZER,
     Stored,
     find_checkpoint,
     known_network,
     open_checkpoint,
     read_network,
+    tokenizer_of,
     write_checkpoint,
 )
 from alignment_gap.checkpoints.network import Network, agreed_model, check_vocabulary, network_of, preference_network
@@ -14,6 +16,7 @@ from alignment_gap.checkpoints.tensors import Entry, Tensor, check_entries, chec
 
 __all__ = [
     "CHECKPOINTS",
+    "TOKENIZER",
     "Entry",
     "Network",
     "Stored",
@@ -30,5 +33,6 @@ __all__ = [
     "open_checkpoint",
     "preference_network",
     "read_network",
+    "tokenizer_of",
     "write_checkpoint",
 ]

@@ -3,7 +3,8 @@
 A format is a module with
   recognises(path) -> bool              whether the file or folder is of this format, from a look at it
   open_source(path) -> Source           what it holds; nothing is loaded
-  write(output, model, tensors)         writes our parameters in it, tensor by tensor
+  write(output, model, tensors, companions)   writes our parameters in it, tensor by tensor, and the files of a folder
+                                        that go with them, where it has such
 """
 
 from __future__ import annotations
@@ -17,15 +18,25 @@ from typing import Any, NamedTuple
 
 import jax
 
-from alignment_gap.checkpoints.layout import Stored, find_checkpoint, known_network, open_checkpoint, write_checkpoint
+from alignment_gap.checkpoints.layout import (
+    TOKENIZER,
+    Stored,
+    find_checkpoint,
+    known_network,
+    open_checkpoint,
+    tokenizer_of,
+    write_checkpoint,
+)
 from alignment_gap.checkpoints.network import Network
 from alignment_gap.checkpoints.tensors import Entries, Tensor, check_entries, check_shapes, imported, shapes_of
 from alignment_gap.configuration import to_dict
+from alignment_gap.data.vocabulary import load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.models import ModelConfig, make_policy
 from alignment_gap.sharding import unbox
 
 FORMATS = {
+    "huggingface": "alignment_gap.checkpoints.huggingface",
     "t5x": "alignment_gap.checkpoints.t5x",
     "t5x-legacy": "alignment_gap.checkpoints.t5x_legacy",
     "t5x-file": "alignment_gap.checkpoints.t5x_file",
@@ -40,12 +51,14 @@ class Source(NamedTuple):
       tensors: all that it holds, by its own names.
       entries: how they make up our parameters.
       ignored: names that may be there and are not used.
+      companions: files that go with the tensors, such as a tokenizer's.
     """
 
     model: ModelConfig
     tensors: Mapping[str, Tensor]
     entries: Entries
     ignored: Collection[str] = ()
+    companions: Collection[Path] = ()
 
 
 def import_checkpoint(path: Path, output: Path, name: str = "") -> Stored:
@@ -65,18 +78,41 @@ def import_checkpoint(path: Path, output: Path, name: str = "") -> Stored:
     tensors = imported(source.tensors, source.entries)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_shapes(str(path), shapes, model_shapes(source.model))
-    write_checkpoint(output, 0, Network(model=source.model), tensors)
+    digest = _keep(source.companions, output / TOKENIZER) if source.companions else ""
+    write_checkpoint(output, 0, Network(model=source.model, vocabulary_digest=digest), tensors)
     return open_checkpoint(output)
 
 
-def export_checkpoint(path: Path, output: Path, name: str, step: int | None = None) -> None:
+def _keep(companions: Collection[Path], folder: Path) -> str:
+    """Copies the files that came with tensors; returns the digest of the vocabulary that they are, empty for none."""
+    folder.mkdir(parents=True)
+    for file in companions:
+        shutil.copyfile(file, folder / file.name)
+    try:
+        return load_vocabulary(folder).digest
+    except UserError:
+        return ""  # There is no tokenizer with them, or none that can be used here.
+
+
+def export_checkpoint(
+    path: Path, output: Path, name: str, step: int | None = None, companions: Path | None = None
+) -> None:
     """Writes the policy of a checkpoint of ours in another format, tensor by tensor; `output` appears when complete.
+
+    Args:
+      path: a run's folder, its checkpoints/, or the folder of a step.
+      output: the new file or folder.
+      name: of the format.
+      step: which of a run's checkpoints; None for the last.
+      companions: a folder whose files go with the tensors, such as a tokenizer's; None for those of the run.
 
     Raises:
       UserError: where the format is unknown or cannot hold the policy, or the checkpoint is damaged.
     """
     if output.exists():
         raise UserError(f"{output} exists already: give a new name")
+    if companions and not companions.is_dir():
+        raise UserError(f"{companions} is no folder: give the one that holds the tokenizer's files")
     module = _module(name)
     folder = find_checkpoint(path, step)
     model, stored = known_network(folder).model, open_checkpoint(folder)
@@ -86,7 +122,7 @@ def export_checkpoint(path: Path, output: Path, name: str, step: int | None = No
     output.parent.mkdir(parents=True, exist_ok=True)
     if partial.is_dir():
         shutil.rmtree(partial)
-    module.write(partial, model, stored.tensors)
+    module.write(partial, model, stored.tensors, companions or tokenizer_of(folder))
     os.replace(partial, output)
 
 
@@ -96,9 +132,9 @@ def open_source(path: Path, name: str = "") -> Source:
     Raises:
       UserError: where the format is unknown, or tensors are wrong, missing or too many.
     """
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give the file or folder of a checkpoint")
     names = [name] if name else [known for known in FORMATS if _module(known).recognises(path)]
+    if not path.exists() and names != ["huggingface"]:  # Which finds on the hub what is not here.
+        raise UserError(f"{path} does not exist: give the file or folder of a checkpoint")
     if not names:
         raise UserError(f"{path} is in no format that is known here: it must be of {', '.join(FORMATS)}")
     source = _module(names[0]).open_source(path)

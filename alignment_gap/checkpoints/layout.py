@@ -1,5 +1,6 @@
 """Checkpoints on disk, tensor by tensor: the layout that Orbax writes and restores, without the whole in memory.
 
+RUN/tokenizer/           the files that came with imported parameters, and go with what is trained from them
 RUN/checkpoints/STEP/
   params/                what `Checkpoints` keeps of the parameters: an OCDBT store of zarr arrays, one for each
   optimizer/             of a training run only
@@ -26,7 +27,7 @@ from alignment_gap.checkpoints.network import Network, from_json, to_json
 from alignment_gap.checkpoints.tensors import SHOWN, STACK, Tensor
 from alignment_gap.errors import UserError
 
-CHECKPOINTS, PARAMS, NETWORK = "checkpoints", "params", "network"
+CHECKPOINTS, PARAMS, NETWORK, TOKENIZER = "checkpoints", "params", "network", "tokenizer"
 METADATA = "_CHECKPOINT_METADATA"
 # Of another library's message, as much as one line bears.
 LONGEST = 160
@@ -67,6 +68,12 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
         there = ", ".join(map(str, steps))
         raise UserError(f"{folder} has no checkpoint of step {step}: choose one of {there}, or 0 for the last")
     return folder / str(steps[-1] if step is None else step)
+
+
+def tokenizer_of(folder: Path) -> Path | None:
+    """Where the files are that came with the parameters of a step's folder, in its run; None where there are none."""
+    tokenizer = folder.parent.parent / TOKENIZER
+    return tokenizer if tokenizer.is_dir() else None
 
 
 def read_network(folder: Path) -> Network | None:

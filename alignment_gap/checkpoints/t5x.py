@@ -28,7 +28,7 @@ def open_source(path: Path) -> Source:
     return t5_source(path, open_store(last_step(path) / STATE))
 
 
-def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor], companions: Path | None = None) -> None:
     """Writes a model's folder with checkpoint_0, whose optimizer state is empty."""
     theirs = exported(tensors, t5_entries(model))
     folder = output / f"{PREFIX}0"

@@ -27,7 +27,7 @@ def open_source(path: Path) -> Source:
     return t5_source(path, open_tree(path))
 
 
-def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor], companions: Path | None = None) -> None:
     """Writes the file, tensor by tensor; the optimizer state is empty."""
     with output.open("wb") as file:
         _write(file, index_tree(exported(tensors, t5_entries(model))))

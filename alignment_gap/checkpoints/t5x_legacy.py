@@ -66,7 +66,7 @@ def open_tree(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor], companions: Path | None = None) -> None:
     """Writes a model's folder with checkpoint_0, every parameter in a zarr folder, the optimizer state empty."""
     theirs = exported(tensors, t5_entries(model))
     folder = output / f"{PREFIX}0"

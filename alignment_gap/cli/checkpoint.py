@@ -1,7 +1,7 @@
 """Checkpoints of other libraries in and out, and what a checkpoint holds.
 
 alignment-gap checkpoint import --from=FILE_OR_FOLDER --output=RUN [--format=NAME]
-alignment-gap checkpoint export --checkpoint=RUN --format=NAME --output=FILE_OR_FOLDER [--step=N]
+alignment-gap checkpoint export --checkpoint=RUN --format=NAME --output=FILE_OR_FOLDER [--step=N] [--tokenizer=FOLDER]
 alignment-gap checkpoint show PATH
 
 An imported checkpoint is a run's folder: `alignment-gap train --gin.START=RUN` trains its model from it.
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _import_flags(values: flags.FlagValues) -> flags.FlagValues:
-    flags.DEFINE_string("from", None, "File or folder to import.", flag_values=values)
+    flags.DEFINE_string("from", None, "File or folder to import, or an id on the hub.", flag_values=values)
     flags.DEFINE_string("output", None, "The new run's folder.", flag_values=values)
     flags.DEFINE_string("format", "", "Its format; found by looking where empty.", flag_values=values)
     return values
@@ -40,9 +40,12 @@ def _import_flags(values: flags.FlagValues) -> flags.FlagValues:
 
 def _export_flags(values: flags.FlagValues) -> flags.FlagValues:
     flags.DEFINE_string("checkpoint", None, "Folder of a run or of one of its checkpoints.", flag_values=values)
-    flags.DEFINE_string("format", None, "Format to write, such as t5x.", flag_values=values)
+    flags.DEFINE_string("format", None, "Format to write, such as huggingface or t5x.", flag_values=values)
     flags.DEFINE_string("output", None, "The new file or folder.", flag_values=values)
     flags.DEFINE_integer("step", None, "Which of the run's checkpoints; the last one if not given.", flag_values=values)
+    flags.DEFINE_string(
+        "tokenizer", None, "Folder of tokenizer files to go with it; the run's own if not given.", flag_values=values
+    )
     return values
 
 
@@ -58,7 +61,8 @@ def _export(arguments: list[str]) -> None:
     values = _parsed(_export_flags, arguments, ("checkpoint", "format", "output"))
     from alignment_gap.checkpoints.formats import export_checkpoint
 
-    export_checkpoint(Path(values.checkpoint), Path(values.output), values.format, values.step)
+    tokenizer = Path(values.tokenizer) if values.tokenizer else None
+    export_checkpoint(Path(values.checkpoint), Path(values.output), values.format, values.step, tokenizer)
     print(values.output)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ import numpy as np
 from alignment_gap import losses
 from alignment_gap.checkpoints import (
     CHECKPOINTS,
+    TOKENIZER,
     Network,
     agreed_model,
     check_vocabulary,
     find_checkpoint,
     preference_network,
     read_network,
+    tokenizer_of,
 )
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.batch import PreferenceBatch
@@ -197,6 +200,7 @@ def _own(workdir: Path, config: JobConfig, dataset: Dataset) -> Iterator[None]:
     settings = flatten(to_dict(config)) | {"dataset.digest": dataset.card.digest}
     with locked(workdir):
         claim(workdir / CARD, settings, remedy="give another folder, or these settings", may_change=_MAY_CHANGE)
+        _carry_tokenizer(config, workdir)
         yield
 
 
@@ -260,6 +264,13 @@ def _objective(config: JobConfig, network: Network) -> Objective:
         return policy_objective(network.policy(), _loss(config.loss))
     # The key of the order of pairs; the seed's own is that of fresh parameters.
     return preference_objective(network.preference_model(), jax.random.fold_in(jax.random.key(config.seed), 1))
+
+
+def _carry_tokenizer(config: JobConfig, workdir: Path) -> None:
+    """Copies the files that came with the start's parameters, so that they can leave with the trained ones."""
+    tokenizer = tokenizer_of(find_checkpoint(Path(config.start), config.start_step or None)) if config.start else None
+    if tokenizer:
+        shutil.copytree(tokenizer, workdir / TOKENIZER, dirs_exist_ok=True)
 
 
 def _params(path: str, step: int, model: ModelConfig, dataset: Dataset, abstract: TrainState) -> Any:

@@ -277,7 +277,7 @@ def test_pieces_of_a_large_array_are_one_tensor(tmp_path, monkeypatch):
 
 BAD = {
     "nothing": (None, "does not exist"),
-    "text": (b"hello", "is in no format that is known here: it must be of t5x, "),
+    "text": (b"hello", "is in no format that is known here: it must be of huggingface, t5x, "),
     "empty": (b"", "is in no format"),
     "numbers": (b"\x81\xa3abc", "is damaged or no file of flax"),
 }
@@ -293,7 +293,7 @@ def test_what_is_no_checkpoint(name, tmp_path):
 
 
 def test_names_and_folders_that_cannot_be_used(run, written, tmp_path):
-    with pytest.raises(UserError, match="format 't5' is unknown: choose one of t5x"):
+    with pytest.raises(UserError, match="format 't5' is unknown: choose one of huggingface, t5x"):
         export_checkpoint(run, tmp_path / "out", "t5")
     with pytest.raises(UserError, match="exists already"):
         export_checkpoint(run, tmp_path, "t5x")

@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 def pytest_terminal_summary(terminalreporter):
     """The table of docs/losses.md: one row for every comparison that passed."""
-    if not WITH_TRL:
+    if "trl_harness" not in sys.modules:
         return
     from trl_harness import ROWS
 

@@ -1,0 +1,382 @@
+"""Between a Hugging Face config.json and the config of a policy, both ways; what no policy computes is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from alignment_gap.checkpoints.network import RUN_TIME
+from alignment_gap.errors import UserError
+from alignment_gap.models import DecoderConfig, ModelConfig, T5Config
+
+Values = Mapping[str, Any]
+REQUIRED: Any = object()
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class Family(NamedTuple):
+    """What the decoders of one `model_type` have in common.
+
+    Attributes:
+      architecture: transformers' class.
+      model: fields of DecoderConfig that all of them share.
+      optional: fields of config.json that not every family has, and what transformers takes where they are absent.
+      only: fields of config.json that decide what is computed, and the values that the decoder can; the first is what
+        transformers takes where they are absent.
+    """
+
+    architecture: str
+    model: dict[str, Any]
+    optional: dict[str, Any]
+    only: dict[str, tuple[Any, ...]]
+
+
+_SERIAL = {"block": "serial", "logits_scale": "one"}
+_GEMMA = {**_SERIAL, "activation": "gelu", "norm": "one_plus_scale", "embedding_scale": "sqrt_width"}
+_QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_GEMMA_2 = {"tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
+_GELU: dict[str, tuple[Any, ...]] = {"hidden_activation": ("gelu_pytorch_tanh",)}
+_NO_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,)}
+_CAUSAL: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False)}
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", _SERIAL, {}, {**_SILU, **_NO_BIAS, "mlp_bias": (False,)}),
+    "qwen2": Family("Qwen2ForCausalLM", {**_SERIAL, "query_key_value_bias": True}, _QWEN_WINDOW, _SILU),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {**_SERIAL, "query_key_norm": True},
+        {**_QWEN_WINDOW, "head_dim": 128},
+        {**_SILU, **_NO_BIAS},
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        _GEMMA,
+        {"tie_word_embeddings": True, "head_dim": 256},
+        # The first releases say "gelu" and were trained with its tanh form, which transformers computes.
+        {"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": (None, *_GELU["hidden_activation"])}
+        | _NO_BIAS
+        | _CAUSAL,
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {**_GEMMA, "post_norms": True},
+        {
+            **_GEMMA_2,
+            "sliding_window_pattern": 2,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
+        {**_GELU, **_NO_BIAS, **_CAUSAL},
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {**_GEMMA, "post_norms": True, "query_key_norm": True},
+        {
+            **_GEMMA_2,
+            "sliding_window_pattern": 6,
+            "final_logit_softcapping": None,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+        },
+        {**_GELU, **_NO_BIAS, **_CAUSAL, "attn_logit_softcapping": (None,)},
+    ),
+}
+T5_FAMILIES = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}
+# The names of llama3's factors there and here.
+_LLAMA3 = {
+    "low_freq_factor": "rope_low_frequency_factor",
+    "high_freq_factor": "rope_high_frequency_factor",
+    "original_max_position_embeddings": "rope_original_length",
+}
+# Fields that say again what other fields say, in the notation of another version of transformers.
+_NOTATIONS = {
+    "dtype",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "rope_local_base_freq",
+    "layer_types",
+    "_sliding_window_pattern",
+    "scale_decoder_outputs",
+}
+
+
+def read_config(values: Values, source: str) -> ModelConfig:
+    """The policy that a config.json describes.
+
+    Args:
+      values: the content of config.json.
+      source: its path, for errors.
+
+    Raises:
+      UserError: for a field that is missing, of another type, or asks for what the policies do not compute.
+    """
+    fields, model_type = _Fields(values, source), values.get("model_type")
+    if model_type not in (*T5_FAMILIES, *FAMILIES):
+        there = ", ".join((*T5_FAMILIES, *FAMILIES))
+        raise UserError(f"{source}: model_type is {model_type!r}, which is not supported: the families are {there}")
+    fields.only("quantization_config", (None,))
+    if model_type in T5_FAMILIES:
+        return _read_t5(fields, model_type)
+    return _normal(_read_decoder(fields, FAMILIES[model_type]))
+
+
+def write_config(model: ModelConfig, like: Values | None = None) -> dict[str, Any]:
+    """The config.json of a policy.
+
+    Args:
+      model: the policy's config.
+      like: the config.json that the policy came with: its family is kept, and what a policy does not know, such as
+        token ids.
+
+    Raises:
+      UserError: where no family of transformers computes what the policy does; the nearest is named.
+    """
+    like = like or {}
+    families = [*T5_FAMILIES] if isinstance(model, T5Config) else [*FAMILIES]
+    differences = {}
+    for family in sorted(families, key=lambda family: family != like.get("model_type")):
+        values = _write_t5(model, family) if isinstance(model, T5Config) else _write_decoder(model, family)
+        differences[family] = _differences(model, read_config(values, "config.json"))
+        if not differences[family]:
+            kept = like if family == like.get("model_type") else {}
+            return {name: value for name, value in kept.items() if name not in _NOTATIONS} | values
+    nearest = min(differences, key=lambda family: len(differences[family]))
+    raise UserError(
+        f"no architecture of transformers computes this policy: {nearest} is the nearest and differs in "
+        f"{', '.join(differences[nearest])}; export it to another format"
+    )
+
+
+class _Fields:
+    """The fields of a config.json, with errors that name them."""
+
+    def __init__(self, values: Values, source: str, path: str = "") -> None:
+        self.values, self.source, self.path = values, source, path
+
+    def get(self, name: str, kind: type, default: Any = REQUIRED) -> Any:
+        """A field's value; null stays None where there is a default."""
+        value = self.values.get(name, default)
+        if value is REQUIRED:
+            raise UserError(f"{self.source} has no field {self.path}{name}: it is no complete config of its model_type")
+        if (value is None and default is not REQUIRED) or type(value) is kind:
+            return value
+        if kind is float and type(value) is int:
+            return float(value)
+        raise UserError(f"{self.source}: {self.path}{name} is {value!r}: it must be of type {kind.__name__}")
+
+    def only(self, name: str, allowed: tuple[Any, ...]) -> None:
+        """Refuses a value that is not allowed; an absent field is the first of those that are."""
+        value = self.values.get(name, allowed[0])
+        if value not in allowed:
+            choices = " or ".join(map(repr, allowed))
+            raise UserError(
+                f"{self.source}: {self.path}{name} is {value!r}, which is not supported: it must be {choices}"
+            )
+
+    def group(self, name: str) -> _Fields:
+        """The fields of a field, none where it is absent or null."""
+        return _Fields(self.get(name, dict, None) or {}, self.source, f"{self.path}{name}.")
+
+
+def _read_t5(fields: _Fields, model_type: str) -> T5Config:
+    # What transformers takes where the field is absent: T5's first version, or mT5, which is of version 1.1.
+    activation = fields.get("feed_forward_proj", str, "relu" if model_type == "t5" else "gated-gelu")
+    _Fields({"feed_forward_proj": activation}, fields.source).only("feed_forward_proj", ("gated-gelu",))
+    fields.only("layer_norm_epsilon", (1e-6,))
+    fields.only("decoder_start_token_id", (0, None))
+    tied = fields.get("tie_word_embeddings", bool, True)
+    # transformers 5 says that all are tied, and whether the logits are scaled, which is what tied meant, elsewhere;
+    # of mT5 it never scales them.
+    tied = model_type == "t5" and fields.get("scale_decoder_outputs", bool, tied)
+    depth = fields.get("num_layers", int)
+    return T5Config(
+        vocabulary_size=fields.get("vocab_size", int),
+        width=fields.get("d_model", int),
+        encoder_layers=depth,
+        decoder_layers=fields.get("num_decoder_layers", int, None) or depth,
+        heads=fields.get("num_heads", int),
+        head_size=fields.get("d_kv", int),
+        mlp_width=fields.get("d_ff", int),
+        relative_position_buckets=fields.get("relative_attention_num_buckets", int, 32),
+        relative_position_max_distance=fields.get("relative_attention_max_distance", int, 128),
+        tied_embeddings=tied,
+    )
+
+
+def _write_t5(model: T5Config, family: str) -> dict[str, Any]:
+    return {
+        "architectures": [T5_FAMILIES[family]],
+        "model_type": family,
+        "is_encoder_decoder": True,
+        "vocab_size": model.vocabulary_size,
+        "d_model": model.width,
+        "num_layers": model.encoder_layers,
+        "num_decoder_layers": model.decoder_layers,
+        "num_heads": model.heads,
+        "d_kv": model.head_size,
+        "d_ff": model.mlp_width,
+        "feed_forward_proj": "gated-gelu",
+        "relative_attention_num_buckets": model.relative_position_buckets,
+        "relative_attention_max_distance": model.relative_position_max_distance,
+        "layer_norm_epsilon": 1e-6,
+        "tie_word_embeddings": model.tied_embeddings,
+        "decoder_start_token_id": 0,
+        "torch_dtype": "float32",
+    }
+
+
+def _read_decoder(fields: _Fields, family: Family) -> DecoderConfig:
+    for name, allowed in family.only.items():
+        fields.only(name, allowed)
+
+    def optional(name: str, kind: type) -> Any:
+        """A field that not every family has: None where this one has not."""
+        return fields.get(name, kind, family.optional[name]) if name in family.optional else None
+
+    width, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
+    depth = fields.get("num_hidden_layers", int)
+    return DecoderConfig(
+        vocabulary_size=fields.get("vocab_size", int),
+        width=width,
+        layers=depth,
+        heads=heads,
+        kv_heads=fields.get("num_key_value_heads", int, None) or heads,
+        head_size=fields.get("head_dim", int, family.optional.get("head_dim")) or width // heads,
+        mlp_width=fields.get("intermediate_size", int),
+        norm_epsilon=fields.get("rms_norm_eps", float, 1e-6),
+        tied_embeddings=fields.get("tie_word_embeddings", bool, family.optional.get("tie_word_embeddings", False)),
+        logits_soft_cap=optional("final_logit_softcapping", float) or 0.0,
+        attention_soft_cap=optional("attn_logit_softcapping", float) or 0.0,
+        query_pre_attention_scalar=optional("query_pre_attn_scalar", float) or 0.0,
+        **_read_windows(fields, family, depth),
+        **_read_rope(fields, family),
+        **family.model,
+    )
+
+
+def _read_windows(fields: _Fields, family: Family, depth: int) -> dict[str, Any]:
+    """Window and distance of the layers without one; transformers lists the layers or says how the list is made."""
+    if "sliding_window" not in family.optional:
+        return {}
+    window = fields.get("sliding_window", int, family.optional["sliding_window"])
+    if "use_sliding_window" in family.optional:
+        window = window if fields.get("use_sliding_window", bool, False) else None
+        first = fields.get("max_window_layers", int, family.optional["max_window_layers"])
+        default = [SLIDING if layer >= first else FULL for layer in range(depth)]
+    else:
+        every = fields.get("sliding_window_pattern", int, family.optional["sliding_window_pattern"])
+        default = _layer_types(depth, every)
+    kinds = fields.get("layer_types", list, default) or default
+    if not window or set(kinds) == {FULL}:
+        return {}
+    every = kinds.index(FULL) + 1 if FULL in kinds else depth + 1
+    if kinds != _layer_types(depth, every):
+        raise UserError(
+            f"{fields.source}: {fields.path}layer_types is {kinds}, which is not supported: of {depth} layers every "
+            f"n-th must be {FULL} and the others {SLIDING}"
+        )
+    return {"window": window, "full_attention_every": every}
+
+
+def _layer_types(depth: int, every: int) -> list[str]:
+    return [SLIDING if (layer + 1) % every else FULL for layer in range(depth)]
+
+
+def _read_rope(fields: _Fields, family: Family) -> dict[str, Any]:
+    """Rotary positions in the notation of transformers 5, `rope_parameters`, or in that of version 4."""
+    local, parameters = "rope_local_base_freq" in family.optional, fields.group("rope_parameters")
+    full = parameters.group(FULL) if local else parameters
+    full.only(FULL, (None,))
+    scaling = full if parameters.values else fields.group("rope_scaling")
+    kind = "rope_type" if "rope_type" in scaling.values else "type"
+    scaling.only(kind, ("default", "linear", "llama3"))
+    for group in (fields, scaling):
+        group.only("partial_rotary_factor", (1.0, None))
+    default = fields.get("rope_theta", float, family.optional.get("rope_theta", 1e4))
+    found = {"rope_base": full.get("rope_theta", float, default)}
+    if local:
+        sliding = parameters.group(SLIDING)
+        sliding.only("rope_type", ("default",))
+        default = fields.get("rope_local_base_freq", float, family.optional["rope_local_base_freq"])
+        found["rope_local_base"] = sliding.get("rope_theta", float, default)
+    rope_type = scaling.values.get(kind, "default")
+    if rope_type != "default":
+        found |= {"rope_scaling": rope_type, "rope_scaling_factor": scaling.get("factor", float)}
+    if rope_type == "llama3":
+        length = scaling.get("original_max_position_embeddings", int, fields.values.get("max_position_embeddings"))
+        given = {name: scaling.get(name, float) for name in ("low_freq_factor", "high_freq_factor")}
+        given["original_max_position_embeddings"] = length
+        found |= {_LLAMA3[name]: value for name, value in given.items()}
+    return found
+
+
+def _write_decoder(model: DecoderConfig, model_type: str) -> dict[str, Any]:
+    family = FAMILIES[model_type]
+    scaling: dict[str, Any] = {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
+    if model.rope_scaling == "llama3":
+        scaling |= {name: getattr(model, field) for name, field in _LLAMA3.items()}
+    windowed = model.window > 0 and model.full_attention_every > 1
+    scalar = model.query_pre_attention_scalar or float(model.head_size)
+    optional = {
+        "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
+        "final_logit_softcapping": model.logits_soft_cap or None,
+        "attn_logit_softcapping": model.attention_soft_cap or None,
+        "use_sliding_window": windowed,
+        "max_window_layers": 0,
+        # transformers wants a width even where no layer has a window.
+        "sliding_window": model.window or family.optional.get("sliding_window"),
+        "sliding_window_pattern": model.full_attention_every,
+        "rope_local_base_freq": model.rope_local_base or model.rope_base,
+    }
+    values = {
+        "architectures": [family.architecture],
+        "model_type": model_type,
+        "vocab_size": model.vocabulary_size,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+        "intermediate_size": model.mlp_width,
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": model.tied_embeddings,
+        "rope_theta": model.rope_base,
+        "rope_scaling": None if model.rope_scaling == "none" else scaling,
+        "torch_dtype": "float32",
+    }
+    values |= {name: allowed[0] for name, allowed in family.only.items() if allowed[0] is not None}
+    values |= {name: value for name, value in optional.items() if name in family.optional}
+    if "sliding_window" in family.optional:
+        values["layer_types"] = _layer_types(model.layers, model.full_attention_every if windowed else 1)
+    return values
+
+
+def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
+    """Fields in which what two configs compute differs, with both values."""
+    ours, theirs = _normal(model), _normal(other)
+    names = [field.name for field in dataclasses.fields(ours) if field.name not in RUN_TIME]
+    pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
+    return [f"{name} ({a!r} here, {b!r} there)" for name, (a, b) in pairs.items() if a != b]
+
+
+def _normal(model: ModelConfig) -> ModelConfig:
+    """The one config of those that compute the same which has the least set."""
+    if isinstance(model, T5Config):
+        return model
+    changes: dict[str, Any] = {}
+    if model.query_pre_attention_scalar == model.head_size:
+        changes["query_pre_attention_scalar"] = 0.0
+    if model.rope_scaling == "none" or (model.rope_scaling == "linear" and model.rope_scaling_factor == 1.0):
+        changes |= {name: getattr(DecoderConfig, name) for name in ("rope_scaling", "rope_scaling_factor")}
+    if model.rope_scaling != "llama3":
+        changes |= {name: getattr(DecoderConfig, name) for name in _LLAMA3.values()}
+    if model.full_attention_every > model.layers:
+        changes["full_attention_every"] = model.layers + 1
+    if not model.window or model.full_attention_every == 1:
+        changes |= {"window": 0, "full_attention_every": 1, "rope_local_base": 0.0}
+    elif model.rope_local_base == model.rope_base and changes.get("rope_scaling") == "none":
+        changes["rope_local_base"] = 0.0
+    return dataclasses.replace(model, **changes)

@@ -1,0 +1,245 @@
+"""Reading and writing a folder of safetensors, tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alignment_gap.checkpoints.formats import Source
+from alignment_gap.checkpoints.huggingface.configs import read_config, write_config
+from alignment_gap.checkpoints.huggingface.entries import UNUSED, copies_of, entries_of
+from alignment_gap.checkpoints.tensors import Tensor, exported
+from alignment_gap.errors import UserError
+from alignment_gap.models import ModelConfig, T5Config
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# What a folder has besides its tensors and goes with them, in and out.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Bytes of a file beyond which the next one is begun; an export holds one file in memory.
+SHARD_BYTES = 5_000_000_000
+
+
+def recognises(path: Path) -> bool:
+    """Whether `path` is a folder with a config.json, or reads as the id of a repository on the hub and no path."""
+    return (path / CONFIG).is_file() or (not path.parent.exists() and _is_hub_id(path))
+
+
+def open_source(path: Path) -> Source:
+    """A folder, or a repository of the hub by its id, of which no tensor is read yet.
+
+    Raises:
+      UserError: where it cannot be had, or its config or a file of tensors cannot be used.
+    """
+    folder = path if path.exists() or not _is_hub_id(path) else _download(str(path))
+    model = read_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    tensors: dict[str, Tensor] = {}
+    for file in _files(folder):
+        tensors |= _tensors(file)
+    ignored = {name for name in tensors if name.endswith(UNUSED)}
+    for name, original in copies_of(model).items():
+        if name in tensors and original in tensors:
+            _check_copy(folder, tensors, name, original)
+            ignored.add(name)
+    if isinstance(model, T5Config) and not model.tied_embeddings and "shared.weight" in tensors:
+        # transformers takes the input embedding where version 1.1's own output embedding is not there.
+        tensors.setdefault("lm_head.weight", tensors["shared.weight"])
+    return Source(model, tensors, entries_of(model), ignored, companions_of(folder))
+
+
+def write(
+    output: Path,
+    model: ModelConfig,
+    ours: Mapping[str, Tensor],
+    companions: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a folder that transformers loads, in float32.
+
+    Args:
+      output: the new folder.
+      model: the policy's config.
+      ours: its parameters by dotted names; one file's worth of them is in memory at a time.
+      companions: a folder whose tokenizer's files are copied, and whose config.json and generation_config.json say
+        what a policy does not know.
+      shard_bytes: size of a file beyond which the next one is begun.
+
+    Raises:
+      UserError: where transformers has no architecture that computes what the policy does.
+    """
+    save_file = _installed("safetensors.numpy").save_file
+    there = companions_of(companions) if companions else []
+    like = next((read_json(file) for file in there if file.name == CONFIG), None)
+    config = write_config(model, like)
+    tensors = exported(ours, entries_of(model))
+    output.mkdir(parents=True)
+    shards = list(_shards(tensors, shard_bytes))
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        arrays = {name: tensors[name].read(None).astype(np.float32, copy=False) for name in names}
+        save_file(arrays, output / file, metadata={"format": "pt"})
+        del arrays
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        size = sum(map(_bytes, tensors.values()))
+        _write_json(output / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    for companion in there:
+        shutil.copyfile(companion, output / companion.name)
+    _write_json(output / CONFIG, config)
+
+
+def companions_of(folder: Path) -> list[Path]:
+    """The files of a folder that go with its tensors: the tokenizer's and the configs."""
+    return [folder / name for name in COMPANIONS if (folder / name).is_file()]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises UserError where there is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): give a folder that has it") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object: it is damaged")
+    return values
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_hub_id(path: Path) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) is not None
+
+
+def _download(name: str) -> Path:
+    """The folder that a repository of the hub is kept in; fetched where it is not there."""
+    hub = _installed("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=[*COMPANIONS, INDEX, "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name} is no folder, and the hub does not give it ({str(error).strip().splitlines()[0]}): give the path "
+            "of a folder, or fetch it where there is a network"
+        ) from error
+
+
+def _installed(module: str) -> Any:
+    """A module that the extra `huggingface` brings; raises UserError where it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f'Hugging Face folders need {module.split(".")[0]}: pip install "alignment-gap[huggingface]"'
+        ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of tensors, as the index lists them, or the only one."""
+    if not (folder / INDEX).is_file():
+        if not (folder / WEIGHTS).is_file():
+            there = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
+            remedy = f"there is {there}: save it again in transformers, as safetensors" if there else "give a whole one"
+            raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}: {remedy}")
+        return [folder / WEIGHTS]
+    weight_map = read_json(folder / INDEX).get("weight_map", {})
+    for name, file in weight_map.items():
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file} is missing, which has {name}: fetch the folder again")
+    return [folder / file for file in sorted(set(weight_map.values()))]
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file; it is opened anew for each, so that no more than one is mapped into memory."""
+    safetensors = _installed("safetensors")
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{_damage(file) or f'{file} is no file of safetensors ({error})'}: fetch it again") from error
+    for name, (shape, dtype) in found.items():
+        if dtype not in DTYPES:
+            raise UserError(
+                f"{file}: {name} of the shape {shape} is {dtype}, which is not supported: save it as "
+                f"{' or '.join(DTYPES)}, quantised models not at all"
+            )
+    return {name: Tensor(shape, DTYPES[dtype], partial(_read, file, name)) for name, (shape, dtype) in found.items()}
+
+
+def _read(file: Path, name: str, _: None = None) -> np.ndarray:
+    with _installed("safetensors").safe_open(file, framework="numpy") as opened:
+        return opened.get_tensor(name)
+
+
+def _damage(file: Path) -> str:
+    """The first tensor that a file which was cut short does not have, or nothing where that is not what it is."""
+    try:
+        content = file.stat().st_size
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+        there = content - 8 - size
+        ends = sorted((row["data_offsets"][1], name, row["shape"]) for name, row in header.items() if "shape" in row)
+        return next(
+            f"{file} is cut short: {name} of the shape {tuple(shape)} ends at byte {end} of its {there}"
+            for end, name, shape in ends
+            if end > there
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, MemoryError, OverflowError):
+        return ""
+
+
+def _check_copy(folder: Path, tensors: Mapping[str, Tensor], name: str, original: str) -> None:
+    """Raises UserError where a tensor that the model ties to another is not the same."""
+
+    def digest(tensor: Tensor) -> bytes:
+        return hashlib.sha256(tensor.read(None).view(np.uint8).data).digest()
+
+    copy, tensor = tensors[name], tensors[original]
+    if copy.shape != tensor.shape or digest(copy) != digest(tensor):
+        raise UserError(
+            f"{folder}: {name} of the shape {copy.shape} differs from {original} of the shape {tensor.shape}, to which "
+            "the config ties it: set tie_word_embeddings to false where that is meant"
+        )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return 4 * math.prod(tensor.shape)
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
+    """Names by files, layers in their order."""
+    names: list[str] = []
+    size = 0
+    for name in sorted(tensors, key=lambda name: [part.zfill(6) for part in name.split(".")]):
+        if names and size + _bytes(tensors[name]) > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += _bytes(tensors[name])
+    yield names

@@ -1,0 +1,500 @@
+"""Hugging Face folders in and out without torch; tests/parity compares with transformers itself."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from alignment_gap.checkpoints import Network, check_entries, imported, open_checkpoint, write_checkpoint
+from alignment_gap.checkpoints.formats import model_shapes
+from alignment_gap.checkpoints.huggingface import open_source, recognises, write
+from alignment_gap.checkpoints.huggingface.configs import FAMILIES, read_config, write_config
+from alignment_gap.checkpoints.tensors import from_array
+from alignment_gap.errors import UserError
+from alignment_gap.models import DecoderConfig, T5Config, count_parameters, make_policy
+
+T5 = T5Config(
+    vocabulary_size=13, width=12, encoder_layers=2, decoder_layers=3, heads=2, head_size=5, mlp_width=7
+)  # fmt: skip
+SIZES = {
+    "vocabulary_size": 13,
+    "width": 12,
+    "layers": 3,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_size": 6,
+    "mlp_width": 7,
+    "tied_embeddings": False,
+}
+LLAMA3 = {"rope_scaling": "llama3", "rope_scaling_factor": 8.0, "rope_low_frequency_factor": 2.0}
+LINEAR = {"rope_scaling": "linear", "rope_scaling_factor": 4.0}
+
+
+def decoder(family, **settings):
+    return DecoderConfig(**{**FAMILIES[family].model, **SIZES, **settings})
+
+
+CONFIGS = {
+    "t5": T5,
+    "t5 tied": dataclasses.replace(T5, tied_embeddings=True, relative_position_buckets=8),
+    "llama": decoder("llama", norm_epsilon=1e-5, rope_base=5e5, **LLAMA3),
+    "llama tied": decoder("llama", tied_embeddings=True, **LINEAR),
+    "qwen2": decoder("qwen2", rope_base=1e6),
+    "qwen3": decoder("qwen3", tied_embeddings=True, window=3, full_attention_every=4),
+    "gemma": decoder("gemma", tied_embeddings=True, kv_heads=1),
+    "gemma2": decoder(
+        "gemma2",
+        tied_embeddings=True,
+        logits_soft_cap=30.0,
+        attention_soft_cap=50.0,
+        window=4096,
+        full_attention_every=2,
+        query_pre_attention_scalar=9.0,
+    ),
+    "gemma3_text": decoder(
+        "gemma3_text",
+        tied_embeddings=True,
+        window=512,
+        full_attention_every=3,
+        rope_base=1e6,
+        rope_local_base=1e4,
+        **LINEAR,
+    ),
+}
+
+
+def random_tensors(config, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = model_shapes(config)
+    return {
+        name: from_array(rng.standard_normal(shape).astype(np.float32), stacked="layers" in name.split("."))
+        for name, shape in shapes.items()
+    }
+
+
+def read_all(path):
+    source = open_source(path)
+    check_entries(str(path), source.tensors, source.entries, source.ignored)
+    tensors = imported(source.tensors, source.entries)
+    return source.model, {name: tensor.read(None) for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A whole folder of the tied Llama, to be damaged."""
+    write(tmp_path / "folder", CONFIGS["llama tied"], random_tensors(CONFIGS["llama tied"]))
+    return tmp_path / "folder"
+
+
+def rewrite(folder, change):
+    """The tensors of a folder after `change` of their dictionary."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def reconfigure(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shard_bytes", [2000, 10**9])
+def test_what_is_written_is_read_as_it_was(name, shard_bytes, tmp_path):
+    config, tensors = CONFIGS[name], random_tensors(CONFIGS[name])
+    write(tmp_path / "folder", config, tensors, None, shard_bytes)
+    model, found = read_all(tmp_path / "folder")
+    assert model == config
+    assert found.keys() == tensors.keys()
+    for parameter, tensor in tensors.items():
+        np.testing.assert_array_equal(found[parameter], tensor.read(None), err_msg=parameter)
+
+
+def test_files_are_as_transformers_reads_them(tmp_path):
+    config = CONFIGS["gemma"]
+    write(tmp_path / "folder", config, random_tensors(config), None, 2000)
+    index = json.loads((tmp_path / "folder" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    assert len(files) > 2
+    there = {}
+    for file in files:
+        with safe_open(tmp_path / "folder" / file, framework="numpy") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            sizes = {name: 4 * math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        assert sum(sizes.values()) <= 2000 or len(sizes) == 1
+        there |= dict.fromkeys(sizes, file)
+    assert there == index["weight_map"]
+    assert index["metadata"]["total_size"] == 4 * count_parameters(make_policy(config))
+    values = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert (values["architectures"], values["model_type"]) == (["GemmaForCausalLM"], "gemma")
+
+
+def test_decoder_tensors_by_hand(tmp_path):
+    config, tensors = CONFIGS["qwen2"], random_tensors(CONFIGS["qwen2"])
+    write(tmp_path / "folder", config, tensors)
+    theirs = load_file(tmp_path / "folder" / "model.safetensors")
+    ours = {name: tensor.read(None) for name, tensor in tensors.items()}
+    x, heads = np.arange(12.0), np.arange(24.0)
+    # Of layer 1: there a linear map is weight @ x and heads lie one after another.
+    query = theirs["model.layers.1.self_attn.q_proj.weight"] @ x + theirs["model.layers.1.self_attn.q_proj.bias"]
+    by_head = [x @ ours["decoder.layers.query.kernel"][1][:, head] for head in range(4)]
+    np.testing.assert_allclose(query.reshape(4, 6), by_head + ours["decoder.layers.query.bias"][1], rtol=1e-5)
+    value = theirs["model.layers.1.self_attn.v_proj.weight"] @ x
+    np.testing.assert_allclose(value[6:], x @ ours["decoder.layers.value.kernel"][1][:, 1], rtol=1e-5)
+    out = theirs["model.layers.1.self_attn.o_proj.weight"] @ heads
+    by_head = [heads[6 * head : 6 * head + 6] @ ours["decoder.layers.out.kernel"][1][head] for head in range(4)]
+    np.testing.assert_allclose(out, np.sum(by_head, 0), rtol=1e-4)
+    gate, up = (theirs[f"model.layers.1.mlp.{name}_proj.weight"] @ x for name in ("gate", "up"))
+    np.testing.assert_allclose(gate, x @ ours["decoder.layers.mlp.wi_0.kernel"][1], rtol=1e-5)
+    np.testing.assert_allclose(up, x @ ours["decoder.layers.mlp.wi_1.kernel"][1], rtol=1e-5)
+    norm = "decoder.layers.pre_mlp_layer_norm.scale"
+    np.testing.assert_array_equal(theirs["model.layers.1.post_attention_layernorm.weight"], ours[norm][1])
+    np.testing.assert_array_equal(theirs["lm_head.weight"], ours["output_embedder.embedding"])
+
+
+def test_names_of_the_four_norms_of_gemma(tmp_path):
+    tensors = random_tensors(CONFIGS["gemma3_text"])
+    write(tmp_path / "folder", CONFIGS["gemma3_text"], tensors)
+    theirs = load_file(tmp_path / "folder" / "model.safetensors")
+    names = {
+        "pre_attention_layer_norm": "input_layernorm",
+        "post_attention_layer_norm": "post_attention_layernorm",
+        "pre_mlp_layer_norm": "pre_feedforward_layernorm",
+        "post_mlp_layer_norm": "post_feedforward_layernorm",
+        "key_norm": "self_attn.k_norm",
+    }
+    for ours, name in names.items():
+        here = tensors[f"decoder.layers.{ours}.scale"].read(2)
+        np.testing.assert_array_equal(theirs[f"model.layers.2.{name}.weight"], here)
+    assert "lm_head.weight" not in theirs
+
+
+def test_t5_tensors_by_hand(tmp_path):
+    tensors = random_tensors(T5)
+    write(tmp_path / "folder", T5, tensors)
+    theirs = load_file(tmp_path / "folder" / "model.safetensors")
+    ours = {name: tensor.read(None) for name, tensor in tensors.items()}
+    block, x = "decoder.block.2.layer", np.arange(12.0)
+    for place, name in enumerate(
+        ("pre_self_attention_layer_norm", "pre_cross_attention_layer_norm", "pre_mlp_layer_norm")
+    ):
+        here = ours[f"decoder.layers.{name}.scale"][2]
+        np.testing.assert_array_equal(theirs[f"{block}.{place}.layer_norm.weight"], here)
+    key = ours["decoder.layers.encoder_decoder_attention.key.kernel"][2]
+    np.testing.assert_allclose(theirs[f"{block}.1.EncDecAttention.k.weight"][5:] @ x, x @ key[:, 1], rtol=1e-5)
+    wo = ours["decoder.layers.mlp.wo.kernel"][2]
+    np.testing.assert_array_equal(theirs[f"{block}.2.DenseReluDense.wo.weight"], wo.T)
+    # [buckets, heads] there, of the first block alone.
+    bias = theirs["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    assert bias[31, 1] == ours["encoder.relpos_bias.rel_embedding"][1, 31]
+    assert "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" not in theirs
+    np.testing.assert_array_equal(theirs["shared.weight"], ours["token_embedder.embedding"])
+
+
+def test_t5_without_an_output_embedding_of_its_own(tmp_path):
+    # As transformers 5 saves a fresh T5 v1.1: tied in fact, but not scaled.
+    write(tmp_path / "folder", T5, random_tensors(T5))
+    rewrite(tmp_path / "folder", lambda tensors: tensors.pop("lm_head.weight"))
+    reconfigure(tmp_path / "folder", tie_word_embeddings=True, scale_decoder_outputs=False)
+    model, found = read_all(tmp_path / "folder")
+    assert not model.tied_embeddings
+    np.testing.assert_array_equal(found["output_embedder.embedding"], found["token_embedder.embedding"])
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
+def test_other_precisions_are_read_exactly(dtype, folder, tmp_path):
+    half = {name: array.astype(dtype) for name, array in load_file(folder / "model.safetensors").items()}
+    save_file(half, folder / "model.safetensors")
+    source = open_source(folder)
+    write_checkpoint(tmp_path / "run", 0, Network(model=source.model), imported(source.tensors, source.entries))
+    stored = open_checkpoint(tmp_path / "run").tensors["token_embedder.embedding"]
+    assert stored.dtype == "float32"
+    np.testing.assert_array_equal(stored.read(None), half["model.embed_tokens.weight"].astype(np.float32))
+
+
+def test_what_a_policy_does_not_know_is_kept(folder, tmp_path):
+    reconfigure(folder, eos_token_id=[7, 8], max_position_embeddings=99, rope_parameters={"rope_theta": 3.0})
+    companions = {"tokenizer.json": "{}", "generation_config.json": '{"eos_token_id": [7, 8]}'}
+    for name, text in companions.items():
+        (folder / name).write_text(text)
+    (folder / "secret.txt").write_text("not copied")
+    model, _ = read_all(folder)
+    write(tmp_path / "again", model, random_tensors(model), folder)
+    values = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (values["eos_token_id"], values["max_position_embeddings"]) == ([7, 8], 99)
+    # One notation of a setting, not two that may differ.
+    assert (values["rope_theta"], "rope_parameters" in values) == (3.0, False)
+    assert {name: (tmp_path / "again" / name).read_text() for name in companions} == companions
+    assert not (tmp_path / "again" / "secret.txt").exists()
+
+
+# The content of published config.json files, and the number of parameters that is published with each.
+PUBLISHED = {
+    "flan-t5-small": (
+        {
+            "model_type": "t5", "d_ff": 1024, "d_kv": 64, "d_model": 512, "decoder_start_token_id": 0,
+            "dropout_rate": 0.1, "feed_forward_proj": "gated-gelu", "is_encoder_decoder": True,
+            "layer_norm_epsilon": 1e-06, "num_decoder_layers": 8, "num_heads": 6, "num_layers": 8,
+            "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32,
+            "tie_word_embeddings": False, "vocab_size": 32128,
+        },
+        76_961_152,
+    ),
+    "mt5-small": (
+        {
+            "model_type": "mt5", "d_ff": 1024, "d_kv": 64, "d_model": 512, "feed_forward_proj": "gated-gelu",
+            "num_decoder_layers": 8, "num_heads": 6, "num_layers": 8, "relative_attention_num_buckets": 32,
+            "tie_word_embeddings": False, "vocab_size": 250112,
+        },
+        300_176_768,
+    ),
+    "gemma-2b": (
+        {
+            "model_type": "gemma", "head_dim": 256, "hidden_act": "gelu", "hidden_size": 2048,
+            "intermediate_size": 16384, "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1,
+            "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0, "vocab_size": 256000,
+        },
+        2_506_172_416,
+    ),
+    "gemma-2-2b": (
+        {
+            "model_type": "gemma2", "attention_bias": False, "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_hidden_layers": 26,
+            "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096, "vocab_size": 256000,
+        },
+        2_614_341_888,
+    ),
+    "gemma-3-1b": (
+        {
+            "model_type": "gemma3_text", "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
+            "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256,
+            "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+            "sliding_window_pattern": 6, "vocab_size": 262144,
+        },
+        999_885_952,
+    ),
+    "llama-3.1-8b": (
+        {
+            "model_type": "llama", "attention_bias": False, "hidden_act": "silu", "hidden_size": 4096,
+            "intermediate_size": 14336, "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 32,
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": False,
+            "rope_scaling": {
+                "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            "vocab_size": 128256,
+        },
+        8_030_261_248,
+    ),
+    "qwen2.5-0.5b": (
+        {
+            "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864,
+            "max_window_layers": 24, "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True,
+            "use_sliding_window": False, "vocab_size": 151936,
+        },
+        494_032_768,
+    ),
+    "qwen3-0.6b": (
+        {
+            "model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
+            "hidden_size": 1024, "intermediate_size": 3072, "max_window_layers": 28, "num_attention_heads": 16,
+            "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None,
+            "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True, "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        596_049_920,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_give_the_published_number_of_parameters(name):
+    values, parameters = PUBLISHED[name]
+    config = read_config(values, name)
+    assert count_parameters(make_policy(config)) == parameters
+    written = write_config(config, values)
+    assert read_config(written, name) == config
+    assert written["model_type"] == values["model_type"]
+
+
+def test_settings_of_published_configs():
+    def read(name):
+        return read_config(PUBLISHED[name][0], name)
+
+    gemma2, gemma3, llama = read("gemma-2-2b"), read("gemma-3-1b"), read("llama-3.1-8b")
+    assert (gemma2.window, gemma2.full_attention_every) == (4096, 2)
+    assert (gemma2.logits_soft_cap, gemma2.attention_soft_cap) == (30.0, 50.0)
+    assert (gemma2.embedding_scale, gemma2.norm, gemma2.activation) == ("sqrt_width", "one_plus_scale", "gelu")
+    assert (gemma3.window, gemma3.full_attention_every) == (512, 6)
+    assert (gemma3.rope_base, gemma3.rope_local_base, gemma3.logits_soft_cap) == (1e6, 1e4, 0.0)
+    assert (llama.rope_scaling, llama.rope_scaling_factor, llama.rope_original_length) == ("llama3", 8.0, 8192)
+    assert (llama.norm_epsilon, llama.activation, llama.tied_embeddings) == (1e-5, "silu", False)
+    assert (read("qwen2.5-0.5b").query_key_value_bias, read("qwen2.5-0.5b").window) == (True, 0)
+    assert (read("qwen3-0.6b").query_key_norm, read("qwen3-0.6b").head_size) == (True, 128)
+
+
+def test_rotary_settings_in_the_notation_of_transformers_5():
+    values = dict(PUBLISHED["llama-3.1-8b"][0])
+    scaling, theta = values.pop("rope_scaling"), values.pop("rope_theta")
+    config = read_config(values | {"rope_parameters": {**scaling, "rope_theta": theta}}, "llama")
+    assert config == read_config(PUBLISHED["llama-3.1-8b"][0], "llama")
+    values = dict(PUBLISHED["gemma-3-1b"][0])
+    del values["rope_theta"], values["rope_local_base_freq"]
+    full, sliding = {"rope_type": "linear", "factor": 8.0, "rope_theta": 7.0}, {"rope_type": "default", "rope_theta": 5}
+    config = read_config(values | {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}, "gemma")
+    assert (config.rope_base, config.rope_local_base, config.rope_scaling_factor) == (7.0, 5.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llama-3.1-8b", {"model_type": "mixtral"}, "model_type is 'mixtral', which is not supported"),
+        ("llama-3.1-8b", {"rope_scaling": {"rope_type": "yarn"}}, r"rope_scaling\.rope_type is 'yarn'.*'llama3'"),
+        ("llama-3.1-8b", {"rope_scaling": {"type": "dynamic"}}, r"rope_scaling\.type is 'dynamic'"),
+        ("llama-3.1-8b", {"rope_scaling": {"rope_type": "linear"}}, r"no field rope_scaling\.factor"),
+        ("llama-3.1-8b", {"attention_bias": True}, "attention_bias is True, which is not supported: it must be False"),
+        ("llama-3.1-8b", {"mlp_bias": True}, "mlp_bias is True"),
+        ("llama-3.1-8b", {"hidden_act": "relu"}, "hidden_act is 'relu', which is not supported: it must be 'silu'"),
+        ("llama-3.1-8b", {"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ("llama-3.1-8b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("llama-3.1-8b", {"hidden_size": "4096"}, "hidden_size is '4096': it must be of type int"),
+        ("qwen2.5-0.5b", {"use_sliding_window": True, "max_window_layers": 12}, "layer_types is .* not supported"),
+        ("gemma-2-2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma-3-1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ("flan-t5-small", {"feed_forward_proj": "relu"}, "feed_forward_proj is 'relu'.*'gated-gelu'"),
+        ("flan-t5-small", {"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon is 1e-05"),
+    ],
+)
+def test_a_config_that_no_policy_computes_is_refused_by_its_field(name, change, message):
+    with pytest.raises(UserError, match=f"^path: .*{message}|^path has {message}"):
+        read_config(PUBLISHED[name][0] | change, "path")
+
+
+def test_a_config_without_a_size_is_refused():
+    values = {name: value for name, value in PUBLISHED["gemma-2b"][0].items() if name != "vocab_size"}
+    with pytest.raises(UserError, match="path has no field vocab_size: it is no complete config of its model_type"):
+        read_config(values, "path")
+
+
+def test_a_policy_that_no_architecture_computes_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"no architecture of transformers computes this policy: .*block"):
+        write_config(DecoderConfig())
+    mixed = decoder("qwen2", query_key_norm=True)
+    with pytest.raises(UserError, match=r"qwen. is the nearest and differs in query_key_(norm|value_bias) \(True here"):
+        write_config(mixed)
+
+
+def test_every_tensor_that_does_not_fit_is_named_with_both_shapes(folder):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((12, 7), np.float32)
+        tensors["model.layers.1.self_attn.q_proj.bias"] = np.zeros(24, np.float32)
+        tensors["model.rotary_emb.inv_freq"] = np.zeros(3, np.float32)
+
+    rewrite(folder, change)
+    with pytest.raises(UserError) as error:
+        read_all(folder)
+    for part in (
+        r"model.norm.weight is missing, the model has it in the shape (12,)",
+        r"model.layers.1.mlp.up_proj.weight has the shape (12, 7), the model has (7, 12)",
+        r"model.layers.1.self_attn.q_proj.bias of the shape (24,)",
+    ):
+        assert part in str(error.value)
+    assert "inv_freq" not in str(error.value)
+
+
+def test_a_copy_of_a_tied_tensor_may_be_there_if_it_is_one(folder):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    rewrite(folder, change)
+    assert read_all(folder)[1].keys() == random_tensors(CONFIGS["llama tied"]).keys()
+    rewrite(folder, lambda tensors: tensors["lm_head.weight"].__setitem__((0, 0), 5))
+    message = r"lm_head.weight of the shape \(13, 12\) differs from model.embed_tokens.weight of the shape \(13, 12\)"
+    with pytest.raises(UserError, match=message):
+        open_source(folder)
+
+
+def test_a_file_that_was_cut_short_names_its_first_tensor_that_is_not_there(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-8])
+    with pytest.raises(UserError, match=r"is cut short: \S+ of the shape \(.*\) ends at byte \d+ of its \d+"):
+        open_source(folder)
+    (folder / "model.safetensors").write_bytes(b"<html>")
+    with pytest.raises(UserError, match="is no file of safetensors"):
+        open_source(folder)
+
+
+def test_quantised_tensors_are_refused_by_name(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": np.zeros(12, np.int8)}))
+    with pytest.raises(UserError, match=r"model.norm.weight of the shape \(12,\) is I8, which is not supported"):
+        open_source(folder)
+
+
+def test_missing_files_are_named(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"has no model.safetensors .*there is pytorch_model.bin: save it again"):
+        open_source(folder)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors is missing, which has model.norm.weight"):
+        open_source(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
+        open_source(folder)
+
+
+def test_a_hub_id_without_a_network_is_one_line(folder, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert recognises(folder)
+    assert recognises(Path("google/flan-t5-none"))
+    assert not recognises(Path("a/folder/that/is/not/there"))
+    with pytest.raises(UserError, match="google/flan-t5-none is no folder, and the hub does not give it") as error:
+        open_source(Path("google/flan-t5-none"))
+    assert "\n" not in str(error.value)
+
+
+def test_an_import_takes_less_than_twice_the_largest_file(tmp_path):
+    """200 MB in files of 21 MB, whose stacks of layers are larger than two of them."""
+    config = decoder("llama", width=512, layers=32, heads=8, kv_heads=8, head_size=64, mlp_width=1280)
+    tiny = dataclasses.replace(config, layers=1, width=16, head_size=2, mlp_width=8)
+    for name, model in (("tiny", tiny), ("large", config)):
+        shapes = model_shapes(model)
+        zeros = {
+            parameter: from_array(np.broadcast_to(np.float32(1), shape), stacked="layers" in parameter.split("."))
+            for parameter, shape in shapes.items()
+        }
+        write(tmp_path / name, model, zeros, None, 21_000_000)
+    files = [file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors")]
+    assert sum(files) > 9 * max(files)
+    assert 2 * max(files) < 4 * 32 * 512 * 1280
+    script = """
+        import resource, sys
+        from pathlib import Path
+        from alignment_gap.checkpoints.formats import import_checkpoint
+
+        def peak(name):
+            folder = Path(sys.argv[1])
+            import_checkpoint(folder / name, folder / ("run" + name), "huggingface")
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+        print(peak("tiny"), peak("large"))
+    """
+    arguments = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    baseline, peak = map(int, subprocess.run(arguments, check=True, capture_output=True).stdout.split())
+    assert peak - baseline < 2 * max(files)

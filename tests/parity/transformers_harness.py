@@ -1,0 +1,56 @@
+"""transformers' models at random, and the logits of both sides."""
+
+import jax
+import jax.numpy as jnp
+import torch
+import transformers
+
+from alignment_gap.models.policy import response_hidden
+
+CLASSES = {
+    "T5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
+    "MT5": (transformers.MT5Config, transformers.MT5ForConditionalGeneration),
+    "Gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
+    "Gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+    "Gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "Llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "Qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "Qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+
+
+def random_model(family, settings, scale=0.1, seed=0):
+    """A model of which no parameter keeps an initial value that hides it, such as a norm's weight or a bias of 0."""
+    config_class, model_class = CLASSES[family]
+    torch.manual_seed(seed)
+    model = model_class._from_config(config_class(**settings), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn(parameter.shape)
+    return model
+
+
+def reload(folder):
+    model_class = getattr(transformers, transformers.AutoConfig.from_pretrained(folder).architectures[0])
+    model, report = model_class.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    return model.eval()
+
+
+def their_logits(model, prompt, response):
+    """Logits [R, V] that predict the response's tokens, of one unpadded row."""
+    prompt, response = torch.tensor(prompt[None], dtype=torch.long), torch.tensor(response[None], dtype=torch.long)
+    with torch.no_grad():
+        if model.config.is_encoder_decoder:
+            inputs = torch.cat([torch.zeros_like(response[:, :1]), response[:, :-1]], 1)
+            return model(input_ids=prompt, decoder_input_ids=inputs).logits[0].numpy()
+        logits = model(input_ids=torch.cat([prompt, response[:, :-1]], 1)).logits
+        return logits[0, prompt.shape[1] - 1 :].numpy()
+
+
+def our_logits(policy, params, prompts, prompt_lengths, responses):
+    """Logits [B, K, R, V] that predict the tokens of padded responses."""
+    arrays = map(jnp.asarray, (prompts, prompt_lengths, responses))
+    return jax.jit(lambda p, *a: policy.output(p).logits(response_hidden(policy, p, *a)))(params, *arrays)
