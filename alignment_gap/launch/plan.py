@@ -303,7 +303,7 @@ def _advice(plan: Plan) -> tuple[str, ...]:
     if config.mesh.layout == "data":
         advice.append("--layout=fsdp: parameters and optimizer state are split over the devices too")
     elif config.mesh.layout == "fsdp" and "fsdp_tensor" in LAYOUTS:
-        advice.append("--layout=fsdp_tensor: activations are split too, and smaller batches go round")
+        advice.append("--layout=fsdp_tensor: heads and MLP are split too, and the batch over fewer parts")
     if config.optimizer.name == "adamw":
         saved = 2 * plan.parts[0].compiled.parameters / GIB
         advice.append(f"--optimizer=adafactor: {saved:.1f} GiB less a device, AdamW's two moments")
