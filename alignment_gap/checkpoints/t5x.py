@@ -29,7 +29,7 @@ def open_source(path: Path) -> Source:
 
 
 def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor], companions: Path | None = None) -> None:
-    """Writes a model's folder with checkpoint_0, whose optimizer state is empty."""
+    """Writes a model's folder with checkpoint_0, without optimizer state."""
     theirs = exported(tensors, t5_entries(model))
     folder = output / f"{PREFIX}0"
     tree = {TARGET + name: tensor for name, tensor in theirs.items()}

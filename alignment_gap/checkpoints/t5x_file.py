@@ -28,7 +28,7 @@ def open_source(path: Path) -> Source:
 
 
 def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor], companions: Path | None = None) -> None:
-    """Writes the file, tensor by tensor; the optimizer state is empty."""
+    """Writes the file, tensor by tensor, without optimizer state."""
     with output.open("wb") as file:
         _write(file, index_tree(exported(tensors, t5_entries(model))))
 

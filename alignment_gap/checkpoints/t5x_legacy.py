@@ -67,7 +67,7 @@ def open_tree(index: Path) -> dict[str, Tensor]:
 
 
 def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor], companions: Path | None = None) -> None:
-    """Writes a model's folder with checkpoint_0, every parameter in a zarr folder, the optimizer state empty."""
+    """Writes a model's folder with checkpoint_0, every parameter in a zarr folder, no optimizer state."""
     theirs = exported(tensors, t5_entries(model))
     folder = output / f"{PREFIX}0"
     folder.mkdir(parents=True)
@@ -91,9 +91,11 @@ def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor], compa
 
 
 def index_tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """What an index holds: the target with these leaves, and an empty optimizer state."""
-    state = {"step": np.int32(0), "param_states": {}}
-    return {"version": 3, "optimizer": {"target": unflatten_dict(leaves, sep="."), "state": state}}
+    """What an index holds: the target with these leaves, and of the state the step alone, as T5X for inference."""
+    return {
+        "version": 3,
+        "optimizer": {"target": unflatten_dict(leaves, sep="."), "state": {"step": np.asarray(0, np.int32)}},
+    }
 
 
 def _index(path: Path) -> Path:
