@@ -65,6 +65,6 @@ def test_memory_does_not_hold_the_whole(name, run):
     out, back = run / name, run / f"back-{name}"
     exported = growth(f"formats.export_checkpoint(Path({str(run / 'run')!r}), Path({str(out)!r}), {name!r})")
     imported = growth(f"formats.import_checkpoint(Path({str(out)!r}), Path({str(back)!r}))")
-    # A tensor as it is read, turned and compressed, what the libraries take for themselves: all of it at once would take more than 1.
+    # A few tensors and what the libraries take for themselves; the whole at once would be 1, and more with its copies.
     assert exported < 0.8 * total
     assert imported < 0.8 * total
