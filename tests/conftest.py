@@ -54,13 +54,13 @@ def mesh():
 def without_tensorflow(tmp_path_factory):
     """The environment of a process that cannot import TensorFlow, nor what is built on it."""
     folder = tmp_path_factory.mktemp("blocked")
+    # As if they were not installed: other libraries look for TensorFlow without importing it.
     (folder / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Blocked:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio'):\n"
-        "            raise ImportError(name + ' is blocked')\n"
-        "sys.meta_path.insert(0, Blocked())\n"
+        "from importlib.machinery import PathFinder\n"
+        "find_spec, blocked = PathFinder.find_spec, {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio'}\n"
+        "def hide(name, *rest):\n"
+        "    return None if name.split('.')[0] in blocked else find_spec(name, *rest)\n"
+        "PathFinder.find_spec = staticmethod(hide)\n"
     )
     root = pathlib.Path(__file__).parents[1]
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(root)])}

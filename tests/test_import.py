@@ -42,4 +42,4 @@ def test_every_other_module_imports_where_there_is_no_tensorflow(without_tensorf
     assert done.returncode == 0, done.stderr
     program = "import tensorflow"
     done = subprocess.run([sys.executable, "-c", program], env=without_tensorflow, capture_output=True, text=True)
-    assert "ImportError: tensorflow is blocked" in done.stderr
+    assert "No module named 'tensorflow'" in done.stderr

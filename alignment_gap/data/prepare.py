@@ -209,10 +209,18 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
 
 
 class _PartSurvey(NamedTuple):
-    """Of one part: the keys uint64[N, 2] of its pairs, the splits str[N] that they state, the validation's prompts."""
+    """Of one part's N pairs.
+
+    Attributes:
+      keys: uint64[N, 2], equal for duplicates.
+      held: bool[N], whether a pair is of the source's own validation split.
+      has_training: whether one is of its training split.
+      validation_prompts: hashes of the prompts of the validation split.
+    """
 
     keys: np.ndarray
-    splits: np.ndarray
+    held: np.ndarray
+    has_training: bool
     validation_prompts: frozenset[int]
 
 
@@ -226,7 +234,7 @@ def _survey(work: _Work, run: _Run) -> None:
         for part, one in enumerate(run(_survey_part, range(work.parts))):
             found.append(one)
             bar.update(work.size(part))
-    own = {TRAIN, VALIDATION} <= {split for one in found for split in np.unique(one.splits)}
+    own = any(one.has_training for one in found) and any(one.held.any() for one in found)
     held = frozenset().union(*(one.validation_prompts for one in found)) if own else frozenset()
     buffer = io.BytesIO()
     np.savez(
@@ -243,7 +251,8 @@ def _survey_part(work: _Work, part: int) -> _PartSurvey:
     keys = np.frombuffer(b"".join(pair.key for pair in pairs), "<u8").reshape(-1, 2)
     encoded = [work.encode(pair) for pair in pairs if pair.split == VALIDATION]
     prompts = frozenset(_prompt_hash(one.prompt) for one in encoded if isinstance(one, Encoded))
-    return _PartSurvey(keys, np.array([pair.split for pair in pairs], "U10"), prompts)
+    held = np.array([pair.split == VALIDATION for pair in pairs], bool)
+    return _PartSurvey(keys, held, any(pair.split == TRAIN for pair in pairs), prompts)
 
 
 def _duplicates(work: _Work, found: list[_PartSurvey], own_split: bool) -> np.ndarray:
@@ -251,8 +260,8 @@ def _duplicates(work: _Work, found: list[_PartSurvey], own_split: bool) -> np.nd
     if not work.source.drops_duplicates:
         return np.zeros(0, np.int64)
     numbers = np.concatenate([_pair_numbers(work, part, len(one.keys)) for part, one in enumerate(found)])
-    split = np.concatenate([one.splits for one in found]) == VALIDATION
-    keys = np.column_stack([np.concatenate([one.keys for one in found]), split & own_split])
+    held = np.concatenate([one.held for one in found])
+    keys = np.column_stack([np.concatenate([one.keys for one in found]), held & own_split])
     _, first = np.unique(keys, axis=0, return_index=True)
     return np.delete(numbers, first)
 
