@@ -216,13 +216,19 @@ def _batches(config: JobConfig, dataset: Dataset, mesh: LogicalMesh) -> OfflineS
                 "for the longest"
             )
     return offline_source(
-        dataset, batch_size=data.batch_size, seed=config.seed, order=data.order, window=data.window, **lengths
+        dataset,
+        batch_size=data.batch_size,
+        seed=config.seed,
+        order=data.order,
+        window=data.window,
+        rows=host_rows(mesh, data.batch_size).tolist(),
+        **lengths,
     )
 
 
 def _source(config: JobConfig, policy: Policy, mesh: LogicalMesh, batches: OfflineSource) -> Source:
     """Batches on the device, none of whose ids is outside of the model's vocabulary."""
-    size, rows = policy.config.vocabulary_size, host_rows(mesh, config.dataset.batch_size)
+    size = policy.config.vocabulary_size
 
     def source(step: int, state: TrainState) -> PreferenceBatch:
         batch = batches(step)
@@ -232,7 +238,7 @@ def _source(config: JobConfig, policy: Policy, mesh: LogicalMesh, batches: Offli
                 f"{config.dataset.folder} has the token id {largest} but the model has vocabulary_size={size}: raise "
                 "it, or prepare the dataset with the model's vocabulary"
             )
-        return put_batch(jax.tree.map(lambda array: array[rows], batch), mesh, config.dataset.batch_size)
+        return put_batch(batch, mesh, config.dataset.batch_size)
 
     return source
 

@@ -73,6 +73,8 @@ MESHES = {
     "model": MeshConfig(1, 1, 8),
     "two_by_four": MeshConfig(2, 1, 4),
     "all": MeshConfig(2, 2, 2),
+    # Prompts of six tokens are split in two.
+    "sequence": MeshConfig(2, 2, 2, layout="sequence"),
 }
 
 
