@@ -64,7 +64,8 @@ class Collective:
       kind: "all-gather" and so on; TPU's fusion of an all-reduce and a slice is a "reduce-scatter".
       bytes: of the largest of one collective's operand and result, per device.
       count: runs in one call of the program.
-      group: partition ids of the first of its groups; of a permute the first source and its target.
+      group: partition ids of the first of its groups; of a permute the first source and its target. Empty where a
+        device sends its part to the other slices of TPUs.
     """
 
     kind: str
@@ -168,6 +169,11 @@ def collectives(program: Program, devices: int) -> list[Collective]:
     for name, runs, _ in executed(program):
         for instruction in program.computations[name].values():
             kind = instruction.opcode.removesuffix("-start")
+            if instruction.opcode == "send" and (between := re.search(r'transfer_type="(\w+)"', instruction.text)):
+                # Between TPU slices the host's runtime does what the name of the transfer says.
+                sent = type_bytes(program.computations[name][instruction.operands[0]].type)
+                key: tuple[str, int, tuple[int, ...]] = (between[1].lower().replace("_", "-"), sent, ())
+                counts[key] = counts.get(key, 0) + runs
             if kind not in COLLECTIVES:
                 continue
             times = runs

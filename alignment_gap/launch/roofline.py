@@ -71,15 +71,22 @@ def describe(collectives: Sequence[Collective], mesh: Any, topology: Topology) -
     """
     devices, found = mesh.devices.ravel(), dict[tuple[str, str, int], list[float]]()
     for each in collectives:
-        positions = np.array([np.unravel_index(index, mesh.devices.shape) for index in each.group])
-        axes = "+".join(name for axis, name in enumerate(mesh.axis_names) if len(set(positions[:, axis].tolist())) > 1)
-        key = (each.kind, axes, len(each.group))
+        key = (each.kind, *_axes(each, mesh, topology))
         total = found.setdefault(key, [0, 0, 0.0])
         total[0] += each.count
         total[1] += each.count * each.bytes
         total[2] += each.count * seconds(each, [devices[index] for index in each.group], topology)
     moved = [Moved(*key, count=int(n), bytes=int(size), seconds=time) for key, (n, size, time) in found.items()]
     return tuple(sorted(moved, key=lambda each: -each.seconds))
+
+
+def _axes(collective: Collective, mesh: Any, topology: Topology) -> tuple[str, int]:
+    """Names of the mesh axes that a collective spans, and the devices of a group."""
+    if not collective.group:
+        return "slices", topology.slices
+    positions = np.array([np.unravel_index(index, mesh.devices.shape) for index in collective.group])
+    spanned = [name for axis, name in enumerate(mesh.axis_names) if len(set(positions[:, axis].tolist())) > 1]
+    return "+".join(spanned), len(collective.group)
 
 
 def seconds(collective: Collective, group: Sequence[Any], topology: Topology) -> float:
@@ -89,10 +96,13 @@ def seconds(collective: Collective, group: Sequence[Any], topology: Topology) ->
     in a ring costs a quarter of gathering all n parts, for an array goes half the way on average, either way.
     """
     n, size = len(group), float(collective.bytes)
+    rounds = 2.0 if collective.kind == "all-reduce" else 1.0
+    if not collective.group:  # Between slices: what is sent is a device's own part of a gathered array, else all.
+        part = size if collective.kind == "all-gather" else size / topology.slices
+        return rounds * part * (topology.slices - 1) / topology.chip.dcn_bandwidth
     slices = len({getattr(device, "slice_index", None) for device in group})
     if collective.kind == "collective-permute":
         return size / (topology.chip.dcn_bandwidth if slices > 1 else topology.chip.link_bandwidth)
-    rounds = 2.0 if collective.kind == "all-reduce" else 1.0
     time = 0.0
     if slices > 1:
         # Each device sends and takes its part of what its slice has reduced or is to gather.

@@ -122,6 +122,11 @@ ENTRY %main (x: f32[10,64], i: s32[]) -> f32[1,64] {
     assert hlo.hbm_traffic(program) == (row + row + index) + row + 2 * row + 2 * row
 
 
+class Mesh16:
+    devices = np.arange(16).reshape(2, 8, 1)
+    axis_names = ("data", "fsdp", "model")
+
+
 class Device:
     def __init__(self, *coords, slice_index=0):
         self.coords, self.slice_index = coords, slice_index
@@ -131,22 +136,38 @@ def test_a_ring_takes_from_both_sides_and_a_line_from_one():
     topology = Topology("v5e", (16, 16))
     ring, line = [Device(0, i, 0) for i in range(16)], [Device(0, i, 0) for i in range(4)]
     link = topology.chip.link_bandwidth
-    gather = hlo.Collective("all-gather", 1600, 1, ())
+    gather = hlo.Collective("all-gather", 1600, 1, (0, 1))
     assert seconds(gather, ring, topology) == pytest.approx(1600 * 15 / 16 / (2 * link))
     assert seconds(gather, line, topology) == pytest.approx(1600 * 3 / 4 / link)
-    reduce = hlo.Collective("all-reduce", 1600, 1, ())
+    reduce = hlo.Collective("all-reduce", 1600, 1, (0, 1))
     assert seconds(reduce, ring, topology) == pytest.approx(2 * seconds(gather, ring, topology))
     plane = [Device(i, j, 0) for i in range(16) for j in range(16)]
     assert seconds(gather, plane, topology) == pytest.approx(1600 * 255 / 256 / (4 * link))
-    permute = hlo.Collective("collective-permute", 1600, 1, ())
+    permute = hlo.Collective("collective-permute", 1600, 1, (0, 1))
     assert seconds(permute, line[:2], topology) == pytest.approx(1600 / link)
 
 
 def test_between_slices_the_networks_share_counts():
     topology = Topology("v5e", (2, 4), slices=2)
     group = [Device(0, 0, 0, slice_index=i) for i in range(2)]
-    reduce = hlo.Collective("all-reduce", 1000, 1, ())
+    reduce = hlo.Collective("all-reduce", 1000, 1, (0, 8))
     assert seconds(reduce, group, topology) == pytest.approx(2 * 1000 / 2 / topology.chip.dcn_bandwidth)
+
+
+def test_a_tpu_sends_to_other_slices_by_transfers_of_the_host():
+    program = hlo.parse("""HloModule m
+ENTRY %main (x: f32[250]) -> f32[250] {
+  %x = f32[250]{0} parameter(0)
+  %t = token[] after-all()
+  ROOT %s = (f32[250]{0}, u32[], token[]) send(%x, %t), _xla_megascale_transfer_type="ALL_REDUCE"
+}
+""")
+    (found,) = hlo.collectives(program, 16)
+    assert (found.kind, found.bytes, found.count, found.group) == ("all-reduce", 1000, 1, ())
+    topology = Topology("v5e", (2, 4), slices=2)
+    (moved,) = describe([found], Mesh16(), topology)
+    assert (moved.axes, moved.devices) == ("slices", 2)
+    assert moved.seconds == pytest.approx(1000 / topology.chip.dcn_bandwidth)
 
 
 def test_the_longest_of_three_binds():
