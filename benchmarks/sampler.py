@@ -13,7 +13,7 @@ import argparse
 
 import jax
 import jax.numpy as jnp
-from update_step import arguments, configs, print_rows, random_batch, rates, summary
+from update_step import arguments, configs, peer, print_rows, random_batch, rates, summary
 
 from alignment_gap.models import ModelConfig, count_parameters, make_policy
 from alignment_gap.sampling import SamplerConfig, make_generate
@@ -50,6 +50,10 @@ def main() -> None:
     for size, name, config in configs(options):
         row = {"size": size, "policy": name, "parameters": count_parameters(make_policy(config))}
         rows.append(summary(row, "tokens/s", measure(config, options)))
+    if options.peer:
+        found = peer("transformers_generate.py", options=options)
+        row = {"size": "compared", "policy": "transformers", "parameters": found["parameters"]}
+        rows.append(summary(row, "tokens/s", found["rates"]))
     print_rows(rows)
 
 

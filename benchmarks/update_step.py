@@ -12,17 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pathlib
+import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alignment_gap import losses
 from alignment_gap.data import PreferenceBatch
-from alignment_gap.models import DecoderConfig, ModelConfig, T5Config, count_parameters, make_policy
+from alignment_gap.models import DecoderConfig, ModelConfig, T5Config, count_parameters, make_policy, sizes
 from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh
 from alignment_gap.training import (
     OptimizerConfig,
@@ -36,7 +40,8 @@ from alignment_gap.training import (
 )
 
 VOCABULARY = 136
-# "tiny" is the model of configs/study/tiny.py; "mini" that of gin/models/*_mini.gin.
+# "tiny" is the model of configs/study/tiny.py; "mini" that of gin/models/*_mini.gin; "compared" has the sizes that the
+# scripts in peers/ give to other libraries, and T5 v1.1 small.
 SIZES: dict[str, dict[str, ModelConfig]] = {
     "tiny": {
         "t5": T5Config(vocabulary_size=VOCABULARY, heads=2, head_size=32, scan_unroll=2),
@@ -54,7 +59,12 @@ SIZES: dict[str, dict[str, ModelConfig]] = {
         ),
         "decoder": DecoderConfig(vocabulary_size=VOCABULARY, width=256, layers=4, heads=4, head_size=64, mlp_width=512),
     },
+    "compared": {
+        "t5": sizes.get("t5_small"),
+        "decoder": DecoderConfig(width=512, layers=8, heads=8, kv_heads=8, head_size=64, mlp_width=1408),
+    },
 }
+PEERS = pathlib.Path(__file__).parent / "peers"
 
 
 def arguments(description: str, samples: str) -> argparse.Namespace:
@@ -68,6 +78,7 @@ def arguments(description: str, samples: str) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--calls", type=int, default=10, help="calls in a repeat")
+    parser.add_argument("--peer", help="a Python with torch and TRL (`make parity`): one more row, of the peer")
     return parser.parse_args()
 
 
@@ -91,6 +102,27 @@ def rates(call: Callable[[], Any], work: float, options: argparse.Namespace) -> 
     return found[1:]
 
 
+def peer(script: str, *flags: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a script of peers/ prints: the rates of another library with the same batch and lengths."""
+    sizes = [
+        f"--{name}={getattr(options, name.replace('-', '_'))}" for name in ("batch", "prompt-length", "response-length")
+    ]
+    run = subprocess.run([options.peer, PEERS / script, *sizes, *flags], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def product_rate() -> float:
+    """GFLOP/s of a large float32 product, the measure of what a machine could do."""
+    x = jnp.ones((2048, 2048))
+    multiply = jax.jit(jnp.matmul)
+    found = []
+    for _ in range(10):
+        start = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        found.append(2 * 2048**3 / (time.perf_counter() - start) / 1e9)
+    return max(found)
+
+
 def summary(row: dict[str, Any], unit: str, found: Sequence[float]) -> dict[str, Any]:
     """The row with the median rate and its spread."""
     return row | {f"{unit}": statistics.median(found), "slowest": min(found), "fastest": max(found)}
@@ -99,11 +131,16 @@ def summary(row: dict[str, Any], unit: str, found: Sequence[float]) -> dict[str,
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     """The device, a markdown table, then JSON lines."""
     load = os.getloadavg()[0]
-    where = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__}
-    print(f"{where['device']}, jax {where['jax']}, {os.cpu_count()} cores, load at the end {load:.1f}\n")
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    where = {"device": device, "jax": jax.__version__, "product GFLOP/s": round(product_rate())}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{device}, jax {where['jax']}, {os.cpu_count()} cores, load at the end {load:.1f}")
+    print(f"a large float32 product: {where['product GFLOP/s']} GFLOP/s; peak memory of this process {peak:.2f} GiB\n")
     print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
     for row in rows:
-        cells = (value if isinstance(value, str) else f"{value:,.0f}" for value in row.values())
+        cells = (
+            value if isinstance(value, str) else f"{value:,.{0 if value >= 100 else 2}f}" for value in row.values()
+        )
         print("| " + " | ".join(cells) + " |")
     print()
     for row in rows:
@@ -152,6 +189,10 @@ def main() -> None:
         row = {"size": size, "policy": name, "parameters": count_parameters(make_policy(config))}
         for reference, found in measure(config, options):
             rows.append(summary(row | {"reference": reference}, "pairs/s", found))
+    for flags in ([], ["--precompute"]) if options.peer else ():
+        found = peer("trl_update_step.py", *flags, options=options)
+        row = {"size": "compared", "policy": "TRL", "parameters": found["parameters"], "reference": found["reference"]}
+        rows.append(summary(row, "pairs/s", found["rates"]))
     print_rows(rows)
 
 
