@@ -13,7 +13,7 @@ from alignment_gap.models import ModelConfig, Policy, PreferenceModel, T5Config,
 from alignment_gap.models.preference import Markers
 
 # Fields of a model's config that change how it runs, not what it computes nor its parameters.
-RUN_TIME = ("dtype", "remat", "scan_unroll")
+RUN_TIME = ("attention", "dtype", "remat", "scan_unroll")
 
 
 @dataclasses.dataclass(frozen=True)
