@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     initialize(values.coordinator, values.processes, values.process)
     workdir, every, silent = Path(values.workdir), 0.5 if sys.stderr.isatty() else 30.0, not is_first_process()
     with tqdm(
-        total=config.steps, desc=workdir.name, mininterval=every, maxinterval=max(every, 10.0), disable=silent
+        total=config.steps or None, desc=workdir.name, mininterval=every, maxinterval=max(every, 10.0), disable=silent
     ) as bar:
         run_job(config, workdir, bar.update)
     if not silent:

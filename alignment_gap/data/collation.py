@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgpack
 import numpy as np
 
 from alignment_gap.data.batch import PreferenceBatch
-from alignment_gap.data.buckets import lengths_of
-from alignment_gap.data.records import Dataset, Example, collate, decode
+from alignment_gap.data.buckets import Bucket, lengths_of
+from alignment_gap.data.records import Dataset, collate, decode
+from alignment_gap.data.reference import ReferenceLogProbs
 from alignment_gap.errors import UserError
 
 _INTS, _FLOATS = np.dtype("<i4"), np.dtype("<f4")
@@ -19,11 +21,16 @@ _INTS, _FLOATS = np.dtype("<i4"), np.dtype("<f4")
 class Examples:
     """The examples of one or several datasets, numbered one dataset after another, and read many at a time."""
 
-    def __init__(self, datasets: Sequence[Sequence[Example]]):
-        """Raises UserError where there is no dataset, one is empty, or they cannot be in one batch."""
-        self.datasets = tuple(datasets)
+    def __init__(self, datasets: Sequence[Any], references: Sequence[ReferenceLogProbs] = ()):
+        """`datasets` are sequences of `Example`, `references` the stored log-probs of each of them, or none.
+
+        Raises:
+          UserError: there is no dataset, one is empty, or they cannot be in one batch.
+        """
+        self.datasets, self.references = tuple(datasets), tuple(references)
         self.sizes = tuple(len(dataset) for dataset in datasets)
         self._starts = np.cumsum((0, *self.sizes))
+        self._on_disk = all(isinstance(dataset, Dataset) for dataset in self.datasets)
         if not self.sizes or not all(self.sizes):
             raise UserError("the dataset is empty: check what was dropped from it")
         _check_alike([dataset for dataset in self.datasets if isinstance(dataset, Dataset)])
@@ -31,20 +38,32 @@ class Examples:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def batch(self, numbers: np.ndarray, prompt_length: int, response_length: int) -> PreferenceBatch:
-        """The examples of these numbers, padded on the right to P and R; raises UserError as `collate` does."""
+    def read(self, numbers: np.ndarray) -> list[Any]:
+        """The examples of these numbers: records as they are on disk, or `Example`s where a dataset is in memory."""
+        found: list[Any] = [None] * len(numbers)
+        for dataset, places, rows in self._by_dataset(numbers):
+            data = self.datasets[dataset]
+            read = data.records(rows.tolist()) if self._on_disk else [data[row] for row in rows.tolist()]
+            for place, example in zip(places.tolist(), read, strict=True):
+                found[place] = example
+        return found
+
+    def collate(self, numbers: np.ndarray, found: Sequence[Any], shape: Bucket) -> PreferenceBatch:
+        """What `read` gave for these numbers as a batch, padded on the right to (P, R); raises what `collate` does."""
+        batch = (collate_records if self._on_disk else collate)(found, *shape)
+        if not self.references:
+            return batch
+        log_probs = np.zeros(batch.responses.shape, np.float32)
+        for dataset, places, rows in self._by_dataset(numbers):
+            log_probs[places] = self.references[dataset](rows, shape[1])
+        return dataclasses.replace(batch, reference_log_probs=log_probs)  # type: ignore[arg-type]
+
+    def _by_dataset(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Each dataset that some of the numbers are of, their places, and their rows in it."""
         home = np.searchsorted(self._starts, numbers, side="right") - 1
-        rows = (numbers - self._starts[home]).tolist()
-        if not all(isinstance(dataset, Dataset) for dataset in self.datasets):
-            examples = [self.datasets[d][row] for d, row in zip(home.tolist(), rows, strict=True)]
-            return collate(examples, prompt_length, response_length)
-        records: list[bytes] = [b""] * len(rows)
-        for d in np.unique(home).tolist():
-            places = np.flatnonzero(home == d).tolist()
-            found = self.datasets[d].records([rows[place] for place in places])
-            for place, record in zip(places, found, strict=True):
-                records[place] = record
-        return collate_records(records, prompt_length, response_length)
+        for dataset in np.unique(home).tolist():
+            places = np.flatnonzero(home == dataset)
+            yield dataset, places, numbers[places] - self._starts[dataset]
 
     def lengths(self) -> np.ndarray:
         """Tokens int32[N, 1 + K] of the prompt and of each response of every example."""

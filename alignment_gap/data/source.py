@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,9 @@ from alignment_gap.errors import UserError
 
 # Tells the random order of an epoch's batches from that of its examples.
 _BATCHES = 1
+# Examples that are read together, of as many steps as that takes: a random read of 512 records costs half of what 16
+# reads of 32 cost.
+_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +54,15 @@ class OfflineSource:
         self.examples, self.order, self.batch_size, self.buckets, self.rows = examples, order, batch_size, buckets, rows
         self._stream = Stream(order)
         self._plan = kept(self._make_plan)
+        self._steps_of_block = max(1, _BLOCK // (batch_size if rows is None else len(rows)))
+        self._block = kept(self._read_block)
         self._bucket = bucket_of(examples.lengths(), buckets) if len(buckets) > 1 else None
 
     def __call__(self, step: int) -> PreferenceBatch:
         """The batch of numpy arrays of `step`, counted from 0; of it the rows of this process alone are read."""
-        numbers = self.numbers(step)
-        rows = numbers if self.rows is None else numbers[np.asarray(self.rows)]
-        return self.examples.batch(rows, *self.shape(numbers))
+        block, place = divmod(step, self._steps_of_block)
+        numbers, found = self._block(block)[place]
+        return self.examples.collate(numbers, found, self.shape(self.numbers(step)))
 
     def numbers(self, step: int) -> np.ndarray:
         """The numbers int32[B] of the examples in the whole batch of `step`, one dataset counted after another."""
@@ -74,6 +81,14 @@ class OfflineSource:
         fitting = np.zeros(len(plan), np.uint8) if self._bucket is None else self._bucket[plan].max(axis=1)
         slots = np.array([p + r * (lengths.shape[1] - 1) for p, r in self.buckets])
         return Padding(int(self.batch_size * slots[fitting].sum()), int(lengths.sum(axis=1)[plan].sum()))
+
+    def _read_block(self, block: int) -> list[tuple[np.ndarray, list[Any]]]:
+        """For each step of a block the numbers of this process's rows, and what was read for them."""
+        steps = range(block * self._steps_of_block, (block + 1) * self._steps_of_block)
+        rows = slice(None) if self.rows is None else np.asarray(self.rows)
+        numbers = [self.numbers(step)[rows] for step in steps]
+        found = iter(self.examples.read(np.concatenate(numbers)))
+        return [(each, list(itertools.islice(found, len(each)))) for each in numbers]
 
     def _first_step(self, epoch: int) -> int:
         """The first step whose batch starts in `epoch`."""

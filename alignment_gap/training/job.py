@@ -12,13 +12,12 @@ import contextlib
 import dataclasses
 import inspect
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from alignment_gap import losses
 from alignment_gap.checkpoints import (
@@ -34,56 +33,40 @@ from alignment_gap.checkpoints import (
 )
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.data.buckets import Bucket
 from alignment_gap.data.card import find_vocabulary
-from alignment_gap.data.records import Dataset, open_dataset, verify_dataset
-from alignment_gap.data.source import OfflineSource, offline_source
+from alignment_gap.data.collation import Examples
+from alignment_gap.data.prefetch import Prefetched
+from alignment_gap.data.records import Dataset
+from alignment_gap.data.reference import ReferenceLogProbs, open_reference
+from alignment_gap.data.source import OfflineSource
 from alignment_gap.errors import UserError
 from alignment_gap.folders import claim, locked
 from alignment_gap.models import DecoderConfig, ModelConfig, Policy, T5Config
 from alignment_gap.models.preference import KINDS
-from alignment_gap.sharding import (
-    LogicalMesh,
-    MeshConfig,
-    check_batch_size,
-    host_rows,
-    make_mesh,
-    on_first_process,
-    put_batch,
-)
+from alignment_gap.sharding import LogicalMesh, MeshConfig, check_batch_size, make_mesh, on_first_process
 from alignment_gap.training.checkpoints import Checkpoints
 from alignment_gap.training.loop import Source, make_score, train, with_reference
+from alignment_gap.training.offline import (
+    DatasetConfig,
+    batch_shapes,
+    datasets_digest,
+    job_batches,
+    job_steps,
+    on_devices,
+    open_datasets,
+)
 from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
+from alignment_gap.training.reference import reference_identity, store_reference
 from alignment_gap.training.state import TrainState, abstract_state, create_state, state_from_params
 from alignment_gap.training.update import Objective, make_update_step, policy_objective, preference_objective
 
 POLICY = "policy"
 METRICS, CARD = "metrics.jsonl", "job.json"
+REFERENCE_LOG_PROBS = ("auto", "stored", "each_step")
 # What a resumed run may change: none of it alters the steps that were taken.
 _MESH = tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
-_MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "microbatches", *_MESH)
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetConfig:
-    """What a job reads.
-
-    Attributes:
-      folder: a dataset, as `alignment_gap.data.write_dataset` leaves it.
-      batch_size: prompts of a step, over all devices.
-      order: "shuffle" (anew in every epoch), "recorded" or "window"; see `offline_source`.
-      window: batches in a window; for order "window" only.
-      prompt_length: tokens that prompts are padded to; 0 means the dataset's longest.
-      response_length: tokens that responses are padded to; 0 means the dataset's longest.
-      vocabulary: that of the dataset, where it is no longer where it was; only a preference model needs it.
-    """
-
-    folder: str = ""
-    batch_size: int = 32
-    order: str = "shuffle"
-    window: int = 0
-    prompt_length: int = 0
-    response_length: int = 0
-    vocabulary: str = ""
+_MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "microbatches", "dataset.prefetch", *_MESH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +93,7 @@ class JobConfig:
       dataset: what it is trained on.
       optimizer: its settings.
       mesh: the device mesh.
-      steps: gradient steps.
+      steps: gradient steps; 0 for those of `dataset.epochs`.
       checkpoint_every: steps between two checkpoints; the last step has one too.
       log_every: steps between two lines of metrics.
       microbatches: parts in which a step's batch is computed, one after the other, to save memory.
@@ -120,6 +103,9 @@ class JobConfig:
       reference: folder of the run that is the reference policy; empty for the one of `start`, where the loss takes a
         reference and the dataset has no reference log-probs.
       reference_step: which of its checkpoints; 0 means the last.
+      reference_log_probs: the reference's log-probs are "stored" beside the dataset, and computed first where they are
+        not; or computed in "each_step"; or "auto", those that are stored where there are, or else in each step. What is
+        stored counts only for the same dataset, checkpoint, lengths and precision.
     """
 
     model: T5Config | DecoderConfig | None = None
@@ -137,6 +123,7 @@ class JobConfig:
     start_step: int = 0
     reference: str = ""
     reference_step: int = 0
+    reference_log_probs: str = "auto"
 
 
 def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = lambda steps: None) -> TrainState:
@@ -157,25 +144,29 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
     _check_settings(config)
     model = _model(config)
     config = dataclasses.replace(config, model=model)
-    dataset = open_dataset(config.dataset.folder)
-    verify_dataset(dataset)
+    examples = open_datasets(config.dataset)
+    dataset = examples.datasets[0]  # All of them agree in vocabulary, responses a prompt and fields.
     network = _network(config, model, dataset)
     mesh, policy = make_mesh(config.mesh), network.policy()
-    batches = _batches(config, dataset, mesh)
+    check_batch_size("dataset.batch_size", config.dataset.batch_size, mesh.batch_parts, config.microbatches)
+    shapes = batch_shapes(config.dataset, examples)
+    batches = job_batches(config.dataset, examples, shapes, mesh, seed=config.seed)
+    config = dataclasses.replace(config, steps=job_steps(config.dataset, examples, config.steps))
     objective = _objective(config, network)
     optimizer = make_optimizer(config.optimizer)
     abstract = abstract_state(policy.init, optimizer, mesh)
     needs_reference = _needs_reference(config, dataset)
     _check_loss(config, objective, abstract, batches(0), with_reference=needs_reference)
     start = _params(config.start, config.start_step, model, dataset, abstract) if config.start else None
-    source = _source(config, policy, mesh, batches)
-    if needs_reference:
-        reference = start
-        if config.reference:
-            reference = _params(config.reference, config.reference_step, model, dataset, abstract)
-        source = with_reference(source, make_score(policy, mesh), reference)
+    reference = start if needs_reference else None
+    if needs_reference and config.reference:
+        reference = _params(config.reference, config.reference_step, model, dataset, abstract)
+    stored = _stored_reference(config, examples, policy, reference, mesh, shapes) if needs_reference else []
+    if stored:
+        reference = None
+        batches = job_batches(config.dataset, examples, shapes, mesh, seed=config.seed, references=stored)
     with contextlib.ExitStack() as stack:
-        on_first_process(lambda: stack.enter_context(_own(workdir, config, dataset)))
+        on_first_process(lambda: stack.enter_context(_own(workdir, config, examples)))
         checkpoints = stack.enter_context(Checkpoints(workdir / CHECKPOINTS, network))
         _check_not_beyond(config, checkpoints)
         if start is None:
@@ -185,7 +176,7 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
         return train(
             state,
             make_update_step(objective, optimizer, mesh, abstract, microbatches=config.microbatches),
-            source,
+            stack.enter_context(_source(config, batches, policy, mesh, reference)),
             checkpoint_steps=(*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps),
             checkpoints=checkpoints,
             metrics_path=workdir / METRICS,
@@ -195,52 +186,40 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
 
 
 @contextlib.contextmanager
-def _own(workdir: Path, config: JobConfig, dataset: Dataset) -> Iterator[None]:
+def _source(
+    config: JobConfig, batches: OfflineSource, policy: Policy, mesh: LogicalMesh, reference: Any
+) -> Iterator[Source]:
+    """The batches on the devices, read ahead; scored by the reference's parameters, where given, in each step."""
+    placed = on_devices(batches, config.dataset, mesh, policy.config.vocabulary_size)
+    with Prefetched(placed, config.dataset.prefetch, last=config.steps) as ahead:
+
+        def source(step: int, state: TrainState) -> PreferenceBatch:
+            return ahead(step)
+
+        yield source if reference is None else with_reference(source, make_score(policy, mesh), reference)
+
+
+@contextlib.contextmanager
+def _own(workdir: Path, config: JobConfig, examples: Examples) -> Iterator[None]:
     """Holds the job's folder, which has its settings; raises UserError where it is another job's or in use."""
-    settings = flatten(to_dict(config)) | {"dataset.digest": dataset.card.digest}
+    settings = flatten(to_dict(config)) | {"dataset.digest": datasets_digest(examples)}
     with locked(workdir):
         claim(workdir / CARD, settings, remedy="give another folder, or these settings", may_change=_MAY_CHANGE)
         _carry_tokenizer(config, workdir)
         yield
 
 
-def _batches(config: JobConfig, dataset: Dataset, mesh: LogicalMesh) -> OfflineSource:
-    data, card = config.dataset, dataset.card
-    check_batch_size("dataset.batch_size", data.batch_size, mesh.batch_parts, config.microbatches)
-    lengths: dict[str, Any] = {}
-    for name, longest in (("prompt_length", card.max_prompt_length), ("response_length", card.max_response_length)):
-        lengths[name] = getattr(data, name) or longest
-        if lengths[name] < longest:
-            raise UserError(
-                f"dataset.{name} is {lengths[name]}, but {data.folder} has one of {longest} tokens: raise it, or set 0 "
-                "for the longest"
-            )
-    return offline_source(
-        dataset,
-        batch_size=data.batch_size,
-        seed=config.seed,
-        order=data.order,
-        window=data.window,
-        rows=host_rows(mesh, data.batch_size).tolist(),
-        **lengths,
-    )
-
-
-def _source(config: JobConfig, policy: Policy, mesh: LogicalMesh, batches: OfflineSource) -> Source:
-    """Batches on the device, none of whose ids is outside of the model's vocabulary."""
-    size = policy.config.vocabulary_size
-
-    def source(step: int, state: TrainState) -> PreferenceBatch:
-        batch = batches(step)
-        largest = max(np.max(batch.prompts), np.max(batch.responses))
-        if largest >= size:
-            raise UserError(
-                f"{config.dataset.folder} has the token id {largest} but the model has vocabulary_size={size}: raise "
-                "it, or prepare the dataset with the model's vocabulary"
-            )
-        return put_batch(batch, mesh, config.dataset.batch_size)
-
-    return source
+def _stored_reference(
+    config: JobConfig, examples: Examples, policy: Policy, params: Any, mesh: LogicalMesh, shapes: Sequence[Bucket]
+) -> list[ReferenceLogProbs]:
+    """The stored reference log-probs of every dataset, or none where the job computes them in each step."""
+    if config.reference_log_probs == "each_step":
+        return []
+    if config.reference_log_probs == "stored":
+        settings: dict[str, Any] = {"batch_size": config.dataset.batch_size, "buckets": shapes}
+        return [store_reference(data, policy, params, mesh, **settings) for data in examples.datasets]
+    found = [open_reference(data, reference_identity(data, policy, params, shapes)) for data in examples.datasets]
+    return [stored for stored in found if stored] if all(found) else []
 
 
 def _model(config: JobConfig) -> ModelConfig:
@@ -337,7 +316,7 @@ def _check_loss(
 
 def _check_settings(config: JobConfig) -> None:
     for name in ("steps", "checkpoint_every", "log_every", "microbatches"):
-        if getattr(config, name) < 1:
+        if getattr(config, name) < (name != "steps"):
             raise UserError(f"{name} is {getattr(config, name)}: it must be at least 1")
     for name in ("start_step", "reference_step"):
         if getattr(config, name) < 0:
@@ -346,6 +325,12 @@ def _check_settings(config: JobConfig) -> None:
         raise UserError(f"kind is {config.kind!r}: choose one of {', '.join((POLICY, *KINDS))}")
     if config.kind != POLICY and config.reference:
         raise UserError(f"reference is {config.reference!r}: a preference model has none, leave it empty")
+    if config.dataset.prefetch < 0:
+        raise UserError(f"dataset.prefetch={config.dataset.prefetch} is out of range: set 0 or more batches")
+    if config.reference_log_probs not in REFERENCE_LOG_PROBS:
+        raise UserError(
+            f"reference_log_probs is {config.reference_log_probs!r}: choose one of {', '.join(REFERENCE_LOG_PROBS)}"
+        )
     if not config.dataset.folder:
         raise UserError("dataset.folder is empty: give the folder of a prepared dataset")
 

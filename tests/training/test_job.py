@@ -81,6 +81,27 @@ def test_continues_after_a_stop_bit_for_bit(sft, sft_config, tmp_path):
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_mixture_in_buckets_continues_after_a_stop_bit_for_bit(sft_config, pairs, tmp_path):
+    """Two datasets by weight, batches of several shapes, read ahead, for as many steps as two epochs have."""
+    task = posts_task(PostsTaskConfig(pairs=16, validation_pairs=1, seed=1))
+    write_dataset(tmp_path / "b", task.pairs, vocabulary_digest=task.vocabulary.digest, provenance=task.provenance)
+    dataset = DatasetConfig(f"{pairs}, {tmp_path / 'b'}", weights=(1.0, 1.0), batch_size=16, buckets=2, epochs=2)
+    config = dataclasses.replace(sft_config, dataset=dataset, steps=0)
+    whole = run_job(config, tmp_path / "whole")
+    assert int(whole.step) == 8
+    told = []
+
+    def stop_in_step_five(steps):
+        told.append(steps)
+        if len(told) > 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(config, tmp_path / "stopped", stop_in_step_five)
+    without_prefetch = dataclasses.replace(config, dataset=dataclasses.replace(dataset, prefetch=0))
+    assert_equal_states(run_job(without_prefetch, tmp_path / "stopped"), whole)
+
+
 def test_more_steps_go_on_from_the_last(sft_config, sft, tmp_path):
     run_job(dataclasses.replace(sft_config, steps=3), tmp_path)
     assert_equal_states(run_job(sft_config, tmp_path), sft[1])
@@ -161,7 +182,9 @@ BAD = {
         {"start": "START", "model": DecoderConfig(vocabulary_size=136)},
         "architecture is decoder",
     ),
-    "no steps": ({"steps": 0}, "steps is 0"),
+    "no steps": ({"steps": 0}, "steps is 0: it must be at least 1, or set dataset.epochs"),
+    "negative steps": ({"steps": -1}, "steps is -1"),
+    "reference log-probs": ({"reference_log_probs": "cached"}, "choose one of auto, stored, each_step"),
     "negative step": ({"start_step": -1}, "start_step is -1"),
     "mesh": ({"mesh": MeshConfig(data=3, model=5)}, "mesh data=3"),
     "sizes": ({"model": dataclasses.replace(MODEL, heads=0)}, "heads is 0"),
@@ -181,6 +204,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, sft, sft_config, tmp_pat
 BAD_DATA = {
     "order": ({"order": "sorted"}, "choose one of shuffle"),
     "length": ({"response_length": 2}, "dataset.response_length is 2"),
+    "second dataset": ({"folder": "PAIRS,nowhere"}, "nowhere is no finished dataset"),
+    "weights": ({"weights": (1.0, 2.0)}, "are 2 for 1 datasets"),
+    "buckets": ({"buckets": 0}, "buckets=0"),
+    "prefetch": ({"prefetch": -1}, "prefetch=-1"),
+    "epochs": ({"epochs": -1}, "dataset.epochs is -1"),
+    "too few epochs": ({"epochs": 1, "batch_size": 16}, "dataset.epochs=1 of 48 examples have 3 batches of 16"),
     "batch": ({"batch_size": 0}, "batch_size"),
 }
 
@@ -188,6 +217,8 @@ BAD_DATA = {
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_bad_dataset_settings(name, sft_config, tmp_path):
     changes, message = BAD_DATA[name]
+    if "folder" in changes:
+        changes = {"folder": changes["folder"].replace("PAIRS", sft_config.dataset.folder)}
     dataset = dataclasses.replace(sft_config.dataset, **changes)
     with pytest.raises(UserError, match=message):
         run_job(dataclasses.replace(sft_config, dataset=dataset), tmp_path / "run")

@@ -1,0 +1,254 @@
+"""Speed and memory of the offline source: against raw records, against the update step, and at 10 million pairs.
+
+    python benchmarks/offline_source.py                      # speed
+    python benchmarks/offline_source.py --indexed 10000000   # memory, too
+    python benchmarks/offline_source.py --indexed 10000000 --on-disk /big/disk
+
+Speed: pairs with lengths like HH's, prompts to 128 tokens and responses to 64, in batches of 32, shuffled. "raw" reads
+the same records in the same order, a batch at once, and does nothing with them; "raw, 512" reads as many together as
+the source does; "source" makes the arrays of the batch; "prefetched" makes them in a thread; "buckets" are four,
+prefetched. They take turns, so that a busy machine disturbs all alike; each row has the median over the repeats. The
+update step is that of T5 small with SimPO, which needs no reference, on all devices, in the same run.
+
+Memory: in a process of its own, synthetic lengths are put into buckets and two epochs are shuffled and cut into
+batches; with --on-disk a dataset of as many records is written there first, its lengths are read from the records, and
+batches are read. The peak is the process's own, from getrusage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from alignment_gap.data import (
+    Dataset,
+    Example,
+    Examples,
+    OfflineSource,
+    Prefetched,
+    choose_buckets,
+    close_dataset,
+    lengths_of,
+    offline_source,
+    open_dataset,
+    write_chunk,
+    write_dataset,
+)
+
+PROMPT, RESPONSE, BATCH = 128, 64, 32
+VOCABULARY = 32128
+
+
+def hh_like_lengths(count: int, seed: int = 0) -> np.ndarray:
+    """Tokens int32[count, 3] of prompt and responses: lognormal, medians 60 and 30, cut at the limits."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.lognormal(np.log([60.0, 30.0, 30.0]), [0.7, 0.8, 0.8], (count, 3))
+    return np.clip(drawn, [8, 2, 2], [PROMPT, RESPONSE, RESPONSE]).astype(np.int32)
+
+
+def examples(lengths: np.ndarray, first: int = 0) -> Iterator[Example]:
+    """Examples of these lengths, of random tokens."""
+    tokens = np.random.default_rng(first).integers(0, VOCABULARY, PROMPT + RESPONSE).astype(np.int32)
+    scores = np.array([1, 0], np.float32)
+    for number, (prompt, chosen, rejected) in enumerate(lengths.tolist(), start=first):
+        yield Example(number, tokens[:prompt], (tokens[:chosen], tokens[-rejected:]), scores)
+
+
+def source_of(dataset: Dataset, buckets: int = 1) -> OfflineSource:
+    """The source that is measured."""
+    shapes = choose_buckets(lengths_of(dataset), buckets, (PROMPT, RESPONSE))[:-1]
+    return offline_source(
+        dataset, batch_size=BATCH, seed=0, prompt_length=PROMPT, response_length=RESPONSE, buckets=shapes
+    )
+
+
+def speed(dataset: Dataset, steps: int, repeats: int) -> dict[str, float]:
+    """Pairs per second of each way to read, the median over repeats in which they take turns."""
+    source, bucketed = source_of(dataset), source_of(dataset, buckets=4)
+
+    def together(step: int) -> np.ndarray:
+        return np.concatenate([source.numbers(step + i) for i in range(16)])
+
+    found: dict[str, list[float]] = {name: [] for name in ("raw", "raw, 512", "source", "prefetched", "buckets")}
+    for repeat in range(repeats + 1):
+        at = range(repeat * steps, (repeat + 1) * steps)
+        with Prefetched(source, 4) as ahead, Prefetched(bucketed, 4) as bucketed_ahead:
+            ways: dict[str, Callable[[int], Any]] = {
+                "raw": lambda step: dataset.records(source.numbers(step).tolist()),
+                "raw, 512": lambda step: None if step % 16 else dataset.records(together(step).tolist()),
+                "source": source,
+                "prefetched": ahead,
+                "buckets": bucketed_ahead,
+            }
+            for name, way in ways.items():
+                start = time.perf_counter()
+                for step in at:
+                    way(step)
+                found[name].append(steps * BATCH / (time.perf_counter() - start))
+    return {name: statistics.median(rates[1:]) for name, rates in found.items()}
+
+
+def update_step_rate(dataset: Dataset, calls: int) -> float:
+    """Pairs per second of T5 small's update step on the source's own batches."""
+    import jax
+
+    from alignment_gap import losses
+    from alignment_gap.models import T5Config, make_policy
+    from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh
+    from alignment_gap.training import (
+        OptimizerConfig,
+        abstract_state,
+        create_state,
+        make_optimizer,
+        make_update_step,
+        policy_objective,
+    )
+
+    small = T5Config(
+        vocabulary_size=VOCABULARY,
+        width=512,
+        encoder_layers=8,
+        decoder_layers=8,
+        heads=6,
+        head_size=64,
+        mlp_width=1024,
+    )
+    mesh, policy, optimizer = make_mesh(MeshConfig()), make_policy(small), make_optimizer(OptimizerConfig())
+    abstract = abstract_state(policy.init, optimizer, mesh)
+    update_step = make_update_step(policy_objective(policy, losses.get("simpo")), optimizer, mesh, abstract)
+    state = create_state(policy.init, optimizer, mesh, jax.random.key(0))
+    source = source_of(dataset)
+    for call in range(calls + 1):
+        state, metrics = update_step(state, jax.device_put(source(call), batch_sharding(mesh)))
+        jax.block_until_ready(metrics)
+        if not call:
+            start = time.perf_counter()
+    return calls * BATCH / (time.perf_counter() - start)
+
+
+class Lengths(Examples):
+    """Examples of which only the lengths exist."""
+
+    def __init__(self, lengths: np.ndarray):
+        self._lengths, self.sizes = lengths, (len(lengths),)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens int32[N, 3]."""
+        return self._lengths
+
+
+def index(count: int, on_disk: str) -> None:
+    """Prints what it takes to index, shuffle and bucket so many pairs; runs in a process of its own."""
+    start = time.perf_counter()
+    pairs = Examples([open_dataset(on_disk)]) if on_disk else Lengths(hh_like_lengths(count))
+    shapes = choose_buckets(pairs.lengths(), 4, (PROMPT, RESPONSE))[:-1]
+    indexed = time.perf_counter()
+    source = offline_source(
+        pairs, batch_size=BATCH, seed=0, prompt_length=PROMPT, response_length=RESPONSE, buckets=shapes
+    )
+    source.numbers(0)
+    first = time.perf_counter()
+    source.numbers(len(pairs) // BATCH + 1)
+    second = time.perf_counter()
+    if on_disk:
+        for step in range(100):
+            source(step)
+    row = {
+        "pairs": len(pairs),
+        "from": "records" if on_disk else "lengths",
+        "index, s": indexed - start,
+        "first epoch, s": first - indexed,
+        "next epoch, s": second - first,
+        "padding without buckets": 1 - pairs.lengths().sum() / len(pairs) / (PROMPT + 2 * RESPONSE),
+        "padding with 4": source.padding().share,
+        "peak, GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    print(json.dumps(row))
+
+
+def write_many(folder: pathlib.Path, count: int, chunk: int = 500_000) -> None:
+    """A dataset of so many short pairs, one file after another; a file that is there is kept."""
+    for first in range(0, count, chunk):
+        if not list(folder.glob(f"pairs-{first:012}.array_record")):
+            lengths = np.maximum(hh_like_lengths(min(chunk, count - first), first) // 8, 1)
+            write_chunk(folder, f"pairs-{first:012}", examples(lengths, first))
+    if not (folder / "card.json").exists():
+        close_dataset(folder, vocabulary_digest="", provenance={"made": "for a benchmark"})
+
+
+def in_a_process(*flags: str) -> dict[str, Any]:
+    """What this script prints in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, *flags], check=True, stdout=subprocess.PIPE, text=True)
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Markdown."""
+    print("| " + " | ".join(rows[0]) + " |\n| " + " | ".join("---" for _ in rows[0]) + " |")
+    for row in rows:
+        print(
+            "| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()), "|"
+        )
+    print()
+
+
+def main() -> None:
+    """Prints a table of speeds and, where asked for, one of memory."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20_000, help="pairs of the dataset whose reading is timed")
+    parser.add_argument("--steps", type=int, default=200, help="batches in a repeat")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--update-steps", type=int, default=2, help="timed update steps; 0 for none")
+    parser.add_argument("--indexed", type=int, default=0, help="pairs that are indexed and shuffled; 0 for none")
+    parser.add_argument("--on-disk", default="", help="folder in which as many records are written and indexed")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        index(options.indexed, options.on_disk)
+        return
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(folder, examples(hh_like_lengths(options.pairs)), vocabulary_digest="", provenance={})
+        dataset = open_dataset(folder)
+        rates = speed(dataset, options.steps, options.repeats)
+        consumed = update_step_rate(dataset, options.update_steps) if options.update_steps else float("nan")
+        rows = [
+            {
+                "reading": name,
+                "pairs/s": rate,
+                "over raw": rate / rates["raw"],
+                "over raw, 512": rate / rates["raw, 512"],
+                "over the update step": rate / consumed,
+            }
+            for name, rate in rates.items()
+        ]
+        print_table(rows)
+        padding = {buckets: source_of(dataset, buckets).padding().share for buckets in (1, 2, 4, 8)}
+        print_table([{"buckets": buckets, "share of padding": share} for buckets, share in padding.items()])
+    if options.indexed:
+        rows = [in_a_process("--child", "--indexed", str(options.indexed))]
+        if options.on_disk:
+            folder = pathlib.Path(options.on_disk) / f"pairs-{options.indexed}"
+            write_many(folder, options.indexed)
+            rows.append(in_a_process("--child", "--on-disk", str(folder)))
+        print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
