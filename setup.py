@@ -32,7 +32,16 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda13]>=0.10.2"],
     "notebooks": ["jupyterlab", "nbclient", "ipykernel"],
-    "dev": ["pytest>=8", "grain>=0.2.18", "hypothesis>=6", "ruff>=0.9", "mypy>=1.15", "nbclient", "ipykernel"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3",
+        "grain>=0.2.18",
+        "hypothesis>=6",
+        "ruff>=0.9",
+        "mypy>=1.15",
+        "nbclient",
+        "ipykernel",
+    ],
 }
 
 setup(
