@@ -66,7 +66,7 @@ METRICS, CARD = "metrics.jsonl", "job.json"
 REFERENCE_LOG_PROBS = ("auto", "stored", "each_step")
 # What a resumed run may change: none of it alters the steps that were taken.
 _MESH = tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
-_MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "microbatches", "dataset.prefetch", *_MESH)
+_MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "microbatches", "dataset.epochs", "dataset.prefetch", *_MESH)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,7 @@ def run(words):
     """What a command prints; training is tiny."""
     if words[1] == "train":
         settings = SIZE | (MODEL if "--gin_file=gin/runs/sft.gin" in words else {})
+        settings = {name: value for name, value in settings.items() if f"--gin.{name}=0" not in words}
         words = [*words, *(f"--gin.{name}={value}" for name, value in settings.items())]
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), pytest.raises(SystemExit) as ended:
@@ -106,8 +107,19 @@ def test_the_datasets_are_what_the_page_says(ran):
     assert len(open_dataset(runs / "mixed")) == len(judged) + len(versus)
 
 
+def test_the_job_on_both_datasets_is_as_long_as_their_epoch(ran):
+    runs = ran[0] / "runs"
+    datasets = [runs / name / "train" for name in ("prepared", "posts")]
+    steps = sum(len(open_dataset(dataset)) for dataset in datasets) // SIZE["BATCH_SIZE"]
+    assert [path.name for path in (runs / "ipo_both" / "checkpoints").iterdir()] == [str(steps)]
+    assert [len(list(dataset.glob("reference/*/log_probs.npy"))) for dataset in datasets] == [1, 1]
+
+
 def test_the_python_of_the_page_runs(ran, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    padding, reading = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
     with contextlib.chdir(ran[0]):
-        exec(code, {})
+        exec(padding, {})
+        shares = [float(share) for share in re.findall(r": ([\d.]+)% of", capsys.readouterr().out)]
+        exec(reading, {})
+    assert len(shares) == 3 and shares[0] > shares[1] >= shares[2] > 0
     assert capsys.readouterr().out.startswith(str(len(open_dataset(ran[0] / "runs" / "mixed"))))

@@ -96,8 +96,9 @@ def test_a_mixture_in_buckets_continues_after_a_stop_bit_for_bit(sft_config, pai
         if len(told) > 5:
             raise KeyboardInterrupt
 
+    longer = dataclasses.replace(config, dataset=dataclasses.replace(dataset, epochs=3))
     with pytest.raises(KeyboardInterrupt):
-        run_job(config, tmp_path / "stopped", stop_in_step_five)
+        run_job(longer, tmp_path / "stopped", stop_in_step_five)
     without_prefetch = dataclasses.replace(config, dataset=dataclasses.replace(dataset, prefetch=0))
     assert_equal_states(run_job(without_prefetch, tmp_path / "stopped"), whole)
 
