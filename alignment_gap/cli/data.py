@@ -1,4 +1,4 @@
-"""Prepare datasets, make new ones from them, show what they are.
+"""Prepare datasets, make new ones from them, score them with a reference policy, show what they are.
 
 alignment-gap data vocabulary --source=pairs.jsonl.gz --size=32000 --output=own.model
 alignment-gap data prepare --source=pairs.jsonl.gz --vocabulary=own.model --output=prepared
@@ -7,6 +7,7 @@ alignment-gap data shuffle --input=prepared/train --output=shuffled --window=320
 alignment-gap data mix --inputs=a,b --weights=0.7,0.3 --output=mixed
 alignment-gap data relabel --input=prepared/train --preference_model=runs/golden --output=relabelled
 alignment-gap data generate --prompts=prepared/train --policies=runs/a,runs/b --preference_model=runs/golden --output=ab
+alignment-gap data reference --dataset=prepared/train --checkpoint=runs/sft
 
 A command that was stopped goes on from its finished parts. alignment-gap data COMMAND --help tells a command's flags.
 """
@@ -37,6 +38,7 @@ SUBCOMMANDS = {
     "mix": "data_derive:mix",
     "relabel": "data_derive:relabel",
     "generate": "data_derive:generate",
+    "reference": "data_derive:reference",
 }
 
 

@@ -1,9 +1,11 @@
-"""The sub-commands of `alignment-gap data` that make a dataset from others: shuffle, mix, relabel, generate."""
+"""The sub-commands of `alignment-gap data` that work on datasets: shuffle, mix, relabel, generate, reference."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +145,55 @@ def generate(arguments: list[str]) -> None:
 
     card = write_derived(output, len(numbers), make, made_by="generate", inputs={"prompts": dataset}, facts=facts)
     _say(output, card)
+
+
+def reference(arguments: list[str]) -> None:
+    """Compute the log-probs of a job's datasets under its reference policy ahead of it, and store them beside each.
+
+    A job with REFERENCE_LOG_PROBS stored or auto uses them where it has the same datasets, reference, lengths, buckets,
+    dtype and attention.
+    """
+
+    def define(values: flags.FlagValues) -> None:
+        text, number = definers(values)
+        flags.DEFINE_list("dataset", [], "The job's dataset, or all of its datasets.", flag_values=values)
+        text("checkpoint", "", "Folder of the reference policy: a run, or a checkpoint.")
+        number("buckets", 1, "Shapes that batches are padded to at most, as in the job.")
+        number("prompt_length", 0, "Tokens that prompts are padded to, as in the job; 0 for the longest.")
+        number("response_length", 0, "Tokens that responses are padded to, as in the job; 0 for the longest.")
+        text("dtype", "", "float32 or bfloat16, as in the job's model; the checkpoint's own where empty.")
+        text("attention", "", "xla, cudnn or splash, as in the job's model; the checkpoint's own where empty.")
+        _define_device_flags(values)
+
+    values = parse(arguments, define, reference.__doc__)
+    if values is None:
+        return
+    require(values, "dataset")
+    checkpoint = require(values, "checkpoint")
+    _use_cache(values)
+
+    from tqdm import tqdm
+
+    from alignment_gap.models import make_policy
+    from alignment_gap.training.checkpoints import load_policy
+    from alignment_gap.training.offline import DatasetConfig, batch_shapes, open_datasets
+    from alignment_gap.training.reference import store_reference
+
+    lengths: dict[str, Any] = {name: values[name].value for name in ("buckets", "prompt_length", "response_length")}
+    config = DatasetConfig(",".join(values.dataset), **lengths)
+    examples = open_datasets(config)
+    shapes = batch_shapes(config, examples)
+    mesh = _mesh(values)
+    policy, params = _load(load_policy, checkpoint, examples.datasets[0], mesh)
+    changes = {name: values[name].value for name in ("dtype", "attention") if values[name].value}
+    policy = make_policy(dataclasses.replace(policy.config, **changes))
+    every = 0.5 if sys.stderr.isatty() else 30.0
+    with tqdm(total=len(examples), desc="scoring", unit=" examples", mininterval=every) as bar:
+        for dataset in examples.datasets:
+            settings: dict[str, Any] = {"batch_size": values.batch_size, "buckets": shapes, "progress": bar.update}
+            store_reference(dataset, policy, params, mesh, **settings)
+    for dataset in examples.datasets:
+        print(f"{dataset.folder}: log-probs of {len(dataset):,} examples under {checkpoint}")
 
 
 def _draws(

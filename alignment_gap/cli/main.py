@@ -14,7 +14,7 @@ from alignment_gap.errors import UserError
 COMMANDS = {
     "study": "run the controlled study, or what is left of it, and write its report",
     "train": "train one policy offline from gin files",
-    "data": "prepare datasets, make new ones from them, show what they are",
+    "data": "prepare datasets, make new ones from them, score them, show what they are",
     "plan": "tell whether a job fits a TPU slice and how fast it is at best, without a TPU",
     "losses": "list the losses",
     "checkpoint": "checkpoints of other libraries in and out, and what a checkpoint holds",

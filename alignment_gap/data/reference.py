@@ -4,7 +4,7 @@
       reference/KEY/
         log_probs.npy        float32, every token of every response, one example after another
         reference.json       what they are of, and the SHA-256 of the values; complete with it
-        progress.json        batches that are done, until then
+        progress.json        batches that are done and their size, until then
 
 KEY is the start of the digest of what they are of: the dataset, the checkpoint, the lengths and the precision.
 """
@@ -51,17 +51,20 @@ class ReferenceWriter:
     """Stores log-probs batch by batch; all but the last minute of what was written before a kill is kept.
 
     Attributes:
-      done: batches that are stored; the caller goes on with the next one.
+      done: batches of this size that are stored; the caller goes on with the next one.
     """
 
-    def __init__(self, dataset: Dataset, identity: Mapping[str, Any]):
+    def __init__(self, dataset: Dataset, identity: Mapping[str, Any], batch_size: int):
         self._folder, self._identity = reference_folder(dataset, identity), dict(identity)
+        self._batch_size = batch_size
         self._lengths = lengths_of(dataset)[:, 1:]
         self._starts = _starts(self._lengths)
         self._folder.mkdir(parents=True, exist_ok=True)
         path, progress = self._folder / VALUES, self._folder / PROGRESS
         size = (int(self._lengths.sum()),)
-        self.done: int = json.loads(progress.read_text())["batches"] if progress.exists() and path.exists() else 0
+        before = json.loads(progress.read_text()) if progress.exists() and path.exists() else {}
+        # Which examples a batch has depends on its size.
+        self.done: int = before["batches"] if before.get("batch_size") == batch_size else 0
         self._values = np.lib.format.open_memmap(path, "r+" if self.done else "w+", np.float32, size)
         with path.open("r+b") as file:  # A full disk is told now, by an OSError, and not by a signal when it is full.
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -78,7 +81,7 @@ class ReferenceWriter:
     def _save(self) -> None:
         """Makes sure that all batches so far are on the disk."""
         self._values.flush()
-        write_json(self._folder / PROGRESS, {"batches": self.done})
+        write_json(self._folder / PROGRESS, {"batches": self.done, "batch_size": self._batch_size})
         self._saved = time.monotonic()
 
     def close(self) -> None:

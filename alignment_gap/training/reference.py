@@ -20,11 +20,15 @@ from alignment_gap.data.buckets import Bucket
 from alignment_gap.data.prefetch import Prefetched
 from alignment_gap.data.records import Dataset
 from alignment_gap.data.reference import ReferenceLogProbs, ReferenceWriter, open_reference, reference_folder
-from alignment_gap.data.source import OfflineSource, offline_source
+from alignment_gap.data.source import offline_source
 from alignment_gap.folders import locked
 from alignment_gap.models import Policy
-from alignment_gap.sharding import LogicalMesh, host_rows, is_first_process, on_first_process, put_batch
+from alignment_gap.sharding import LogicalMesh, host_rows, is_first_process, on_first_process
 from alignment_gap.training.loop import make_score
+from alignment_gap.training.offline import DatasetConfig, on_devices
+
+# Fields of a model's config that change how gradients are computed and how layers are compiled, not what they compute.
+_OF_TRAINING = ("remat", "scan_unroll")
 
 
 def reference_identity(dataset: Dataset, policy: Policy, params: Any, buckets: Sequence[Bucket]) -> dict[str, Any]:
@@ -32,7 +36,7 @@ def reference_identity(dataset: Dataset, policy: Policy, params: Any, buckets: S
     return {
         "dataset": dataset.card.digest,
         "checkpoint": params_digest(params),
-        "model": to_dict(policy.config),
+        "model": {name: value for name, value in to_dict(policy.config).items() if name not in _OF_TRAINING},
         "lengths": [list(bucket) for bucket in buckets],
         "precision": {"compute": policy.config.dtype, "matmul": jax.config.values["jax_default_matmul_precision"]},
     }
@@ -50,7 +54,7 @@ def store_reference(
 ) -> ReferenceLogProbs:
     """The dataset's log-probs under the policy: those that are stored, or else computed and stored now.
 
-    What an earlier call had computed before it was killed is kept; all but the last minute of it.
+    What an earlier call with the same batch size had computed before it was killed is kept; all but its last minute.
 
     Args:
       dataset: what is scored.
@@ -62,7 +66,8 @@ def store_reference(
       progress: is told how many examples are newly done.
 
     Raises:
-      UserError: what is stored is of another version of the dataset or was changed.
+      UserError: what is stored is of another version of the dataset or was changed, or a token id is outside of the
+        policy's vocabulary.
     """
     identity = reference_identity(dataset, policy, params, buckets)
     if stored := open_reference(dataset, identity):
@@ -76,15 +81,16 @@ def store_reference(
         buckets=buckets[:-1],
         rows=host_rows(mesh, batch_size).tolist(),
     )
+    settings = DatasetConfig(str(dataset.folder), batch_size=batch_size)
+    placed = on_devices(batches, settings, mesh, policy.config.vocabulary_size)
     with contextlib.ExitStack() as stack:
         folder = reference_folder(dataset, identity)
         on_first_process(lambda: stack.enter_context(locked(folder)))
-        writer = ReferenceWriter(dataset, identity) if is_first_process() else None
+        writer = ReferenceWriter(dataset, identity, batch_size) if is_first_process() else None
         done = int(multihost_utils.broadcast_one_to_all(np.int32(writer.done if writer else 0)))
         progress(min(done * batch_size, len(dataset)))
-        for step, log_probs in _scored(
-            batches, make_score(policy, mesh), params, mesh, range(done, -(-len(dataset) // batch_size))
-        ):
+        steps = range(done, -(-len(dataset) // batch_size))
+        for step, log_probs in _scored(placed, make_score(policy, mesh), params, steps):
             if writer:
                 writer.write(batches.numbers(step), log_probs)
             progress(min(batch_size, len(dataset) - step * batch_size))
@@ -95,15 +101,10 @@ def store_reference(
 
 
 def _scored(
-    batches: OfflineSource, score: Callable[..., Array], params: Any, mesh: LogicalMesh, steps: range
+    batches: Callable[[int], PreferenceBatch], score: Callable[..., Array], params: Any, steps: range
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Each step and the log-probs [B, K, R] of its whole batch."""
-
-    def on_device(step: int) -> PreferenceBatch:
-        placed: PreferenceBatch = put_batch(batches(step), mesh, batches.batch_size)
-        return placed
-
-    with Prefetched(on_device, 2, last=steps.stop) as ahead:
+    with Prefetched(batches, 2, last=steps.stop) as ahead:
         for step in steps:
             batch = ahead(step)
             scored = score(params, batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths)

@@ -39,6 +39,11 @@ BAD = {
     "model": (["relabel", "--input=PAIRS", "--output=x", "--preference_model=nowhere"], "nowhere"),
     "batch": (["relabel", "--input=PAIRS", "--output=x", "--preference_model=x", "--batch_size=3"], "--batch_size=3"),
     "policies": (["generate", "--prompts=PAIRS", "--output=x", "--policies=a,b,c"], "--policies has 3 folders"),
+    "no dataset to score": (["reference", "--checkpoint=x"], "--dataset is not set"),
+    "no checkpoint": (["reference", "--dataset=PAIRS"], "--checkpoint is not set"),
+    "checkpoint": (["reference", "--dataset=PAIRS", "--checkpoint=nowhere"], "nowhere has no complete checkpoint"),
+    "length": (["reference", "--dataset=PAIRS", "--checkpoint=x", "--prompt_length=2"], "prompt_length is 2"),
+    "buckets": (["reference", "--dataset=PAIRS", "--checkpoint=x", "--buckets=0"], "buckets=0 is out of range"),
 }
 
 

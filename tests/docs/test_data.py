@@ -112,6 +112,7 @@ def test_the_job_on_both_datasets_is_as_long_as_their_epoch(ran):
     datasets = [runs / name / "train" for name in ("prepared", "posts")]
     steps = sum(len(open_dataset(dataset)) for dataset in datasets) // SIZE["BATCH_SIZE"]
     assert [path.name for path in (runs / "ipo_both" / "checkpoints").iterdir()] == [str(steps)]
+    # The job looked for what `data reference` had stored: under another digest it would have made its own.
     assert [len(list(dataset.glob("reference/*/log_probs.npy"))) for dataset in datasets] == [1, 1]
 
 

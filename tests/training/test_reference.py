@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from functools import partial
 
 import jax
@@ -11,13 +12,16 @@ import pytest
 from random_examples import make_random_examples
 from tiny_models import EVEN_CONFIGS, MESHES, random_params, texts
 
+from alignment_gap.cli.main import main
 from alignment_gap.data import PostsTaskConfig, collate, lengths_of, open_dataset, posts_task, write_dataset
 from alignment_gap.data import reference as storage
 from alignment_gap.errors import UserError
 from alignment_gap.models import T5Config, make_policy, score
 from alignment_gap.sharding import make_mesh, shardings_of
 from alignment_gap.training import OptimizerConfig
+from alignment_gap.training.checkpoints import load_policy
 from alignment_gap.training.job import DatasetConfig, JobConfig, LossConfig, run_job
+from alignment_gap.training.offline import batch_shapes, open_datasets
 from alignment_gap.training.reference import params_digest, reference_identity, store_reference
 
 MODEL = T5Config(vocabulary_size=136, width=16, encoder_layers=1, decoder_layers=1, heads=2, head_size=8, mlp_width=16)
@@ -204,3 +208,37 @@ def test_a_job_trains_the_same_with_stored_log_probs(runs):
     for way in ("stored", "auto"):
         jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(states[w]) for w in (way, "each_step")))
         assert losses[way] == losses["each_step"]
+
+
+def test_the_command_stores_what_a_job_of_its_settings_looks_for(runs, mesh, monkeypatch, capsys):
+    """A job in bfloat16 with two buckets; its rematerialisation and batch size do not count."""
+    root, config = runs
+    words = [f"--dataset={config.dataset.folder}", f"--checkpoint={root / 'sft'}", "--buckets=2", "--dtype=bfloat16"]
+    monkeypatch.setattr(sys, "argv", ["alignment-gap", "data", "reference", *words, "--compilation_cache="])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1][:26] for line in said] == ["log-probs of 32 examples u", "log-probs of 16 examples u"]
+    job = make_policy(dataclasses.replace(MODEL, dtype="bfloat16", remat="full"))
+    params = load_policy(root / "sft", mesh)[1]
+    settings = dataclasses.replace(config.dataset, buckets=2)
+    examples = open_datasets(settings)
+    for dataset in examples.datasets:
+        identity = reference_identity(dataset, job, params, batch_shapes(settings, examples))
+        assert storage.open_reference(dataset, identity) is not None
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(dataset, params, mesh):
+    small = make_policy(dataclasses.replace(EVEN_CONFIGS["t5"], vocabulary_size=50))
+    with pytest.raises(UserError, match=r"has the token id \d+ but the model has vocabulary_size=50"):
+        store(dataset, small, params, mesh)
+
+
+def test_batches_of_another_size_are_not_gone_on_with(dataset, monkeypatch):
+    """Batch 1 of 16 holds other examples than batch 1 of 8."""
+    monkeypatch.setattr(storage, "SAVE_EVERY", 0.0)
+    identity = {"dataset": dataset.card.digest}
+    storage.ReferenceWriter(dataset, identity, 8).write(np.arange(8), np.zeros((8, 2, 5), np.float32))
+    assert storage.ReferenceWriter(dataset, identity, 8).done == 1
+    assert storage.ReferenceWriter(dataset, identity, 16).done == 0
