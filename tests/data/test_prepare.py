@@ -136,16 +136,16 @@ if __name__ == "__main__":
 
 def test_other_settings_are_refused_and_what_was_refused_may_be_dropped(config, tmp_path):
     lines = pathlib.Path(config.source.location).read_text().splitlines()
-    lines[60] = json.dumps({"prompt": "w1", "chosen": "w2", "rejected": "w2"})
+    lines[60] = json.dumps({"prompt": " ".join(["w1"] * 9), "chosen": "w1", "rejected": "w2"})
     pathlib.Path(config.source.location).write_text("\n".join(lines))
     strict = dataclasses.replace(config, limits=dataclasses.replace(LIMITS, long_prompts="refuse", prompt_length=8))
     output = tmp_path / "out"
-    with pytest.raises(UserError, match=r"pairs.jsonl:61: identical pair: .*bad_pairs=\"drop\""):
+    with pytest.raises(UserError, match=r"pairs.jsonl:61: long prompt \(\d+ tokens, over prompt_length=8\)"):
         prepare(strict, output, say=quiet)
-    mended = dataclasses.replace(strict, source=dataclasses.replace(config.source, bad_pairs="drop"))
+    mended = dataclasses.replace(strict, limits=dataclasses.replace(strict.limits, long_prompts="drop"))
     with pytest.raises(UserError, match=r"seed was 0, now 3\): give another folder"):
         prepare(dataclasses.replace(mended, seed=3), output, say=quiet)
-    assert prepare(mended, output, say=quiet)["train"].provenance["dropped"]["identical pair"] == 1
+    assert prepare(mended, output, say=quiet)["train"].provenance["dropped"]["long prompt"] == 1
     prepare(mended, tmp_path / "fresh", say=quiet)
     assert tree(output) == tree(tmp_path / "fresh")
     with pytest.raises(UserError, match=r"source_sha256 was \w+, now \w+"):
