@@ -56,20 +56,40 @@ class JsonLines:
         return self._index[0]
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """The records of lines [start, stop), counted from 0; a gzip file is decompressed from its beginning.
+        """The records of lines [start, stop), counted from 0.
+
+        A gzip file can be entered at its beginning only; a range behind the last one that was read goes on from there.
 
         Raises:
           UserError: the file is missing, empty or damaged, or a line is not a JSON object.
         """
-        entry = 0
-        if start >= _STRIDE and self.path.suffix != ".gz":
-            entry = min(start // _STRIDE, len(self._index[1]) - 1)
-        lines = _lines(self.path, entry * _STRIDE, self._index[1][entry] if entry else 0)
-        skipped = start - entry * _STRIDE
-        for number, line in itertools.islice(lines, skipped, None if stop is None else stop - entry * _STRIDE):
+        entered, lines = self._enter(start)
+        for number, line in itertools.islice(lines, start - entered, None if stop is None else stop - entered):
             if line.strip():
                 where = f"{self.path}:{number}"
                 yield Record(where, _parse(line, where), self.split)
+        if self._zipped and stop is not None:
+            self._left[:] = [(stop, lines)]
+
+    def _enter(self, start: int) -> tuple[int, Iterator[tuple[int, bytes]]]:
+        """A line at or before `start`, and the lines from there on."""
+        if self._zipped:
+            return self._left.pop() if self._left and self._left[0][0] <= start else (0, _lines(self.path))
+        entry = min(start // _STRIDE, len(self._index[1]) - 1) if start >= _STRIDE else 0
+        return entry * _STRIDE, _lines(self.path, entry * _STRIDE, self._index[1][entry] if entry else 0)
+
+    @property
+    def _zipped(self) -> bool:
+        return self.path.suffix == ".gz"
+
+    @functools.cached_property
+    def _left(self) -> list[tuple[int, Iterator[tuple[int, bytes]]]]:
+        """Where the last range of a gzip file ended, and the lines from there on."""
+        return []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process can use: not the file that is open here."""
+        return {name: value for name, value in self.__dict__.items() if name != "_left"}
 
 
 def _lines(path: pathlib.Path, number: int = 0, position: int = 0) -> Iterator[tuple[int, bytes]]:

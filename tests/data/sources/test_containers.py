@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import json
 import pickle
@@ -43,6 +44,28 @@ def test_a_range_far_into_a_file_starts_there(tmp_path):
         read = list(records.read(start, stop))
         assert [record.values["n"] for record in read] == list(range(start, stop or 10_000))
         assert read[0].where.endswith(f":{start + 1}")
+
+
+def test_a_gzip_file_is_opened_once_for_ranges_in_their_order(write, tmp_path, monkeypatch):
+    records = open_records(write(tmp_path, "jsonl.gz", [{"n": n} for n in range(20)]))
+    assert len(records) == 20
+    opened = []
+    monkeypatch.setattr(gzip, "open", lambda *arguments, real=gzip.open: opened.append(1) or real(*arguments))
+
+    def numbers(*bounds):
+        return [value["n"] for value in values(records, *bounds)]
+
+    # Some ranges are another process's.
+    for start in (0, 3, 9, 12, 18):
+        assert numbers(start, start + 3) == list(range(start, min(start + 3, 20)))
+    assert len(opened) == 1
+    # One that lies before, two at a time, one that is left before its end: each from the beginning.
+    assert numbers(2, 5) == [2, 3, 4]
+    two = zip(records.read(5, 8), records.read(5, 8), strict=True)
+    assert [(a.values["n"], b.values["n"]) for a, b in two] == [(5, 5), (6, 6), (7, 7)]
+    next(iter(records.read(8, 20)))
+    assert numbers(8, 10) == [8, 9]
+    assert [record.values["n"] for record in pickle.loads(pickle.dumps(records)).read(10, 12)] == [10, 11]
 
 
 def test_a_folder_of_shards_and_several_locations_are_read_in_order(write, tmp_path):
