@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import flags
 
+from alignment_gap.cli.parsing import parse_flags
 from alignment_gap.errors import UserError
 
 
@@ -95,12 +96,7 @@ def _parsed(make: Callable[..., flags.FlagValues], arguments: list[str], needed:
     if "--help" in arguments or "-h" in arguments:
         print(__doc__, values.get_help(), sep="\n")
         raise SystemExit(0)
-    try:
-        rest = values(arguments)
-    except flags.Error as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: flags are written --flag=value")
+    parse_flags(values, arguments)
     missing = [name for name in needed if not values[name].value]
     if missing:
         raise UserError(f"{arguments[0]} needs --{missing[0]}")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from alignment_gap.cli.parsing import parse_flags
 from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
@@ -115,12 +116,7 @@ def parse(
     if "--help" in arguments or "-h" in arguments:
         print(help_text, values.get_help(), sep="\n")
         return None
-    try:
-        rest = values(arguments)[1:]
-    except flags.Error as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
-    if len(rest) > positional:
-        raise UserError(f"unexpected argument {rest[positional]!r}: flags are written --flag=value")
+    rest = parse_flags(values, arguments, positional=positional)
     if rest:
         values["folder"].value = rest[0]
     return values

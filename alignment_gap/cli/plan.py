@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from alignment_gap.cli.parsing import parse_flags
 from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         print(__doc__, values.get_help(), sep="\n")
         return
-    _parse(values, arguments)
+    parse_flags(values, arguments)
     # This process only counts; those that compile have devices of their own, and a TPU library looks for none here.
     os.environ["JAX_PLATFORMS"] = "cpu"
     config = read_config(values)
@@ -143,12 +143,3 @@ def _mesh(values: flags.FlagValues) -> Any:
         raise UserError(f"layout {values.layout!r} is unknown: {hint}")
     axes = (values.data_axis, values.fsdp_axis, values.model_axis)
     return MeshConfig(*axes, layout=values.layout, slices=values.slices)
-
-
-def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    try:
-        rest = values(arguments)
-    except flags.Error as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: flags are written --flag=value")

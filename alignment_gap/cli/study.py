@@ -14,10 +14,13 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from alignment_gap.cli.parsing import parse_flags
 from alignment_gap.configuration import flatten, from_dict
 from alignment_gap.errors import UserError
 
 OVERRIDE = "--config."
+# What running a config file, or setting one of its keys, may raise.
+CONFIG_ERRORS = (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError)
 
 
 def main(arguments: list[str]) -> None:
@@ -66,7 +69,7 @@ def parse(arguments: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
     """Flags and settings; the config's own keys are known before its overrides are read, to name the nearest."""
     without = [argument for argument in arguments if not argument.startswith(OVERRIDE)]
     values, config = make_flags(without)
-    _parse(values, without)
+    parse_flags(values, without, also=CONFIG_ERRORS)
     path = values["config"].value and config_flags.get_config_filename(values["config"])
     if not path:
         raise UserError("no --config: give a study's config file, such as --config=configs/study/tiny.py")
@@ -79,14 +82,5 @@ def parse(arguments: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
             near = get_close_matches(key, keys, n=1, cutoff=0.4)
             raise UserError(f"unknown setting --config.{key}: did you mean --config.{near[0] if near else keys[0]}?")
     values, config = make_flags(arguments)
-    _parse(values, arguments)
+    parse_flags(values, arguments, also=CONFIG_ERRORS)
     return values, config.value.to_dict()
-
-
-def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    try:
-        rest = values(arguments)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: flags are written --flag=value")

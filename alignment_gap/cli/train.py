@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from alignment_gap.cli.parsing import parse_flags
 from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> None:
         print(__doc__, values.get_help(), sep="\n")
         return
     overrides = [argument.removeprefix(OVERRIDE) for argument in arguments if argument.startswith(OVERRIDE)]
-    _parse(values, [argument for argument in arguments if not argument.startswith(OVERRIDE)])
+    parse_flags(values, [argument for argument in arguments if not argument.startswith(OVERRIDE)])
     config = read_config(values.gin_file, overrides, values.gin_search_paths)
 
     import jax
@@ -189,12 +190,3 @@ def _one_line(error: Exception) -> str:
         return str(error).splitlines()[0]
     message = error.msg if isinstance(error, SyntaxError) and error.msg else str(error)
     return " ".join(line.strip() for line in message.strip().splitlines()[:3])
-
-
-def _parse(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    try:
-        rest = values(arguments)
-    except flags.Error as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: flags are written --flag=value")

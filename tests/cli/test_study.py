@@ -53,7 +53,7 @@ def test_a_wrong_flag_or_setting_is_one_line(arguments, message):
         (["study", TINY, "--config.arms.losses=('dpoo',)"], "did you mean 'dpo'"),
         (["study", HH], "task.source.location is not set"),
         (["study", TINY, "--config.mesh.model=3", "--config.mesh.data=1"], "mesh data=1, fsdp=1, model=3 takes"),
-        (["study", TINY, "--config.policy.dtype=int8"], "dtype is 'int8': choose float32 or bfloat16"),
+        (["study", TINY, "--config.policy.dtype=int8"], "dtype is 'int8': choose one of float32, bfloat16"),
     ],
 )
 def test_the_command_ends_with_status_2_and_one_line(arguments, message, monkeypatch, capsys, tmp_path):
