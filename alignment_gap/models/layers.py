@@ -11,8 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from alignment_gap.models.stack import PRODUCT
 from alignment_gap.sharding import constrain
 
 KeysValues = tuple[Array, Array]
@@ -47,16 +49,14 @@ class RMSNorm(nn.Module):
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def product(
-    x: Array, kernel: Array, dimensions: Any, precision: Any = None, preferred_element_type: Any = None
-) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: Array, kernel: Array, dimensions: Any, precision: Any = None) -> Array:
     """`jax.lax.dot_general` of the last axes of `x` with the first of `kernel`, for `projection`.
 
     Its own gradient differs in one thing: the kernel's is x^T g, never (g^T x)^T. On a CPU the left factor is copied
     into its transpose, and x is shared by projections and at hand, while g is made on the way, at ten times the cost.
     """
-    return jax.lax.dot_general(x, kernel, dimensions, precision, preferred_element_type)
+    return jax.lax.dot_general(x, kernel, dimensions, precision)
 
 
 def _product_forward(x: Array, kernel: Array, *static: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -64,7 +64,7 @@ def _product_forward(x: Array, kernel: Array, *static: Any) -> tuple[Array, tupl
 
 
 def _product_backward(
-    dimensions: Any, precision: Any, preferred_element_type: Any, residuals: tuple[Array, Array], gradient: Array
+    dimensions: Any, precision: Any, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     x, kernel = residuals
     rows, inputs = x.ndim - len(dimensions[0][0]), len(dimensions[0][1])
@@ -77,6 +77,11 @@ def _product_backward(
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+def _named_product(x: Array, kernel: Array, dimensions: Any, precision: Any) -> Array:
+    """The product under a name by which remat knows it: it does not see what is inside of a gradient's own rule."""
+    return checkpoint_name(product(x, kernel, dimensions, precision), PRODUCT)
 
 
 def projection(
@@ -103,7 +108,7 @@ def projection(
         features,
         axis=tuple(range(-inputs, 0)),
         use_bias=bias,
-        dot_general=product,
+        dot_general=_named_product,
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(initializer, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[inputs:]),

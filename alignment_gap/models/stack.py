@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 from alignment_gap.sharding import constrain
 
 Carry = TypeVar("Carry")
+# The name of a projection's output, which remat "dots" keeps.
+PRODUCT = "product"
 
 
 def init_stack(init: Callable[[Array], Any], key: Array, depth: int) -> Any:
@@ -80,5 +82,8 @@ def constrain_stream(x: Float[Array, "B *K T D"]) -> Float[Array, "B *K T D"]:
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
 }

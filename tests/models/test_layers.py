@@ -1,5 +1,6 @@
 """Layers against plain statements of what they compute."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_models import attention, relative_bucket
+from tiny_models import CONFIGS, make_batch
 
+from alignment_gap.models import make_policy, response_hidden
 from alignment_gap.models.layers import (
     RMSNorm,
     Segment,
@@ -19,6 +22,7 @@ from alignment_gap.models.layers import (
     projection,
     relative_position_bucket,
 )
+from alignment_gap.sharding import unbox
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -150,3 +154,21 @@ def test_a_projection_and_its_gradients_are_those_of_the_matrix_product(features
 
     for got, expected in zip(*(jax.tree.leaves(jax.grad(f, (0, 1))(params, x)) for f in (ours, plain)), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_remat_keeps_projections_where_it_is_told_to(architecture):
+    """By the products in the program of the gradient: attention's are computed again with "dots", all with "full"."""
+    products = {}
+    for remat in ("none", "dots", "full"):
+        policy = make_policy(dataclasses.replace(CONFIGS[architecture], remat=remat))
+        batch = make_batch(2)
+        arrays = batch.prompts, batch.prompt_lengths, batch.responses
+
+        def total(params, policy=policy, arrays=arrays):
+            return response_hidden(policy, params, *arrays).sum()
+
+        params = unbox(jax.eval_shape(policy.init, jax.random.key(0)))
+        products[remat] = str(jax.make_jaxpr(jax.grad(total))(params)).count("dot_general[")
+    assert products["none"] < products["dots"] < products["full"]
+    # A layer's sums need no output of their last products: T5 has two of 18, the decoder, prompt and response, 4 of 14.
+    assert products["full"] - products["dots"] == {"t5": 16, "decoder": 10}[architecture]
