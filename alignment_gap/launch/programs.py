@@ -192,7 +192,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
     except Exception as error:
         first = str(error).splitlines()[0]
-        if "libtpu" in str(error).lower() or isinstance(error, ModuleNotFoundError):
+        if "libtpu" in str(error).lower() or "not installed" in str(error) or isinstance(error, ModuleNotFoundError):
             raise UserError("libtpu compiles for TPUs and is not installed: pip install alignment-gap[tpu]") from error
         raise UserError(f"topology {topology.name}: {first}") from error
 
