@@ -106,7 +106,8 @@ def open_checkpoint(path: Path, step: int | None = None) -> Stored:
 def write_checkpoint(run: Path, step: int, network: Network, tensors: Mapping[str, Tensor]) -> Path:
     """Writes parameters as the checkpoint of a step, which `Checkpoints` restores; it appears when it is complete.
 
-    Memory holds one tensor at a time, of a stacked one a layer. What is not float32 becomes it, as parameters are.
+    Tensors are read one at a time, of a stacked one a layer; what the libraries buffer comes to that. What is not
+    float32 becomes it, as parameters are.
 
     Args:
       run: the folder that will have checkpoints/.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from alignment_gap.cli.data import definers, parse, require
+from alignment_gap.cli.parsing import define_compilation_cache, use_compilation_cache
 from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def relabel(arguments: list[str]) -> None:
         return
     (dataset,) = _open(values, "input")
     output, model = Path(require(values, "output")), require(values, "preference_model")
-    _use_cache(values)
+    use_compilation_cache(values)
 
     from alignment_gap.data.derive import write_derived
     from alignment_gap.evaluation.datasets import Batching, label
@@ -124,7 +124,7 @@ def generate(arguments: list[str]) -> None:
     if len(values.policies) not in (1, 2):
         raise UserError(f"--policies has {len(values.policies)} folders: give one policy, or two with a comma between")
     output = Path(require(values, "output"))
-    _use_cache(values)
+    use_compilation_cache(values)
 
     from alignment_gap.data.derive import distinct_prompts, write_derived
     from alignment_gap.evaluation.datasets import Batching, label, sample_examples
@@ -170,11 +170,10 @@ def reference(arguments: list[str]) -> None:
         return
     require(values, "dataset")
     checkpoint = require(values, "checkpoint")
-    _use_cache(values)
-
-    from tqdm import tqdm
+    use_compilation_cache(values)
 
     from alignment_gap.models import make_policy
+    from alignment_gap.progress import progress_bar
     from alignment_gap.training.checkpoints import load_policy
     from alignment_gap.training.offline import DatasetConfig, batch_shapes, open_datasets
     from alignment_gap.training.reference import store_reference
@@ -187,8 +186,7 @@ def reference(arguments: list[str]) -> None:
     policy, params = _load(load_policy, checkpoint, examples.datasets[0], mesh)
     changes = {name: values[name].value for name in ("dtype", "attention") if values[name].value}
     policy = make_policy(dataclasses.replace(policy.config, **changes))
-    every = 0.5 if sys.stderr.isatty() else 30.0
-    with tqdm(total=len(examples), desc="scoring", unit=" examples", mininterval=every) as bar:
+    with progress_bar(len(examples), "scoring", " examples") as bar:
         for dataset in examples.datasets:
             settings: dict[str, Any] = {"batch_size": values.batch_size, "buckets": shapes, "progress": bar.update}
             store_reference(dataset, policy, params, mesh, **settings)
@@ -277,7 +275,7 @@ def _define_device_flags(values: flags.FlagValues) -> None:
     text, number = definers(values)
     number("batch_size", 64, "Prompts at a time, over all devices.")
     text("layout", "data", "How a model is laid over the devices: data, fsdp, tensor, ...")
-    text("compilation_cache", ".cache/jax", "Folder that keeps compiled functions; empty for none.")
+    define_compilation_cache(values)
 
 
 def _mesh(values: flags.FlagValues) -> LogicalMesh:
@@ -290,16 +288,6 @@ def _mesh(values: flags.FlagValues) -> LogicalMesh:
             "splits a batch into"
         )
     return mesh
-
-
-def _use_cache(values: flags.FlagValues) -> None:
-    import os
-
-    import jax
-
-    if values.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.abspath(values.compilation_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _say(output: Path, card: Card) -> None:

@@ -1,7 +1,8 @@
-"""Reading a command's flags."""
+"""Reading a command's flags, and the flag of all that compile."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from absl import flags
@@ -35,3 +36,19 @@ def parse_flags(
     if len(rest) > positional:
         raise UserError(f"unexpected argument {rest[positional]!r}: flags are written --flag=value")
     return rest
+
+
+def define_compilation_cache(values: flags.FlagValues) -> None:
+    """Adds --compilation_cache."""
+    flags.DEFINE_string(
+        "compilation_cache", ".cache/jax", "Folder that keeps compiled functions; empty for none.", flag_values=values
+    )
+
+
+def use_compilation_cache(values: flags.FlagValues) -> None:
+    """Has jax keep compiled functions where --compilation_cache says."""
+    import jax
+
+    if values.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.abspath(values.compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

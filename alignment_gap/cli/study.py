@@ -5,7 +5,6 @@ alignment-gap study --config=configs/study/tiny.py --config.seeds=3 --workdir=ru
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from alignment_gap.cli.parsing import parse_flags
+from alignment_gap.cli.parsing import define_compilation_cache, parse_flags, use_compilation_cache
 from alignment_gap.configuration import flatten, from_dict
 from alignment_gap.errors import UserError
 
@@ -30,14 +29,10 @@ def main(arguments: list[str]) -> None:
         return
     values, settings = parse(arguments)
 
-    import jax
-
     from alignment_gap.study.config import StudyConfig
     from alignment_gap.study.run import run_sizes, run_study
 
-    if values.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.abspath(values.compilation_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    use_compilation_cache(values)
     study = from_dict(StudyConfig, settings)
     run = run_sizes if study.sizes else run_study
     run(study, Path(values.workdir), update=values.update)
@@ -59,9 +54,7 @@ def make_flags(arguments: Sequence[str] = ()) -> tuple[flags.FlagValues, Any]:
     flags.DEFINE_boolean(
         "update", False, "Allow the folder of another config; redo only what the change affects.", flag_values=values
     )
-    flags.DEFINE_string(
-        "compilation_cache", ".cache/jax", "Folder that keeps compiled functions; empty for none.", flag_values=values
-    )
+    define_compilation_cache(values)
     return values, config
 
 

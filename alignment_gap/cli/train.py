@@ -16,7 +16,6 @@ import importlib
 import logging
 import os
 import re
-import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from alignment_gap.cli.parsing import parse_flags
+from alignment_gap.cli.parsing import define_compilation_cache, parse_flags, use_compilation_cache
 from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,21 +49,15 @@ def main(arguments: list[str]) -> None:
     parse_flags(values, [argument for argument in arguments if not argument.startswith(OVERRIDE)])
     config = read_config(values.gin_file, overrides, values.gin_search_paths)
 
-    import jax
-    from tqdm import tqdm
-
     from alignment_gap.checkpoints import CHECKPOINTS
+    from alignment_gap.progress import progress_bar
     from alignment_gap.sharding import initialize, is_first_process
     from alignment_gap.training.job import run_job
 
-    if values.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.abspath(values.compilation_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    use_compilation_cache(values)
     initialize(values.coordinator, values.processes, values.process)
-    workdir, every, silent = Path(values.workdir), 0.5 if sys.stderr.isatty() else 30.0, not is_first_process()
-    with tqdm(
-        total=config.steps or None, desc=workdir.name, mininterval=every, maxinterval=max(every, 10.0), disable=silent
-    ) as bar:
+    workdir, silent = Path(values.workdir), not is_first_process()
+    with progress_bar(config.steps or None, workdir.name, silent=silent) as bar:
         run_job(config, workdir, bar.update)
     if not silent:
         print(f"checkpoints: {workdir / CHECKPOINTS}")
@@ -76,9 +69,7 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times.", flag_values=values)
     flags.DEFINE_list("gin_search_paths", [], "Folders in which gin files are looked for.", flag_values=values)
     flags.DEFINE_string("workdir", "runs/train", "Folder of the job; one that was stopped goes on.", flag_values=values)
-    flags.DEFINE_string(
-        "compilation_cache", ".cache/jax", "Folder that keeps compiled functions; empty for none.", flag_values=values
-    )
+    define_compilation_cache(values)
     _process_flags(values)
     return values
 

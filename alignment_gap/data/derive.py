@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from alignment_gap.data.collation import Examples
 from alignment_gap.data.order import Order, draws_of
@@ -25,6 +23,7 @@ from alignment_gap.data.records import (
     write_chunk,
 )
 from alignment_gap.folders import claim, locked
+from alignment_gap.progress import progress_bar
 
 SETTINGS = "settings.json"
 # Examples of a record file.
@@ -61,8 +60,7 @@ def write_derived(
         claim(output / SETTINGS, settings, remedy="give another folder, these settings, or remove it")
         if (output / CARD).exists():
             return open_dataset(output).card
-        every = 0.5 if sys.stderr.isatty() else 30.0
-        with tqdm(total=count, desc=made_by, unit=" examples", mininterval=every, maxinterval=max(every, 10.0)) as bar:
+        with progress_bar(count, made_by, " examples") as bar:
             for number, start in enumerate(range(0, count, part)):
                 name, stop = f"part-{number:05d}", min(start + part, count)
                 if not chunk_path(output, name).exists():

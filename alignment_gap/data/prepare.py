@@ -27,14 +27,12 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from alignment_gap import __version__
 from alignment_gap.configuration import flatten, to_dict
@@ -56,6 +54,7 @@ from alignment_gap.data.sources import (
 from alignment_gap.data.vocabulary import Vocabulary, load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.folders import claim, locked, write_bytes, write_json
+from alignment_gap.progress import progress_bar
 
 TRAIN, VALIDATION = "train", "validation"
 PREVIEW, PICTURE, SETTINGS = "preview.txt", "lengths.png", "settings.json"
@@ -230,7 +229,7 @@ def _survey(work: _Work, run: _Run) -> None:
     if path.exists():
         return
     found = []
-    with _bar("reading", len(work.source)) as bar:
+    with progress_bar(len(work.source), "reading", " records") as bar:
         for part, one in enumerate(run(_survey_part, range(work.parts))):
             found.append(one)
             bar.update(work.size(part))
@@ -273,7 +272,7 @@ def _pair_numbers(work: _Work, part: int, count: int) -> np.ndarray:
 
 def _write_parts(work: _Work, run: _Run) -> None:
     missing = [part for part in range(work.parts) if not _known(work, part).exists()]
-    with _bar("tokenising", len(work.source)) as bar:
+    with progress_bar(len(work.source), "tokenising", " records") as bar:
         bar.update(len(work.source) - sum(map(work.size, missing)))
         for part, _ in zip(missing, run(_write_part, missing), strict=True):
             bar.update(work.size(part))
@@ -424,9 +423,3 @@ def _start(work: _Work) -> None:
 
 def _call(function: Callable[[_Work, int], Result], part: int) -> Result:
     return function(_work, part)
-
-
-def _bar(title: str, records: int) -> tqdm:
-    # Without a terminal a line now and then is enough.
-    every = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=records, desc=title, unit=" records", mininterval=every, maxinterval=max(every, 10.0))

@@ -7,18 +7,17 @@ import importlib.metadata
 import json
 import math
 import platform
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.folders import claim, locked, write_json
 from alignment_gap.models import sizes
+from alignment_gap.progress import progress_bar
 from alignment_gap.sharding import make_mesh
 from alignment_gap.study import artefacts
 from alignment_gap.study.analysis import CheckpointResult
@@ -112,9 +111,7 @@ def run_stages(stages: Sequence[artefacts.Stage], root: Path, say: Callable[[str
         if stage.folder(root).exists():
             say(f"{title}: finished before")
             continue
-        # Without a terminal a line now and then is enough.
-        every = 0.5 if sys.stderr.isatty() else 30.0
-        with tqdm(total=stage.units, desc=title, mininterval=every, maxinterval=max(every, 10.0)) as bar:
+        with progress_bar(stage.units, title) as bar:
             artefacts.make(stage, root, bar.update)
 
 
