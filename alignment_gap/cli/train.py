@@ -86,7 +86,10 @@ def _process_flags(values: flags.FlagValues) -> None:
         ("processes", "JAX_NUM_PROCESSES", 1, "How many processes run together."),
         ("process", "JAX_PROCESS_ID", 0, "Number of this process, from 0."),
     ):
-        flags.DEFINE_integer(name, int(os.environ.get(variable, default)), meaning, flag_values=values)
+        value = os.environ.get(variable, str(default))
+        if not value.isdecimal():
+            raise UserError(f"{variable} is {value!r} in the environment: set it to a number, or unset it")
+        flags.DEFINE_integer(name, int(value), meaning, flag_values=values)
 
 
 def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str] = ()) -> JobConfig:

@@ -88,7 +88,7 @@ def recomputed_flops(config: ModelConfig, lengths: Lengths) -> float:
     """What the backward pass computes again: by the config's remat, and the logits that are never all kept."""
     forward = forward_flops(config, lengths)
     again = {"none": 0.0, "dots": forward.attention, "full": forward.products + forward.attention}
-    return again.get(config.remat, forward.products + forward.attention) + forward.logits
+    return again[config.remat] + forward.logits
 
 
 def scores_flops(config: ModelConfig, lengths: Lengths) -> float:
