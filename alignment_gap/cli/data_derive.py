@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from alignment_gap.cli.data import definers, parse, require
-from alignment_gap.cli.parsing import define_compilation_cache, use_compilation_cache
+from alignment_gap.cli.parsing import (
+    define_compilation_cache,
+    define_processes,
+    join_processes,
+    refuse_processes,
+    use_compilation_cache,
+)
 from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,6 +88,7 @@ def relabel(arguments: list[str]) -> None:
     values = parse(arguments, define, relabel.__doc__)
     if values is None:
         return
+    refuse_processes("data relabel")
     (dataset,) = _open(values, "input")
     output, model = Path(require(values, "output")), require(values, "preference_model")
     use_compilation_cache(values)
@@ -120,6 +127,7 @@ def generate(arguments: list[str]) -> None:
     values = parse(arguments, define, generate.__doc__)
     if values is None:
         return
+    refuse_processes("data generate")
     (dataset,) = _open(values, "prompts")
     if len(values.policies) not in (1, 2):
         raise UserError(f"--policies has {len(values.policies)} folders: give one policy, or two with a comma between")
@@ -164,6 +172,7 @@ def reference(arguments: list[str]) -> None:
         text("dtype", "", "float32 or bfloat16, as in the job's model; the checkpoint's own where empty.")
         text("attention", "", "xla, cudnn or splash, as in the job's model; the checkpoint's own where empty.")
         _define_device_flags(values)
+        define_processes(values)
 
     values = parse(arguments, define, reference.__doc__)
     if values is None:
@@ -171,27 +180,30 @@ def reference(arguments: list[str]) -> None:
     require(values, "dataset")
     checkpoint = require(values, "checkpoint")
     use_compilation_cache(values)
+    join_processes(values)
 
     from alignment_gap.models import make_policy
     from alignment_gap.progress import progress_bar
+    from alignment_gap.sharding import is_first_process, on_every_process
     from alignment_gap.training.checkpoints import load_policy
     from alignment_gap.training.offline import DatasetConfig, batch_shapes, open_datasets
     from alignment_gap.training.reference import store_reference
 
     lengths: dict[str, Any] = {name: values[name].value for name in ("buckets", "prompt_length", "response_length")}
     config = DatasetConfig(",".join(values.dataset), **lengths)
-    examples = open_datasets(config)
+    examples = on_every_process(lambda: open_datasets(config))
     shapes = batch_shapes(config, examples)
     mesh = _mesh(values)
     policy, params = _load(load_policy, checkpoint, examples.datasets[0], mesh)
     changes = {name: values[name].value for name in ("dtype", "attention") if values[name].value}
     policy = make_policy(dataclasses.replace(policy.config, **changes))
-    with progress_bar(len(examples), "scoring", " examples") as bar:
+    with progress_bar(len(examples), "scoring", " examples", silent=not is_first_process()) as bar:
         for dataset in examples.datasets:
             settings: dict[str, Any] = {"batch_size": values.batch_size, "buckets": shapes, "progress": bar.update}
             store_reference(dataset, policy, params, mesh, **settings)
-    for dataset in examples.datasets:
-        print(f"{dataset.folder}: log-probs of {len(dataset):,} examples under {checkpoint}")
+    if is_first_process():
+        for dataset in examples.datasets:
+            print(f"{dataset.folder}: log-probs of {len(dataset):,} examples under {checkpoint}")
 
 
 def _draws(
@@ -241,9 +253,13 @@ def _labeller(folder: str, dataset: Dataset, mesh: LogicalMesh) -> tuple[Labelle
 
 def _load(load: Callable[..., Any], folder: str, dataset: Dataset, mesh: LogicalMesh) -> Any:
     from alignment_gap.checkpoints import check_vocabulary, find_checkpoint, known_network
+    from alignment_gap.sharding import on_every_process
 
-    network = known_network(find_checkpoint(Path(folder), None))
-    check_vocabulary(network, dataset.card.vocabulary_digest, folder, str(dataset.folder))
+    def check() -> None:
+        network = known_network(find_checkpoint(Path(folder), None))
+        check_vocabulary(network, dataset.card.vocabulary_digest, folder, str(dataset.folder))
+
+    on_every_process(check)
     return load(Path(folder), mesh)
 
 

@@ -1,4 +1,4 @@
-"""Reading a command's flags, and the flag of all that compile."""
+"""Reading a command's flags, and the flags of all that compile or run in several processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from alignment_gap.errors import UserError
+
+_PROCESSES = "JAX_NUM_PROCESSES"
 
 
 def parse_flags(
@@ -52,3 +54,41 @@ def use_compilation_cache(values: flags.FlagValues) -> None:
     if values.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(values.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def define_processes(values: flags.FlagValues) -> None:
+    """Adds --coordinator, --processes and --process, which the environment may say in JAX's own variables."""
+    flags.DEFINE_string(
+        "coordinator",
+        os.environ.get("JAX_COORDINATOR_ADDRESS", ""),
+        "HOST:PORT of process 0 of a run of several processes; auto finds it on TPU pods and Slurm.",
+        flag_values=values,
+    )
+    for name, variable, default, meaning in (
+        ("processes", _PROCESSES, 1, "How many processes run together."),
+        ("process", "JAX_PROCESS_ID", 0, "Number of this process, from 0."),
+    ):
+        flags.DEFINE_integer(name, _from_environment(variable, default), meaning, flag_values=values)
+
+
+def join_processes(values: flags.FlagValues) -> None:
+    """Joins this process to the others of the flags; before anything asks jax for its devices."""
+    from alignment_gap.sharding import initialize
+
+    initialize(values.coordinator, values.processes, values.process)
+
+
+def refuse_processes(command: str) -> None:
+    """Raises UserError where the environment says that a command that runs in one process is one of several."""
+    if (count := _from_environment(_PROCESSES, 1)) > 1:
+        raise UserError(
+            f"{_PROCESSES} is {count} in the environment, but {command} runs in one process: start it once, with "
+            f"{_PROCESSES} unset"
+        )
+
+
+def _from_environment(variable: str, default: int) -> int:
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise UserError(f"{variable} is {value!r} in the environment: set it to a number, or unset it")
+    return int(value)

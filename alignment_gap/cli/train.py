@@ -24,7 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from alignment_gap.cli.parsing import define_compilation_cache, parse_flags, use_compilation_cache
+from alignment_gap.cli.parsing import (
+    define_compilation_cache,
+    define_processes,
+    join_processes,
+    parse_flags,
+    use_compilation_cache,
+)
 from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,11 +57,11 @@ def main(arguments: list[str]) -> None:
 
     from alignment_gap.checkpoints import CHECKPOINTS
     from alignment_gap.progress import progress_bar
-    from alignment_gap.sharding import initialize, is_first_process
+    from alignment_gap.sharding import is_first_process
     from alignment_gap.training.job import run_job
 
     use_compilation_cache(values)
-    initialize(values.coordinator, values.processes, values.process)
+    join_processes(values)
     workdir, silent = Path(values.workdir), not is_first_process()
     with progress_bar(config.steps or None, workdir.name, silent=silent) as bar:
         run_job(config, workdir, bar.update)
@@ -70,26 +76,8 @@ def make_flags() -> flags.FlagValues:
     flags.DEFINE_list("gin_search_paths", [], "Folders in which gin files are looked for.", flag_values=values)
     flags.DEFINE_string("workdir", "runs/train", "Folder of the job; one that was stopped goes on.", flag_values=values)
     define_compilation_cache(values)
-    _process_flags(values)
+    define_processes(values)
     return values
-
-
-def _process_flags(values: flags.FlagValues) -> None:
-    """Where the processes of a run meet; the environment may say it in JAX's own variables."""
-    flags.DEFINE_string(
-        "coordinator",
-        os.environ.get("JAX_COORDINATOR_ADDRESS", ""),
-        "HOST:PORT of process 0 of a run of several processes; auto finds it on TPU pods and Slurm.",
-        flag_values=values,
-    )
-    for name, variable, default, meaning in (
-        ("processes", "JAX_NUM_PROCESSES", 1, "How many processes run together."),
-        ("process", "JAX_PROCESS_ID", 0, "Number of this process, from 0."),
-    ):
-        value = os.environ.get(variable, str(default))
-        if not value.isdecimal():
-            raise UserError(f"{variable} is {value!r} in the environment: set it to a number, or unset it")
-        flags.DEFINE_integer(name, int(value), meaning, flag_values=values)
 
 
 def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str] = ()) -> JobConfig:

@@ -11,7 +11,14 @@ from alignment_gap.sharding.layout import (
     within,
 )
 from alignment_gap.sharding.mesh import LogicalMesh, MeshConfig, check_batch_size, make_mesh
-from alignment_gap.sharding.processes import host_rows, initialize, is_first_process, on_first_process, put_batch
+from alignment_gap.sharding.processes import (
+    host_rows,
+    initialize,
+    is_first_process,
+    on_every_process,
+    on_first_process,
+    put_batch,
+)
 from alignment_gap.sharding.rules import AXES, LAYOUTS, SEQUENCE, STANDARD, Layout, Rules
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "initialize",
     "is_first_process",
     "make_mesh",
+    "on_every_process",
     "on_first_process",
     "partition_spec",
     "put_batch",

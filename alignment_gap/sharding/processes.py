@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ from jax.experimental import multihost_utils
 from alignment_gap.errors import UserError
 from alignment_gap.sharding.layout import batch_sharding
 from alignment_gap.sharding.mesh import LogicalMesh
+
+Result = TypeVar("Result")
 
 # Bytes of an error's line that the other processes get to know.
 _LINE = 2048
@@ -83,19 +85,35 @@ def is_first_process() -> bool:
 
 
 def on_first_process(function: Callable[[], None]) -> None:
-    """Calls the function in the first process while the others wait; all raise the UserError that it raises."""
-    message = ""
-    if is_first_process():
-        try:
-            function()
-        except UserError as error:
-            message = str(error)
-            if jax.process_count() == 1:
-                raise
-    if jax.process_count() > 1:
-        line = np.zeros(_LINE, np.uint8)
-        encoded = np.frombuffer(message.encode()[:_LINE], np.uint8)
-        line[: len(encoded)] = encoded
-        message = multihost_utils.broadcast_one_to_all(line).tobytes().rstrip(b"\0").decode(errors="ignore")
-        if message:
-            raise UserError(message)
+    """Calls the function in the first process while the others wait; where it raises, all raise."""
+    on_every_process(lambda: function() if is_first_process() else None)
+
+
+def on_every_process(function: Callable[[], Result]) -> Result:
+    """What the function gives in this process, once it has returned in all of them; where it raises in one, all raise.
+
+    For what a process does alone and may find another state of, such as reading files: without this one process would
+    end and the others wait for it.
+
+    Raises:
+      UserError: the line of the first process where it raised, which is named; what it raised in this one, if it did.
+    """
+    try:
+        result = function()
+    except Exception as error:
+        _first_line(f"process {jax.process_index()}: {str(error) or type(error).__name__}".splitlines()[0])
+        raise
+    if line := _first_line(""):
+        raise UserError(line)
+    return result
+
+
+def _first_line(line: str) -> str:
+    """Of the lines that all processes give, the first that is not empty."""
+    if jax.process_count() == 1:
+        return line
+    own = np.zeros(_LINE, np.uint8)
+    encoded = np.frombuffer(line.encode()[:_LINE], np.uint8)
+    own[: len(encoded)] = encoded
+    lines = [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(own)]
+    return next(filter(None, lines), "")

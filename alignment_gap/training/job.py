@@ -44,7 +44,14 @@ from alignment_gap.errors import UserError
 from alignment_gap.folders import claim, locked
 from alignment_gap.models import DecoderConfig, ModelConfig, Policy, T5Config
 from alignment_gap.models.preference import KINDS
-from alignment_gap.sharding import LogicalMesh, MeshConfig, check_batch_size, make_mesh, on_first_process
+from alignment_gap.sharding import (
+    LogicalMesh,
+    MeshConfig,
+    check_batch_size,
+    make_mesh,
+    on_every_process,
+    on_first_process,
+)
 from alignment_gap.training.checkpoints import Checkpoints
 from alignment_gap.training.loop import Source, make_score, train, with_reference
 from alignment_gap.training.offline import (
@@ -144,7 +151,7 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
     _check_settings(config)
     model = _model(config)
     config = dataclasses.replace(config, model=model)
-    examples = open_datasets(config.dataset)
+    examples = on_every_process(lambda: open_datasets(config.dataset))
     dataset = examples.datasets[0]  # All of them agree in vocabulary, responses a prompt and fields.
     network = _network(config, model, dataset)
     mesh, policy = make_mesh(config.mesh), network.policy()

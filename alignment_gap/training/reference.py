@@ -23,7 +23,7 @@ from alignment_gap.data.reference import ReferenceLogProbs, ReferenceWriter, ope
 from alignment_gap.data.source import offline_source
 from alignment_gap.folders import locked
 from alignment_gap.models import Policy
-from alignment_gap.sharding import LogicalMesh, host_rows, is_first_process, on_first_process
+from alignment_gap.sharding import LogicalMesh, host_rows, is_first_process, on_every_process, on_first_process
 from alignment_gap.training.loop import make_score
 from alignment_gap.training.offline import DatasetConfig, on_devices
 
@@ -70,7 +70,7 @@ def store_reference(
         policy's vocabulary.
     """
     identity = reference_identity(dataset, policy, params, buckets)
-    if stored := open_reference(dataset, identity):
+    if stored := on_every_process(lambda: open_reference(dataset, identity)):
         return stored
     batches = offline_source(
         dataset,
@@ -86,7 +86,9 @@ def store_reference(
     with contextlib.ExitStack() as stack:
         folder = reference_folder(dataset, identity)
         on_first_process(lambda: stack.enter_context(locked(folder)))
-        writer = ReferenceWriter(dataset, identity, batch_size) if is_first_process() else None
+        writer = on_every_process(
+            lambda: ReferenceWriter(dataset, identity, batch_size) if is_first_process() else None
+        )
         done = int(multihost_utils.broadcast_one_to_all(np.int32(writer.done if writer else 0)))
         progress(min(done * batch_size, len(dataset)))
         steps = range(done, -(-len(dataset) // batch_size))

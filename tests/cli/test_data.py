@@ -60,6 +60,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, pairs, monkeypatch, caps
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("words", [["relabel", "--input=x"], ["generate", "--prompts=x"]])
+def test_what_runs_in_one_process_says_so_where_the_environment_has_several(words, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setattr(sys, "argv", ["alignment-gap", "data", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    expected = f"error: JAX_NUM_PROCESSES is 2 in the environment, but data {words[0]} runs in one process: "
+    assert capsys.readouterr().err.startswith(expected)
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["prepare", "--help"], ["generate", "-h"]])
 def test_help(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["alignment-gap", "data", *words])

@@ -19,6 +19,7 @@ from alignment_gap.sharding import (
     constrain,
     host_rows,
     make_mesh,
+    on_every_process,
     on_first_process,
     partition_spec,
     put_batch,
@@ -199,9 +200,14 @@ def test_batches_that_a_mesh_does_not_divide_are_refused():
         check_batch_size("batch_size", 8, 4, 4)
 
 
+def refuse():
+    raise UserError("refused")
+
+
 def test_a_single_process_is_the_first():
     done = []
     on_first_process(lambda: done.append(1))
-    assert done == [1]
-    with pytest.raises(UserError, match="refused"):
-        on_first_process(lambda: (_ for _ in ()).throw(UserError("refused")))
+    assert done == [1] and on_every_process(lambda: 2) == 2
+    for call in (on_first_process, on_every_process):
+        with pytest.raises(UserError, match="^refused$"):
+            call(refuse)
