@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -16,6 +17,14 @@ from alignment_gap.errors import UserError
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON under a temporary name, then renames: readers see the old file or the new, never half of one."""
     write_bytes(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path, *, remedy: str) -> Any:
+    """What `write_json` wrote; raises UserError with the remedy where it is JSON no longer."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): {remedy}") from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -40,9 +49,15 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process; raises UserError where another one works in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    """Holds the folder for this process; raises UserError where another one works in it, or it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"cannot write in {folder} ({error.strerror}): give a folder that can be written") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -60,11 +75,11 @@ def claim(path: Path, settings: Mapping[str, Any], *, remedy: str, may_change: C
       may_change: settings that do not alter what is there.
 
     Raises:
-      UserError: where the folder holds something of other settings, naming what differs.
+      UserError: where the folder holds something of other settings, naming what differs, or settings nobody can read.
     """
     settings = json.loads(json.dumps(settings))
     if path.exists():
-        found = json.loads(path.read_text())
+        found = read_json(path, remedy=remedy)
         differences = [
             f"{key} was {found.get(key, 'absent')}, now {settings.get(key, 'absent')}"
             for key in sorted(found.keys() | settings.keys())

@@ -25,6 +25,19 @@ def test_a_folder_is_claimed_again_by_the_same_settings_only(tmp_path):
     assert json.loads(path.read_text()) == {"sizes": [1, 2], "steps": 2}
 
 
+def test_settings_that_are_no_json_are_named(tmp_path):
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(UserError, match=r"settings\.json is not JSON .*: go$"):
+        claim(tmp_path / "settings.json", {}, remedy="go")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "in", "Not a directory")):
+        with pytest.raises(UserError, match=rf"cannot write in {folder} \({reason}\): give a folder"), locked(folder):
+            pass
+
+
 def test_one_process_at_a_time(tmp_path):
     with locked(tmp_path), pytest.raises(UserError, match="in use by another run"), locked(tmp_path):
         pass

@@ -77,13 +77,17 @@ def prepare(arguments: list[str]) -> None:
     settings = {name: value for name, value in of(PrepareConfig).items() if name != "source"}
     config = PrepareConfig(source, limits=Limits(**of(Limits)), **settings)  # type: ignore[arg-type]
     output = Path(require(values, "output"))
+    if values.processes < 0:
+        raise UserError(f"--processes={values.processes} is out of range: give so many, or 0 for one on each core")
     cards = run(config, output, processes=values.processes or len(os.sched_getaffinity(0)))
     for split, card in sorted(cards.items()):
         print(f"{output / split}: {card.count:,} examples")
         for name in ("prompt", "response"):
             print(f"  {name}s: {lengths_text(card.lengths[name])} tokens")
-    dropped = next(iter(cards.values())).provenance["dropped"]
-    print("dropped:", ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "none")
+    about = next(iter(cards.values())).provenance
+    print("dropped:", ", ".join(f"{count:,} {reason}" for reason, count in about["dropped"].items()) or "none")
+    if about["cut_prompts"]:
+        print(f"cut to their last tokens: {about['cut_prompts']:,} prompts")
     print(f"preview: {output / PREVIEW}")
 
 

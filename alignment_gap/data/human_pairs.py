@@ -105,7 +105,5 @@ class _PromptNumbers:
 
 
 def _nothing_left(dropped: Mapping[str, int]) -> str:
-    if not dropped:
-        return "no line holds a pair: give a file with a pair on each line"
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
     return f"none of {sum(dropped.values())} pairs is left ({reasons}): raise the lengths or give other pairs"

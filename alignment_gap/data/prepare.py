@@ -53,7 +53,7 @@ from alignment_gap.data.sources import (
 )
 from alignment_gap.data.vocabulary import Vocabulary, load_vocabulary
 from alignment_gap.errors import UserError
-from alignment_gap.folders import claim, locked, write_bytes, write_json
+from alignment_gap.folders import claim, locked, read_json, write_bytes, write_json
 from alignment_gap.progress import progress_bar
 
 TRAIN, VALIDATION = "train", "validation"
@@ -191,6 +191,7 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
     What refused nothing so far may drop or cut from now on, for no finished part is affected. Where no part is finished
     there is nothing to keep, and any settings will do.
     """
+    remedy = "give another folder, these settings, or remove it"
     may_change: list[str] = []
     parts = path.parent / _PARTS
     if path.exists():
@@ -199,12 +200,12 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
             parts.mkdir()
             path.unlink()
         else:
-            may_change = [key for key, value in json.loads(path.read_text()).items() if value == "refuse"]
+            may_change = [key for key, value in read_json(path, remedy=remedy).items() if value == "refuse"]
     else:
         if any((path.parent / split).exists() for split in (TRAIN, VALIDATION)):
             raise UserError(f"{path.parent} holds {TRAIN} or {VALIDATION} of something else: give another folder")
         parts.mkdir(exist_ok=True)
-    claim(path, settings, remedy="give another folder, these settings, or remove it", may_change=may_change)
+    claim(path, settings, remedy=remedy, may_change=may_change)
 
 
 class _PartSurvey(NamedTuple):
@@ -360,8 +361,11 @@ def _finish(work: _Work, digests: dict[str, str], say: Callable[[str], None]) ->
 
 
 def _nothing_left(records: int, dropped: Mapping[str, int]) -> str:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "all are for validation"
-    return f"no pair of {records} records is left for training ({reasons}): raise the lengths or mend the source"
+    reasons = [f"{count} {reason}" for reason, count in dropped.items()]
+    if held := records - sum(dropped.values()):
+        reasons.append(f"{held} for validation or blank")
+    shown = ", ".join(reasons)
+    return f"no pair of {records} records is left for training ({shown}): raise the lengths or mend the source"
 
 
 def _command(config: PrepareConfig) -> str:

@@ -26,6 +26,10 @@ BAD = {
     "flag": (["prepare", "--sourc=x"], "Unknown command line flag 'sourc'"),
     "number": (["prepare", "--prompt_length=many"], "--prompt_length=many"),
     "choice": (["prepare", "--source=x", "--vocabulary=bytes", "--output=x", "--ties=toss"], "ties='toss' is unknown"),
+    "processes": (
+        ["prepare", "--source=x", "--vocabulary=bytes", "--output=x", "--processes=-1"],
+        "--processes=-1 is out of range",
+    ),
     "argument": (["prepare", "x"], "unexpected argument 'x'"),
     "no folder": (["show"], "--folder is not set"),
     "no dataset": (["show", "nowhere"], "nowhere is no finished dataset"),

@@ -88,31 +88,33 @@ def test_a_malformed_line_is_always_refused_with_file_and_line(tmp_path, line, m
     assert "\n" not in str(error.value)
 
 
+BOTH = "fields 'chosen' and 'rejected'"
 BAD_PAIRS = [
-    (pair("hello", "yes", " yes "), "identical pair"),
-    (pair(" ", "yes", "no"), "empty prompt"),
-    (pair("hello", "yes", " "), "empty response"),
-    (pair("hello", "", "no"), "empty response"),
-    ({"chosen": dialogue("hello", "yes"), "rejected": dialogue("what", "no")}, "prompts differ"),
-    ({"chosen": dialogue("hello", "yes"), "rejected": dialogue("hello", "no\n\nAssistant: no")}, "prompts differ"),
-    ({"chosen": "yes", "rejected": "no"}, "no prompt"),
-    (pair("hello", "yes", "purple"), "text that the vocabulary cannot express"),
+    (pair("hello", "yes", " yes "), "identical pair", BOTH),
+    (pair("hello", "yes  no", "yes no"), "identical pair", BOTH),
+    (pair(" ", "yes", "no"), "empty prompt", "field 'chosen'"),
+    (pair("hello", "yes", " "), "empty response", "field 'rejected'"),
+    (pair("hello", "", "no"), "empty response", "field 'chosen'"),
+    ({"chosen": dialogue("hello", "yes"), "rejected": dialogue("what", "no")}, "prompts differ", BOTH),
+    (
+        {"chosen": dialogue("hello", "yes"), "rejected": dialogue("hello", "no\n\nAssistant: no")},
+        "prompts differ",
+        BOTH,
+    ),
+    ({"chosen": dialogue("hello", "yes"), "rejected": "no"}, "no prompt", "field 'rejected'"),
+    (pair("hello", "yes", "purple"), "text that the vocabulary cannot express", "field 'rejected'"),
+    (pair("purple", "yes", "no"), "text that the vocabulary cannot express", "field 'chosen'"),
 ]
 
 
-@pytest.mark.parametrize("line, reason", BAD_PAIRS)
-def test_a_bad_pair_is_refused_or_dropped_and_counted(tmp_path, line, reason):
+@pytest.mark.parametrize("line, reason, fields", BAD_PAIRS)
+def test_a_bad_pair_is_refused_or_dropped_and_counted(tmp_path, line, reason, fields):
     path = write_lines(tmp_path / "a.jsonl", GOOD, line, line, GOOD)
-    with pytest.raises(UserError, match=rf'a\.jsonl:2: {reason}: .*, or set bad_pairs="drop"$') as error:
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: {reason} \({fields}\): .*, or set --bad_pairs=drop$") as error:
         read(path)
     assert "\n" not in str(error.value)
     result = read(path, bad_pairs="drop")
     assert len(result.examples) == 2 and result.dropped == {reason: 2}
-
-
-def test_responses_that_differ_in_blanks_only_are_identical_in_tokens(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", pair("hello", "yes  no", "yes no"), GOOD)
-    assert read(path, bad_pairs="drop").dropped == {"identical pair": 1}
 
 
 def test_long_pairs_are_dropped_and_counted_or_refused_never_cut(tmp_path):
@@ -123,9 +125,11 @@ def test_long_pairs_are_dropped_and_counted_or_refused_never_cut(tmp_path):
     assert result.dropped == {"long prompt": 1, "long response": 2}
     (example,) = result.examples
     assert len(example.prompt) == 12 and len(example.responses[1]) == 6
-    with pytest.raises(UserError, match=r"a\.jsonl:2: long prompt \(13 tokens, over prompt_length=12\): raise"):
+    with pytest.raises(UserError, match=r":2: long prompt \(13 tokens in the field 'chosen', over .*=12\): raise"):
         read(path, long_prompts="refuse")
-    with pytest.raises(UserError, match=r":3: long response \(7 tokens, over .*6\).*or set long_responses=\"drop\""):
+    with pytest.raises(
+        UserError, match=r":3: long response \(7 tokens in the field 'rejected', .*or set --long_res.*=drop"
+    ):
         read(path, long_responses="refuse", prompt_length=13)
 
 
@@ -139,7 +143,7 @@ def test_limit_keeps_the_first_pairs_and_reads_no_further(tmp_path):
     [
         ("a.jsonl", b"", "is empty: give a file"),
         ("a.jsonl.gz", gzip.compress(b""), "is empty: give a file"),
-        ("a.jsonl", b"\n\n", "no line holds a pair"),
+        ("a.jsonl", b"\n\n", "holds no record: give a file"),
         ("a.jsonl.gz", b"plain text", "damaged gzip data after line 0"),
         ("a.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 50)[:-12], "damaged gzip data"),
     ],

@@ -105,6 +105,9 @@ def test_processes_do_not_change_a_byte_and_a_finished_folder_is_left_alone(conf
     lines = []
     cards = prepare(config, tmp_path / "one", say=lines.append)
     assert lines == [f"{tmp_path / 'one'}: finished before"]
+    (tmp_path / "two" / "settings.json").write_text("{")
+    with pytest.raises(UserError, match=r"settings\.json is not JSON .*: give another folder, .* or remove it"):
+        prepare(config, tmp_path / "two", say=quiet)
     assert tree(tmp_path / "one") == one and cards["train"].count == json.loads(one["train/card.json"])["count"]
 
 
@@ -140,7 +143,9 @@ def test_other_settings_are_refused_and_what_was_refused_may_be_dropped(config, 
     pathlib.Path(config.source.location).write_text("\n".join(lines))
     strict = dataclasses.replace(config, limits=dataclasses.replace(LIMITS, long_prompts="refuse", prompt_length=8))
     output = tmp_path / "out"
-    with pytest.raises(UserError, match=r"pairs.jsonl:61: long prompt \(\d+ tokens, over prompt_length=8\)"):
+    with pytest.raises(
+        UserError, match=r"pairs.jsonl:61: long prompt \(\d+ tokens in the field 'prompt', over prompt_length=8\)"
+    ):
         prepare(strict, output, say=quiet)
     mended = dataclasses.replace(strict, limits=dataclasses.replace(strict.limits, long_prompts="drop"))
     with pytest.raises(UserError, match=r"seed was 0, now 3\): give another folder"):
@@ -171,7 +176,7 @@ def test_a_refusal_in_a_later_part_keeps_the_finished_ones(config, tmp_path):
     long = json.dumps({"prompt": "w1 w2 w3 w4 w5 w6 w7", "chosen": "w1", "rejected": "w2"})
     pathlib.Path(config.source.location).write_text("\n".join([*short[:40], long, *short[40:]]))
     strict = dataclasses.replace(config, limits=dataclasses.replace(LIMITS, long_prompts="refuse"))
-    with pytest.raises(UserError, match=r"pairs.jsonl:41: long prompt \(\d tokens, over prompt_length=6\)"):
+    with pytest.raises(UserError, match=r"pairs.jsonl:41: long prompt \(7 tokens in the field 'prompt', over .*=6\)"):
         prepare(strict, tmp_path / "out", say=quiet)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.array_record")}
     assert kept
@@ -234,6 +239,7 @@ def test_the_preview_shows_boundaries_and_special_ids(config, tmp_path):
         ({"records_per_file": 0}, "records_per_file=0 is out of range"),
         ({"limits": Limits(0, 5)}, "prompt_length=0 is out of range"),
         ({"limits": Limits(1, 1)}, r"no pair of 120 records is left for training \(\d+ long"),
+        ({"limits": Limits(8, 6), "validation": 1 - 1e-12}, r"is left for training \(120 for validation or blank\)"),
     ],
 )
 def test_what_cannot_be_prepared_is_one_line(config, tmp_path, change, message):

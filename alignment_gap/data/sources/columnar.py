@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from alignment_gap.data.sources.pair import Record
@@ -56,7 +57,8 @@ class Parquet:
             with _reading(self.path, first):
                 batch = next(batches)
                 low, high = max(start - first, 0), min(stop - first, len(batch))
-                rows = batch.slice(low, high - low).to_pylist() if low < high else []
+                part = batch.slice(low, high - low) if low < high else batch[:0]
+                rows = _decoded(part.to_pylist, part, self.path, first + low)
             for number, row in enumerate(rows, start=first + low + 1):
                 yield Record(f"{self.path}:{number}", row, self.split)
             first += len(batch)
@@ -99,7 +101,8 @@ class HuggingFace:
         place = f"{self.name}:{self.split}" if self.split else self.name
         for first in range(start, stop, _BATCH):
             with _reading(place, first):
-                rows = self._dataset.select(range(first, min(first + _BATCH, stop))).to_list()
+                part = self._dataset.select(range(first, min(first + _BATCH, stop)))
+                rows = _decoded(part.to_list, part.with_format("arrow")[:], place, first)
             for number, row in enumerate(rows, start=first + 1):
                 yield Record(f"{place}:{number}", row, self.split)
 
@@ -147,6 +150,20 @@ def _library(name: str) -> Any:
         raise UserError(f'{package} is not installed: pip install "alignment-gap[huggingface]"') from None
 
 
+def _decoded(decode: Callable[[], list[Any]], table: Any, place: object, first: int) -> list[Any]:
+    """What `decode` makes of the rows of an Arrow table; raises UserError where a text is not UTF-8."""
+    try:
+        return decode()
+    except UnicodeDecodeError:
+        for row, (number, name) in itertools.product(range(len(table)), enumerate(table.schema.names)):
+            try:
+                table.column(number)[row].as_py()
+            except UnicodeDecodeError as error:
+                where = f"{place}:{first + row + 1}: the field {name!r}"
+                raise UserError(f"{where} is not UTF-8 ({error.reason}): write the texts as UTF-8") from None
+        raise
+
+
 @contextlib.contextmanager
 def _reading(place: object, record: int | None = None) -> Iterator[None]:
     """Says in one line where and why data cannot be read; pyarrow's errors are ValueErrors and OSErrors."""
@@ -155,8 +172,6 @@ def _reading(place: object, record: int | None = None) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error.reason}): write the texts as UTF-8") from None
     except FileNotFoundError as error:
         raise UserError(f"cannot read {where} ({_short(error)}): give the path or the name of a dataset") from None
     except (ValueError, OSError, RuntimeError) as error:

@@ -83,6 +83,8 @@ def open_records(location: str) -> Joined:
       UserError: nothing that is known is there.
     """
     names = [location] if pathlib.Path(location).exists() else location.split(",")
+    if not all(map(str.strip, names)):
+        raise UserError(f"source {location!r} has nothing before or behind a comma: give {LOCATIONS}")
     return Joined(tuple(part for name in names for part in _parts(name.strip())))
 
 

@@ -8,7 +8,7 @@ import hashlib
 import numpy as np
 
 from alignment_gap.data.records import Example
-from alignment_gap.data.sources.pair import BadPair, Dropped, TextPair
+from alignment_gap.data.sources.pair import BadPair, Dropped, TextPair, named
 from alignment_gap.data.sources.reader import POLICIES, refuse_or_drop
 from alignment_gap.data.vocabulary import EncodingError, Vocabulary
 from alignment_gap.errors import UserError
@@ -60,24 +60,25 @@ def encode_pair(
     Raises:
       UserError: the pair is unusable or too long, and the policy of that is to refuse.
     """
+    prompt_field, *fields = pair.fields
     try:
-        prompt = _prompt_ids(pair.prompt, vocabulary)
-        responses = [_response_ids(response, vocabulary) for response in pair.responses]
+        prompt = _prompt_ids(pair.prompt, prompt_field, vocabulary)
+        responses = [_response_ids(*text, vocabulary) for text in zip(pair.responses, fields, strict=True)]
         if len({tuple(response) for response in responses}) < len(responses):
-            raise BadPair("identical pair", "remove it, its responses have the same tokens")
-    except EncodingError as error:
-        unknown = BadPair("text that the vocabulary cannot express", str(error))
-        return refuse_or_drop(unknown, pair.where, "bad_pairs", bad_pairs)
+            raise BadPair(f"identical pair {named(fields)}", "remove it, its responses have the same tokens")
     except BadPair as problem:
         return refuse_or_drop(problem, pair.where, "bad_pairs", bad_pairs)
     longest = max(map(len, responses))
     over = len(prompt) > limits.prompt_length
     if over and limits.long_prompts != KEEP_END:
-        reason = f"long prompt ({len(prompt)} tokens, over prompt_length={limits.prompt_length})"
-        return refuse_or_drop(BadPair(reason, "raise prompt_length"), pair.where, "long_prompts", limits.long_prompts)
+        size = f"{len(prompt)} tokens in the field {prompt_field!r}"
+        long = BadPair(f"long prompt ({size}, over prompt_length={limits.prompt_length})", "raise --prompt_length")
+        return refuse_or_drop(long, pair.where, "long_prompts", limits.long_prompts)
     if longest > limits.response_length:
-        reason = f"long response ({longest} tokens, over response_length={limits.response_length})"
-        long = BadPair(reason, "raise response_length")
+        size = f"{longest} tokens in the field {fields[list(map(len, responses)).index(longest)]!r}"
+        long = BadPair(
+            f"long response ({size}, over response_length={limits.response_length})", "raise --response_length"
+        )
         return refuse_or_drop(long, pair.where, "long_responses", limits.long_responses)
     return Encoded(
         np.array(_end_of(prompt, vocabulary, limits.prompt_length) if over else prompt, np.int32),
@@ -98,22 +99,29 @@ def held_out(prompt: bytes, fraction: float, seed: int = 0) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _prompt_ids(text: str, vocabulary: Vocabulary) -> list[int]:
-    ids = vocabulary.encode(text)
+def _prompt_ids(text: str, field: str, vocabulary: Vocabulary) -> list[int]:
+    ids = _ids(text, field, vocabulary)
     begin = vocabulary.bos_id
     # A chat template may have written the begin mark itself.
     return ids if begin is None or ids[:1] == [begin] else [begin, *ids]
 
 
-def _response_ids(text: str, vocabulary: Vocabulary) -> list[int]:
+def _response_ids(text: str, field: str, vocabulary: Vocabulary) -> list[int]:
     """Ids up to and with one end id; a chat template may have written it, and a line's end after it."""
-    ids = vocabulary.encode(text)
+    ids = _ids(text, field, vocabulary)
     if vocabulary.eos_id in ids:
         end = ids.index(vocabulary.eos_id)
         if vocabulary.decode(ids[end + 1 :]).strip():
-            raise BadPair("end mark within a response", "remove the mark from the text")
+            raise BadPair(f"end mark within a response {named([field])}", "remove the mark from the text")
         ids = ids[:end]
     return [*ids, vocabulary.eos_id]
+
+
+def _ids(text: str, field: str, vocabulary: Vocabulary) -> list[int]:
+    try:
+        return vocabulary.encode(text)
+    except EncodingError as error:
+        raise BadPair(f"text that the vocabulary cannot express {named([field])}", str(error)) from None
 
 
 def _end_of(prompt: list[int], vocabulary: Vocabulary, length: int) -> list[int]:

@@ -102,9 +102,14 @@ def _lines(path: pathlib.Path, number: int = 0, position: int = 0) -> Iterator[t
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip data after line {number} ({error}): fetch the file again") from None
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): give the path of a file that can be read") from None
+        raise unreadable(path, error) from None
     if not number:
         raise UserError(f"{path} is empty: give a file with a pair on each line")
+
+
+def unreadable(path: pathlib.Path, error: OSError) -> UserError:
+    """What is said of a file that is not there or must not be read."""
+    return UserError(f"cannot read {path} ({error.strerror}): give the path of a file that can be read")
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
@@ -113,7 +118,12 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line: save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}): write one JSON object on each line") from None
+        raise UserError(f"{where}: not JSON ({error}): {_remedy(line)}") from None
     if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__}, not an object: write one JSON object on each line")
+        raise UserError(f"{where}: a JSON {type(record).__name__}, not an object: {_remedy(line)}")
     return record
+
+
+def _remedy(line: bytes) -> str:
+    remedy = "write one JSON object on each line"
+    return f"{remedy}, as jq -c '.[]' does of a list" if line.lstrip().startswith(b"[") else remedy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -27,6 +27,7 @@ class TextPair:
       scores: K numbers from 0 to 1; of a pair the probability that this response is preferred.
       where: file and record number that it came from.
       split: "train", "validation", or "" where the source states none.
+      fields: what the file calls the fields that hold the prompt and each of the responses.
     """
 
     prompt: str
@@ -34,6 +35,7 @@ class TextPair:
     scores: tuple[float, ...]
     where: str = ""
     split: str = ""
+    fields: tuple[str, ...] = dataclasses.field(default=("prompt", "chosen", "rejected"), compare=False)
 
     @property
     def key(self) -> bytes:
@@ -79,14 +81,15 @@ class Fields:
         """How the file calls `role`."""
         return self._names.get(role, role)
 
-    def value(self, role: str) -> Any:
-        """Any value but null; raises Malformed."""
+    def value(self, role: str, null: Any = None) -> Any:
+        """Any value but null, for which `null` stands if it is given; raises Malformed."""
         name = self.name(role)
         if name not in self._values:
             raise Malformed(f"lacks the field {name!r}", "")
-        if self._values[name] is None:
+        value = null if self._values[name] is None else self._values[name]
+        if value is None:
             raise Malformed(f"the field {name!r} is null, not {_wanted(role)}", "")
-        return self._values[name]
+        return value
 
     def text(self, role: str) -> str:
         """A text; raises Malformed."""
@@ -111,6 +114,12 @@ class Fields:
             if not isinstance(item, Mapping):
                 raise Malformed(f"the field {self.name(role)!r} holds {type(item).__name__}, not objects", "")
         return list(value)
+
+
+def named(fields: Iterable[str]) -> str:
+    """The fields for an error in brackets, which the counts of what was dropped leave out."""
+    names = list(dict.fromkeys(fields))
+    return f"({'field' if len(names) == 1 else 'fields'} {' and '.join(map(repr, names))})"
 
 
 def as_text(value: Any, what: str) -> str:

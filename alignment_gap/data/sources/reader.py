@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from alignment_gap.data.sources.chat import Template, load_template
 from alignment_gap.data.sources.containers import Joined, open_records, split_name
-from alignment_gap.data.sources.pair import BadPair, Dropped, Malformed, Record, Skip, TextPair
+from alignment_gap.data.sources.json_lines import unreadable
+from alignment_gap.data.sources.pair import BadPair, Dropped, Fields, Malformed, Record, Skip, TextPair, named
 from alignment_gap.data.sources.tasks import PROMPT_MARK, TASKS, Parsing, SourceTask, detect
-from alignment_gap.data.sources.trl import parse_fields, parse_labels
+from alignment_gap.data.sources.trl import parse_fields, parse_labels, roles_of
 from alignment_gap.errors import UserError
 
 AUTO = "auto"
@@ -23,6 +24,8 @@ _CHOICES = {
     "duplicates": ("", "drop", "keep"),
     "bad_pairs": POLICIES,
 }
+# Names of fields in an error.
+_SHOWN = 12
 _TURN_MARKS = ("\n\nHuman:", PROMPT_MARK)
 
 
@@ -71,11 +74,13 @@ class Source:
       config: with the task that was found.
       records: what the pairs are read from.
       template: of conversations.
+      roles: those that the first record has, of one's own pairs.
     """
 
     config: SourceConfig
     records: Joined
     template: Template
+    roles: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -97,7 +102,7 @@ class Source:
 
     @functools.cached_property
     def _parsing(self) -> Parsing:
-        return Parsing(parse_fields(self.config.fields), parse_labels(self.config.labels), self.template)
+        return Parsing(self.roles, parse_fields(self.config.fields), parse_labels(self.config.labels), self.template)
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[TextPair | Dropped]:
         """Pairs, and records that gave none, of records [start, stop), counted from 0.
@@ -129,22 +134,28 @@ def open_source(config: SourceConfig) -> Source:
     """The source of a config; reads no further than the first record.
 
     Raises:
-      UserError: a setting is unknown, the location cannot be read, or its first record has not the task's form.
+      UserError: a setting is unknown, the location cannot be read or holds no record, or a named field is not there.
     """
     config.validate()
     records = open_records(config.location)
     first = next(iter(records.read()), None)
+    if first is None:
+        raise UserError(f"{config.location} holds no record: give a file with a pair on each line, or a row for each")
+    names = parse_fields(config.fields)
+    for name in names.values():
+        if name not in first.values:
+            there = ", ".join(map(repr, list(first.values)[:_SHOWN]))
+            raise UserError(f"{first.where}: lacks the field {name!r}, which --fields names: it has {there}")
     if config.task == AUTO:
-        named = bool(config.fields) or first is None
-        config = dataclasses.replace(config, task="pairs" if named else detect(first.values))  # type: ignore[union-attr]
-    return Source(config, records, load_template(config.template))
+        config = dataclasses.replace(config, task="pairs" if config.fields else detect(first.values))
+    return Source(config, records, load_template(config.template), roles_of(Fields(first.values, names)))
 
 
 def refuse_or_drop(problem: BadPair, where: str, setting: str, policy: str) -> Dropped:
     """What becomes of an unusable pair by the policy of `setting`."""
     reason, remedy = problem.args
     if policy == "refuse":
-        raise UserError(f'{where}: {reason}: {remedy}, or set {setting}="drop"') from None
+        raise UserError(f"{where}: {reason}: {remedy}, or set --{setting}=drop") from None
     return Dropped(reason.split(" (")[0], where)
 
 
@@ -153,19 +164,26 @@ def _check(pair: TextPair) -> None:
     for mark in _TURN_MARKS:
         bare = bare.replace(mark, "")
     if not bare.strip():
-        raise BadPair("empty prompt", "write what the human says")
+        raise BadPair(f"empty prompt {named(pair.fields[:1])}", "write what the human says")
     stripped = [response.strip() for response in pair.responses]
     if len(set(stripped)) < len(stripped):
-        raise BadPair("identical pair", "remove it, it states no preference")
-    if not all(stripped):
-        raise BadPair("empty response", "remove the pair")
+        raise BadPair(f"identical pair {named(pair.fields[1:])}", "remove it, it states no preference")
+    if empty := [field for field, text in zip(pair.fields[1:], stripped, strict=True) if not text]:
+        raise BadPair(f"empty response {named(empty)}", "remove the pair")
 
 
 def source_digest(config: SourceConfig) -> str:
-    """SHA-256 in hexadecimal of the bytes of a source's files, and of what names those parts that have none."""
+    """SHA-256 in hexadecimal of the bytes of a source's files, and of what names those parts that have none.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
     records = open_records(config.location)
     digest = hashlib.sha256(records.identity.encode())
     for path in records.files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise unreadable(path, error) from None
     return digest.hexdigest()

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from alignment_gap.data.sources.chat import Template, messages_of, split_answers
-from alignment_gap.data.sources.pair import BadPair, Fields, Malformed, Skip, TextPair
-from alignment_gap.data.sources.trl import parse_pair
+from alignment_gap.data.sources.pair import BadPair, Fields, Malformed, Skip, TextPair, named
+from alignment_gap.data.sources.trl import parse_pair, roles_of
 
 PROMPT_MARK = "\n\nAssistant:"
 _HUMAN_MARK = "\n\nHuman:"
@@ -18,8 +18,9 @@ _WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
 
 @dataclasses.dataclass(frozen=True)
 class Parsing:
-    """What the reading of a record depends on."""
+    """What the reading of a record depends on; `roles` are those that the first record of one's own pairs has."""
 
+    roles: tuple[str, ...]
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
     template: Template = Template()
@@ -50,13 +51,15 @@ def parse_dialogues(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
 
 def split_dialogues(chosen: str, rejected: str) -> TextPair:
     """The prompt that both dialogues share and their two responses, stripped; raises where there is no preference."""
-    prompts = [dialogue[: dialogue.rfind(PROMPT_MARK) + len(PROMPT_MARK)] for dialogue in (chosen, rejected)]
-    if PROMPT_MARK not in chosen or PROMPT_MARK not in rejected:
-        raise BadPair("no prompt", 'each dialogue needs a "\\n\\nAssistant:" turn')
+    dialogues = {"chosen": chosen, "rejected": rejected}
+    if unmarked := [name for name, dialogue in dialogues.items() if PROMPT_MARK not in dialogue]:
+        raise BadPair(f"no prompt {named(unmarked)}", 'each dialogue needs a "\\n\\nAssistant:" turn')
+    prompts = [dialogue[: dialogue.rfind(PROMPT_MARK) + len(PROMPT_MARK)] for dialogue in dialogues.values()]
     if prompts[0] != prompts[1]:
-        raise BadPair("prompts differ", 'make both dialogues the same up to the last "\\n\\nAssistant:"')
+        remedy = 'make both dialogues the same up to the last "\\n\\nAssistant:"'
+        raise BadPair(f"prompts differ {named(dialogues)}", remedy)
     first, second = (dialogue[len(prompts[0]) :].strip() for dialogue in (chosen, rejected))
-    return TextPair(prompts[0], (first, second), (1.0, 0.0))
+    return TextPair(prompts[0], (first, second), (1.0, 0.0), fields=("chosen", *dialogues))
 
 
 def parse_summaries(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
@@ -76,7 +79,8 @@ def parse_summaries(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
         raise Malformed(f"the field 'choice' is {choice!r}, out of its range", "use 0 or 1")
     prompt = _POST.format(**{name: post.text(name).strip() for name in ("subreddit", "title", "post")})
     scores = (1.0 - choice, float(choice))
-    return TextPair(prompt, (summaries[0], summaries[1]), scores, split=str(record.get("split") or ""))
+    split, names = str(record.get("split") or ""), ("info", "summaries", "summaries")
+    return TextPair(prompt, (summaries[0], summaries[1]), scores, split=split, fields=names)
 
 
 def parse_arena(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
@@ -89,20 +93,29 @@ def parse_arena(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
     winner = fields.text("winner")
     if winner not in _WINNERS:
         raise Malformed(f"the field 'winner' is {winner!r}, out of its range", f"use {', '.join(_WINNERS)}")
-    both = [messages_of(fields.rows(name), name) for name in ("conversation_a", "conversation_b")]
-    if [messages[-1]["role"] for messages in both] != ["assistant", "assistant"]:
-        raise BadPair("no answer", "end both conversations with an assistant's message")
+    names = ("conversation_a", "conversation_b")
+    both = [messages_of(fields.rows(name), name) for name in names]
+    if open_ends := [name for name, messages in zip(names, both, strict=True) if messages[-1]["role"] != "assistant"]:
+        raise BadPair(f"no answer {named(open_ends)}", "end both conversations with an assistant's message")
     if both[0][:-1] != both[1][:-1]:
         raise Skip("several turns" if min(map(len, both)) > 2 else "prompts differ")
     if len(both[0]) < 2:
-        raise BadPair("no prompt", "begin both conversations with the user's message")
+        raise BadPair(f"no prompt {named(names)}", "begin both conversations with the user's message")
     prompt, responses = split_answers(parsing.template, both[0][:-1], [messages[-1:] for messages in both])
-    return TextPair(prompt, responses, (_WINNERS[winner], 1 - _WINNERS[winner]))
+    return TextPair(prompt, responses, (_WINNERS[winner], 1 - _WINNERS[winner]), fields=(names[0], *names))
 
 
 def parse_own(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
-    """TRL's forms, or columns by a field mapping; see `trl.parse_pair`."""
-    return parse_pair(Fields(record, parsing.names), parsing.template, parsing.labels)
+    """TRL's forms, or columns by a field mapping; see `trl.parse_pair`. All records have the first one's form."""
+    fields = Fields(record, parsing.names)
+    roles = roles_of(fields)
+    for role in parsing.roles:
+        if role not in roles:
+            raise Malformed(f"lacks the field {fields.name(role)!r}, which the first record has", "")
+    for role in roles:
+        if role not in parsing.roles:
+            raise Malformed(f"has the field {fields.name(role)!r}, which the first record lacks", "")
+    return parse_pair(fields, parsing.template, parsing.labels)
 
 
 def _is_dialogues(record: Mapping[str, Any]) -> bool:
@@ -132,7 +145,7 @@ TASKS: Mapping[str, SourceTask] = {
     "pairs": SourceTask(
         parse_own,
         lambda record: True,
-        'write {"prompt": ..., "chosen": ..., "rejected": ...} or say by fields how yours are called',
+        'write {"prompt": ..., "chosen": ..., "rejected": ...} or say by --fields how yours are called',
     ),
 }
 

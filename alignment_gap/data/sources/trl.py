@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment_gap.data.sources.chat import Messages, Template, messages_of, split_answers
-from alignment_gap.data.sources.pair import BadPair, Fields, Malformed, Skip, TextPair
+from alignment_gap.data.sources.pair import BadPair, Fields, Malformed, Skip, TextPair, named
 from alignment_gap.errors import UserError
 
-ROLES = ("prompt", "chosen", "rejected", "preference", "first", "second", "completion", "label")
+_COMPLETION = ("prompt", "completion", "label")
+_JUDGED = ("prompt", "first", "second", "label")
+_PAIR = ("prompt", "chosen", "rejected", "preference")
+ROLES = tuple(dict.fromkeys(_PAIR + _JUDGED + _COMPLETION))
 _DROP = "drop"
 _PREFERENCE = {"first": 1.0, "second": 0.0, "tie": 0.5}
 _DESIRABLE = {"true": 1.0, "false": 0.0}
@@ -38,6 +41,12 @@ def parse_labels(text: str) -> dict[str, float | str]:
     return labels
 
 
+def roles_of(fields: Fields) -> tuple[str, ...]:
+    """The roles that `parse_pair` takes from a record."""
+    form = _COMPLETION if "completion" in fields else _JUDGED if "first" in fields else _PAIR
+    return tuple(role for role in form if role in fields)
+
+
 def parse_pair(fields: Fields, template: Template, labels: Mapping[str, float | str]) -> TextPair:
     """The pair of a record with one of these sets of roles.
 
@@ -57,14 +66,19 @@ def parse_pair(fields: Fields, template: Template, labels: Mapping[str, float | 
         if score not in (0, 1):
             raise _out_of_range(fields, "use true or false, 1 or 0")
         prompt, responses = _texts(fields, ("completion",), template)
-        return TextPair(prompt, responses, (score,))
+        return TextPair(prompt, responses, (score,), fields=_names(fields, "completion"))
     if "first" in fields:
         score = _label(fields, {**_PREFERENCE, **labels})
         prompt, responses = _texts(fields, ("first", "second"), template)
-        return TextPair(prompt, responses, (score, 1 - score))
+        return TextPair(prompt, responses, (score, 1 - score), fields=_names(fields, "first", "second"))
     score = _label(fields, labels, "preference") if "preference" in fields else 1.0
     prompt, responses = _texts(fields, ("chosen", "rejected"), template)
-    return TextPair(prompt, responses, (score, 1 - score))
+    return TextPair(prompt, responses, (score, 1 - score), fields=_names(fields, "chosen", "rejected"))
+
+
+def _names(fields: Fields, *roles: str) -> tuple[str, ...]:
+    """What the file calls the fields of the prompt, which may stand in the responses, and of the responses."""
+    return tuple(fields.name(role) for role in ("prompt" if "prompt" in fields else roles[0], *roles))
 
 
 def _texts(fields: Fields, roles: Sequence[str], template: Template) -> tuple[str, tuple[str, ...]]:
@@ -82,7 +96,8 @@ def _texts(fields: Fields, roles: Sequence[str], template: Template) -> tuple[st
         shared = _shared(answers)
         prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
     if not prompt:
-        raise BadPair("no prompt", "begin both responses with the same message, or add a prompt")
+        remedy = "begin both responses with the same message, or add a prompt"
+        raise BadPair(f"no prompt {named(map(fields.name, roles))}", remedy)
     return split_answers(template, prompt, answers)
 
 
@@ -103,7 +118,7 @@ def _shared(sequences: Sequence[Sequence[Any]]) -> int:
 
 
 def _label(fields: Fields, meanings: Mapping[str, float | str], role: str = "label") -> float:
-    value = fields.value(role)
+    value = fields.value(role, null="" if "" in meanings else None)
     meaning = meanings.get(str(value).lower() if isinstance(value, bool) else str(value))
     if meaning == _DROP:
         raise Skip("label dropped")
@@ -112,7 +127,7 @@ def _label(fields: Fields, meanings: Mapping[str, float | str], role: str = "lab
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
         return float(value)
     known = "".join(f" or {name!r}" for name in meanings)
-    raise _out_of_range(fields, f"use a number from 0 to 1{known}, or say by labels what it means", role)
+    raise _out_of_range(fields, f"use a number from 0 to 1{known}, or say by --labels what it means", role)
 
 
 def _out_of_range(fields: Fields, remedy: str, role: str = "label") -> Malformed:

@@ -130,14 +130,35 @@ def test_a_damaged_page_names_the_record_from_which_nothing_is_read(tmp_path):
         list(open_records(str(path)).read())
 
 
-def test_text_in_parquet_that_is_not_utf8_is_named(tmp_path):
+def test_text_in_arrow_that_is_not_utf8_is_named_with_record_and_field(tmp_path):
+    import datasets
     import pyarrow
     import pyarrow.parquet
 
-    array = pyarrow.array([b"good", b"caf\xe9"]).view(pyarrow.string())
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": array}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet.*not UTF-8 .*: write the texts as UTF-8"):
-        list(open_records(str(tmp_path / "a.parquet")).read())
+    texts = pyarrow.array([b"good"] * 2000 + [b"caf\xe9", b"good"]).view(pyarrow.string())
+    table = pyarrow.table({"id": range(2002), "prompt": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    for location in (tmp_path / "a.parquet", tmp_path / "saved"):
+        for start in (0, 1990, 2000):
+            message = rf"{location}:2001: the field 'prompt' is not UTF-8 .*: write the texts as UTF-8"
+            with pytest.raises(UserError, match=message):
+                list(open_records(str(location)).read(start))
+
+
+def test_a_file_that_is_one_json_list_says_what_makes_lines_of_it(tmp_path):
+    for content in (json.dumps(ROWS), json.dumps(ROWS, indent=1)):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(
+            UserError, match=r"a\.json:1: .*: write one JSON object on each line, as jq -c '\.\[\]' does"
+        ):
+            open_source(SourceConfig(str(tmp_path / "a.json")))
+
+
+def test_a_second_file_that_is_not_there_is_named_before_anything_is_read(write, tmp_path):
+    config = SourceConfig(f"{write(tmp_path, 'jsonl', ROWS)},{tmp_path}/none.jsonl")
+    with pytest.raises(UserError, match=r"cannot read .*none\.jsonl \(No such file or directory\): give the path"):
+        source_digest(config)
 
 
 def test_a_damaged_hugging_face_dataset_is_one_line(write, tmp_path):
@@ -156,11 +177,17 @@ def test_a_damaged_hugging_face_dataset_is_one_line(write, tmp_path):
         ("none.parquet", r"none\.parquet"),
         ("a.csv", r"a\.csv is of no kind that is read here: give a \.jsonl"),
         ("", "location is not set"),
+        ("a.jsonl,", "source 'a.jsonl,' has nothing before or behind a comma"),
+        ("empty.parquet", r"empty\.parquet holds no record: give a file"),
     ],
 )
-def test_a_location_that_is_nothing_is_named(tmp_path, monkeypatch, location, message):
+def test_a_location_that_is_nothing_is_named(write, tmp_path, monkeypatch, location, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("prompt,chosen\n")
+    write(tmp_path, "parquet", ROWS)
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table("a.parquet").slice(0, 0), "empty.parquet")
     with pytest.raises(UserError, match=message) as error:
         open_source(SourceConfig(location))
     assert "\n" not in str(error.value)

@@ -118,7 +118,7 @@ def test_bad_pairs_of_a_task_are_refused_or_counted(write, tmp_path, comparison,
     ]
     for rows, reason in cases:
         location = write(tmp_path, "jsonl", rows)
-        with pytest.raises(UserError, match=rf'a\.jsonl:1: {reason}: .*, or set bad_pairs="drop"$'):
+        with pytest.raises(UserError, match=rf"a\.jsonl:1: {reason} \(fields? '.*'\): .*, or set --bad_pairs=drop$"):
             read(location)
         assert read(location, bad_pairs="drop") == [Dropped(reason, f"{location}:1")]
 

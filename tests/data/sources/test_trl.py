@@ -65,10 +65,14 @@ def test_fields_rename_columns_and_name_the_users_own_in_errors(write, tmp_path)
     fields = "prompt=question,chosen=good,rejected=bad"
     source = open_source(SourceConfig(location, fields=fields))
     assert parts(next(source.read())) == ("q?", ("yes", "no"), (1.0, 0.0))
-    with pytest.raises(UserError, match=r"a\.jsonl:2: the field 'good' is null, not a text: write .*by fields how"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: the field 'good' is null, not a text: write .*by --fields how"):
         list(source.read())
-    with pytest.raises(UserError, match=r"a\.jsonl:1: lacks the field 'worse'"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:1: lacks the field 'worse', .*: it has 'question', 'good', 'bad', 'p"
+    ):
         read(location, fields="prompt=question,chosen=good,rejected=worse")
+    with pytest.raises(UserError, match=r"a\.jsonl:1: lacks the field 'ask', which --fields names"):
+        read(location, fields="prompt=ask,chosen=good,rejected=bad")
 
 
 POSTS = {"prompt": "post", "reference": "human's", "model": "machine's"}
@@ -81,6 +85,8 @@ def test_a_label_says_which_of_two_columns_is_better(write, tmp_path):
     first, second, tie, blank, _ = read(location, fields=JUDGED, labels="ours=1,reference=0,both=0.5,=drop")
     assert parts(first) == ("post", ("machine's", "human's"), (1.0, 0.0)) and second.scores == (0.0, 1.0)
     assert (tie.reason, blank.reason) == ("tie", "label dropped")
+    null = write(tmp_path, "parquet", [rows[0], POSTS | {"preferred": None}])
+    assert read(null, fields=JUDGED, labels="ours=1,=drop")[1].reason == "label dropped"
     with pytest.raises(UserError, match=r":1: the field 'preferred' is 'ours', out of its range: use a number from 0"):
         read(location, fields=JUDGED)
 
@@ -92,6 +98,13 @@ def test_a_label_is_a_probability_or_a_name(write, tmp_path, label, score):
     row = {"prompt": "p", "first": "a", "second": "b", "label": label}
     (pair,) = read(write(tmp_path, "jsonl", [row]), ties="keep", labels="win=0.75")
     assert pair.scores == (score, 1 - score)
+
+
+GOOD = {
+    "completion": {"completion": "a"},
+    "first": {"first": "a", "second": "b"},
+    "chosen": {"chosen": "pa", "rejected": "pb"},
+}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +122,10 @@ def test_a_label_is_a_probability_or_a_name(write, tmp_path, label, score):
         ({"prompt": "p", "completion": "a", "label": "maybe"}, "the field 'label' is 'maybe', out of its range"),
         ({"prompt": "p", "completion": "a"}, "lacks the field 'label'"),
         ({"completion": "a", "label": True}, "lacks the field 'prompt'"),
-        ({"prompt": "p", "chosen": "a"}, "lacks the field 'rejected'"),
+        ({"prompt": "p", "chosen": "a"}, "lacks the field 'rejected', which the first record has"),
+        # Not one with an implicit prompt, nor one of another form.
+        ({"chosen": "pc", "rejected": "pd"}, "lacks the field 'prompt', which the first record has"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "preference": 1}, "has the field 'preference', which the fir"),
         ({"prompt": "p", "chosen": 3, "rejected": "b"}, "the field 'chosen' is int, not a text"),
         ({"prompt": "p", "chosen": BLUE, "rejected": "b"}, "holds a text and a conversation side by side"),
         ({"prompt": SKY, "chosen": "a", "rejected": "b"}, "the field 'prompt' is list, not a text"),
@@ -120,10 +136,18 @@ def test_a_label_is_a_probability_or_a_name(write, tmp_path, label, score):
 )
 def test_a_malformed_record_names_its_field(tmp_path, row, message):
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n" + json.dumps(row))
+    form = next(form for form in GOOD if form in row)
+    path.write_text(json.dumps({"prompt": "p", "label": 1} | GOOD[form]) + "\n" + json.dumps(row))
     with pytest.raises(UserError, match=rf"a\.jsonl:2: {message}") as error:
         read(path, bad_pairs="drop")
     assert "\n" not in str(error.value)
+
+
+def test_a_file_holds_one_form_of_records(write, tmp_path):
+    rows = [{"prompt": "p", **GOOD["chosen"]}, {"prompt": "p", "label": True, **GOOD["completion"]}]
+    for first, second, role in ((*rows, "chosen"), (*rows[::-1], "completion")):
+        with pytest.raises(UserError, match=rf"a\.jsonl:2: lacks the field '{role}', which the first record has"):
+            read(write(tmp_path, "jsonl", [first, second]))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +162,6 @@ def test_a_malformed_record_names_its_field(tmp_path, row, message):
 )
 def test_a_pair_that_holds_no_preference_is_refused_or_counted(write, tmp_path, row, reason):
     location = write(tmp_path, "jsonl", [row])
-    with pytest.raises(UserError, match=rf'a\.jsonl:1: {reason}: .*, or set bad_pairs="drop"$'):
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: {reason}.*: .*, or set --bad_pairs=drop$"):
         read(location)
     assert read(location, bad_pairs="drop") == [Dropped(reason, f"{location}:1")]
