@@ -7,12 +7,16 @@
 Speed: pairs with lengths like HH's, prompts to 128 tokens and responses to 64, in batches of 32, shuffled. "raw" reads
 the same records in the same order, a batch at once, and does nothing with them; "raw, 512" reads as many together as
 the source does; "source" makes the arrays of the batch; "prefetched" makes them in a thread; "buckets" are four,
-prefetched. They take turns, so that a busy machine disturbs all alike; each row has the median over the repeats. The
-update step is that of T5 small with SimPO, which needs no reference, on all devices, in the same run.
+prefetched; "packed" has several prompts in a row, prefetched. They take turns, so that a busy machine disturbs all
+alike; each row has the median over the repeats.
+
+The update step is that of T5 small with SimPO, which needs no reference, on all devices, in the same run: over batches
+of one shape, of four, and over packed rows, which take turns step by step, with the same prompts for the first and the
+last. Each takes its steps twice, and the second time counts: then all shapes are compiled.
 
 Memory: in a process of its own, synthetic lengths are put into buckets and two epochs are shuffled and cut into
 batches; with --on-disk a dataset of as many records is written there first, its lengths are read from the records, and
-batches are read. The peak is the process's own, from getrusage.
+batches are read. The peak is the process's own, from /proc.
 """
 
 from __future__ import annotations
@@ -21,7 +25,6 @@ import argparse
 import json
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -48,6 +51,7 @@ from alignment_gap.data import (
 )
 
 PROMPT, RESPONSE, BATCH = 128, 64, 32
+WAYS = ("raw", "raw, 512", "source", "prefetched", "buckets", "packed")
 VOCABULARY = 32128
 
 
@@ -66,31 +70,42 @@ def examples(lengths: np.ndarray, first: int = 0) -> Iterator[Example]:
         yield Example(number, tokens[:prompt], (tokens[:chosen], tokens[-rejected:]), scores)
 
 
-def source_of(dataset: Dataset, buckets: int = 1) -> OfflineSource:
+def source_of(dataset: Dataset, buckets: int = 1, packing: int = 0, row_multiple: int = 1) -> OfflineSource:
     """The source that is measured."""
-    shapes = choose_buckets(lengths_of(dataset), buckets, (PROMPT, RESPONSE))[:-1]
     return offline_source(
-        dataset, batch_size=BATCH, seed=0, prompt_length=PROMPT, response_length=RESPONSE, buckets=shapes
+        dataset,
+        batch_size=BATCH,
+        seed=0,
+        prompt_length=PROMPT,
+        response_length=RESPONSE,
+        buckets=choose_buckets(lengths_of(dataset), buckets, (PROMPT, RESPONSE))[:-1],
+        packing=packing,
+        row_multiple=row_multiple,
     )
 
 
 def speed(dataset: Dataset, steps: int, repeats: int) -> dict[str, float]:
     """Pairs per second of each way to read, the median over repeats in which they take turns."""
-    source, bucketed = source_of(dataset), source_of(dataset, buckets=4)
+    source, bucketed, packed = source_of(dataset), source_of(dataset, buckets=4), source_of(dataset, packing=2)
 
     def together(step: int) -> np.ndarray:
         return np.concatenate([source.numbers(step + i) for i in range(16)])
 
-    found: dict[str, list[float]] = {name: [] for name in ("raw", "raw, 512", "source", "prefetched", "buckets")}
+    found: dict[str, list[float]] = {name: [] for name in WAYS}
     for repeat in range(repeats + 1):
         at = range(repeat * steps, (repeat + 1) * steps)
-        with Prefetched(source, 4) as ahead, Prefetched(bucketed, 4) as bucketed_ahead:
+        with (
+            Prefetched(source, 4) as ahead,
+            Prefetched(bucketed, 4) as bucketed_ahead,
+            Prefetched(packed, 4) as packed_ahead,
+        ):
             ways: dict[str, Callable[[int], Any]] = {
                 "raw": lambda step: dataset.records(source.numbers(step).tolist()),
                 "raw, 512": lambda step: None if step % 16 else dataset.records(together(step).tolist()),
                 "source": source,
                 "prefetched": ahead,
                 "buckets": bucketed_ahead,
+                "packed": packed_ahead,
             }
             for name, way in ways.items():
                 start = time.perf_counter()
@@ -100,8 +115,8 @@ def speed(dataset: Dataset, steps: int, repeats: int) -> dict[str, float]:
     return {name: statistics.median(rates[1:]) for name, rates in found.items()}
 
 
-def update_step_rate(dataset: Dataset, calls: int) -> float:
-    """Pairs per second of T5 small's update step on the source's own batches."""
+def update_step_rates(dataset: Dataset, steps: int) -> dict[str, tuple[float, float]]:
+    """Share of padding, and pairs per second of T5 small's update step, on the source's batches by their form."""
     import jax
 
     from alignment_gap import losses
@@ -129,13 +144,27 @@ def update_step_rate(dataset: Dataset, calls: int) -> float:
     abstract = abstract_state(policy.init, optimizer, mesh)
     update_step = make_update_step(policy_objective(policy, losses.get("simpo")), optimizer, mesh, abstract)
     state = create_state(policy.init, optimizer, mesh, jax.random.key(0))
-    source = source_of(dataset)
-    for call in range(calls + 1):
-        state, metrics = update_step(state, jax.device_put(source(call), batch_sharding(mesh)))
-        jax.block_until_ready(metrics)
-        if not call:
-            start = time.perf_counter()
-    return calls * BATCH / (time.perf_counter() - start)
+    forms = {
+        "one shape": source_of(dataset),
+        "4 buckets": source_of(dataset, buckets=4),
+        **{f"packed, {n}": source_of(dataset, packing=n, row_multiple=mesh.batch_parts) for n in (2, 4)},
+    }
+    seconds = dict.fromkeys(forms, 0.0)
+    for timed in (False, True):
+        for step in range(steps):
+            for name, source in forms.items():
+                batch = jax.block_until_ready(jax.device_put(source(step), batch_sharding(mesh)))
+                start = time.perf_counter()
+                state, metrics = update_step(state, batch)
+                jax.block_until_ready(metrics)
+                seconds[name] += timed * (time.perf_counter() - start)
+    return {name: (source.padding().share, steps * BATCH / seconds[name]) for name, source in forms.items()}
+
+
+def peak_memory() -> float:
+    """The most memory in GiB that this process has held. getrusage would count what the process that made it held."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 class Lengths(Examples):
@@ -176,7 +205,7 @@ def index(count: int, on_disk: str) -> None:
         "next epoch, s": second - first,
         "padding without buckets": 1 - pairs.lengths().sum() / len(pairs) / (PROMPT + 2 * RESPONSE),
         "padding with 4": source.padding().share,
-        "peak, GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak, GiB": peak_memory(),
     }
     print(json.dumps(row))
 
@@ -214,7 +243,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20_000, help="pairs of the dataset whose reading is timed")
     parser.add_argument("--steps", type=int, default=200, help="batches in a repeat")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--update-steps", type=int, default=2, help="timed update steps; 0 for none")
+    parser.add_argument("--update-steps", type=int, default=4, help="timed update steps of each form")
     parser.add_argument("--indexed", type=int, default=0, help="pairs that are indexed and shuffled; 0 for none")
     parser.add_argument("--on-disk", default="", help="folder in which as many records are written and indexed")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -227,7 +256,8 @@ def main() -> None:
         write_dataset(folder, examples(hh_like_lengths(options.pairs)), vocabulary_digest="", provenance={})
         dataset = open_dataset(folder)
         rates = speed(dataset, options.steps, options.repeats)
-        consumed = update_step_rate(dataset, options.update_steps) if options.update_steps else float("nan")
+        trained = update_step_rates(dataset, options.update_steps)
+        consumed = trained["one shape"][1]
         rows = [
             {
                 "reading": name,
@@ -239,8 +269,16 @@ def main() -> None:
             for name, rate in rates.items()
         ]
         print_table(rows)
-        padding = {buckets: source_of(dataset, buckets).padding().share for buckets in (1, 2, 4, 8)}
-        print_table([{"buckets": buckets, "share of padding": share} for buckets, share in padding.items()])
+        rows = [
+            {
+                "batches": name,
+                "share of padding": share,
+                "update step, pairs/s": rate,
+                "over one shape": rate / consumed,
+            }
+            for name, (share, rate) in trained.items()
+        ]
+        print_table(rows)
     if options.indexed:
         rows = [in_a_process("--child", "--indexed", str(options.indexed))]
         if options.on_disk:

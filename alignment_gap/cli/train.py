@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
     join_processes(values)
     workdir, silent = Path(values.workdir), not is_first_process()
     with progress_bar(config.steps or None, workdir.name, silent=silent) as bar:
-        run_job(config, workdir, bar.update)
+        run_job(config, workdir, bar.update, bar.write)
     if not silent:
         print(f"checkpoints: {workdir / CHECKPOINTS}")
 

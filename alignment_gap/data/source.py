@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from alignment_gap.data.batch import PreferenceBatch
 from alignment_gap.data.buckets import Bucket, bucket_of, check_buckets
 from alignment_gap.data.collation import Examples
 from alignment_gap.data.order import ORDERS, SEED_LIMIT, Order, Stream, draws_of, kept, permutation
+from alignment_gap.data.packing import Rows
 from alignment_gap.data.records import Example
 from alignment_gap.errors import UserError
 
@@ -21,6 +22,8 @@ _BATCHES = 1
 # Examples that are read together, of as many steps as that takes: a random read of 512 records costs half of what 16
 # reads of 32 cost.
 _BLOCK = 512
+# Batches of an epoch that are packed to tell its share of padding.
+_SAMPLED = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +51,37 @@ class OfflineSource:
     """
 
     def __init__(
-        self, examples: Examples, order: Order, batch_size: int, buckets: tuple[Bucket, ...], rows: Sequence[int] | None
+        self,
+        examples: Examples,
+        order: Order,
+        batch_size: int,
+        buckets: tuple[Bucket, ...],
+        packing: Rows | None,
+        host_rows: Callable[[int], Sequence[int] | np.ndarray] | None,
     ):
         """Use `offline_source`, which checks the settings."""
-        self.examples, self.order, self.batch_size, self.buckets, self.rows = examples, order, batch_size, buckets, rows
+        self.examples, self.order, self.batch_size, self.buckets = examples, order, batch_size, buckets
+        self._packing, self._host_rows = packing, host_rows or range
         self._stream = Stream(order)
         self._plan = kept(self._make_plan)
-        self._steps_of_block = max(1, _BLOCK // (batch_size if rows is None else len(rows)))
+        self._steps_of_block = max(1, _BLOCK // len(self._host_rows(batch_size)))
         self._block = kept(self._read_block)
-        self._bucket = bucket_of(examples.lengths(), buckets) if len(buckets) > 1 else None
+        self._lengths = examples.lengths() if packing or len(buckets) > 1 else None
+        # Of all examples; where rows are packed there is one bucket, and it is checked that all fit.
+        fitting = None if self._lengths is None else bucket_of(self._lengths, buckets)
+        self._bucket = fitting if len(buckets) > 1 else None
+        self._rows = kept(self._fill_rows, 2 * self._steps_of_block)
 
     def __call__(self, step: int) -> PreferenceBatch:
         """The batch of numpy arrays of `step`, counted from 0; of it the rows of this process alone are read."""
         block, place = divmod(step, self._steps_of_block)
         numbers, found = self._block(block)[place]
-        return self.examples.collate(numbers, found, self.shape(self.numbers(step)))
+        batch = self.examples.collate(numbers, found, self.shape(self.numbers(step)))
+        return batch if self._packing is None else self._packing.pack(batch, self._own(step)[1])
+
+    def rows(self, step: int) -> int:
+        """Rows of the whole batch of `step`: its size, or fewer where they hold several prompts."""
+        return self.batch_size if self._packing is None else int(self._rows(step).max()) + 1
 
     def numbers(self, step: int) -> np.ndarray:
         """The numbers int32[B] of the examples in the whole batch of `step`, one dataset counted after another."""
@@ -76,17 +95,36 @@ class OfflineSource:
         return self.buckets[0 if self._bucket is None else int(self._bucket[numbers].max())]
 
     def padding(self, epoch: int = 0) -> Padding:
-        """The tokens of the batches that start in `epoch`."""
+        """The tokens of the batches that start in `epoch`, of 256 of them at most where rows are packed."""
         lengths, plan = self.examples.lengths(), self._plan(epoch)
+        shapes = self.buckets if self._packing is None else (self._packing.shape,)
+        slots = np.array([p + r * (lengths.shape[1] - 1) for p, r in shapes])
+        if self._packing is not None:
+            plan = plan[:: -(-len(plan) // _SAMPLED)]
+            rows = sum(int(self._packing.fill(lengths[numbers]).max()) + 1 for numbers in plan)
+            return Padding(int(rows * slots[0]), int(lengths.sum(axis=1)[plan].sum()))
         fitting = np.zeros(len(plan), np.uint8) if self._bucket is None else self._bucket[plan].max(axis=1)
-        slots = np.array([p + r * (lengths.shape[1] - 1) for p, r in self.buckets])
         return Padding(int(self.batch_size * slots[fitting].sum()), int(lengths.sum(axis=1)[plan].sum()))
 
+    def _fill_rows(self, step: int) -> np.ndarray:
+        """The row of each example of the whole batch of `step`, where rows are packed."""
+        assert self._packing is not None and self._lengths is not None
+        return self._packing.fill(self._lengths[self.numbers(step)])
+
+    def _own(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of the examples that this process reads for `step`, and their rows among its own."""
+        numbers, own = self.numbers(step), np.asarray(self._host_rows(self.rows(step)))
+        if self._packing is None:
+            return numbers[own], np.arange(len(own))
+        rows = self._rows(step)
+        members = np.flatnonzero(np.isin(rows, own))
+        members = members[np.argsort(rows[members], kind="stable")]
+        return numbers[members], np.searchsorted(own, rows[members])
+
     def _read_block(self, block: int) -> list[tuple[np.ndarray, list[Any]]]:
-        """For each step of a block the numbers of this process's rows, and what was read for them."""
+        """For each step of a block the numbers of this process's examples, and what was read for them."""
         steps = range(block * self._steps_of_block, (block + 1) * self._steps_of_block)
-        rows = slice(None) if self.rows is None else np.asarray(self.rows)
-        numbers = [self.numbers(step)[rows] for step in steps]
+        numbers = [self._own(step)[0] for step in steps]
         found = iter(self.examples.read(np.concatenate(numbers)))
         return [(each, list(itertools.islice(found, len(each)))) for each in numbers]
 
@@ -138,8 +176,10 @@ def offline_source(
     order: str = "shuffle",
     window: int = 0,
     buckets: Sequence[Bucket] = (),
+    packing: int = 0,
+    row_multiple: int = 1,
     weights: Sequence[float] = (),
-    rows: Sequence[int] | None = None,
+    host_rows: Callable[[int], Sequence[int] | np.ndarray] | None = None,
 ) -> OfflineSource:
     """Batches of `dataset`, epoch after epoch, a batch reaching over into the next epoch where it must.
 
@@ -156,20 +196,38 @@ def offline_source(
       buckets: smaller shapes (P, R), each holding the one before it. A shuffled epoch is batched within each bucket
         and a batch padded to its bucket; batches of the other orders stay as they are, and are padded to the smallest
         bucket that fits. Needs the lengths of all examples, see `buckets.lengths_of`.
+      packing: 0 for one prompt a row. Else a row of (packing * P, packing * R) tokens holds as many prompts as fit. A
+        batch has the same prompts as without packing, in fewer rows. Needs the lengths, too; without buckets only.
+      row_multiple: what the number of packed rows is a multiple of: what a batch is split into, over devices and
+        microbatches. Divides `batch_size`.
       weights: of each dataset, in any unit; for order "shuffle" only. An epoch then has as many places as there are
         examples, and each dataset its share of them. Empty for every example once.
-      rows: which rows of every batch are read, those of this process; None for all.
+      host_rows: gives, for a batch of so many rows, those of them that this process reads; None for all.
 
     Raises:
       UserError: a setting is out of range, the dataset is empty, or an example is longer than its limit.
     """
     examples = dataset if isinstance(dataset, Examples) else Examples([dataset])
     _check(batch_size, seed, order, window, weights)
-    smaller = [bucket for bucket in buckets if tuple(bucket) != (prompt_length, response_length)]
-    shapes = (*smaller, (prompt_length, response_length))
+    largest = (prompt_length, response_length)
+    shapes = (*[bucket for bucket in buckets if tuple(bucket) != largest], largest)
     check_buckets(shapes)
+    _check_packing(packing, row_multiple, batch_size, shapes)
     places = Order(examples.sizes, draws_of(examples.sizes, weights), seed, order, window * batch_size)
-    return OfflineSource(examples, places, batch_size, shapes, rows)
+    rows = None
+    if packing:
+        shape = (packing * prompt_length, packing * response_length)
+        rows = Rows.for_lengths(examples.lengths(), batch_size, shape, row_multiple)
+    return OfflineSource(examples, places, batch_size, shapes, rows, host_rows)
+
+
+def _check_packing(packing: int, row_multiple: int, batch_size: int, shapes: Sequence[Bucket]) -> None:
+    if packing < 0:
+        raise UserError(f"packing={packing} is out of range: set 1 or more longest prompts a row, or 0 for none")
+    if packing and len(shapes) > 1:
+        raise UserError(f"packing={packing} does not go with buckets={tuple(shapes[:-1])}: choose one of them")
+    if row_multiple < 1 or batch_size % row_multiple:
+        raise UserError(f"row_multiple={row_multiple} is out of range: set a divisor of batch_size={batch_size}")
 
 
 def _check(batch_size: int, seed: int, order: str, window: int, weights: Sequence[float]) -> None:

@@ -10,7 +10,7 @@ from alignment_gap.losses._groupwise import best_of_n, raft, rebel, reward_weigh
 from alignment_gap.losses._pairwise import chi_po, discopop, dpo, exo, f_dpo, gpo, ipo, ipo_md, r_dpo, slic
 from alignment_gap.losses._policy_gradient import dr_grpo, grpo, nash_md, ppo_clip, reinforce, rloo
 from alignment_gap.losses._reference_free import cpo, orpo, simpo, slic_hf
-from alignment_gap.losses._registry import get, names
+from alignment_gap.losses._registry import get, names, reads_other_prompts
 from alignment_gap.losses._regularizers import categorical_kl, entropy, geometric_mixture, kl_estimate, online_kl
 from alignment_gap.losses._sides import aot, apo_down, apo_zero, bco, kto, nca, sppo
 from alignment_gap.losses._token_log_probs import token_entropy, token_kl, token_log_collision, token_log_probs
@@ -50,6 +50,7 @@ __all__ = [
     "ppo_clip",
     "r_dpo",
     "raft",
+    "reads_other_prompts",
     "rebel",
     "reinforce",
     "reward_weighted_regression",

@@ -109,6 +109,18 @@ def get(loss: str | Loss, **settings: Any) -> Loss:
     return functools.partial(function, **settings) if settings else function
 
 
+def reads_other_prompts(loss: Loss) -> bool:
+    """Whether the loss of a prompt depends on the batch's other prompts.
+
+    Args:
+      loss: from `get`. Of a callable of the user's own it is not known, and False.
+    """
+    function, settings = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
+    if function is _sides.bco:
+        return isinstance(settings.get("shift", "batch_mean"), str)
+    return function in (_sides.aot, _sides.kto)
+
+
 def _check_settings(function: Loss, settings: Mapping[str, Any]) -> None:
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignment_gap.errors import UserError
 from alignment_gap.models import fused_attention, layers, rope
+from alignment_gap.models.packing import Packing
 from alignment_gap.models.policy import Output, check_choice, check_sizes
 from alignment_gap.models.stack import constrain_stream, decode_stack, init_stack, scan_stack
 
@@ -269,9 +270,10 @@ class DecoderPolicy:
         scale = config.width**-0.5 if config.logits_scale == "inverse_sqrt_width" else 1.0
         return Output(embedder["embedding"], scale, config.logits_soft_cap or None)
 
-    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"]) -> Int[Array, "B"]:
+    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B *S"]) -> Int[Array, "B *S"]:
         """The last token of each prompt."""
-        return jnp.take_along_axis(prompts, prompt_lengths[:, None] - 1, axis=1)[:, 0]
+        ends = jnp.cumsum(prompt_lengths.reshape(len(prompts), -1), axis=1)
+        return jnp.take_along_axis(prompts, ends - 1, axis=1).reshape(prompt_lengths.shape)
 
     def hidden(
         self,
@@ -279,13 +281,19 @@ class DecoderPolicy:
         prompts: Int[Array, "B P"],
         prompt_lengths: Int[Array, "B"],
         inputs: Int[Array, "B K R"],
+        packing: Packing | None = None,
     ) -> Float[Array, "B K R D"]:
         """Final hidden states at every response position; the prompt is computed once for its K responses."""
         if self.config.attention != "xla":
-            return self._fused_hidden(params, prompts, prompt_lengths, inputs)
+            return self._fused_hidden(params, prompts, prompt_lengths, inputs, packing)
         decoder, size = DecoderLayer(self.config), inputs.shape[-1]
-        prompt_view = self._by_layer(partial(self._prompt_view, prompts.shape[-1]))
-        view = self._by_layer(partial(self._response_view, prompt_lengths, prompts.shape[-1], jnp.arange(size), size))
+        if packing is None:
+            queries = jnp.arange(size)
+            prompt_view = self._by_layer(partial(self._prompt_view, prompts.shape[-1]))
+            view = self._by_layer(partial(self._response_view, prompt_lengths, prompts.shape[-1], queries, size))
+        else:
+            prompt_view = self._by_layer(partial(self._packed_prompt_view, packing))
+            view = self._by_layer(partial(self._packed_response_view, packing))
 
         def layer(carry: tuple[Array, Array], layer_params: Any, full: Any) -> tuple[tuple[Array, Array], None]:
             def apply(module: DecoderLayer) -> tuple[Array, Array]:
@@ -299,18 +307,27 @@ class DecoderPolicy:
         (_, x), _ = scan_stack(layer, carry, params["decoder"]["layers"], self._full_layers(), config=self.config)
         return self._final_norm(params, x)
 
-    def _fused_hidden(self, params: Any, prompts: Array, prompt_lengths: Array, inputs: Array) -> Array:
-        """The hidden states by a fused kernel, over rows that hold a prompt and its responses."""
+    def _fused_hidden(
+        self, params: Any, prompts: Array, prompt_lengths: Array, inputs: Array, packing: Packing | None
+    ) -> Array:
+        """The hidden states by a fused kernel, over rows that hold prompts and their responses."""
         config, decoder = self.config, DecoderLayer(self.config)
-        row = fused_attention.Row.of(prompts.shape[1], inputs.shape[1], inputs.shape[2], config.attention)
-        attention = fused_attention.make(config, row, row.segments(prompt_lengths), scale=_attention_scale(config))
-        rotation = self._by_layer(partial(self._rotation, row.positions(prompt_lengths)))
+        prompt = prompts.shape[1] - (packing is None)
+        row = fused_attention.Row.of(prompt, inputs.shape[1], inputs.shape[2], config.attention)
+        if packing is None:
+            tokens = row.tokens(prompts, prompt_lengths, inputs)
+            positions, segments = row.positions(prompt_lengths), row.segments(prompt_lengths)
+        else:
+            fused_attention.check_packing(config)
+            tokens, positions, segments = row.packed(prompts, inputs, packing)
+        attention = fused_attention.make(config, row, segments, scale=_attention_scale(config))
+        rotation = self._by_layer(partial(self._rotation, positions))
 
         def layer(x: Array, layer_params: Any, full: Any) -> tuple[Array, None]:
             outputs: Any = decoder.apply({"params": layer_params}, x, rotation(full), attention(full), method="row")
             return outputs, None
 
-        x = self._embed(params, row.tokens(prompts, prompt_lengths, inputs))
+        x = self._embed(params, tokens)
         x, _ = scan_stack(layer, x, params["decoder"]["layers"], self._full_layers(), config=config)
         return self._final_norm(params, row.responses(x))
 
@@ -380,6 +397,19 @@ class DecoderPolicy:
         if window:
             prompt &= positions[..., None] - jnp.arange(prompt_size) < window
         own = layers.causal_mask(queries, jnp.arange(size), window)
+        return View(self._rotation(positions, window), own, prompt)
+
+    def _packed_prompt_view(self, packing: Packing, window: int) -> View:
+        places = jnp.arange(packing.prompts.slot.shape[-1])
+        own = layers.causal_mask(places, places, window) & packing.within_prompts()
+        return View(self._rotation(packing.prompts.position, window), own)
+
+    def _packed_response_view(self, packing: Packing, window: int) -> View:
+        positions, places = packing.response_positions(), jnp.arange(packing.responses.slot.shape[-1])
+        prompt = packing.across() & ~packing.is_last()[:, None, None]
+        if window:
+            prompt &= positions[..., None] - packing.prompts.position[:, None, None] < window
+        own = layers.causal_mask(places, places, window) & packing.within_responses()
         return View(self._rotation(positions, window), own, prompt)
 
     def _rotation(self, positions: Array, window: int) -> rope.Rotation:

@@ -4,6 +4,9 @@ Such kernels take one row of tokens and a mask. A row here is the prompt, moved 
 begin, and its K responses behind each other. Then the mask is the same for every row, a tree: all responses branch
 off the prompt's end, and a distance in it is a distance in the text, so that windows are static too. Two segments keep
 text from padding.
+
+A row of several prompts has them first, where they are, and then its responses. All responses come behind all prompts,
+and segments keep the texts apart; what is static is the order, not the distance, so that there are no windows.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from alignment_gap.errors import UserError
+from alignment_gap.models.packing import Packing
 from alignment_gap.sharding import spec_within
 
 ATTENTIONS = ("xla", "cudnn", "splash")
@@ -40,11 +44,20 @@ def check(config: Any) -> None:
         raise UserError(f"{name} is 'cudnn' with dtype={config.dtype}: it computes in bfloat16")
 
 
+def check_packing(config: Any) -> None:
+    """Raises UserError where the kernels cannot read rows of several prompts."""
+    if config.window:
+        raise UserError(
+            f"DecoderConfig.window is {config.window} with attention={config.attention!r}, which has no windows in "
+            "packed rows: use attention=xla, or buckets instead of packing"
+        )
+
+
 class Row(NamedTuple):
     """What the slots of a row hold.
 
     Attributes:
-      prompt: slots of the prompt, all but its last token, which is every response's first input.
+      prompt: slots of the prompt, all but its last token, which is every response's first input; or of all prompts.
       rows: responses.
       length: of a response.
       padding: slots at the end.
@@ -56,10 +69,9 @@ class Row(NamedTuple):
     padding: int
 
     @classmethod
-    def of(cls, prompt_size: int, rows: int, length: int, attention: str) -> Row:
-        """The layout for prompts of a size; its length is a multiple of what the kernel takes."""
-        size = prompt_size - 1 + rows * length
-        return cls(prompt_size - 1, rows, length, -size % MULTIPLE[attention])
+    def of(cls, prompt: int, rows: int, length: int, attention: str) -> Row:
+        """The layout with as much padding as makes its length a multiple of what the kernel takes."""
+        return cls(prompt, rows, length, -(prompt + rows * length) % MULTIPLE[attention])
 
     def tokens(
         self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], inputs: Int[Array, "B K R"]
@@ -80,6 +92,26 @@ class Row(NamedTuple):
         slots = jnp.arange(len(self._branches()))
         before = slots < self.prompt + 1 - prompt_lengths[:, None]
         return ((before & (slots < self.prompt)) | (slots >= len(slots) - self.padding)).astype(jnp.int32)
+
+    def packed(
+        self, prompts: Int[Array, "B P"], inputs: Int[Array, "B K R"], packing: Packing
+    ) -> tuple[Int[Array, "B S"], Int[Array, "B S"], Int[Array, "B S"]]:
+        """Tokens, positions and segments of a row of several prompts, of which each text is a segment.
+
+        The last token of a prompt counts as padding: it is the first of its responses.
+        """
+        padding = packing.prompt_lengths.shape[-1]
+        slots = jnp.where(packing.is_last(), padding, packing.prompts.slot)
+
+        def line(prompts: Array, responses: Array, fill: int) -> Array:
+            row = jnp.concatenate([prompts, responses.reshape(len(responses), -1)], axis=1)
+            return jnp.pad(row, ((0, 0), (0, self.padding)), constant_values=fill)
+
+        return (
+            line(prompts, inputs, 0),
+            line(packing.prompts.position, packing.response_positions(), 0),
+            line(slots, packing.responses.slot, padding),
+        )
 
     def mask(self, window: int) -> Bool[np.ndarray, "S S"]:
         """True where a slot attends to another: to the prompt's and its own response's not behind it, in its window."""

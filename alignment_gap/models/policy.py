@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from alignment_gap import losses
 from alignment_gap.errors import UserError
+from alignment_gap.models.packing import Packing
 from alignment_gap.models.stack import REMAT_POLICIES
 from alignment_gap.sharding import constrain
 
@@ -52,13 +53,21 @@ class Policy(Protocol):
     def output(self, params: Any) -> Output:
         """The output embedding, and the scale and soft cap of its logits."""
 
-    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"]) -> Int[Array, "B"]:
-        """The input that predicts each response's first token."""
+    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B *S"]) -> Int[Array, "B *S"]:
+        """The input that predicts the first token of each prompt's responses; rows may hold S prompts."""
 
     def hidden(
-        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], inputs: Int[Array, "B K R"]
+        self,
+        params: Any,
+        prompts: Int[Array, "B P"],
+        prompt_lengths: Int[Array, "B"],
+        inputs: Int[Array, "B K R"],
+        packing: Packing | None = None,
     ) -> Float[Array, "B K R D"]:
-        """Hidden states that predict the tokens of K responses; the prompt is computed once."""
+        """Hidden states that predict the tokens of K responses; the prompt is computed once.
+
+        Where rows hold several prompts, `packing` says where, and `prompt_lengths` is not read.
+        """
 
     def prefill(
         self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
@@ -75,13 +84,19 @@ def response_hidden(
     policy: Policy,
     params: Any,
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
+    prompt_lengths: Int[Array, "B *S"],
     responses: Int[Array, "B K R"],
+    packing: Packing | None = None,
 ) -> Float[Array, "B K R D"]:
     """Hidden states that predict each token of given responses."""
-    start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None, None], (*responses.shape[:2], 1))
-    inputs = jnp.concatenate([start, responses[..., :-1]], axis=-1)
-    hidden = policy.hidden(params, prompts, prompt_lengths, inputs)
+    start = policy.start_tokens(prompts, prompt_lengths)
+    if packing is None:
+        first = jnp.broadcast_to(start[:, None, None], (*responses.shape[:2], 1))
+        inputs = jnp.concatenate([first, responses[..., :-1]], axis=-1)
+    else:
+        before = jnp.pad(responses[..., :-1], ((0, 0), (0, 0), (1, 0)))
+        inputs = jnp.where(packing.responses.position == 0, packing.at_responses(start), before)
+    hidden = policy.hidden(params, prompts, prompt_lengths, inputs, packing)
     return constrain(hidden, "batch", None, None, "embed")
 
 
@@ -89,15 +104,21 @@ def score(
     policy: Policy,
     params: Any,
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
+    prompt_lengths: Int[Array, "B *S"],
     responses: Int[Array, "B K R"],
-    response_lengths: Int[Array, "B K"],
+    response_lengths: Int[Array, "B *S K"],
 ) -> Float[Array, "B K R"]:
-    """Log-probs in nats of every response token given its prompt and what precedes it; float32, 0 at padding."""
-    hidden = response_hidden(policy, params, prompts, prompt_lengths, responses)
+    """Log-probs in nats of every response token given its prompt and what precedes it; float32, 0 at padding.
+
+    With lengths of S prompts a row, rows are packed as `models.packing` says, and no text sees another's.
+    """
+    packing = None
+    if prompt_lengths.ndim == 2:
+        packing = Packing.of(prompt_lengths, response_lengths, prompts.shape[-1], responses.shape[-1])
+    hidden = response_hidden(policy, params, prompts, prompt_lengths, responses, packing)
     embedding, scale, soft_cap = policy.output(params)
     log_probs = losses.token_log_probs(hidden, embedding, responses, scale=scale, soft_cap=soft_cap)
-    mask = jnp.arange(responses.shape[-1]) < response_lengths[..., None]
+    mask = packing.is_response if packing else jnp.arange(responses.shape[-1]) < response_lengths[..., None]
     return jnp.where(mask, log_probs, 0.0)
 
 

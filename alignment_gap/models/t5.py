@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from alignment_gap.errors import UserError
 from alignment_gap.models import layers
+from alignment_gap.models.packing import Packing
 from alignment_gap.models.policy import Output, check_sizes
 from alignment_gap.models.stack import constrain_stream, decode_stack, init_stack, scan_stack
 
@@ -208,7 +209,7 @@ class T5Policy:
             return Output(params["token_embedder"]["embedding"], self.config.width**-0.5)
         return Output(params["output_embedder"]["embedding"])
 
-    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"]) -> Int[Array, "B"]:
+    def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B *S"]) -> Int[Array, "B *S"]:
         """T5's decoder starts from id 0."""
         return jnp.zeros_like(prompt_lengths)
 
@@ -218,13 +219,21 @@ class T5Policy:
         prompts: Int[Array, "B P"],
         prompt_lengths: Int[Array, "B"],
         inputs: Int[Array, "B K R"],
+        packing: Packing | None = None,
     ) -> Float[Array, "B K R D"]:
-        """Final hidden states at every response position; the prompt is encoded once for its K responses."""
-        encoded = self._encode(params, prompts, prompt_lengths)
-        prompt_mask = self._prompt_mask(prompts, prompt_lengths)
+        """Final hidden states at every response position; the prompt is encoded once for its K responses.
+
+        Packed rows need other masks and nothing else: distances within a text are those within its row.
+        """
         positions = jnp.arange(inputs.shape[-1])
         bias: Any = self._relative_bias(False).apply({"params": params["decoder"]["relpos_bias"]}, positions, positions)
         mask = layers.causal_mask(positions, positions)
+        if packing is None:
+            within_prompts = prompt_mask = layers.prefix_mask(prompt_lengths, prompts.shape[-1])
+        else:
+            within_prompts, prompt_mask = packing.within_prompts(), packing.across()
+            mask &= packing.within_responses()
+        encoded = self._encode(params, prompts, within_prompts)
         decoder = DecoderLayer(self.config)
 
         def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
@@ -243,7 +252,8 @@ class T5Policy:
     ) -> Any:
         """The cache for sampling: every decoder layer's keys and values of the prompts, and room for the responses."""
         config = self.config
-        encoded = self._encode(params, prompts, prompt_lengths)
+        mask = layers.prefix_mask(prompt_lengths, prompts.shape[-1])
+        encoded = self._encode(params, prompts, mask)
         decoder = DecoderLayer(config)
 
         def layer(_: None, layer_params: Any, __: None) -> tuple[None, Any]:
@@ -253,7 +263,7 @@ class T5Policy:
         shape = (config.decoder_layers, len(prompts), samples, config.heads, max_length, config.head_size)
         return {
             "prompt": prompt,
-            "prompt_mask": self._prompt_mask(prompts, prompt_lengths),
+            "prompt_mask": mask,
             "responses": layers.empty_cache(shape, config.dtype),
         }
 
@@ -282,10 +292,9 @@ class T5Policy:
         x = self._norm(params["decoder"]["decoder_norm"], x)
         return x[:, :, 0], {**cache, "responses": responses}
 
-    def _encode(self, params: Any, prompts: Array, prompt_lengths: Array) -> Float[Array, "B P D"]:
+    def _encode(self, params: Any, prompts: Array, mask: Array) -> Float[Array, "B P D"]:
         encoder, positions = params["encoder"], jnp.arange(prompts.shape[-1])
         bias: Any = self._relative_bias(True).apply({"params": encoder["relpos_bias"]}, positions, positions)
-        mask = self._prompt_mask(prompts, prompt_lengths)
 
         def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
             outputs: Any = EncoderLayer(self.config).apply({"params": layer_params}, x, mask, bias)
@@ -300,9 +309,6 @@ class T5Policy:
 
     def _norm(self, params: Any, x: Array) -> Any:
         return layers.RMSNorm(self.config.dtype).apply({"params": params}, x)
-
-    def _prompt_mask(self, prompts: Array, prompt_lengths: Array) -> Array:
-        return layers.prefix_mask(prompt_lengths, prompts.shape[-1])
 
     def _relative_bias(self, bidirectional: bool) -> layers.RelativePositionBias:
         config = self.config

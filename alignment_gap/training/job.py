@@ -48,6 +48,7 @@ from alignment_gap.sharding import (
     LogicalMesh,
     MeshConfig,
     check_batch_size,
+    is_first_process,
     make_mesh,
     on_every_process,
     on_first_process,
@@ -133,13 +134,19 @@ class JobConfig:
     reference_log_probs: str = "auto"
 
 
-def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = lambda steps: None) -> TrainState:
+def run_job(
+    config: JobConfig,
+    workdir: Path,
+    progress: Callable[[int], None] = lambda steps: None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> TrainState:
     """Trains up to `config.steps` in `workdir`, from its last complete checkpoint where there is one.
 
     Args:
       config: the job.
       workdir: its folder.
       progress: is told how many steps are newly done, those of an earlier run first.
+      tell: is given a line on what is trained on, before the first step.
 
     Returns:
       The state after the last step.
@@ -149,6 +156,7 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
         or compiled, but for a token id outside of the model's vocabulary, which is found when its batch is read.
     """
     _check_settings(config)
+    _check_width(config)
     model = _model(config)
     config = dataclasses.replace(config, model=model)
     examples = on_every_process(lambda: open_datasets(config.dataset))
@@ -157,7 +165,8 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
     mesh, policy = make_mesh(config.mesh), network.policy()
     check_batch_size("dataset.batch_size", config.dataset.batch_size, mesh.batch_parts, config.microbatches)
     shapes = batch_shapes(config.dataset, examples)
-    batches = job_batches(config.dataset, examples, shapes, mesh, seed=config.seed)
+    reading: dict[str, Any] = {"seed": config.seed, "microbatches": config.microbatches}
+    batches = job_batches(config.dataset, examples, shapes, mesh, **reading)
     config = dataclasses.replace(config, steps=job_steps(config.dataset, examples, config.steps))
     objective = _objective(config, network)
     optimizer = make_optimizer(config.optimizer)
@@ -171,11 +180,13 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
     stored = _stored_reference(config, examples, policy, reference, mesh, shapes) if needs_reference else []
     if stored:
         reference = None
-        batches = job_batches(config.dataset, examples, shapes, mesh, seed=config.seed, references=stored)
+        batches = job_batches(config.dataset, examples, shapes, mesh, **reading, references=stored)
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(_own(workdir, config, examples)))
         checkpoints = stack.enter_context(Checkpoints(workdir / CHECKPOINTS, network))
         _check_not_beyond(config, checkpoints)
+        if is_first_process():
+            tell(_reading(config, batches))
         if start is None:
             state = create_state(policy.init, optimizer, mesh, jax.random.key(config.seed))
         else:
@@ -190,6 +201,12 @@ def run_job(config: JobConfig, workdir: Path, progress: Callable[[int], None] = 
             log_every=config.log_every,
             progress=progress,
         )
+
+
+def _reading(config: JobConfig, batches: OfflineSource) -> str:
+    pairs, size = len(batches.examples), config.dataset.batch_size
+    share = batches.padding().share
+    return f"{config.steps:,} steps of {size} of {pairs:,} examples; {share:.1%} of the tokens in batches is padding"
 
 
 @contextlib.contextmanager
@@ -283,6 +300,16 @@ def _loss(config: LossConfig) -> Callable[..., Any]:
         raise UserError(str(error)) from error
 
 
+def _check_width(config: JobConfig) -> None:
+    """Raises UserError where the width of a batch's rows decides the loss, and is not always the same."""
+    divisor = inspect.signature(_loss(config.loss)).parameters.get("max_length")
+    if divisor and divisor.default is None and (config.dataset.packing or config.dataset.buckets > 1):
+        raise UserError(
+            f"the loss {config.loss.name} divides by the width of a batch's rows, which packing and buckets change: "
+            "set its max_length in LossConfig.settings"
+        )
+
+
 def _needs_reference(config: JobConfig, dataset: Dataset) -> bool:
     """Whether reference log-probs have to be computed."""
     if config.kind != POLICY:
@@ -332,6 +359,10 @@ def _check_settings(config: JobConfig) -> None:
         raise UserError(f"kind is {config.kind!r}: choose one of {', '.join((POLICY, *KINDS))}")
     if config.kind != POLICY and config.reference:
         raise UserError(f"reference is {config.reference!r}: a preference model has none, leave it empty")
+    if config.dataset.packing and config.dataset.buckets != 1:
+        raise UserError(
+            f"dataset.packing={config.dataset.packing} does not go with buckets={config.dataset.buckets}: choose one"
+        )
     if config.dataset.prefetch < 0:
         raise UserError(f"dataset.prefetch={config.dataset.prefetch} is out of range: set 0 or more batches")
     if config.reference_log_probs not in REFERENCE_LOG_PROBS:

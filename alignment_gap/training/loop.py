@@ -74,8 +74,8 @@ def train(
         progress(1)
         done = step + 1
         if done % log_every == 0 or done == last_step:
-            pairs = batch.prompts.shape[0] * (done - clocked)
-            append_metrics(metrics_path, done, metrics, pairs_per_second=pairs / (time.perf_counter() - clock))
+            prompts = float(jax.device_get(metrics["prompts"])) * (done - clocked)
+            append_metrics(metrics_path, done, metrics, pairs_per_second=prompts / (time.perf_counter() - clock))
             clock, clocked = time.perf_counter(), done
         if done in checkpoint_steps:
             check_finite(metrics, done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -31,6 +32,8 @@ class DatasetConfig:
       response_length: tokens that responses are padded to at most; 0 means the datasets' longest.
       buckets: shapes that batches are padded to at most, chosen from the lengths so that padding is least; each is
         compiled once.
+      packing: rows hold as many prompts with their responses as fit into so many times the longest; 0 for one prompt a
+        row. Without buckets only.
       epochs: how often the data may be gone through; 0 for any number of times.
       vocabulary: that of the datasets, where it is no longer where it was; only a preference model needs it.
       prefetch: batches that are read and put on the devices ahead of their step.
@@ -44,6 +47,7 @@ class DatasetConfig:
     prompt_length: int = 0
     response_length: int = 0
     buckets: int = 1
+    packing: int = 0
     epochs: int = 0
     vocabulary: str = ""
     prefetch: int = 2
@@ -97,6 +101,7 @@ def job_batches(
     mesh: LogicalMesh,
     *,
     seed: int,
+    microbatches: int = 1,
     references: Sequence[ReferenceLogProbs] = (),
 ) -> OfflineSource:
     """The batches of a job, of which this process reads its rows; with stored reference log-probs where given."""
@@ -110,13 +115,15 @@ def job_batches(
         order=config.order,
         window=config.window,
         buckets=shapes[:-1],
+        packing=config.packing,
+        row_multiple=mesh.batch_parts * microbatches,
         weights=config.weights,
-        rows=host_rows(mesh, config.batch_size).tolist(),
+        host_rows=functools.partial(host_rows, mesh),
     )
 
 
 def on_devices(
-    batches: Callable[[int], PreferenceBatch], config: DatasetConfig, mesh: LogicalMesh, vocabulary_size: int
+    batches: OfflineSource, config: DatasetConfig, mesh: LogicalMesh, vocabulary_size: int
 ) -> Callable[[int], PreferenceBatch]:
     """The batches on the devices; raises UserError for one with an id outside of the model's vocabulary."""
 
@@ -128,7 +135,7 @@ def on_devices(
                 f"{config.folder} has the token id {largest} but the model has vocabulary_size={vocabulary_size}: "
                 "raise it, or prepare the dataset with the model's vocabulary"
             )
-        placed: PreferenceBatch = put_batch(batch, mesh, config.batch_size)
+        placed: PreferenceBatch = put_batch(batch, mesh, batches.rows(step))
         return placed
 
     return source

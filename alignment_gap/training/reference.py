@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,7 @@ def store_reference(
         prompt_length=buckets[-1][0],
         response_length=buckets[-1][1],
         buckets=buckets[:-1],
-        rows=host_rows(mesh, batch_size).tolist(),
+        host_rows=functools.partial(host_rows, mesh),
     )
     settings = DatasetConfig(str(dataset.folder), batch_size=batch_size)
     placed = on_devices(batches, settings, mesh, policy.config.vocabulary_size)

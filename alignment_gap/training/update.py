@@ -15,6 +15,7 @@ from alignment_gap import losses
 from alignment_gap.data.batch import PreferenceBatch, length_mask
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, PreferenceModel, score
+from alignment_gap.models.packing import unpack
 from alignment_gap.models.preference import pair_loss
 from alignment_gap.sharding import LogicalMesh, batch_sharding, constrain, replicated, within
 from alignment_gap.training.state import TrainState
@@ -23,13 +24,20 @@ Metrics = dict[str, Array]
 UpdateStep = Callable[[TrainState, PreferenceBatch], tuple[TrainState, Metrics]]
 
 
+# The log-prob in nats of the responses in empty slots of packed rows, whose losses do not count but must be finite.
+_EMPTY = -1.0
+
+
 class Objective(Protocol):
     """What is minimised: one loss per prompt, and diagnostics per prompt."""
 
     def __call__(
         self, params: Any, batch: PreferenceBatch, step: Int[Array, ""]
-    ) -> tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]:
-        """The losses [B] in nats and named diagnostics [B]."""
+    ) -> tuple[Float[Array, "N *K"], dict[str, Float[Array, "N"]]]:
+        """The losses [N] in nats and named diagnostics [N], of B prompts or of the B * S slots of packed rows.
+
+        A loss of single responses gives [N, K]. What is said of empty slots does not count.
+        """
 
 
 def make_update_step(
@@ -52,24 +60,26 @@ def make_update_step(
         batch as one (as kto and bco do), which sees a part.
 
     Returns:
-      The step. Its metrics are means over the batch, in float32: "loss", "gradient_norm" and the objective's own.
+      The step. Its metrics are means over the batch's prompts, in float32: "loss" and the objective's own; further
+      "gradient_norm", "prompts", how many there are, and "padding", the share of the batch's tokens that are none.
     """
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def update_step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
-        def mean_loss(params: Any, part: PreferenceBatch) -> tuple[Array, Metrics]:
+        def mean_loss(params: Any, part: PreferenceBatch, weights: Array) -> tuple[Array, Metrics]:
             loss, diagnostics = objective(params, part, state.step)
-            return jnp.mean(loss), {"loss": jnp.mean(loss)} | {k: jnp.mean(v) for k, v in diagnostics.items()}
+            means = {name: _mean(value, weights) for name, value in ({"loss": loss} | diagnostics).items()}
+            return means["loss"], means
 
-        def gradients_of(part: PreferenceBatch) -> tuple[Any, Metrics]:
-            gradients, metrics = jax.grad(mean_loss, has_aux=True)(state.params, part)
+        def gradients_of(part: tuple[PreferenceBatch, Array]) -> tuple[Any, Metrics]:
+            gradients, metrics = jax.grad(mean_loss, has_aux=True)(state.params, *part)
             return jax.lax.with_sharding_constraint(gradients, shardings.params), metrics
 
-        gradients, metrics = _mean_over(gradients_of, batch, microbatches)
+        gradients, metrics = _mean_over(gradients_of, (batch, _weights(batch)), microbatches)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics |= {"gradient_norm": optax.global_norm(gradients)} | _sizes(batch)
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
     return jax.jit(
@@ -80,8 +90,24 @@ def make_update_step(
     )
 
 
+def _weights(batch: PreferenceBatch) -> Float[Array, "B *S"]:
+    """What each prompt's loss is multiplied by in a mean over prompts and empty slots: 1 where there are none."""
+    there = batch.prompt_lengths > 0
+    return there / jnp.mean(there)
+
+
+def _mean(values: Float[Array, "N *K"], weights: Float[Array, "B *S"]) -> Float[Array, ""]:
+    return jnp.mean(values * weights.reshape(-1, *[1] * (values.ndim - 1)))
+
+
+def _sizes(batch: PreferenceBatch) -> Metrics:
+    tokens = jnp.sum(batch.prompt_lengths) + jnp.sum(batch.response_lengths)
+    padding = 1 - tokens / (batch.prompts.size + batch.responses.size)
+    return {"prompts": jnp.sum(batch.prompt_lengths > 0), "padding": padding}
+
+
 def _mean_over(
-    gradients_of: Callable[[PreferenceBatch], tuple[Any, Metrics]], batch: PreferenceBatch, microbatches: int
+    gradients_of: Callable[[Any], tuple[Any, Metrics]], batch: Any, microbatches: int
 ) -> tuple[Any, Metrics]:
     """The mean of gradients and metrics over equal parts of the batch.
 
@@ -94,7 +120,7 @@ def _mean_over(
         parts = jnp.swapaxes(array.reshape(-1, microbatches, *array.shape[1:]), 0, 1)
         return constrain(parts, None, "batch", *[None] * (parts.ndim - 2))
 
-    def add(total: Any, part: PreferenceBatch) -> tuple[Any, None]:
+    def add(total: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradients_of(part)), None
 
     parts = jax.tree.map(split, batch)
@@ -112,6 +138,11 @@ def policy_objective(policy: Policy, loss: Callable[..., Array]) -> Objective:
     wanted = _required_inputs(loss)
 
     def objective(params: Any, batch: PreferenceBatch, step: Array) -> tuple[Array, dict[str, Array]]:
+        if batch.is_packed and losses.reads_other_prompts(loss):
+            raise UserError(
+                "the loss of a prompt depends on the batch's other prompts, and packed rows have empty slots: set "
+                "packing to 0, and buckets instead"
+            )
         token_log_probs = score(
             policy, params, batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths
         )
@@ -130,6 +161,8 @@ def preference_objective(model: PreferenceModel, run_key: Key[Array, ""]) -> Obj
     """Trains a preference model on pairs by cross-entropy, each pair in an order drawn from (run, step, prompt)."""
 
     def objective(params: Any, batch: PreferenceBatch, step: Array) -> tuple[Array, dict[str, Array]]:
+        if batch.is_packed:
+            raise UserError("a preference model reads one prompt a row: set packing to 0")
         if batch.responses.shape[1] != 2:
             raise UserError(
                 f"a preference model is trained on pairs, the batch has {batch.responses.shape[1]} responses"
@@ -150,6 +183,8 @@ def preference_objective(model: PreferenceModel, run_key: Key[Array, ""]) -> Obj
 def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) -> dict[str, Array]:
     """Every array that a loss may name, from a batch and the policy's log-probs of its responses.
 
+    Of packed rows, B is that of all slots from here on. An empty one has equal scores and responses of one token.
+
     The chosen response is the one of the highest score and the rejected one of the lowest; where all scores are equal
     the first is "chosen" and `preference`, the probability that the chosen is better, is 0.5 instead of 1.
 
@@ -158,10 +193,14 @@ def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) 
       response chosen_logps, chosen_lengths [B], chosen_token_logps, chosen_mask [B, R] and so on. Where the batch has
       reference log-probs, those of the reference too: ref_logps, ref_token_logps, ref_chosen_logps and so on.
     """
-    mask = length_mask(batch.response_lengths, batch.responses.shape[-1])
-    samples = batch.scores.shape[-1]
-    chosen = jnp.argmax(batch.scores, axis=-1)
-    rejected = samples - 1 - jnp.argmin(batch.scores[:, ::-1], axis=-1)
+    lengths, reference, samples = batch.response_lengths, batch.reference_log_probs, batch.scores.shape[-1]
+    scores = batch.scores.reshape(-1, samples)
+    if batch.is_packed:
+        reference = None if reference is None else unpack(reference, lengths, _EMPTY)[0]
+        token_log_probs, lengths = unpack(token_log_probs, lengths, _EMPTY)
+    mask = length_mask(lengths, batch.responses.shape[-1])
+    chosen = jnp.argmax(scores, axis=-1)
+    rejected = samples - 1 - jnp.argmin(scores[:, ::-1], axis=-1)
 
     def pick(values: Array, index: Array) -> Array:
         index = index.reshape(-1, *[1] * (values.ndim - 1))
@@ -171,16 +210,16 @@ def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) 
         "token_logps": token_log_probs,
         "mask": mask,
         "logps": token_log_probs.sum(-1),
-        "scores": batch.scores,
-        "lengths": batch.response_lengths,
-        "preference": jnp.where(pick(batch.scores, chosen) > pick(batch.scores, rejected), 1.0, 0.5),
+        "scores": scores,
+        "lengths": lengths,
+        "preference": jnp.where(pick(scores, chosen) > pick(scores, rejected), 1.0, 0.5),
     }
-    if batch.reference_log_probs is not None:
-        inputs["ref_token_logps"] = jnp.where(mask, batch.reference_log_probs, 0.0)
+    if reference is not None:
+        inputs["ref_token_logps"] = jnp.where(mask, reference, 0.0)
         inputs["ref_logps"] = inputs["ref_token_logps"].sum(-1)
     for side, index in (("chosen", chosen), ("rejected", rejected)):
         inputs |= {f"{side}_{name}": pick(inputs[name], index) for name in ("logps", "lengths", "token_logps", "mask")}
-        if batch.reference_log_probs is not None:
+        if reference is not None:
             inputs |= {f"ref_{side}_{name}": pick(inputs[f"ref_{name}"], index) for name in ("logps", "token_logps")}
     return inputs
 

@@ -25,7 +25,7 @@ def assert_equal_output_after_restore(make_source: Callable[[], Callable[[int], 
 
 
 def assert_union_of_processes(
-    make_source: Callable[[Any], Callable[[int], Any]], batch_size: int, steps: int, counts: tuple[int, ...] = (2, 4)
+    make_source: Callable[[Any], Callable[[int], Any]], steps: int, counts: tuple[int, ...] = (2, 4)
 ) -> None:
     """Asserts that the rows that processes read are together, in order, the rows that one process reads.
 
@@ -33,7 +33,7 @@ def assert_union_of_processes(
     """
     whole = make_source(None)
     parts = {
-        count: [make_source(range(i * batch_size // count, (i + 1) * batch_size // count)) for i in range(count)]
+        count: [make_source(lambda rows, i=i, n=count: range(i * rows // n, (i + 1) * rows // n)) for i in range(count)]
         for count in counts
     }
     for step in range(steps):

@@ -74,11 +74,11 @@ SOURCES = {
 def test_resumes_at_every_step_on_any_number_of_processes(dataset, name):
     settings = {"batch_size": 8, "seed": 3} | LENGTHS | SOURCES[name]
 
-    def source(rows=None):
-        return offline_source(dataset, rows=rows, **settings)
+    def source(host_rows=None):
+        return offline_source(dataset, host_rows=host_rows, **settings)
 
     through = assert_equal_output_after_restore(source, 9)
-    assert_union_of_processes(source, settings["batch_size"], 9)
+    assert_union_of_processes(source, 9)
     in_memory = offline_source(list(dataset), **settings)
     for step, batch in enumerate(through):
         assert_equal_batches(in_memory(step), batch)
@@ -87,11 +87,11 @@ def test_resumes_at_every_step_on_any_number_of_processes(dataset, name):
 @pytest.mark.parametrize("weights", [(), (1, 2, 3)])
 @pytest.mark.parametrize("buckets", [{}, BUCKETS])
 def test_a_mixture_resumes_at_every_step_on_any_number_of_processes(mixture, weights, buckets):
-    def source(rows=None):
-        return offline_source(mixture, batch_size=8, seed=3, weights=weights, rows=rows, **LENGTHS, **buckets)
+    def source(host_rows=None):
+        return offline_source(mixture, batch_size=8, seed=3, weights=weights, host_rows=host_rows, **LENGTHS, **buckets)
 
     assert_equal_output_after_restore(source, 12)
-    assert_union_of_processes(source, 8, 12)
+    assert_union_of_processes(source, 12)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -103,6 +103,37 @@ def test_a_mixture_in_buckets_continues_after_a_stop_bit_for_bit(sft_config, pai
     assert_equal_states(run_job(without_prefetch, tmp_path / "stopped"), whole)
 
 
+def test_packed_rows_train_as_one_prompt_a_row_does(sft, sft_config, tmp_path):
+    """With the reference in each step, and with what is stored of it; killed and continued with the same bits."""
+    folder, _ = sft
+    dataset = dataclasses.replace(sft_config.dataset, batch_size=16, prompt_length=64, response_length=48)
+    config = dataclasses.replace(
+        sft_config, model=None, loss=LossConfig("ipo"), start=str(folder), dataset=dataset, steps=4
+    )
+    run_job(config, tmp_path / "plain")
+    packed = dataclasses.replace(config, dataset=dataclasses.replace(dataset, packing=1))
+    whole = run_job(packed, tmp_path / "packed")
+    stored = dataclasses.replace(packed, reference_log_probs="stored")
+    run_job(stored, tmp_path / "stored")
+    expected = metrics(tmp_path / "plain")
+    for name in ("packed", "stored"):
+        for line, other in zip(metrics(tmp_path / name), expected, strict=True):
+            assert line["padding"] < other["padding"]
+            for key in ("loss", "gradient_norm", "prompts", "margin", "log_prob", "length"):
+                # A margin of the first step is a difference of equal numbers.
+                np.testing.assert_allclose(line[key], other[key], rtol=1e-3, atol=2e-5, err_msg=key)
+    told = []
+
+    def stop_in_step_three(steps):
+        told.append(steps)
+        if len(told) > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(packed, tmp_path / "stopped", stop_in_step_three)
+    assert_equal_states(run_job(packed, tmp_path / "stopped"), whole)
+
+
 def test_more_steps_go_on_from_the_last(sft_config, sft, tmp_path):
     run_job(dataclasses.replace(sft_config, steps=3), tmp_path)
     assert_equal_states(run_job(sft_config, tmp_path), sft[1])
@@ -212,6 +243,8 @@ BAD_DATA = {
     "epochs": ({"epochs": -1}, "dataset.epochs is -1"),
     "too few epochs": ({"epochs": 1, "batch_size": 16}, "dataset.epochs=1 of 48 examples have 3 batches of 16"),
     "batch": ({"batch_size": 0}, "batch_size"),
+    "negative packing": ({"packing": -1}, "packing=-1 is out of range"),
+    "packing and buckets": ({"packing": 2, "buckets": 2}, "dataset.packing=2 does not go with buckets=2: choose one"),
 }
 
 
@@ -223,6 +256,27 @@ def test_bad_dataset_settings(name, sft_config, tmp_path):
     dataset = dataclasses.replace(sft_config.dataset, **changes)
     with pytest.raises(UserError, match=message):
         run_job(dataclasses.replace(sft_config, dataset=dataset), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "dataset", "message"),
+    [
+        (
+            {"loss": LossConfig("dr_grpo")},
+            {"packing": 2},
+            "dr_grpo divides by the width of a batch's rows, which packing and buckets change: set its max_length",
+        ),
+        ({"loss": LossConfig("dr_grpo")}, {"buckets": 2}, "set its max_length"),
+        ({"loss": LossConfig("kto"), "start": "START"}, {"packing": 2}, "depends on the batch's other prompts"),
+        ({"kind": "bradley_terry"}, {"packing": 2}, "a preference model reads one prompt a row"),
+    ],
+)
+def test_what_does_not_go_with_packing_is_told_at_once(changes, dataset, message, sft, sft_config, tmp_path):
+    changes = {key: str(sft[0]) if value == "START" else value for key, value in changes.items()}
+    dataset = dataclasses.replace(sft_config.dataset, **dataset)
+    with pytest.raises(UserError, match=message):
+        run_job(dataclasses.replace(sft_config, dataset=dataset, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -14,6 +14,7 @@ from tiny_models import MESHES, make_batch, random_params, texts
 
 from alignment_gap import losses
 from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.data.packing import Rows
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, make_policy, score
 from alignment_gap.models.policy import Output
@@ -29,6 +30,7 @@ from alignment_gap.training import (
     preference_objective,
     state_from_params,
 )
+from alignment_gap.training.update import _mean, _weights
 
 BATCH = make_batch(8, vocabulary_size=16)
 # Four microbatches on eight devices.
@@ -40,13 +42,13 @@ def single_device_mesh():
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def two_steps(policy, params, mesh, microbatches):
+def two_steps(policy, params, mesh, microbatches, batch=LARGE_BATCH):
     """Metrics and parameters after two steps on the mesh."""
     abstract = abstract_state(policy.init, OPTIMIZER, mesh)
     state = state_from_params(params, abstract, OPTIMIZER)
     objective = policy_objective(policy, losses.get("cpo"))
     step = make_update_step(objective, OPTIMIZER, mesh, abstract, microbatches=microbatches)
-    batch = jax.device_put(LARGE_BATCH, batch_sharding(mesh))
+    batch = jax.device_put(batch, batch_sharding(mesh))
     values = []
     for _ in range(2):
         state, metrics = step(state, batch)
@@ -73,6 +75,37 @@ def test_every_mesh_takes_the_same_steps(name, microbatches, even_policy, alone)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), other, expected)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, expected)
     assert min(jax.tree.leaves(moved)) > 5e-4
+
+
+def packed(batch, multiple):
+    """The batch with several prompts in each of `multiple` rows, or of some more."""
+    lengths = np.concatenate([batch.prompt_lengths[:, None], batch.response_lengths], axis=1)
+    rows = Rows((9, 8), 8, multiple)
+    found = rows.fill(lengths)
+    order = np.argsort(found, kind="stable")
+    return jax.tree.map(jnp.asarray, rows.pack(jax.tree.map(lambda leaf: leaf[order], batch), found[order]))
+
+
+@pytest.mark.parametrize(("name", "microbatches"), [("data", 1), ("all", 4), ("sequence", 1)])
+def test_packed_rows_take_the_same_steps(name, microbatches, even_policy, alone):
+    """Whatever rows have empty slots, and however many prompts fall to a device or a microbatch."""
+    params, (values, expected) = alone
+    mesh = make_mesh(MESHES[name])
+    batch = packed(LARGE_BATCH, mesh.batch_parts * microbatches)
+    assert len(batch.prompts) < 32
+    assert (batch.prompt_lengths == 0).any() and len(set(np.sum(batch.prompt_lengths > 0, axis=1).tolist())) > 1
+    other_values, other = two_steps(even_policy, params, mesh, microbatches, batch)
+    assert other_values[0].pop("padding") < values[0]["padding"]
+    for name, value in other_values[0].items():
+        np.testing.assert_allclose(value, values[0][name], rtol=2e-5, err_msg=name)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), other, expected)
+
+
+def test_padding_and_prompts_are_counted(alone):
+    metrics = alone[1][0][0]
+    tokens = int(LARGE_BATCH.prompt_lengths.sum() + LARGE_BATCH.response_lengths.sum())
+    np.testing.assert_allclose(metrics["padding"], 1 - tokens / (32 * (6 + 2 * 5)), rtol=1e-6)
+    assert metrics["prompts"] == 32
 
 
 def collectives(program, kind):
@@ -208,7 +241,7 @@ class Unigram:
     def start_tokens(self, prompts, prompt_lengths):
         return jnp.zeros_like(prompt_lengths)
 
-    def hidden(self, params, prompts, prompt_lengths, inputs):
+    def hidden(self, params, prompts, prompt_lengths, inputs, packing=None):
         return jnp.ones((*inputs.shape, 1))
 
 
@@ -237,6 +270,45 @@ def test_every_registered_loss_trains_a_policy(unigram_batch):
     for name, (value, gradient) in all_losses(PARAMS).items():
         assert np.isfinite(value), name
         assert np.isfinite(gradient["logits"]).all() and np.abs(gradient["logits"]).max() > 0, name
+
+
+def test_every_loss_of_packed_rows_is_that_of_their_prompts_or_refused(unigram_batch):
+    """Value and gradient; a loss that reads other prompts than its own is another one for half of the batch."""
+    # A reference that is far less likely, for KTO takes no mean below 0.
+    batch = dataclasses.replace(unigram_batch, reference_log_probs=unigram_batch.reference_log_probs - 1.0)
+    rows, half = packed(batch, 2), jax.tree.map(lambda leaf: leaf[:4], batch)
+    configured = {name: losses.get(name, **{"dr_grpo": {"max_length": 7}}.get(name, {})) for name in losses.names()}
+    names = {False: [], True: []}
+    for name, loss in configured.items():
+        names[losses.reads_other_prompts(loss)].append(name)
+    with pytest.raises(UserError, match="depends on the batch's other prompts"):
+        policy_objective(UNIGRAM, losses.get("bco"))(PARAMS, rows, jnp.int32(0))
+
+    @jax.jit
+    def all_losses(params):
+        def mean(objective, batch):
+            def loss(params):
+                values, diagnostics = objective(params, batch, jnp.int32(0))
+                means = {name: _mean(value, _weights(batch)) for name, value in diagnostics.items()}
+                return _mean(values, _weights(batch)), means
+
+            return jax.value_and_grad(loss, has_aux=True)(params)
+
+        objectives = {name: policy_objective(UNIGRAM, loss) for name, loss in configured.items()}
+        return (
+            {name: (mean(objectives[name], rows), mean(objectives[name], batch)) for name in names[False]},
+            {
+                name: (objective(params, half, jnp.int32(0))[0], objective(params, batch, jnp.int32(0))[0][:4])
+                for name, objective in objectives.items()
+            },
+        )
+
+    compared, of_half = all_losses(PARAMS)
+    for name, (ours, expected) in compared.items():
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6, err_msg=name), ours, expected)
+    for name, (alone, among_others) in of_half.items():
+        assert np.allclose(alone, among_others, rtol=1e-5) != (name in names[True]), name
+    assert len(names[True]) >= 4
 
 
 def test_a_loss_of_ones_own_is_given_what_it_names(unigram_batch):

@@ -1,0 +1,103 @@
+"""Packed rows: places by hand, and the very scores and gradients of the rows they are made of."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import CONFIGS, SETTINGS, make_batch, random_params, texts
+
+from alignment_gap.data.packing import Rows
+from alignment_gap.errors import UserError
+from alignment_gap.models import fused_attention, make_policy, score
+from alignment_gap.models.packing import Packing, Places, unpack
+
+BATCH = make_batch(8)
+# Eight prompts in three rows of four slots; the fullest row has no padding, and two have empty slots.
+ROWS = np.array([0, 0, 0, 0, 1, 1, 2, 2])
+SLOTS = np.array([0, 1, 2, 3, 4, 5, 8, 9])
+
+
+def fullest(lengths):
+    return int(np.stack([np.asarray(lengths)[row == ROWS].sum(axis=0) for row in range(3)]).max())
+
+
+SHAPE = fullest(BATCH.prompt_lengths), fullest(BATCH.response_lengths)
+PACKED = jax.tree.map(jnp.asarray, Rows(SHAPE, 4, 1).pack(BATCH, ROWS))
+
+
+def test_places_by_hand():
+    # Two texts of two and three tokens, then one; behind them padding.
+    places = Places.of(jnp.array([[2, 3, 1], [1, 0, 4]]), 7)
+    np.testing.assert_array_equal(places.slot, [[0, 0, 1, 1, 1, 2, 3], [0, 2, 2, 2, 2, 3, 3]])
+    np.testing.assert_array_equal(places.position[0, :6], [0, 1, 0, 1, 2, 0])
+    np.testing.assert_array_equal(places.position[1, :5], [0, 0, 1, 2, 3])
+
+
+def test_who_sees_whom_by_hand():
+    """Prompts of two tokens and one, with one response each, of one token and two; then padding."""
+    packing = Packing.of(jnp.array([[2, 1]]), jnp.array([[[1], [2]]]), 4, 4)
+    prompts = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(packing.within_prompts()[0, 0], prompts)
+    responses = [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(packing.within_responses()[0, 0], responses)
+    across = [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(packing.across()[0, 0], across)
+    np.testing.assert_array_equal(packing.is_response[0, 0], [1, 1, 1, 0])
+    np.testing.assert_array_equal(packing.is_last()[0, :3], [0, 1, 1])
+    # A response's first input is its prompt's last token, at that token's position.
+    np.testing.assert_array_equal(packing.response_positions()[0, 0, :3], [1, 0, 1])
+
+
+def test_unpack_by_hand():
+    values = jnp.array([[[1.0, 2.0, 3.0, 9.0]]])
+    rows, lengths = unpack(values, jnp.array([[[2], [0], [1]]]), -5.0)
+    np.testing.assert_array_equal(rows[:, 0], [[1, 2, 0, 0], [-5, 0, 0, 0], [3, 0, 0, 0]])
+    np.testing.assert_array_equal(lengths, [[2], [1], [1]])
+
+
+def value_and_gradient(policy, batch, log_probs_of):
+    """Log-probs [8, 2, 5] and the gradient of a sum in which each token has a weight of its own."""
+
+    def total(params):
+        log_probs = log_probs_of(score(policy, params, *texts(batch)))
+        return jnp.sum(log_probs * jnp.linspace(0.5, 1.5, log_probs.size).reshape(log_probs.shape)), log_probs
+
+    (_, log_probs), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(random_params(policy))
+    return log_probs, gradient
+
+
+def one_by_one(log_probs):
+    rows, _ = unpack(log_probs, PACKED.response_lengths, 0.0)
+    return rows[SLOTS, :, :5]
+
+
+def assert_equal_to_unpacked(config):
+    plain = value_and_gradient(make_policy(dataclasses.replace(config, attention="xla")), BATCH, lambda x: x)
+    packed = value_and_gradient(make_policy(config), PACKED, one_by_one)
+    np.testing.assert_allclose(packed[0], plain[0], rtol=1e-4, atol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), packed[1], plain[1])
+
+
+@pytest.mark.parametrize("name", ["t5", "decoder", "gemma2", "gemma3", "llama3"])
+def test_packed_rows_have_the_scores_and_gradients_of_their_prompts(name):
+    """Gemma 2 and 3 have windows that are shorter than a prompt with its response."""
+    assert_equal_to_unpacked({**CONFIGS, **SETTINGS}[name])
+
+
+def test_packed_rows_by_splash():
+    assert_equal_to_unpacked(dataclasses.replace(CONFIGS["decoder"], attention="splash"))
+
+
+def test_packed_rows_by_cudnns_form(monkeypatch):
+    monkeypatch.setattr(fused_attention, "CUDNN", "xla")
+    monkeypatch.setattr(fused_attention, "check", lambda config: None)
+    assert_equal_to_unpacked(dataclasses.replace(SETTINGS["qwen3"], attention="cudnn"))
+
+
+def test_windows_of_a_fused_kernel_are_refused():
+    policy = make_policy(dataclasses.replace(SETTINGS["gemma2"], attention="splash"))
+    with pytest.raises(UserError, match="no windows in packed rows: use attention=xla, or buckets instead of packing"):
+        jax.eval_shape(partial(score, policy), random_params(policy), *texts(PACKED))
