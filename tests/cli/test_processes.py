@@ -206,3 +206,18 @@ def test_what_one_process_alone_cannot_read_ends_all(scored):
 def test_processes_that_cannot_meet_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         initialize(*flags)
+
+
+def test_two_processes_train_alike_on_packed_rows(scored, monkeypatch):
+    """Rows are filled over the whole batch, so that each reads prompts that are another's without packing."""
+    monkeypatch.chdir(scored)
+    settings = IPO | {"BATCH_SIZE": 16, "REFERENCE_LOG_PROBS": "each_step", "MeshConfig.model": 1, "MeshConfig.data": 4}
+    run_job(job(settings, IPO_FILES), scored / "plain")
+    packed = settings | {"PACKING": 2}
+    statuses, outputs = run_processes(scored, *2 * [train_words(packed, "packed", IPO_FILES)])
+    assert statuses == [0, 0], outputs
+    assert ["of the tokens in batches is padding" in output for output, _ in outputs] == [True, False]
+    for expected, line in zip(metrics(scored / "plain"), metrics(scored / "packed"), strict=True):
+        assert line["prompts"] == expected["prompts"] == 16
+        for name in ("loss", "gradient_norm", "log_prob", "margin"):
+            np.testing.assert_allclose(line[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
