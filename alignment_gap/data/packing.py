@@ -46,7 +46,8 @@ class Rows:
         free, slots = np.tile(capacity, (len(lengths), 1)), np.full(len(lengths), self.slots)
         rows, used = np.zeros(len(lengths), np.int64), 0
         for example in np.argsort(-(lengths / capacity).sum(axis=1), kind="stable"):
-            row = int(np.argmax((free >= lengths[example]).all(axis=1) & (slots > 0)))
+            fits = (free[: used + 1] >= lengths[example]).all(axis=1) & (slots[: used + 1] > 0)
+            row = int(np.argmax(fits))
             rows[example], used = row, max(used, row + 1)
             free[row] -= lengths[example]
             slots[row] -= 1
