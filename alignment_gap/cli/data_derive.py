@@ -79,10 +79,11 @@ def relabel(arguments: list[str]) -> None:
     """Give a dataset the labels of a preference model."""
 
     def define(values: flags.FlagValues) -> None:
-        text, _ = definers(values)
+        text, number = definers(values)
         text("input", "", "The dataset.")
         text("preference_model", "", "Folder of a preference model: a run, a study's stage, or a checkpoint.")
         text("output", "", "Folder of the relabelled dataset.")
+        number("buckets", 4, "Shapes that batches are padded to at most, chosen from the lengths.")
         _define_device_flags(values)
 
     values = parse(arguments, define, relabel.__doc__)
@@ -93,12 +94,15 @@ def relabel(arguments: list[str]) -> None:
     output, model = Path(require(values, "output")), require(values, "preference_model")
     use_compilation_cache(values)
 
+    from alignment_gap.data.buckets import choose_buckets, lengths_of
     from alignment_gap.data.derive import write_derived
     from alignment_gap.evaluation.datasets import Batching, label
 
     mesh = _mesh(values)
+    longest = (dataset.card.max_prompt_length, dataset.card.max_response_length)
+    batching = Batching(mesh, values.batch_size, choose_buckets(lengths_of(dataset), values.buckets, longest))
     labeller, facts = _labeller(model, dataset, mesh)
-    batching = Batching(mesh, values.batch_size, dataset.card.max_prompt_length, dataset.card.max_response_length)
+    facts["buckets"] = values.buckets  # They alter the rounding.
 
     def make(start: int, stop: int) -> Iterator[Example]:
         return label(itertools.islice(dataset, start, stop), labeller, batching)
@@ -122,6 +126,7 @@ def generate(arguments: list[str]) -> None:
         flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens that reach this probability.", flag_values=values)
         number("seed", 0, "Of the samples.")
         text("vocabulary", "", "What the dataset was encoded with, where it is no longer at its place.")
+        number("buckets", 4, "Lengths that prompts are padded to at most, chosen from theirs.")
         _define_device_flags(values)
 
     values = parse(arguments, define, generate.__doc__)
@@ -134,18 +139,24 @@ def generate(arguments: list[str]) -> None:
     output = Path(require(values, "output"))
     use_compilation_cache(values)
 
+    import numpy as np
+
+    from alignment_gap.data.buckets import choose_buckets, lengths_of
     from alignment_gap.data.derive import distinct_prompts, write_derived
     from alignment_gap.evaluation.datasets import Batching, label, sample_examples
 
     mesh = _mesh(values)
     response_length = values.response_length or dataset.card.max_response_length
-    batching = Batching(mesh, values.batch_size, dataset.card.max_prompt_length, response_length)
+    numbers = distinct_prompts(dataset)
+    # Of the samples nothing is known but how long they may be.
+    lengths = np.column_stack([lengths_of(dataset)[numbers, 0], np.full(len(numbers), response_length)])
+    shapes = choose_buckets(lengths, values.buckets, (dataset.card.max_prompt_length, response_length))
+    batching = Batching(mesh, values.batch_size, shapes)
     draws, facts = _draws(values, dataset, response_length, mesh)
     labeller = None
     if values.preference_model:
         labeller, about = _labeller(values.preference_model, dataset, mesh)
         facts |= about
-    numbers = distinct_prompts(dataset)
 
     def make(start: int, stop: int) -> Iterator[Example]:
         sampled = sample_examples((dataset[int(i)] for i in numbers[start:stop]), draws, batching)
@@ -232,6 +243,7 @@ def _draws(
         "top_k": config.top_k,
         "top_p": config.top_p,
         "seed": _seed(values),
+        "buckets": values.buckets,  # They alter the rounding.
     }
     draws: list[Draw] = []
     for number, folder in enumerate(values.policies):

@@ -76,6 +76,27 @@ def bucket_of(lengths: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
     return fitting
 
 
+def cut_within_buckets(
+    numbers: np.ndarray, fitting: np.ndarray, batch_size: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Numbers of examples as whole batches [n, B] of each bucket, and the fewer than B that are left.
+
+    What does not fill a batch in its bucket moves up to the next one.
+
+    Args:
+      numbers: of examples.
+      fitting: the bucket of each, from `bucket_of`.
+      batch_size: B.
+    """
+    groups, rest = [], numbers[:0]
+    for bucket in range(int(fitting.max(initial=0)) + 1):
+        members = np.concatenate([rest, numbers[fitting == bucket]])
+        whole = len(members) // batch_size * batch_size
+        groups.append(members[:whole].reshape(-1, batch_size))
+        rest = members[whole:]
+    return groups, rest
+
+
 def choose_buckets(lengths: np.ndarray, count: int, largest: Bucket, multiple: int = 8) -> tuple[Bucket, ...]:
     """At most `count` nested shapes, the last one `largest`, that leave the fewest padded tokens.
 

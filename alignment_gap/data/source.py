@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from alignment_gap.data.batch import PreferenceBatch
-from alignment_gap.data.buckets import Bucket, bucket_of, check_buckets
+from alignment_gap.data.buckets import Bucket, bucket_of, check_buckets, cut_within_buckets
 from alignment_gap.data.collation import Examples
 from alignment_gap.data.order import ORDERS, SEED_LIMIT, Order, Stream, draws_of, kept, permutation
 from alignment_gap.data.packing import Rows
@@ -149,19 +149,13 @@ class OfflineSource:
     def _grouped(self, numbers: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The examples as whole batches [n, B], and the fewer than B that are left.
 
-        A shuffled order is cut within each bucket; what does not fill a batch there moves up to the next bucket. The
-        other orders are cut as they are.
+        A shuffled order is cut within each bucket, the other orders as they are.
         """
         size = self.batch_size
         if self._bucket is None or self.order.kind != "shuffle":
             whole = len(numbers) // size * size
             return numbers[:whole].reshape(-1, size), numbers[whole:]
-        groups, rest = [], numbers[:0]
-        for bucket in range(len(self.buckets)):
-            members = np.concatenate([rest, numbers[self._bucket[numbers] == bucket]])
-            whole = len(members) // size * size
-            groups.append(members[:whole].reshape(-1, size))
-            rest = members[whole:]
+        groups, rest = cut_within_buckets(numbers, self._bucket[numbers], size)
         batches = np.concatenate(groups)
         return batches[permutation(len(batches), self.order.seed, epoch, 0, _BATCHES)], rest
 

@@ -58,9 +58,8 @@ class Bench:
         self.vocabulary, self.rubric = task_vocabulary(config.task), task_rubric(config.task)
         self.policy = make_policy(config.policy)
         self.golden, self.proxy = self._preference_model(config.golden), self._preference_model(config.proxy)
-        self.batching = Batching(
-            mesh, config.evaluation.batch_size, config.task.prompt_length, config.task.response_length
-        )
+        shape = (config.task.prompt_length, config.task.response_length)
+        self.batching = Batching(mesh, config.evaluation.batch_size, (shape,))
         self.score = make_score(self.policy, mesh)
         self.divergence = make_divergence(self.policy, mesh)
         self.golden_judge, self.proxy_judge = make_judge(self.golden, mesh), make_judge(self.proxy, mesh)

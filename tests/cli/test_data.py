@@ -42,6 +42,7 @@ BAD = {
     "no model": (["relabel", "--input=PAIRS", "--output=x"], "--preference_model is not set"),
     "model": (["relabel", "--input=PAIRS", "--output=x", "--preference_model=nowhere"], "nowhere"),
     "batch": (["relabel", "--input=PAIRS", "--output=x", "--preference_model=x", "--batch_size=3"], "--batch_size=3"),
+    "shapes": (["relabel", "--input=PAIRS", "--output=x", "--preference_model=x", "--buckets=0"], "buckets=0 is out"),
     "policies": (["generate", "--prompts=PAIRS", "--output=x", "--policies=a,b,c"], "--policies has 3 folders"),
     "no dataset to score": (["reference", "--checkpoint=x"], "--dataset is not set"),
     "no checkpoint": (["reference", "--dataset=PAIRS"], "--checkpoint is not set"),

@@ -209,5 +209,5 @@ def test_a_single_process_is_the_first():
     on_first_process(lambda: done.append(1))
     assert done == [1] and on_every_process(lambda: 2) == 2
     for call in (on_first_process, on_every_process):
-        with pytest.raises(UserError, match="^refused$"):
+        with pytest.raises(UserError, match=r"^refused$"):
             call(refuse)
