@@ -19,6 +19,7 @@ from alignment_gap.data.records import (
     chunk_path,
     close_dataset,
     derived,
+    discard_damaged,
     open_dataset,
     write_chunk,
 )
@@ -40,7 +41,7 @@ def write_derived(
     facts: Mapping[str, Any],
     part: int = PART,
 ) -> Card:
-    """Writes a dataset that is made from others into `output`; a part that is there is not made again.
+    """Writes a dataset that is made from others into `output`; a part that is there and whole is not made again.
 
     Args:
       output: the folder.
@@ -58,7 +59,7 @@ def write_derived(
     with locked(output):
         settings = {"made_by": made_by, **facts, **digests, "part": part}
         claim(output / SETTINGS, settings, remedy="give another folder, these settings, or remove it")
-        if (output / CARD).exists():
+        if (output / CARD).exists() and not discard_damaged(output):
             return open_dataset(output).card
         with progress_bar(count, made_by, " examples") as bar:
             for number, start in enumerate(range(0, count, part)):

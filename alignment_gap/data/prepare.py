@@ -5,6 +5,7 @@
       preview.txt                some examples as text, with their boundaries
       lengths.png                histograms of the lengths
       settings.json              what it was made with
+      parts.json                 what became of each part's records, and digests of the files that it made
       .parts/                    until it is finished: what is known of each part
 
 A part is a range of the source's records. What becomes of a record depends on the settings and on the source alone, so
@@ -37,7 +38,7 @@ import numpy as np
 from alignment_gap import __version__
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.preview import lengths_picture, preview
-from alignment_gap.data.records import Card, Example, close_dataset, open_dataset, write_chunk
+from alignment_gap.data.records import Card, Example, close_dataset, is_intact, open_dataset, write_chunk
 from alignment_gap.data.sources import (
     Dropped,
     Encoded,
@@ -58,6 +59,7 @@ from alignment_gap.progress import progress_bar
 
 TRAIN, VALIDATION = "train", "validation"
 PREVIEW, PICTURE, SETTINGS = "preview.txt", "lengths.png", "settings.json"
+PARTS = "parts.json"
 _PARTS, _SURVEY = ".parts", "survey.npz"
 _SHOWN = 5
 
@@ -151,7 +153,9 @@ class _Survey:
 def prepare(
     config: PrepareConfig, output: Path, *, processes: int = 1, say: Callable[[str], None] = print
 ) -> dict[str, Card]:
-    """Prepares `config.source` in the folder `output`; from its finished parts where an earlier run was stopped.
+    """Prepares `config.source` in the folder `output`, from its finished parts where an earlier run was stopped.
+
+    A finished folder is looked through, and what has changed in it since is made again.
 
     Args:
       config: from what, and how.
@@ -176,7 +180,7 @@ def prepare(
     }
     with locked(output):
         _claim(output / SETTINGS, flatten(to_dict(config)) | digests | {"version": __version__})
-        if not (output / _PARTS).exists():
+        if not (output / _PARTS).exists() and not _reopen(work, say):
             say(f"{output}: finished before")
             return {path.parent.name: open_dataset(path.parent).card for path in sorted(output.glob("*/card.json"))}
         with _processes(work, processes) as run:
@@ -196,7 +200,8 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
     parts = path.parent / _PARTS
     if path.exists():
         if parts.exists() and not list(parts.glob("*.json")):
-            shutil.rmtree(parts)
+            for name in (_PARTS, TRAIN, VALIDATION):
+                shutil.rmtree(path.parent / name, ignore_errors=True)
             parts.mkdir()
             path.unlink()
         else:
@@ -206,6 +211,31 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
             raise UserError(f"{path.parent} holds {TRAIN} or {VALIDATION} of something else: give another folder")
         parts.mkdir(exist_ok=True)
     claim(path, settings, remedy=remedy, may_change=may_change)
+
+
+def _reopen(work: _Work, say: Callable[[str], None]) -> bool:
+    """Whether a finished folder had to be opened again, with those parts finished whose files are whole."""
+    known = read_json(work.output / PARTS, remedy="remove the folder") if (work.output / PARTS).exists() else []
+    whole = [
+        part
+        for part, one in enumerate(known)
+        if all(is_intact(work.output / name, digest) for name, digest in one["files"].items())
+    ]
+    reason = f"files of {work.parts - len(whole)} of {work.parts} parts were changed"
+    if len(whole) == work.parts:
+        try:
+            for split in {name.split("/")[0] for one in known for name in one["files"]}:
+                open_dataset(work.output / split)
+            return False
+        except UserError as error:
+            reason = str(error)
+    say(f"{work.output}: {reason}: making them again")
+    partial = work.output / f"{_PARTS}.partial"
+    partial.mkdir(exist_ok=True)
+    for part in whole:
+        write_json(partial / _known(work, part).name, known[part])
+    partial.rename(work.output / _PARTS)
+    return True
 
 
 class _PartSurvey(NamedTuple):
@@ -293,10 +323,12 @@ def _write_part(work: _Work, part: int) -> None:
         encoded, split = outcome
         cut += encoded.prompt_was_cut
         examples[split].append(example_of(encoded, _prompt_id(encoded.prompt)))
+    files = {}
     for split, chosen in examples.items():
         if chosen:
-            write_chunk(work.output / split, f"part-{part:05d}", chosen)
-    write_json(_known(work, part), {"dropped": dropped, "cut_prompts": cut})
+            chunk = write_chunk(work.output / split, f"part-{part:05d}", chosen)
+            files[f"{split}/{chunk.name}"] = chunk.sha256
+    write_json(_known(work, part), {"dropped": dropped, "cut_prompts": cut, "files": files})
 
 
 def _encode(work: _Work, pair: TextPair, number: int) -> tuple[Encoded, str] | Dropped:
@@ -356,6 +388,7 @@ def _finish(work: _Work, digests: dict[str, str], say: Callable[[str], None]) ->
         write_bytes(work.output / PICTURE, lengths_picture(cards[TRAIN].lengths))
     except UserError as error:
         say(f"no {PICTURE}: {error}")
+    write_json(work.output / PARTS, known)
     shutil.rmtree(work.output / _PARTS)
     return cards
 
@@ -389,6 +422,16 @@ class _Run(Protocol):
 
 
 @contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Keeps ctrl-c back; processes that are started meanwhile never get it, and leave it to this one."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+
+
+@contextlib.contextmanager
 def _processes(work: _Work, count: int) -> Iterator[_Run]:
     """Processes that know `work`, or this one where one is enough; none outlives this process."""
     if count <= 1:
@@ -397,6 +440,9 @@ def _processes(work: _Work, count: int) -> Iterator[_Run]:
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(work,))
     try:
+        with _without_interrupts():
+            for _ in range(count):
+                pool.submit(int)  # Each starts a process, for none is idle yet.
         yield lambda function, parts: pool.map(functools.partial(_call, function), parts)
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError(
@@ -411,10 +457,9 @@ _work: _Work
 
 
 def _start(work: _Work) -> None:
-    """In a new process: remembers the work, leaves ctrl-c to the parent, and ends with it, even by kill -9."""
+    """In a new process: remembers the work, and ends with the parent, even by kill -9."""
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -274,6 +274,28 @@ def verify_dataset(dataset: Dataset) -> None:
             raise UserError(f"{path} was changed since its card was written: prepare the dataset again")
 
 
+def discard_damaged(folder: _Path) -> list[str]:
+    """Removes the record files of a finished dataset that are not what its card says; the names of what was not whole.
+
+    A card that cannot be read is removed itself: the files that are there are read again when the dataset is closed.
+    """
+    path = pathlib.Path(folder)
+    try:
+        files = _read_card(path / CARD).files
+    except UserError:
+        (path / CARD).unlink()
+        return [CARD]
+    damaged = [chunk.name for chunk in files if not is_intact(path / chunk.name, chunk.sha256)]
+    for name in damaged:
+        (path / name).unlink(missing_ok=True)
+    return damaged
+
+
+def is_intact(path: pathlib.Path, sha256: str) -> bool:
+    """Whether a file is there with the content that it was written with."""
+    return path.is_file() and _sha256(path) == sha256
+
+
 def collate(examples: Sequence[Example], prompt_length: int, response_length: int) -> PreferenceBatch:
     """The examples as one batch of numpy arrays, padded on the right to P = prompt_length and R = response_length.
 
@@ -540,10 +562,7 @@ def _write_card(
     names = [field.name for field in dataclasses.fields(Example)]
     card = Card(
         format_version=FORMAT_VERSION,
-        count=sum(chunk.count for chunk in chunks),
-        responses_per_prompt=first.responses_per_prompt,
-        max_prompt_length=max(chunk.max_prompt_length for chunk in chunks),
-        max_response_length=max(chunk.max_response_length for chunk in chunks),
+        **_totals(chunks),
         lengths={
             "prompt": _add_up(part.prompt_lengths for part in known),
             "response": _add_up(part.response_lengths for part in known),
@@ -571,7 +590,10 @@ def _read_card(path: pathlib.Path) -> Card:
             raise UserError(f"{path} is of format {version}, this version reads {FORMAT_VERSION}: prepare it again")
         content["files"] = tuple(Chunk(**chunk) for chunk in content["files"])
         content["fields"] = tuple(content["fields"])
-        return Card(**content)
+        card = Card(**content)
+        if card != dataclasses.replace(card, **_totals(card.files)):
+            raise ValueError("its counts and lengths are not those of its files")
+        return card
     except OSError as error:
         raise UserError(
             f"{path.parent} is no finished dataset ({CARD}: {error.strerror}): give a prepared dataset's folder, "
@@ -579,8 +601,18 @@ def _read_card(path: pathlib.Path) -> Card:
         ) from None
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is not a dataset's card ({error!r}): prepare the dataset again") from None
+
+
+def _totals(chunks: Sequence[Chunk]) -> dict[str, Any]:
+    """What a card says of all its files together."""
+    return {
+        "count": sum(chunk.count for chunk in chunks),
+        "responses_per_prompt": chunks[0].responses_per_prompt,
+        "max_prompt_length": max(chunk.max_prompt_length for chunk in chunks),
+        "max_response_length": max(chunk.max_response_length for chunk in chunks),
+    }
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -56,6 +56,30 @@ def test_datasets_of_two_vocabularies_are_not_mixed(dataset, make_examples, tmp_
         mix([dataset, open_dataset(tmp_path / "others")], tmp_path / "all")
 
 
+def test_what_was_damaged_is_made_again_and_nothing_else(dataset, tmp_path):
+    made, output = [], tmp_path / "a"
+
+    def run():
+        made.clear()
+
+        def make(start, stop):
+            made.append(start)
+            return dataset[start:stop]
+
+        return write_derived(output, 40, make, made_by="copy", inputs={"pairs": dataset}, facts={}, part=10)
+
+    card, content = run(), (output / "card.json").read_bytes()
+    part = output / "part-00002.array_record"
+    whole = part.read_bytes()
+    assert made == [0, 10, 20, 30] and run() == card and made == []
+    for damaged in (whole[:100], bytes([whole[0] ^ 1]) + whole[1:], None):
+        part.unlink() if damaged is None else part.write_bytes(damaged)
+        assert run() == card and made == [20]
+        assert part.read_bytes() == whole and (output / "card.json").read_bytes() == content
+    (output / "card.json").write_text("{")
+    assert run() == card and made == [] and (output / "card.json").read_bytes() == content
+
+
 def test_finished_parts_are_not_made_again(dataset, plain, tmp_path):
     made = []
 

@@ -111,6 +111,50 @@ def test_processes_do_not_change_a_byte_and_a_finished_folder_is_left_alone(conf
     assert tree(tmp_path / "one") == one and cards["train"].count == json.loads(one["train/card.json"])["count"]
 
 
+def test_what_was_damaged_is_made_again_and_nothing_else(config, tmp_path):
+    output, lines = tmp_path / "out", []
+    prepare(config, output, say=quiet)
+    whole = tree(output)
+    times = {path: path.stat().st_mtime_ns for path in output.rglob("*.array_record")}
+    part = output / "train" / "part-00002.array_record"
+    content = part.read_bytes()
+    for damaged in (content[:100], bytes([content[0] ^ 1]) + content[1:], None):
+        part.unlink() if damaged is None else part.write_bytes(damaged)
+        prepare(config, output, say=lines.append)
+        assert lines.pop() == f"{output}: files of 1 of 5 parts were changed: making them again" and not lines
+        assert tree(output) == whole
+        kept = {path for path, time in times.items() if path.stat().st_mtime_ns == time}
+        assert kept == {path for path in times if path.stem != "part-00002"}
+    card = output / "validation" / "card.json"
+    card.write_text(card.read_text().replace('"count"', '"counts"'))
+    prepare(config, output, say=lines.append)
+    assert "is not a dataset's card" in lines.pop() and tree(output) == whole
+    (output / "parts.json").unlink()
+    prepare(config, output, say=lines.append)
+    assert lines == [f"{output}: files of 5 of 5 parts were changed: making them again"] and tree(output) == whole
+
+
+def test_nothing_of_an_unfinished_part_is_left_where_other_settings_start_anew(config, tmp_path):
+    output = tmp_path / "out"
+
+    def stop(path, content):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("alignment_gap.data.prepare.write_json", stop)
+        # Its first part is the third of the other's: it is written, but not known as finished.
+        patch.setattr("alignment_gap.data.prepare._known", lambda work, part: output / f".parts/{part}")
+        for name in ("0", "1"):
+            (output / ".parts").mkdir(parents=True, exist_ok=True)
+            (output / ".parts" / name).write_text("")
+        prepare(dataclasses.replace(config, records_per_file=10), output, say=quiet)
+    assert (output / "train" / "part-00002.array_record").exists()
+    larger = dataclasses.replace(config, records_per_file=60)
+    prepare(larger, output, say=quiet)
+    prepare(larger, tmp_path / "fresh", say=quiet)
+    assert tree(output) == tree(tmp_path / "fresh")
+
+
 def test_killed_with_signal_9_it_goes_on_from_the_finished_parts(config, tmp_path):
     config = dataclasses.replace(config, records_per_file=1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"

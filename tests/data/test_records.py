@@ -205,6 +205,12 @@ def test_an_unfinished_or_unknown_dataset_is_refused(tmp_path, make_examples):
         ("{", "is not a dataset's card"),
         ("[]", "is not a dataset's card"),
         (json.dumps({"format_version": 2}), "is not a dataset's card"),
+        (
+            json.dumps(card | {"count": 1}),
+            "is not a dataset's card .*its counts and lengths are not those of its files",
+        ),
+        (json.dumps(card | {"max_prompt_length": 1}), "is not a dataset's card .*counts and lengths"),
+        (json.dumps(card | {"files": []}), "is not a dataset's card"),
     ]:
         (tmp_path / "card.json").write_text(content)
         with pytest.raises(UserError, match=message):
