@@ -166,7 +166,9 @@ def _prepare_flags(values: flags.FlagValues) -> None:
     text("long_responses", "drop", "drop or refuse.")
     flags.DEFINE_float("validation", 0.02, "Share of the prompts that is held out.", flag_values=values)
     number("seed", 0, "Of the split.")
-    number("records_per_file", 5000, "Records of the source that make one record file.")
+    number(
+        "records_per_file", 0, "Records of the source that make one record file; 0 for 5000, or more of a large source."
+    )
     number("processes", 0, "Processes that work at it; 0 for one on each core.")
 
 

@@ -21,14 +21,13 @@ from alignment_gap.data.records import (
     derived,
     discard_damaged,
     open_dataset,
+    part_size,
     write_chunk,
 )
 from alignment_gap.folders import claim, locked
 from alignment_gap.progress import progress_bar
 
 SETTINGS = "settings.json"
-# Examples of a record file.
-PART = 5000
 
 
 def write_derived(
@@ -39,7 +38,7 @@ def write_derived(
     made_by: str,
     inputs: Mapping[str, Dataset],
     facts: Mapping[str, Any],
-    part: int = PART,
+    part: int = 0,
 ) -> Card:
     """Writes a dataset that is made from others into `output`; a part that is there and whole is not made again.
 
@@ -50,11 +49,12 @@ def write_derived(
       made_by: what makes it, for the card.
       inputs: the datasets that it is made from, by what they are to it; of one vocabulary.
       facts: whatever else decides the examples, for the card, as JSON values.
-      part: examples of a record file.
+      part: examples of a record file, 0 for `part_size` of them.
 
     Raises:
       UserError: the folder was made with other settings, or the disk is full; finished parts are kept.
     """
+    part = part or part_size(count)
     digests = {f"{role}.digest": dataset.card.digest for role, dataset in inputs.items()}
     with locked(output):
         settings = {"made_by": made_by, **facts, **digests, "part": part}

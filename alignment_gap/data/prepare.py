@@ -18,6 +18,7 @@ import collections
 import concurrent.futures.process
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
@@ -38,7 +39,7 @@ import numpy as np
 from alignment_gap import __version__
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.preview import lengths_picture, preview
-from alignment_gap.data.records import Card, Example, close_dataset, is_intact, open_dataset, write_chunk
+from alignment_gap.data.records import Card, Example, close_dataset, is_intact, open_dataset, part_size, write_chunk
 from alignment_gap.data.sources import (
     Dropped,
     Encoded,
@@ -60,7 +61,7 @@ from alignment_gap.progress import progress_bar
 TRAIN, VALIDATION = "train", "validation"
 PREVIEW, PICTURE, SETTINGS = "preview.txt", "lengths.png", "settings.json"
 PARTS = "parts.json"
-_PARTS, _SURVEY = ".parts", "survey.npz"
+_PARTS, _SURVEY, _PROCESSES = ".parts", "survey.npz", "processes"
 _SHOWN = 5
 
 Result = TypeVar("Result")
@@ -77,7 +78,7 @@ class PrepareConfig:
       validation: share of the prompts that is held out; where the source states a training and a validation split of
         its own, these are kept.
       seed: of the split.
-      records_per_file: records of the source whose examples make one record file.
+      records_per_file: records of the source whose examples make one record file; 0 for `part_size` of them.
     """
 
     source: SourceConfig = SourceConfig()
@@ -85,7 +86,7 @@ class PrepareConfig:
     limits: Limits = Limits(prompt_length=512, response_length=256)
     validation: float = 0.02
     seed: int = 0
-    records_per_file: int = 5000
+    records_per_file: int = 0
 
     def validate(self) -> None:
         """Raises UserError naming the first setting that is missing, unknown or out of range."""
@@ -95,8 +96,8 @@ class PrepareConfig:
             raise UserError("vocabulary is not set: give a SentencePiece model, a tokenizer, or bytes")
         if not 0 <= self.validation < 1:
             raise UserError(f"validation={self.validation} is out of range: set it from 0 to below 1")
-        if self.records_per_file < 1:
-            raise UserError(f"records_per_file={self.records_per_file} is out of range: set it to 1 or more")
+        if self.records_per_file < 0:
+            raise UserError(f"records_per_file={self.records_per_file} is out of range: set it to 1 or more, or 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ class _Work:
     def survey(self) -> _Survey:
         with np.load(self.output / _PARTS / _SURVEY) as arrays:
             duplicates, held = arrays["duplicates"], arrays["validation_prompts"]
-            return _Survey(frozenset(duplicates.tolist()), bool(arrays["own_split"]), frozenset(held.tolist()))
+            return _Survey(duplicates, bool(arrays["own_split"]), frozenset(held.tolist()))
 
     @property
     def parts(self) -> int:
@@ -140,14 +141,19 @@ class _Survey:
     """What has to be known of all records before one can be written.
 
     Attributes:
-      duplicates: names of the pairs that came before, as `_pair_name` gives them.
+      duplicates: int64[N], increasing: the numbers of the pairs that came before, as `_pair_numbers` gives them.
       own_split: whether the source states a training and a validation split.
       validation_prompts: hashes of the prompts in that validation split.
     """
 
-    duplicates: frozenset[int]
+    duplicates: np.ndarray
     own_split: bool
     validation_prompts: frozenset[int]
+
+    def duplicates_within(self, start: int, stop: int) -> frozenset[int]:
+        """Those from `start` on and below `stop`."""
+        first, last = np.searchsorted(self.duplicates, (start, stop))
+        return frozenset(self.duplicates[first:last].tolist())
 
 
 def prepare(
@@ -172,13 +178,15 @@ def prepare(
     """
     config.validate()
     source = open_source(config.source)
-    config = dataclasses.replace(config, source=source.config)
+    size = config.records_per_file or part_size(len(source))
+    config = dataclasses.replace(config, source=source.config, records_per_file=size)
     work = _Work(config, source, output)
     digests = {
         "vocabulary_digest": load_vocabulary(config.vocabulary).digest,
         "source_sha256": source_digest(config.source),
     }
     with locked(output):
+        _await_processes(output)
         _claim(output / SETTINGS, flatten(to_dict(config)) | digests | {"version": __version__})
         if not (output / _PARTS).exists() and not _reopen(work, say):
             say(f"{output}: finished before")
@@ -314,9 +322,11 @@ def _write_part(work: _Work, part: int) -> None:
     examples: dict[str, list[Example]] = {TRAIN: [], VALIDATION: []}
     dropped: collections.Counter[str] = collections.Counter()
     cut = 0
-    numbers = itertools.count(part * work.config.records_per_file)
+    start = part * work.config.records_per_file
+    duplicates = work.survey.duplicates_within(start, start + work.size(part))
+    numbers = itertools.count(start)
     for item in work.pairs(part):
-        outcome = item if isinstance(item, Dropped) else _encode(work, item, next(numbers))
+        outcome = item if isinstance(item, Dropped) else _encode(work, item, again=next(numbers) in duplicates)
         if isinstance(outcome, Dropped):
             dropped[outcome.reason] += 1
             continue
@@ -331,9 +341,9 @@ def _write_part(work: _Work, part: int) -> None:
     write_json(_known(work, part), {"dropped": dropped, "cut_prompts": cut, "files": files})
 
 
-def _encode(work: _Work, pair: TextPair, number: int) -> tuple[Encoded, str] | Dropped:
-    """A pair's tokens and the split that it belongs to, or why there are none."""
-    if number in work.survey.duplicates:
+def _encode(work: _Work, pair: TextPair, *, again: bool) -> tuple[Encoded, str] | Dropped:
+    """A pair's tokens and the split that it belongs to, or why there are none; `again` where it came before."""
+    if again:
         return Dropped("duplicate", pair.where)
     encoded = work.encode(pair)
     if isinstance(encoded, Dropped):
@@ -454,12 +464,15 @@ def _processes(work: _Work, count: int) -> Iterator[_Run]:
 
 
 _work: _Work
+_held: int
 
 
 def _start(work: _Work) -> None:
-    """In a new process: remembers the work, and ends with the parent, even by kill -9."""
-    global _work
+    """In a new process: remembers the work, says as long as it lives that it is there, and ends with the parent."""
+    global _work, _held
     _work = work
+    _held = os.open(work.output / _PARTS / _PROCESSES, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(_held, fcntl.LOCK_SH)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -468,6 +481,13 @@ def _start(work: _Work) -> None:
         os._exit(1)
 
     threading.Thread(target=end, daemon=True).start()
+
+
+def _await_processes(output: Path) -> None:
+    """Waits until those of an earlier run have ended, which see a moment late that it was killed."""
+    if (output / _PARTS / _PROCESSES).exists():
+        with (output / _PARTS / _PROCESSES).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _call(function: Callable[[_Work, int], Result], part: int) -> Result:

@@ -181,6 +181,27 @@ if __name__ == "__main__":
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_ctrl_c_while_processes_start_is_one_line(config, tmp_path):
+    source, output = config.source.location, tmp_path / "out"
+    words = ["data", "prepare", f"--source={source}", f"--vocabulary={config.vocabulary}", f"--output={output}"]
+    run = "from alignment_gap.cli.main import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", run, *words, "--processes=2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=pathlib.Path(__file__).parents[2],
+    )
+    deadline = time.monotonic() + 120
+    while not (output / ".parts").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.3)  # Processes have begun to import.
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.endswith("interrupted: the same command goes on from here\n")
+
+
 def test_other_settings_are_refused_and_what_was_refused_may_be_dropped(config, tmp_path):
     lines = pathlib.Path(config.source.location).read_text().splitlines()
     lines[60] = json.dumps({"prompt": " ".join(["w1"] * 9), "chosen": "w1", "rejected": "w2"})
@@ -280,7 +301,7 @@ def test_the_preview_shows_boundaries_and_special_ids(config, tmp_path):
     [
         ({"vocabulary": ""}, "vocabulary is not set"),
         ({"validation": 1.0}, "validation=1.0 is out of range"),
-        ({"records_per_file": 0}, "records_per_file=0 is out of range"),
+        ({"records_per_file": -1}, "records_per_file=-1 is out of range"),
         ({"limits": Limits(0, 5)}, "prompt_length=0 is out of range"),
         ({"limits": Limits(1, 1)}, r"no pair of 120 records is left for training \(\d+ long"),
         ({"limits": Limits(8, 6), "validation": 1 - 1e-12}, r"is left for training \(120 for validation or blank\)"),

@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from alignment_gap.data import (
     write_dataset,
 )
 from alignment_gap.data.lengths import summarise_lengths
+from alignment_gap.data.records import part_size
 from alignment_gap.errors import UserError
 
 ABOUT = {"vocabulary_digest": "abc", "provenance": {"made": "by a test"}}
@@ -232,6 +234,23 @@ def test_a_missing_truncated_or_exchanged_file_is_named(tmp_path, make_examples)
     write_chunk(tmp_path, "pairs", make_examples(1999))
     with pytest.raises(UserError, match=r"has 1999 records in .* its card says 2000"):
         open_dataset(tmp_path)
+
+
+def test_more_files_than_may_be_open_are_said_to_be_so(tmp_path, make_examples):
+    for number in range(30):
+        write_chunk(tmp_path, f"part-{number:02d}", make_examples(1))
+    close_dataset(tmp_path, **ABOUT)
+    limit, used = resource.getrlimit(resource.RLIMIT_NOFILE), set(os.listdir("/proc/self/fd"))
+    tenth = [number for number in range(limit[0]) if str(number) not in used][10]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (tenth, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot open .*part-\d\d.* \(.*Too many open files.*\): raise the limit"):
+            open_dataset(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    # So that a process may have two such datasets open, where it may have 1,024 files.
+    for count in (1, 5000, 300_000, 10_000_000, 123_456_789):
+        assert -(-count // part_size(count)) <= 400 and part_size(count) >= 5000
 
 
 def test_a_flipped_bit_is_found(tmp_path, make_examples):
