@@ -246,14 +246,7 @@ def _traffic(program: Program, computation: Computation, instruction: Instructio
         return 0
     if opcode == "fusion":
         inside = program.computations[instruction.called("calls")[0]]
-        parameters = {i.text.partition("(")[2].partition(")")[0]: i for i in inside.values() if i.opcode == "parameter"}
-        users = _users(inside)
-        reads = sum(
-            _read(inside, users.get(parameters[str(index)].name, ()), parameters[str(index)])
-            for index in range(len(instruction.operands))
-            if str(index) in parameters
-        )
-        return reads + _written(inside)
+        return sum(_reads(program, instruction)) + _written(inside)
     hbm = functools.partial(type_bytes, hbm_only=True)
     result = hbm(instruction.type)
     if opcode in ("dynamic-slice", "gather", "slice"):
@@ -274,14 +267,26 @@ def _users(computation: Computation) -> dict[str, list[Instruction]]:
     return users
 
 
-def _read(inside: Computation, users: list[Instruction] | tuple[()], parameter: Instruction) -> int:
-    """Bytes of a fusion's operand that it reads."""
+def _reads(program: Program, fusion: Instruction) -> list[int]:
+    """Bytes of each of a fusion's operands that it reads."""
+    inside = program.computations[fusion.called("calls")[0]]
+    parameters = {i.text.partition("(")[2].partition(")")[0]: i for i in inside.values() if i.opcode == "parameter"}
+    users = _users(inside)
+    found = [parameters.get(str(index)) for index in range(len(fusion.operands))]
+    return [_read(program, users.get(each.name, []), each) if each else 0 for each in found]
+
+
+def _read(program: Program, users: list[Instruction], parameter: Instruction) -> int:
+    """Bytes of a fusion's operand that it reads, by those inside of it that use it, other fusions among them."""
     if "S(" in parameter.type:
         return 0
     total = 0
     for user in users:
         if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == parameter.name:
             total += type_bytes(user.type)
+        elif user.opcode == "fusion":
+            reads = zip(user.operands, _reads(program, user), strict=True)
+            total += sum(size for name, size in reads if name == parameter.name)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
             continue
         elif user.opcode != "tuple" and user.opcode not in COLLECTIVES:

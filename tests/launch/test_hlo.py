@@ -122,6 +122,31 @@ ENTRY %main (x: f32[10,64], i: s32[]) -> f32[1,64] {
     assert hlo.hbm_traffic(program) == (row + row + index) + row + 2 * row + 2 * row
 
 
+def test_a_slice_in_a_fusion_within_a_fusion_counts_as_a_slice():
+    program = hlo.parse("""HloModule m
+%inner (p0: f32[10,64], p1: s32[]) -> f32[1,64] {
+  %p0 = f32[10,64]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %slice = f32[1,64]{1,0} dynamic-slice(%p0, %p1, %z), dynamic_slice_sizes={1,64}
+}
+%outer (q0: f32[10,64], q1: s32[], q2: f32[64,32]) -> f32[1,32] {
+  %q0 = f32[10,64]{1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %q2 = f32[64,32]{1,0} parameter(2)
+  %row = f32[1,64]{1,0} fusion(%q0, %q1), kind=kLoop, calls=%inner
+  ROOT %dot = f32[1,32]{1,0} dot(%row, %q2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+ENTRY %main (x: f32[10,64], i: s32[], w: f32[64,32]) -> f32[1,32] {
+  %x = f32[10,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %w = f32[64,32]{1,0} parameter(2)
+  ROOT %y = f32[1,32]{1,0} fusion(%x, %i, %w), kind=kOutput, calls=%outer
+}
+""")
+    assert hlo.hbm_traffic(program) == 4 * (64 + 1 + 64 * 32 + 32)
+
+
 class Mesh16:
     devices = np.arange(16).reshape(2, 8, 1)
     axis_names = ("data", "fsdp", "model")
