@@ -56,8 +56,6 @@ def commands() -> dict[str, list[str]]:
         for topology in (V5E, V5P):
             name = f"{model}_online_{topology.partition(':')[0]}"
             plans[name] = [f"--model={model}", f"--topology={topology}", "--batch=512", "--online", "--nosearch"]
-    # The same with parameters split over heads and MLP too: what that does to sampling.
-    plans["t5_xxl_online_v5e_fsdp_tensor"] = [*plans["t5_xxl_online_v5e"], "--layout=fsdp_tensor"]
     return plans
 
 

@@ -161,8 +161,10 @@ def attend(
     a soft cap bounds the logits before bias and mask.
     """
     batch, rows, length, heads, size = query.shape
+    # First where the projection makes it, then where the cache is: in a loop over tokens these are two layouts.
     query = constrain(query, "batch", None, None, "heads", "kv")
-    segments = [_constrain_segment(segment) for segment in segments]
+    query = constrain(query, "cache_batch", None, None, "heads", "kv")
+    segments = [segment._replace(keys=_cached(segment.keys), values=_cached(segment.values)) for segment in segments]
     groups = segments[0].keys.shape[-3]
     query = query.reshape(batch, rows, length, groups, heads // groups, size) * scale
     logits = []
@@ -181,12 +183,14 @@ def attend(
         values = "bgsd" if segment.values.ndim == 4 else "bkgsd"
         output += jnp.einsum(f"bkghqs,{values}->bkqghd", weight, segment.values)
     output = jnp.reshape(output, (batch, rows, length, heads, size))
+    output = constrain(output, "cache_batch", None, None, "heads", "kv")
     return constrain(output, "batch", None, None, "heads", "kv")
 
 
-def _constrain_segment(segment: Segment) -> Segment:
-    names = ("batch", *[None] * (segment.keys.ndim - 4), "kv_heads", "kv_length", "kv")
-    return segment._replace(keys=constrain(segment.keys, *names), values=constrain(segment.values, *names))
+def _cached(x: Array) -> Array:
+    """Lays out keys or values, of a segment or [L, B, K, G, R, C] of all layers, where the cache has them."""
+    first = {4: ("cache_batch",), 5: ("cache_batch", None), 6: ("layers", "cache_batch", None)}[x.ndim]
+    return constrain(x, *first, "kv_heads", "kv_length", "kv")
 
 
 class RelativePositionBias(nn.Module):
@@ -261,12 +265,14 @@ def prefix_mask(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B 1 1 S"]:
 
 def heads_first(keys: Float[Array, "*B S G C"], values: Float[Array, "*B S G C"]) -> KeysValues:
     """Keys and values as projections give them, in the order of axes of a `Segment`."""
+    names = ("batch", *[None] * (keys.ndim - 3), "kv_heads", "kv")
+    keys, values = constrain(keys, *names), constrain(values, *names)
     return jnp.swapaxes(keys, -3, -2), jnp.swapaxes(values, -3, -2)
 
 
 def empty_cache(shape: tuple[int, ...], dtype: Any) -> KeysValues:
     """Room for the keys and values [L, B, K, G, R, C] of all layers' responses."""
-    empty = constrain(jnp.zeros(shape, dtype), "layers", "batch", None, "kv_heads", "kv_length", "kv")
+    empty = _cached(jnp.zeros(shape, dtype))
     return empty, empty
 
 
@@ -275,6 +281,8 @@ def extend_cache(
 ) -> tuple[KeysValues, KeysValues]:
     """The cache with a layer's new keys and values [B, K, G, 1, C] written at `step`, and all of that layer's."""
     index = (layer, 0, 0, 0, step, 0)
-    keys, values = (jax.lax.dynamic_update_slice(old, add[None], index) for old, add in zip(cache, new, strict=True))
+    keys, values = (
+        jax.lax.dynamic_update_slice(old, _cached(add)[None], index) for old, add in zip(cache, new, strict=True)
+    )
     own_keys, own_values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
     return (keys, values), (own_keys, own_values)

@@ -16,6 +16,7 @@ from alignment_gap.models import layers
 from alignment_gap.models.packing import Packing
 from alignment_gap.models.policy import Output, check_sizes
 from alignment_gap.models.stack import constrain_stream, decode_stack, init_stack, scan_stack
+from alignment_gap.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +275,7 @@ class T5Policy:
         positions = jnp.arange(cache["responses"][0].shape[-2])
         bias_params = {"params": params["decoder"]["relpos_bias"]}
         bias: Any = self._relative_bias(False).apply(bias_params, step[None], positions)
+        bias = constrain(bias, None, None, None)  # Once, rather than gathered in every layer.
         mask = layers.causal_mask(step[None], positions)
         decoder = DecoderLayer(self.config)
 

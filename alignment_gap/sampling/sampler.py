@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, compute_params
+from alignment_gap.sharding import constrain, constrain_like, decoding
 
 # Tokens of a block in `draw`: about the square root of a vocabulary's size.
 _BLOCK = 128
@@ -82,23 +83,42 @@ def sample(
     A response's token t is drawn with its key folded with t; decoding stops when all rows have ended.
     """
     params = compute_params(policy, params)
-    output = policy.output(params)
     batch, samples = keys.shape
     cache = policy.prefill(params, prompts, prompt_lengths, samples, max_length)
     start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None], (batch, samples))
-    empty = jnp.zeros((batch, samples, max_length))
+    with decoding():
+        params = constrain_like(jax.eval_shape(policy.init, jax.random.key(0)), params)
+        start, keys = (constrain(x, "cache_batch", None) for x in (start, keys))
+        return _decode(policy, params, cache, start, keys, max_length=max_length, eos_id=eos_id, config=config)
+
+
+def _decode(
+    policy: Policy,
+    params: Any,
+    cache: Any,
+    start: Int[Array, "B K"],
+    keys: Key[Array, "B K"],
+    *,
+    max_length: int,
+    eos_id: int,
+    config: SamplerConfig,
+) -> Samples:
+    """The loop over tokens, from a cache that holds the prompts and from each row's first input."""
+    output = policy.output(params)
+    empty = jnp.zeros((*start.shape, max_length))
     state = (
         jnp.int32(0),
         start,
-        jnp.zeros((batch, samples), bool),
+        jnp.zeros(start.shape, bool),
         cache,
-        Samples(empty.astype(start.dtype), jnp.zeros((batch, samples), jnp.int32), empty, empty),
+        Samples(empty.astype(start.dtype), jnp.zeros(start.shape, jnp.int32), empty, empty),
     )
 
     def step(state: Any) -> Any:
         position, tokens, ended, cache, drawn = state
-        hidden, cache = policy.decode_step(params, cache, position, tokens)
-        logits = output.logits(hidden)
+        hidden, cache = policy.decode_step(params, cache, position, constrain(tokens, None, None))
+        logits = constrain(output.logits(hidden), "batch", None, "vocab")
+        logits = constrain(logits, "cache_batch", None, None)  # Each device draws for rows of its own.
         restricted = restrict(logits, config)
         token_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, position)
         tokens = jax.vmap(jax.vmap(draw))(token_keys, restricted).astype(tokens.dtype)

@@ -3,6 +3,8 @@
 from alignment_gap.sharding.layout import (
     batch_sharding,
     constrain,
+    constrain_like,
+    decoding,
     partition_spec,
     replicated,
     shardings_of,
@@ -19,10 +21,11 @@ from alignment_gap.sharding.processes import (
     on_first_process,
     put_batch,
 )
-from alignment_gap.sharding.rules import AXES, LAYOUTS, SEQUENCE, STANDARD, Layout, Rules
+from alignment_gap.sharding.rules import AXES, DECODING, LAYOUTS, SEQUENCE, STANDARD, Layout, Rules
 
 __all__ = [
     "AXES",
+    "DECODING",
     "LAYOUTS",
     "SEQUENCE",
     "STANDARD",
@@ -33,6 +36,8 @@ __all__ = [
     "batch_sharding",
     "check_batch_size",
     "constrain",
+    "constrain_like",
+    "decoding",
     "host_rows",
     "initialize",
     "is_first_process",

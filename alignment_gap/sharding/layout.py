@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from alignment_gap.sharding.mesh import LogicalMesh
-from alignment_gap.sharding.rules import Rules
+from alignment_gap.sharding.rules import DECODING, Rules
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -52,14 +53,45 @@ def within(mesh: LogicalMesh, function: Function) -> Function:
 
     @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        token = _RULES.set(mesh.rules)
-        try:
-            with jax.sharding.use_abstract_mesh(mesh.devices.abstract_mesh):
-                return function(*args, **kwargs)
-        finally:
-            _RULES.reset(token)
+        with _in_force(mesh.devices.abstract_mesh, mesh.rules):
+            return function(*args, **kwargs)
 
     return traced  # type: ignore[return-value]
+
+
+def decoding() -> contextlib.AbstractContextManager[None]:
+    """In a function that runs `within` a mesh, the mesh and the rules of a loop over tokens; elsewhere nothing.
+
+    The devices stay in their order, so that what has one layout by both moves nowhere. JAX wants the arrays of random
+    functions to be of one mesh: those made before are to be laid out by `constrain` first.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not _RULES.get():
+        return contextlib.nullcontext()
+    sizes = decoding_sizes(mesh.shape)
+    split = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return _in_force(split, DECODING)
+
+
+def decoding_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of the mesh axes in `decoding`: fsdp split in two, with the most columns of which * model <= what is left.
+
+    A weight's rows are split over fsdp and its columns over columns * model. Of what moves for a token one part is
+    divided by the one and one by the other, so that the sum is least where they are about equal (2211.05102).
+    """
+    fsdp, model = sizes["fsdp"], sizes["model"]
+    columns = max(n for n in range(1, fsdp + 1) if fsdp % n == 0 and (n == 1 or n * n * model <= fsdp))
+    return {"data": sizes["data"], "fsdp": fsdp // columns, "columns": columns, "model": model}
+
+
+@contextlib.contextmanager
+def _in_force(mesh: AbstractMesh, rules: Rules) -> Iterator[None]:
+    token = _RULES.set(rules)
+    try:
+        with jax.sharding.use_abstract_mesh(mesh):
+            yield
+    finally:
+        _RULES.reset(token)
 
 
 def constrain(x: Array, *names: str | None) -> Array:
@@ -85,6 +117,11 @@ def spec_within(shape: Sequence[int], *names: str | None) -> PartitionSpec | Non
 
 def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def constrain_like(boxed: Any, tree: Any) -> Any:
+    """Lays out a tree of arrays, as `constrain` does, by the names that (abstract) boxed parameters carry."""
+    return jax.tree.map(lambda box, x: constrain(x, *box.names), boxed, tree, is_leaf=_is_box)
 
 
 def shardings_of(tree: Any, mesh: LogicalMesh) -> Any:

@@ -14,6 +14,7 @@ Rules = tuple[Rule, ...]
 
 STANDARD: Rules = (
     ("batch", ("data", "fsdp")),
+    ("cache_batch", ("data", "fsdp")),
     ("vocab", "model"),
     ("mlp", "model"),
     ("heads", "model"),
@@ -27,6 +28,18 @@ STANDARD: Rules = (
 )
 # Between attention and MLP, where no heads and no MLP are split, the positions are in their place (2205.05198).
 SEQUENCE: Rules = (*(rule for rule in STANDARD if rule[0] != "length"), ("length", "model"))
+
+# For a loop over tokens, whatever the layout, on a mesh whose fsdp axis is split in two, fsdp and columns. Gathering
+# weights for every token would take most of its time, so these stay, split along both of their axes, and activations,
+# small for one token, move: a product's input is split as the weights' rows are, and what it gives is added up over
+# them. The cache stays where the prompts were computed, on all devices of a copy of the model.
+DECODING: Rules = (
+    ("embed", "fsdp"),
+    ("cache_batch", ("data", "fsdp", "columns")),
+    *((name, axes) for name in ("vocab", "mlp", "heads", "kv_heads") for axes in (("columns", "model"), "model")),
+    ("batch", ("data", "fsdp")),
+    ("batch", "data"),
+)
 
 
 class Layout(NamedTuple):

@@ -13,9 +13,13 @@ from scipy import stats
 from tiny_models import EVEN_CONFIGS, MESHES, make_batch, random_params
 
 from alignment_gap.errors import UserError
-from alignment_gap.models import DecoderConfig, make_policy
+from alignment_gap.launch import hlo
+from alignment_gap.launch.chips import parse_topology
+from alignment_gap.launch.flops import Lengths
+from alignment_gap.launch.programs import Request, build
+from alignment_gap.models import DecoderConfig, T5Config, make_policy
 from alignment_gap.sampling import SamplerConfig, draw, make_generate, restrict, sample_keys
-from alignment_gap.sharding import batch_sharding, make_mesh, replicated
+from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from alignment_gap.training import make_score
 
 PROMPTS = make_batch(8, vocabulary_size=16)
@@ -119,6 +123,26 @@ def test_another_mesh_draws_the_same(name, even_policy, even_params, drawn):
     samples = draw_with(even_policy, even_params, SamplerConfig(), make_mesh(MESHES[name]))
     np.testing.assert_array_equal(samples.responses, drawn.responses)
     np.testing.assert_allclose(samples.log_probs, drawn.log_probs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        T5Config(vocabulary_size=256, width=128, heads=8, head_size=16, mlp_width=256),
+        DecoderConfig(vocabulary_size=256, width=128, heads=8, head_size=16, mlp_width=256),
+    ],
+    ids=["t5", "decoder"],
+)
+def test_under_fsdp_a_token_moves_activations_and_no_weights(config):
+    """Eight prompts, one sample of 16 tokens each: what the loop over tokens moves, by its compiled program."""
+    length, layout = 16, MeshConfig(layout="fsdp")
+    request = Request("sample", config, parse_topology("cpu:8"), layout, Lengths(8, 8, 1, length))
+    generate, arguments, _ = build(request, make_mesh(layout))
+    program = hlo.parse(generate.lower(*arguments).compile().as_text())
+    # What runs before the loop runs at most once a layer.
+    moved = [each.bytes for each in hlo.collectives(program, 8) if each.count >= length]
+    # A query's kernel is one of the smallest; of its columns each device has a half.
+    assert moved and max(moved) < 4 * 128 * 8 * 16 / 2
 
 
 def test_keys_are_distinct_and_repeat():

@@ -11,12 +11,14 @@ from tiny_models import MESHES
 from alignment_gap.errors import UserError
 from alignment_gap.losses._token_log_probs import _number_of_blocks
 from alignment_gap.sharding import (
+    DECODING,
     SEQUENCE,
     STANDARD,
     MeshConfig,
     batch_sharding,
     check_batch_size,
     constrain,
+    decoding,
     host_rows,
     make_mesh,
     on_every_process,
@@ -28,6 +30,7 @@ from alignment_gap.sharding import (
     unbox,
     within,
 )
+from alignment_gap.sharding.layout import decoding_sizes
 
 
 @pytest.mark.parametrize(
@@ -136,6 +139,63 @@ SIZES = {"data": 2, "fsdp": 2, "model": 2}
 )
 def test_rules_by_hand(names, shape, rules, spec):
     assert partition_spec(names, shape, SIZES, rules) == spec
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((1, 256, 1), (1, 16, 16, 1)),
+        ((1, 64, 4), (1, 16, 4, 4)),
+        ((2, 8, 1), (2, 4, 2, 1)),
+        ((1, 6, 1), (1, 3, 2, 1)),
+        # A prime is not split, nor is a first part smaller than columns * model.
+        ((1, 7, 1), (1, 7, 1, 1)),
+        ((1, 2, 2), (1, 2, 1, 2)),
+        ((8, 1, 1), (8, 1, 1, 1)),
+        ((1, 1, 8), (1, 1, 1, 8)),
+    ],
+)
+def test_decoding_splits_fsdp_in_two(sizes, expected):
+    found = decoding_sizes(dict(zip(("data", "fsdp", "model"), sizes, strict=True)))
+    assert found == dict(zip(("data", "fsdp", "columns", "model"), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "spec"),
+    [
+        # Weights are split along both axes; a single head, which is not split, along one.
+        (("layers", "embed", "heads", "kv"), (3, 16, 8, 4), P(None, "fsdp", ("columns", "model"), None)),
+        (("layers", "mlp", "embed"), (3, 24, 16), P(None, ("columns", "model"), "fsdp")),
+        (("embed", "kv_heads", "kv"), (16, 1, 4), P("fsdp", None, None)),
+        (("embed", "heads", "kv"), (16, 6, 4), P("fsdp", "model", None)),
+        # The stream is split by width as their rows are, what they give as their columns are.
+        (("batch", None, "length", "embed"), (16, 2, 1, 16), P("data", None, None, "fsdp")),
+        (("batch", None, None, "mlp"), (16, 2, 1, 24), P(("data", "fsdp"), None, None, ("columns", "model"))),
+        # The cache lies as batch_sharding does on the whole mesh.
+        (
+            ("layers", "cache_batch", None, "kv_heads", "kv_length", "kv"),
+            (3, 16, 2, 8, 6, 4),
+            P(None, ("data", "fsdp", "columns"), None, "model", None, None),
+        ),
+    ],
+)
+def test_rules_of_decoding_by_hand(names, shape, spec):
+    assert partition_spec(names, shape, {"data": 2, "fsdp": 4, "columns": 2, "model": 2}, DECODING) == spec
+
+
+def test_decoding_leaves_a_batch_where_it_is():
+    mesh = make_mesh(MESHES["fsdp"])
+    x, whole = np.ones((8, 8)), replicated(mesh)
+
+    def lay_out(x, y):
+        with decoding():
+            return constrain(2 * x, "cache_batch", None), constrain(2 * y, None, "embed")
+
+    batch, stream = jax.jit(within(mesh, lay_out))(jax.device_put(x, batch_sharding(mesh)), jax.device_put(x, whole))
+    assert batch.sharding.is_equivalent_to(batch_sharding(mesh), 2)
+    assert stream.sharding.shard_shape((8, 8)) == (8, 2)
+    with decoding():
+        assert constrain(x, "cache_batch", None) is x
 
 
 def test_rules_of_a_config_precede_its_layouts():
