@@ -149,8 +149,12 @@ def policy_objective(policy: Policy, loss: Callable[..., Array]) -> Objective:
         inputs = loss_inputs(batch, token_log_probs)
         missing = sorted(wanted - inputs.keys())
         if missing:
+            batches, remedy = "this batch", ""
+            if batch.scores.shape[-1] == 1:
+                batches, remedy = "a batch of one response a prompt", "choose one of single responses, as kto or sft; "
             raise UserError(
-                f"the loss asks for {', '.join(missing)}, which this batch has not: it has {', '.join(sorted(inputs))}"
+                f"the loss asks for {', '.join(missing)}, which {batches} has not: {remedy}it has "
+                f"{', '.join(sorted(inputs))}"
             )
         return loss(**{name: inputs[name] for name in _accepted_inputs(loss, inputs)}), diagnostics(inputs)
 
@@ -191,7 +195,8 @@ def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) 
     Returns:
       token_logps, mask [B, K, R]; logps, scores, lengths [B, K]; preference [B]; and of the chosen and of the rejected
       response chosen_logps, chosen_lengths [B], chosen_token_logps, chosen_mask [B, R] and so on. Where the batch has
-      reference log-probs, those of the reference too: ref_logps, ref_token_logps, ref_chosen_logps and so on.
+      reference log-probs, those of the reference too: ref_logps, ref_token_logps, ref_chosen_logps and so on. Where
+      there is one response a prompt, nothing is chosen or rejected, and there is no preference.
     """
     lengths, reference, samples = batch.response_lengths, batch.reference_log_probs, batch.scores.shape[-1]
     scores = batch.scores.reshape(-1, samples)
@@ -199,6 +204,18 @@ def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) 
         reference = None if reference is None else unpack(reference, lengths, _EMPTY)[0]
         token_log_probs, lengths = unpack(token_log_probs, lengths, _EMPTY)
     mask = length_mask(lengths, batch.responses.shape[-1])
+    inputs = {
+        "token_logps": token_log_probs,
+        "mask": mask,
+        "logps": token_log_probs.sum(-1),
+        "scores": scores,
+        "lengths": lengths,
+    }
+    if reference is not None:
+        inputs["ref_token_logps"] = jnp.where(mask, reference, 0.0)
+        inputs["ref_logps"] = inputs["ref_token_logps"].sum(-1)
+    if samples == 1:
+        return inputs
     chosen = jnp.argmax(scores, axis=-1)
     rejected = samples - 1 - jnp.argmin(scores[:, ::-1], axis=-1)
 
@@ -206,17 +223,7 @@ def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) 
         index = index.reshape(-1, *[1] * (values.ndim - 1))
         return jnp.take_along_axis(values, index, axis=1)[:, 0]
 
-    inputs = {
-        "token_logps": token_log_probs,
-        "mask": mask,
-        "logps": token_log_probs.sum(-1),
-        "scores": scores,
-        "lengths": lengths,
-        "preference": jnp.where(pick(scores, chosen) > pick(scores, rejected), 1.0, 0.5),
-    }
-    if reference is not None:
-        inputs["ref_token_logps"] = jnp.where(mask, reference, 0.0)
-        inputs["ref_logps"] = inputs["ref_token_logps"].sum(-1)
+    inputs["preference"] = jnp.where(pick(scores, chosen) > pick(scores, rejected), 1.0, 0.5)
     for side, index in (("chosen", chosen), ("rejected", rejected)):
         inputs |= {f"{side}_{name}": pick(inputs[name], index) for name in ("logps", "lengths", "token_logps", "mask")}
         if reference is not None:
@@ -227,7 +234,7 @@ def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) 
 def diagnostics(inputs: dict[str, Array]) -> dict[str, Array]:
     """What tells whether a run is healthy, per prompt: log-ratios to the reference in nats, accuracy, length."""
     values = {"length": inputs["lengths"].mean(-1), "log_prob": inputs["logps"].mean(-1)}
-    if "ref_logps" in inputs:
+    if "ref_chosen_logps" in inputs:
         pair = losses.pairwise_diagnostics(
             inputs["chosen_logps"], inputs["rejected_logps"], inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         )

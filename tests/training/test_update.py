@@ -344,6 +344,19 @@ def test_a_loss_that_asks_for_what_no_batch_has_is_refused(loss, message):
         policy_objective(UNIGRAM, loss)(PARAMS, BATCH, jnp.int32(0))
 
 
+def test_one_response_a_prompt_is_no_pair_of_itself():
+    first = {name: getattr(BATCH, name)[:, :1] for name in ("responses", "response_lengths", "scores")}
+    batch = dataclasses.replace(BATCH, **first)
+    singles = with_reference(UNIGRAM, PARAMS, batch)
+    for name in ("dpo", "ipo", "bco", "simpo"):
+        with pytest.raises(UserError, match="a batch of one response a prompt has not: choose one of single resp"):
+            policy_objective(UNIGRAM, losses.get(name))(PARAMS, singles, jnp.int32(0))
+    value, diagnostics = policy_objective(UNIGRAM, losses.get("kto"))(PARAMS, singles, jnp.int32(0))
+    # At the reference z = r = 0, and either side is sigma(0).
+    np.testing.assert_allclose(value, np.full((8, 1), 0.5), rtol=1e-5)
+    assert diagnostics.keys() == {"length", "log_prob"}
+
+
 def test_at_the_reference_the_losses_are_known(even_policy):
     params = random_params(even_policy)
     batch = with_reference(even_policy, params, BATCH)
