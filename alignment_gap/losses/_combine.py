@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from alignment_gap.losses._registry import Loss, get
+from alignment_gap.losses._registry import Loss, get, reads_other_prompts
 
 
 def combine(*terms: tuple[Any, str | Loss]) -> Loss:
@@ -37,6 +37,7 @@ def combine(*terms: tuple[Any, str | Loss]) -> Loss:
         )
 
     combined.__signature__ = signature  # type: ignore[attr-defined]
+    combined.reads_other_prompts = any(reads_other_prompts(loss) for _, loss in losses)  # type: ignore[attr-defined]
     return combined
 
 

@@ -113,12 +113,13 @@ def reads_other_prompts(loss: Loss) -> bool:
     """Whether the loss of a prompt depends on the batch's other prompts.
 
     Args:
-      loss: from `get`. Of a callable of the user's own it is not known, and False.
+      loss: from `get` or `combine`. A callable of the user's own says so by an attribute of this name; without, False.
     """
+    loss = inspect.unwrap(loss)
     function, settings = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
     if function is _sides.bco:
         return isinstance(settings.get("shift", "batch_mean"), str)
-    return function in (_sides.aot, _sides.kto)
+    return getattr(function, "reads_other_prompts", function in (_sides.aot, _sides.kto))
 
 
 def _check_settings(function: Loss, settings: Mapping[str, Any]) -> None:

@@ -98,6 +98,21 @@ def test_combine_nests_with_traced_weights():
     np.testing.assert_allclose(jax.jit(outer)(0.5), expected[0], rtol=1e-6)
 
 
+def test_a_loss_of_losses_or_around_one_reads_other_prompts_where_that_one_does():
+    reads = losses.reads_other_prompts
+    of_one = losses.combine((1.0, "dpo"), (0.1, losses.get("bco", shift=0.0)))
+    of_others = losses.combine((1.0, of_one), (0.1, losses.get("kto", beta=0.2)))
+    assert not reads(of_one) and reads(of_others) and reads(losses.combine((1.0, of_others)))
+    assert reads(jax.jit(losses.get("bco", beta=0.2))) and not reads(jax.jit(losses.dpo))
+
+    def mine(logps):
+        return logps - logps.mean()
+
+    assert not reads(mine)
+    mine.reads_other_prompts = True
+    assert reads(mine) and reads(losses.get(mine)) and reads(losses.combine((1.0, mine)))
+
+
 def test_importing_the_losses_loads_nothing_but_jax_and_chex():
     program = (
         "import sys, jax, jax.numpy, chex, jaxtyping; before = set(sys.modules); from alignment_gap import losses; "
