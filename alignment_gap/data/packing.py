@@ -45,7 +45,9 @@ class Rows:
         capacity = _capacity(self.shape, lengths.shape[1])
         free, slots = np.tile(capacity, (len(lengths), 1)), np.full(len(lengths), self.slots)
         rows, used = np.zeros(len(lengths), np.int64), 0
-        for example in np.argsort(-(lengths / capacity).sum(axis=1), kind="stable"):
+        # Lengths as shares of their capacity, times both capacities: whole numbers are the same on every machine.
+        sizes = lengths @ _capacity(self.shape[::-1], lengths.shape[1])
+        for example in np.argsort(-sizes, kind="stable"):
             fits = (free[: used + 1] >= lengths[example]).all(axis=1) & (slots[: used + 1] > 0)
             row = int(np.argmax(fits))
             rows[example], used = row, max(used, row + 1)

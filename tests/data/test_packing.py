@@ -52,6 +52,8 @@ def test_rows_by_hand():
     # The longest first, prompt and responses together: 6 opens a row, 9 the next; 4 goes to 6, 3 and 2 to a third.
     lengths = np.array([[2, 1, 1], [9, 1, 1], [3, 2, 1], [6, 1, 4], [4, 2, 1]])
     np.testing.assert_array_equal(rows.fill(lengths), [2, 1, 2, 0, 0])
+    # Of two that are as long the first comes first, though 0.3 + 0.2 + 0.1 < 0.1 + 0.2 + 0.3.
+    np.testing.assert_array_equal(Rows((10, 10), 1, 1).fill(np.array([[3, 2, 1], [1, 2, 3]])), [0, 1])
     # Two slots a row.
     np.testing.assert_array_equal(rows.fill(np.ones((3, 3), np.int64)), [0, 0, 1])
     # Responses take room of their own: two of four tokens do not go into six.
