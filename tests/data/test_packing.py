@@ -138,6 +138,13 @@ def test_mixtures_are_packed_by_weight(dataset, tmp_path, make_examples):
     assert [sum(i < 50 for i in ids[start : start + 80]) for start in range(0, 320, 80)] == [20, 20, 20, 20]
 
 
+def test_padding_of_a_large_epoch_is_that_of_a_sample(dataset, monkeypatch):
+    """Of 20 examples of 50: the first and the fourth batch."""
+    monkeypatch.setattr("alignment_gap.data.source._SAMPLED", 20)
+    source = offline_source(dataset, batch_size=10, seed=3, packing=4, **LENGTHS)
+    assert source.padding().slots == sum(batch.prompts.size + batch.responses.size for batch in map(source, (0, 3)))
+
+
 def test_padding_is_that_of_the_batches(dataset):
     source = offline_source(dataset, batch_size=10, seed=3, packing=4, **LENGTHS)
     batches = [source(step) for step in range(5)]
