@@ -118,7 +118,7 @@ def test_a_sample_depends_on_run_step_and_prompt_id_only(even_policy, even_param
     assert (later.responses != drawn.responses).any((-1, -2)).all()
 
 
-@pytest.mark.parametrize("name", ["fsdp", "model", "two_by_four", "all"])
+@pytest.mark.parametrize("name", ["fsdp", "model", "two_by_four", "all", "sequence"])
 def test_another_mesh_draws_the_same(name, even_policy, even_params, drawn):
     samples = draw_with(even_policy, even_params, SamplerConfig(), make_mesh(MESHES[name]))
     np.testing.assert_array_equal(samples.responses, drawn.responses)
