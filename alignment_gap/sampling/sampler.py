@@ -117,8 +117,10 @@ def _decode(
     def step(state: Any) -> Any:
         position, tokens, ended, cache, drawn = state
         hidden, cache = policy.decode_step(params, cache, position, constrain(tokens, None, None))
-        logits = constrain(output.logits(hidden), "batch", None, "vocab")
-        logits = constrain(logits, "cache_batch", None, None)  # Each device draws for rows of its own.
+        logits = output.logits(hidden)
+        # In three moves, of which each is one collective, to devices that each draw for rows of their own.
+        for names in (("batch", None, "vocab"), ("cache_batch", None, "vocab"), ("cache_batch", None, None)):
+            logits = constrain(logits, *names)
         restricted = restrict(logits, config)
         token_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, position)
         tokens = jax.vmap(jax.vmap(draw))(token_keys, restricted).astype(tokens.dtype)

@@ -74,13 +74,13 @@ def decoding() -> contextlib.AbstractContextManager[None]:
 
 
 def decoding_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Sizes of the mesh axes in `decoding`: fsdp split in two, with the most columns of which * model <= what is left.
+    """Sizes of the mesh axes in `decoding`: fsdp split in two, with the fewest columns of which * model >= the rest.
 
     A weight's rows are split over fsdp and its columns over columns * model. Of what moves for a token one part is
-    divided by the one and one by the other, so that the sum is least where they are about equal (2211.05102).
+    divided by the one and a part some times as large by the other (2211.05102).
     """
     fsdp, model = sizes["fsdp"], sizes["model"]
-    columns = max(n for n in range(1, fsdp + 1) if fsdp % n == 0 and (n == 1 or n * n * model <= fsdp))
+    columns = next(n for n in range(1, fsdp + 1) if fsdp % n == 0 and n * n * model >= fsdp)
     return {"data": sizes["data"], "fsdp": fsdp // columns, "columns": columns, "model": model}
 
 

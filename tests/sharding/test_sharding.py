@@ -146,10 +146,11 @@ def test_rules_by_hand(names, shape, rules, spec):
     [
         ((1, 256, 1), (1, 16, 16, 1)),
         ((1, 64, 4), (1, 16, 4, 4)),
-        ((2, 8, 1), (2, 4, 2, 1)),
-        ((1, 6, 1), (1, 3, 2, 1)),
-        # A prime is not split, nor is a first part smaller than columns * model.
-        ((1, 7, 1), (1, 7, 1, 1)),
+        ((2, 8, 1), (2, 2, 4, 1)),
+        ((1, 6, 1), (1, 2, 3, 1)),
+        ((1, 32, 4), (1, 8, 4, 4)),
+        # A prime is all columns, and what model outweighs is not split.
+        ((1, 7, 1), (1, 1, 7, 1)),
         ((1, 2, 2), (1, 2, 1, 2)),
         ((8, 1, 1), (8, 1, 1, 1)),
         ((1, 1, 8), (1, 1, 1, 8)),
@@ -193,7 +194,7 @@ def test_decoding_leaves_a_batch_where_it_is():
 
     batch, stream = jax.jit(within(mesh, lay_out))(jax.device_put(x, batch_sharding(mesh)), jax.device_put(x, whole))
     assert batch.sharding.is_equivalent_to(batch_sharding(mesh), 2)
-    assert stream.sharding.shard_shape((8, 8)) == (8, 2)
+    assert stream.sharding.shard_shape((8, 8)) == (8, 4)
     with decoding():
         assert constrain(x, "cache_batch", None) is x
 
