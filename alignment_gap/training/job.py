@@ -74,7 +74,8 @@ METRICS, CARD = "metrics.jsonl", "job.json"
 REFERENCE_LOG_PROBS = ("auto", "stored", "each_step")
 # What a resumed run may change: none of it alters the steps that were taken.
 _MESH = tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
-_MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "microbatches", "dataset.epochs", "dataset.prefetch", *_MESH)
+_OF_DATA = tuple(f"dataset.{name}" for name in ("epochs", "packing", "prefetch"))
+_MAY_CHANGE = ("steps", "checkpoint_every", "log_every", "microbatches", *_OF_DATA, *_MESH)
 
 
 @dataclasses.dataclass(frozen=True)

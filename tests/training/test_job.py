@@ -132,6 +132,8 @@ def test_packed_rows_train_as_one_prompt_a_row_does(sft, sft_config, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_job(packed, tmp_path / "stopped", stop_in_step_three)
     assert_equal_states(run_job(packed, tmp_path / "stopped"), whole)
+    # It may go on with one prompt a row.
+    assert int(run_job(dataclasses.replace(config, steps=5), tmp_path / "stopped").step) == 5
 
 
 def test_more_steps_go_on_from_the_last(sft_config, sft, tmp_path):
