@@ -85,7 +85,7 @@ class Checkpoints:
             ) from error
 
 
-def load_policy(path: Path, mesh: LogicalMesh, step: int | None = None) -> tuple[Policy, Any]:
+def load_policy(path: str | Path, mesh: LogicalMesh, step: int | None = None) -> tuple[Policy, Any]:
     """The policy that a checkpoint holds and its parameters, laid out over the mesh.
 
     Args:
@@ -96,14 +96,14 @@ def load_policy(path: Path, mesh: LogicalMesh, step: int | None = None) -> tuple
     Raises:
       UserError: where there is none, it is damaged, or it does not say what network it holds.
     """
-    folder = find_checkpoint(path, step)
+    folder = find_checkpoint(Path(path), step)
     policy = known_network(folder).policy()
     return policy, _load(folder, policy, mesh)
 
 
-def load_preference_model(path: Path, mesh: LogicalMesh, step: int | None = None) -> tuple[PreferenceModel, Any]:
+def load_preference_model(path: str | Path, mesh: LogicalMesh, step: int | None = None) -> tuple[PreferenceModel, Any]:
     """The preference model that a checkpoint holds and its parameters; see `load_policy`."""
-    folder = find_checkpoint(path, step)
+    folder = find_checkpoint(Path(path), step)
     model = known_network(folder).preference_model()
     return model, _load(folder, model.policy, mesh)
 

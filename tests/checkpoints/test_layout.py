@@ -41,7 +41,7 @@ def test_orbax_restores_what_was_written(written, params):
 
 
 def test_training_restores_what_was_written_sharded(written, policy, params, mesh):
-    loaded, restored = load_policy(written, mesh)
+    loaded, restored = load_policy(str(written), mesh)
     assert loaded == policy
     assert_equal_trees(restored, params)
     wanted = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(policy.init, mesh))
