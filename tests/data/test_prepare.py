@@ -181,8 +181,11 @@ if __name__ == "__main__":
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_ctrl_c_while_processes_start_is_one_line(config, tmp_path):
-    source, output = config.source.location, tmp_path / "out"
+@pytest.mark.parametrize("wait", [0.0, 0.3])
+def test_ctrl_c_while_processes_start_is_one_line(wait, config, tmp_path):
+    """When the first of them has just been made, and when they import."""
+    source, output = pathlib.Path(config.source.location), tmp_path / "out"
+    source.write_text(200 * source.read_text())  # Too many to be done before the interrupt.
     words = ["data", "prepare", f"--source={source}", f"--vocabulary={config.vocabulary}", f"--output={output}"]
     run = "from alignment_gap.cli.main import main; main()"
     process = subprocess.Popen(
@@ -192,13 +195,14 @@ def test_ctrl_c_while_processes_start_is_one_line(config, tmp_path):
         start_new_session=True,
         cwd=pathlib.Path(__file__).parents[2],
     )
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 120
-    while not (output / ".parts").exists():
+    while not ((output / ".parts").exists() and children.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
-    time.sleep(0.3)  # Processes have begun to import.
+    time.sleep(wait)
     os.killpg(process.pid, signal.SIGINT)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in error
+    assert process.returncode == 130 and "Traceback" not in error, error
     assert error.endswith("interrupted: the same command goes on from here\n")
 
 
