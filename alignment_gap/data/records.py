@@ -600,6 +600,8 @@ def _read_card(path: pathlib.Path) -> Card:
         content["files"] = tuple(Chunk(**chunk) for chunk in content["files"])
         content["fields"] = tuple(content["fields"])
         card = Card(**content)
+        if not (isinstance(card.provenance, dict) and isinstance(card.lengths, dict)):
+            raise TypeError("its provenance and lengths are tables")
         if card != dataclasses.replace(card, **_totals(card.files)):
             raise ValueError("its counts and lengths are not those of its files")
         return card

@@ -207,6 +207,7 @@ def test_an_unfinished_or_unknown_dataset_is_refused(tmp_path, make_examples):
         ("{", "is not a dataset's card"),
         ("[]", "is not a dataset's card"),
         (json.dumps({"format_version": 2}), "is not a dataset's card"),
+        (json.dumps(card | {"provenance": None}), "is not a dataset's card .*its provenance and lengths are tables"),
         (
             json.dumps(card | {"count": 1}),
             "is not a dataset's card .*its counts and lengths are not those of its files",
