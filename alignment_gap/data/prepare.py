@@ -435,15 +435,16 @@ class _Run(Protocol):
 def _without_interrupts() -> Iterator[None]:
     """Keeps ctrl-c back; processes that are started meanwhile never get it, and leave it to this one."""
     came: list[int] = []
-    # A thread of a library's own may be given the signal where the main thread blocks it, and would interrupt that.
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if is_main else None
+    before = signal.getsignal(signal.SIGINT)
+    listens = threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN
+    if listens:  # A thread of a library's own may be given the signal that the main thread blocks, and interrupts it.
+        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
-        if is_main:
+        if listens:
             signal.signal(signal.SIGINT, before)
     if came:
         raise KeyboardInterrupt

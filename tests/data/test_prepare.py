@@ -187,7 +187,9 @@ def test_ctrl_c_while_processes_start_is_one_line(wait, config, tmp_path):
     source, output = pathlib.Path(config.source.location), tmp_path / "out"
     source.write_text(200 * source.read_text())  # Too many to be done before the interrupt.
     words = ["data", "prepare", f"--source={source}", f"--vocabulary={config.vocabulary}", f"--output={output}"]
-    run = "from alignment_gap.cli.main import main; main()"
+    # A shell's background jobs, of which this may be one, ignore the signal, and so do their children.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = f"{listen}; from alignment_gap.cli.main import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", run, *words, "--processes=2"],
         stderr=subprocess.PIPE,
