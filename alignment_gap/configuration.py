@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
+from alignment_gap.checks import nearest
 from alignment_gap.errors import UserError
 
 Config = TypeVar("Config")
+_ABSENT = object()
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -25,48 +27,57 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[Config], values: Mapping[str, Any], path: str = "config") -> Config:
     """Builds a dataclass, and those in it, from nested dictionaries.
 
-    A field that allows several dataclasses takes the one whose first field, its tag, has the value that is given.
+    A field that allows several dataclasses takes the one whose first field, its tag, has the given value; or the one
+    that has fields of all the given names.
 
     Raises:
-      UserError: for an unknown key or a value of another type, with the key's path and the nearest valid one.
+      UserError: for an unknown key, a value of another type or one that the dataclass refuses, with the key's path.
     """
     hints, names = typing.get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:
-            near = get_close_matches(key, names, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"valid keys are {', '.join(names)}"
-            raise UserError(f"unknown key {path}.{key}: {remedy}")
-    return cls(**{name: _value(hints[name], value, f"{path}.{name}") for name, value in values.items()})
+            raise UserError(f"unknown key {path}.{key}: {nearest(key, names)}")
+    built = {name: _value(hints[name], value, f"{path}.{name}") for name, value in values.items()}
+    try:
+        return cls(**built)
+    except UserError as error:
+        raise UserError(f"{path}.{error}") from error
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    if value is None and type(None) in typing.get_args(hint):
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    hints = [each for each in (typing.get_args(hint) if is_union else (hint,)) if each is not type(None)]
+    if value is None and is_union and type(None) in typing.get_args(hint):
         return None
-    choices = [choice for choice in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(choice)]
-    if choices:
+    if choices := [each for each in hints if dataclasses.is_dataclass(each)]:
         if not isinstance(value, Mapping):
             raise UserError(f"{path} is {value!r}: it must be a group of settings, given by their names")
-        return from_dict(_choose(choices, value, path), value, path)
-    if typing.get_origin(hint) is tuple:
+        return from_dict(_choose(choices, value, path), value, path)  # type: ignore[arg-type]
+    if typing.get_origin(hints[0]) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise UserError(f"{path} is {value!r}: it must be a tuple such as (1, 2)")
-        return tuple(_value(typing.get_args(hint)[0], item, path) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return tuple(_value(typing.get_args(hints[0])[0], item, path) for item in value)
+    if float in hints and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(hint, type) and type(value) is not hint:
-        raise UserError(f"{path} is {value!r}: it must be of type {hint.__name__}")
+    plain = [each for each in hints if isinstance(each, type)]
+    if plain and type(value) not in plain:
+        raise UserError(f"{path} is {value!r}: it must be of type {' or '.join(each.__name__ for each in plain)}")
     return value
 
 
 def _choose(choices: list[Any], value: Mapping[str, Any], path: str) -> Any:
-    tags = [dataclasses.fields(choice)[0] for choice in choices]
     if len(choices) == 1:
         return choices[0]
-    for choice, tag in zip(choices, tags, strict=True):
-        if value.get(tag.name) == tag.default:
-            return choice
-    valid = ", ".join(str(tag.default) for tag in tags)
-    raise UserError(f"{path}.{tags[0].name} is {value.get(tags[0].name)!r}: choose one of {valid}")
+    fields = {choice: dataclasses.fields(choice) for choice in choices}
+    tags = {choice: (each[0].name, each[0].default) for choice, each in fields.items()}
+    tagged = [choice for choice, (name, tag) in tags.items() if value.get(name, _ABSENT) == tag]
+    fitting = [choice for choice, each in fields.items() if set(value) <= {field.name for field in each}]
+    found = [choice for choice in tagged if choice in fitting] or tagged or fitting
+    if len(found) == 1:
+        return found[0]
+    name, given = next(((name, value[name]) for name, _ in tags.values() if name in value), (tags[choices[0]][0], None))
+    valid = ", ".join(str(tag) for _, tag in tags.values())
+    raise UserError(f"{path}.{name} is {given!r}: choose one of {valid}")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

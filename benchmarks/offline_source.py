@@ -35,16 +35,12 @@ from typing import Any
 
 import numpy as np
 
-from alignment_gap.data import (
+from alignment_gap.data.batches import Examples, OfflineSource, Prefetched, choose_buckets, offline_source
+from alignment_gap.data.records import (
     Dataset,
     Example,
-    Examples,
-    OfflineSource,
-    Prefetched,
-    choose_buckets,
     close_dataset,
     lengths_of,
-    offline_source,
     open_dataset,
     write_chunk,
     write_dataset,

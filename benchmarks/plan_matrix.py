@@ -25,9 +25,9 @@ import vl_convert
 
 from alignment_gap.cli.plan import make_flags, read_config
 from alignment_gap.errors import UserError
-from alignment_gap.launch.plan import make_plan
-from alignment_gap.launch.programs import Compiled, Request, compile_program, read_compiled
-from alignment_gap.launch.report import as_json
+from alignment_gap.plan.plan import make_plan
+from alignment_gap.plan.programs import Compiled, Request, compile_program, read_compiled
+from alignment_gap.plan.report import as_json
 
 RESULTS = Path(__file__).parent / "results" / "plan"
 CACHE = Path(".cache/plan")

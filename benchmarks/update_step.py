@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment_gap import losses
-from alignment_gap.data import PreferenceBatch
+from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.models import DecoderConfig, ModelConfig, T5Config, count_parameters, make_policy, sizes
 from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh
 from alignment_gap.training import (

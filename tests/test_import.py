@@ -12,7 +12,7 @@ import alignment_gap
 PACKAGE = pathlib.Path(alignment_gap.__file__).parent
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio"}
 # The modules that are made for it; no other may import one of them at its top.
-READERS = {"data/seqio_tasks.py", "data/tfds_pairs.py"}
+READERS = {"data/tasks/seqio_tasks.py", "data/tasks/tfds_pairs.py"}
 HEAVY = ("tensorflow", "seqio", "matplotlib", "altair", "grain", "orbax", "orbax.checkpoint", "scipy", "pandas")
 
 

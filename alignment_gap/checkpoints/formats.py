@@ -30,7 +30,7 @@ from alignment_gap.checkpoints.layout import (
 from alignment_gap.checkpoints.network import Network
 from alignment_gap.checkpoints.tensors import Entries, Tensor, check_entries, check_shapes, imported, shapes_of
 from alignment_gap.configuration import to_dict
-from alignment_gap.data.vocabulary import load_vocabulary
+from alignment_gap.data.text.vocabulary import load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.models import ModelConfig, make_policy
 from alignment_gap.sharding import unbox

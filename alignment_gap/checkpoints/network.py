@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment_gap.configuration import from_dict, to_dict
-from alignment_gap.data.vocabulary import Vocabulary, extra_id
+from alignment_gap.data.text.vocabulary import Vocabulary, extra_id
 from alignment_gap.errors import UserError
 from alignment_gap.models import ModelConfig, Policy, PreferenceModel, T5Config, make_policy
 from alignment_gap.models.preference import Markers

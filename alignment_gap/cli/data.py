@@ -28,7 +28,7 @@ from alignment_gap.cli.parsing import parse_flags
 from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
-    from alignment_gap.data.sources import SourceConfig
+    from alignment_gap.data.text import TextSourceConfig
 
 # What each is done by: a function of the command line in a module of this floor.
 SUBCOMMANDS = {
@@ -64,10 +64,10 @@ def prepare(arguments: list[str]) -> None:
     if values is None:
         return
 
-    from alignment_gap.data.card import lengths_text
-    from alignment_gap.data.prepare import PREVIEW, PrepareConfig
-    from alignment_gap.data.prepare import prepare as run
-    from alignment_gap.data.sources import Limits
+    from alignment_gap.data.records.card import lengths_text
+    from alignment_gap.data.tasks.prepare import PREVIEW, PrepareConfig
+    from alignment_gap.data.tasks.prepare import prepare as run
+    from alignment_gap.data.text import Limits
 
     def of(cls: type) -> dict[str, object]:
         return {field.name: values[field.name].value for field in dataclasses.fields(cls) if field.name in values}
@@ -97,9 +97,9 @@ def show(arguments: list[str]) -> None:
     if values is None:
         return
 
-    from alignment_gap.data.card import card_text, find_vocabulary
-    from alignment_gap.data.preview import preview
-    from alignment_gap.data.records import open_dataset, verify_dataset
+    from alignment_gap.data.records.card import card_text, find_vocabulary
+    from alignment_gap.data.records.dataset import open_dataset, verify_dataset
+    from alignment_gap.data.records.preview import preview
 
     dataset = open_dataset(require(values, "folder"))
     verify_dataset(dataset)
@@ -146,13 +146,13 @@ def define_source_flags(values: flags.FlagValues) -> None:
     text("bad_pairs", "refuse", "refuse or drop pairs that hold no preference.")
 
 
-def source_config(values: flags.FlagValues) -> SourceConfig:
+def source_config(values: flags.FlagValues) -> TextSourceConfig:
     """The source of the flags; raises UserError where none is given."""
-    from alignment_gap.data.sources import SourceConfig
+    from alignment_gap.data.text import TextSourceConfig
 
-    names = [field.name for field in dataclasses.fields(SourceConfig) if field.name in values]
+    names = [field.name for field in dataclasses.fields(TextSourceConfig) if field.name in values]
     settings = {name: values[name].value for name in names}
-    return SourceConfig(location=require(values, "source"), **settings)  # type: ignore[arg-type]
+    return TextSourceConfig(location=require(values, "source"), **settings)  # type: ignore[arg-type]
 
 
 def _prepare_flags(values: flags.FlagValues) -> None:

@@ -22,7 +22,7 @@ from alignment_gap.cli.parsing import (
 from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
-    from alignment_gap.data.records import Card, Dataset, Example
+    from alignment_gap.data.records.dataset import Card, Dataset, Example
     from alignment_gap.evaluation.datasets import Draw
     from alignment_gap.sampling import Labeller
     from alignment_gap.sharding import LogicalMesh
@@ -42,7 +42,7 @@ def shuffle(arguments: list[str]) -> None:
     if values is None:
         return
 
-    from alignment_gap.data.derive import shuffle as run
+    from alignment_gap.data.tasks.derive import shuffle as run
 
     if values.window < 0:
         raise UserError(f"--window={values.window} is out of range: give so many examples, or 0 for all")
@@ -65,7 +65,7 @@ def mix(arguments: list[str]) -> None:
     if values is None:
         return
 
-    from alignment_gap.data.derive import mix as run
+    from alignment_gap.data.tasks.derive import mix as run
 
     try:
         weights = [float(weight) for weight in values.weights]
@@ -94,8 +94,9 @@ def relabel(arguments: list[str]) -> None:
     output, model = Path(require(values, "output")), require(values, "preference_model")
     use_compilation_cache(values)
 
-    from alignment_gap.data.buckets import choose_buckets, lengths_of
-    from alignment_gap.data.derive import write_derived
+    from alignment_gap.data.batches.buckets import choose_buckets
+    from alignment_gap.data.records.lengths import lengths_of
+    from alignment_gap.data.tasks.derive import write_derived
     from alignment_gap.evaluation.datasets import Batching, label
 
     mesh = _mesh(values)
@@ -141,8 +142,9 @@ def generate(arguments: list[str]) -> None:
 
     import numpy as np
 
-    from alignment_gap.data.buckets import choose_buckets, lengths_of
-    from alignment_gap.data.derive import distinct_prompts, write_derived
+    from alignment_gap.data.batches.buckets import choose_buckets
+    from alignment_gap.data.records.lengths import lengths_of
+    from alignment_gap.data.tasks.derive import distinct_prompts, write_derived
     from alignment_gap.evaluation.datasets import Batching, label, sample_examples
 
     mesh = _mesh(values)
@@ -224,7 +226,7 @@ def _draws(
     import jax
     import jax.numpy as jnp
 
-    from alignment_gap.data.card import find_vocabulary
+    from alignment_gap.data.records.card import find_vocabulary
     from alignment_gap.sampling import SamplerConfig, make_generate
     from alignment_gap.sharding import replicated
     from alignment_gap.training.checkpoints import load_policy
@@ -283,7 +285,7 @@ def _named(role: str, folder: str, params: Any) -> dict[str, str]:
 
 def _open(values: flags.FlagValues, name: str) -> list[Dataset]:
     """The datasets of a flag, read through once so that what is damaged is told before any work."""
-    from alignment_gap.data.records import open_dataset, verify_dataset
+    from alignment_gap.data.records.dataset import open_dataset, verify_dataset
 
     require(values, name)
     folders: Any = values[name].value

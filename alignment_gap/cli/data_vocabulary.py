@@ -21,7 +21,7 @@ def vocabulary(arguments: list[str]) -> None:
     if values is None:
         return
 
-    from alignment_gap.data.vocabulary_training import source_texts, train_vocabulary
+    from alignment_gap.data.text.vocabulary_training import source_texts, train_vocabulary
 
     texts = source_texts(source_config(values))
     trained = train_vocabulary(texts, require(values, "output"), values.size, model=values.model)

@@ -21,7 +21,7 @@ from alignment_gap.cli.parsing import parse_flags
 from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
-    from alignment_gap.launch.plan import PlanConfig
+    from alignment_gap.plan.plan import PlanConfig
 
 
 def main(arguments: list[str]) -> None:
@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     config = read_config(values)
 
-    from alignment_gap.launch.plan import make_plan
-    from alignment_gap.launch.report import as_json, as_text, check_picture, write_picture
+    from alignment_gap.plan.plan import make_plan
+    from alignment_gap.plan.report import as_json, as_text, check_picture, write_picture
 
     if values.picture:
         check_picture(Path(values.picture))
@@ -92,10 +92,10 @@ def make_flags() -> flags.FlagValues:
 def read_config(values: flags.FlagValues) -> PlanConfig:
     """The plan that flags ask for; raises UserError for what they cannot mean, before anything is compiled."""
     from alignment_gap import losses
-    from alignment_gap.launch.chips import parse_topology
-    from alignment_gap.launch.flops import Lengths
-    from alignment_gap.launch.plan import PlanConfig
     from alignment_gap.models import make_policy
+    from alignment_gap.plan.chips import parse_topology
+    from alignment_gap.plan.flops import Lengths
+    from alignment_gap.plan.plan import PlanConfig
     from alignment_gap.training import OptimizerConfig
 
     for name in ("model", "topology"):

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from alignment_gap.data.batch import PreferenceBatch
-from alignment_gap.data.buckets import Bucket, bucket_of, cut_within_buckets, lengths_of
-from alignment_gap.data.records import Example, collate
+from alignment_gap.data.batches.batch import PreferenceBatch
+from alignment_gap.data.batches.buckets import Bucket, bucket_of, cut_within_buckets
+from alignment_gap.data.batches.collation import collate
+from alignment_gap.data.records.dataset import Example
+from alignment_gap.data.records.lengths import lengths_of
 from alignment_gap.evaluation.metrics import in_batches
 from alignment_gap.sampling import Labeller, Samples
 from alignment_gap.sharding import LogicalMesh

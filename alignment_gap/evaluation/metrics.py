@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignment_gap import losses
-from alignment_gap.data.batch import length_mask
+from alignment_gap.data.batches.batch import length_mask
 from alignment_gap.models import Policy, PreferenceModel, response_hidden
 from alignment_gap.sharding import LogicalMesh, batch_sharding, put_batch, within
 

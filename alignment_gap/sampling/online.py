@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Key
 
-from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.models import Policy, PreferenceModel
 from alignment_gap.sampling.sampler import SamplerConfig, sample, sample_keys
 from alignment_gap.sharding import LogicalMesh, batch_sharding, within

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 
 from alignment_gap.checkpoints import CHECKPOINTS, network_of, preference_network
-from alignment_gap.data.batch import PreferenceBatch
-from alignment_gap.data.records import Example
-from alignment_gap.data.source import offline_source
-from alignment_gap.data.task import task_rubric, task_vocabulary
+from alignment_gap.data.batches.batch import PreferenceBatch
+from alignment_gap.data.batches.offline import offline_source
+from alignment_gap.data.records.dataset import Example
+from alignment_gap.data.tasks.task import task_rubric, task_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.datasets import Batching
 from alignment_gap.evaluation.metrics import make_divergence, make_judge

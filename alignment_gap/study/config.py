@@ -7,7 +7,7 @@ import inspect
 import math
 
 from alignment_gap import losses
-from alignment_gap.data.task import HumanPairsTaskConfig, PostsTaskConfig
+from alignment_gap.data.tasks.task import HumanPairsTaskConfig, PostsTaskConfig
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config
 from alignment_gap.models.preference import KINDS

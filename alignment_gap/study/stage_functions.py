@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignment_gap import losses
-from alignment_gap.data.batch import PreferenceBatch
-from alignment_gap.data.records import (
+from alignment_gap.data.batches.batch import PreferenceBatch
+from alignment_gap.data.batches.collation import examples_of
+from alignment_gap.data.records.dataset import (
     Example,
     close_dataset,
     derived,
-    examples_of,
     open_dataset,
     write_chunk,
     write_dataset,
 )
-from alignment_gap.data.task import build_task, rubric_preference
+from alignment_gap.data.tasks.task import build_task, rubric_preference
 from alignment_gap.evaluation.datasets import draw, label
 from alignment_gap.evaluation.metrics import classification
 from alignment_gap.folders import write_bytes, write_json

@@ -32,14 +32,14 @@ from alignment_gap.checkpoints import (
     tokenizer_of,
 )
 from alignment_gap.configuration import flatten, to_dict
-from alignment_gap.data.batch import PreferenceBatch
-from alignment_gap.data.buckets import Bucket
-from alignment_gap.data.card import find_vocabulary
-from alignment_gap.data.collation import Examples
-from alignment_gap.data.prefetch import Prefetched
-from alignment_gap.data.records import Dataset
-from alignment_gap.data.reference import ReferenceLogProbs, open_reference
-from alignment_gap.data.source import OfflineSource
+from alignment_gap.data.batches.batch import PreferenceBatch
+from alignment_gap.data.batches.buckets import Bucket
+from alignment_gap.data.batches.collation import Examples
+from alignment_gap.data.batches.offline import OfflineSource
+from alignment_gap.data.batches.prefetch import Prefetched
+from alignment_gap.data.records.card import find_vocabulary
+from alignment_gap.data.records.dataset import Dataset
+from alignment_gap.data.records.log_probs import ReferenceLogProbs, open_reference
 from alignment_gap.errors import UserError
 from alignment_gap.folders import claim, locked
 from alignment_gap.models import DecoderConfig, ModelConfig, Policy, T5Config

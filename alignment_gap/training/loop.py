@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, score
 from alignment_gap.sharding import LogicalMesh, batch_sharding, is_first_process, within

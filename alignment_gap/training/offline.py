@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from alignment_gap.data.batch import PreferenceBatch
-from alignment_gap.data.buckets import Bucket, choose_buckets
-from alignment_gap.data.collation import Examples
-from alignment_gap.data.records import Dataset, open_dataset, verify_dataset
-from alignment_gap.data.reference import ReferenceLogProbs
-from alignment_gap.data.source import OfflineSource, offline_source
+from alignment_gap.data.batches.batch import PreferenceBatch
+from alignment_gap.data.batches.buckets import Bucket, choose_buckets
+from alignment_gap.data.batches.collation import Examples
+from alignment_gap.data.batches.offline import OfflineSource, offline_source
+from alignment_gap.data.records.dataset import Dataset, open_dataset, verify_dataset
+from alignment_gap.data.records.log_probs import ReferenceLogProbs
 from alignment_gap.errors import UserError
 from alignment_gap.sharding import LogicalMesh, host_rows, put_batch
 

@@ -16,12 +16,12 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt
 
 from alignment_gap.configuration import to_dict
-from alignment_gap.data.batch import PreferenceBatch
-from alignment_gap.data.buckets import Bucket
-from alignment_gap.data.prefetch import Prefetched
-from alignment_gap.data.records import Dataset
-from alignment_gap.data.reference import ReferenceLogProbs, ReferenceWriter, open_reference, reference_folder
-from alignment_gap.data.source import offline_source
+from alignment_gap.data.batches.batch import PreferenceBatch
+from alignment_gap.data.batches.buckets import Bucket
+from alignment_gap.data.batches.offline import offline_source
+from alignment_gap.data.batches.prefetch import Prefetched
+from alignment_gap.data.records.dataset import Dataset
+from alignment_gap.data.records.log_probs import ReferenceLogProbs, ReferenceWriter, open_reference, reference_folder
 from alignment_gap.folders import locked
 from alignment_gap.models import Policy
 from alignment_gap.sharding import LogicalMesh, host_rows, is_first_process, on_every_process, on_first_process

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from alignment_gap import losses
-from alignment_gap.data.batch import PreferenceBatch, length_mask
+from alignment_gap.data.batches.batch import PreferenceBatch, length_mask
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, PreferenceModel, score
 from alignment_gap.models.packing import unpack

@@ -7,8 +7,8 @@ alignment-gap study --config=configs/study/hh.py --workdir=runs/hh \
 from ml_collections import ConfigDict
 
 from alignment_gap.configuration import to_dict
-from alignment_gap.data.sources import SourceConfig
-from alignment_gap.data.task import HumanPairsTaskConfig
+from alignment_gap.data.tasks.task import HumanPairsTaskConfig
+from alignment_gap.data.text import TextSourceConfig
 from alignment_gap.models import T5Config
 from alignment_gap.study.config import ArmsConfig, EvaluationConfig, JudgeConfig, SftConfig, StudyConfig
 from alignment_gap.training import OptimizerConfig
@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     study = StudyConfig(
         name="hh",
         # HH has a few pairs with an empty or a repeated response, and many that are too long for a micro size.
-        task=HumanPairsTaskConfig(source=SourceConfig(bad_pairs="drop"), prompt_length=64, response_length=24),
+        task=HumanPairsTaskConfig(source=TextSourceConfig(bad_pairs="drop"), prompt_length=64, response_length=24),
         policy=model,
         sft=SftConfig(steps=500, batch_size=32, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
         golden=JudgeConfig(

@@ -9,7 +9,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from alignment_gap.configuration import to_dict
-from alignment_gap.data.posts import vocabulary
+from alignment_gap.data.text.posts import vocabulary
 from alignment_gap.models import sizes
 
 _spec = importlib.util.spec_from_file_location("tiny", pathlib.Path(__file__).with_name("tiny.py"))

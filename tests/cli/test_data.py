@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignment_gap.cli.main import main
-from alignment_gap.data import Example, write_dataset
+from alignment_gap.data.records import Example, write_dataset
 
 
 @pytest.fixture(scope="module")

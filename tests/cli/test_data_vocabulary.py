@@ -4,7 +4,7 @@ import random
 import pytest
 
 from alignment_gap.cli.data import main
-from alignment_gap.data import load_vocabulary
+from alignment_gap.data.text import load_vocabulary
 from alignment_gap.errors import UserError
 
 

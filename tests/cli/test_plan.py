@@ -8,8 +8,8 @@ import pytest
 
 from alignment_gap.cli import plan as command
 from alignment_gap.cli.main import main
-from alignment_gap.launch import programs
 from alignment_gap.models import DecoderConfig, sizes
+from alignment_gap.plan import programs
 
 TINY = DecoderConfig(vocabulary_size=256, layers=1)
 FLAGS = ["--topology=cpu:8", "--batch=8", "--prompt_length=16", "--response_length=8"]
@@ -43,8 +43,8 @@ def test_a_plan_on_virtual_devices(monkeypatch, capsys, tmp_path):
 
 def test_what_does_not_fit_is_exit_status_1_without_a_traceback(monkeypatch, capsys):
     huge = programs.Compiled(parameters=1, state=3, exceeded=2**45)
-    monkeypatch.setattr("alignment_gap.launch.plan.compile_program", lambda request: huge)
-    monkeypatch.setattr("alignment_gap.launch.plan.make_plan.__defaults__", (lambda request: huge, print))
+    monkeypatch.setattr("alignment_gap.plan.plan.compile_program", lambda request: huge)
+    monkeypatch.setattr("alignment_gap.plan.plan.make_plan.__defaults__", (lambda request: huge, print))
     status, said = run(monkeypatch, capsys, "--model=tiny", *FLAGS, "--nosearch", "--noevaluate", "--topology=v5e:2x4")
     assert status == 1
     assert "does not fit: 32752.25 GiB a device too many" in said.out

@@ -14,7 +14,9 @@ import pytest
 from tiny_models import texts
 
 from alignment_gap.cli import train
-from alignment_gap.data import PostsTaskConfig, collate, open_dataset, posts_task, write_dataset
+from alignment_gap.data.batches import collate
+from alignment_gap.data.records import open_dataset, write_dataset
+from alignment_gap.data.tasks.task import PostsTaskConfig, posts_task
 from alignment_gap.errors import UserError
 from alignment_gap.models import score
 from alignment_gap.sharding import initialize

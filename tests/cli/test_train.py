@@ -7,7 +7,8 @@ import pytest
 from alignment_gap import losses
 from alignment_gap.cli import train
 from alignment_gap.cli.main import guarded
-from alignment_gap.data import PostsTaskConfig, posts_task, write_dataset
+from alignment_gap.data.records import write_dataset
+from alignment_gap.data.tasks.task import PostsTaskConfig, posts_task
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config, make_policy
 from alignment_gap.training.job import LossConfig

@@ -3,7 +3,7 @@
 import pytest
 from random_examples import make_random_examples
 
-from alignment_gap.data import Example
+from alignment_gap.data.records import Example
 
 
 def _plain(example: Example) -> tuple:

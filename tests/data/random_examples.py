@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from alignment_gap.data import Example
+from alignment_gap.data.records import Example
 
 
 def make_random_examples(

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from alignment_gap.cli.main import main
-from alignment_gap.data import open_dataset, posts
-from alignment_gap.data.vocabulary_training import train_vocabulary
+from alignment_gap.data.records import open_dataset
+from alignment_gap.data.text import posts
+from alignment_gap.data.text.vocabulary_training import train_vocabulary
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "data.md").read_text()

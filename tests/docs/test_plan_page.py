@@ -10,7 +10,7 @@ import pytest
 
 from alignment_gap.cli import plan
 from alignment_gap.cli.main import main
-from alignment_gap.launch.plan import batch_parts
+from alignment_gap.plan.plan import batch_parts
 
 TEXT = (pathlib.Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
 COMMANDS = [

@@ -11,7 +11,8 @@ import sys
 import jax
 import numpy as np
 
-from alignment_gap.data import PostsTaskConfig, posts_task, write_dataset
+from alignment_gap.data.records import write_dataset
+from alignment_gap.data.tasks.task import PostsTaskConfig, posts_task
 from alignment_gap.sharding import LAYOUTS
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -10,8 +10,8 @@ import warnings
 import pytest
 
 from alignment_gap.cli.data import main
-from alignment_gap.data import open_dataset
-from alignment_gap.data.sources import TASKS
+from alignment_gap.data.records import open_dataset
+from alignment_gap.data.text import TASKS
 
 TEXT = (pathlib.Path(__file__).parents[2] / "docs" / "sources.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", TEXT, flags=re.DOTALL)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import random_params
 
-from alignment_gap.data import Example
+from alignment_gap.data.records import Example
 from alignment_gap.evaluation import datasets
 from alignment_gap.evaluation.datasets import Batching, label, sample_examples
 from alignment_gap.models import PreferenceModel

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import CONFIGS, SETTINGS, make_batch, random_params, texts
 
-from alignment_gap.data.packing import Rows
+from alignment_gap.data.batches.packing import Rows
 from alignment_gap.errors import UserError
 from alignment_gap.models import fused_attention, make_policy, score
 from alignment_gap.models.packing import Packing, Places, unpack

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment_gap.data.batch import PreferenceBatch
+from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.models import DecoderConfig, T5Config
 from alignment_gap.sharding import MeshConfig, unbox
 

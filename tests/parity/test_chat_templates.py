@@ -5,8 +5,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from trl.data_utils import apply_chat_template, is_conversational, maybe_extract_prompt
 
-from alignment_gap.data.sources.chat import Template, split_answers
-from alignment_gap.data.sources.tasks import Parsing, parse_own
+from alignment_gap.data.text.chat import Template, split_answers
+from alignment_gap.data.text.forms import Parsing, parse_own
 
 TEMPLATES = {
     "gemma": (

@@ -67,7 +67,7 @@ def round_trip(family, settings, pairs, vocabulary, workdir, *, prompt_length=64
     import numpy as np
     from transformers_harness import our_logits, random_model, reload, their_logits
 
-    from alignment_gap.data import open_dataset
+    from alignment_gap.data.records import open_dataset
     from alignment_gap.sharding import MeshConfig, make_mesh
     from alignment_gap.training import load_policy
 

@@ -10,7 +10,8 @@ from random_examples import make_random_examples
 from resumption import assert_equal_output_after_restore
 from tiny_models import make_batch, random_params
 
-from alignment_gap.data import offline_source, open_dataset, write_dataset
+from alignment_gap.data.batches import offline_source
+from alignment_gap.data.records import open_dataset, write_dataset
 from alignment_gap.sampling import SamplerConfig, Samples, make_generate, online_source
 from alignment_gap.sharding import put_batch, replicated
 from alignment_gap.training import TrainState

@@ -13,11 +13,11 @@ from scipy import stats
 from tiny_models import EVEN_CONFIGS, MESHES, make_batch, random_params
 
 from alignment_gap.errors import UserError
-from alignment_gap.launch import hlo
-from alignment_gap.launch.chips import parse_topology
-from alignment_gap.launch.flops import Lengths
-from alignment_gap.launch.programs import Request, build
 from alignment_gap.models import DecoderConfig, T5Config, make_policy
+from alignment_gap.plan import hlo
+from alignment_gap.plan.chips import parse_topology
+from alignment_gap.plan.flops import Lengths
+from alignment_gap.plan.programs import Request, build
 from alignment_gap.sampling import SamplerConfig, draw, make_generate, restrict, sample_keys
 from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from alignment_gap.training import make_score

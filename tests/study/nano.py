@@ -3,8 +3,8 @@
 from ml_collections import ConfigDict
 
 from alignment_gap.configuration import to_dict
-from alignment_gap.data.posts import vocabulary
-from alignment_gap.data.task import PostsTaskConfig
+from alignment_gap.data.tasks.task import PostsTaskConfig
+from alignment_gap.data.text.posts import vocabulary
 from alignment_gap.models import T5Config
 from alignment_gap.sharding import MeshConfig
 from alignment_gap.study.config import ArmsConfig, EvaluationConfig, JudgeConfig, SftConfig, StudyConfig

@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from alignment_gap.data import open_dataset
-from alignment_gap.data.card import card_text, find_vocabulary
+from alignment_gap.data.records import open_dataset
+from alignment_gap.data.records.card import card_text, find_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.folders import locked
 from alignment_gap.study import artefacts

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from alignment_gap.data import PostsTaskConfig, open_dataset, posts_task, write_dataset
+from alignment_gap.data.records import open_dataset, write_dataset
+from alignment_gap.data.tasks.task import PostsTaskConfig, posts_task
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config
 from alignment_gap.sharding import MeshConfig, make_mesh

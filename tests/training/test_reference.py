@@ -13,8 +13,10 @@ from random_examples import make_random_examples
 from tiny_models import EVEN_CONFIGS, MESHES, random_params, texts
 
 from alignment_gap.cli.main import main
-from alignment_gap.data import PostsTaskConfig, collate, lengths_of, open_dataset, posts_task, write_dataset
-from alignment_gap.data import reference as storage
+from alignment_gap.data.batches import collate
+from alignment_gap.data.records import lengths_of, open_dataset, write_dataset
+from alignment_gap.data.records import log_probs as storage
+from alignment_gap.data.tasks.task import PostsTaskConfig, posts_task
 from alignment_gap.errors import UserError
 from alignment_gap.models import T5Config, make_policy, score
 from alignment_gap.sharding import make_mesh, shardings_of

@@ -10,7 +10,8 @@ import pytest
 from tiny_models import EVEN_CONFIGS, MESHES, make_batch, random_params
 
 from alignment_gap import losses
-from alignment_gap.data import close_dataset, examples_of, offline_source, open_dataset, write_chunk
+from alignment_gap.data.batches import examples_of, offline_source
+from alignment_gap.data.records import close_dataset, open_dataset, write_chunk
 from alignment_gap.models import PreferenceModel, make_policy
 from alignment_gap.models.preference import Markers
 from alignment_gap.sampling import SamplerConfig, make_generate, online_source, preference_labeller

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from tiny_models import MESHES, make_batch, random_params, texts
 
 from alignment_gap import losses
-from alignment_gap.data.batch import PreferenceBatch
-from alignment_gap.data.packing import Rows
+from alignment_gap.data.batches.batch import PreferenceBatch
+from alignment_gap.data.batches.packing import Rows
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, make_policy, score
 from alignment_gap.models.policy import Output

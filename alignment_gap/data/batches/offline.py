@@ -1,0 +1,237 @@
+"""The offline source: from datasets to the batch of any step."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from alignment_gap.data.batches.batch import PreferenceBatch
+from alignment_gap.data.batches.buckets import Bucket, bucket_of, check_buckets, cut_within_buckets
+from alignment_gap.data.batches.collation import Examples
+from alignment_gap.data.batches.order import ORDERS, SEED_LIMIT, Order, Stream, draws_of, kept, permutation
+from alignment_gap.data.batches.packing import Rows
+from alignment_gap.data.records.dataset import Example
+from alignment_gap.errors import UserError
+
+# Tells the random order of an epoch's batches from that of its examples.
+_BATCHES = 1
+# Examples that are read together, of as many steps as that takes: a random read of 512 records costs half of what 16
+# reads of 32 cost.
+_BLOCK = 512
+# Examples of an epoch, in whole batches, that are packed to tell its share of padding: a tenth of a second's work.
+_SAMPLED = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+    """Tokens of an epoch's batches, prompts and all responses: how many are there and how many are real.
+
+    Attributes:
+      slots: tokens of the batches' arrays.
+      tokens: those that are no padding.
+    """
+
+    slots: int
+    tokens: int
+
+    @property
+    def share(self) -> float:
+        """The share of the arrays that is padding."""
+        return 1 - self.tokens / self.slots
+
+
+class OfflineSource:
+    """Batches of datasets: `source(step)` is a pure function of the step, so a killed run goes on where it was.
+
+    Position in the data is nothing but the step, whatever the number of processes that read it.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        order: Order,
+        batch_size: int,
+        buckets: tuple[Bucket, ...],
+        packing: Rows | None,
+        host_rows: Callable[[int], Sequence[int] | np.ndarray] | None,
+    ):
+        """Use `offline_source`, which checks the settings."""
+        self.examples, self.order, self.batch_size, self.buckets = examples, order, batch_size, buckets
+        self._packing, self._host_rows = packing, host_rows or range
+        self._stream = Stream(order)
+        self._plan = kept(self._make_plan)
+        self._steps_of_block = max(1, _BLOCK // len(self._host_rows(batch_size)))
+        self._block = kept(self._read_block)
+        self._lengths = examples.lengths() if packing or len(buckets) > 1 else None
+        # Of all examples; where rows are packed there is one bucket, and it is checked that all fit.
+        fitting = None if self._lengths is None else bucket_of(self._lengths, buckets)
+        self._bucket = fitting if len(buckets) > 1 else None
+        self._rows = kept(self._fill_rows, 2 * self._steps_of_block)
+
+    def __call__(self, step: int) -> PreferenceBatch:
+        """The batch of numpy arrays of `step`, counted from 0; of it the rows of this process alone are read."""
+        block, place = divmod(step, self._steps_of_block)
+        numbers, found = self._block(block)[place]
+        batch = self.examples.collate(numbers, found, self.shape(self.numbers(step)))
+        return batch if self._packing is None else self._packing.pack(batch, self._own(step)[1])
+
+    def rows(self, step: int) -> int:
+        """Rows of the whole batch of `step`: its size, or fewer where they hold several prompts."""
+        return self.batch_size if self._packing is None else int(self._rows(step).max()) + 1
+
+    def numbers(self, step: int) -> np.ndarray:
+        """The numbers int32[B] of the examples in the whole batch of `step`, one dataset counted after another."""
+        if step < 0:
+            raise UserError(f"step={step} has no batch: steps count from 0")
+        epoch = step * self.batch_size // len(self.order)
+        return self._plan(epoch)[step - self._first_step(epoch)]
+
+    def shape(self, numbers: np.ndarray) -> Bucket:
+        """The shape (P, R) of the batch of these examples: the smallest bucket that fits all of them."""
+        return self.buckets[0 if self._bucket is None else int(self._bucket[numbers].max())]
+
+    def padding(self, epoch: int = 0) -> Padding:
+        """The tokens of the batches that start in `epoch`; where rows are packed, of those of 8192 examples."""
+        lengths, plan = self.examples.lengths(), self._plan(epoch)
+        shapes = self.buckets if self._packing is None else (self._packing.shape,)
+        slots = np.array([p + r * (lengths.shape[1] - 1) for p, r in shapes])
+        if self._packing is not None:
+            plan = plan[:: -(-plan.size // _SAMPLED)]
+            rows = sum(int(self._packing.fill(lengths[numbers]).max()) + 1 for numbers in plan)
+            return Padding(int(rows * slots[0]), int(lengths.sum(axis=1)[plan].sum()))
+        fitting = np.zeros(len(plan), np.uint8) if self._bucket is None else self._bucket[plan].max(axis=1)
+        return Padding(int(self.batch_size * slots[fitting].sum()), int(lengths.sum(axis=1)[plan].sum()))
+
+    def _fill_rows(self, step: int) -> np.ndarray:
+        """The row of each example of the whole batch of `step`, where rows are packed."""
+        assert self._packing is not None and self._lengths is not None
+        return self._packing.fill(self._lengths[self.numbers(step)])
+
+    def _own(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of the examples that this process reads for `step`, and their rows among its own."""
+        numbers, own = self.numbers(step), np.asarray(self._host_rows(self.rows(step)))
+        if self._packing is None:
+            return numbers[own], np.arange(len(own))
+        rows = self._rows(step)
+        members = np.flatnonzero(np.isin(rows, own))
+        members = members[np.argsort(rows[members], kind="stable")]
+        return numbers[members], np.searchsorted(own, rows[members])
+
+    def _read_block(self, block: int) -> list[tuple[np.ndarray, list[Any]]]:
+        """For each step of a block the numbers of this process's examples, and what was read for them."""
+        steps = range(block * self._steps_of_block, (block + 1) * self._steps_of_block)
+        numbers = [self._own(step)[0] for step in steps]
+        found = iter(self.examples.read(np.concatenate(numbers)))
+        return [(each, list(itertools.islice(found, len(each)))) for each in numbers]
+
+    def _first_step(self, epoch: int) -> int:
+        """The first step whose batch starts in `epoch`."""
+        return -(-epoch * len(self.order) // self.batch_size)
+
+    def _make_plan(self, epoch: int) -> np.ndarray:
+        """The batches int32[steps, B] that start in `epoch`.
+
+        The first examples of the epoch complete the batch that the epoch before could not fill, so that no example is
+        lost or comes twice in an epoch, and which batch is whose follows from the numbers alone.
+        """
+        size, places = self.batch_size, len(self.order)
+        own = self._stream.epoch(epoch)[-epoch * places % size :]
+        batches, rest = self._grouped(own, epoch)
+        if rest.size:
+            following = self._stream((epoch + 1) * places, size - rest.size)
+            batches = np.concatenate([batches, np.concatenate([rest, following])[None]])
+        return batches
+
+    def _grouped(self, numbers: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The examples as whole batches [n, B], and the fewer than B that are left.
+
+        A shuffled order is cut within each bucket, the other orders as they are.
+        """
+        size = self.batch_size
+        if self._bucket is None or self.order.kind != "shuffle":
+            whole = len(numbers) // size * size
+            return numbers[:whole].reshape(-1, size), numbers[whole:]
+        groups, rest = cut_within_buckets(numbers, self._bucket[numbers], size)
+        batches = np.concatenate(groups)
+        return batches[permutation(len(batches), self.order.seed, epoch, 0, _BATCHES)], rest
+
+
+def offline_source(
+    dataset: Sequence[Example] | Examples,
+    *,
+    batch_size: int,
+    seed: int,
+    prompt_length: int,
+    response_length: int,
+    order: str = "shuffle",
+    window: int = 0,
+    buckets: Sequence[Bucket] = (),
+    packing: int = 0,
+    row_multiple: int = 1,
+    weights: Sequence[float] = (),
+    host_rows: Callable[[int], Sequence[int] | np.ndarray] | None = None,
+) -> OfflineSource:
+    """Batches of `dataset`, epoch after epoch, a batch reaching over into the next epoch where it must.
+
+    Args:
+      dataset: the examples, on disk or in memory; several datasets as `Examples`.
+      batch_size: B, over all processes.
+      seed: of the shuffle, from 0 to 2**32 - 1.
+      prompt_length: P, tokens that prompts are padded to at most.
+      response_length: R, tokens that responses are padded to at most.
+      order: "shuffle", uniform over the dataset; "recorded", as they are in the dataset, the batch of step s being
+        records s * B to (s + 1) * B; "window", the record shuffled within successive windows. The shuffles are new in
+        every epoch.
+      window: batches in a window; for order "window" only.
+      buckets: smaller shapes (P, R), each holding the one before it. A shuffled epoch is batched within each bucket
+        and a batch padded to its bucket; batches of the other orders stay as they are, and are padded to the smallest
+        bucket that fits. Needs the lengths of all examples, see `buckets.lengths_of`.
+      packing: 0 for one prompt a row. Else a row of (packing * P, packing * R) tokens holds as many prompts as fit. A
+        batch has the same prompts as without packing, in fewer rows. Needs the lengths, too; without buckets only.
+      row_multiple: what the number of packed rows is a multiple of: what a batch is split into, over devices and
+        microbatches. Divides `batch_size`.
+      weights: of each dataset, in any unit; for order "shuffle" only. An epoch then has as many places as there are
+        examples, and each dataset its share of them. Empty for every example once.
+      host_rows: gives, for a batch of so many rows, those of them that this process reads; None for all.
+
+    Raises:
+      UserError: a setting is out of range, the dataset is empty, or an example is longer than its limit.
+    """
+    examples = dataset if isinstance(dataset, Examples) else Examples([dataset])
+    _check(batch_size, seed, order, window, weights)
+    largest = (prompt_length, response_length)
+    shapes = (*[bucket for bucket in buckets if tuple(bucket) != largest], largest)
+    check_buckets(shapes)
+    _check_packing(packing, row_multiple, batch_size, shapes)
+    places = Order(examples.sizes, draws_of(examples.sizes, weights), seed, order, window * batch_size)
+    rows = None
+    if packing:
+        shape = (packing * prompt_length, packing * response_length)
+        rows = Rows.for_lengths(examples.lengths(), batch_size, shape, row_multiple)
+    return OfflineSource(examples, places, batch_size, shapes, rows, host_rows)
+
+
+def _check_packing(packing: int, row_multiple: int, batch_size: int, shapes: Sequence[Bucket]) -> None:
+    if packing < 0:
+        raise UserError(f"packing={packing} is out of range: set 1 or more longest prompts a row, or 0 for none")
+    if packing and len(shapes) > 1:
+        raise UserError(f"packing={packing} does not go with buckets={tuple(shapes[:-1])}: choose one of them")
+    if row_multiple < 1 or batch_size % row_multiple:
+        raise UserError(f"row_multiple={row_multiple} is out of range: set a divisor of batch_size={batch_size}")
+
+
+def _check(batch_size: int, seed: int, order: str, window: int, weights: Sequence[float]) -> None:
+    if order not in ORDERS:
+        raise UserError(f"order={order!r} is unknown: choose one of {', '.join(ORDERS)}")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} is out of range: set it to 1 or more")
+    if not 0 <= seed < SEED_LIMIT:
+        raise UserError(f"seed={seed} is out of range: set it from 0 to {SEED_LIMIT - 1}")
+    if (window > 0) != (order == "window"):
+        raise UserError(f"window={window} does not go with order={order!r}: set it to 1 or more for 'window', else 0")
+    if weights and order != "shuffle":
+        raise UserError(f"weights={tuple(weights)} do not go with order={order!r}: leave them out, or shuffle")

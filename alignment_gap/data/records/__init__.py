@@ -1,0 +1,27 @@
+"""Datasets on disk: records, cards, lengths, previews, and log-probs kept beside them."""
+
+from alignment_gap.data.records.dataset import (
+    Card,
+    Dataset,
+    Example,
+    close_dataset,
+    derived,
+    open_dataset,
+    verify_dataset,
+    write_chunk,
+    write_dataset,
+)
+from alignment_gap.data.records.lengths import lengths_of
+
+__all__ = [
+    "Card",
+    "Dataset",
+    "Example",
+    "close_dataset",
+    "derived",
+    "lengths_of",
+    "open_dataset",
+    "verify_dataset",
+    "write_chunk",
+    "write_dataset",
+]

@@ -1,0 +1,83 @@
+"""A dataset's card as text, with what it was made from, back to the first source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from alignment_gap.data.records.dataset import Dataset
+from alignment_gap.data.text import posts
+from alignment_gap.data.text.vocabulary import Vocabulary, load_vocabulary
+from alignment_gap.errors import UserError
+
+# The name of the built-in task, whose vocabulary is no file.
+_POSTS = "posts"
+# Facts of provenance that are shown elsewhere or are long.
+_NOT_SHOWN = ("made_by", "inputs", "dropped", "source", "limits", "config")
+
+
+def card_text(dataset: Dataset) -> str:
+    """What a dataset is and how it came about, as lines."""
+    card = dataset.card
+    lines = [
+        f"{dataset.folder}: {card.count:,} examples of {card.responses_per_prompt} responses, {len(card.files)} files",
+        f"  holds       {', '.join(card.fields)}",
+        *(f"  {name + 's':11} {lengths_text(card.lengths[name])}" for name in ("prompt", "response")),
+        f"  digest      {card.digest}",
+        f"  vocabulary  {card.vocabulary_digest}",
+        "made by",
+        *provenance_lines(card.provenance),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def lengths_text(lengths: Mapping[str, Any]) -> str:
+    """Lengths in tokens, as a line."""
+    return (
+        f"median {lengths['p50']}, 90 % up to {lengths['p90']}, 99 % up to {lengths['p99']}, longest {lengths['max']}"
+    )
+
+
+def provenance_lines(provenance: Mapping[str, Any], depth: int = 1) -> Iterator[str]:
+    """How a dataset came about, and under it, each step further in, what it was made from."""
+    indent = "  " * depth
+    yield f"{indent}{provenance.get('made_by') or provenance.get('task') or 'unknown'}"
+    for name, value in provenance.items():
+        if name not in _NOT_SHOWN and value not in ("", None):
+            yield f"{indent}  {name}: {value}"
+    if dropped := provenance.get("dropped"):
+        yield f"{indent}  dropped: {', '.join(f'{count:,} {reason}' for reason, count in dropped.items())}"
+    for part in provenance.get("inputs", ()):
+        yield f"{indent}  {part['role']}: {part['folder']}, {part['count']:,} examples, digest {part['digest'][:12]}"
+        yield from provenance_lines(part["provenance"], depth + 2)
+
+
+def find_vocabulary(dataset: Dataset, given: str = "") -> Vocabulary:
+    """The vocabulary that a dataset was encoded with.
+
+    Args:
+      dataset: the dataset.
+      given: where it is; empty for where it was when the first source was encoded.
+
+    Raises:
+      UserError: it is not known, no longer there, or another one than the dataset's.
+    """
+    found = given or _vocabulary_of(dataset.card.provenance)
+    if not found:
+        raise UserError(f"{dataset.folder} does not say where its vocabulary is: give --vocabulary")
+    vocabulary = posts.vocabulary() if found == _POSTS else load_vocabulary(found)
+    if vocabulary.digest != dataset.card.vocabulary_digest:
+        raise UserError(
+            f"{dataset.folder} was encoded with the vocabulary {dataset.card.vocabulary_digest[:12]}, {found} is "
+            f"{vocabulary.digest[:12]}: give the dataset's own by --vocabulary"
+        )
+    return vocabulary
+
+
+def _vocabulary_of(provenance: Mapping[str, Any]) -> str:
+    """Where the first source's vocabulary was, "" where nothing says it."""
+    if provenance.get("task") == _POSTS:
+        return _POSTS
+    own = provenance.get("vocabulary") or provenance.get("config", {}).get("vocabulary_path")
+    inputs = provenance.get("inputs", ())
+    return own or next((found for part in inputs if (found := _vocabulary_of(part["provenance"]))), "")

@@ -1,0 +1,564 @@
+"""Datasets on disk: a folder of ArrayRecord files and an index card, written whole or not at all.
+
+    prepared/
+      card.json                  counts, lengths, vocabulary digest, provenance, a digest of each file
+      pairs.array_record         one example a record: tokens without padding, msgpack
+
+A dataset is written in one go by `write_dataset`, or chunk by chunk by `write_chunk` and finished by `close_dataset`;
+a chunk that is written again replaces the earlier one of its name. A folder without a card is unfinished; until it has
+one, `.chunks/` keeps what is known of each chunk, so that closing need not read them again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
+
+import msgpack
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from alignment_gap.data.records.summary import summarise_lengths
+from alignment_gap.errors import UserError
+from alignment_gap.folders import sync, write_bytes
+
+FORMAT_VERSION = 2
+CARD, CHUNKS = "card.json", ".chunks"
+_SUFFIX = ".array_record"
+# Measured with 350-byte records: a random read is four times as fast as with groups of 1, and as fast as with 64.
+_WRITER_OPTIONS = "group_size:8"
+# Of a part of a dataset, which is made or made again as one. Systems let a process have 1024 files open, often.
+_PART, _FILES = 5000, 400
+_INTS, _FLOATS = np.dtype("<i4"), np.dtype("<f4")
+
+_Path = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One prompt with K responses, without padding: a row of a PreferenceBatch.
+
+    Attributes:
+      prompt_id: stable number of the prompt in its dataset.
+      prompt: int32[P] token ids, at least one.
+      responses: K arrays int32[R_k] of token ids, the end id included.
+      scores: float32[K], the higher the better.
+      reference_log_probs: K arrays float32[R_k] in nats, or None.
+    """
+
+    prompt_id: int
+    prompt: np.ndarray
+    responses: tuple[np.ndarray, ...]
+    scores: np.ndarray
+    reference_log_probs: tuple[np.ndarray, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What the card says of one record file: its name, size, SHA-256, and its examples' count and longest lengths."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+    responses_per_prompt: int
+    max_prompt_length: int
+    max_response_length: int
+    reference_log_probs: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """The index card of a dataset.
+
+    Attributes:
+      format_version: of the folder and its records.
+      count: examples in all files.
+      responses_per_prompt: K, the same in every example.
+      max_prompt_length: tokens of the longest prompt.
+      max_response_length: tokens of the longest response.
+      lengths: of "prompt" and of "response", in tokens; see `lengths.summarise_lengths`.
+      fields: what an example holds.
+      vocabulary_digest: `digest` of the vocabulary that it was encoded with.
+      provenance: how it came about, as its maker states it.
+      files: the record files, in the order of their examples.
+    """
+
+    format_version: int
+    count: int
+    responses_per_prompt: int
+    max_prompt_length: int
+    max_response_length: int
+    lengths: Mapping[str, Any]
+    fields: tuple[str, ...]
+    vocabulary_digest: str
+    provenance: Mapping[str, Any]
+    files: tuple[Chunk, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal of the examples, in their files, and of the vocabulary that encodes them."""
+        content = [self.vocabulary_digest, [chunk.sha256 for chunk in self.files]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+class Dataset(Sequence[Example]):
+    """A dataset on disk, read at random.
+
+    Attributes:
+      folder: where it is.
+      card: what it is.
+    """
+
+    def __init__(self, folder: pathlib.Path, card: Card):
+        """Use `open_dataset`, which checks the folder."""
+        self.folder = folder
+        self.card = card
+        self._readers = [_open_records(folder / chunk.name) for chunk in card.files]
+        self._ends = list(itertools.accumulate(chunk.count for chunk in card.files))
+
+    def __len__(self) -> int:
+        return self.card.count
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """The example or examples at `index`; raises UserError naming the file where it is damaged."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        file = bisect.bisect_right(self._ends, position)
+        row = position - (self._ends[file - 1] if file else 0)
+        try:
+            return decode(self._readers[file].read([row])[0])
+        except _DAMAGE as error:
+            raise _damaged(self.folder / self.card.files[file].name, row, error) from None
+
+    def records(self, numbers: Sequence[int]) -> list[bytes]:
+        """The examples as they are on disk, read together; raises UserError naming the file where it is damaged."""
+        found: list[bytes] = [b""] * len(numbers)
+        places: dict[int, list[int]] = {}
+        for place, number in enumerate(numbers):
+            places.setdefault(bisect.bisect_right(self._ends, number), []).append(place)
+        for file, there in places.items():
+            start = self._ends[file - 1] if file else 0
+            try:
+                read = self._readers[file].read([int(numbers[place]) - start for place in there])
+            except _DAMAGE:
+                for place in there:
+                    self[int(numbers[place])]  # Names the record.
+                raise
+            for place, record in zip(there, read, strict=True):
+                found[place] = record
+        return found
+
+
+def write_dataset(
+    folder: _Path,
+    examples: Iterable[Example],
+    *,
+    vocabulary_digest: str,
+    provenance: Mapping[str, Any],
+    name: str = "pairs",
+) -> Card:
+    """Writes `examples` as one record file and its card into `folder`; equal input gives equal bytes.
+
+    Raises:
+      UserError: there is no example, examples differ in form, or the disk is full or cannot be written.
+    """
+    write_chunk(folder, name, examples)
+    path = pathlib.Path(folder)
+    return _write_card(path, [_summary(chunk_path(path, name))], vocabulary_digest, provenance)
+
+
+def write_chunk(folder: _Path, name: str, examples: Iterable[Example]) -> Chunk:
+    """Writes `examples` as the record file `name` in `folder`, in place of an earlier one of that name.
+
+    Until the file is whole and on the disk it has another name, so a kill leaves the earlier one or none.
+
+    Raises:
+      UserError: there is no example, examples differ in form, or the disk is full or cannot be written.
+    """
+    path = chunk_path(folder, name)
+    partial = path.with_suffix(".partial")
+    summary = _Summary(str(path))
+    try:
+        _write_records(partial, path, summary.watch(examples))
+        chunk = summary.chunk(path.name, partial)
+        with _writing(path):
+            _keep_summary(path, chunk, summary)
+            os.replace(partial, path)
+            sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return chunk
+
+
+def part_size(count: int) -> int:
+    """Examples of a record file, where `count` go into files of one size: few enough files to be open at once."""
+    return max(_PART, -(-count // _FILES))
+
+
+def chunk_path(folder: _Path, name: str) -> pathlib.Path:
+    """The record file of a chunk; it is there when the chunk is whole."""
+    return pathlib.Path(folder) / f"{name}{_SUFFIX}"
+
+
+def close_dataset(folder: _Path, *, vocabulary_digest: str, provenance: Mapping[str, Any]) -> Card:
+    """Writes the card of the chunks in `folder`, in the order of their names; the dataset is complete with it.
+
+    Raises:
+      UserError: there is no chunk, a chunk is damaged or of another form, or the disk is full or cannot be written.
+    """
+    folder = pathlib.Path(folder)
+    summaries = [_summary(path) for path in sorted(folder.glob(f"*{_SUFFIX}"))]
+    if not summaries:
+        raise UserError(f"no dataset can be closed in {folder}: it holds no *{_SUFFIX} file; write a chunk first")
+    return _write_card(folder, summaries, vocabulary_digest, provenance)
+
+
+def derived(made_by: str, inputs: Mapping[str, Dataset], **facts: Any) -> dict[str, Any]:
+    """Provenance of a dataset that is made from others, with all of theirs: the chain holds though folders move.
+
+    Args:
+      made_by: what made it.
+      inputs: the datasets, by what they are to it.
+      facts: what else decides its content, as JSON values.
+    """
+    chain = [
+        {
+            "role": role,
+            "folder": str(dataset.folder),
+            "digest": dataset.card.digest,
+            "count": dataset.card.count,
+            "provenance": dict(dataset.card.provenance),
+        }
+        for role, dataset in inputs.items()
+    ]
+    return {"made_by": made_by, **facts, "inputs": chain}
+
+
+def open_dataset(folder: _Path) -> Dataset:
+    """The dataset in `folder`, after a check of its card and of its files' sizes and counts.
+
+    Raises:
+      UserError: the folder is no finished dataset, is of another format, or was changed since its card was written.
+    """
+    folder = pathlib.Path(folder)
+    dataset = Dataset(folder, _read_card(folder / CARD))
+    for chunk, reader in zip(dataset.card.files, dataset._readers, strict=True):
+        size, count = (folder / chunk.name).stat().st_size, reader.num_records()
+        if (size, count) != (chunk.bytes, chunk.count):
+            raise UserError(
+                f"{folder / chunk.name} has {count} records in {size} bytes, its card says {chunk.count} in "
+                f"{chunk.bytes}: prepare the dataset again"
+            )
+    return dataset
+
+
+def verify_dataset(dataset: Dataset) -> None:
+    """Reads every file; raises UserError where one is not what the card says, naming the record that is damaged."""
+    for chunk in dataset.card.files:
+        path = dataset.folder / chunk.name
+        if _sha256(path) != chunk.sha256:
+            collections.deque(_read_all(path), maxlen=0)
+            raise UserError(f"{path} was changed since its card was written: prepare the dataset again")
+
+
+def discard_damaged(folder: _Path) -> list[str]:
+    """Removes the record files of a finished dataset that are not what its card says; the names of what was not whole.
+
+    A card that cannot be read is removed itself: the files that are there are read again when the dataset is closed.
+    """
+    path = pathlib.Path(folder)
+    try:
+        files = _read_card(path / CARD).files
+    except UserError:
+        (path / CARD).unlink()
+        return [CARD]
+    damaged = [chunk.name for chunk in files if not is_intact(path / chunk.name, chunk.sha256)]
+    for name in damaged:
+        (path / name).unlink(missing_ok=True)
+    return damaged
+
+
+def is_intact(path: pathlib.Path, sha256: str) -> bool:
+    """Whether a file is there with the content that it was written with."""
+    return path.is_file() and _sha256(path) == sha256
+
+
+class _Summary:
+    """Counts and longest lengths of the examples that pass by, and whether they have one form."""
+
+    def __init__(self, where: str):
+        self.where = where
+        self.count = self.responses = 0
+        self.with_reference = False
+        self.prompt_lengths: collections.Counter[int] = collections.Counter()
+        self.response_lengths: collections.Counter[int] = collections.Counter()
+
+    def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
+        for example in examples:
+            if not self.count:
+                self.responses = len(example.responses)
+                self.with_reference = example.reference_log_probs is not None
+            check_form(example, self.responses, self.with_reference, f"record {self.count} of {self.where}")
+            self.count += 1
+            self.prompt_lengths[len(example.prompt)] += 1
+            self.response_lengths.update(map(len, example.responses))
+            yield example
+        if not self.count:
+            raise UserError(f"{self.where} would hold no example: check what was dropped before it")
+
+    def chunk(self, name: str, path: pathlib.Path) -> Chunk:
+        return Chunk(
+            name=name,
+            count=self.count,
+            bytes=path.stat().st_size,
+            sha256=_sha256(path),
+            responses_per_prompt=self.responses,
+            max_prompt_length=max(self.prompt_lengths),
+            max_response_length=max(self.response_lengths),
+            reference_log_probs=self.with_reference,
+        )
+
+
+class _Known(NamedTuple):
+    """A chunk and how many of its prompts and responses have each length."""
+
+    chunk: Chunk
+    prompt_lengths: Mapping[int, int]
+    response_lengths: Mapping[int, int]
+
+
+def _keep_summary(path: pathlib.Path, chunk: Chunk, summary: _Summary) -> None:
+    """Before the chunk has its name: a summary that no file fits does no harm."""
+    lengths = [sorted(counts.items()) for counts in (summary.prompt_lengths, summary.response_lengths)]
+    kept = path.parent / CHUNKS / f"{path.stem}.json"
+    kept.parent.mkdir(exist_ok=True)
+    write_bytes(kept, json.dumps([dataclasses.asdict(chunk), *lengths]).encode())
+
+
+def _summary(path: pathlib.Path) -> _Known:
+    """What was kept of a chunk, or, where nothing was or the file has changed since, what reading it gives."""
+    kept = path.parent / CHUNKS / f"{path.stem}.json"
+    if kept.exists():
+        chunk, prompts, responses = json.loads(kept.read_text())
+        if chunk["sha256"] == _sha256(path):
+            return _Known(Chunk(**chunk), dict(prompts), dict(responses))
+    summary = _Summary(str(path))
+    collections.deque(summary.watch(_read_all(path)), maxlen=0)
+    return _Known(summary.chunk(path.name, path), summary.prompt_lengths, summary.response_lengths)
+
+
+def check_form(example: Example, responses: int, with_reference: bool, where: str) -> None:
+    """One K, one score a response, no empty sequence, references of all responses or of none."""
+    lengths = [len(response) for response in example.responses]
+    reference = example.reference_log_probs
+    problem = None
+    if len(lengths) != responses or responses < 1:
+        problem = f"has {len(lengths)} responses where the first has {responses}: give each prompt the same number"
+    elif np.shape(example.scores) != (responses,):
+        problem = f"has scores of shape {np.shape(example.scores)} for {responses} responses: give one score each"
+    elif not len(example.prompt) or not all(lengths):
+        problem = "has an empty prompt or response: drop it"
+    elif (reference is not None) != with_reference:
+        problem = "differs from the first in having reference_log_probs: give them for all or for none"
+    elif reference is not None and [len(row) for row in reference] != lengths:
+        problem = "has reference_log_probs of other lengths than its responses: give one for each token"
+    if problem:
+        raise UserError(f"{where} (prompt id {example.prompt_id}) {problem}")
+
+
+def _encode(example: Example) -> bytes:
+    def pack(values: np.ndarray, dtype: np.dtype) -> bytes:
+        return np.ascontiguousarray(values, dtype).tobytes()
+
+    record: dict[str, Any] = {
+        "prompt_id": int(example.prompt_id),
+        "prompt": pack(example.prompt, _INTS),
+        "responses": [pack(response, _INTS) for response in example.responses],
+        "scores": pack(example.scores, _FLOATS),
+    }
+    if example.reference_log_probs is not None:
+        record["reference_log_probs"] = [pack(row, _FLOATS) for row in example.reference_log_probs]
+    return msgpack.packb(record)
+
+
+def decode(record: bytes) -> Example:
+    """The example in a record as it is on disk."""
+    content = msgpack.unpackb(record)
+    reference = content.get("reference_log_probs")
+    return Example(
+        prompt_id=content["prompt_id"],
+        prompt=np.frombuffer(content["prompt"], _INTS),
+        responses=tuple(np.frombuffer(response, _INTS) for response in content["responses"]),
+        scores=np.frombuffer(content["scores"], _FLOATS),
+        reference_log_probs=None if reference is None else tuple(np.frombuffer(row, _FLOATS) for row in reference),
+    )
+
+
+def _write_records(partial: pathlib.Path, path: pathlib.Path, examples: Iterable[Example]) -> None:
+    """Writes the file `partial`, which is to become `path`; what `examples` raises passes through as it is."""
+    with _writing(path):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        writer = ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
+    try:
+        for example in examples:
+            record = _encode(example)
+            with _writing(path):
+                writer.write(record)
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            writer.close()
+        raise
+    with _writing(path):
+        writer.close()
+        sync(partial)
+
+
+def _read_all(path: pathlib.Path) -> Iterator[Example]:
+    reader = _open_records(path)
+    for row in range(reader.num_records()):
+        try:
+            example = decode(reader.read([row])[0])
+        except _DAMAGE as error:
+            raise _damaged(path, row, error) from None
+        yield example
+
+
+def _open_records(path: pathlib.Path) -> ArrayRecordReader:
+    if not path.is_file():
+        raise UserError(f"{path} is missing, though the card names it: prepare the dataset again")
+    try:
+        reader = ArrayRecordReader(str(path))
+        if reader.num_records():
+            return reader
+        # A damaged file counts no records; reading one tells why.
+        reader.read_all()
+        reason = "it holds no records"
+    except RuntimeError as error:
+        reason = _first_clause(error)
+        if os.strerror(errno.EMFILE) in reason:
+            raise UserError(f"cannot open {path} ({reason}): raise the limit, as ulimit -n 65536 does") from None
+    raise UserError(f"{path} is not a whole record file ({reason}): prepare the dataset again")
+
+
+_DAMAGE = (RuntimeError, ValueError, KeyError, TypeError, msgpack.UnpackException)
+
+
+def _damaged(path: pathlib.Path, row: int, error: Exception) -> UserError:
+    return UserError(f"record {row} of {path} cannot be read ({_first_clause(error)}): prepare the dataset again")
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """Turns what a full or unwritable disk raises into one line."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise _unwritable(path, error.strerror or str(error), full) from None
+    except RuntimeError as error:  # ArrayRecord's writer knows no OSError.
+        raise _unwritable(path, _first_clause(error), os.strerror(errno.ENOSPC) in str(error)) from None
+
+
+def _unwritable(path: pathlib.Path, reason: str, full: bool) -> UserError:
+    remedy = "free space on its disk and run again" if full else "give a folder that can be written"
+    return UserError(f"cannot write {path} ({reason}): {remedy}; what was finished before is intact")
+
+
+def _first_clause(error: Exception) -> str:
+    return str(error).split(";")[0].strip() or type(error).__name__
+
+
+def _write_card(
+    folder: pathlib.Path, known: Sequence[_Known], vocabulary_digest: str, provenance: Mapping[str, Any]
+) -> Card:
+    chunks = [part.chunk for part in known]
+    first = chunks[0]
+    for chunk in chunks:
+        if chunk.responses_per_prompt != first.responses_per_prompt:
+            raise UserError(
+                f"{folder / chunk.name} has {chunk.responses_per_prompt} responses a prompt, {first.name} has "
+                f"{first.responses_per_prompt}: keep them in two datasets"
+            )
+        if chunk.reference_log_probs != first.reference_log_probs:
+            raise UserError(
+                f"of {folder / chunk.name} and {first.name} one has reference_log_probs: give them for all or for none"
+            )
+    names = [field.name for field in dataclasses.fields(Example)]
+    card = Card(
+        format_version=FORMAT_VERSION,
+        **_totals(chunks),
+        lengths={
+            "prompt": _add_up(part.prompt_lengths for part in known),
+            "response": _add_up(part.response_lengths for part in known),
+        },
+        fields=tuple(name for name in names if first.reference_log_probs or name != "reference_log_probs"),
+        vocabulary_digest=vocabulary_digest,
+        provenance=dict(provenance),
+        files=tuple(chunks),
+    )
+    with _writing(folder / CARD):
+        write_bytes(folder / CARD, (json.dumps(dataclasses.asdict(card), indent=2) + "\n").encode())
+        shutil.rmtree(folder / CHUNKS, ignore_errors=True)
+    return card
+
+
+def _add_up(counts: Iterable[Mapping[int, int]]) -> dict[str, Any]:
+    return summarise_lengths(sum(map(collections.Counter, counts), collections.Counter()))
+
+
+def _read_card(path: pathlib.Path) -> Card:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} is of format {version}, this version reads {FORMAT_VERSION}: prepare it again")
+        content["files"] = tuple(Chunk(**chunk) for chunk in content["files"])
+        content["fields"] = tuple(content["fields"])
+        card = Card(**content)
+        if not (isinstance(card.provenance, dict) and isinstance(card.lengths, dict)):
+            raise TypeError("its provenance and lengths are tables")
+        if card != dataclasses.replace(card, **_totals(card.files)):
+            raise ValueError("its counts and lengths are not those of its files")
+        return card
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} is no finished dataset ({CARD}: {error.strerror}): give a prepared dataset's folder, "
+            "or run the stage that writes it again"
+        ) from None
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is not a dataset's card ({error!r}): prepare the dataset again") from None
+
+
+def _totals(chunks: Sequence[Chunk]) -> dict[str, Any]:
+    """What a card says of all its files together."""
+    return {
+        "count": sum(chunk.count for chunk in chunks),
+        "responses_per_prompt": chunks[0].responses_per_prompt,
+        "max_prompt_length": max(chunk.max_prompt_length for chunk in chunks),
+        "max_response_length": max(chunk.max_response_length for chunk in chunks),
+    }
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

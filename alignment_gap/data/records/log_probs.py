@@ -1,0 +1,154 @@
+"""Log-probs of a dataset's responses under a reference policy, kept beside the dataset.
+
+    prepared/
+      reference/KEY/
+        log_probs.npy        float32, every token of every response, one example after another
+        reference.json       what they are of, and the SHA-256 of the values; complete with it
+        progress.json        batches that are done and their size, until then
+
+KEY is the start of the digest of what they are of: the dataset, the checkpoint, the lengths and the precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from alignment_gap.data.records.dataset import Dataset
+from alignment_gap.data.records.lengths import lengths_of
+from alignment_gap.errors import UserError
+from alignment_gap.folders import write_json
+
+FOLDER, CARD, VALUES, PROGRESS = "reference", "reference.json", "log_probs.npy", "progress.json"
+SAVE_EVERY = 60.0  # Seconds of work that a kill may cost.
+
+
+class ReferenceLogProbs:
+    """The stored log-probs of one dataset, read at random."""
+
+    def __init__(self, dataset: Dataset, values: np.ndarray):
+        """Use `open_reference`, which checks the values."""
+        self._lengths = lengths_of(dataset)[:, 1:]
+        self._starts = _starts(self._lengths)
+        self._values = values
+
+    def __call__(self, numbers: np.ndarray, response_length: int) -> np.ndarray:
+        """Log-probs float32[len(numbers), K, R] in nats of these examples' responses, 0 at padding."""
+        places, mask = _places(self._starts[numbers], self._lengths[numbers], response_length)
+        rows = np.zeros(mask.shape, np.float32)
+        rows[mask] = self._values[places[mask]]
+        return rows
+
+
+class ReferenceWriter:
+    """Stores log-probs batch by batch; all but the last minute of what was written before a kill is kept.
+
+    Attributes:
+      done: batches of this size that are stored; the caller goes on with the next one.
+    """
+
+    def __init__(self, dataset: Dataset, identity: Mapping[str, Any], batch_size: int):
+        self._folder, self._identity = reference_folder(dataset, identity), dict(identity)
+        self._batch_size = batch_size
+        self._lengths = lengths_of(dataset)[:, 1:]
+        self._starts = _starts(self._lengths)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path, progress = self._folder / VALUES, self._folder / PROGRESS
+        size = (int(self._lengths.sum()),)
+        before = json.loads(progress.read_text()) if progress.exists() and path.exists() else {}
+        # Which examples a batch has depends on its size.
+        self.done: int = before["batches"] if before.get("batch_size") == batch_size else 0
+        self._values = np.lib.format.open_memmap(path, "r+" if self.done else "w+", np.float32, size)
+        with path.open("r+b") as file:  # A full disk is told now, by an OSError, and not by a signal when it is full.
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        self._saved = time.monotonic()
+
+    def write(self, numbers: np.ndarray, log_probs: np.ndarray) -> None:
+        """Stores log-probs [len(numbers), K, R] of these examples as the next batch."""
+        places, mask = _places(self._starts[numbers], self._lengths[numbers], log_probs.shape[-1])
+        self._values[places[mask]] = log_probs[mask]
+        self.done += 1
+        if time.monotonic() - self._saved > SAVE_EVERY:
+            self._save()
+
+    def _save(self) -> None:
+        """Makes sure that all batches so far are on the disk."""
+        self._values.flush()
+        write_json(self._folder / PROGRESS, {"batches": self.done, "batch_size": self._batch_size})
+        self._saved = time.monotonic()
+
+    def close(self) -> None:
+        """Completes the log-probs, which can be opened from now on."""
+        self._save()
+        write_json(self._folder / CARD, {"of": self._identity, "sha256": _sha256(self._folder / VALUES)})
+        (self._folder / PROGRESS).unlink()
+
+
+def reference_folder(dataset: Dataset, identity: Mapping[str, Any]) -> pathlib.Path:
+    """Where log-probs of this identity are kept."""
+    digest = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
+    return dataset.folder / FOLDER / digest[:16]
+
+
+def open_reference(dataset: Dataset, identity: Mapping[str, Any]) -> ReferenceLogProbs | None:
+    """The stored log-probs of a dataset, or None where there are none of this identity.
+
+    Args:
+      dataset: what was scored.
+      identity: what the log-probs are of, as JSON values; "dataset" is the digest on the dataset's card.
+
+    Raises:
+      UserError: what is stored is of another version of the dataset, is of something else than its name says, or was
+        changed since it was stored.
+    """
+    for path in sorted((dataset.folder / FOLDER).glob(f"*/{CARD}")):
+        found = _read_card(path)["of"]
+        if found.get("dataset") != dataset.card.digest:
+            raise UserError(
+                f"{path.parent} has the log-probs of another version of {dataset.folder} (digest "
+                f"{str(found.get('dataset'))[:12]}, now {dataset.card.digest[:12]}): remove it"
+            )
+    folder = reference_folder(dataset, identity)
+    if not (folder / CARD).exists():
+        return None
+    card = _read_card(folder / CARD)
+    wanted = json.loads(json.dumps(dict(identity)))
+    differing = sorted(name for name in wanted.keys() | card["of"].keys() if wanted.get(name) != card["of"].get(name))
+    if differing:
+        raise UserError(f"{folder} has the log-probs of another {', '.join(differing)} than its name says: remove it")
+    if not (folder / VALUES).exists() or _sha256(folder / VALUES) != card["sha256"]:
+        raise UserError(f"{folder / VALUES} was changed since it was stored: remove {folder}, to compute it again")
+    return ReferenceLogProbs(dataset, np.load(folder / VALUES, mmap_mode="r"))
+
+
+def _read_card(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_text())
+        return {"of": dict(card["of"]), "sha256": card["sha256"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}): remove {path.parent}, to compute it again") from None
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    """Where each example's values start: int64[N] of its responses' lengths [N, K]."""
+    totals = lengths.sum(axis=1, dtype=np.int64)
+    return np.cumsum(totals) - totals
+
+
+def _places(starts: np.ndarray, lengths: np.ndarray, response_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each token of responses [n, K, R] its place among the values, and whether it is no padding."""
+    each = starts[:, None] + np.cumsum(lengths, axis=1) - lengths
+    tokens = np.arange(response_length)
+    return each[..., None] + tokens, tokens < lengths[..., None]
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

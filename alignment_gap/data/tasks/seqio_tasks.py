@@ -1,0 +1,130 @@
+"""seqio Tasks and Mixtures of the paper's four tasks; importing this module registers them. It imports TensorFlow.
+
+    alignment_pairs_summarization, _helpfulness, _harmlessness, _chat_arena      preference Tasks
+    alignment_pairs                                                             their Mixture, by number of examples
+    ..._sft                                                                     the same for supervised training
+
+A preference Task has the features `prompt`, `chosen` and `rejected`, their texts as `..._pretokenized`, and
+`preference`; `PreferenceFeatureConverter` makes padded arrays of it. A `_sft` Task has seqio's usual `inputs` and
+`targets`, the prompt and the chosen response. They read the TFDS dataset `alignment_pairs` of `tfds_pairs`, from
+`seqio.set_tfds_data_dir_override` or `TFDS_DATA_DIR`. Pairs over a length are left out, never cut.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from alignment_gap.data.batches.batch import PreferenceBatch
+from alignment_gap.data.tasks import tfds_pairs
+
+T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
+_TEXTS = ("prompt", "chosen", "rejected")
+
+
+def register(vocabulary: seqio.Vocabulary, suffix: str = "") -> None:
+    """Registers Tasks and Mixtures that encode with `vocabulary`, their names ending in `suffix`.
+
+    Importing the module does this with T5's vocabulary and no suffix; the file is read when a Task is first used.
+    """
+    preference = {name: seqio.Feature(vocabulary, add_eos=name != "prompt") for name in _TEXTS}
+    sft = {name: seqio.Feature(vocabulary) for name in ("inputs", "targets")}
+    to_sft = functools.partial(seqio.preprocessors.rekey, key_map={"inputs": "prompt", "targets": "chosen"})
+    for kind, features, first in (("", preference, []), ("_sft", sft, [to_sft])):
+        names = [f"{tfds_pairs.NAME}_{task}{kind}{suffix}" for task in tfds_pairs.TASKS]
+        for task, name in zip(tfds_pairs.TASKS, names, strict=True):
+            seqio.TaskRegistry.add(
+                name,
+                source=seqio.TfdsDataSource(
+                    f"{tfds_pairs.NAME}/{task}:{tfds_pairs.VERSION}", splits=("train", "validation")
+                ),
+                preprocessors=[
+                    *first,
+                    seqio.preprocessors.tokenize,
+                    seqio.CacheDatasetPlaceholder(),
+                    seqio.preprocessors.append_eos,
+                    leave_out_long,
+                ],
+                output_features=features,
+                metric_fns=[],
+            )
+        seqio.MixtureRegistry.add(
+            f"{tfds_pairs.NAME}{kind}{suffix}", names, default_rate=seqio.mixing_rate_num_examples
+        )
+
+
+def leave_out_long(
+    dataset: tf.data.Dataset, output_features: Mapping[str, Any], sequence_length: Mapping[str, int] | None
+) -> tf.data.Dataset:
+    """Leaves out examples of which a feature is over its length, instead of cutting it."""
+    if not sequence_length:
+        return dataset
+    limits = {name: sequence_length[name] for name in output_features if sequence_length.get(name) is not None}
+    return dataset.filter(lambda example: tf.reduce_all([tf.size(example[name]) <= limits[name] for name in limits]))
+
+
+class PreferenceFeatureConverter(seqio.FeatureConverter):
+    """Pairs as padded arrays with their lengths.
+
+    From `prompt`, `chosen` and `rejected`, int32 of any length, and `preference`, to
+
+        prompt_tokens int32[P], chosen_tokens and rejected_tokens int32[R], padded on the right with 0,
+        prompt_length, chosen_length, rejected_length int32[], the end id counted,
+        preference float32[], the probability that the chosen response is the better.
+
+    There is no packing. `preference_batch` turns a batch of it into what this library trains on.
+    """
+
+    TASK_FEATURES = {name: seqio.FeatureConverter.FeatureSpec(tf.int32) for name in _TEXTS}  # noqa: RUF012
+    MODEL_FEATURES = {  # noqa: RUF012
+        **{f"{name}_tokens": seqio.FeatureConverter.FeatureSpec(tf.int32) for name in _TEXTS},
+        **{f"{name}_length": seqio.FeatureConverter.FeatureSpec(tf.int32, rank=0) for name in _TEXTS},
+        "preference": seqio.FeatureConverter.FeatureSpec(tf.float32, rank=0),
+    }
+    PACKING_FEATURE_DTYPES: Mapping[str, tf.DType] = {}
+
+    def __init__(self, pack: bool = False, **settings: Any):
+        """Raises ValueError where packing is asked for."""
+        if pack:
+            raise ValueError("pairs are not packed here: pass pack=False")
+        super().__init__(pack=False, **settings)
+
+    def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
+        def convert(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            tokens = {f"{name}_tokens": example[name] for name in _TEXTS}
+            lengths = {f"{name}_length": tf.size(example[name]) for name in _TEXTS}
+            return tokens | lengths | {"preference": example["preference"]}
+
+        lengths = {f"{name}_tokens": task_feature_lengths[name] for name in _TEXTS}
+        return self._pack_or_pad(ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE), lengths)
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
+        """Lengths of the padded arrays; 1 for what is a number."""
+        lengths = {f"{name}_tokens": task_feature_lengths[name] for name in _TEXTS}
+        return {name: lengths.get(name, 1) for name in self.MODEL_FEATURES}
+
+
+def preference_batch(features: Mapping[str, np.ndarray], first_prompt_id: int = 0) -> PreferenceBatch:
+    """A PreferenceBatch of a batch of `PreferenceFeatureConverter`'s features, whose responses have one length R.
+
+    Prompt ids count from `first_prompt_id`: seqio gives an example no number that stays with it.
+    """
+    arrays = {name: jnp.asarray(value) for name, value in features.items()}
+    chosen, preference = arrays["chosen_tokens"], arrays["preference"]
+    return PreferenceBatch(
+        prompt_ids=first_prompt_id + jnp.arange(len(chosen), dtype=jnp.int32),
+        prompts=arrays["prompt_tokens"],
+        prompt_lengths=arrays["prompt_length"],
+        responses=jnp.stack([chosen, arrays["rejected_tokens"]], axis=1),
+        response_lengths=jnp.stack([arrays["chosen_length"], arrays["rejected_length"]], axis=1),
+        scores=jnp.stack([preference, 1 - preference], axis=1),
+    )
+
+
+register(seqio.SentencePieceVocabulary(T5_VOCABULARY))

@@ -1,0 +1,192 @@
+"""Conversations as text: the plain form, or a checkpoint's own chat template with Hugging Face's semantics."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from alignment_gap.data.text.pair import BadPair, Malformed, as_text
+from alignment_gap.errors import UserError
+
+Messages = Sequence[Mapping[str, Any]]
+
+PLAIN = "plain"
+# Anthropic HH's marks, so that all tasks' conversations look alike.
+_MARKS = {"user": "\n\nHuman:", "human": "\n\nHuman:", "assistant": "\n\nAssistant:", "system": ""}
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How a conversation is written.
+
+    Attributes:
+      source: jinja, or "plain".
+      tokens: the special tokens' texts that the template may name, such as `bos_token`.
+    """
+
+    source: str = PLAIN
+    tokens: tuple[tuple[str, str], ...] = ()
+
+    def render(self, messages: Messages, *, ask: bool) -> str:
+        """The text of `messages`; with `ask` it ends in the mark that asks for an answer.
+
+        Raises:
+          BadPair: the template refuses the conversation, such as two turns of one role in succession.
+        """
+        if self.source == PLAIN:
+            return _plain(messages, ask)
+        import jinja2
+
+        try:
+            values = {"messages": list(messages), "add_generation_prompt": ask, "tools": None, "documents": None}
+            return _compiled(self.source).render(**values, **dict(self.tokens))
+        except jinja2.TemplateError as error:
+            remedy = "mend the conversation or choose another template"
+            raise BadPair(f"refused by the chat template ({str(error)[:120]})", remedy) from None
+
+
+def split_answers(template: Template, prompt: Messages, answers: Sequence[Messages]) -> tuple[str, tuple[str, ...]]:
+    """The text of the prompt and of each answer to it.
+
+    An answer is what the template writes after the prompt; of the plain form it is the text without blanks around it.
+
+    Raises:
+      BadPair: the template writes the prompt otherwise when an answer follows, or refuses it.
+    """
+    asked = template.render(prompt, ask=True)
+    texts = []
+    for answer in answers:
+        whole = template.render([*prompt, *answer], ask=False)
+        if not whole.startswith(asked):
+            raise BadPair("template without a common prompt", "choose a template that only appends an answer")
+        rest = whole[len(asked) :]
+        texts.append(rest.strip() if template.source == PLAIN else rest)
+    return asked, tuple(texts)
+
+
+def messages_of(rows: Messages, field: str) -> list[dict[str, str]]:
+    """Checked messages {role, content}, ShareGPT's {from, value} too; raises Malformed."""
+    result = []
+    for number, row in enumerate(rows, start=1):
+        role = row.get("role", row.get("from"))
+        content = row.get("content", row.get("value"))
+        what = f"message {number} of the field {field!r}"
+        result.append(
+            {"role": as_text(role, f"the role of {what}"), "content": as_text(content, f"the text of {what}")}
+        )
+    if not result:
+        raise Malformed(f"the field {field!r} holds no message", "")
+    return result
+
+
+def load_template(name: str) -> Template:
+    """The plain form, a jinja file, or what a tokenizer's folder brings.
+
+    Raises:
+      UserError: there is no template, or it is not jinja.
+    """
+    if name == PLAIN:
+        return Template()
+    path = pathlib.Path(name)
+    source, tokens = folder_template(path) if path.is_dir() else (_read(path), ())
+    if source is None:
+        raise UserError(f'{path} brings no chat template: give a jinja file, or "{PLAIN}"')
+    _compiled(source)
+    return Template(source, tokens)
+
+
+def folder_template(folder: pathlib.Path) -> tuple[str | None, tuple[tuple[str, str], ...]]:
+    """A tokenizer folder's chat template, None where it has none, and the special tokens' texts."""
+    config = _json(folder / "tokenizer_config.json")
+    tokens = tuple((key, _token(value)) for key, value in config.items() if key.endswith("_token") and _token(value))
+    if (folder / "chat_template.jinja").exists():
+        return _read(folder / "chat_template.jinja"), tokens
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        named = {item.get("name"): item.get("template") for item in source}
+        source = named.get("default")
+    return source, tokens
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> Any:
+    try:
+        import jinja2
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError('jinja2 is not installed: pip install "alignment-gap[huggingface]"') from None
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _generation_tag()]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"the chat template is not jinja (line {error.lineno}: {error.message}): mend it") from None
+
+
+def _generation_tag() -> Any:
+    """Jinja's extension for `{% generation %}`, which marks what a model wrote and writes nothing itself."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    return Generation
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
+
+
+def _refuse(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
+
+
+def _plain(messages: Messages, ask: bool) -> str:
+    parts = []
+    for message in messages:
+        if message["role"] not in _MARKS:
+            raise BadPair(f"unknown role {message['role']!r}", f"use {', '.join(_MARKS)}, or a template that knows it")
+        mark = _MARKS[message["role"]]
+        parts.append(f"{mark} {message['content'].strip()}" if mark else message["content"].strip())
+    return "".join(parts) + (_MARKS["assistant"] if ask else "")
+
+
+def _token(value: Any) -> str:
+    return value.get("content", "") if isinstance(value, Mapping) else value if isinstance(value, str) else ""
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(_read(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): fetch the file again") from None
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read the template {path} ({error.strerror}): give a jinja file") from None

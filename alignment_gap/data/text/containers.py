@@ -1,0 +1,142 @@
+"""Where records are kept: what a location means, and one view of all that it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import Protocol
+
+from alignment_gap.data.text.columnar import HuggingFace, Parquet, hugging_face_splits
+from alignment_gap.data.text.json_lines import SUFFIXES, JsonLines
+from alignment_gap.data.text.pair import Record
+from alignment_gap.errors import UserError
+
+_SPLITS = {"train": "train", "training": "train"} | dict.fromkeys(
+    ("validation", "valid", "valid1", "valid2", "dev", "test", "eval"), "validation"
+)
+LOCATIONS = (
+    "a .jsonl, .json (either may end in .gz) or .parquet file, a folder of them, a Hugging Face dataset's folder, "
+    "hub:ORG/NAME[/CONFIG][:SPLIT] or tfds:NAME[/CONFIG][:SPLIT]"
+)
+
+
+class Records(Protocol):
+    """Numbered raw records; picklable, so that several processes read ranges of one."""
+
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """The files whose bytes are the records, none where they come through another library's cache."""
+
+    @property
+    def identity(self) -> str:
+        """What names the content of records that have no files, "" otherwise."""
+
+    def __len__(self) -> int:
+        """Number of records, blank lines included."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+        """Records [start, stop) in order, counted from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Several containers, one after another."""
+
+    parts: tuple[Records, ...]
+
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """Those of all parts."""
+        return tuple(file for part in self.parts for file in part.files)
+
+    @property
+    def identity(self) -> str:
+        """Those of all parts."""
+        return ",".join(part.identity for part in self.parts if part.identity)
+
+    @functools.cached_property
+    def _ends(self) -> tuple[int, ...]:
+        return tuple(itertools.accumulate(len(part) for part in self.parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+        """Records [start, stop) in order, counted from 0 over all parts."""
+        if start == 0 and stop is None:
+            yield from itertools.chain.from_iterable(part.read() for part in self.parts)
+            return
+        first = 0
+        for part, end in zip(self.parts, self._ends, strict=True):
+            if start < end and (stop is None or first < stop):
+                yield from part.read(max(start - first, 0), None if stop is None else min(stop, end) - first)
+            first = end
+
+
+def open_records(location: str) -> Joined:
+    """The records at `location`, or at several, separated by commas; see `LOCATIONS`.
+
+    Raises:
+      UserError: nothing that is known is there.
+    """
+    names = [location] if pathlib.Path(location).exists() else location.split(",")
+    if not all(map(str.strip, names)):
+        raise UserError(f"source {location!r} has nothing before or behind a comma: give {LOCATIONS}")
+    return Joined(tuple(part for name in names for part in _parts(name.strip())))
+
+
+def split_name(split: str) -> str:
+    """The "train" or "validation" for the names that datasets give their splits, "" for any other."""
+    return _SPLITS.get(split.lower(), "")
+
+
+def _parts(location: str) -> list[Records]:
+    if location.startswith("tfds:"):
+        from alignment_gap.data.text.tfds_records import tfds_parts
+
+        return list(tfds_parts(location))
+    if location.startswith("hub:"):
+        name, _, split = location.removeprefix("hub:").partition(":")
+        return _hugging_face(f"hub:{name}", split)
+    path = pathlib.Path(location)
+    folder, separator, split = location.rpartition(":")
+    if not path.exists() and separator and pathlib.Path(folder).is_dir():
+        return _folder(pathlib.Path(folder), split)
+    if path.is_dir():
+        return _folder(path, "")
+    return [_file(path)]
+
+
+def _folder(folder: pathlib.Path, split: str) -> list[Records]:
+    if any((folder / name).exists() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+        return _hugging_face(str(folder), split)
+    found = [path for path in sorted(folder.iterdir()) if path.name.endswith((*SUFFIXES, ".parquet"))]
+    files = [path for path in found if not split or _split_of(path) == split]
+    if not files:
+        of = f" of split {split!r}" if split else ""
+        raise UserError(f"{folder} holds no data files{of}: give {LOCATIONS}")
+    return [_file(path) for path in files]
+
+
+def _file(path: pathlib.Path) -> Records:
+    if path.name.endswith(".parquet"):
+        return Parquet(path, _split_of(path))
+    if path.name.endswith(SUFFIXES) or not path.exists():
+        return JsonLines(path, _split_of(path))
+    raise UserError(f"{path} is of no kind that is read here: give {LOCATIONS}")
+
+
+def _hugging_face(name: str, split: str) -> list[Records]:
+    splits = hugging_face_splits(name)
+    if split and split not in splits:
+        raise UserError(f"{name} has no split {split!r}: choose one of {', '.join(splits) or 'none'}")
+    return [HuggingFace(name, each) for each in splits if not split or each == split]
+
+
+def _split_of(path: pathlib.Path) -> str:
+    """The split that a file's name states: `train.jsonl.gz`, `test-00000-of-00001.parquet`."""
+    stem = path.name.split(".")[0].split("-")[0]
+    return stem if split_name(stem) else ""

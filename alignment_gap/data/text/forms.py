@@ -1,0 +1,158 @@
+"""The tasks that pairs come from: how each one's records are read, and how they are told apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from alignment_gap.data.text.chat import Template, messages_of, split_answers
+from alignment_gap.data.text.pair import BadPair, Fields, Malformed, Skip, TextPair, named
+from alignment_gap.data.text.trl import parse_pair, roles_of
+
+PROMPT_MARK = "\n\nAssistant:"
+_HUMAN_MARK = "\n\nHuman:"
+_POST = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+_WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsing:
+    """What the reading of a record depends on; `roles` are those that the first record of one's own pairs has."""
+
+    roles: tuple[str, ...]
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
+    template: Template = Template()
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceTask:
+    """One form of record.
+
+    Attributes:
+      parse: record to TextPair; raises Malformed, BadPair or Skip.
+      matches: whether a record has this form.
+      form: of a record, in an error's remedy.
+      drops_duplicates: whether a pair that comes again is left out; repeated judgements of a pair are kept otherwise.
+    """
+
+    parse: Callable[[Mapping[str, Any], Parsing], TextPair]
+    matches: Callable[[Mapping[str, Any]], bool]
+    form: str
+    drops_duplicates: bool = True
+
+
+def parse_dialogues(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
+    """Anthropic HH: two whole dialogues, which share everything up to their last assistant turn."""
+    fields = Fields(record, parsing.names)
+    return split_dialogues(fields.text("chosen"), fields.text("rejected"))
+
+
+def split_dialogues(chosen: str, rejected: str) -> TextPair:
+    """The prompt that both dialogues share and their two responses, stripped; raises where there is no preference."""
+    dialogues = {"chosen": chosen, "rejected": rejected}
+    if unmarked := [name for name, dialogue in dialogues.items() if PROMPT_MARK not in dialogue]:
+        raise BadPair(f"no prompt {named(unmarked)}", 'each dialogue needs a "\\n\\nAssistant:" turn')
+    prompts = [dialogue[: dialogue.rfind(PROMPT_MARK) + len(PROMPT_MARK)] for dialogue in dialogues.values()]
+    if prompts[0] != prompts[1]:
+        remedy = 'make both dialogues the same up to the last "\\n\\nAssistant:"'
+        raise BadPair(f"prompts differ {named(dialogues)}", remedy)
+    first, second = (dialogue[len(prompts[0]) :].strip() for dialogue in (chosen, rejected))
+    return TextPair(prompts[0], (first, second), (1.0, 0.0), fields=("chosen", *dialogues))
+
+
+def parse_summaries(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
+    """OpenAI's comparisons: a Reddit post, two summaries and which one the worker chose.
+
+    Those of CNN/DM articles are another task and left out.
+    """
+    fields = Fields(record)
+    post = fields.group("info")
+    if not record["info"].get("post"):
+        raise Skip("news article")
+    summaries = [Fields(row).text("text").strip() for row in fields.rows("summaries")]
+    if len(summaries) != 2:
+        raise Malformed(f"the field 'summaries' holds {len(summaries)} of them, not 2", "")
+    choice = fields.value("choice")
+    if isinstance(choice, bool) or choice not in (0, 1):
+        raise Malformed(f"the field 'choice' is {choice!r}, out of its range", "use 0 or 1")
+    prompt = _POST.format(**{name: post.text(name).strip() for name in ("subreddit", "title", "post")})
+    scores = (1.0 - choice, float(choice))
+    split, names = str(record.get("split") or ""), ("info", "summaries", "summaries")
+    return TextPair(prompt, (summaries[0], summaries[1]), scores, split=split, fields=names)
+
+
+def parse_arena(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
+    """Chat arena: one user, two models, and who won.
+
+    The two conversations must agree up to the last answer; after several turns with other answers they do not, and
+    the judgement is of no single response.
+    """
+    fields = Fields(record)
+    winner = fields.text("winner")
+    if winner not in _WINNERS:
+        raise Malformed(f"the field 'winner' is {winner!r}, out of its range", f"use {', '.join(_WINNERS)}")
+    names = ("conversation_a", "conversation_b")
+    both = [messages_of(fields.rows(name), name) for name in names]
+    if open_ends := [name for name, messages in zip(names, both, strict=True) if messages[-1]["role"] != "assistant"]:
+        raise BadPair(f"no answer {named(open_ends)}", "end both conversations with an assistant's message")
+    if both[0][:-1] != both[1][:-1]:
+        raise Skip("several turns" if min(map(len, both)) > 2 else "prompts differ")
+    if len(both[0]) < 2:
+        raise BadPair(f"no prompt {named(names)}", "begin both conversations with the user's message")
+    prompt, responses = split_answers(parsing.template, both[0][:-1], [messages[-1:] for messages in both])
+    return TextPair(prompt, responses, (_WINNERS[winner], 1 - _WINNERS[winner]), fields=(names[0], *names))
+
+
+def parse_own(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
+    """TRL's forms, or columns by a field mapping; see `trl.parse_pair`. All records have the first one's form."""
+    fields = Fields(record, parsing.names)
+    roles = roles_of(fields)
+    for role in parsing.roles:
+        if role not in roles:
+            raise Malformed(f"lacks the field {fields.name(role)!r}, which the first record has", "")
+    for role in roles:
+        if role not in parsing.roles:
+            raise Malformed(f"has the field {fields.name(role)!r}, which the first record lacks", "")
+    return parse_pair(fields, parsing.template, parsing.labels)
+
+
+def _is_dialogues(record: Mapping[str, Any]) -> bool:
+    texts = [record.get("chosen"), record.get("rejected")]
+    marked = all(isinstance(text, str) and _HUMAN_MARK in text and PROMPT_MARK in text for text in texts)
+    return marked and "prompt" not in record
+
+
+_DIALOGUES = SourceTask(
+    parse_dialogues, _is_dialogues, 'write {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": "..."}'
+)
+TASKS: Mapping[str, SourceTask] = {
+    "summarization": SourceTask(
+        parse_summaries,
+        lambda record: {"info", "summaries", "choice"} <= set(record),
+        'write {"info": {"subreddit": ..., "title": ..., "post": ...}, "summaries": [{"text": ...}, ...], "choice": 0}',
+        drops_duplicates=False,
+    ),
+    "helpfulness": _DIALOGUES,
+    "harmlessness": _DIALOGUES,
+    "chat_arena": SourceTask(
+        parse_arena,
+        lambda record: {"conversation_a", "conversation_b"} <= set(record),
+        'write {"conversation_a": [{"role": ..., "content": ...}, ...], "conversation_b": [...], "winner": "model_a"}',
+    ),
+    "dialogues": _DIALOGUES,
+    "pairs": SourceTask(
+        parse_own,
+        lambda record: True,
+        'write {"prompt": ..., "chosen": ..., "rejected": ...} or say by --fields how yours are called',
+    ),
+}
+
+
+def detect(record: Mapping[str, Any]) -> str:
+    """The task whose form a record has; HH's dialogues are "dialogues", which of its two they are nobody can tell."""
+    for name in ("summarization", "chat_arena", "dialogues"):
+        if TASKS[name].matches(record):
+            return name
+    return "pairs"

@@ -1,0 +1,348 @@
+"""The built-in task: generated posts, candidate summaries of mixed quality, a hidden rubric and a noisy rater.
+
+A post tells who did what with which thing, where and when, among side remarks. Each of these five facts has words of
+its own, so what matters is recognisable, and a good summary names the five in that order, briefly, and nothing else:
+
+    post      the soup tasted bland . in june my sister was at the station and lost the keys . i felt tired . summary:
+    summary   sister lost keys at station in june
+
+Everything is a pure function of (settings, seed, prompt id); only `Generator.random` is drawn from, whose stream numpy
+keeps from version to version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from alignment_gap.data.text.vocabulary import WordVocabulary
+from alignment_gap.errors import UserError
+
+T = TypeVar("T")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FACT_KINDS = ("who", "action", "thing", "place", "time")
+"""The facts of a post, in the order that a good summary has them."""
+
+FACT_WORDS = (
+    _words("sister brother mother father uncle neighbor teacher friend"),
+    _words("lost found sold broke burned painted fixed hid"),
+    _words("keys phone bike camera guitar ring piano cake"),
+    _words("station market library beach school airport park bakery"),
+    _words("january march april june july august october december"),
+)
+"""The words of each kind. They are few so that a small judge can learn whether a word is in the post."""
+
+_FACT_LEADS = ("my", "", "the", "at the", "in")
+_FACT_SHORT_LEADS = ("", "", "", "at", "in")
+
+_SIDE_WORDS = {
+    "weather": _words("weather sky wind snow fog rain heat storm"),
+    "look": _words("cold wet grey warm mild strong bright damp"),
+    "feeling": _words("tired happy angry nervous calm sad bored proud lonely curious confused hungry"),
+    "food": _words("coffee soup pizza bread tea salad cheese rice curry pasta"),
+    "taste": _words("bitter sweet salty bland spicy sour fresh stale"),
+    "topic": _words("football music movies politics history chess cooking travel dogs trains"),
+}
+_POST_FORMS = (
+    "my {who} {action} the {thing} at the {place} in {time} .",
+    "in {time} my {who} was at the {place} and {action} the {thing} .",
+    "at the {place} my {who} {action} the {thing} . that was in {time} .",
+    "in {time} , at the {place} , my {who} {action} the {thing} .",
+    "it was in {time} . my {who} {action} the {thing} at the {place} .",
+    "this is about the {thing} . my {who} {action} it at the {place} in {time} .",
+)
+_SIDE_FORMS = (
+    "the {weather} was {look} .",
+    "i felt {feeling} .",
+    "i was a bit {feeling} and {feeling} .",
+    "the {food} tasted {taste} .",
+    "we had {food} and {food} .",
+    "we talked about {topic} .",
+    "honestly i like {topic} .",
+)
+_CUE = "summary:"
+_FUNCTION_WORDS = _words(
+    "my the at in . , was and that it this is about i felt a bit tasted we had talked honestly like"
+)
+_SIDE_KIND = len(FACT_KINDS)
+_MOST_TRIES = 1000
+_PROMPT_STREAM, _WRITER_STREAM, _RATER_STREAM = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class PostsSettings:
+    """What makes the task easy or hard; the rubric's weights, the writer's faults, the rater's noise.
+
+    Attributes:
+      side_remarks_low: fewest side remarks in a post.
+      side_remarks_high: most side remarks in a post.
+      fact_weights: worth of naming who, action, thing, place and time; relative to their sum over a post's facts.
+      order_weight: share of the score that is given for the order of the facts; the rest is given for naming them.
+      brief_words: words that cost nothing.
+      word_cost: score lost by each word beyond.
+      repetition_cost: score lost by each repeated word.
+      invention_cost: score lost by each word of substance that the post does not hold.
+      response_words: most words that the writer writes.
+      miss_chance: chance of leaving out a fact, of the worst writer (as are the next four).
+      disorder_chance: chance of telling the facts in any order.
+      invention_chance: chance of replacing a fact's word by another of its kind, for each fact.
+      repetition_chance: chance of telling one fact twice.
+      side_chance: chance of adding a side remark of the post.
+      best_writer_faults: the best writer's chances relative to the worst's.
+      long_form_chance: chance of a response in whole sentences, for every writer.
+      minimum_gap: least difference in score of the two responses of a pair.
+      rater_temperature: score difference at which the rater's odds are e to one.
+    """
+
+    side_remarks_low: int = 1
+    side_remarks_high: int = 3
+    fact_weights: tuple[float, ...] = (0.25, 0.2, 0.25, 0.15, 0.15)
+    order_weight: float = 0.1
+    brief_words: int = 7
+    word_cost: float = 0.04
+    repetition_cost: float = 0.15
+    invention_cost: float = 0.25
+    response_words: int = 11
+    miss_chance: float = 0.7
+    disorder_chance: float = 0.7
+    invention_chance: float = 0.12
+    repetition_chance: float = 0.3
+    side_chance: float = 0.5
+    best_writer_faults: float = 0.1
+    long_form_chance: float = 0.5
+    minimum_gap: float = 0.15
+    rater_temperature: float = 0.16
+
+    def validate(self) -> None:
+        """Raises UserError naming the first setting that is out of range."""
+        for name in ("miss", "disorder", "invention", "repetition", "side", "long_form"):
+            _require(0 <= getattr(self, f"{name}_chance") <= 1, f"{name}_chance", self, "from 0 to 1")
+        for name in ("word_cost", "repetition_cost", "invention_cost", "minimum_gap"):
+            _require(0 <= getattr(self, name) <= 1, name, self, "from 0 to 1")
+        _require(0 <= self.order_weight <= 1, "order_weight", self, "from 0 to 1")
+        _require(0 <= self.best_writer_faults <= 1, "best_writer_faults", self, "from 0 to 1")
+        _require(self.side_remarks_low >= 0, "side_remarks_low", self, "0 or more")
+        _require(self.side_remarks_low <= self.side_remarks_high, "side_remarks_high", self, "side_remarks_low or more")
+        _require(self.rater_temperature > 0, "rater_temperature", self, "more than 0")
+        _require(self.response_words >= 1, "response_words", self, "1 or more")
+        positive = len(self.fact_weights) == len(FACT_KINDS) and min(self.fact_weights) > 0
+        _require(positive, "fact_weights", self, f"{len(FACT_KINDS)} positive numbers")
+
+
+def _require(condition: bool, name: str, settings: object, limit: str) -> None:
+    if not condition:
+        raise UserError(f"{name}={getattr(settings, name)} is out of range: choose {limit}")
+
+
+DEFAULT_SETTINGS = PostsSettings()
+
+
+@dataclasses.dataclass(frozen=True)
+class Post:
+    """A post as its writer sees it.
+
+    Attributes:
+      prompt_id: its number.
+      words: the post's words, ending in the cue `summary:`.
+      facts: the word of each of FACT_KINDS.
+      side_remarks: the side remarks in it, each a tuple of words.
+    """
+
+    prompt_id: int
+    words: tuple[str, ...]
+    facts: tuple[str, ...]
+    side_remarks: tuple[tuple[str, ...], ...]
+
+    @property
+    def tokens(self) -> list[int]:
+        """The post's token ids in `vocabulary()`."""
+        return vocabulary().encode(" ".join(self.words))
+
+
+@dataclasses.dataclass(frozen=True)
+class PostPair:
+    """A post, two responses of different rubric score, and which one the rater preferred.
+
+    Attributes:
+      post: the post.
+      responses: the words of both responses.
+      rubric: their rubric scores, never equal.
+      preferred: 0 or 1, the response that the noisy rater preferred.
+    """
+
+    post: Post
+    responses: tuple[tuple[str, ...], tuple[str, ...]]
+    rubric: tuple[float, float]
+    preferred: int
+
+
+@functools.cache
+def vocabulary() -> WordVocabulary:
+    """The closed vocabulary of posts and responses."""
+    side = (word for words in _SIDE_WORDS.values() for word in words)
+    facts = (word for words in FACT_WORDS for word in words)
+    return WordVocabulary([_CUE, *_FUNCTION_WORDS, *facts, *side])
+
+
+def prompt(seed: int, prompt_id: int, settings: PostsSettings = DEFAULT_SETTINGS) -> Post:
+    """The post number `prompt_id` of the world `seed`."""
+    rng = _rng(seed, _PROMPT_STREAM, prompt_id)
+    facts = tuple(_pick(words, rng) for words in FACT_WORDS)
+    main = _pick(_POST_FORMS, rng).format(**dict(zip(FACT_KINDS, facts, strict=True))).split()
+    remarks = settings.side_remarks_low + _below(settings.side_remarks_high - settings.side_remarks_low + 1, rng)
+    side = [tuple(_fill(_pick(_SIDE_FORMS, rng), rng)) for _ in range(remarks)]
+    before = _below(remarks + 1, rng)
+    sentences = (*side[:before], main, *side[before:])
+    words = tuple(word for sentence in sentences for word in sentence)
+    return Post(prompt_id, (*words, _CUE), facts, tuple(side))
+
+
+def write(post: Post, rng: np.random.Generator, settings: PostsSettings = DEFAULT_SETTINGS) -> list[str]:
+    """A candidate summary of `post`, at least one word, by a writer whose skill is drawn anew each time."""
+    faults = 1 - (1 - settings.best_writer_faults) * rng.random()
+    kinds = [k for k in range(len(FACT_KINDS)) if rng.random() >= faults * settings.miss_chance]
+    kinds = kinds or [_below(len(FACT_KINDS), rng)]
+    if rng.random() < faults * settings.disorder_chance:
+        kinds = _shuffled(kinds, rng)
+    if rng.random() < faults * settings.repetition_chance:
+        kinds.insert(_below(len(kinds) + 1, rng), _pick(kinds, rng))
+    leads = _FACT_LEADS if rng.random() < settings.long_form_chance else _FACT_SHORT_LEADS
+    chunks = []
+    for kind in kinds:
+        invented = rng.random() < faults * settings.invention_chance
+        word = _pick(FACT_WORDS[kind], rng) if invented else post.facts[kind]
+        chunks.append(f"{leads[kind]} {word}".split())
+    if post.side_remarks and rng.random() < faults * settings.side_chance:
+        remark = list(_pick(post.side_remarks, rng))
+        chunks.insert(_below(len(chunks) + 1, rng), remark[:-1])
+    return [word for chunk in chunks for word in chunk][: settings.response_words]
+
+
+def rubric(prompt: Sequence[int], response: Sequence[int], settings: PostsSettings = DEFAULT_SETTINGS) -> float:
+    """True quality from 0 to 1 of a response, read from the token ids of the prompt and of the response alone.
+
+    Coverage and order of the post's facts, less a cost for each word beyond the brief, each repetition and each word
+    of substance that the post does not hold. What follows an end id is ignored.
+    """
+    kind_of = _kinds()
+    told = [int(i) for i in prompt]
+    held = {i for i in told if kind_of[i] is not None}
+    facts = {kind: i for i in reversed(told) if (kind := kind_of[i]) is not None and kind != _SIDE_KIND}
+    # A model's output may have more rows than there are words: such an id counts as the last, reserved one.
+    words = [min(i, len(kind_of) - 1) for i in _until_end(response)]
+    named = [kind for i in dict.fromkeys(words) if (kind := kind_of[i]) is not None and facts.get(kind) == i]
+    inventions = sum(kind_of[i] is not None and i not in held for i in set(words))
+    score = (1 - settings.order_weight) * _coverage(named, facts, settings) + settings.order_weight * _order(
+        named, facts
+    )
+    score -= settings.word_cost * max(0, len(words) - settings.brief_words)
+    score -= settings.repetition_cost * _repetitions(words) + settings.invention_cost * inventions
+    return min(1.0, max(0.0, score))
+
+
+def rate(first: float, second: float, rng: np.random.Generator, settings: PostsSettings = DEFAULT_SETTINGS) -> int:
+    """The response, 0 or 1, that a noisy rater prefers: Bradley-Terry on rubric scores over a temperature."""
+    return 0 if rng.random() < 1 / (1 + math.exp((second - first) / settings.rater_temperature)) else 1
+
+
+def pair(seed: int, prompt_id: int, settings: PostsSettings = DEFAULT_SETTINGS) -> PostPair:
+    """The rated pair of the post number `prompt_id`; its responses' order says nothing of their quality."""
+    post = prompt(seed, prompt_id, settings)
+    tokens, encode = post.tokens, vocabulary().encode
+    rng = _rng(seed, _WRITER_STREAM, prompt_id)
+    for _ in range(_MOST_TRIES):
+        first, second = (tuple(write(post, rng, settings)) for _ in range(2))
+        a, b = (rubric(tokens, encode(" ".join(words)), settings) for words in (first, second))
+        if abs(a - b) > settings.minimum_gap:
+            break
+    else:
+        raise UserError(
+            f"minimum_gap={settings.minimum_gap} was not reached in {_MOST_TRIES} pairs of post {prompt_id}: lower it"
+        )
+    preferred = rate(a, b, _rng(seed, _RATER_STREAM, prompt_id), settings)
+    return PostPair(post, (first, second), (a, b), preferred)
+
+
+def _fill(form: str, rng: np.random.Generator) -> list[str]:
+    """The words of a side remark's form, every slot filled with a word that is not in it yet."""
+    words: list[str] = []
+    for word in form.split():
+        if word.startswith("{"):
+            word = _pick([w for w in _SIDE_WORDS[word[1:-1]] if w not in words], rng)
+        words.append(word)
+    return words
+
+
+def longest_prompt(settings: PostsSettings = DEFAULT_SETTINGS) -> int:
+    """Most tokens that a post can have, its cue included."""
+    post, side = (max(len(form.split()) for form in forms) for forms in (_POST_FORMS, _SIDE_FORMS))
+    return post + settings.side_remarks_high * side + 1
+
+
+@functools.cache
+def _kinds() -> list[int | None]:
+    """For each token id the index of its fact kind, _SIDE_KIND for side words, None for what has no substance.
+
+    A reserved id is no word of any post, so a response that has one is charged for an invention.
+    """
+    words = vocabulary()
+    kinds: list[int | None] = [None] * words.size
+    for reserved in range(words.size - words.extra_ids, words.size):
+        kinds[reserved] = _SIDE_KIND
+    for kind, members in enumerate((*FACT_WORDS, [w for side in _SIDE_WORDS.values() for w in side])):
+        for index in words.encode(" ".join(members)):
+            kinds[index] = kind
+    return kinds
+
+
+def _until_end(response: Sequence[int]) -> list[int]:
+    ids = [int(i) for i in response]
+    end = vocabulary().eos_id
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+def _coverage(named: Sequence[int], facts: dict[int, int], settings: PostsSettings) -> float:
+    total = sum(settings.fact_weights[kind] for kind in facts)
+    return sum(settings.fact_weights[kind] for kind in named) / total if total else 0.0
+
+
+def _order(named: Sequence[int], facts: dict[int, int]) -> float:
+    """Share of the neighbours in a perfect summary that are neighbours in the right order here."""
+    if len(facts) < 2:
+        return float(len(named))
+    return sum(a < b for a, b in itertools.pairwise(named)) / (len(facts) - 1)
+
+
+def _repetitions(words: Sequence[int]) -> int:
+    """Words of substance that came before, and other words that follow themselves."""
+    kind_of = _kinds()
+    substance = [i for i in words if kind_of[i] is not None]
+    stutters = sum(a == b and kind_of[a] is None for a, b in itertools.pairwise(words))
+    return len(substance) - len(set(substance)) + stutters
+
+
+def _rng(seed: int, stream: int, prompt_id: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([seed, stream, prompt_id]))
+
+
+def _below(limit: int, rng: np.random.Generator) -> int:
+    return int(rng.random() * limit)
+
+
+def _pick(choices: Sequence[T], rng: np.random.Generator) -> T:
+    return choices[_below(len(choices), rng)]
+
+
+def _shuffled(items: Sequence[int], rng: np.random.Generator) -> list[int]:
+    return [item for _, item in sorted((rng.random(), item) for item in items)]

@@ -1,0 +1,189 @@
+"""From a source's settings to its pairs: opens the records, reads them by their task, refuses or counts the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Iterator
+
+from alignment_gap.data.text.chat import Template, load_template
+from alignment_gap.data.text.containers import Joined, open_records, split_name
+from alignment_gap.data.text.forms import PROMPT_MARK, TASKS, Parsing, SourceTask, detect
+from alignment_gap.data.text.json_lines import unreadable
+from alignment_gap.data.text.pair import BadPair, Dropped, Fields, Malformed, Record, Skip, TextPair, named
+from alignment_gap.data.text.trl import parse_fields, parse_labels, roles_of
+from alignment_gap.errors import UserError
+
+AUTO = "auto"
+POLICIES = ("refuse", "drop")
+_CHOICES = {
+    "task": (AUTO, *TASKS),
+    "ties": ("drop", "keep"),
+    "duplicates": ("", "drop", "keep"),
+    "bad_pairs": POLICIES,
+}
+# Names of fields in an error.
+_SHOWN = 12
+_TURN_MARKS = ("\n\nHuman:", PROMPT_MARK)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSourceConfig:
+    """Where pairs come from and how they are read.
+
+    Attributes:
+      location: file, folder, `hub:` or `tfds:` name, or several with commas between; see `containers.LOCATIONS`.
+      task: one of `TASKS`, or "auto" to tell it from the first record.
+      fields: columns of a user's own pairs, "prompt=question,chosen=good,rejected=bad".
+      labels: meaning of a label's values, "model=1,reference=0,both=0.5,=drop".
+      template: of conversations: "plain", a jinja file, or a tokenizer's folder.
+      ties: "drop" pairs without a preference, or "keep" them with scores (0.5, 0.5).
+      duplicates: "drop" or "keep" pairs that come again; "" is the task's own rule.
+      bad_pairs: "refuse" or "drop" pairs that hold no preference: identical responses, an empty prompt or response, no
+        common prompt. What is not JSON or UTF-8, lacks a field or has a label out of its range is always refused.
+    """
+
+    location: str = ""
+    task: str = AUTO
+    fields: str = ""
+    labels: str = ""
+    template: str = "plain"
+    ties: str = "drop"
+    duplicates: str = ""
+    bad_pairs: str = "refuse"
+
+    def validate(self) -> None:
+        """Raises UserError naming the first setting that is missing or unknown."""
+        if not self.location:
+            raise UserError("location is not set: give the path of a file or folder")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                valid = ", ".join(choice or '""' for choice in choices)
+                raise UserError(f"{name}={getattr(self, name)!r} is unknown: choose one of {valid}")
+        parse_fields(self.fields)
+        parse_labels(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSource:
+    """Pairs as text; `open_source` makes it. It can be pickled, and processes share one by ranges of records.
+
+    Attributes:
+      config: with the task that was found.
+      records: what the pairs are read from.
+      template: of conversations.
+      roles: those that the first record has, of one's own pairs.
+    """
+
+    config: TextSourceConfig
+    records: Joined
+    template: Template
+    roles: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """The files whose bytes are the source."""
+        return self.records.files
+
+    @property
+    def task(self) -> SourceTask:
+        """How its records are read."""
+        return TASKS[self.config.task]
+
+    @property
+    def drops_duplicates(self) -> bool:
+        """Whether of equal `TextPair.key` only the first is wanted, in the order of the records."""
+        return self.config.duplicates == "drop" or (not self.config.duplicates and self.task.drops_duplicates)
+
+    @functools.cached_property
+    def _parsing(self) -> Parsing:
+        return Parsing(self.roles, parse_fields(self.config.fields), parse_labels(self.config.labels), self.template)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[TextPair | Dropped]:
+        """Pairs, and records that gave none, of records [start, stop), counted from 0.
+
+        Raises:
+          UserError: a record is malformed, or no pair while bad pairs are refused; with file, number and remedy.
+        """
+        for record in self.records.read(start, stop):
+            yield self._pair(record)
+
+    def _pair(self, record: Record) -> TextPair | Dropped:
+        try:
+            pair = self.task.parse(record.values, self._parsing)
+            pair = dataclasses.replace(pair, where=record.where, split=split_name(pair.split or record.split))
+            _check(pair)
+        except Malformed as problem:
+            reason, remedy = problem.args
+            raise UserError(f"{record.where}: {reason}: {remedy or self.task.form}") from None
+        except Skip as problem:
+            return Dropped(problem.args[0], record.where)
+        except BadPair as problem:
+            return refuse_or_drop(problem, record.where, "bad_pairs", self.config.bad_pairs)
+        if self.config.ties == "drop" and set(pair.scores) == {0.5}:
+            return Dropped("tie", record.where)
+        return pair
+
+
+def open_source(config: TextSourceConfig) -> TextSource:
+    """The source of a config; reads no further than the first record.
+
+    Raises:
+      UserError: a setting is unknown, the location cannot be read or holds no record, or a named field is not there.
+    """
+    config.validate()
+    records = open_records(config.location)
+    first = next(iter(records.read()), None)
+    if first is None:
+        raise UserError(f"{config.location} holds no record: give a file with a pair on each line, or a row for each")
+    names = parse_fields(config.fields)
+    for name in names.values():
+        if name not in first.values:
+            there = ", ".join(map(repr, list(first.values)[:_SHOWN]))
+            raise UserError(f"{first.where}: lacks the field {name!r}, which --fields names: it has {there}")
+    if config.task == AUTO:
+        config = dataclasses.replace(config, task="pairs" if config.fields else detect(first.values))
+    return TextSource(config, records, load_template(config.template), roles_of(Fields(first.values, names)))
+
+
+def refuse_or_drop(problem: BadPair, where: str, setting: str, policy: str) -> Dropped:
+    """What becomes of an unusable pair by the policy of `setting`."""
+    reason, remedy = problem.args
+    if policy == "refuse":
+        raise UserError(f"{where}: {reason}: {remedy}, or set --{setting}=drop") from None
+    return Dropped(reason.split(" (")[0], where)
+
+
+def _check(pair: TextPair) -> None:
+    bare = pair.prompt
+    for mark in _TURN_MARKS:
+        bare = bare.replace(mark, "")
+    if not bare.strip():
+        raise BadPair(f"empty prompt {named(pair.fields[:1])}", "write what the human says")
+    stripped = [response.strip() for response in pair.responses]
+    if len(set(stripped)) < len(stripped):
+        raise BadPair(f"identical pair {named(pair.fields[1:])}", "remove it, it states no preference")
+    if empty := [field for field, text in zip(pair.fields[1:], stripped, strict=True) if not text]:
+        raise BadPair(f"empty response {named(empty)}", "remove the pair")
+
+
+def source_digest(config: TextSourceConfig) -> str:
+    """SHA-256 in hexadecimal of the bytes of a source's files, and of what names those parts that have none.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    records = open_records(config.location)
+    digest = hashlib.sha256(records.identity.encode())
+    for path in records.files:
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise unreadable(path, error) from None
+    return digest.hexdigest()

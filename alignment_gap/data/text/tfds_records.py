@@ -1,0 +1,116 @@
+"""Records of tensorflow-datasets, by name; TensorFlow is imported here when the first one is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from alignment_gap.data.text.pair import Record
+from alignment_gap.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsRecords:
+    """One split of a dataset that is prepared on this machine (`TFDS_DATA_DIR`), in the order of its files.
+
+    Attributes:
+      name: as `tfds.builder` takes it.
+      split: of its records.
+    """
+
+    name: str
+    split: str
+
+    @property
+    def files(self) -> tuple[pathlib.Path, ...]:
+        """The record files."""
+        return tuple(pathlib.Path(file) for file in _builder(self.name).info.splits[self.split].filepaths)
+
+    @property
+    def identity(self) -> str:
+        """None but its files."""
+        return ""
+
+    def __len__(self) -> int:
+        return int(_builder(self.name).info.splits[self.split].num_examples)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+        """Records [start, stop), counted from 0; raises UserError where a record cannot be read."""
+        stop = len(self) if stop is None else min(stop, len(self))
+        if start >= stop:
+            return
+        tfds, tf = _library("tensorflow_datasets"), _library("tensorflow")
+        in_order = tfds.ReadConfig(interleave_cycle_length=1)
+        part = f"{self.split}[{start}:{stop}]"
+        number = start
+        try:
+            rows = _builder(self.name).as_dataset(split=part, read_config=in_order, shuffle_files=False)
+            for number, row in enumerate(rows.as_numpy_iterator(), start=start + 1):
+                where = f"tfds:{self.name}:{self.split}:{number}"
+                yield Record(where, _plain(row, where), self.split)
+        except tf.errors.OpError as error:
+            message = str(error.message).splitlines()[0][:120]
+            where = f"tfds:{self.name}:{self.split}:{number + 1}"
+            raise UserError(f"{where}: cannot be read ({message}): prepare the dataset again") from None
+
+
+def tfds_parts(location: str) -> list[TfdsRecords]:
+    """The splits of `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`; raises UserError where it is not prepared."""
+    name, _, split = location.removeprefix("tfds:").rpartition(":")
+    if not name or re.fullmatch(r"[\d.*]+", split):
+        name, split = location.removeprefix("tfds:"), ""
+    splits = list(_builder(name).info.splits)
+    if split and split not in splits:
+        raise UserError(f"tfds:{name} has no split {split!r}: choose one of {', '.join(splits)}")
+    return [TfdsRecords(name, each) for each in splits if not split or each == split]
+
+
+def _builder(name: str) -> Any:
+    # TFDS itself reads the variable when it is imported, and never again.
+    return _open_builder(name, os.environ.get("TFDS_DATA_DIR"))
+
+
+@functools.lru_cache(maxsize=8)
+def _open_builder(name: str, folder: str | None) -> Any:
+    tfds = _library("tensorflow_datasets")
+    try:
+        builder = tfds.builder(name, data_dir=folder)
+    except (tfds.core.registered.DatasetNotFoundError, ValueError, RuntimeError) as error:
+        message = (str(error).splitlines() or ["unknown"])[0][:120]
+        raise UserError(f"tfds:{name} is no dataset that TFDS knows ({message}): check the name") from None
+    if not builder.info.splits:
+        remedy = (
+            f"call its builder's download_and_prepare, or set TFDS_DATA_DIR, which leads to {builder.data_path} now"
+        )
+        raise UserError(f"tfds:{name} is not prepared here: {remedy}")
+    return builder
+
+
+def _library(name: str) -> Any:
+    # TensorFlow only reads here: its start says nothing, and the accelerator stays JAX's.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        importlib.import_module("tensorflow").config.set_visible_devices([], "GPU")
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f'{name} is not installed: pip install "alignment-gap[data]"') from None
+
+
+def _plain(value: Any, where: str) -> Any:
+    """numpy's bytes, numbers and arrays as Python's texts, numbers and lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item, where) for key, item in value.items()}
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 ({error.reason}): write the texts as UTF-8") from None
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist(), where)
+    return [_plain(item, where) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,146 @@
+"""A user's own pairs: TRL's preference forms read as they are, and any columns by a field mapping."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alignment_gap.data.text.chat import Messages, Template, messages_of, split_answers
+from alignment_gap.data.text.pair import BadPair, Fields, Malformed, Skip, TextPair, named
+from alignment_gap.errors import UserError
+
+_COMPLETION = ("prompt", "completion", "label")
+_JUDGED = ("prompt", "first", "second", "label")
+_PAIR = ("prompt", "chosen", "rejected", "preference")
+ROLES = tuple(dict.fromkeys(_PAIR + _JUDGED + _COMPLETION))
+_DROP = "drop"
+_PREFERENCE = {"first": 1.0, "second": 0.0, "tie": 0.5}
+_DESIRABLE = {"true": 1.0, "false": 0.0}
+
+
+def parse_fields(text: str) -> dict[str, str]:
+    """{role: column} of "prompt=question,chosen=good,rejected=bad"; raises UserError."""
+    names = _assignments(text, "fields", "prompt=question,chosen=good,rejected=bad")
+    for role in names:
+        if role not in ROLES:
+            raise UserError(f"fields names {role!r}: choose among {', '.join(ROLES)}")
+    return names
+
+
+def parse_labels(text: str) -> dict[str, float | str]:
+    """{value: probability that the first is the better, or "drop"} of "ours=1,reference=0,=drop"; raises UserError."""
+    labels: dict[str, float | str] = {}
+    for value, meaning in _assignments(text, "labels", "model=1,reference=0,both=0.5,=drop").items():
+        try:
+            labels[value] = _DROP if meaning == _DROP else float(meaning)
+        except ValueError:
+            labels[value] = -1.0
+        if labels[value] != _DROP and not 0 <= float(labels[value]) <= 1:
+            raise UserError(f'labels gives {value!r} the meaning {meaning!r}: give a number from 0 to 1, or "{_DROP}"')
+    return labels
+
+
+def roles_of(fields: Fields) -> tuple[str, ...]:
+    """The roles that `parse_pair` takes from a record."""
+    form = _COMPLETION if "completion" in fields else _JUDGED if "first" in fields else _PAIR
+    return tuple(role for role in form if role in fields)
+
+
+def parse_pair(fields: Fields, template: Template, labels: Mapping[str, float | str]) -> TextPair:
+    """The pair of a record with one of these sets of roles.
+
+    prompt, chosen, rejected: texts, or conversations; where only the responses are conversations they hold the prompt.
+    chosen, rejected: whole texts or conversations; the prompt is their longest common beginning.
+    preference, beside chosen and rejected: the probability that the chosen one is the better, else 1.
+    prompt, first, second, label: the label says how probable it is that the first is the better.
+    prompt, completion, label: one response that is good (true, 1) or bad (false, 0).
+
+    Raises:
+      Malformed: a field is missing or of another type, or the label is out of its range.
+      BadPair: there is no common prompt, or the template refuses a conversation.
+      Skip: the label is one that `labels` drops.
+    """
+    if "completion" in fields:
+        score = _label(fields, {**_DESIRABLE, **labels})
+        if score not in (0, 1):
+            raise _out_of_range(fields, "use true or false, 1 or 0")
+        prompt, responses = _texts(fields, ("completion",), template)
+        return TextPair(prompt, responses, (score,), fields=_names(fields, "completion"))
+    if "first" in fields:
+        score = _label(fields, {**_PREFERENCE, **labels})
+        prompt, responses = _texts(fields, ("first", "second"), template)
+        return TextPair(prompt, responses, (score, 1 - score), fields=_names(fields, "first", "second"))
+    score = _label(fields, labels, "preference") if "preference" in fields else 1.0
+    prompt, responses = _texts(fields, ("chosen", "rejected"), template)
+    return TextPair(prompt, responses, (score, 1 - score), fields=_names(fields, "chosen", "rejected"))
+
+
+def _names(fields: Fields, *roles: str) -> tuple[str, ...]:
+    """What the file calls the fields of the prompt, which may stand in the responses, and of the responses."""
+    return tuple(fields.name(role) for role in ("prompt" if "prompt" in fields else roles[0], *roles))
+
+
+def _texts(fields: Fields, roles: Sequence[str], template: Template) -> tuple[str, tuple[str, ...]]:
+    """Prompt and responses, rendered where they are conversations."""
+    chats = [_is_conversation(fields.value(role)) for role in roles]
+    if any(chats) != all(chats):
+        raise Malformed("holds a text and a conversation side by side", "write both responses in one form")
+    if not chats[0]:
+        texts = tuple(fields.text(role) for role in roles)
+        return (fields.text("prompt"), texts) if "prompt" in fields else _common_text(texts)
+    answers = [messages_of(fields.rows(role), fields.name(role)) for role in roles]
+    if "prompt" in fields and _is_conversation(fields.value("prompt")):
+        prompt: Messages = messages_of(fields.rows("prompt"), fields.name("prompt"))
+    else:
+        shared = _shared(answers)
+        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+    if not prompt:
+        remedy = "begin both responses with the same message, or add a prompt"
+        raise BadPair(f"no prompt {named(map(fields.name, roles))}", remedy)
+    return split_answers(template, prompt, answers)
+
+
+def _common_text(texts: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Prompt and rest of texts that begin alike; a blank before the difference belongs to the responses, as in TRL."""
+    if len(texts) == 1:
+        raise Malformed("lacks the field 'prompt'", "")
+    size = _shared(texts)
+    if size and texts[0][size - 1] == " ":
+        size -= 1
+    return texts[0][:size], tuple(text[size:] for text in texts)
+
+
+def _shared(sequences: Sequence[Sequence[Any]]) -> int:
+    """Length of the longest beginning that all have."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: all(item == column[0] for item in column), columns))
+
+
+def _label(fields: Fields, meanings: Mapping[str, float | str], role: str = "label") -> float:
+    value = fields.value(role, null="" if "" in meanings else None)
+    meaning = meanings.get(str(value).lower() if isinstance(value, bool) else str(value))
+    if meaning == _DROP:
+        raise Skip("label dropped")
+    if meaning is not None:
+        return float(meaning)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    known = "".join(f" or {name!r}" for name in meanings)
+    raise _out_of_range(fields, f"use a number from 0 to 1{known}, or say by --labels what it means", role)
+
+
+def _out_of_range(fields: Fields, remedy: str, role: str = "label") -> Malformed:
+    return Malformed(f"the field {fields.name(role)!r} is {fields.value(role)!r}, out of its range", remedy)
+
+
+def _is_conversation(value: Any) -> bool:
+    return not isinstance(value, str) and isinstance(value, list | tuple | Mapping)
+
+
+def _assignments(text: str, setting: str, example: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")] if text else []
+    for name, equals, value in pairs:
+        if not equals or not value:
+            raise UserError(f"{setting}={text!r} is not understood at {name!r}: write it as {example}")
+    return {name.strip(): value.strip() for name, _, value in pairs}

@@ -1,0 +1,257 @@
+"""Vocabularies: text to token ids and back, with explicit pad, end and sentinel ids."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import sentencepiece
+
+from alignment_gap.errors import UserError
+
+BYTES = "bytes"
+_KINDS = 'a SentencePiece *.model, a tokenizer.json, a word list *.txt, a folder with one of them, or "bytes"'
+
+
+class EncodingError(UserError):
+    """A text that a vocabulary cannot express."""
+
+
+class Vocabulary(Protocol):
+    """What the library needs of a tokenizer.
+
+    Sentinels (T5's extra ids) are the last `extra_ids` of the `size` ids, counted from the end.
+    """
+
+    @property
+    def size(self) -> int:
+        """Number of ids, sentinels included."""
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills unused positions."""
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a text."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins every prompt, None where prompts begin with their text."""
+
+    @property
+    def extra_ids(self) -> int:
+        """Number of sentinels."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal of everything that decides how text is encoded."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without an end id; raises EncodingError where `text` cannot be expressed."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` up to the first end id; sentinels read `<extra_id_i>`, ids beyond `<no_token_i>`."""
+
+
+def extra_id(vocabulary: Vocabulary, index: int) -> int:
+    """Id of sentinel `index`, T5's `<extra_id_index>`; raises UserError where there are fewer."""
+    if not 0 <= index < vocabulary.extra_ids:
+        raise UserError(
+            f"sentinel {index} is not in a vocabulary with {vocabulary.extra_ids} of them: build it with more extra_ids"
+        )
+    return vocabulary.size - 1 - index
+
+
+class WordVocabulary:
+    """Whole words separated by blanks, over a closed list: pad 0, end 1, the words, then the sentinels.
+
+    There is no unknown id: a word outside the list raises EncodingError.
+    """
+
+    pad_id = 0
+    eos_id = 1
+    bos_id = None
+
+    def __init__(self, words: Sequence[str], extra_ids: int = 8):
+        """Raises UserError where a word is empty, holds a blank or comes twice."""
+        self.words = tuple(words)
+        self.extra_ids = extra_ids
+        self.size = 2 + len(self.words) + extra_ids
+        for word in self.words:
+            if word.split() != [word]:
+                raise UserError(f"{word!r} is not a word: words of a vocabulary are not empty and hold no blanks")
+        self._id_of = {word: index for index, word in enumerate(self.words, start=2)}
+        if len(self._id_of) != len(self.words):
+            twice = next(word for index, word in enumerate(self.words) if word in self.words[:index])
+            raise UserError(f"word {twice!r} comes twice in the vocabulary: keep one of them")
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal of the words and the number of sentinels."""
+        return hashlib.sha256(json.dumps(["words", self.words, self.extra_ids]).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the words of `text`, without an end id; raises EncodingError naming an unknown word."""
+        try:
+            return [self._id_of[word] for word in text.split()]
+        except KeyError as error:
+            raise EncodingError(
+                f"word {error.args[0]!r} is not among the {len(self.words)} words of the vocabulary: "
+                "use its words or another vocabulary"
+            ) from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The words of `ids` up to the first end id, `<pad>` and `<extra_id_i>` for what is no word."""
+        return " ".join(self._name(int(i)) for i in itertools.takewhile(lambda i: int(i) != self.eos_id, ids))
+
+    def _name(self, index: int) -> str:
+        if index == self.pad_id:
+            return "<pad>"
+        if 2 <= index < 2 + len(self.words):
+            return self.words[index - 2]
+        return _extra_name(self.size, self.extra_ids, index)
+
+
+class ByteVocabulary:
+    """UTF-8 bytes with ByT5's ids: pad 0, end 1, unknown 2, the 256 bytes from 3, then 125 sentinels."""
+
+    pad_id = 0
+    eos_id = 1
+    unk_id = 2
+    bos_id = None
+    extra_ids = 125
+    size = 3 + 256 + 125
+    digest = hashlib.sha256(b"ByT5 bytes").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of `text` plus 3, without an end id."""
+        return [byte + 3 for byte in text.encode("utf-8")]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` up to the first end id; what is not UTF-8 reads as the replacement sign."""
+        kept = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
+        parts: list[str] = []
+        for is_byte, run in itertools.groupby(kept, key=lambda i: 3 <= i < 259):
+            if is_byte:
+                parts.append(bytes(i - 3 for i in run).decode("utf-8", errors="replace"))
+            else:
+                names = {self.pad_id: "<pad>", self.unk_id: "<unk>"}
+                parts.extend(names.get(i) or _extra_name(self.size, self.extra_ids, i) for i in run)
+        return "".join(parts)
+
+
+class SentencePieceVocabulary:
+    """A SentencePiece model with its own special ids, then `extra_ids` sentinels; T5 adds 100, Gemma none.
+
+    A begin id that the model has is what its prompts begin with, as Gemma's do; T5's model has none.
+    """
+
+    def __init__(self, path: str | pathlib.Path, extra_ids: int | None = None):
+        """`extra_ids` is 100 without a begin id, as in T5, and 0 with one, where not given.
+
+        Raises UserError where `path` is missing, is no SentencePiece model, or has no pad or end id."""
+        self.path = pathlib.Path(path)
+        content = _read(self.path)
+        self._model = _parse_model(content, self.path)
+        self.pad_id = self._special("pad", self._model.pad_id())
+        self.eos_id = self._special("eos", self._model.eos_id())
+        self.bos_id: int | None = self._model.bos_id() if self._model.bos_id() >= 0 else None
+        self.unk_id: int = self._model.unk_id()
+        self.extra_ids = extra_ids if extra_ids is not None else 100 if self.bos_id is None else 0
+        self._pieces: int = self._model.vocab_size()
+        self.size = self._pieces + self.extra_ids
+        self.digest = hashlib.sha256(hashlib.sha256(content).digest() + str(self.extra_ids).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Piece ids of `text`, without an end id; raises EncodingError where nothing of it is known."""
+        ids: list[int] = self._model.encode(text)
+        if self.unk_id in ids and not self.decode(i for i in ids if i != self.unk_id).strip():
+            raise EncodingError(
+                f"{self.path} has no piece for any of {text[:40]!r}: use a vocabulary made for this language"
+            )
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` up to the first end id; sentinels read `<extra_id_i>`."""
+        kept = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
+        parts: list[str] = []
+        for is_piece, run in itertools.groupby(kept, key=lambda i: 0 <= i < self._pieces):
+            if is_piece:
+                parts.append(self._model.decode(list(run)))
+            else:
+                parts.extend(_extra_name(self.size, self.extra_ids, i) for i in run)
+        return " ".join(part for part in parts if part)
+
+    def _special(self, name: str, index: int) -> int:
+        if index < 0:
+            raise UserError(f"{self.path} cannot encode: it has no {name} id; train it with {name}_id set, as T5's is")
+        return index
+
+
+def load_vocabulary(path: str | pathlib.Path, extra_ids: int | None = None) -> Vocabulary:
+    """The vocabulary at `path`: "bytes" (ByT5's), a SentencePiece model, a tokenizer.json, a word list or a folder.
+
+    Args:
+      path: "bytes"; a `*.model`; a `tokenizer.json`; a `*.txt` with a word on each line; or a folder, such as that of a
+        checkpoint, with a `tokenizer.json` or a SentencePiece model in it.
+      extra_ids: sentinels that are added to a SentencePiece model, None for its own convention; others have theirs.
+
+    Raises:
+      UserError: the file is missing, of another kind, or not what its name says.
+    """
+    if str(path) == BYTES:
+        return ByteVocabulary()
+    path = pathlib.Path(path)
+    path = _in_folder(path) if path.is_dir() else path
+    if path.suffix == ".model":
+        return SentencePieceVocabulary(path, extra_ids)
+    if path.suffix == ".json":
+        from alignment_gap.data.text.tokenizer_vocabulary import TokenizerVocabulary
+
+        return TokenizerVocabulary(path)
+    if path.suffix == ".txt":
+        try:
+            return WordVocabulary(_read(path).decode("utf-8").split())
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text: save the word list as UTF-8") from None
+    raise UserError(f"{path} is no vocabulary that is known here: give {_KINDS}")
+
+
+def _in_folder(folder: pathlib.Path) -> pathlib.Path:
+    for name in ("tokenizer.json", "tokenizer.model", "spiece.model"):
+        if (folder / name).exists():
+            return folder / name
+    models = sorted(folder.glob("*.model"))
+    if len(models) != 1:
+        raise UserError(f"{folder} holds no vocabulary: give {_KINDS}")
+    return models[0]
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the vocabulary {path} ({error.strerror}): give {_KINDS}") from None
+
+
+def _parse_model(content: bytes, path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
+    problem = UserError(f"{path} is not a SentencePiece model: give one, such as T5's spiece.model")
+    if not content:
+        raise problem
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError:
+        raise problem from None
+
+
+def _extra_name(size: int, extra_ids: int, index: int) -> str:
+    """What is written for an id that is no text; a model's output may have more rows than its vocabulary has ids."""
+    if not size - extra_ids <= index < size:
+        return f"<no_token_{index}>"
+    return f"<extra_id_{size - 1 - index}>"

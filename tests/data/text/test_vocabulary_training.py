@@ -1,0 +1,60 @@
+import json
+import random
+
+import pytest
+
+from alignment_gap.data.text import TextSourceConfig, load_vocabulary
+from alignment_gap.data.text.vocabulary_training import source_texts, train_vocabulary
+from alignment_gap.errors import UserError
+
+WORDS = [a + b for a in ("ka", "lo", "mi", "ne", "ru") for b in ("bel", "dor", "fin", "gam")]
+
+
+def texts(count: int = 300) -> list[str]:
+    rng = random.Random(0)
+    return [f"\n\nHuman: {' '.join(rng.choices(WORDS, k=6))}?\n\nAssistant: yes" for _ in range(count)]
+
+
+def test_a_vocabulary_of_ones_own_has_t5s_ids_and_expresses_every_text(tmp_path):
+    vocabulary = train_vocabulary(texts(), tmp_path / "own.model", 300)
+    assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id, vocabulary.bos_id) == (0, 1, 2, None)
+    assert vocabulary.size == 300 + 100
+    for text in ["\n\nHuman: kabel  lodor?\n\nAssistant:", " 日本 é\ttab ", "１"]:
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+        assert vocabulary.unk_id not in vocabulary.encode(text)
+    # Syllables of the texts are pieces; what they do not have is bytes.
+    assert len(vocabulary.encode(" kabel")) < 6 and len(vocabulary.encode("é")) == 3
+    assert load_vocabulary(tmp_path / "own.model").digest == vocabulary.digest
+
+
+@pytest.mark.parametrize("model", ["unigram", "bpe"])
+def test_equal_texts_give_equal_bytes(tmp_path, model):
+    for name in ("a", "b"):
+        train_vocabulary(texts(), tmp_path / f"{name}.model", 300, model=model)
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+
+
+def test_the_texts_of_a_source_are_its_prompts_and_responses(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "c", "rejected": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(source_texts(TextSourceConfig(str(path), bad_pairs="drop"))) == ["p", "a", "b"]
+    with pytest.raises(UserError, match=r"a\.jsonl:2: identical pair"):
+        train_vocabulary(source_texts(TextSourceConfig(str(path))), tmp_path / "own.model", 300)
+
+
+@pytest.mark.parametrize(
+    "name, size, settings, message",
+    [
+        ("own.model", 5000, {}, "size=5000 does not suit these texts .*: choose another size"),
+        ("own.model", 10, {}, "size=10 does not suit these texts .*: choose another size"),
+        ("own.spm", 330, {}, r"own\.spm is no name of a SentencePiece model: let it end in \.model"),
+        ("own.model", 330, {"model": "word"}, "model='word' is unknown: choose one of unigram, bpe"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(tmp_path, name, size, settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        train_vocabulary(texts(), tmp_path / name, size, **settings)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="there is no text to train a vocabulary on"):
+        train_vocabulary([], tmp_path / "own.model", 330)

@@ -1,0 +1,44 @@
+"""Topologies by name, and what is said of wrong ones."""
+
+import pytest
+
+from alignment_gap.errors import UserError
+from alignment_gap.plan.chips import CHIPS, TPUS, Topology, parse_topology
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "devices"),
+    [("v5e:16x16", 1, 256), ("v5p:4x4x8", 1, 128), ("v5e:2x4", 2, 16), ("tpu7x:4x4x4", 1, 128), ("cpu:8", 1, 8)],
+)
+def test_a_name_says_how_many_devices_there_are(text, slices, devices):
+    topology = parse_topology(text, slices)
+    assert topology.devices == devices
+    assert topology.name == text
+
+
+@pytest.mark.parametrize(
+    ("text", "slices", "says"),
+    [
+        ("v5:16x16", 1, r"'v5:16x16' is unknown: did you mean v5"),
+        ("h100", 1, "there are v4, v5e"),
+        ("v5e:256", 1, "give 2 sizes, such as v5e:16x16"),
+        ("v5p:4x4", 1, "give 3 sizes"),
+        ("v5p-128", 1, "names 64 chips by their cores.*v5p:4x4x4"),
+        ("cpu:0", 1, "give 1 size, such as cpu:8"),
+        ("cpu:8", 2, "slices is 2"),
+        ("v5e:16x16", 0, "slices is 0"),
+    ],
+)
+def test_wrong_names_are_one_line_with_a_remedy(text, slices, says):
+    with pytest.raises(UserError, match=says) as caught:
+        parse_topology(text, slices)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", TPUS)
+def test_a_chip_has_the_vendors_bandwidth_over_all_its_links(kind):
+    # GB/s both ways of a chip's links together, from the vendor's pages.
+    both_ways = {"v4": 600, "v5e": 400, "v5p": 1200, "v6e": 800, "tpu7x": 1200}[kind]
+    chip = CHIPS[kind]
+    assert chip.devices * chip.link_bandwidth * 2 * 2 * chip.dimensions == both_ways * 1e9
+    assert parse_topology(f"{kind}:{chip.shape}") == Topology(kind, tuple(map(int, chip.shape.split("x"))))
