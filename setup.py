@@ -35,6 +35,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3",
+        "beartype>=0.23",
         "grain>=0.2.18",
         "hypothesis>=6",
         "ruff>=0.9",

@@ -14,21 +14,21 @@ from alignment_gap.errors import UserError
 
 def at_least(config: Any, least: float, *names: str) -> None:
     """Each named setting is `least` or more."""
-    for name, value in _values(config, names):
+    for name, value in _numbers(config, names):
         if not value >= least:
             raise UserError(f"{name} is {value}: it must be at least {least}")
 
 
 def above(config: Any, limit: float, *names: str) -> None:
     """Each named setting is more than `limit`, and finite."""
-    for name, value in _values(config, names):
+    for name, value in _numbers(config, names):
         if not limit < value < float("inf"):
             raise UserError(f"{name} is {value}: it must be above {limit} and finite")
 
 
 def within(config: Any, low: float, high: float, *names: str) -> None:
     """Each named setting is from `low` to `high`."""
-    for name, value in _values(config, names):
+    for name, value in _numbers(config, names):
         if not low <= value <= high:
             raise UserError(f"{name} is {value}: it must be from {low} to {high}")
 
@@ -49,3 +49,11 @@ def nearest(value: str, choices: Iterable[str]) -> str:
 
 def _values(config: Any, names: Iterable[str]) -> list[tuple[str, Any]]:
     return [(name, value) for name in names if (value := getattr(config, name)) is not None]
+
+
+def _numbers(config: Any, names: Iterable[str]) -> list[tuple[str, float]]:
+    values = _values(config, names)
+    for name, value in values:
+        if not isinstance(value, int | float):
+            raise UserError(f"{name} is {value!r}: it must be a number")
+    return values

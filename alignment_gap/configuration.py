@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import types
 import typing
 from collections.abc import Mapping
@@ -36,12 +37,17 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], path: str = "config"
     hints, names = typing.get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:
-            raise UserError(f"unknown key {path}.{key}: {nearest(key, names)}")
-    built = {name: _value(hints[name], value, f"{path}.{name}") for name, value in values.items()}
+            raise UserError(f"unknown key {_below(path, key)}: {nearest(key, names)}")
+    built = {name: _value(hints[name], value, _below(path, name)) for name, value in values.items()}
     try:
         return cls(**built)
     except UserError as error:
-        raise UserError(f"{path}.{error}") from error
+        raise UserError(_below(path, str(error))) from error
+
+
+def _below(path: str, name: str) -> str:
+    """The path of a key; the settings of a command line have "--" before them, and no name above."""
+    return f"{path}{name}" if path == "--" else f"{path}.{name}"
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
@@ -52,7 +58,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if choices := [each for each in hints if dataclasses.is_dataclass(each)]:
         if not isinstance(value, Mapping):
             raise UserError(f"{path} is {value!r}: it must be a group of settings, given by their names")
-        return from_dict(_choose(choices, value, path), value, path)  # type: ignore[arg-type]
+        return from_dict(_choose(choices, value, path), value, path)
     if typing.get_origin(hints[0]) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise UserError(f"{path} is {value!r}: it must be a tuple such as (1, 2)")
@@ -72,6 +78,9 @@ def _choose(choices: list[Any], value: Mapping[str, Any], path: str) -> Any:
     tags = {choice: (each[0].name, each[0].default) for choice, each in fields.items()}
     tagged = [choice for choice, (name, tag) in tags.items() if value.get(name, _ABSENT) == tag]
     fitting = [choice for choice, each in fields.items() if set(value) <= {field.name for field in each}]
+    is_tag = len({name for name, _ in tags.values()}) == 1
+    if is_tag and not tagged and tags[choices[0]][0] in value:
+        fitting = []  # A tag that none of them has, whatever else is given.
     found = [choice for choice in tagged if choice in fitting] or tagged or fitting
     if len(found) == 1:
         return found[0]
@@ -89,3 +98,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def load_named(name: str, what: str) -> Any:
+    """The object of a name such as "my_package.judges:brevity"; raises UserError naming what is not there."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise UserError(f"{what} {name!r}: cannot import {module} ({error}): check the name, or PYTHONPATH") from error
+    except AttributeError:
+        names = [each for each in vars(importlib.import_module(module)) if not each.startswith("_")]
+        raise UserError(f"{what} {name!r}: {module} has no {attribute!r}: {nearest(attribute, names)}") from None

@@ -3,11 +3,53 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
 
-def progress_bar(total: int | None, title: str, unit: str = "it", *, silent: bool = False) -> tqdm:
-    """A bar on standard error, with rate and time to go; without a terminal a line now and then is enough."""
+@runtime_checkable
+class Bar(Protocol):
+    """What long work tells of itself; a context manager. The bars of tqdm are such."""
+
+    def __enter__(self) -> Bar: ...
+
+    def __exit__(self, *exception: Any) -> Any: ...
+
+    def update(self, n: float = 1) -> Any:
+        """So much more is done."""
+
+    def unpause(self) -> Any:
+        """The rate counts from now."""
+
+    def set_postfix(self, **values: Any) -> Any:
+        """Shows values beside the bar."""
+
+    def write(self, s: str) -> Any:
+        """Prints a line above the bar."""
+
+
+# Opens the bar of a job: (total or None, title, unit) -> the bar, a context manager.
+OpenBar = Callable[[int | None, str, str], Bar]
+
+
+class _NoBar(tqdm):
+    """Says nothing; tqdm's own prints lines even where it is disabled."""
+
+    def write(self, *args: Any, **kwargs: Any) -> None:
+        """Drops a line."""
+
+
+NO_BAR: Bar = _NoBar(disable=True)
+
+
+def progress_bar(total: int | None, title: str, unit: str = "it", *, silent: bool = False) -> Bar:
+    """A bar on standard error, with rate and time to go; without a terminal a line now and then is enough.
+
+    A silent one shows nothing, and prints no line.
+    """
+    if silent:
+        return NO_BAR
     every = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, desc=title, unit=unit, mininterval=every, maxinterval=max(every, 10.0), disable=silent)
+    return tqdm(total=total, desc=title, unit=unit, mininterval=every, maxinterval=max(every, 10.0))

@@ -18,11 +18,36 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "models"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "data"))
 
+import jaxtyping
+
+# Every call is checked against the types and shapes of its signature. An int passes for a float.
+jaxtyping.install_import_hook("alignment_gap", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+import jax
+import optax
 import pytest
 from tiny_models import CONFIGS, EVEN_CONFIGS, MESHES, random_params
 
+from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.models import make_policy
 from alignment_gap.sharding import make_mesh
+from alignment_gap.training import TrainState
+
+# Trees hold anything under their names: arrays of numpy, shapes, shardings, more axes inside of a scan.
+for tree in (PreferenceBatch, TrainState):
+    tree.__init__ = tree.__init__.__wrapped__
+
+# No dtype is widened unasked; only optax's Adam does it, which raises a float to the power of an int32.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+optax.tree.bias_correction = jax.numpy_dtype_promotion("standard")(optax.tree.bias_correction)
+
+
+@pytest.fixture
+def unchecked():
+    """Without the checks of types: for what the package itself says of wrong arguments."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session", params=["t5", "decoder"])

@@ -65,6 +65,8 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples():
         ({"zzz": 1}, r"unknown key config\.zzz: choose one of pet, garden, rooms, heights, open"),
         ({"pet": {"animal": "cat", "live": 3}}, r"unknown key config\.pet\.live: did you mean lives\?"),
         ({"pet": {"animal": "cow"}}, r"config\.pet\.animal is 'cow': choose one of cat, dog"),
+        # Though a cat alone has lives.
+        ({"pet": {"animal": "cow", "lives": 3}}, r"config\.pet\.animal is 'cow': choose one of cat, dog"),
         ({"pet": {"animal": "cat", "lives": 9.5}}, r"config\.pet\.lives is 9\.5: it must be of type int"),
         ({"pet": {"animal": "cat", "lives": True}}, r"config\.pet\.lives is True: it must be of type int"),
         ({"garden": {"weight": "heavy"}}, r"config\.garden\.weight is 'heavy': it must be of type float"),

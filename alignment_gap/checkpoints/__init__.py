@@ -11,7 +11,7 @@ from alignment_gap.checkpoints.layout import (
     tokenizer_of,
     write_checkpoint,
 )
-from alignment_gap.checkpoints.network import Network, agreed_model, check_vocabulary, network_of, preference_network
+from alignment_gap.checkpoints.network import Network, agreed_model, check_vocabulary
 from alignment_gap.checkpoints.tensors import Entry, Tensor, check_entries, check_shapes, exported, imported
 
 __all__ = [
@@ -29,9 +29,7 @@ __all__ = [
     "find_checkpoint",
     "imported",
     "known_network",
-    "network_of",
     "open_checkpoint",
-    "preference_network",
     "read_network",
     "tokenizer_of",
     "write_checkpoint",

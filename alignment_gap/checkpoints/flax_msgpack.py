@@ -21,6 +21,8 @@ SMALL = 2**16
 ARRAY, NUMPY_SCALAR = 1, 3
 # An array beyond 2^30 bytes is a dictionary with this key.
 CHUNKED = "__msgpack_chunked_array__"
+# What reading raises where a file is cut short or is something else.
+_DAMAGE = (ValueError, TypeError, IndexError, KeyError, struct.error, msgpack.UnpackException)
 # First byte of an extension -> bytes of its length, or the length itself.
 _EXTENSIONS = {0xC7: 1, 0xC8: 2, 0xC9: 4}
 _FIXED_EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
@@ -32,7 +34,7 @@ def is_flax_file(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return _map_size(file) not in (None, 0) and isinstance(_small(file), str)
-    except (OSError, ValueError, msgpack.UnpackException):
+    except (OSError, *_DAMAGE):
         return False
 
 
@@ -49,7 +51,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}): check the path") from error
-    except (ValueError, TypeError, struct.error, msgpack.UnpackException) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} is damaged or no file of flax ({error!r:.100})") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} is no file of flax: it holds no dictionary")

@@ -2,7 +2,7 @@
 
 A format is a module with
   recognises(path) -> bool              whether the file or folder is of this format, from a look at it
-  open_source(path) -> Source           what it holds; nothing is loaded
+  open_foreign(path) -> Foreign           what it holds; nothing is loaded
   write(output, model, tensors, companions)   writes our parameters in it, tensor by tensor, and the files of a folder
                                         that go with them, where it has such
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,6 @@ from alignment_gap.checkpoints.layout import (
 from alignment_gap.checkpoints.network import Network
 from alignment_gap.checkpoints.tensors import Entries, Tensor, check_entries, check_shapes, imported, shapes_of
 from alignment_gap.configuration import to_dict
-from alignment_gap.data.text.vocabulary import load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.models import ModelConfig, make_policy
 from alignment_gap.sharding import unbox
@@ -43,7 +42,7 @@ FORMATS = {
 }
 
 
-class Source(NamedTuple):
+class Foreign(NamedTuple):
     """A checkpoint of another format, of which nothing is loaded yet.
 
     Attributes:
@@ -61,37 +60,38 @@ class Source(NamedTuple):
     companions: Collection[Path] = ()
 
 
-def import_checkpoint(path: Path, output: Path, name: str = "") -> Stored:
+def import_checkpoint(
+    path: Path,
+    output: Path,
+    name: str | None = None,
+    tokenizer_digest: Callable[[Path], str | None] = lambda folder: None,
+) -> Stored:
     """Writes a checkpoint of another format into the run folder `output`, as its step 0, tensor by tensor.
 
     Args:
       path: of the file or folder.
       output: the new folder; training starts from it, and `load_policy` loads it.
-      name: of the format; found by looking where empty.
+      name: of the format; None to find it by looking.
+      tokenizer_digest: the digest of the vocabulary in a folder of tokenizer files, None for none that can be used.
 
     Raises:
       UserError: where the format is unknown, or tensors are wrong, missing or too many: before anything is loaded.
     """
     if output.exists():
         raise UserError(f"{output} exists already: give a new folder")
-    source = open_source(path, name)
+    source = open_foreign(path, name)
     tensors = imported(source.tensors, source.entries)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_shapes(str(path), shapes, model_shapes(source.model))
-    digest = _keep(source.companions, output / TOKENIZER) if source.companions else ""
-    write_checkpoint(output, 0, Network(model=source.model, vocabulary_digest=digest), tensors)
+    tokenizer, digest = output / TOKENIZER, None
+    if source.companions:
+        tokenizer.mkdir(parents=True)
+        for file in source.companions:
+            shutil.copyfile(file, tokenizer / file.name)
+        digest = tokenizer_digest(tokenizer)
+    vocabulary = str(tokenizer) if digest else None
+    write_checkpoint(output, 0, Network(model=source.model, vocabulary=vocabulary, vocabulary_digest=digest), tensors)
     return open_checkpoint(output)
-
-
-def _keep(companions: Collection[Path], folder: Path) -> str:
-    """Copies the files that came with tensors; returns the digest of the vocabulary that they are, empty for none."""
-    folder.mkdir(parents=True)
-    for file in companions:
-        shutil.copyfile(file, folder / file.name)
-    try:
-        return load_vocabulary(folder).digest
-    except UserError:
-        return ""  # There is no tokenizer with them, or none that can be used here.
 
 
 def export_checkpoint(
@@ -126,7 +126,7 @@ def export_checkpoint(
     os.replace(partial, output)
 
 
-def open_source(path: Path, name: str = "") -> Source:
+def open_foreign(path: Path, name: str | None = None) -> Foreign:
     """A checkpoint of another format, all of whose tensors are there in their shapes; nothing is loaded.
 
     Raises:
@@ -137,7 +137,7 @@ def open_source(path: Path, name: str = "") -> Source:
         raise UserError(f"{path} does not exist: give the file or folder of a checkpoint")
     if not names:
         raise UserError(f"{path} is in no format that is known here: it must be of {', '.join(FORMATS)}")
-    source = _module(names[0]).open_source(path)
+    source = _module(names[0]).open_foreign(path)
     check_entries(str(path), source.tensors, source.entries, source.ignored)
     return source
 
@@ -150,7 +150,7 @@ def describe(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """
     names = [name for name in FORMATS if _module(name).recognises(path)]
     if names:
-        source = open_source(path, names[0])
+        source = open_foreign(path, names[0])
         return {"format": names[0], "model": to_dict(source.model)}, source.tensors
     stored = open_checkpoint(path)
     network = to_dict(stored.network) if stored.network else {"network": "it does not say"}

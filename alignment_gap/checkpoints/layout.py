@@ -61,12 +61,10 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
     if not steps:
-        raise UserError(
-            f"{path} has no complete checkpoint: give the folder of a training job, of a stage or of an import"
-        )
+        raise UserError(f"{path} has no complete checkpoint: give the folder of a training job or of an import")
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps))
-        raise UserError(f"{folder} has no checkpoint of step {step}: choose one of {there}, or 0 for the last")
+        raise UserError(f"{folder} has no checkpoint of step {step}: choose one of {there}, or none for the last")
     return folder / str(steps[-1] if step is None else step)
 
 

@@ -7,13 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment_gap.configuration import from_dict, to_dict
-from alignment_gap.data.text.vocabulary import Vocabulary, extra_id
 from alignment_gap.errors import UserError
 from alignment_gap.models import ModelConfig, Policy, PreferenceModel, T5Config, make_policy
 from alignment_gap.models.preference import Markers
 
 # Fields of a model's config that change how it runs, not what it computes nor its parameters.
 RUN_TIME = ("attention", "dtype", "remat", "scan_unroll")
+# Fields in which checkpoints of the first version say "" or 0 for None.
+_UNSET = (
+    "vocabulary",
+    "vocabulary_digest",
+    "logits_soft_cap",
+    "attention_soft_cap",
+    "query_pre_attention_scalar",
+    "rope_local_base",
+    "window",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +33,15 @@ class Network:
       kind: "policy", or the kind of a preference model, "pairwise" or "bradley_terry".
       model: the policy, or the one that a preference model asks.
       markers: a preference model's reserved token ids, in the order of `Markers`; empty for a policy.
-      vocabulary: where its vocabulary is; empty where that is not known.
-      vocabulary_digest: of the vocabulary; empty where that is not known.
+      vocabulary: where its vocabulary is; None where that is not known.
+      vocabulary_digest: of the vocabulary; None where that is not known.
     """
 
     kind: str = "policy"
     model: ModelConfig = T5Config()
     markers: tuple[int, ...] = ()
-    vocabulary: str = ""
-    vocabulary_digest: str = ""
+    vocabulary: str | None = None
+    vocabulary_digest: str | None = None
 
     def policy(self) -> Policy:
         """The policy itself; of a preference model the one that it asks."""
@@ -45,19 +54,6 @@ class Network:
         return PreferenceModel(self.policy(), Markers(*self.markers), self.kind)
 
 
-def preference_network(kind: str, model: ModelConfig, vocabulary: Vocabulary) -> Network:
-    """A preference model that marks its context with the vocabulary's sentinels; raises UserError where it has few."""
-    markers = tuple(extra_id(vocabulary, i) for i in range(len(Markers._fields)))
-    return Network(kind, model, markers, vocabulary_digest=vocabulary.digest)
-
-
-def network_of(network: Policy | PreferenceModel, vocabulary_digest: str = "") -> Network:
-    """What a checkpoint of this network says of itself."""
-    if isinstance(network, PreferenceModel):
-        return Network(network.kind, network.policy.config, tuple(network.markers), "", vocabulary_digest)
-    return Network(model=network.config, vocabulary_digest=vocabulary_digest)
-
-
 def to_json(network: Network) -> dict[str, Any]:
     """The network as a checkpoint keeps it."""
     return to_dict(network) | {"markers": list(network.markers)}
@@ -65,10 +61,14 @@ def to_json(network: Network) -> dict[str, Any]:
 
 def from_json(values: Mapping[str, Any]) -> Network:
     """The network from what a checkpoint keeps; raises UserError for a field that this version does not know."""
-    return from_dict(Network, values, path="network")
+    return from_dict(Network, {**_with_none(values), "model": _with_none(values["model"])}, path="network")
 
 
-def check_vocabulary(network: Network, digest: str, checkpoint: str, dataset: str) -> None:
+def _with_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: None if name in _UNSET and not value else value for name, value in values.items()}
+
+
+def check_vocabulary(network: Network, digest: str | None, checkpoint: str, dataset: str) -> None:
     """Raises UserError where a checkpoint and a dataset are known to be of different vocabularies.
 
     Args:

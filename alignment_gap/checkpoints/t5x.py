@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment_gap.checkpoints.formats import Source
+from alignment_gap.checkpoints.formats import Foreign
 from alignment_gap.checkpoints.layout import METADATA, open_store, write_store
-from alignment_gap.checkpoints.t5x_tree import TARGET, t5_entries, t5_source
+from alignment_gap.checkpoints.t5x_tree import TARGET, t5_entries, t5_foreign
 from alignment_gap.checkpoints.tensors import Tensor, exported, from_array
 from alignment_gap.models import ModelConfig
 
@@ -23,9 +23,9 @@ def recognises(path: Path) -> bool:
     return (last_step(path) / STATE).is_dir()
 
 
-def open_source(path: Path) -> Source:
+def open_foreign(path: Path) -> Foreign:
     """The T5 network of the target; raises UserError where it is none."""
-    return t5_source(path, open_store(last_step(path) / STATE))
+    return t5_foreign(path, open_store(last_step(path) / STATE))
 
 
 def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor], companions: Path | None = None) -> None:

@@ -10,9 +10,9 @@ import flax.serialization
 import msgpack
 
 from alignment_gap.checkpoints.flax_msgpack import is_flax_file
-from alignment_gap.checkpoints.formats import Source
+from alignment_gap.checkpoints.formats import Foreign
 from alignment_gap.checkpoints.t5x_legacy import INDEX, index_tree, open_tree
-from alignment_gap.checkpoints.t5x_tree import t5_entries, t5_source
+from alignment_gap.checkpoints.t5x_tree import t5_entries, t5_foreign
 from alignment_gap.checkpoints.tensors import Tensor, exported
 from alignment_gap.models import ModelConfig
 
@@ -22,9 +22,9 @@ def recognises(path: Path) -> bool:
     return path.is_file() and path.name != INDEX and is_flax_file(path)
 
 
-def open_source(path: Path) -> Source:
+def open_foreign(path: Path) -> Foreign:
     """The T5 network of the target; raises UserError where it is none, or the file is cut short."""
-    return t5_source(path, open_tree(path))
+    return t5_foreign(path, open_tree(path))
 
 
 def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor], companions: Path | None = None) -> None:

@@ -19,10 +19,10 @@ import tensorstore as ts
 from flax.traverse_util import unflatten_dict
 
 from alignment_gap.checkpoints.flax_msgpack import is_flax_file, read_tree
-from alignment_gap.checkpoints.formats import Source
+from alignment_gap.checkpoints.formats import Foreign
 from alignment_gap.checkpoints.layout import check_parts, first_line, parts_of, stored_tensor
 from alignment_gap.checkpoints.t5x import PREFIX, last_step
-from alignment_gap.checkpoints.t5x_tree import TARGET, t5_entries, t5_source
+from alignment_gap.checkpoints.t5x_tree import TARGET, t5_entries, t5_foreign
 from alignment_gap.checkpoints.tensors import Tensor, exported
 from alignment_gap.errors import UserError
 from alignment_gap.models import ModelConfig
@@ -38,9 +38,9 @@ def recognises(path: Path) -> bool:
     return index.parent.is_dir() and index.name == INDEX and is_flax_file(index)
 
 
-def open_source(path: Path) -> Source:
+def open_foreign(path: Path) -> Foreign:
     """The T5 network of the target; raises UserError where it is none, or a part of a tensor is missing."""
-    return t5_source(path, open_tree(_index(path)))
+    return t5_foreign(path, open_tree(_index(path)))
 
 
 def open_tree(index: Path) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment_gap.checkpoints.formats import Source, model_shapes
+from alignment_gap.checkpoints.formats import Foreign, model_shapes
 from alignment_gap.checkpoints.tensors import STACK, Entries, Entry, Tensor
 from alignment_gap.errors import UserError
 from alignment_gap.models import ModelConfig, T5Config
@@ -21,7 +21,7 @@ OUTPUT, LOGITS = "output_embedder.embedding", "decoder.logits_dense.kernel"
 SCAN_AXIS = 1
 
 
-def t5_source(path: Path, tensors: Mapping[str, Tensor]) -> Source:
+def t5_foreign(path: Path, tensors: Mapping[str, Tensor]) -> Foreign:
     """The T5 network that the tensors of T5X's `target` make; raises UserError where they are no T5 v1.1."""
     tensors = {name.removeprefix(TARGET): t for name, t in tensors.items() if name.startswith(TARGET)}
     if any("relative_posemb" in name for name in tensors):
@@ -31,7 +31,7 @@ def t5_source(path: Path, tensors: Mapping[str, Tensor]) -> Source:
         )
     scanned = any(name.startswith("encoder.layers.") for name in tensors)
     config = _config(path, tensors, scanned)
-    return Source(config, tensors, t5_entries(config, scanned=scanned))
+    return Foreign(config, tensors, t5_entries(config, scanned=scanned))
 
 
 def t5_entries(model: ModelConfig, *, scanned: bool = False) -> Entries:

@@ -10,70 +10,77 @@ An imported checkpoint is a run's folder: `alignment-gap train --gin.START=RUN` 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from alignment_gap.cli.parsing import parse_flags
+from alignment_gap.cli.flags import parse, require, run_subcommand
 from alignment_gap.errors import UserError
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the action that the first argument names; raises UserError for what cannot be used."""
-    command, *rest = arguments
-    if not rest or rest[0] in ("--help", "-h"):
-        print(__doc__, *(make(flags.FlagValues()).get_help() for make in (_import_flags, _export_flags)), sep="\n")
+    """Runs the sub-command that the first argument names."""
+    run_subcommand(arguments, {"import": import_, "export": export, "show": show}, __doc__)
+
+
+def import_(arguments: list[str]) -> None:
+    """Import a checkpoint of T5X or of the hub as the folder of a run."""
+
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("from", None, "File or folder to import, or an id on the hub.", flag_values=values)
+        flags.DEFINE_string("output", None, "The new run's folder.", flag_values=values)
+        flags.DEFINE_string("format", None, "Its format; by default it is found by looking.", flag_values=values)
+
+    parsed = parse(arguments, define, import_.__doc__)
+    if parsed is None:
         return
-    actions: dict[str, Callable[[list[str]], None]] = {"import": _import, "export": _export, "show": _show}
-    if rest[0] not in actions:
-        raise UserError(f"{command} {rest[0]}: choose one of {', '.join(actions)}")
-    actions[rest[0]]([f"{command} {rest[0]}", *rest[1:]])
-
-
-def _import_flags(values: flags.FlagValues) -> flags.FlagValues:
-    flags.DEFINE_string("from", None, "File or folder to import, or an id on the hub.", flag_values=values)
-    flags.DEFINE_string("output", None, "The new run's folder.", flag_values=values)
-    flags.DEFINE_string("format", "", "Its format; found by looking where empty.", flag_values=values)
-    return values
-
-
-def _export_flags(values: flags.FlagValues) -> flags.FlagValues:
-    flags.DEFINE_string("checkpoint", None, "Folder of a run or of one of its checkpoints.", flag_values=values)
-    flags.DEFINE_string("format", None, "Format to write, such as huggingface or t5x.", flag_values=values)
-    flags.DEFINE_string("output", None, "The new file or folder.", flag_values=values)
-    flags.DEFINE_integer("step", None, "Which of the run's checkpoints; the last one if not given.", flag_values=values)
-    flags.DEFINE_string(
-        "tokenizer", None, "Folder of tokenizer files to go with it; the run's own if not given.", flag_values=values
-    )
-    return values
-
-
-def _import(arguments: list[str]) -> None:
-    values = _parsed(_import_flags, arguments, ("from", "output"))
+    values, _ = parsed
+    source, output = Path(require(values, "from")), Path(require(values, "output"))
     from alignment_gap.checkpoints.formats import import_checkpoint
+    from alignment_gap.data.text.vocabulary_loading import tokenizer_digest
 
-    stored = import_checkpoint(Path(str(values["from"].value)), Path(values.output), values.format)
+    stored = import_checkpoint(source, output, values.format, tokenizer_digest)
     print(f"{stored.folder}: {_summary(stored.tensors)}")
 
 
-def _export(arguments: list[str]) -> None:
-    values = _parsed(_export_flags, arguments, ("checkpoint", "format", "output"))
+def export(arguments: list[str]) -> None:
+    """Export a checkpoint of a run in another library's format."""
+
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("checkpoint", None, "Folder of a run or of one of its checkpoints.", flag_values=values)
+        flags.DEFINE_string("format", None, "Format to write, such as huggingface or t5x.", flag_values=values)
+        flags.DEFINE_string("output", None, "The new file or folder.", flag_values=values)
+        flags.DEFINE_integer("step", None, "Which checkpoint of the run; by default the last.", flag_values=values)
+        flags.DEFINE_string(
+            "tokenizer", None, "Folder of tokenizer files to go with it; by default the run's own.", flag_values=values
+        )
+
+    parsed = parse(arguments, define, export.__doc__)
+    if parsed is None:
+        return
+    values, _ = parsed
+    checkpoint, name, output = (require(values, flag) for flag in ("checkpoint", "format", "output"))
     from alignment_gap.checkpoints.formats import export_checkpoint
 
     tokenizer = Path(values.tokenizer) if values.tokenizer else None
-    export_checkpoint(Path(values.checkpoint), Path(values.output), values.format, values.step, tokenizer)
-    print(values.output)
+    export_checkpoint(Path(checkpoint), Path(output), name, values.step, tokenizer)
+    print(output)
 
 
-def _show(arguments: list[str]) -> None:
-    if len(arguments) != 2 or arguments[1].startswith("-"):
-        raise UserError("alignment-gap checkpoint show takes one argument, the path of a checkpoint")
+def show(arguments: list[str]) -> None:
+    """Show what a checkpoint holds: checkpoint show PATH."""
+    parsed = parse(arguments, lambda values: None, show.__doc__, positional=1)
+    if parsed is None:
+        return
+    _, paths = parsed
+    if not paths:
+        raise UserError("checkpoint show needs the path of a checkpoint: alignment-gap checkpoint show PATH")
     from alignment_gap.checkpoints.formats import describe
     from alignment_gap.configuration import flatten
 
-    facts, tensors = describe(Path(arguments[1]))
+    facts, tensors = describe(Path(paths[0]))
     for key, value in flatten(facts).items():
         print(f"{key:40}{value}")
     print(f"{'tensors':40}{_summary(tensors)}")
@@ -89,15 +96,3 @@ def _summary(tensors: Mapping[str, Any]) -> str:
     unit = 3 * int(math.log10(max(count, 1)) // 3)
     short = f" ({count / 10**unit:.3g}{' kMGT'[unit // 3]})" if unit else ""
     return f"{len(tensors)} tensors of {count} parameters{short} in {dtypes}"
-
-
-def _parsed(make: Callable[..., flags.FlagValues], arguments: list[str], needed: tuple[str, ...]) -> flags.FlagValues:
-    values = make(flags.FlagValues())
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__, values.get_help(), sep="\n")
-        raise SystemExit(0)
-    parse_flags(values, arguments)
-    missing = [name for name in needed if not values[name].value]
-    if missing:
-        raise UserError(f"{arguments[0]} needs --{missing[0]}")
-    return values

@@ -3,10 +3,9 @@
 alignment-gap data vocabulary --source=pairs.jsonl.gz --size=32000 --output=own.model
 alignment-gap data prepare --source=pairs.jsonl.gz --vocabulary=own.model --output=prepared
 alignment-gap data show prepared/train --examples=3
-alignment-gap data shuffle --input=prepared/train --output=shuffled --window=320
-alignment-gap data mix --inputs=a,b --weights=0.7,0.3 --output=mixed
-alignment-gap data relabel --input=prepared/train --preference_model=runs/golden --output=relabelled
-alignment-gap data generate --prompts=prepared/train --policies=runs/a,runs/b --preference_model=runs/golden --output=ab
+alignment-gap data label --dataset=prepared/train --judge=runs/golden --output=labelled
+alignment-gap data generate --prompts=prepared/train --policies=runs/a,runs/b --judge=runs/golden --output=a_vs_b
+alignment-gap data compose --datasets=labelled,a_vs_b --weights=0.7,0.3 --output=mixed
 alignment-gap data reference --dataset=prepared/train --checkpoint=runs/sft
 
 A command that was stopped goes on from its finished parts. alignment-gap data COMMAND --help tells a command's flags.
@@ -14,178 +13,125 @@ A command that was stopped goes on from its finished parts. alignment-gap data C
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import os
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from absl import flags
 
-from alignment_gap.cli.parsing import parse_flags
+from alignment_gap.cli.flags import define_config, define_shared, parse, read_config, require, run_subcommand, start_jax
+from alignment_gap.cli.job import run_command
 from alignment_gap.errors import UserError
-
-if TYPE_CHECKING:
-    from alignment_gap.data.text import TextSourceConfig
-
-# What each is done by: a function of the command line in a module of this floor.
-SUBCOMMANDS = {
-    "vocabulary": "data_vocabulary:vocabulary",
-    "prepare": "data:prepare",
-    "show": "data:show",
-    "shuffle": "data_derive:shuffle",
-    "mix": "data_derive:mix",
-    "relabel": "data_derive:relabel",
-    "generate": "data_derive:generate",
-    "reference": "data_derive:reference",
-}
 
 
 def main(arguments: list[str]) -> None:
-    """Runs a sub-command; raises UserError for one that does not exist."""
-    names = arguments[1:2]
-    if not names or names[0] in ("--help", "-h"):
-        print(__doc__)
-        return
-    if names[0] not in SUBCOMMANDS:
-        near = get_close_matches(names[0], SUBCOMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(SUBCOMMANDS)}"
-        raise UserError(f"unknown command data {names[0]!r}: {hint}")
-    module, _, function = SUBCOMMANDS[names[0]].partition(":")
-    run = getattr(importlib.import_module(f"alignment_gap.cli.{module}"), function)
-    run([f"{arguments[0]} {names[0]}", *arguments[2:]])
+    """Runs the sub-command that the first argument names."""
+    run_subcommand(arguments, SUBCOMMANDS, __doc__)
 
 
 def prepare(arguments: list[str]) -> None:
     """Prepare a source's pairs: record files, a card, a preview and a picture of the lengths."""
-    values = parse(arguments, _prepare_flags, prepare.__doc__)
-    if values is None:
+    from alignment_gap.jobs.prepare import PREPARE
+
+    run_command(PREPARE, arguments, prepare.__doc__)
+
+
+def label(arguments: list[str]) -> None:
+    """Give a dataset the labels of a judge."""
+    from alignment_gap.jobs.label import LABEL
+
+    run_command(LABEL, arguments, label.__doc__)
+
+
+def generate(arguments: list[str]) -> None:
+    """Sample responses to a dataset's prompts from one policy, or from two against each other, and label them."""
+    from alignment_gap.jobs.generate import GENERATE
+
+    run_command(GENERATE, arguments, generate.__doc__)
+
+
+def compose(arguments: list[str]) -> None:
+    """Shuffle a dataset, mix several by weight, or keep the first examples."""
+    from alignment_gap.jobs.compose import COMPOSE
+
+    run_command(COMPOSE, arguments, compose.__doc__)
+
+
+def reference(arguments: list[str]) -> None:
+    """Compute the log-probs of a job's datasets under its reference policy ahead of it, and store them beside each.
+
+    A job with REFERENCE_LOG_PROBS stored or auto uses them where it has the same datasets, reference, lengths, buckets,
+    dtype and attention.
+    """
+    from alignment_gap.jobs.reference import ReferenceConfig, compute_reference
+    from alignment_gap.progress import progress_bar
+    from alignment_gap.sharding import is_first_process
+
+    def define(values: flags.FlagValues) -> None:
+        define_config(values, ReferenceConfig, {})
+        define_shared(values)
+
+    parsed = parse(arguments, define, reference.__doc__)
+    if parsed is None:
         return
-
-    from alignment_gap.data.records.card import lengths_text
-    from alignment_gap.data.tasks.prepare import PREVIEW, PrepareConfig
-    from alignment_gap.data.tasks.prepare import prepare as run
-    from alignment_gap.data.text import Limits
-
-    def of(cls: type) -> dict[str, object]:
-        return {field.name: values[field.name].value for field in dataclasses.fields(cls) if field.name in values}
-
-    source = source_config(values)
-    require(values, "vocabulary")
-    settings = {name: value for name, value in of(PrepareConfig).items() if name != "source"}
-    config = PrepareConfig(source, limits=Limits(**of(Limits)), **settings)  # type: ignore[arg-type]
-    output = Path(require(values, "output"))
-    if values.processes < 0:
-        raise UserError(f"--processes={values.processes} is out of range: give so many, or 0 for one on each core")
-    cards = run(config, output, processes=values.processes or len(os.sched_getaffinity(0)))
-    for split, card in sorted(cards.items()):
-        print(f"{output / split}: {card.count:,} examples")
-        for name in ("prompt", "response"):
-            print(f"  {name}s: {lengths_text(card.lengths[name])} tokens")
-    about = next(iter(cards.values())).provenance
-    print("dropped:", ", ".join(f"{count:,} {reason}" for reason, count in about["dropped"].items()) or "none")
-    if about["cut_prompts"]:
-        print(f"cut to their last tokens: {about['cut_prompts']:,} prompts")
-    print(f"preview: {output / PREVIEW}")
+    values, _ = parsed
+    config = read_config(values, ReferenceConfig, {})
+    start_jax(values)
+    silent = not is_first_process()
+    datasets = compute_reference(config, lambda *about: progress_bar(*about, silent=silent))
+    for dataset in [] if silent else datasets:
+        print(f"{dataset.folder}: log-probs of {len(dataset):,} examples under {config.checkpoint}")
 
 
 def show(arguments: list[str]) -> None:
     """Show a dataset's card, what it was made from, and some of its examples: data show FOLDER."""
-    values = parse(arguments, _show_flags, show.__doc__, positional=1)
-    if values is None:
-        return
-
+    from alignment_gap.data.records import open_dataset, verify_dataset
     from alignment_gap.data.records.card import card_text, find_vocabulary
-    from alignment_gap.data.records.dataset import open_dataset, verify_dataset
     from alignment_gap.data.records.preview import preview
 
-    dataset = open_dataset(require(values, "folder"))
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_integer("examples", 3, "Examples to show.", lower_bound=0, flag_values=values)
+        flags.DEFINE_string("vocabulary", None, "What encoded the examples, if it has moved.", flag_values=values)
+
+    parsed = parse(arguments, define, show.__doc__, positional=1)
+    if parsed is None:
+        return
+    values, folders = parsed
+    if not folders:
+        raise UserError("data show needs the folder of a dataset: alignment-gap data show FOLDER")
+    dataset = open_dataset(folders[0])
     verify_dataset(dataset)
     print(card_text(dataset))
     if values.examples:
         print(preview(dataset, find_vocabulary(dataset, values.vocabulary), values.examples))
 
 
-def parse(
-    arguments: Sequence[str], define: Callable[[flags.FlagValues], None], help_text: str | None, *, positional: int = 0
-) -> flags.FlagValues | None:
-    """The flags of a sub-command, or None after its help was printed; raises UserError for what is no flag of it.
-
-    `positional` arguments that are no flags are taken as the value of the flag "folder".
-    """
-    values = flags.FlagValues()
-    define(values)
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text, values.get_help(), sep="\n")
-        return None
-    rest = parse_flags(values, arguments, positional=positional)
-    if rest:
-        values["folder"].value = rest[0]
-    return values
-
-
-def require(values: flags.FlagValues, name: str) -> str:
-    """The value of a flag that has to be given."""
-    if not values[name].value:
-        raise UserError(f"--{name} is not set: add --{name}=VALUE")
-    return str(values[name].value)
-
-
-def define_source_flags(values: flags.FlagValues) -> None:
-    """What says where pairs are and how they are read."""
-    text, _ = definers(values)
-    text("source", "", "File, folder, hub: or tfds: name of the pairs; several with commas between.")
-    text("task", "auto", "summarization, helpfulness, harmlessness, chat_arena, pairs; auto tells by the first record.")
-    text("fields", "", "Columns of your own pairs: prompt=question,chosen=good,rejected=bad.")
-    text("labels", "", "Meaning of a label's values: model=1,reference=0,both=0.5,=drop.")
-    text("template", "plain", "How conversations are written: plain, a jinja file, or a tokenizer's folder.")
-    text("ties", "drop", "drop or keep pairs without a preference.")
-    text("duplicates", "", "drop or keep pairs that come again; the task's own rule where empty.")
-    text("bad_pairs", "refuse", "refuse or drop pairs that hold no preference.")
-
-
-def source_config(values: flags.FlagValues) -> TextSourceConfig:
-    """The source of the flags; raises UserError where none is given."""
+def vocabulary(arguments: list[str]) -> None:
+    """Train a SentencePiece vocabulary, with T5's special ids, on the texts of a source."""
     from alignment_gap.data.text import TextSourceConfig
+    from alignment_gap.data.text.vocabulary_training import source_texts, train_vocabulary
+    from alignment_gap.jobs.prepare import SOURCE_FLAGS
 
-    names = [field.name for field in dataclasses.fields(TextSourceConfig) if field.name in values]
-    settings = {name: values[name].value for name in names}
-    return TextSourceConfig(location=require(values, "source"), **settings)  # type: ignore[arg-type]
+    def define(values: flags.FlagValues) -> None:
+        define_config(values, TextSourceConfig, SOURCE_FLAGS)
+        flags.DEFINE_string("output", None, "The file, *.model.", flag_values=values)
+        flags.DEFINE_integer("size", 32_000, "Pieces, special ones and 256 bytes included.", flag_values=values)
+        flags.DEFINE_enum("model", "unigram", ("unigram", "bpe"), "Kind of SentencePiece model.", flag_values=values)
 
-
-def _prepare_flags(values: flags.FlagValues) -> None:
-    text, number = definers(values)
-    define_source_flags(values)
-    text("vocabulary", "", "SentencePiece *.model, word list *.txt, tokenizer.json or its folder, or bytes.")
-    text("output", "", "Folder of the prepared datasets; one that was stopped goes on there.")
-    number("prompt_length", 512, "Most tokens of a prompt.")
-    number("response_length", 256, "Most tokens of a response, its end included.")
-    text("long_prompts", "drop", "drop, refuse, or keep_end: the last tokens.")
-    text("long_responses", "drop", "drop or refuse.")
-    flags.DEFINE_float("validation", 0.02, "Share of the prompts that is held out.", flag_values=values)
-    number("seed", 0, "Of the split.")
-    number(
-        "records_per_file", 0, "Records of the source that make one record file; 0 for 5000, or more of a large source."
-    )
-    number("processes", 0, "Processes that work at it; 0 for one on each core.")
+    parsed = parse(arguments, define, vocabulary.__doc__)
+    if parsed is None:
+        return
+    values, _ = parsed
+    texts = source_texts(read_config(values, TextSourceConfig, SOURCE_FLAGS))
+    trained = train_vocabulary(texts, require(values, "output"), values.size, model=values.model)
+    special = f"pad {trained.pad_id}, end {trained.eos_id}, unknown {trained.unk_id}"
+    print(f"{trained.path}: {trained.size:,} ids, of them {trained.extra_ids} sentinels; {special}")
 
 
-def _show_flags(values: flags.FlagValues) -> None:
-    text, number = definers(values)
-    text("folder", "", "The dataset.")
-    number("examples", 3, "Examples to show.")
-    text("vocabulary", "", "What the examples were encoded with, where it is no longer at its place.")
-
-
-def definers(values: flags.FlagValues) -> tuple[Callable[[str, str, str], None], Callable[[str, int, str], None]]:
-    """What defines a flag that is a text, and one that is a whole number: (name, default, help)."""
-
-    def text(name: str, default: str, help_text: str) -> None:
-        flags.DEFINE_string(name, default, help_text, flag_values=values)
-
-    def number(name: str, default: int, help_text: str) -> None:
-        flags.DEFINE_integer(name, default, help_text, flag_values=values)
-
-    return text, number
+SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "vocabulary": vocabulary,
+    "prepare": prepare,
+    "show": show,
+    "label": label,
+    "generate": generate,
+    "compose": compose,
+    "reference": reference,
+}

@@ -1,16 +1,40 @@
-"""`alignment-gap losses`: every loss by name, with its settings."""
+"""Every loss by name, with its settings and what it reads beyond its arrays; and the aliases.
+
+alignment-gap losses
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from alignment_gap import losses
+from alignment_gap.cli.flags import parse
+from alignment_gap.evaluation.results import text_table
 
 
 def main(arguments: list[str]) -> None:
-    """Prints a line for each name in the registry."""
-    del arguments
-    for name in losses.names():
-        loss = losses.get(name)
-        settings = [str(p) for p in inspect.signature(loss).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        print(f"{name:24}{', '.join(settings)}")
+    """Prints a table of the losses, and one of the aliases."""
+    if parse(arguments, lambda values: None, __doc__) is None:
+        return
+    aliases = losses.aliases()
+    names = [name for name in losses.names() if name not in aliases]
+    print(text_table(("loss", "settings", "reads beyond its arrays"), [_row(name) for name in names]))
+    print()
+    print(text_table(("alias", "stands for"), [(name, _call(*aliases[name])) for name in sorted(aliases)]))
+
+
+def _row(name: str) -> tuple[str, str, str]:
+    loss = losses.get(name)
+    parameters = inspect.signature(loss).parameters.values()
+    settings = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+    return name, _shown(settings), ", ".join(sorted(losses.reads(loss)))
+
+
+def _call(name: str, settings: Mapping[str, Any]) -> str:
+    return f"{name}, {_shown(settings)}" if settings else name
+
+
+def _shown(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())

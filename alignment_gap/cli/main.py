@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import importlib
 import sys
+import traceback
 from collections.abc import Callable
-from difflib import get_close_matches
 
 from alignment_gap import __version__
+from alignment_gap.checks import nearest
 from alignment_gap.errors import UserError
 
 COMMANDS = {
     "study": "run the controlled study, or what is left of it, and write its report",
-    "train": "train one policy offline from gin files",
+    "train": "train a policy or a preference model, online or offline, from gin files",
+    "evaluate": "measure the checkpoints of a run: win rates by any judge, KL, accuracy, length",
+    "sample": "responses of a policy to prompts from a dataset, a file or the keyboard",
     "data": "prepare datasets, make new ones from them, score them, show what they are",
     "plan": "tell whether a job fits a TPU slice and how fast it is at best, without a TPU",
     "losses": "list the losses",
@@ -47,32 +50,48 @@ def main() -> None:
 def _run(arguments: list[str]) -> None:
     name = arguments[0]
     if name not in COMMANDS:
-        near = get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise UserError(f"unknown command {name!r}: {hint}")
+        raise UserError(f"unknown command {name!r}: {nearest(name, COMMANDS)}")
     importlib.import_module(f"alignment_gap.cli.{name}").main(["alignment-gap " + name, *arguments[1:]])
 
 
 def guarded(run: Callable[[], None]) -> int:
-    """Exit status of `run`: 0, or 2 after one line where the user can mend what went wrong, 130 after ctrl-c."""
+    """Exit status of `run`: 0, or 2 after one line where the user can mend what went wrong, 130 after ctrl-c.
+
+    Where one of several processes fails, all end.
+    """
     try:
         run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _failed(str(error))
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
         if not _disk_full(error):
+            _fail_together(f"{type(error).__name__}: {error}", show=lambda: traceback.print_exc())
             raise
         place = getattr(error, "filename", None) or str(error)[:LONGEST].splitlines()[0]
-        print(
-            f"error: the disk is full ({place}): free some space and run the same command again; what is done is kept",
-            file=sys.stderr,
+        return _failed(
+            f"the disk is full ({place}): free some space and run the same command again; what is done is kept"
         )
-        return 2
     return 0
+
+
+def _failed(line: str) -> int:
+    def say() -> None:
+        print(f"error: {line}", file=sys.stderr)
+
+    _fail_together(line, say)
+    say()
+    return 2
+
+
+def _fail_together(line: str, show: Callable[[], None]) -> None:
+    """Shows what happened and ends all processes of a run, if this is one of several; jax is there then."""
+    if "alignment_gap.sharding" in sys.modules and "jax" in sys.modules:
+        from alignment_gap.sharding import fail_together
+
+        fail_together(line.splitlines()[0], show)
 
 
 def _disk_full(error: BaseException | None) -> bool:

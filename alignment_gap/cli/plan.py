@@ -1,145 +1,143 @@
 """Tell whether a job fits a slice, and how long its steps take at best, without a TPU.
 
+alignment-gap plan --gin_file=gin/runs/online_ipo.gin --gin.PROMPTS=prepared/train --gin.START=runs/sft \\
+    --gin.JUDGE=runs/proxy --topology=v5e:4x4 --layout=fsdp
+alignment-gap plan --config=configs/study/tiny.py --job=seed0-golden --topology=v5e:2x4
 alignment-gap plan --model=t5_xxl --topology=v5e:16x16 --layout=fsdp --batch=512 --json=plan.json
-alignment-gap plan --model=t5_xl --online --golden=t5_xxl --proxy=t5_large --topology=v5p:4x4x4 --batch=64
+alignment-gap plan --model=t5_xl --online --judge=t5_large --topology=v5p:4x4x4 --batch=64
 
-The update step, the sampler and the preference models' scoring are those that a run calls, lowered and compiled by the
-TPU's own compiler (pip install alignment-gap[tpu]). Exit status 1 where the job does not fit.
+The job is that of gin files, one of a study's, or, without either, IPO of --model. Its folders need not be there: then
+--model, --judge, --prompt_length and --response_length say what they will hold. These and the other flags go before
+what the job and its folders say. The functions are those that a run calls, lowered and compiled by the TPU's own
+compiler (pip install 'jax[tpu]'). Exit status 1 where the job does not fit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from alignment_gap.cli.parsing import parse_flags
+from alignment_gap.cli import gin_files, study
+from alignment_gap.cli.flags import define_config, parse
+from alignment_gap.cli.flags import read_config as flag_values
 from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
-    from alignment_gap.plan.plan import PlanConfig
+    from alignment_gap.plan.known import Overrides
+    from alignment_gap.plan.steps import PlanConfig
+
+# What is planned without a job: lengths and batch of the paper (2405.08448), and the least memory.
+USUAL: dict[str, Any] = {
+    "batch": 512,
+    "prompt_length": 1024,
+    "response_length": 128,
+    "remat": "full",
+    "dtype": "bfloat16",
+}
 
 
 def main(arguments: list[str]) -> None:
     """Makes and shows the plan; raises UserError for flags that cannot be used, SystemExit(1) where it does not fit."""
-    values = make_flags()
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__, values.get_help(), sep="\n")
-        return
-    parse_flags(values, arguments)
     # This process only counts; those that compile have devices of their own, and a TPU library looks for none here.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    config = read_config(values)
+    parsed = read_config(arguments)
+    if parsed is None:
+        return
+    config, values = parsed
 
+    from alignment_gap.folders import write_bytes
     from alignment_gap.plan.plan import make_plan
-    from alignment_gap.plan.report import as_json, as_text, check_picture, write_picture
+    from alignment_gap.plan.report import as_json, as_text
 
-    if values.picture:
-        check_picture(Path(values.picture))
     plan = make_plan(config, say=lambda line: print(line, file=sys.stderr))
     print(as_text(plan))
-    if values.json:
-        Path(values.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(values.json).write_text(json.dumps(as_json(plan), indent=1) + "\n")
-    if values.picture:
-        write_picture(plan, Path(values.picture))
+    if values.json is not None:
+        path = Path(values.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, json.dumps(as_json(plan), indent=1).encode())
     if not plan.fits:
         sys.exit(1)
 
 
-def make_flags() -> flags.FlagValues:
-    """The command's flags."""
-    values = flags.FlagValues()
+def read_config(arguments: Sequence[str]) -> tuple[PlanConfig, flags.FlagValues] | None:
+    """What the arguments ask to plan; None after help was printed.
 
-    def text(name: str, default: str, says: str) -> None:
-        flags.DEFINE_string(name, default, says, flag_values=values)
-
-    def number(name: str, default: int, says: str, least: int = 1) -> None:
-        flags.DEFINE_integer(name, default, says, lower_bound=least, flag_values=values)
-
-    text("model", "", "Size of the policy by name, such as t5_xxl or palm_8b.")
-    text("topology", "", "Devices: v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, cpu:8 or cuda:8.")
-    number("slices", 1, "Slices of that topology, joined by the data-centre network.")
-    text("layout", "fsdp", "How networks and batches are laid out: data, fsdp, tensor, fsdp_tensor or sequence.")
-    number("data_axis", 0, "Size of the mesh axis data; 0 for the layout's own.", least=-1)
-    number("fsdp_axis", 0, "Size of the mesh axis fsdp; 0 for the layout's own.", least=-1)
-    number("model_axis", 0, "Size of the mesh axis model; 0 for the layout's own.", least=-1)
-    number("batch", 512, "Prompts of a step, over all devices.")
-    number("microbatches", 1, "Parts of a batch whose gradients are added up.")
-    number("prompt_length", 1024, "Tokens of a prompt.")
-    number("response_length", 128, "Tokens of a response.")
-    number("samples", 2, "Responses of a prompt.", least=2)
-    text("loss", "ipo", "A loss by name.")
-    text("optimizer", "adamw", "adamw, adafactor or sgd.")
-    text("remat", "full", "What the backward pass computes again: none, dots or full.")
-    text("dtype", "bfloat16", "Of the computation; parameters are float32.")
-    flags.DEFINE_boolean(
-        "online", False, "Plan the online step: sampling, reference and labels too.", flag_values=values
-    )
-    text("golden", "t5_xxl", "Size of the golden preference model, with --online; empty for none.")
-    text("proxy", "t5_large", "Size of the proxy preference model, with --online.")
-    flags.DEFINE_boolean("evaluate", True, "Offline: plan sampling and labels beside the step.", flag_values=values)
-    flags.DEFINE_boolean("search", True, "Look for the largest batch that fits.", flag_values=values)
-    text("json", "", "File for everything that is found.")
-    text("picture", "", "File for a picture, .png or .svg.")
-    return values
-
-
-def read_config(values: flags.FlagValues) -> PlanConfig:
-    """The plan that flags ask for; raises UserError for what they cannot mean, before anything is compiled."""
-    from alignment_gap import losses
-    from alignment_gap.models import make_policy
+    Raises:
+      UserError: for what they cannot mean, before anything is compiled.
+    """
     from alignment_gap.plan.chips import parse_topology
-    from alignment_gap.plan.flops import Lengths
-    from alignment_gap.plan.plan import PlanConfig
-    from alignment_gap.training import OptimizerConfig
+    from alignment_gap.plan.known import Known, Overrides
+    from alignment_gap.plan.steps import PlanConfig, programs_of
 
-    for name in ("model", "topology"):
-        if not values[name].value:
-            raise UserError(f"no --{name}: give one, such as --model=t5_xxl --topology=v5e:16x16")
-    try:
-        losses.get(values.loss)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    models = {name: _model(name, values) for name in ("model", "proxy", "golden") if name == "model" or values.online}
-    for model in models.values():
-        if model:
-            make_policy(model)
-    lengths = Lengths(values.batch, values.prompt_length, values.samples, values.response_length)
-    return PlanConfig(
-        topology=parse_topology(values.topology, values.slices),
-        mesh=_mesh(values),
-        lengths=lengths,
-        loss=values.loss,
-        optimizer=OptimizerConfig(name=values.optimizer),
-        microbatches=values.microbatches,
-        evaluate=values.evaluate,
-        search=values.search,
-        **models,
-    )
-
-
-def _model(name: str, values: flags.FlagValues) -> Any:
-    from alignment_gap.models import sizes
-
-    size = values[name].value
-    if not size:
+    rest, bindings = gin_files.split_overrides(arguments)
+    from_study = any(word.startswith("--config") for word in rest)
+    parsed: Any = (study.read if from_study else parse)(rest, _define, __doc__)
+    if parsed is None:
         return None
-    return sizes.get(size, remat=values.remat if name == "model" else "none", dtype=values.dtype)
+    values, settings = parsed
+    given, jobs, from_gin = flag_values(values, Overrides, {}), (), bool(values.gin_file or bindings)
+    if values.topology is None:
+        raise UserError("no --topology: give one, such as --topology=v5e:16x16")
+    if from_study == (values.job is None) or (from_study and from_gin):
+        raise UserError("--config and --job give a job of a study together, and gin files a job alone: choose one")
+    if from_study:
+        job, jobs = _study_job(values.job, settings)
+    elif from_gin:
+        job = gin_files.read_config(values.gin_file, bindings, values.gin_search_paths)
+    else:
+        job = _usual_job(given, online=values.online)
+        given = dataclasses.replace(Overrides(**USUAL), **{k: v for k, v in vars(given).items() if v is not None})
+    training, programs = programs_of(job, Known(jobs, given))
+    topology = parse_topology(values.topology, training.mesh.slices)
+    return PlanConfig(training, programs, topology, values.search), values
 
 
-def _mesh(values: flags.FlagValues) -> Any:
-    from difflib import get_close_matches
+def _define(values: flags.FlagValues) -> None:
+    from alignment_gap.plan.known import Overrides
 
-    from alignment_gap.sharding import LAYOUTS, MeshConfig
+    gin_files.define_gin(values)
+    define_config(values, Overrides, {})
+    for name, says in (
+        ("job", "A job of the study that --config gives, by its name."),
+        ("topology", "Devices: v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, cpu:8 or cuda:8."),
+        ("json", "File for everything that is found."),
+    ):
+        flags.DEFINE_string(name, None, says, flag_values=values)
+    flags.DEFINE_boolean("online", False, "Without a job: sampling, reference and judge too.", flag_values=values)
+    flags.DEFINE_boolean("search", True, "Look for the largest batch that fits.", flag_values=values)
 
-    if values.layout not in LAYOUTS:
-        near = get_close_matches(values.layout, LAYOUTS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(LAYOUTS)}"
-        raise UserError(f"layout {values.layout!r} is unknown: {hint}")
-    axes = (values.data_axis, values.fsdp_axis, values.model_axis)
-    return MeshConfig(*axes, layout=values.layout, slices=values.slices)
+
+def _usual_job(given: Overrides, *, online: bool) -> Any:
+    """IPO of a policy by its size, on samples or on pairs whose reference log-probs are stored."""
+    from alignment_gap.jobs.config import DatasetConfig, JobConfig, OnlineConfig
+    from alignment_gap.judges import JudgeConfig
+    from alignment_gap.sharding import MeshConfig
+
+    if given.model is None:
+        raise UserError(
+            "no --model: give one, such as --model=t5_xxl, or a job by --gin_file, or by --config and --job"
+        )
+    judge = JudgeConfig(None if given.judge is None else "judge")
+    source = OnlineConfig(judge=judge) if online else DatasetConfig()
+    return JobConfig(source=source, mesh=MeshConfig(layout="fsdp"), start="start", reference_log_probs="stored")
+
+
+def _study_job(name: str, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """A job of a study, and all jobs of its graph."""
+    from alignment_gap.configuration import from_dict
+    from alignment_gap.study.config import StudyConfig
+    from alignment_gap.study.graph import study_graph
+    from alignment_gap.study.run import of_size
+
+    config = from_dict(StudyConfig, settings)
+    if len(config.sizes) > 1:
+        raise UserError(f'--job={name}: name one of the sizes, such as --config.sizes="({config.sizes[0]!r},)"')
+    graph = study_graph(of_size(config, *config.sizes) if config.sizes else config, Path("jobs"))
+    return graph.job(name).config, graph.jobs

@@ -1,79 +1,124 @@
 """Run the controlled study, or what is left of it, and write its report.
 
 alignment-gap study --config=configs/study/tiny.py --config.seeds=3 --workdir=runs/study
+alignment-gap study --config=configs/study/tiny.py --workdir=runs/study --list
+alignment-gap study --config=configs/study/tiny.py --workdir=runs/study --job=seed0-sft
+
+--list prints every job with its state and the command that runs it alone. --job runs one job, or writes the report.
 """
 
 from __future__ import annotations
 
+import ast
+import shlex
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from alignment_gap.cli.parsing import define_compilation_cache, parse_flags, use_compilation_cache
+from alignment_gap.checks import nearest
+from alignment_gap.cli.flags import define_shared, parse, start_jax
 from alignment_gap.configuration import flatten, from_dict
 from alignment_gap.errors import UserError
 
 OVERRIDE = "--config."
-# What running a config file, or setting one of its keys, may raise.
-CONFIG_ERRORS = (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError)
+REPORT = "report"
+# What running a config file may raise.
+CONFIG_ERRORS = (AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError)
 
 
 def main(arguments: list[str]) -> None:
     """Runs the study; raises UserError for flags or settings that cannot be used."""
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__, make_flags()[0].get_help(), sep="\n")
+    parsed = read(arguments, _define, __doc__)
+    if parsed is None:
         return
-    values, settings = parse(arguments)
+    values, settings = parsed
 
+    from alignment_gap.sharding import on_first_process
     from alignment_gap.study.config import StudyConfig
-    from alignment_gap.study.run import run_sizes, run_study
+    from alignment_gap.study.run import list_text, open_studies, run_job, run_study, say_once, write_study_report
 
-    use_compilation_cache(values)
-    study = from_dict(StudyConfig, settings)
-    run = run_sizes if study.sizes else run_study
-    run(study, Path(values.workdir), update=values.update)
+    config = from_dict(StudyConfig, settings)
+    start_jax(values)
+    studies = open_studies(config, Path(values.workdir))
+    if values.list:
+        sizes = [[f"--config.sizes=({size!r},)"] for size in config.sizes] or [[]]
+        for study, size in zip(studies, sizes, strict=True):
+            say_once(list_text(study.graph, shlex.join([*_alone(arguments), *size, f"--job={REPORT}"])))
+    elif values.job is None:
+        for study in studies:
+            run_study(study, update=values.update)
+    elif len(studies) > 1:
+        raise UserError(f'--job={values.job}: name one of the sizes, such as --config.sizes="({config.sizes[0]!r},)"')
+    elif values.job == REPORT:
+        on_first_process(lambda: write_study_report(studies[0]))
+    else:
+        job = studies[0].graph.job(values.job)
+        run_job(job, job.name)
 
 
-def make_flags(arguments: Sequence[str] = ()) -> tuple[flags.FlagValues, Any]:
-    """The flags that the arguments may set, and the holder of the config among them."""
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "A study's config file; --config.KEY=VALUE changes a setting.",
-        flag_values=values,
-        sys_argv=[*arguments],
-    )
+def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "workdir", "runs/study", "Folder of the study; one that was stopped goes on there.", flag_values=values
     )
+    flags.DEFINE_boolean("list", False, "Print the jobs, and run none.", flag_values=values)
+    flags.DEFINE_string("job", None, "Run this job alone, or the report of finished jobs.", flag_values=values)
     flags.DEFINE_boolean(
         "update", False, "Allow the folder of another config; redo only what the change affects.", flag_values=values
     )
-    define_compilation_cache(values)
-    return values, config
+    define_shared(values)
 
 
-def parse(arguments: Sequence[str]) -> tuple[flags.FlagValues, dict[str, Any]]:
-    """Flags and settings; the config's own keys are known before its overrides are read, to name the nearest."""
-    without = [argument for argument in arguments if not argument.startswith(OVERRIDE)]
-    values, config = make_flags(without)
-    parse_flags(values, without, also=CONFIG_ERRORS)
+def _alone(arguments: Sequence[str]) -> list[str]:
+    """The words of this command, without --list."""
+    kept = (word for word in arguments[1:] if word.lstrip("-").partition("=")[0] != "list")
+    return [*arguments[0].split(), *kept]
+
+
+def read(
+    arguments: Sequence[str], define: Any, help_text: str | None
+) -> tuple[flags.FlagValues, dict[str, Any]] | None:
+    """Flags, and the settings of a config file with those that `--config.KEY=VALUE` changes; None after help."""
+    changes = [word.removeprefix(OVERRIDE) for word in arguments if word.startswith(OVERRIDE)]
+    others = [word for word in arguments if not word.startswith(OVERRIDE)]
+
+    def define_all(values: flags.FlagValues) -> None:
+        text = "A study's config file; --config.KEY=VALUE changes a setting."
+        config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=others)
+        define(values)
+
+    parsed = parse(others, define_all, help_text, also=CONFIG_ERRORS)
+    if parsed is None:
+        return None
+    values, _ = parsed
     path = values["config"].value and config_flags.get_config_filename(values["config"])
     if not path:
         raise UserError("no --config: give a study's config file, such as --config=configs/study/tiny.py")
     if not Path(path.partition(":")[0]).is_file():
         raise UserError(f"--config={path}: there is no such file; configs/study/ has some to start from")
-    keys = list(flatten(config.value.to_dict()))
-    for argument in arguments:
-        key = argument.removeprefix(OVERRIDE).partition("=")[0]
-        if argument.startswith(OVERRIDE) and key not in keys:
-            near = get_close_matches(key, keys, n=1, cutoff=0.4)
-            raise UserError(f"unknown setting --config.{key}: did you mean --config.{near[0] if near else keys[0]}?")
-    values, config = make_flags(arguments)
-    parse_flags(values, arguments, also=CONFIG_ERRORS)
-    return values, config.value.to_dict()
+    settings = values.config.to_dict()
+    for change in changes:
+        _change(settings, *change.partition("=")[::2])
+    return values, settings
+
+
+def _change(settings: dict[str, Any], key: str, text: str) -> None:
+    """Sets one of nested settings to what is written: a literal of Python, or text where it is none."""
+    keys = flatten(settings)
+    if key not in keys:
+        raise UserError(f"unknown setting --config.{key}: {nearest(key, list(keys))}")
+    *groups, name = key.split(".")
+    for group in groups:
+        settings = settings[group]
+    is_text = isinstance(settings[name], str) and text != "None"
+    settings[name] = text if is_text else _literal(text)
+
+
+def _literal(text: str) -> Any:
+    """The number, tuple, bool or None that is written; other text as it is."""
+    try:
+        return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    except (SyntaxError, ValueError):
+        return text

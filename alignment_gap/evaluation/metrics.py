@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,32 +12,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignment_gap import losses
-from alignment_gap.data.batches.batch import length_mask
-from alignment_gap.models import Policy, PreferenceModel, response_hidden
-from alignment_gap.sharding import LogicalMesh, batch_sharding, put_batch, within
+from alignment_gap.data.batches import length_mask
+from alignment_gap.judges import PROBABILITIES
+from alignment_gap.models import Policy, response_hidden
+from alignment_gap.sharding import LogicalMesh, batch_sharding, within
 
 
-def make_judge(model: PreferenceModel, mesh: LogicalMesh) -> Callable[..., Float[Array, "B"]]:
-    """A jitted `(params, prompts, prompt_lengths, first, first_lengths, second, second_lengths) -> wins [B]`.
-
-    1 where the first response wins by the sign rule, 0 where it loses, 0.5 at a tie.
-    """
-
-    def judge(
-        params: Any,
-        prompts: Array,
-        lengths: Array,
-        first: Array,
-        first_lengths: Array,
-        second: Array,
-        second_lengths: Array,
-    ) -> Array:
-        responses, response_lengths = jnp.stack([first, second], 1), jnp.stack([first_lengths, second_lengths], 1)
-        return model.preferences(params, prompts, lengths, responses, response_lengths)
-
-    return jax.jit(within(mesh, judge), out_shardings=batch_sharding(mesh))
-
-
+@functools.cache
 def make_divergence(policy: Policy, mesh: LogicalMesh) -> Callable[..., Float[Array, "B"]]:
     """A jitted `(params, reference_params, prompts, prompt_lengths, responses [B, 1, R], lengths [B, 1]) -> KL [B]`.
 
@@ -59,21 +41,11 @@ def make_divergence(policy: Policy, mesh: LogicalMesh) -> Callable[..., Float[Ar
     return jax.jit(within(mesh, divergence), out_shardings=batch_sharding(mesh))
 
 
-def in_batches(
-    function: Callable[..., Any], arrays: tuple[np.ndarray, ...], *, batch_size: int, mesh: LogicalMesh
-) -> Any:
-    """Applies a jitted function to slices of equal size of the arrays' first axis; returns its results on the host.
-
-    The last slice is filled up with the first rows, whose results are dropped.
-    """
-    count = len(arrays[0])
-    padded = np.resize(np.arange(count), -(-count // batch_size) * batch_size)
-    results = []
-    for start in range(0, len(padded), batch_size):
-        rows = padded[start : start + batch_size]
-        on_device = put_batch(tuple(array[rows] for array in arrays), mesh, batch_size)
-        results.append(jax.device_get(function(*on_device)))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
+def preferences(scores: Float[np.ndarray, "N 2"], kind: str) -> Float[np.ndarray, "N"]:
+    """A judge's preference for the first of two responses: its probability, or 1, 0 or 0.5 by the larger reward."""
+    if kind == PROBABILITIES:
+        return scores[:, 0].astype(np.float64)
+    return (np.sign(scores[:, 0] - scores[:, 1]).astype(np.float64) + 1) / 2
 
 
 def classification(

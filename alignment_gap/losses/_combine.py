@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from alignment_gap.losses._registry import Loss, get, reads_other_prompts
+from alignment_gap.losses._registry import Loss, get, reads
 
 
 def combine(*terms: tuple[Any, str | Loss]) -> Loss:
@@ -14,11 +14,11 @@ def combine(*terms: tuple[Any, str | Loss]) -> Loss:
     sum_i weight_i loss_i(...), each loss given those arrays that it names.
 
     Args:
-      *terms: pairs of a weight and a loss: a name, a configured loss, or any callable whose parameters name arrays.
-        Their results must have one shape.
+      *terms: pairs of a weight and a loss: a name, "module:function", a configured loss, or any callable whose
+        parameters name arrays. Their results must have one shape.
 
     Returns:
-      A loss whose parameters are those of all terms together, required ones first.
+      A loss whose parameters are those of all terms together, required ones first. It reads what any term reads.
 
     Raises:
       ValueError: no terms, or an unknown name.
@@ -37,7 +37,7 @@ def combine(*terms: tuple[Any, str | Loss]) -> Loss:
         )
 
     combined.__signature__ = signature  # type: ignore[attr-defined]
-    combined.reads_other_prompts = any(reads_other_prompts(loss) for _, loss in losses)  # type: ignore[attr-defined]
+    combined.reads = frozenset().union(*(reads(loss) for _, loss in losses))  # type: ignore[attr-defined]
     return combined
 
 

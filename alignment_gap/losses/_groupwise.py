@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alignment_gap.losses._checks import OverTokens, as_counts, as_float32, check_choice, check_group, check_positive
+from alignment_gap.losses._registry import register
 
 
 def _over_tokens(
@@ -19,6 +20,7 @@ def _over_tokens(
     return logps if over_tokens == "sum" else logps / as_counts(lengths, logps.shape, "lengths")
 
 
+@register()
 def sft(
     logps: Float[Array, "*B K"], lengths: Int[Array, "*B K"] | None = None, *, over_tokens: OverTokens = "sum"
 ) -> Float[Array, "*B"]:
@@ -41,6 +43,7 @@ def sft(
     return -jnp.mean(_over_tokens(logps, lengths, over_tokens), axis=-1)
 
 
+@register()
 def best_of_n(
     logps: Float[Array, "*B K"],
     scores: Float[Array, "*B K"],
@@ -70,6 +73,7 @@ def best_of_n(
     return -jnp.mean(logps, axis=-1, where=scores == jnp.max(scores, axis=-1, keepdims=True))
 
 
+@register()
 def raft(logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, keep: int = 1) -> Float[Array, "*B"]:
     """Reward-ranked fine-tuning: the mean of -log pi(y) over the `keep` best of the K responses.
 
@@ -94,6 +98,7 @@ def raft(logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, keep: int
     return -jnp.mean(jnp.take_along_axis(logps, best, axis=-1), axis=-1)
 
 
+@register(aliases={"rwr": {}})
 def reward_weighted_regression(
     logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, temperature: Any = 1.0
 ) -> Float[Array, "*B"]:
@@ -120,6 +125,7 @@ def reward_weighted_regression(
     return -jnp.sum(jax.nn.softmax(lax.stop_gradient(scores) / temperature) * logps, axis=-1)
 
 
+@register()
 def rebel(
     logps: Float[Array, "*B K"], ref_logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, beta: Any = 0.1
 ) -> Float[Array, "*B"]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from alignment_gap.losses._checks import OverTokens, as_float32_like, check_choice, check_positive
 from alignment_gap.losses._numerics import tangent_exp, tangent_expm1
 from alignment_gap.losses._pairs import excess_length, expected, log_ratios, over_tokens_of
+from alignment_gap.losses._registry import register
 
 Smoothing = Literal["conservative", "robust"]
 Curve = Callable[[Float[Array, "*B"]], Float[Array, "*B"]]
@@ -30,6 +31,7 @@ CURVES: dict[str, Curve] = {
 }
 
 
+@register(aliases={"sigmoid": {}, "robust": {"smoothing": "robust"}, "sigmoid_norm": {"over_tokens": "mean"}})
 def dpo(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -84,6 +86,7 @@ def dpo(
     return expected(smoothed, chosen - rejected, preference)
 
 
+@register()
 def ipo(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -124,6 +127,7 @@ def ipo(
     return expected(lambda margin: jnp.square(margin - 1.0 / (2.0 * beta)), chosen - rejected, preference)
 
 
+@register()
 def ipo_md(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -158,6 +162,7 @@ def ipo_md(
     return jnp.square(chosen - rejected - (2.0 * p - 1.0) / (2.0 * beta))
 
 
+@register()
 def gpo(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -205,6 +210,7 @@ def gpo(
     return expected(lambda margin: curve(beta * margin), chosen - rejected, preference)
 
 
+@register(aliases={"hinge": {}})
 def slic(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -236,6 +242,7 @@ def slic(
     return gpo(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, preference, f="hinge", beta=beta)
 
 
+@register()
 def discopop(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -276,6 +283,7 @@ def discopop(
     return gpo(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, preference, f=modulated, beta=beta)
 
 
+@register(aliases={"exo_pair": {}})
 def exo(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -317,6 +325,7 @@ def exo(
     )
 
 
+@register()
 def f_dpo(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -367,6 +376,7 @@ def f_dpo(
     return expected(lambda z: -jax.nn.log_sigmoid(z), margin, preference)
 
 
+@register()
 def chi_po(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -412,6 +422,7 @@ def chi_po(
     return expected(lambda z: -jax.nn.log_sigmoid(z), margin, preference)
 
 
+@register()
 def r_dpo(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],

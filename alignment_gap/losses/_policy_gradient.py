@@ -1,6 +1,8 @@
 """Policy gradients over K responses of one prompt that were sampled from the policy.
 
 Their values are surrogates: only the gradient is meant. No gradient passes through scores, baselines or advantages.
+On samples of another policy those that read `SAMPLER_LOG_PROBS` are right with the log-probs under it, and those that
+read `OWN_SAMPLES` are wrong.
 """
 
 from __future__ import annotations
@@ -11,25 +13,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from alignment_gap.losses._checks import as_float32, as_float32_like, as_mask, check_choice, check_group
+from alignment_gap.losses._checks import as_float32, as_mask, check_choice, check_group
 from alignment_gap.losses._numerics import masked_mean, masked_sum, tangent_exp
+from alignment_gap.losses._registry import OWN_SAMPLES, SAMPLER_LOG_PROBS, WIDTH, register
 from alignment_gap.losses._regularizers import kl_estimate
 
 OverGroupTokens = Literal["mean", "sum", "group"]
 
 
+@register(reads=(OWN_SAMPLES,))
 def reinforce(
     logps: Float[Array, "*B K"],
     scores: Float[Array, "*B K"],
     ref_logps: Float[Array, "*B K"] | None = None,
-    baselines: Float[Array, "*B"] | float | None = None,
     *,
     beta: Any = 0.0,
+    baseline: float | None = None,
 ) -> Float[Array, "*B"]:
     """REINFORCE with a baseline: the mean over K of -(R - b) log pi(y).
 
     R = score - beta log pi / ref; b is the given baseline, or the mean of R over the K responses, which scales the
-    gradient by (K - 1) / K (see `rloo`).
+    gradient by (K - 1) / K (see `rloo`). For samples of the current policy.
 
     Williams 1992; arXiv 2402.14740. Sum over tokens; for the mean pass log-probs divided by their lengths.
 
@@ -37,8 +41,8 @@ def reinforce(
       logps: [*B, K], token-summed log-probs under the policy, in nats.
       scores: [*B, K], rewards.
       ref_logps: [*B, K], log-probs under the reference; needed where beta is not 0.
-      baselines: [*B] or a number; None takes the group's mean.
       beta: strength of the KL penalty, in rewards per nat.
+      baseline: b, in rewards; None takes the group's mean.
 
     Returns:
       float32 [*B].
@@ -47,29 +51,36 @@ def reinforce(
       ValueError: the reference is missing. AssertionError: shapes or types do not fit.
     """
     logps, rewards = _penalized(logps, scores, ref_logps, beta)
-    if baselines is None:
-        baselines = jnp.mean(rewards, axis=-1)
-    return _score_function(logps, rewards - as_float32_like(baselines, logps.shape[:-1])[..., None])
+    mean = jnp.mean(rewards, axis=-1, keepdims=True)
+    return _score_function(logps, rewards - (mean if baseline is None else baseline))
 
 
+@register(reads=(SAMPLER_LOG_PROBS,))
 def rloo(
     logps: Float[Array, "*B K"],
     scores: Float[Array, "*B K"],
     ref_logps: Float[Array, "*B K"] | None = None,
+    old_logps: Float[Array, "*B K"] | None = None,
     *,
     beta: Any = 0.0,
+    clip: float | None = None,
 ) -> Float[Array, "*B"]:
     """REINFORCE, leave one out: the baseline of a response is the mean reward of the others.
 
-    The mean over K of -(R_k - mean of R_j over j != k) log pi(y_k), R = score - beta log pi / ref.
+    The mean over K of -A_k log pi(y_k), A_k = R_k - mean of R_j over j != k, R = score - beta log pi / ref. With
+    `old_logps` the mean of -q A, q = pi / pi_old of the whole response, or under a clip of
+    -min(q A, clip(q, 1 - clip, 1 + clip) A); at q = 1 the gradient is the same.
 
-    arXiv 2402.14740. Sum over tokens; for the mean pass log-probs divided by their lengths.
+    arXiv 2402.14740; the clipped ratio: arXiv 1707.06347. Sum over tokens; for the mean pass log-probs divided by their
+    lengths.
 
     Args:
       logps: [*B, K], token-summed log-probs under the policy, in nats; K is at least 2.
       scores: [*B, K], rewards.
       ref_logps: [*B, K], log-probs under the reference; needed where beta is not 0.
+      old_logps: [*B, K], log-probs under the policy that sampled; None where that is the policy itself.
       beta: strength of the KL penalty, in rewards per nat.
+      clip: how far q may fall below 1 and rise above it; None for no bound. Read only with `old_logps`.
 
     Returns:
       float32 [*B].
@@ -80,9 +91,14 @@ def rloo(
     logps, rewards = _penalized(logps, scores, ref_logps, beta)
     check_group(logps)
     size = logps.shape[-1]
-    return _score_function(logps, (rewards - jnp.mean(rewards, axis=-1, keepdims=True)) * (size / (size - 1)))
+    advantages = (rewards - jnp.mean(rewards, axis=-1, keepdims=True)) * (size / (size - 1))
+    if old_logps is None:
+        return _score_function(logps, advantages)
+    logps, old_logps = as_float32(logps, old_logps)
+    return jnp.mean(_surrogate(logps - lax.stop_gradient(old_logps), advantages, clip, clip), axis=-1)
 
 
+@register(reads=(OWN_SAMPLES,))
 def nash_md(
     logps: Float[Array, "*B K"], ref_logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, beta: Any = 0.1
 ) -> Float[Array, "*B"]:
@@ -91,7 +107,7 @@ def nash_md(
     The mean over K of -(s - 1/2 - beta log pi / ref) log pi(y), s the probability that y beats a response of
     pi^(1 - b) ref^b (see `geometric_mixture`).
 
-    arXiv 2312.00886, whose tau is beta here. Sum over tokens.
+    arXiv 2312.00886, whose tau is beta here. For samples of the current policy. Sum over tokens.
 
     Args:
       logps: [*B, K], token-summed log-probs of the policy's own samples, in nats.
@@ -109,6 +125,7 @@ def nash_md(
     return _score_function(logps, advantages - 0.5)
 
 
+@register(aliases={"dapo": {"over_tokens": "group", "clip_high": 0.28, "beta": 0.0}}, reads=(SAMPLER_LOG_PROBS,))
 def grpo(
     token_logps: Float[Array, "*B K T"],
     scores: Float[Array, "*B K"],
@@ -159,6 +176,7 @@ def grpo(
     return jnp.mean(aggregate(per_token, mask), axis=-1)
 
 
+@register(reads=lambda settings: (SAMPLER_LOG_PROBS,) if settings["max_length"] else (SAMPLER_LOG_PROBS, WIDTH))
 def dr_grpo(
     token_logps: Float[Array, "*B K T"],
     scores: Float[Array, "*B K"],
@@ -201,29 +219,27 @@ def dr_grpo(
     return jnp.mean(masked_sum(per_token, mask), axis=-1) / (max_length or mask.shape[-1])
 
 
+@register(reads=(SAMPLER_LOG_PROBS,))
 def ppo_clip(
     token_logps: Float[Array, "*B K T"],
     scores: Float[Array, "*B K"],
     mask: Bool[Array, "*B K T"],
     old_token_logps: Float[Array, "*B K T"] | None = None,
-    advantages: Float[Array, "*B K T"] | None = None,
     *,
     clip: float = 0.2,
     clip_high: float | None = None,
 ) -> Float[Array, "*B"]:
     """Proximal policy optimisation's clipped surrogate.
 
-    Per token -min(q A, clip(q, 1 - clip, 1 + clip_high) A), q = pi / pi_old, A the given advantages, or the response's
-    score less the mean over K.
+    Per token -min(q A, clip(q, 1 - clip, 1 + clip_high) A), q = pi / pi_old, A = s - mean s over the K responses.
 
     arXiv 1707.06347. Mean over each response's tokens, then over K; for the sum multiply by the lengths.
 
     Args:
       token_logps: [*B, K, T], log-probs of the tokens under the policy, in nats.
-      scores: [*B, K], rewards; read only where no advantages are given.
+      scores: [*B, K], rewards.
       mask: [*B, K, T], true at scored tokens.
       old_token_logps: [*B, K, T], log-probs under the policy that sampled; None takes the policy itself, q = 1.
-      advantages: [*B, K, T], per token, or None.
       clip, clip_high: how far q may fall below 1 and rise above it; None takes `clip` for both.
 
     Returns:
@@ -233,9 +249,8 @@ def ppo_clip(
       AssertionError: shapes or types do not fit.
     """
     (scores,) = as_float32(scores)
-    if advantages is None:
-        advantages = (scores - jnp.mean(scores, axis=-1, keepdims=True))[..., None]
-    per_token = _clipped(token_logps, advantages, mask, old_token_logps, clip, clip_high)
+    centred = scores - jnp.mean(scores, axis=-1, keepdims=True)
+    per_token = _clipped(token_logps, centred[..., None], mask, old_token_logps, clip, clip_high)
     return jnp.mean(masked_mean(per_token, mask), axis=-1)
 
 
@@ -267,11 +282,19 @@ def _clipped(
         old_token_logps = token_logps
     token_logps, old_token_logps = as_float32(token_logps, old_token_logps)
     mask = as_mask(mask, token_logps.shape)
-    # Masked before the exponential, so that what padding holds reaches neither value nor gradient.
-    ratio = tangent_exp(jnp.where(mask, token_logps - lax.stop_gradient(old_token_logps), 0.0))
-    clipped = jnp.clip(ratio, 1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
-    advantages = lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
-    return -jnp.minimum(ratio * advantages, clipped * advantages)
+    # Masked before the exponential, so that the contents of padding reach neither value nor gradient.
+    log_ratios = jnp.where(mask, token_logps - lax.stop_gradient(old_token_logps), 0.0)
+    return _surrogate(log_ratios, advantages, clip, clip if clip_high is None else clip_high)
+
+
+def _surrogate(
+    log_ratios: Array, advantages: Array, clip_low: float | None, clip_high: float | None
+) -> Float[Array, "*B"]:
+    """-min(q A, clip(q, 1 - clip_low, 1 + clip_high) A), q = exp(log_ratios); without bounds -q A."""
+    ratios, advantages = tangent_exp(log_ratios), lax.stop_gradient(advantages)
+    if clip_low is None or clip_high is None:
+        return -ratios * advantages
+    return -jnp.minimum(ratios * advantages, jnp.clip(ratios, 1.0 - clip_low, 1.0 + clip_high) * advantages)
 
 
 def _penalty(token_logps: Array, ref_token_logps: Array | None, mask: Array, beta: Any) -> Array:

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from alignment_gap.losses._checks import OverTokens, as_float32_like, check_positive
+from alignment_gap.losses._checks import OverTokens, check_positive
 from alignment_gap.losses._numerics import log1mexp
 from alignment_gap.losses._pairs import Pair, as_pair, excess_length, expected, expected_over_sides, over_tokens_of
+from alignment_gap.losses._registry import register
 
 
+@register()
 def simpo(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -47,6 +49,7 @@ def simpo(
     return expected(lambda margin: -jax.nn.log_sigmoid(beta * margin - gamma), pair[0] - pair[1], preference)
 
 
+@register()
 def orpo(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -84,6 +87,7 @@ def orpo(
     return expected_over_sides(loss, pair, preference)
 
 
+@register()
 def cpo(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -128,10 +132,10 @@ def cpo(
     return contrast + sft_weight * expected_over_sides(lambda better, worse: -better, targets, preference)
 
 
+@register()
 def slic_hf(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
-    sft_logps: Float[Array, "*B"] | None = None,
     preference: Float[Array, "*B"] | float | None = None,
     *,
     delta: float = 1.0,
@@ -139,13 +143,13 @@ def slic_hf(
 ) -> Float[Array, "*B"]:
     """SLiC-HF: a hinge on raw log-probs, plus a supervised term.
 
-    max(0, delta - log pi(y_w) + log pi(y_l)) - sft_weight log pi(y_sft).
+    max(0, delta - log pi(y_w) + log pi(y_l)) - sft_weight log pi(y_w).
 
-    arXiv 2305.10425. Sum over tokens; for the mean pass log-probs divided by their lengths.
+    arXiv 2305.10425, whose supervised targets may also be other responses. Sum over tokens; for the mean pass log-probs
+    divided by their lengths.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
-      sft_logps: [*B], log-probs of the supervised targets; None takes the better response.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
       delta: margin, in nats.
       sft_weight: weight of the supervised term.
@@ -158,9 +162,7 @@ def slic_hf(
     """
     pair = chosen, rejected = as_pair(chosen_logps, rejected_logps)
     calibration = expected(lambda margin: jax.nn.relu(delta - margin), chosen - rejected, preference)
-    if sft_logps is None:
-        return calibration + sft_weight * expected_over_sides(lambda better, worse: -better, pair, preference)
-    return calibration - sft_weight * as_float32_like(sft_logps, chosen.shape)
+    return calibration + sft_weight * expected_over_sides(lambda better, worse: -better, pair, preference)
 
 
 def _means(

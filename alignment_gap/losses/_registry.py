@@ -1,132 +1,159 @@
-"""Losses by name."""
+"""Losses by name, and what they read beyond the arrays of their own prompt."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
-from alignment_gap.losses import (
-    _groupwise,
-    _pairwise,
-    _policy_gradient,
-    _reference_free,
-    _regularizers,
-    _sides,
-    _token_weighted,
-)
-from alignment_gap.losses._checks import unknown
+from alignment_gap.losses._checks import check_choice, unknown
 
 Loss = Callable[..., Any]
+Settings = Mapping[str, Any]
+Reads = Collection[str] | Callable[[Settings], Collection[str]]
+_L = TypeVar("_L", bound=Loss)
 
-_LOSSES: dict[str, Loss] = {
-    loss.__name__: loss
-    for loss in (
-        _groupwise.best_of_n,
-        _groupwise.raft,
-        _groupwise.rebel,
-        _groupwise.reward_weighted_regression,
-        _groupwise.sft,
-        _pairwise.chi_po,
-        _pairwise.discopop,
-        _pairwise.dpo,
-        _pairwise.exo,
-        _pairwise.f_dpo,
-        _pairwise.gpo,
-        _pairwise.ipo,
-        _pairwise.ipo_md,
-        _pairwise.r_dpo,
-        _pairwise.slic,
-        _policy_gradient.dr_grpo,
-        _policy_gradient.grpo,
-        _policy_gradient.nash_md,
-        _policy_gradient.ppo_clip,
-        _policy_gradient.reinforce,
-        _policy_gradient.rloo,
-        _reference_free.cpo,
-        _reference_free.orpo,
-        _reference_free.simpo,
-        _reference_free.slic_hf,
-        _regularizers.online_kl,
-        _sides.aot,
-        _sides.apo_down,
-        _sides.apo_zero,
-        _sides.bco,
-        _sides.kto,
-        _sides.nca,
-        _sides.sppo,
-        _token_weighted.ld_dpo,
-        _token_weighted.wpo,
-    )
-}
+# The loss of one prompt depends on the batch's other prompts.
+OTHER_PROMPTS = "other prompts"
+# The loss divides by the padded width of a row.
+WIDTH = "width"
+# Right on samples of another policy only with the log-probs under it.
+SAMPLER_LOG_PROBS = "sampler log-probs"
+# Right only on samples of the current policy.
+OWN_SAMPLES = "own samples"
+# Needs log sum_v pi(v)^2 at every token.
+LOG_COLLISIONS = "log collisions"
+_READS = (OTHER_PROMPTS, WIDTH, SAMPLER_LOG_PROBS, OWN_SAMPLES, LOG_COLLISIONS)
 
-# Names that others use, and what they are here.
-_ALIASES: dict[str, tuple[str, Mapping[str, Any]]] = {
-    "aot_unpaired": ("aot", {"coupling": "unpaired"}),
-    "bco_pair": ("bco", {"shift": 0.0}),
-    "dapo": ("grpo", {"over_tokens": "group", "clip_high": 0.28, "beta": 0.0}),
-    "exo_pair": ("exo", {}),
-    "hinge": ("slic", {}),
-    "nca_pair": ("nca", {}),
-    "robust": ("dpo", {"smoothing": "robust"}),
-    "rwr": ("reward_weighted_regression", {}),
-    "sigmoid": ("dpo", {}),
-    "sigmoid_norm": ("dpo", {"over_tokens": "mean"}),
-    "sppo_hard": ("sppo", {}),
-}
+# Every name that `get` takes: the loss and the settings that the name stands for.
+_REGISTRY: dict[str, tuple[Loss, Settings]] = {}
+
+
+def register(*, aliases: Mapping[str, Settings] | None = None, reads: Reads = ()) -> Callable[[_L], _L]:
+    """Makes a loss known by its name.
+
+    Args:
+      aliases: other names of the loss, each with the settings that it stands for.
+      reads: what `losses.reads` says of it; or a function of its settings, defaults filled in, that gives this.
+
+    Returns:
+      A decorator that returns the loss itself.
+
+    Raises:
+      ValueError: another loss has one of the names.
+    """
+
+    def add(loss: _L) -> _L:
+        entries = {name: (loss, preset) for name, preset in {loss.__name__: {}, **(aliases or {})}.items()}
+        if taken := sorted(entries.keys() & _REGISTRY.keys()):
+            raise ValueError(f"two losses are named {taken[0]!r}")
+        _REGISTRY.update(entries)
+        loss.reads = reads  # type: ignore[attr-defined]
+        return loss
+
+    return add
 
 
 def names() -> tuple[str, ...]:
-    """The names that `get` takes, sorted: every loss of this library and the aliases under which others know them."""
-    return tuple(sorted((*_LOSSES, *_ALIASES)))
+    """The names of this library's losses, aliases among them, sorted; `get` also takes "module:function"."""
+    return tuple(sorted(_REGISTRY))
+
+
+def aliases() -> dict[str, tuple[str, Settings]]:
+    """The names under which other libraries know a loss: its name here, and the settings that the alias stands for."""
+    return {name: (loss.__name__, preset) for name, (loss, preset) in _REGISTRY.items() if name != loss.__name__}
 
 
 def get(loss: str | Loss, **settings: Any) -> Loss:
     """A configured loss: a callable that still names its array parameters.
 
-    `get("ipo", beta=0.1)` is `ipo` with that setting. What a loss reads is in `inspect.signature`: its
-    positional-or-keyword parameters are arrays (optional where they have a default), its keyword-only ones settings.
+    `get("ipo", beta=0.1)` is `ipo` with that setting, `get("my_package.module:function")` a loss of the user's own.
+    The parameters are in `inspect.signature`: positional-or-keyword ones are arrays (optional where they have a
+    default), keyword-only ones settings.
 
     Args:
-      loss: one of `names()`, or any callable of the user's own.
+      loss: one of `names()`, "module:function", or any callable of the user's own.
       **settings: keyword-only parameters of the loss.
 
     Returns:
       The loss with its settings bound.
 
     Raises:
-      ValueError: no such loss, or the loss has no such setting; the message names the nearest one.
+      ValueError: no such loss, or the loss has no such setting. For a name the message gives the nearest valid one.
     """
-    if isinstance(loss, str):
-        if loss not in (known := names()):
-            raise ValueError(f"loss: {unknown(loss, known)}")
-        name, preset = _ALIASES.get(loss, (loss, {}))
-        function, settings = _LOSSES[name], {**preset, **settings}
-    else:
-        function = loss
+    function, preset = _found(loss) if isinstance(loss, str) else (loss, {})
+    settings = {**preset, **settings}
     _check_settings(function, settings)
     return functools.partial(function, **settings) if settings else function
 
 
-def reads_other_prompts(loss: Loss) -> bool:
-    """Whether the loss of a prompt depends on the batch's other prompts.
+def reads(loss: Loss) -> frozenset[str]:
+    """What a loss reads beyond the arrays of its own prompt.
+
+    Any of `OTHER_PROMPTS`, `WIDTH`, `SAMPLER_LOG_PROBS`, `OWN_SAMPLES` and `LOG_COLLISIONS`.
 
     Args:
-      loss: from `get` or `combine`. A callable of the user's own says so by an attribute of this name; without, False.
+      loss: from `get` or `combine`, also under `jax.jit`. A callable of the user's own says it by an attribute `reads`:
+        a collection of these constants, or a function of its settings that gives one. Without it, nothing.
+
+    Raises:
+      ValueError: the attribute holds anything else.
     """
-    loss = inspect.unwrap(loss)
-    function, settings = (loss.func, loss.keywords) if isinstance(loss, functools.partial) else (loss, {})
-    if function is _sides.bco:
-        return isinstance(settings.get("shift", "batch_mean"), str)
-    return getattr(function, "reads_other_prompts", function in (_sides.aot, _sides.kto))
+    layer: Any = loss
+    settings: Settings = {}
+    said = getattr(layer, "reads", None)
+    while isinstance(layer, functools.partial) or hasattr(layer, "__wrapped__"):
+        if isinstance(layer, functools.partial):
+            layer, settings = layer.func, {**layer.keywords, **settings}
+        else:
+            layer = layer.__wrapped__
+        said = getattr(layer, "reads", None) if said is None else said
+    found = said({**_defaults(layer), **settings}) if callable(said) else said or ()
+    for each in found:
+        check_choice("reads", each, _READS)
+    return frozenset(found)
 
 
-def _check_settings(function: Loss, settings: Mapping[str, Any]) -> None:
+def _found(name: str) -> tuple[Loss, Settings]:
+    """The loss and the settings that a name stands for."""
+    if ":" in name:
+        return _imported(name), {}
+    if name not in _REGISTRY:
+        raise ValueError(f"loss: {unknown(name, names())}")
+    return _REGISTRY[name]
+
+
+def _imported(path: str) -> Loss:
+    """The callable that "module:function" names."""
+    module_name, _, name = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), name)):
+        raise ValueError(f"loss: {path!r} is not of the form 'module:function'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # The module may be there and import another one that is not.
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        remedy = "install it or add its folder to PYTHONPATH"
+        raise ValueError(f"loss {path!r}: no module {error.name!r}; {remedy}") from None
+    if not callable(function := getattr(module, name, None)):
+        raise ValueError(f"loss {path!r}: the module {module_name!r} has no function {name!r}")
+    return function
+
+
+def _defaults(function: Loss) -> dict[str, Any]:
+    """The settings of a function with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def _check_settings(function: Loss, settings: Settings) -> None:
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
-    valid = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    valid = _defaults(function)
     for name in settings:
         if name not in valid:
             raise ValueError(f"setting of {getattr(function, '__name__', 'the loss')}: {unknown(name, valid)}")

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from alignment_gap.losses._checks import as_float32, check_choice
 from alignment_gap.losses._numerics import tangent_expm1
+from alignment_gap.losses._registry import OWN_SAMPLES, register
 
 
 def kl_estimate(
@@ -47,14 +48,14 @@ def kl_estimate(
     return 0.5 * jnp.square(x) if estimator == "k2" else tangent_expm1(-x) + x
 
 
+@register(reads=(OWN_SAMPLES,))
 def online_kl(logps: Float[Array, "*B K"], ref_logps: Float[Array, "*B K"]) -> Float[Array, "*B"]:
-    """HyPO's regulariser: KL(pi || ref) at the policy's own samples, with its true gradient.
+    """KL(pi || ref) at the policy's own samples, with its true gradient.
 
     Value: the mean over K of x = log pi / ref. Gradient: the mean over K of (x_k - b_k) grad log pi(y_k), b_k the mean
     of x over the other responses, 0 where K is 1.
 
-    arXiv 2406.01462, which adds it to an offline loss: `combine((1.0, "dpo"), (weight, online_kl))` where the pairs
-    are the samples, or called apart with samples of its own. Sum over tokens.
+    arXiv 2406.01462, which adds it to DPO (see `hypo`). Sum over tokens.
 
     Args:
       logps: [*B, K], token-summed log-probs of the policy's own samples, in nats.

@@ -14,8 +14,10 @@ from jaxtyping import Array, Float
 
 from alignment_gap.losses._checks import as_float32, as_float32_like, check_choice, check_positive
 from alignment_gap.losses._pairs import expected_over_sides, log_ratios
+from alignment_gap.losses._registry import OTHER_PROMPTS, register
 
 
+@register(aliases={"nca_pair": {}})
 def nca(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -53,6 +55,10 @@ def nca(
     return expected_over_sides(loss, pair, preference)
 
 
+@register(
+    aliases={"bco_pair": {"shift": 0.0}},
+    reads=lambda settings: (OTHER_PROMPTS,) if isinstance(settings["shift"], str) else (),
+)
 def bco(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -95,6 +101,7 @@ def bco(
     return expected_over_sides(loss, (chosen, rejected), preference)
 
 
+@register(aliases={"sppo_hard": {}})
 def sppo(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -128,6 +135,7 @@ def sppo(
     return jnp.square(chosen - target) + jnp.square(rejected + target)
 
 
+@register()
 def apo_zero(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -162,6 +170,7 @@ def apo_zero(
     )
 
 
+@register()
 def apo_down(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -198,6 +207,7 @@ def apo_down(
     )
 
 
+@register(aliases={"aot_unpaired": {"coupling": "unpaired"}}, reads=(OTHER_PROMPTS,))
 def aot(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],
@@ -242,6 +252,7 @@ def aot(
     return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(z) - label_smoothing * jax.nn.log_sigmoid(-z)
 
 
+@register(reads=(OTHER_PROMPTS,))
 def kto(
     logps: Float[Array, "*B"],
     ref_logps: Float[Array, "*B"],
@@ -258,14 +269,15 @@ def kto(
     s D (1 - sigma(beta (r - z))) + (1 - s) U (1 - sigma(beta (z - r))), r = log pi / ref,
     z = max(0, mean of log pi / ref over the KL's responses), without gradient.
 
-    arXiv 2402.01306, whose KL responses are those of other prompts of the batch (`kl_logps`). Without them the batch's
-    own log-ratios stand in; two equal arrays give z = 0. Sum over tokens.
+    arXiv 2402.01306, whose KL responses (`kl_logps`) answer other prompts. Without them z is the mean over the batch's
+    own responses; two equal arrays give z = 0. Sum over tokens.
 
     Args:
       logps: [*B], token-summed log-probs under the policy, in nats; any shape, [prompts, K] too.
       ref_logps: [*B], the same under the reference.
       scores: [*B], probability s in [0, 1] that the response is desirable.
-      kl_logps, ref_kl_logps: log-probs of mismatched responses under policy and reference, of one shape, or None.
+      kl_logps, ref_kl_logps: log-probs of mismatched responses under policy and reference, or None; both of one shape,
+        which may differ from that of `logps`.
       beta: strength of the KL regularisation, in rewards per nat.
       desirable_weight, undesirable_weight: D and U.
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from alignment_gap.losses._checks import as_float32, as_mask
+from alignment_gap.losses._checks import as_float32, as_mask, check_choice
 from alignment_gap.losses._numerics import masked_mean, masked_sum, tangent_exp
 from alignment_gap.losses._pairwise import dpo
+from alignment_gap.losses._registry import LOG_COLLISIONS, register
 
 
+@register()
 def ld_dpo(
     chosen_token_logps: Float[Array, "*B T"],
     rejected_token_logps: Float[Array, "*B S"],
@@ -61,6 +63,7 @@ def ld_dpo(
     return dpo(policy_w, policy_l, ref_w, ref_l, preference, beta=beta)
 
 
+@register(reads=lambda settings: (LOG_COLLISIONS,) if settings["alignment"] == "sampled" else ())
 def wpo(
     chosen_token_logps: Float[Array, "*B T"],
     rejected_token_logps: Float[Array, "*B S"],
@@ -73,11 +76,12 @@ def wpo(
     rejected_log_collisions: Float[Array, "*B S"] | None = None,
     *,
     beta: Any = 0.1,
+    alignment: Literal["plain", "sampled"] = "plain",
 ) -> Float[Array, "*B"]:
     """WPO: DPO weighted by how likely the policy is to produce the pair.
 
     omega(y_w) omega(y_l) dpo, omega(y) = exp(mean over tokens of log pi(y_t) - c_t) without gradient; c_t = 0, or
-    log sum_v pi(v)^2 where it is given (the paper's sampled alignment; see `token_log_collision`).
+    log sum_v pi(v)^2 with `alignment="sampled"` (see `token_log_collision`).
 
     arXiv 2406.11827. The loss sums over tokens, the weights take the mean. For the weights alone, see `wpo_weights`.
 
@@ -86,8 +90,10 @@ def wpo(
       ref_chosen_logps, ref_rejected_logps: [*B], token-summed log-probs under the reference.
       chosen_mask, rejected_mask: true at scored tokens.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
-      chosen_log_collisions, rejected_log_collisions: log sum_v pi(v)^2 at every token, in nats, or None.
+      chosen_log_collisions, rejected_log_collisions: log sum_v pi(v)^2 at every token, in nats; read only with
+        `alignment="sampled"`.
       beta: strength of the KL regularisation, in rewards per nat.
+      alignment: "plain", or "sampled" for the paper's sampled alignment.
 
     Returns:
       float32 [*B].
@@ -95,6 +101,11 @@ def wpo(
     Raises:
       ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
     """
+    check_choice("alignment", alignment, ("plain", "sampled"))
+    if alignment == "plain":
+        chosen_log_collisions = rejected_log_collisions = None
+    elif chosen_log_collisions is None or rejected_log_collisions is None:
+        raise ValueError('chosen_log_collisions and rejected_log_collisions are needed with alignment="sampled"')
     log_weights = _log_weights(chosen_token_logps, chosen_mask, chosen_log_collisions)
     log_weights += _log_weights(rejected_token_logps, rejected_mask, rejected_log_collisions)
     (chosen,), (rejected,) = as_float32(chosen_token_logps), as_float32(rejected_token_logps)

@@ -1,7 +1,15 @@
 """Policies (T5-style encoder-decoders, PaLM-style decoders) behind one contract, and preference models over them."""
 
 from alignment_gap.models.decoder import DecoderConfig, DecoderPolicy
-from alignment_gap.models.policy import Output, Policy, compute_params, count_parameters, response_hidden, score
+from alignment_gap.models.policy import (
+    Output,
+    Policy,
+    compute_params,
+    count_parameters,
+    response_hidden,
+    score,
+    score_with_collisions,
+)
 from alignment_gap.models.preference import PreferenceModel
 from alignment_gap.models.t5 import T5Config, T5Policy
 
@@ -27,4 +35,5 @@ __all__ = [
     "make_policy",
     "response_hidden",
     "score",
+    "score_with_collisions",
 ]

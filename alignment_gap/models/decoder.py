@@ -28,12 +28,11 @@ CHOICES = {
     "rope_scaling": rope.SCALINGS,
     "attention": fused_attention.ATTENTIONS,
 }
-OPTIONAL = ("logits_soft_cap", "attention_soft_cap", "query_pre_attention_scalar", "rope_local_base", "window")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and settings of a decoder; the defaults are PaLM's. A number that is 0 where it may be means "none".
+    """Sizes and settings of a decoder; the defaults are PaLM's.
 
     Attributes:
       architecture: always "decoder"; tells the config of a policy from another's.
@@ -54,17 +53,17 @@ class DecoderConfig:
       tied_embeddings: whether the input embedding is the output embedding too.
       embedding_scale: what multiplies the input embedding: "one", or "sqrt_width" rounded to `dtype` (Gemma).
       logits_scale: what multiplies the logits: "inverse_sqrt_width" (PaLM) or "one".
-      logits_soft_cap: c of z = c tanh(z / c) on the logits (Gemma 2).
+      logits_soft_cap: c of z = c tanh(z / c) on the logits (Gemma 2), or None.
       attention_soft_cap: the same on attention's logits (Gemma 2).
-      query_pre_attention_scalar: attention's logits are divided by its root; 0 takes `head_size`.
+      query_pre_attention_scalar: attention's logits are divided by its root; None takes `head_size`.
       rope_base: wavelengths of the rotary embedding grow from 2 pi to 2 pi times this.
       rope_scaling: "none", "linear" (all wavelengths times the factor) or "llama3" (the long ones only).
       rope_scaling_factor: of "linear" and "llama3".
       rope_low_frequency_factor: of "llama3": wavelengths over original length / this are scaled in full.
       rope_high_frequency_factor: of "llama3": wavelengths under original length / this are not scaled.
       rope_original_length: of "llama3", in tokens.
-      rope_local_base: base of the layers with a window, not scaled (Gemma 3); 0 takes what the others have.
-      window: tokens, its own among them, that a layer with a sliding window attends to.
+      rope_local_base: base of the layers with a window, not scaled (Gemma 3); None takes what the others have.
+      window: tokens, its own among them, that a layer with a sliding window attends to; None where no layer has one.
       full_attention_every: with a window, every n-th layer has none (Gemma 2: 2, Gemma 3: 6).
       attention: what computes it in training and scoring: "xla", "cudnn" (CUDA, bfloat16) or "splash" (TPU); decoding
         is XLA's.
@@ -91,17 +90,17 @@ class DecoderConfig:
     tied_embeddings: bool = True
     embedding_scale: str = "one"
     logits_scale: str = "inverse_sqrt_width"
-    logits_soft_cap: float = 0.0
-    attention_soft_cap: float = 0.0
-    query_pre_attention_scalar: float = 0.0
+    logits_soft_cap: float | None = None
+    attention_soft_cap: float | None = None
+    query_pre_attention_scalar: float | None = None
     rope_base: float = 10000.0
     rope_scaling: str = "none"
     rope_scaling_factor: float = 1.0
     rope_low_frequency_factor: float = 1.0
     rope_high_frequency_factor: float = 4.0
     rope_original_length: int = 8192
-    rope_local_base: float = 0.0
-    window: int = 0
+    rope_local_base: float | None = None
+    window: int | None = None
     full_attention_every: int = 1
     attention: str = "xla"
     dtype: str = "float32"
@@ -204,8 +203,8 @@ class DecoderLayer(nn.Module):
         return rope.rotate(self.key_norm(keys) if self.config.query_key_norm else keys, view.rotation), self.value(y)
 
     def _attend(self, query: Array, segments: list[layers.Segment]) -> Array:
-        soft_cap = self.config.attention_soft_cap or None
-        return layers.attend(query, segments, scale=_attention_scale(self.config), soft_cap=soft_cap)
+        scale, soft_cap = _attention_scale(self.config), self.config.attention_soft_cap
+        return layers.attend(query, segments, scale=scale, soft_cap=soft_cap)
 
     def _add(self, x: Array, y: Array, attention: Array) -> Array:
         """The residual stream behind attention, not yet projected, and MLP; y is the norm that attention read."""
@@ -227,12 +226,12 @@ class DecoderPolicy:
     def __post_init__(self) -> None:
         """Raises UserError where a size is not positive, does not divide, or a setting is unknown."""
         config = self.config
-        check_sizes(config, optional=OPTIONAL)
+        check_sizes(config)
         for field, choices in CHOICES.items():
             check_choice(config, field, choices)
         if config.head_size % 2:
             raise UserError(f"DecoderConfig.head_size is {config.head_size}: rotary positions need it even")
-        if (config.window > 0) != (config.full_attention_every > 1):
+        if (config.window is None) != (config.full_attention_every == 1):
             raise UserError(
                 f"DecoderConfig.window is {config.window} with full_attention_every={config.full_attention_every}: "
                 "set both, such as window=512 and full_attention_every=6, or leave both"
@@ -268,7 +267,7 @@ class DecoderPolicy:
         config = self.config
         embedder = params["token_embedder" if config.tied_embeddings else "output_embedder"]
         scale = config.width**-0.5 if config.logits_scale == "inverse_sqrt_width" else 1.0
-        return Output(embedder["embedding"], scale, config.logits_soft_cap or None)
+        return Output(embedder["embedding"], scale, config.logits_soft_cap)
 
     def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B *S"]) -> Int[Array, "B *S"]:
         """The last token of each prompt."""
@@ -279,7 +278,7 @@ class DecoderPolicy:
         self,
         params: Any,
         prompts: Int[Array, "B P"],
-        prompt_lengths: Int[Array, "B"],
+        prompt_lengths: Int[Array, "B *S"],
         inputs: Int[Array, "B K R"],
         packing: Packing | None = None,
     ) -> Float[Array, "B K R D"]:
@@ -374,46 +373,48 @@ class DecoderPolicy:
     def _full_layers(self) -> Bool[Array, " L"] | None:
         """Which layers have no window, or None where no layer has one."""
         config = self.config
-        return (jnp.arange(config.layers) + 1) % config.full_attention_every == 0 if config.window else None
+        if config.window is None:
+            return None
+        return (jnp.arange(config.layers) + 1) % config.full_attention_every == 0
 
-    def _by_layer(self, view: Callable[[int], Tree]) -> Callable[[Any], Tree]:
+    def _by_layer(self, view: Callable[[int | None], Tree]) -> Callable[[Any], Tree]:
         """What follows from a layer's window, by whether it has none (True, or None where no layer has one)."""
-        full = view(0)
-        if not self.config.window:
+        full = view(None)
+        if self.config.window is None:
             return lambda _: full
         local = view(self.config.window)
         return lambda is_full: jax.tree.map(partial(jnp.where, is_full), full, local)
 
-    def _prompt_view(self, size: int, window: int) -> View:
+    def _prompt_view(self, size: int, window: int | None) -> View:
         positions = jnp.arange(size)
         return View(self._rotation(positions[None], window), layers.causal_mask(positions, positions, window))
 
     def _response_view(
-        self, prompt_lengths: Array, prompt_size: int, queries: Int[Array, "Q"], size: int, window: int
+        self, prompt_lengths: Array, prompt_size: int, queries: Int[Array, "Q"], size: int, window: int | None
     ) -> View:
         """The view of responses of `size` at `queries`; of the prompt they see all but the last token."""
         positions = (prompt_lengths[:, None] - 1 + queries)[:, None]
         prompt = layers.prefix_mask(prompt_lengths - 1, prompt_size)
-        if window:
+        if window is not None:
             prompt &= positions[..., None] - jnp.arange(prompt_size) < window
         own = layers.causal_mask(queries, jnp.arange(size), window)
         return View(self._rotation(positions, window), own, prompt)
 
-    def _packed_prompt_view(self, packing: Packing, window: int) -> View:
+    def _packed_prompt_view(self, packing: Packing, window: int | None) -> View:
         places = jnp.arange(packing.prompts.slot.shape[-1])
         own = layers.causal_mask(places, places, window) & packing.within_prompts()
         return View(self._rotation(packing.prompts.position, window), own)
 
-    def _packed_response_view(self, packing: Packing, window: int) -> View:
+    def _packed_response_view(self, packing: Packing, window: int | None) -> View:
         positions, places = packing.response_positions(), jnp.arange(packing.responses.slot.shape[-1])
         prompt = packing.across() & ~packing.is_last()[:, None, None]
-        if window:
+        if window is not None:
             prompt &= positions[..., None] - packing.prompts.position[:, None, None] < window
         own = layers.causal_mask(places, places, window) & packing.within_responses()
         return View(self._rotation(positions, window), own, prompt)
 
-    def _rotation(self, positions: Array, window: int) -> rope.Rotation:
-        return rope.rotation(positions, rope.frequencies(self.config, local=window > 0))
+    def _rotation(self, positions: Array, window: int | None) -> rope.Rotation:
+        return rope.rotation(positions, rope.frequencies(self.config, local=window is not None))
 
     def _embed(self, params: Any, tokens: Array) -> Array:
         x = params["token_embedder"]["embedding"].astype(self.config.dtype)[tokens]

@@ -36,7 +36,7 @@ def check(config: Any) -> None:
     name = "DecoderConfig.attention"
     if config.attention != "cudnn":
         return
-    if config.attention_soft_cap:
+    if config.attention_soft_cap is not None:
         raise UserError(f"{name} is 'cudnn', which has no attention_soft_cap: use xla, or splash on TPU")
     if config.head_size % 8 or config.head_size > 256:
         raise UserError(f"{name} is 'cudnn' with head_size={config.head_size}: it takes multiples of 8 up to 256")
@@ -46,7 +46,7 @@ def check(config: Any) -> None:
 
 def check_packing(config: Any) -> None:
     """Raises UserError where the kernels cannot read rows of several prompts."""
-    if config.window:
+    if config.window is not None:
         raise UserError(
             f"DecoderConfig.window is {config.window} with attention={config.attention!r}, which has no windows in "
             "packed rows: use attention=xla, or buckets instead of packing"
@@ -113,12 +113,12 @@ class Row(NamedTuple):
             line(slots, packing.responses.slot, padding),
         )
 
-    def mask(self, window: int) -> Bool[np.ndarray, "S S"]:
+    def mask(self, window: int | None) -> Bool[np.ndarray, "S S"]:
         """True where a slot attends to another: to the prompt's and its own response's not behind it, in its window."""
         branches, distances = self._branches(), self._distances()
         distance = distances[:, None] - distances
         mask = (distance >= 0) & ((branches == 0) | (branches[:, None] == branches))
-        return mask & (distance < window) if window else mask
+        return mask if window is None else mask & (distance < window)
 
     def responses(self, x: Float[Array, "B S D"]) -> Float[Array, "B K R D"]:
         """The part of the responses."""
@@ -147,9 +147,9 @@ def make(config: Any, row: Row, segments: Int[Array, "B S"], *, scale: float) ->
       segments: of text and padding.
       scale: multiplies the logits.
     """
-    kernel = _cudnn if config.attention == "cudnn" else functools.partial(_splash, config.attention_soft_cap or None)
-    full = functools.partial(kernel, row.mask(0), segments, scale)
-    if not config.window:
+    kernel = _cudnn if config.attention == "cudnn" else functools.partial(_splash, config.attention_soft_cap)
+    full = functools.partial(kernel, row.mask(None), segments, scale)
+    if config.window is None:
         return lambda _: full
     local = functools.partial(kernel, row.mask(config.window), segments, scale)
     return lambda is_full: lambda *heads: jax.lax.cond(is_full, full, local, *heads)

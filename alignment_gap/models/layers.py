@@ -245,11 +245,11 @@ def _bucket_starts(buckets: int, max_distance: int) -> np.ndarray:
     return np.asarray(starts, np.int32)
 
 
-def causal_mask(queries: Int[Array, "Q"], keys: Int[Array, "S"], window: int = 0) -> Bool[Array, "1 1 Q S"]:
+def causal_mask(queries: Int[Array, "Q"], keys: Int[Array, "S"], window: int | None = None) -> Bool[Array, "1 1 Q S"]:
     """True where the key's position is not after the query's, and within a window of so many tokens where given."""
     distance = queries[:, None] - keys
     mask = distance >= 0
-    return ((mask & (distance < window)) if window else mask)[None, None]
+    return (mask if window is None else mask & (distance < window))[None, None]
 
 
 def embedding(key: Array, vocabulary_size: int, width: int, stddev: float = 1.0) -> nn.LogicallyPartitioned:

@@ -86,7 +86,7 @@ class Packing(NamedTuple):
         return _same(self.responses.slot, self.prompts.slot[:, None])
 
 
-def at(slot: Int[Array, "*B T"], values: Int[Array, "*B S"]) -> Int[Array, "*B T"]:
+def at(slot: Int[Array, "*B T"], values: Int[Array, "*#B S"]) -> Int[Array, "*B T"]:
     """The values of slots; the last one's at padding."""
     return jnp.take_along_axis(values, jnp.minimum(slot, values.shape[-1] - 1), axis=-1)
 
@@ -106,5 +106,5 @@ def unpack(
     return rows.reshape(-1, *values.shape[1:]), jnp.maximum(lengths, 1).reshape(-1, values.shape[1])
 
 
-def _same(queries: Int[Array, "*B Q"], keys: Int[Array, "*B S"]) -> Bool[Array, "*B Q S"]:
+def _same(queries: Int[Array, "*B Q"], keys: Int[Array, "*#B S"]) -> Bool[Array, "*B Q S"]:
     return queries[..., None] == keys[..., None, :]

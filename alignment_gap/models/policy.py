@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from alignment_gap import losses
 from alignment_gap.errors import UserError
@@ -37,11 +37,15 @@ class Output(NamedTuple):
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A language model that scores and continues prompts; a frozen value, its parameters are passed in.
 
     The response's token t is predicted at input t, which is the token before it; input 0 is `start_tokens`.
     """
+
+    def __hash__(self) -> int:
+        """Equal policies share the functions that are compiled for them."""
 
     @property
     def config(self) -> Any:
@@ -60,7 +64,7 @@ class Policy(Protocol):
         self,
         params: Any,
         prompts: Int[Array, "B P"],
-        prompt_lengths: Int[Array, "B"],
+        prompt_lengths: Int[Array, "B *S"],
         inputs: Int[Array, "B K R"],
         packing: Packing | None = None,
     ) -> Float[Array, "B K R D"]:
@@ -112,13 +116,46 @@ def score(
 
     With lengths of S prompts a row, rows are packed as `models.packing` says, and no text sees another's.
     """
+    hidden, mask = _predicting(policy, params, prompts, prompt_lengths, responses, response_lengths)
+    return _log_probs(policy.output(params), hidden, responses, mask)
+
+
+def score_with_collisions(
+    policy: Policy,
+    params: Any,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B *S"],
+    responses: Int[Array, "B K R"],
+    response_lengths: Int[Array, "B *S K"],
+) -> tuple[Float[Array, "B K R"], Float[Array, "B K R"]]:
+    """`score`, and from the same hidden states `losses.token_log_collision` of every token, which has no gradient."""
+    hidden, mask = _predicting(policy, params, prompts, prompt_lengths, responses, response_lengths)
+    output = policy.output(params)
+    fixed = jax.lax.stop_gradient((hidden, output.embedding))
+    collisions = losses.token_log_collision(*fixed, scale=output.scale, soft_cap=output.soft_cap)
+    return _log_probs(output, hidden, responses, mask), jnp.where(mask, collisions, 0.0)
+
+
+def _predicting(
+    policy: Policy,
+    params: Any,
+    prompts: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B *S"],
+    responses: Int[Array, "B K R"],
+    response_lengths: Int[Array, "B *S K"],
+) -> tuple[Float[Array, "B K R D"], Bool[Array, "B K R"]]:
+    """Hidden states that predict the responses' tokens, and a mask that is false at padding."""
     packing = None
     if prompt_lengths.ndim == 2:
         packing = Packing.of(prompt_lengths, response_lengths, prompts.shape[-1], responses.shape[-1])
     hidden = response_hidden(policy, params, prompts, prompt_lengths, responses, packing)
-    embedding, scale, soft_cap = policy.output(params)
-    log_probs = losses.token_log_probs(hidden, embedding, responses, scale=scale, soft_cap=soft_cap)
     mask = packing.is_response if packing else jnp.arange(responses.shape[-1]) < response_lengths[..., None]
+    return hidden, mask
+
+
+def _log_probs(output: Output, hidden: Array, responses: Array, mask: Array) -> Float[Array, "B K R"]:
+    embedding, scale, soft_cap = output
+    log_probs = losses.token_log_probs(hidden, embedding, responses, scale=scale, soft_cap=soft_cap)
     return jnp.where(mask, log_probs, 0.0)
 
 
@@ -140,18 +177,15 @@ def count_parameters(policy: Policy) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
-def check_sizes(config: Any, *, optional: Collection[str] = ()) -> None:
-    """Raises UserError with field, value and remedy where a model's config cannot be built.
-
-    Numbers must be positive; those of the `optional` fields may be 0, which turns them off.
-    """
+def check_sizes(config: Any) -> None:
+    """Raises UserError with field, value and remedy where a model cannot be built: its numbers must be positive."""
     name = type(config).__name__
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        if value < 0 or (value == 0 and field.name not in optional):
-            remedy = "it must be positive, or 0 for none" if field.name in optional else "it must be positive"
+        if value <= 0:
+            remedy = "it must be positive, or None" if field.default is None else "it must be positive"
             raise UserError(f"{name}.{field.name} is {value}: {remedy}")
     check_choice(config, "remat", tuple(REMAT_POLICIES))
     check_choice(config, "dtype", ("float32", "bfloat16"))

@@ -8,6 +8,7 @@ policy's parameters initialise it as they are, and the two orders of the sign ru
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -74,10 +75,22 @@ class PreferenceModel:
         prompt_lengths: Int[Array, "B"],
         responses: Int[Array, "B 2 R"],
         response_lengths: Int[Array, "B 2"],
+        *,
+        soft: bool = False,
     ) -> Float[Array, "B"]:
-        """The hard sign rule: 1 where r(x, y1, y2) > r(x, y2, y1), 0 where smaller, 0.5 where equal (2405.08448)."""
-        rows = ((0,), (1,)) if self.kind == "bradley_terry" else ((0, 1), (1, 0))
-        answers = self._answers(params, prompts, prompt_lengths, responses, response_lengths, rows=rows)
+        """The preference for the first response, the same whichever response is shown first.
+
+        Hard, by the sign rule: 1 where r(x, y1, y2) > r(x, y2, y1), 0 where smaller, 0.5 where equal (2405.08448).
+        Soft: the mean of r(x, y1, y2) and 1 - r(x, y2, y1).
+        """
+        batch = (params, prompts, prompt_lengths, responses, response_lengths)
+        if self.kind == "bradley_terry":
+            rewards = self._answers(*batch, rows=((0,), (1,)))
+            margin = rewards[:, 0] - rewards[:, 1]
+            return jax.nn.sigmoid(margin) if soft else (jnp.sign(margin) + 1) / 2
+        answers = self._answers(*batch, rows=((0, 1), (1, 0)))
+        if soft:
+            return (jax.nn.sigmoid(answers[:, 0]) + jax.nn.sigmoid(-answers[:, 1])) / 2
         return (jnp.sign(answers[:, 0] - answers[:, 1]) + 1) / 2
 
     def scores(
@@ -87,17 +100,28 @@ class PreferenceModel:
         prompt_lengths: Int[Array, "B"],
         responses: Int[Array, "B K R"],
         response_lengths: Int[Array, "B K"],
+        *,
+        labels: str = "hard",
     ) -> Float[Array, "B K"]:
-        """Each response's share of wins against the K - 1 others of its prompt; 1, 0 or 0.5 for a pair."""
+        """Each response's mean preference over the K - 1 others of its prompt, or its reward.
+
+        Args:
+          params: of the policy that is asked.
+          prompts, prompt_lengths, responses, response_lengths: a batch.
+          labels: "hard" or "soft" preferences, of a pair p and 1 - p; or the "rewards" of a Bradley-Terry model.
+        """
         samples = responses.shape[1]
+        if labels == "rewards":
+            batch = (params, prompts, prompt_lengths, responses, response_lengths)
+            return self._answers(*batch, rows=tuple((i,) for i in range(samples)))
         if samples < 2:
             raise UserError(f"{samples} response a prompt: a preference needs 2 or more")
         scores = jnp.zeros(response_lengths.shape, jnp.float32)
-        for i in range(samples):
-            for j in range(i + 1, samples):
-                pair = jnp.array([i, j])
-                won = self.preferences(params, prompts, prompt_lengths, responses[:, pair], response_lengths[:, pair])
-                scores = scores.at[:, i].add(won).at[:, j].add(1 - won)
+        for i, j in itertools.combinations(range(samples), 2):
+            pair = jnp.array([i, j])
+            two = (responses[:, pair], response_lengths[:, pair])
+            won = self.preferences(params, prompts, prompt_lengths, *two, soft=labels == "soft")
+            scores = scores.at[:, i].add(won).at[:, j].add(1 - won)
         return scores / (samples - 1)
 
     def _answers(
@@ -139,7 +163,7 @@ class PreferenceModel:
         return join([*parts, mark(self.markers.question), room])
 
 
-def join(parts: list[tuple[Int[Array, "B S"], Int[Array, "B"]]]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+def join(parts: list[tuple[Int[Array, "B _S"], Int[Array, "B"]]]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
     """Ragged rows behind each other without gaps; T is the sum of the parts' sizes, and the rest of a row is 0."""
     batch, size = len(parts[0][1]), sum(tokens.shape[1] for tokens, _ in parts)
     joined = jnp.zeros((batch, size), parts[0][0].dtype)

@@ -42,7 +42,7 @@ def frequencies(config: Any, *, local: bool = False) -> Float[np.ndarray, " half
       config: a `DecoderConfig`.
       local: of a layer with a sliding window, which may have a base of its own, without scaling.
     """
-    base = (config.rope_local_base if local else 0.0) or config.rope_base
+    base = (config.rope_local_base if local else None) or config.rope_base
     plain = base ** (-2.0 * np.arange(config.head_size // 2) / config.head_size)
     if config.rope_scaling == "none" or (local and config.rope_local_base):
         return plain

@@ -218,7 +218,7 @@ class T5Policy:
         self,
         params: Any,
         prompts: Int[Array, "B P"],
-        prompt_lengths: Int[Array, "B"],
+        prompt_lengths: Int[Array, "B *S"],
         inputs: Int[Array, "B K R"],
         packing: Packing | None = None,
     ) -> Float[Array, "B K R D"]:

@@ -29,8 +29,8 @@ class Chip:
       dimensions: of the torus; 0 where there is none. Two links for each.
       wraps: a torus axis whose size is a multiple of this closes to a ring.
       dcn_bandwidth: bytes/s one way of a device's share of the data-centre network between slices.
-      devices: as XLA counts them in a chip.
       shape: an example of a topology.
+      devices: as XLA counts them in a chip.
     """
 
     hbm: float
@@ -40,25 +40,25 @@ class Chip:
     dimensions: int
     wraps: int
     dcn_bandwidth: float
+    shape: str
     devices: int = 1
-    shape: str = ""
 
 
 CHIPS: dict[str, Chip] = {
     # 32 GiB, 275 TFLOP/s, 1200 GB/s, 6 links of 50 GB/s; multiples of 4 close. DCN 50 Gbit/s a chip.
-    "v4": Chip(30.75 * GIB, 275 * TERA, 1200 * GIGA, 50 * GIGA, 3, 4, 6.25 * GIGA, shape="4x4x4"),
+    "v4": Chip(30.75 * GIB, 275 * TERA, 1200 * GIGA, 50 * GIGA, 3, 4, 6.25 * GIGA, "4x4x4"),
     # 16 GB, 197 TFLOP/s, 819 GB/s, 400 GB/s over 4 links both ways; only 16 closes. DCN 6.4 Tbit/s for 256.
-    "v5e": Chip(15.75 * GIB, 197 * TERA, 819 * GIGA, 50 * GIGA, 2, 16, 3.125 * GIGA, shape="16x16"),
+    "v5e": Chip(15.75 * GIB, 197 * TERA, 819 * GIGA, 50 * GIGA, 2, 16, 3.125 * GIGA, "16x16"),
     # 95 GiB, 459 TFLOP/s, 2765 GB/s, 1200 GB/s over 6 links both ways. DCN 50 Gbit/s a chip.
-    "v5p": Chip(95 * GIB, 459 * TERA, 2765 * GIGA, 100 * GIGA, 3, 4, 6.25 * GIGA, shape="4x4x4"),
+    "v5p": Chip(95 * GIB, 459 * TERA, 2765 * GIGA, 100 * GIGA, 3, 4, 6.25 * GIGA, "4x4x4"),
     # 32 GB, 918 TFLOP/s, 1640 GB/s, 800 GB/s over 4 links both ways. DCN 25.6 Tbit/s a pod of 256.
-    "v6e": Chip(31.25 * GIB, 918 * TERA, 1640 * GIGA, 100 * GIGA, 2, 16, 12.5 * GIGA, shape="16x16"),
+    "v6e": Chip(31.25 * GIB, 918 * TERA, 1640 * GIGA, 100 * GIGA, 2, 16, 12.5 * GIGA, "16x16"),
     # 192 GiB, 2307 TFLOP/s, 7380 GB/s, 1200 GB/s over 6 links both ways, DCN 100 Gbit/s: all shared by two devices.
-    "tpu7x": Chip(94.75 * GIB, 1153.5 * TERA, 3690 * GIGA, 50 * GIGA, 3, 4, 6.25 * GIGA, 2, shape="4x4x4"),
+    "tpu7x": Chip(94.75 * GIB, 1153.5 * TERA, 3690 * GIGA, 50 * GIGA, 3, 4, 6.25 * GIGA, "4x4x4", devices=2),
     # Not to be rented: a laptop's devices, to try a plan. One core of a desktop and its part of the memory.
-    "cpu": Chip(4 * GIB, 0.1 * TERA, 10 * GIGA, 10 * GIGA, 0, 1, 1 * GIGA, shape="8"),
+    "cpu": Chip(4 * GIB, 0.1 * TERA, 10 * GIGA, 10 * GIGA, 0, 1, 1 * GIGA, "8"),
     # H100 SXM: 80 GB, 989 TFLOP/s, 3350 GB/s, NVLink 450 GB/s one way. https://www.nvidia.com/en-us/data-center/h100
-    "cuda": Chip(74 * GIB, 989 * TERA, 3350 * GIGA, 450 * GIGA, 0, 1, 50 * GIGA, shape="8"),
+    "cuda": Chip(74 * GIB, 989 * TERA, 3350 * GIGA, 450 * GIGA, 0, 1, 50 * GIGA, "8"),
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.dimensions)
 

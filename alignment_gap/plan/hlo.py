@@ -14,7 +14,6 @@ from collections.abc import Iterator
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 # What moves no bytes of its own: names for parts of other buffers, control flow (its body counts), ends of copies.
 _FREE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|(partition|replica)-id"
@@ -122,9 +121,9 @@ def type_bytes(text: str, *, hbm_only: bool = False) -> int:
 
 
 def _bits(dtype: str) -> int:
-    if dtype in _BITS:
-        return _BITS[dtype]
-    return int(re.search(r"\d+", dtype)[0]) if re.search(r"\d", dtype) else 0  # type: ignore[index]
+    """Bits of an element: the first number in the name of its type, and none of a token."""
+    size = re.search(r"\d+", dtype)
+    return int(size[0]) if size else 8 * (dtype == "pred")
 
 
 def trip_count(program: Program, loop: Instruction) -> int:

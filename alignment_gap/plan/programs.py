@@ -1,23 +1,22 @@
 """The programs of a job, the very functions that a run calls, compiled for devices that need not be here.
 
-Run as a module in a process of its own: `python -m alignment_gap.plan.programs RESULT < REQUEST`. The variables that
-let libtpu compile without a TPU are read when jax is imported, and a process gives all its memory back.
+Each is compiled in a process of its own: jax reads the variables that let libtpu compile without a TPU when it is
+imported, and a process that ends gives all its memory back.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import math
 import os
+import pickle
 import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +24,20 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from alignment_gap import losses
-from alignment_gap.configuration import from_dict
-from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.errors import UserError
-from alignment_gap.models import ModelConfig, PreferenceModel, make_policy
-from alignment_gap.models.preference import Markers
+from alignment_gap.evaluation.metrics import make_divergence
+from alignment_gap.jobs.assembly import Assembly
+from alignment_gap.jobs.config import JobConfig
+from alignment_gap.judges.preference_model import make_scores
 from alignment_gap.plan import hlo
 from alignment_gap.plan.chips import TPUS, Topology
-from alignment_gap.plan.flops import Lengths
+from alignment_gap.plan.flops import count_flops
 from alignment_gap.plan.roofline import Moved, describe
-from alignment_gap.sampling import SamplerConfig, make_generate
-from alignment_gap.sharding import LogicalMesh, MeshConfig, batch_sharding, make_mesh, replicated, within
-from alignment_gap.training import (
-    OptimizerConfig,
-    abstract_params,
-    abstract_state,
-    make_optimizer,
-    make_score,
-    make_update_step,
-    policy_objective,
-)
+from alignment_gap.plan.steps import SAMPLES, PlanConfig, Program
+from alignment_gap.sharding import LogicalMesh, make_mesh, replicated
+from alignment_gap.training import abstract_params
 
-# Nothing of these reaches for a TPU or for the network; without the last, two processes cannot both load libtpu.
+# With these nothing looks for a TPU or asks the network; without the last, two processes cannot both load libtpu.
 TPU_VARIABLES = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -58,43 +48,20 @@ TPU_VARIABLES = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-MARKER_IDS = (2, 3, 4, 5, 6)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One program for one topology.
-
-    Attributes:
-      program: "update", "reference", "sample" or "label"; the last is a preference model's scoring.
-      model: the network.
-      topology: the devices.
-      mesh: how it is laid out over them.
-      lengths: shape of a batch.
-      loss: by name, of the update step.
-      optimizer: of the update step.
-      microbatches: of the update step.
-    """
-
-    program: str
-    model: ModelConfig
-    topology: Topology
-    mesh: MeshConfig
-    lengths: Lengths
-    loss: str = "ipo"
-    optimizer: OptimizerConfig = OptimizerConfig()
-    microbatches: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program, per device.
+    """What jax and the compiler say of a program; bytes are those of one device.
 
     Attributes:
       parameters: bytes of the network's parameters among the arguments.
-      state: those and the optimizer's of the update step, whose result takes their place; 0 for other programs.
-      arguments, outputs, aliased, temporaries, code: bytes; what is aliased is among arguments and outputs both.
-      exceeded: bytes of what did not fit where the compiler gave up, else 0; the other figures are then 0.
+      state: bytes of those and of the optimizer's state, in an update step; 0 in other programs.
+      flops: of one call, over all devices.
+      model_flops: those of them that the model needs: without what a backward pass computes again.
+      arguments, outputs, aliased, temporaries, code: bytes; aliased bytes are among arguments and outputs both.
+      exceeded: bytes that the program needs, where the compiler gave up because they do not fit; the sizes above and
+        the traffic are then 0.
       traffic: bytes that move between chip and HBM in one call.
       collectives: in one call.
       compile_seconds: on this machine.
@@ -103,6 +70,8 @@ class Compiled:
 
     parameters: int
     state: int = 0
+    flops: int = 0
+    model_flops: int = 0
     arguments: int = 0
     outputs: int = 0
     aliased: int = 0
@@ -120,30 +89,31 @@ class Compiled:
         return self.exceeded or self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
-def compile_program(request: Request) -> Compiled:
-    """Compiles in a process of its own, once for equal requests; raises UserError where that cannot be done here."""
-    return _compile(json.dumps(dataclasses.asdict(request)), request.program, request.topology)
-
-
-@functools.cache
-def _compile(request: str, program: str, topology: Topology) -> Compiled:
+def compile_program(config: PlanConfig, program: Program) -> Compiled:
+    """Compiles in a process of its own; raises UserError where that cannot be done here."""
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "alignment_gap.plan.programs", str(result)]
-        root = str(Path(__file__).parents[2])
-        search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        variables = os.environ | {"PYTHONPATH": search} | environment(topology)
-        done = subprocess.run(command, input=request, env=variables, capture_output=True, text=True)
-        if done.returncode or not result.exists():
-            raise UserError(_failure(f"{program} on {topology.name}", done.returncode, done.stderr))
-        return read_compiled(result)
+        result = Path(folder) / "result"
+        command = [sys.executable, "-c", "from alignment_gap.plan import programs; programs.main()", str(result)]
+        variables = os.environ | environment(config.topology) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        asked = pickle.dumps((config, program))
+        done = subprocess.run(command, input=asked, env=variables, capture_output=True)
+        if not result.exists():
+            what = f"{program.name} on {config.topology.name}"
+            raise UserError(_failure(what, done.returncode, done.stderr.decode(errors="replace")))
+        found: Compiled | UserError = pickle.loads(result.read_bytes())
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
-def read_compiled(path: Path) -> Compiled:
-    """What was written as JSON."""
-    values = json.loads(path.read_text())
-    values["collectives"] = tuple(Moved(**each) for each in values["collectives"])
-    return Compiled(**values)
+def main() -> None:
+    """Compiles what standard input asks for and writes what came of it to the file named by the only argument."""
+    found: Compiled | UserError
+    try:
+        found = compile_here(*pickle.load(sys.stdin.buffer))
+    except UserError as error:
+        found = error
+    Path(sys.argv[1]).write_bytes(pickle.dumps(found))
 
 
 def environment(topology: Topology) -> dict[str, str]:
@@ -153,19 +123,17 @@ def environment(topology: Topology) -> dict[str, str]:
     if topology.kind in TPUS:
         return base | TPU_VARIABLES | {"XLA_FLAGS": ""}
     if topology.kind == "cpu":
-        return base | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={topology.devices}",
-        }
+        flags = f"--xla_force_host_platform_device_count={topology.devices}"
+        return base | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return base | {"JAX_PLATFORMS": "cuda"}
 
 
 def _failure(what: str, status: int, text: str) -> str:
+    """One line on a process that ended without a result."""
     if status < 0:
         return f"compiling {what} was killed by signal {-status}: it may need more memory than this machine has free"
     lines = [line for line in text.strip().splitlines() if line.strip()] or ["no message"]
-    said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
-    return said.removeprefix("error: ")[:400] if said.startswith("error: ") else f"compiling {what}: {said[:400]}"
+    return f"compiling {what}: {lines[-1][:400]}"
 
 
 def devices_of(topology: Topology) -> Sequence[Any]:
@@ -197,46 +165,41 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         raise UserError(f"topology {topology.name}: {first}") from error
 
 
-def build(request: Request, mesh: LogicalMesh) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
-    """The jitted function, its abstract arguments, and the network's parameters among them."""
-
-    def array(*shape: int, dtype: Any = jnp.int32, whole: bool = False) -> jax.ShapeDtypeStruct:
-        sharding = replicated(mesh) if whole else batch_sharding(mesh)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    policy, lengths = make_policy(request.model), request.lengths
-    batch, samples, response = lengths.batch, lengths.samples, lengths.response
-    prompts = array(batch, lengths.prompt), array(batch)
-    texts: Any = (*prompts, array(batch, samples, response), array(batch, samples))
-    if request.program == "update":
-        optimizer = make_optimizer(request.optimizer)
-        state = abstract_state(policy.init, optimizer, mesh)
-        objective = policy_objective(policy, losses.get(request.loss))
-        step = make_update_step(objective, optimizer, mesh, state, microbatches=request.microbatches)
-        scores: Any = array(batch, samples, dtype=jnp.float32), array(batch, samples, response, dtype=jnp.float32)
-        ids: Any = array(batch)
-        return step, (state, PreferenceBatch(ids, *texts, *scores)), state.params
-    params = abstract_params(policy.init, mesh)
-    if request.program == "sample":
-        generate = make_generate(policy, mesh, samples=samples, max_length=response, eos_id=1, config=SamplerConfig())
+def build(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[Any, tuple[Any, ...], Any]:
+    """The jitted function that a run calls, its abstract arguments, and the network's parameters among them."""
+    assembly = Assembly(job, program.facts, mesh)
+    if program.kind in ("update", "forward"):
+        state, batch = assembly.abstract, assembly.abstract_batch()
+        if program.kind == "update":
+            return assembly.update_step, (state, batch), state.params
+        return jax.jit(assembly.objective), (state.params, batch, state.step), state.params
+    params = abstract_params(assembly.policy.init, mesh)
+    batch = assembly.texts(program.batch)
+    prompts, texts = (batch.prompts, batch.prompt_lengths), (batch.responses, batch.response_lengths)
+    if program.kind in SAMPLES:
+        assert job.online is not None
+        generate = assembly.generate(job.online, program.batch.response, opponents=program.kind == "opponents")
         key = jax.eval_shape(lambda: jax.random.key(0))
-        run = array(dtype=key.dtype, whole=True), array(whole=True)
-        return generate, (params, *run, array(batch), *prompts), params
-    if request.program == "reference":
-        return make_score(policy, mesh), (params, *texts), params
-    model = PreferenceModel(policy, Markers(*MARKER_IDS))
-    return jax.jit(within(mesh, model.scores), out_shardings=batch_sharding(mesh)), (params, *texts), params
+        run = [jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh)) for dtype in (key.dtype, jnp.int32)]
+        reference = [params] if job.online.mixture is not None else []
+        return generate, (params, *run, batch.prompt_ids, *prompts, *reference), params
+    if program.kind == "score":
+        return assembly.score, (params, *prompts, *texts), params
+    if program.kind == "divergence":
+        return make_divergence(assembly.policy, mesh), (params, params, *prompts, *texts), params
+    scores = make_scores(program.facts.network.preference_model(), program.labels, mesh)
+    return scores, (params, *prompts, *texts), params
 
 
-def compile_here(request: Request) -> Compiled:
-    """Lowers and compiles in this process."""
-    start = time.perf_counter()
-    mesh = make_mesh(request.mesh, devices_of(request.topology))
-    function, arguments, params = build(request, mesh)
-    state = _shard_bytes(arguments[0]) if request.program == "update" else 0
-    base = Compiled(_shard_bytes(params), state)
-    platform = "tpu" if request.topology.kind in TPUS else request.topology.kind
-    lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))  # type: ignore[attr-defined]
+def compile_here(config: PlanConfig, program: Program) -> Compiled:
+    """Traces, lowers and compiles in this process."""
+    start, job, topology = time.perf_counter(), config.job, config.topology
+    mesh = make_mesh(job.mesh, devices_of(topology))
+    function, arguments, params = build(program, job, mesh)
+    state = _shard_bytes(arguments[0]) if program.kind == "update" else 0
+    base = Compiled(_shard_bytes(params), state, *_flops(program, job, mesh))
+    platform = "tpu" if topology.kind in TPUS else topology.kind
+    lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -244,7 +207,7 @@ def compile_here(request: Request) -> Compiled:
             raise
         exceeded = exceeded_bytes(str(error), _shard_bytes(arguments))
         return dataclasses.replace(base, exceeded=exceeded, compile_seconds=time.perf_counter() - start)
-    memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+    memory, instructions = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     return dataclasses.replace(
         base,
         arguments=memory.argument_size_in_bytes,
@@ -252,11 +215,26 @@ def compile_here(request: Request) -> Compiled:
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        traffic=hlo.hbm_traffic(program),
-        collectives=describe(hlo.collectives(program, mesh.devices.size), mesh.devices, request.topology),
+        traffic=hlo.hbm_traffic(instructions),
+        collectives=describe(hlo.collectives(instructions, mesh.devices.size), mesh.devices, topology),
         compile_seconds=time.perf_counter() - start,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _flops(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[int, int]:
+    """FLOPs of a call, and those that the model needs: of an update three forward passes, or all where that is less."""
+    # The products of a fused attention kernel are not in the trace; the plain form has them.
+    network = program.facts.network
+    network = dataclasses.replace(network, model=dataclasses.replace(network.model, attention="xla"))
+    facts = dataclasses.replace(program.facts, network=network)
+
+    def count(kind: str) -> int:
+        function, arguments, _ = build(dataclasses.replace(program, kind=kind, facts=facts), job, mesh)
+        return count_flops(function.trace(*arguments).jaxpr)
+
+    flops = count(program.kind)
+    return flops, min(3 * count("forward"), flops) if program.kind == "update" else flops
 
 
 def _shard_bytes(tree: Any) -> int:
@@ -280,16 +258,3 @@ def exceeded_bytes(message: str, arguments: int) -> int:
         if found := re.search(pattern, message):
             return int(float(found[1]) * units[found[2]]) + beside
     raise UserError(f"the compiler ran out of memory without a figure: {message.splitlines()[0][:300]}")
-
-
-def main() -> None:
-    """Compiles the request on standard input and writes what came of it to the file named by the only argument."""
-    try:
-        request = from_dict(Request, json.load(sys.stdin), path="request")
-        Path(sys.argv[1]).write_text(json.dumps(dataclasses.asdict(compile_here(request))))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,71 +1,52 @@
-"""A plan as a table for the terminal, as JSON, and as a picture."""
+"""A plan as tables for the terminal and as JSON."""
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
-from alignment_gap.configuration import to_dict
-from alignment_gap.errors import UserError
+from alignment_gap.evaluation.results import text_table
+from alignment_gap.models import count_parameters
 from alignment_gap.plan.chips import GIB
-from alignment_gap.plan.plan import Part, Plan, parameters
+from alignment_gap.plan.plan import Plan
 
 _BOUNDS = {"compute": "arithmetic", "hbm": "HBM", "interconnect": "interconnect"}
-_COLOURS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#8C8C8C",
-    "#B8A000",
-    "#7B4FA3",
-    "#5A5A5A",
-)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Everything of the plan, in bytes, FLOPs and seconds; numbers that are not finite are null."""
-    parts = []
-    for part in plan.parts:
-        values = to_dict(part)
-        del values["request"]
-        compiled = values["compiled"]
-        compiled |= {"peak": part.compiled.peak, "collectives": [to_dict(each) for each in part.compiled.collectives]}
+    """Everything of the plan, in bytes, FLOPs and seconds; a time that is not known is None."""
+    values, finite = dataclasses.asdict(plan), math.isfinite(plan.step_seconds)
+    del values["config"]["programs"]  # They are among the parts.
+    for part, each in zip(plan.parts, values["parts"], strict=True):
+        each["compiled"]["peak"], each["tokens"] = part.compiled.peak, part.tokens
         if part.times:
-            values["times"] |= {"seconds": part.times.seconds, "bound": part.times.bound}
-        parts.append(values)
-    finite = math.isfinite(plan.step_seconds)
-    return {
-        "config": to_dict(plan.config),
+            each["times"] |= {"seconds": part.times.seconds, "bound": part.times.bound}
+    return values | {
         "devices": plan.config.topology.devices,
-        "parameters": parameters(plan.config),
+        "parameters": parameters(plan),
         "fits": plan.fits,
-        "capacity": int(plan.capacity),
         "needed": plan.needed,
-        "resident": plan.resident,
-        "working": plan.working,
         "step_seconds": plan.step_seconds if finite else None,
         "utilisation": plan.utilisation if finite else None,
-        "largest_batch": plan.largest_batch,
-        "advice": list(plan.advice),
-        "programs": parts,
     }
+
+
+def parameters(plan: Plan) -> int:
+    """The number of parameters of the first program's network."""
+    return count_parameters(plan.config.programs[0].facts.network.policy())
 
 
 def as_text(plan: Plan) -> str:
     """The plan for the terminal."""
     config, topology = plan.config, plan.config.topology
-    data, fsdp, model = config.mesh.shape(topology.devices)
-    lengths = config.lengths
+    data, fsdp, model = config.job.mesh.shape(topology.devices)
+    shape = config.programs[0].batch
     head = [
-        f"{parameters(config):,} parameters on {topology.devices} devices ({topology.name}"
+        f"{parameters(plan):,} parameters on {topology.devices} devices ({topology.name}"
         + (f", {topology.slices} slices" if topology.slices > 1 else "")
         + f"), mesh data={data} fsdp={fsdp} model={model}",
-        f"batch {lengths.batch} prompts of {lengths.prompt} tokens, {lengths.samples} responses of {lengths.response}",
+        f"batch {shape.batch} prompts of {shape.prompt} tokens, {shape.samples} responses of {shape.response}",
         "",
     ]
     return "\n".join(
@@ -79,8 +60,8 @@ def _memory_lines(plan: Plan) -> list[str]:
         c = part.compiled
         sizes = [c.arguments, c.outputs, c.aliased, c.temporaries, c.code]
         cells = ["-"] * 5 if c.exceeded else [_gib(size) for size in sizes]
-        rows.append([part.name, *cells, _gib(c.peak)])
-    lines = _table(rows)
+        rows.append([part.program.name, *cells, _gib(c.peak)])
+    lines = [text_table(rows[0], rows[1:])]
     lines.append(
         "resident from step to step: " + ", ".join(f"{name} {_gib(size)}" for name, size in plan.resident.items())
     )
@@ -93,26 +74,21 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 def _time_lines(plan: Plan) -> list[str]:
     rows = [["at best, ms", "arithmetic", "HBM", "interconnect", "takes", "bound by", "model TFLOP", "recomputed"]]
+    tokens = []
     for part in plan.parts:
-        t = part.times
-        cells = [_ms(t.compute), _ms(t.hbm), _ms(t.interconnect), _ms(t.seconds), _BOUNDS[t.bound]] if t else ["-"] * 5
-        rows.append(
-            [part.name, *cells, *(f"{count / 1e12:,.3g}" for count in (part.model_flops, part.recomputed_flops))]
-        )
-    lines = _table(rows)
-    for part in plan.parts:
-        if part.tokens and part.times:
-            each = part.times.seconds / part.tokens
-            lines.append(
-                f"sampling: {_ms(each)} ms a token, its part of the prompts among it; reading parameters and "
-                f"cache once takes {_ms(part.token_seconds)} ms"
+        compiled, t = part.compiled, part.times
+        cells = [*map(_ms, (t.compute, t.hbm, t.interconnect, t.seconds)), _BOUNDS[t.bound]] if t else ["-"] * 5
+        counts = (compiled.model_flops, compiled.flops - compiled.model_flops)
+        rows.append([part.program.name, *cells, *(f"{count / 1e12:,.3g}" for count in counts)])
+        if part.tokens and t:
+            tokens.append(
+                f"{part.program.name}: {_ms(t.seconds / part.tokens)} ms a token, with its part of the prompts; "
+                f"reading parameters and cache once takes {_ms(part.token_seconds)} ms"
             )
+    lines = [text_table(rows[0], rows[1:]), *tokens]
     if math.isfinite(plan.step_seconds):
-        rate = plan.config.lengths.batch / plan.step_seconds
-        lines.append(
-            f"a step {plan.step_seconds:.3g} s, {rate:,.0f} prompts/s, MFU {plan.utilisation:.0%}: at best, the three "
-            "overlapping wholly"
-        )
+        rate = plan.config.programs[0].batch.batch / plan.step_seconds
+        lines.append(f"a step {plan.step_seconds:.3g} s, {rate:,.0f} prompts/s, MFU {plan.utilisation:.0%}, at best")
     return lines
 
 
@@ -121,8 +97,8 @@ def _collective_lines(plan: Plan) -> list[str]:
     for part in plan.parts:
         for moved in part.compiled.collectives[:4]:
             sizes = [str(moved.devices), f"{moved.count:,}", f"{moved.bytes / GIB:.2f}", _ms(moved.seconds)]
-            rows.append([part.name, moved.kind, moved.axes, *sizes])
-    return [*_table(rows), ""] if len(rows) > 1 else []
+            rows.append([part.program.name, moved.kind, moved.axes, *sizes])
+    return [text_table(rows[0], rows[1:]), ""] if len(rows) > 1 else []
 
 
 def _verdict(plan: Plan) -> list[str]:
@@ -135,96 +111,9 @@ def _verdict(plan: Plan) -> list[str]:
     return lines + [f"  {each}" for each in plan.advice]
 
 
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-
-
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:,.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
-
-
-def write_picture(plan: Plan, path: Path) -> None:
-    """A PNG or SVG, by the path's suffix: HBM of a device by part, and each program's time by what bounds it.
-
-    Raises:
-      UserError: as `check_picture`.
-    """
-    check_picture(path)
-    import altair as alt
-    import vl_convert
-
-    memory = (
-        alt.Chart(alt.Data(values=_memory_rows(plan)))
-        .mark_bar()
-        .encode(
-            alt.X("gib:Q", title="HBM of a device (GiB)"),
-            alt.Y("program:N", title=None, sort=None),
-            alt.Color("part:N", title=None, sort=None, scale=alt.Scale(range=_COLOURS)),
-            alt.Order("order:Q"),
-        )
-    )
-    limit = (
-        alt.Chart(alt.Data(values=[{"gib": plan.capacity / GIB}])).mark_rule(strokeDash=[4, 4]).encode(alt.X("gib:Q"))
-    )
-    time = (
-        alt.Chart(alt.Data(values=_time_rows(plan.parts)))
-        .mark_bar()
-        .encode(
-            alt.X("ms:Q", title="Time of a call at best, each alone (ms)"),
-            alt.Y("program:N", title=None, sort=None),
-            alt.YOffset("bound:N", sort=None),
-            alt.Color("bound:N", title=None, sort=None, scale=alt.Scale(range=_COLOURS[:3])),
-        )
-    )
-    panels = [(memory + limit).properties(width=420, height=alt.Step(42))] + (
-        [time.properties(width=420, height=alt.Step(18))] if _time_rows(plan.parts) else []
-    )
-    chart = alt.hconcat(*panels).resolve_scale(color="independent").configure_legend(orient="top", columns=3)
-    draw = vl_convert.vegalite_to_svg if path.suffix == ".svg" else vl_convert.vegalite_to_png
-    picture = draw(chart.to_dict())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture.encode() if isinstance(picture, str) else picture)
-
-
-def check_picture(path: Path) -> None:
-    """Raises UserError for a path of neither kind, or where the drawing library is not installed."""
-    if path.suffix not in (".png", ".svg"):
-        raise UserError(f"--picture={path}: give a path that ends in .png or .svg")
-    for name in ("altair", "vl_convert"):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} draws the picture and is not installed: pip install alignment-gap[study]")
-
-
-def _memory_rows(plan: Plan) -> list[dict[str, Any]]:
-    """All that stays and the most that one program works in; then each program alone."""
-    everything = [*plan.resident.items(), ("working", plan.working)]
-    rows = [("the step", name, size) for name, size in everything]
-    for part in plan.parts:
-        c = part.compiled
-        if c.exceeded:
-            rows.append((part.name, "needed", c.exceeded))
-        else:
-            new = c.outputs - c.aliased
-            rows += [(part.name, *each) for each in (("arguments", c.arguments), ("outputs", new))]
-            rows += [(part.name, *each) for each in (("temporaries", c.temporaries), ("code", c.code))]
-    return [
-        {"program": program, "part": part, "gib": size / GIB, "order": order}
-        for order, (program, part, size) in enumerate(rows)
-    ]
-
-
-def _time_rows(parts: tuple[Part, ...]) -> list[dict[str, Any]]:
-    return [
-        {"program": part.name, "bound": text, "ms": 1e3 * getattr(part.times, bound)}
-        for part in parts
-        if part.times
-        for bound, text in _BOUNDS.items()
-    ]

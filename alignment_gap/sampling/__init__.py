@@ -1,16 +1,30 @@
-"""Sampling from policies, and the online source that turns samples into labelled batches."""
+"""Sampling from policies, and the online source that turns samples into batches."""
 
-from alignment_gap.sampling.online import Labeller, make_generate, online_source, preference_labeller
-from alignment_gap.sampling.sampler import SamplerConfig, Samples, draw, restrict, sample, sample_keys
+from alignment_gap.sampling.online import (
+    KEEP,
+    Draw,
+    Score,
+    Scores,
+    against_each_other,
+    against_opponent,
+    make_generate,
+    online_source,
+)
+from alignment_gap.sampling.sampler import Mixture, SamplerConfig, Samples, draw, restrict, sample, sample_keys
 
 __all__ = [
-    "Labeller",
+    "KEEP",
+    "Draw",
+    "Mixture",
     "SamplerConfig",
     "Samples",
+    "Score",
+    "Scores",
+    "against_each_other",
+    "against_opponent",
     "draw",
     "make_generate",
     "online_source",
-    "preference_labeller",
     "restrict",
     "sample",
     "sample_keys",

@@ -1,4 +1,4 @@
-"""The on-policy source: fresh samples of the current policy, scored by a labeller."""
+"""The on-policy source: fresh samples of a policy, scored, as batches for the update step that offline batches feed."""
 
 from __future__ import annotations
 
@@ -7,65 +7,154 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Key
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
-from alignment_gap.data.batches.batch import PreferenceBatch
-from alignment_gap.models import Policy, PreferenceModel
-from alignment_gap.sampling.sampler import SamplerConfig, sample, sample_keys
+from alignment_gap.data.batches import PreferenceBatch
+from alignment_gap.models import Policy
+from alignment_gap.sampling.sampler import Mixture, SamplerConfig, Samples, sample, sample_keys
 from alignment_gap.sharding import LogicalMesh, batch_sharding, within
 
-# Scores [B, K] of responses: (prompts, prompt_lengths, responses, response_lengths) -> scores, on the device.
-Labeller = Callable[[Array, Array, Array, Array], Float[Array, "B K"]]
+# Scores [B, K] of responses: (prompts, prompt_lengths, responses, response_lengths) -> scores, on the devices.
+Scores = Callable[[Array, Array, Array, Array], Float[Array, "B K"]]
+# (state, the prompts of a step) -> samples.
+Draw = Callable[[Any, PreferenceBatch], Samples]
+# (state, the prompts of a step, the samples) -> scores [B, K].
+Score = Callable[[Any, PreferenceBatch, Samples], Float[Array, "B K"]]
+
+# What is made of the K samples of a prompt: all of them, the two of highest and lowest score, or the best alone.
+KEEP = ("all", "best_and_worst", "best")
 
 
+@functools.cache
 def make_generate(
-    policy: Policy, mesh: LogicalMesh, *, samples: int, max_length: int, eos_id: int, config: SamplerConfig
-) -> Callable[..., Any]:
-    """A jitted `(params, run_key, step, prompt_ids, prompts, prompt_lengths) -> Samples`, sharded over the batch."""
+    policy: Policy,
+    mesh: LogicalMesh,
+    *,
+    samples: int,
+    max_length: int,
+    eos_id: int,
+    config: SamplerConfig,
+    mixture: float | None = None,
+) -> Callable[..., Samples]:
+    """A jitted `(params, run_key, step, prompt_ids, prompts, prompt_lengths) -> Samples`, sharded over the batch.
 
-    def generate(params: Any, run_key: Key[Array, ""], step: Array, ids: Array, prompts: Array, lengths: Array) -> Any:
-        keys = sample_keys(run_key, step, ids, samples)
-        return sample(policy, params, prompts, lengths, keys, max_length=max_length, eos_id=eos_id, config=config)
+    With a mixture it takes the reference's parameters after these, and draws from the mixture of both; see `Mixture`.
+    """
+
+    def generate(
+        params: Any,
+        run_key: Key[Array, ""],
+        step: Int[Array, ""],
+        ids: Int[Array, "B"],
+        prompts: Int[Array, "B P"],
+        lengths: Int[Array, "B"],
+        reference: Any = None,
+    ) -> Samples:
+        return sample(
+            policy,
+            params,
+            prompts,
+            lengths,
+            sample_keys(run_key, step, ids, samples),
+            max_length=max_length,
+            eos_id=eos_id,
+            config=config,
+            mixture=None if mixture is None else Mixture(reference, mixture),
+        )
 
     return jax.jit(within(mesh, generate), out_shardings=batch_sharding(mesh))
 
 
-def preference_labeller(model: PreferenceModel, params: Any, mesh: LogicalMesh) -> Labeller:
-    """Labels by a preference model's hard sign rule."""
-    scores = _make_scores(model, mesh)
-    return lambda *batch: scores(params, *batch)
-
-
-@functools.cache
-def _make_scores(model: PreferenceModel, mesh: LogicalMesh) -> Callable[..., Float[Array, "B K"]]:
-    """One jitted function for all parameters of a model."""
-    return jax.jit(within(mesh, model.scores), out_shardings=batch_sharding(mesh))
-
-
 def online_source(
-    prompts: Callable[[int], PreferenceBatch],
-    generate: Callable[..., Any],
-    labeller: Labeller,
-    run_key: Key[Array, ""],
+    prompts: Callable[[int], PreferenceBatch], draw: Draw, score: Score | None, keep: str, mesh: LogicalMesh
 ) -> Callable[[int, Any], PreferenceBatch]:
     """Batches of fresh samples: a source for the same update step that offline batches feed.
 
     Args:
-      prompts: the prompts of a step, in the form of a batch; its responses and scores are not looked at.
-      generate: from `make_generate`.
-      labeller: scores the samples.
-      run_key: with step and prompt id it decides every sample.
+      prompts: the prompts of a step, in the form of a batch; its responses and scores are ignored.
+      draw: K samples for each prompt.
+      score: of the samples; None scores all of them 0.5.
+      keep: one of `KEEP`.
+      mesh: the device mesh.
 
     Returns:
-      `(step, state) -> batch` for `alignment_gap.training.loop.train`; samples come from `state.params`.
+      `(step, state) -> batch`, with the log-probs of the distribution that the tokens were drawn from.
     """
+    select = _make_select(keep, mesh)
 
     def source(step: int, state: Any) -> PreferenceBatch:
         batch = prompts(step)
-        drawn = generate(state.params, run_key, state.step, batch.prompt_ids, batch.prompts, batch.prompt_lengths)
-        scores = labeller(batch.prompts, batch.prompt_lengths, drawn.responses, drawn.lengths)
+        drawn = draw(state, batch)
+        scores = None if score is None else score(state, batch, drawn)
+        responses, lengths, scores, log_probs = select(drawn, scores)
         return PreferenceBatch(
-            batch.prompt_ids, batch.prompts, batch.prompt_lengths, drawn.responses, drawn.lengths, scores
+            batch.prompt_ids,
+            batch.prompts,
+            batch.prompt_lengths,
+            responses,
+            lengths,
+            scores,
+            sampler_log_probs=log_probs,
         )
 
     return source
+
+
+def against_each_other(scores: Scores) -> Score:
+    """Scores the samples of a prompt among themselves."""
+
+    def score(state: Any, batch: PreferenceBatch, drawn: Samples) -> Float[Array, "B K"]:
+        return scores(batch.prompts, batch.prompt_lengths, drawn.responses, drawn.lengths)
+
+    return score
+
+
+def against_opponent(scores: Scores, opponent: Draw, mesh: LogicalMesh) -> Score:
+    """Scores every sample by the preference for it over one sample of an opponent, as Nash-MD does (2312.00886)."""
+    pair = _make_pair(mesh)
+
+    def score(state: Any, batch: PreferenceBatch, drawn: Samples) -> Float[Array, "B K"]:
+        other = opponent(state, batch)
+        pairs = (pair(drawn, other, index) for index in range(drawn.lengths.shape[1]))
+        return _first_of_each(tuple(scores(batch.prompts, batch.prompt_lengths, *each) for each in pairs))
+
+    return score
+
+
+@functools.cache
+def _make_pair(mesh: LogicalMesh) -> Callable[[Samples, Samples, int], tuple[Array, Array]]:
+    """The responses [B, 2, R] and lengths [B, 2] of sample `index` beside the opponent's."""
+
+    def pair(drawn: Samples, other: Samples, index: int) -> tuple[Array, Array]:
+        sides = (drawn.responses[:, index], other.responses[:, 0]), (drawn.lengths[:, index], other.lengths[:, 0])
+        return jnp.stack(sides[0], axis=1), jnp.stack(sides[1], axis=1)
+
+    return jax.jit(within(mesh, pair), static_argnums=2, out_shardings=batch_sharding(mesh))
+
+
+@jax.jit
+def _first_of_each(scores: tuple[Float[Array, "B 2"], ...]) -> Float[Array, "B K"]:
+    return jnp.stack([each[:, 0] for each in scores], axis=1)
+
+
+@functools.cache
+def _make_select(keep: str, mesh: LogicalMesh) -> Callable[..., tuple[Array, Array, Array, Array]]:
+    """A jitted `(samples, scores) -> responses, lengths, scores, log-probs` of those that are kept."""
+
+    def select(drawn: Samples, scores: Float[Array, "B K"] | None) -> tuple[Array, Array, Array, Array]:
+        if scores is None:
+            scores = jnp.full(drawn.lengths.shape, 0.5, jnp.float32)
+        kept = (drawn.responses, drawn.lengths, scores, drawn.sampler_log_probs)
+        if keep == "all":
+            return kept
+        best, last = jnp.argmax(scores, axis=1), scores.shape[1] - 1
+        # Of equal scores the first is the best and the last the worst, so that they are two responses.
+        chosen = [best] if keep == "best" else [best, last - jnp.argmin(scores[:, ::-1], axis=1)]
+        index = jnp.stack(chosen, axis=1)
+        responses, lengths, scores, log_probs = (
+            jnp.take_along_axis(each, index.reshape(*index.shape, *[1] * (each.ndim - 2)), axis=1) for each in kept
+        )
+        return responses, lengths, scores, log_probs
+
+    return jax.jit(within(mesh, select), out_shardings=batch_sharding(mesh))

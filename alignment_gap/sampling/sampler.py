@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from alignment_gap import checks, losses
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, compute_params
 from alignment_gap.sharding import constrain, constrain_like, decoding
@@ -23,22 +26,35 @@ class SamplerConfig:
 
     Attributes:
       temperature: divides the logits; 1 is the policy itself.
-      top_k: only the k likeliest tokens; 0 means all.
-      top_p: only the smallest set of likeliest tokens whose probability reaches this; 1 means all.
+      top_k: only the k likeliest tokens; None means all.
+      top_p: only the smallest set of likeliest tokens whose probability reaches this; None means all.
     """
 
     temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError where a setting is out of its range."""
-        if self.temperature <= 0:
+        if not 0 < self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}: it must be above 0; for greedy decoding use top_k=1")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}: it must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: it must be above 0 and at most 1 (all tokens)")
+        checks.at_least(self, 1, "top_k")
+        checks.above(self, 0, "top_p")
+        checks.within(self, 0, 1, "top_p")
+
+
+class Mixture(NamedTuple):
+    """A second set of parameters that the policy is mixed with, token by token: pi^(1 - weight) ref^weight.
+
+    The distribution that Nash-MD and IPO-MD sample from; see `losses.geometric_mixture` (2312.00886, 2403.08635).
+
+    Attributes:
+      params: of the reference, a policy of the same config.
+      weight: from 0 (the policy) to 1 (the reference).
+    """
+
+    params: Any
+    weight: float
 
 
 class Samples(NamedTuple):
@@ -48,7 +64,7 @@ class Samples(NamedTuple):
       responses: token ids, 0 after the end.
       lengths: tokens, EOS included; R where none was drawn.
       log_probs: under the policy itself, in nats; what a scorer gives for these tokens; 0 after the end.
-      sampler_log_probs: under the distribution drawn from, after temperature, top-k and top-p.
+      sampler_log_probs: under the distribution drawn from, after mixture, temperature, top-k and top-p.
     """
 
     responses: Int[Array, "B K R"]
@@ -77,66 +93,86 @@ def sample(
     max_length: int,
     eos_id: int,
     config: SamplerConfig,
+    mixture: Mixture | None = None,
 ) -> Samples:
     """Draws K responses of at most `max_length` tokens for each prompt, each ending with its EOS.
 
-    A response's token t is drawn with its key folded with t; decoding stops when all rows have ended.
+    A response's token t is drawn with its key folded with t; decoding stops when all rows have ended. With a mixture
+    each token comes from the mixture of both networks' distributions, each with a cache of its own.
     """
-    params = compute_params(policy, params)
     batch, samples = keys.shape
-    cache = policy.prefill(params, prompts, prompt_lengths, samples, max_length)
+    networks = [compute_params(policy, each) for each in (params, *([mixture.params] if mixture else []))]
+    caches = [policy.prefill(each, prompts, prompt_lengths, samples, max_length) for each in networks]
     start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None], (batch, samples))
     with decoding():
-        params = constrain_like(jax.eval_shape(policy.init, jax.random.key(0)), params)
+        boxed = jax.eval_shape(policy.init, jax.random.key(0))
+        networks = [constrain_like(boxed, each) for each in networks]
         start, keys = (constrain(x, "cache_batch", None) for x in (start, keys))
-        return _decode(policy, params, cache, start, keys, max_length=max_length, eos_id=eos_id, config=config)
+        draw_from = functools.partial(_distribution, config=config, weight=mixture.weight if mixture else None)
+        return _decode(policy, networks, caches, start, keys, draw_from, max_length=max_length, eos_id=eos_id)
 
 
 def _decode(
     policy: Policy,
-    params: Any,
-    cache: Any,
+    networks: Sequence[Any],
+    caches: Sequence[Any],
     start: Int[Array, "B K"],
     keys: Key[Array, "B K"],
+    draw_from: Callable[[list[Array]], Array],
     *,
     max_length: int,
     eos_id: int,
-    config: SamplerConfig,
 ) -> Samples:
-    """The loop over tokens, from a cache that holds the prompts and from each row's first input."""
-    output = policy.output(params)
+    """The loop over tokens, from caches that hold the prompts and from each row's first input.
+
+    `draw_from` turns the networks' logits into those that tokens are drawn from; the first network is the policy.
+    """
+    outputs = [policy.output(params) for params in networks]
     empty = jnp.zeros((*start.shape, max_length))
     state = (
         jnp.int32(0),
         start,
         jnp.zeros(start.shape, bool),
-        cache,
+        list(caches),
         Samples(empty.astype(start.dtype), jnp.zeros(start.shape, jnp.int32), empty, empty),
     )
 
     def step(state: Any) -> Any:
-        position, tokens, ended, cache, drawn = state
-        hidden, cache = policy.decode_step(params, cache, position, constrain(tokens, None, None))
-        logits = output.logits(hidden)
-        # In three moves, of which each is one collective, to devices that each draw for rows of their own.
-        for names in (("batch", None, "vocab"), ("cache_batch", None, "vocab"), ("cache_batch", None, None)):
-            logits = constrain(logits, *names)
-        restricted = restrict(logits, config)
+        position, tokens, ended, caches, drawn = state
+        inputs = constrain(tokens, None, None)
+        steps = [policy.decode_step(*each, position, inputs) for each in zip(networks, caches, strict=True)]
+        logits = [_laid_out(output.logits(hidden)) for output, (hidden, _) in zip(outputs, steps, strict=True)]
+        from_ = draw_from(logits)
         token_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, position)
-        tokens = jax.vmap(jax.vmap(draw))(token_keys, restricted).astype(tokens.dtype)
+        tokens = jax.vmap(jax.vmap(draw))(token_keys, from_).astype(tokens.dtype)
         tokens = jnp.where(ended, 0, tokens)
         drawn = Samples(
             drawn.responses.at[..., position].set(tokens),
-            drawn.lengths + ~ended,
-            drawn.log_probs.at[..., position].set(jnp.where(ended, 0.0, _chosen(logits, tokens))),
-            drawn.sampler_log_probs.at[..., position].set(jnp.where(ended, 0.0, _chosen(restricted, tokens))),
+            drawn.lengths + (~ended).astype(jnp.int32),
+            drawn.log_probs.at[..., position].set(jnp.where(ended, 0.0, _chosen(logits[0], tokens))),
+            drawn.sampler_log_probs.at[..., position].set(jnp.where(ended, 0.0, _chosen(from_, tokens))),
         )
-        return position + 1, tokens, ended | (tokens == eos_id), cache, drawn
+        return position + 1, tokens, ended | (tokens == eos_id), [cache for _, cache in steps], drawn
 
     def unfinished(state: Any) -> Any:
         return (state[0] < max_length) & ~jnp.all(state[2])
 
     return jax.lax.while_loop(unfinished, step, state)[-1]
+
+
+def _laid_out(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
+    """Logits on devices that each draw for rows of their own: in three moves, of which each is one collective."""
+    for names in (("batch", None, "vocab"), ("cache_batch", None, "vocab"), ("cache_batch", None, None)):
+        logits = constrain(logits, *names)
+    return logits
+
+
+def _distribution(
+    logits: list[Float[Array, "B K V"]], *, config: SamplerConfig, weight: float | None
+) -> Float[Array, "B K V"]:
+    """The logits of what tokens are drawn from: the policy's, or of its mixture with the reference, restricted."""
+    mixed = logits[0] if weight is None else losses.geometric_mixture(*logits, mixture=weight)
+    return restrict(mixed, config)
 
 
 def draw(key: Key[Array, ""], logits: Float[Array, "V"]) -> Int[Array, ""]:
@@ -161,10 +197,10 @@ def _invert(key: Key[Array, ""], weights: Float[Array, "N"]) -> Int[Array, ""]:
 def restrict(logits: Float[Array, "*B V"], config: SamplerConfig) -> Float[Array, "*B V"]:
     """Logits after temperature, with all tokens outside of top-k and then top-p at minus infinity."""
     logits = logits / config.temperature
-    if config.top_k:
+    if config.top_k is not None:
         kth = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))[0][..., -1:]
         logits = jnp.where(logits >= kth, logits, -jnp.inf)
-    if config.top_p < 1:
+    if config.top_p is not None:
         descending = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(descending, axis=-1)
         # A token stays while the probability before it is below top_p, so that at least one always does.

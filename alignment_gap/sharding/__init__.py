@@ -14,12 +14,17 @@ from alignment_gap.sharding.layout import (
 )
 from alignment_gap.sharding.mesh import LogicalMesh, MeshConfig, check_batch_size, make_mesh
 from alignment_gap.sharding.processes import (
+    fail_together,
+    first_says,
     host_rows,
     initialize,
     is_first_process,
     on_every_process,
     on_first_process,
+    own_rows,
     put_batch,
+    put_replicated,
+    to_host,
 )
 from alignment_gap.sharding.rules import AXES, DECODING, LAYOUTS, SEQUENCE, STANDARD, Layout, Rules
 
@@ -38,17 +43,22 @@ __all__ = [
     "constrain",
     "constrain_like",
     "decoding",
+    "fail_together",
+    "first_says",
     "host_rows",
     "initialize",
     "is_first_process",
     "make_mesh",
     "on_every_process",
     "on_first_process",
+    "own_rows",
     "partition_spec",
     "put_batch",
+    "put_replicated",
     "replicated",
     "shardings_of",
     "spec_within",
+    "to_host",
     "unbox",
     "within",
 ]

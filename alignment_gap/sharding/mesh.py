@@ -22,17 +22,17 @@ class MeshConfig:
 
     Attributes:
       data: copies of the model, each with its own part of the batch; -1 for all devices that are left, here or for one
-        of the other sizes; 0 for what the layout says.
+        of the other sizes; None for what the layout says.
       fsdp: parts into which parameters are split along their width; the batch is split over data and fsdp.
       model: parts into which heads, MLP and vocabulary are split (tensor parallel).
-      layout: "data", "fsdp", "tensor", "fsdp_tensor" or "sequence": the table of rules, and the sizes that are 0.
+      layout: "data", "fsdp", "tensor", "fsdp_tensor" or "sequence": the table of rules, and the sizes that are None.
       slices: TPU slices joined by the data-centre network; they divide `data`, the one axis that reaches over it.
       rules: the mesh axis, axes or None over which a logical axis is laid, by its name; they precede the layout's own.
     """
 
-    data: int = 0
-    fsdp: int = 0
-    model: int = 0
+    data: int | None = None
+    fsdp: int | None = None
+    model: int | None = None
     layout: str = "data"
     slices: int = 1
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -46,7 +46,7 @@ class MeshConfig:
             default["data"] = self.slices
         if -1 in given:
             default = {axis: max(size, 1) for axis, size in default.items()}
-        sizes = {axis: size or default[axis] for axis, size in zip(AXES, given, strict=True)}
+        sizes = {axis: default[axis] if size is None else size for axis, size in zip(AXES, given, strict=True)}
         written = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         known = math.prod(size for size in sizes.values() if size != -1)
         if devices % known or (-1 not in sizes.values() and known != devices):
@@ -75,11 +75,11 @@ class MeshConfig:
         if self.layout not in LAYOUTS:
             raise UserError(f"mesh layout {self.layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
         given = (self.data, self.fsdp, self.model)
-        if any(size < -1 for size in given) or given.count(-1) > 1:
+        if any(size is not None and size != -1 and size < 1 for size in given) or given.count(-1) > 1:
             written = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, given, strict=True))
             raise UserError(
-                f"mesh {written}: sizes must be positive or 0 (the layout's own), and one of them may be -1 (all that "
-                "is left)"
+                f"mesh {written}: sizes must be positive or None (the layout's own), and one of them may be -1 (all "
+                "that is left)"
             )
         if self.slices < 1:
             raise UserError(f"mesh slices is {self.slices}: it must be at least 1")

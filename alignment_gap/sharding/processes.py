@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # The key-value store that jax's own processes meet in has no public name.
 from jax.experimental import multihost_utils
 
 from alignment_gap.errors import UserError
-from alignment_gap.sharding.layout import batch_sharding
+from alignment_gap.sharding.layout import batch_sharding, replicated
 from alignment_gap.sharding.mesh import LogicalMesh
 
 Result = TypeVar("Result")
 
 # Bytes of an error's line that the other processes get to know.
 _LINE = 2048
+# Under this key the first process that fails says why. The others look for it this often, in seconds.
+_FAILURE, _LOOK_EVERY = "alignment_gap/failure", 0.25
+# Held once this process has a failure to tell, its own or another's; it tells no second one.
+_failure_told = threading.Lock()
 
 
 def host_rows(mesh: LogicalMesh, size: int) -> np.ndarray:
@@ -50,11 +60,41 @@ def put_batch(rows: Any, mesh: LogicalMesh, size: int) -> Any:
         return jax.tree.map(put, rows)
 
 
-def initialize(coordinator: str, processes: int, process: int) -> None:
+def put_replicated(tree: Any, mesh: LogicalMesh) -> Any:
+    """Arrays and random keys that every process has alike, whole on all devices."""
+    sharding = replicated(mesh)
+
+    def put(leaf: Any) -> jax.Array:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree)
+
+
+def own_rows(tree: Any) -> Any:
+    """The rows that this process holds of arrays laid out as batches are, as numpy arrays: undoes `put_batch`."""
+
+    def fetch(array: jax.Array) -> np.ndarray:
+        first = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+        return np.concatenate(jax.device_get([first[row] for row in sorted(first)]))
+
+    return jax.tree.map(fetch, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Whole arrays as numpy arrays in every process, wherever their parts lie."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def initialize(coordinator: str | None, processes: int, process: int) -> None:
     """Joins this process to the others of a run; does nothing where no coordinator is given.
 
     Args:
-      coordinator: HOST:PORT of process 0; "auto" finds it, as on TPU pods, Slurm and Open MPI; "" for a single process.
+      coordinator: HOST:PORT of process 0; "auto" finds it, as on TPU pods and Slurm; None for a single process.
       processes: how many there are; unused for "auto".
       process: number of this one, from 0; unused for "auto".
 
@@ -67,6 +107,8 @@ def initialize(coordinator: str, processes: int, process: int) -> None:
         return
     if coordinator != "auto" and not 0 <= process < processes:
         raise UserError(f"process {process} of {processes}: processes are numbered from 0 to {processes - 1}")
+    if coordinator != "auto" and not coordinator.rpartition(":")[2].isdigit():
+        raise UserError(f"coordinator {coordinator} has no port: give the HOST:PORT of process 0, or auto")
     try:
         if coordinator == "auto":
             jax.distributed.initialize()
@@ -77,6 +119,48 @@ def initialize(coordinator: str, processes: int, process: int) -> None:
             f"coordinator {coordinator}: {str(error).strip().splitlines()[0]}: give its HOST:PORT, the number of "
             "processes and the number of this one"
         ) from error
+    threading.Thread(target=_end_when_another_fails, daemon=True).start()
+
+
+def fail_together(line: str, show: Callable[[], None] = lambda: None) -> None:
+    """Ends every process of a run with status 2 after this one failed; returns where there is one process only.
+
+    Args:
+      line: what the others print.
+      show: prints what this one has to say.
+    """
+    client = distributed.global_state.client
+    if client is None or distributed.global_state.num_processes == 1:
+        return
+    if not _failure_told.acquire(blocking=False):
+        threading.Event().wait()  # Another process has failed before; what this one met is most often the consequence.
+    show()
+    # It raises where another was first, or where the store has gone with its process.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.key_value_set(_FAILURE, f"{jax.process_index()} {line}")
+    _end()
+
+
+def _end_when_another_fails() -> None:
+    client = distributed.global_state.client
+    while client is not None:
+        time.sleep(_LOOK_EVERY)
+        try:
+            process, line = client.key_value_try_get(_FAILURE).split(" ", 1)
+        except Exception:  # Nobody has failed, or the store has gone with its process.
+            continue
+        if not _failure_told.acquire(blocking=False):
+            return
+        print(f"error: process {process}: {line}", file=sys.stderr, flush=True)
+        _end()
+
+
+def _end() -> None:
+    """Ends this process with status 2; the first one last, for jax aborts the others where it finds it gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep((8 if is_first_process() else 2) * _LOOK_EVERY)
+    os._exit(2)
 
 
 def is_first_process() -> bool:
@@ -84,9 +168,18 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def on_first_process(function: Callable[[], None]) -> None:
+def on_first_process(function: Callable[[], object]) -> None:
     """Calls the function in the first process while the others wait; where it raises, all raise."""
     on_every_process(lambda: function() if is_first_process() else None)
+
+
+def first_says(function: Callable[[], np.ndarray | int | bool]) -> np.ndarray:
+    """What the function gives in the first process, in every process; where it raises, all raise.
+
+    Every process calls the function, whose result has the same shape in all.
+    """
+    value = np.asarray(on_every_process(function))
+    return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value)
 
 
 def on_every_process(function: Callable[[], Result]) -> Result:

@@ -11,20 +11,17 @@ bootstrap of the seeds themselves is not used, since over two to five of them it
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import io
 import math
-import os
-import pathlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from alignment_gap.evaluation.intervals import RESAMPLES, Band, Interval, mean_interval, over_groups, resampled_means
+from alignment_gap.evaluation.results import means
 
 Method = tuple[str, str]
 """An arm and a loss; its runs over a sweep are pooled."""
@@ -32,30 +29,46 @@ Method = tuple[str, str]
 Runs = list[list["CheckpointResult"]]
 """The runs of one method in one seed, each a list of checkpoints by step."""
 
-ORIGIN = "sft"
+Expectation = Literal["ahead", "level"]
+"""What the paper saw of two arms at equal KL: the first ahead of the second, or both level."""
+
+ORIGIN, OPPONENT = "sft", "golden"
+"""The policies of a study that are no arm: where all of them start, and whom the win rate is against."""
+
 IDENTITY = ("arm", "loss", "beta", "learning_rate", "seed", "step")
-METRICS = (
-    "kl",
-    "win_rate",
-    "win_rate_sft",
-    "proxy_win_rate",
-    "rubric",
-    "accuracy",
-    "chosen_log_ratio",
-    "rejected_log_ratio",
-    "length",
-)
-COLUMNS = (
-    *IDENTITY,
-    "kl",
-    "win_rate",
-    "win_rate_low",
-    "win_rate_high",
-    *(metric for metric in METRICS if metric not in ("kl", "win_rate")),
-    *(f"{metric}_{end}" for metric in METRICS if metric != "win_rate" for end in ("low", "high")),
-)
+
+
+class Metric(NamedTuple):
+    """What is measured on every checkpoint, and how it is written.
+
+    Attributes:
+      words: its name in sentences, titles and on axes.
+      outcome: its name among the outcomes of an evaluation.
+      unit: of a change, after the number.
+      digits: the format of a number.
+      is_share: whether it is a share of the examples: from 0 to 1, written in per cent, a change in points.
+    """
+
+    words: str
+    outcome: str
+    unit: str = " points"
+    digits: str = ".1f"
+    is_share: bool = True
+
+
+METRICS = {
+    "kl": Metric("KL to SFT", "kl", " nats", ".2f", is_share=False),
+    "win_rate": Metric("win rate against the golden policy", "win_rate.golden.golden"),
+    "win_rate_sft": Metric("win rate against SFT", "win_rate.golden.sft"),
+    "proxy_win_rate": Metric("win rate by the proxy", "win_rate.proxy.golden"),
+    "rubric": Metric("rubric score", "reward.rubric", "", ".3f", is_share=False),
+    "accuracy": Metric("accuracy on D_golden", "accuracy"),
+    "chosen_log_ratio": Metric("winner's log-ratio to SFT", "chosen_log_ratio", " nats", ".2f", is_share=False),
+    "rejected_log_ratio": Metric("loser's log-ratio to SFT", "rejected_log_ratio", " nats", ".2f", is_share=False),
+    "length": Metric("length", "length", " tokens", ".1f", is_share=False),
+}
+COLUMNS = (*IDENTITY, *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")))
 LOSS_NAMES = {"ipo": "IPO", "dpo": "DPO", "best_of_n": "Best-of-n", "sft": "SFT"}
-PROPORTIONS = frozenset({"win_rate", "win_rate_sft", "proxy_win_rate", "accuracy"})
 _SPLITS = 8
 
 
@@ -89,9 +102,9 @@ class CheckpointResult:
 
     @property
     def setting(self) -> str:
-        """Beta and learning rate in words, equal for the runs of one setting (a nan is unequal to itself)."""
-        beta = "" if math.isnan(self.beta) else f"beta {self.beta:g}, "
-        return f"{beta}lr {self.learning_rate:g}"
+        """Beta and learning rate in words, equal for the runs of one setting; empty for the SFT origin."""
+        settings = {"beta": self.beta, "lr": self.learning_rate}
+        return ", ".join(f"{name} {value:g}" for name, value in settings.items() if not math.isnan(value))
 
     def mean(self, metric: str) -> float:
         """Mean of a metric over its examples, nan where it was not measured."""
@@ -118,6 +131,8 @@ class Comparison:
       mean_gap: the difference averaged over the budgets; the verdict rests on it.
       peak_gap: the difference of the best at any KL.
       seed_gaps: the mean gap of every seed.
+      paper: what the paper saw of the two; None where it did not measure them.
+      figure: the paper's figure that shows it.
     """
 
     first: Method
@@ -133,6 +148,8 @@ class Comparison:
     mean_gap: Interval
     peak_gap: Interval
     seed_gaps: tuple[float, ...]
+    paper: Expectation | None = None
+    figure: str = ""
 
     @property
     def better(self) -> str:
@@ -170,35 +187,12 @@ class Peak:
 # The table and the peaks.
 
 
-def results_table(results: Iterable[CheckpointResult], seed: int = 0) -> list[dict[str, object]]:
+def results_table(results: Iterable[CheckpointResult]) -> list[dict[str, object]]:
     """A row per checkpoint with `COLUMNS`: the mean and the interval of every metric, nan where it was not measured."""
-    rows = []
-    for result in results:
-        row: dict[str, object] = {name: getattr(result, name) for name in IDENTITY}
-        for metric in METRICS:
-            interval = mean_interval(result.outcomes.get(metric, np.array([])), seed=seed)
-            row |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
-        rows.append({column: row[column] for column in COLUMNS})
-    return rows
-
-
-def csv_text(rows: Iterable[dict[str, object]]) -> str:
-    """The rows of `results_table` as CSV with a header; a nan is an empty field."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: "" if _is_nan(value) else value for name, value in row.items()})
-    return text.getvalue()
-
-
-def write_csv(path: str | os.PathLike[str], rows: Iterable[dict[str, object]]) -> None:
-    """Writes `csv_text` to a file."""
-    pathlib.Path(path).write_text(csv_text(rows), encoding="utf-8")
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+    return [
+        {name: getattr(result, name) for name in IDENTITY} | means(result.outcomes, tuple(METRICS))
+        for result in results
+    ]
 
 
 def peaks(results: Sequence[CheckpointResult], metric: str = "win_rate") -> list[Peak]:
@@ -224,6 +218,17 @@ def methods(results: Iterable[CheckpointResult]) -> list[Method]:
     return list(dict.fromkeys(result.method for result in results))
 
 
+def trained_arms(results: Iterable[CheckpointResult], loss: str) -> list[str]:
+    """The arms that were trained under a loss, in order of appearance."""
+    return [arm for arm, of in methods(results) if of == loss and arm not in (ORIGIN, OPPONENT)]
+
+
+def losses_of(results: Iterable[CheckpointResult]) -> list[str]:
+    """The losses of the trained arms, IPO first."""
+    losses = dict.fromkeys(loss for arm, loss in methods(results) if arm not in (ORIGIN, OPPONENT))
+    return sorted(losses, key=lambda loss: loss != "ipo")
+
+
 def seeds_of(results: Iterable[CheckpointResult]) -> list[int]:
     """Every seed, ascending."""
     return sorted({result.seed for result in results})
@@ -246,23 +251,20 @@ def compare(
     What a method can reach within a budget of k nats is the best metric among its policies with KL <= k, pooled over
     its sweep. Its policies are the SFT origin, its checkpoints, and the mixtures of two neighbouring checkpoints of a
     run: a policy that answers by one of them with probability 1 - t and by the other with t has exactly the
-    interpolated win rate, and by convexity at most the interpolated KL. Without the mixtures a run with few
-    checkpoints would lose to a swept one by its spacing alone. The gap is taken at budgets equally spaced in
-    sqrt(KL) where both methods have checkpoints, from the larger of their smallest KLs to the smaller of their
-    largest, and averaged over them.
+    interpolated win rate, and by convexity at most the interpolated KL. Without mixtures a run with few checkpoints
+    would lose to a swept method by its spacing alone.
 
-    Below its first checkpoint a method has mixtures with the origin, but nothing to bound them from the other side:
-    they say what it reaches at least, by how much it could do better was not measured. Against the measured
-    checkpoints of another method the gap would be biased, the more so as metrics rise steeply at first. So the
-    budgets do not go below it, and methods whose ranges of KL do not overlap have no gap at equal KL.
+    The gap is averaged over budgets equally spaced in sqrt(KL), from the larger of the two smallest KLs to the smaller
+    of the two largest. Below its first checkpoint a method has mixtures with the origin, which say what it reaches at
+    least; how much better it could do was not measured, so no budget goes there.
 
     The maximum over noisy checkpoints is biased upwards, the more the more there are, which would favour the swept
     method. So it is cross-fitted: the best policy is chosen on one half of the prompts and measured on the other, the
     same halves for both methods, both ways round, averaged over several splits. All copies of a resampled prompt stay
-    in one half. What remains is that a choice from half of the prompts is a little worse than one from all.
+    in one half. A choice from half of the prompts is a little worse than one from all.
 
-    The KL of a checkpoint enters at its measured mean. Its own noise, a few per cent, shifts a frontier sideways by
-    as much, which moves a win rate by well under a point where the KL is averaged over a few hundred prompts.
+    The KL of a checkpoint enters at its measured mean. Its own noise, a few per cent, moves a win rate by well under a
+    point where the KL is averaged over a few hundred prompts.
 
     Args:
       results: checkpoints of all methods, the SFT origin ("sft") among them.
@@ -282,35 +284,28 @@ def compare(
     if not paired or not all(high > 0 for span in spans for _, high in span):
         return None
     budgets = _budgets([span for pair in spans for span in pair], points)
-    frontiers = {s: [_frontier(runs, metric, budgets, resamples) for runs in pair] for s, pair in paired.items()}
+    frontiers = [[_frontier(runs, metric, budgets, resamples) for runs in pair] for pair in paired.values()]
+    firsts, seconds = zip(*frontiers, strict=True)
+    gaps = [one - other for one, other in zip(firsts, seconds, strict=True)]
+    averages = [replicates[:, :-1].mean(axis=1) for replicates in gaps if len(budgets)]
+    # Student's t over few seeds can reach beyond what a mean can be, or a difference of two.
+    low, high = (0.0, 1.0) if METRICS[metric].is_share else (-math.inf, math.inf)
+    gap, none = over_groups(gaps).within(low - high, high - low), Interval(math.nan, math.nan, math.nan)
     return Comparison(
         first=first,
         second=second,
         metric=metric,
+        seeds=tuple(paired),
         spans=(_hull([one for one, _ in spans]), _hull([other for _, other in spans])),
         budgets=budgets,
         origin=float(np.mean([one[0][0].mean(metric) for one, _ in paired.values()])),
-        **_contrast(frontiers, metric),
+        first_frontier=_budgeted(over_groups(firsts).within(low, high)),
+        second_frontier=_budgeted(over_groups(seconds).within(low, high)),
+        gap=_budgeted(gap),
+        mean_gap=over_seeds(averages).within(low - high, high - low) if averages else none,
+        peak_gap=gap.at(-1),
+        seed_gaps=tuple(float(replicates[0]) for replicates in averages),
     )
-
-
-def _contrast(frontiers: Mapping[int, Sequence[Float[np.ndarray, "R G+1"]]], metric: str) -> dict[str, Any]:
-    """What a comparison says of the frontiers of two methods, given by seed."""
-    firsts, seconds = zip(*frontiers.values(), strict=True)
-    gaps = [one - other for one, other in zip(firsts, seconds, strict=True)]
-    # Student's t over few seeds can reach beyond what a difference of two means can be.
-    low, high = _range(metric)
-    possible = (low - high, high - low)
-    gap = over_groups(gaps).within(*possible)
-    return {
-        "seeds": tuple(frontiers),
-        "first_frontier": _budgeted(over_groups(firsts)).within(*_range(metric)),
-        "second_frontier": _budgeted(over_groups(seconds)).within(*_range(metric)),
-        "gap": _budgeted(gap),
-        "mean_gap": _mean_gap(gaps).within(*possible),
-        "peak_gap": gap.at(-1),
-        "seed_gaps": tuple(float(replicates[0, :-1].mean()) for replicates in gaps if replicates.shape[1] > 1),
-    }
 
 
 def measured_runs(results: Sequence[CheckpointResult], method: Method, seed: int, metric: str) -> Runs:
@@ -336,13 +331,6 @@ def _hull(spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return min(low for low, _ in spans), max(high for _, high in spans)
 
 
-def _mean_gap(gaps: Sequence[Float[np.ndarray, "R G+1"]]) -> Interval:
-    """The gap averaged over the budgets, nan where there are none."""
-    if gaps[0].shape[1] == 1:
-        return Interval(math.nan, math.nan, math.nan)
-    return over_seeds([replicates[:, :-1].mean(axis=1) for replicates in gaps])
-
-
 def _span(runs: Runs) -> tuple[float, float]:
     """Smallest and largest KL of the trained checkpoints."""
     kl = [result.mean("kl") for run in runs for result in run[1:]]
@@ -354,17 +342,12 @@ def furthest(runs: Runs) -> CheckpointResult:
     return max((result for run in runs for result in run), key=lambda result: result.mean("kl"))
 
 
-def _range(metric: str) -> tuple[float, float]:
-    """The values that a mean can take."""
-    return (0.0, 1.0) if metric in PROPORTIONS else (-math.inf, math.inf)
-
-
 def _budgeted(band: Band) -> Band:
     """Leaves out the last entry, the best at any KL."""
     return Band(band.value[:-1], band.low[:-1], band.high[:-1])
 
 
-def _frontier(runs: Runs, metric: str, budgets: Float[np.ndarray, "G"], resamples: int) -> Float[np.ndarray, "R G+1"]:
+def _frontier(runs: Runs, metric: str, budgets: Float[np.ndarray, "G"], resamples: int) -> Float[np.ndarray, "R B"]:
     """The cross-fitted best within each budget and, last, at any KL; row 0 on the prompts, the others on resamples."""
     mixing, kl = _policies(runs, budgets)
     ascending = np.argsort(kl, kind="stable")

@@ -1,57 +1,75 @@
-"""A whole study as one tree of frozen dataclasses, and the arms that follow from it."""
+"""A whole study as one tree of frozen dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import math
 
-from alignment_gap import losses
-from alignment_gap.data.tasks.task import HumanPairsTaskConfig, PostsTaskConfig
+from alignment_gap import checks
+from alignment_gap.data.tasks.prepare import PrepareConfig
+from alignment_gap.data.text import TextSourceConfig
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config
 from alignment_gap.models.preference import KINDS
 from alignment_gap.sampling import SamplerConfig
-from alignment_gap.sharding import MeshConfig, check_batch_size
+from alignment_gap.sharding import MeshConfig
+from alignment_gap.study.analysis import ORIGIN
+from alignment_gap.study.arms import arms_of
 from alignment_gap.training import OptimizerConfig
-
-INITIALISATIONS = ("sft", "random")
 
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-    """Supervised fine-tuning of the policy on both responses of every human pair.
+    """Supervised fine-tuning of the policy on both responses of every pair.
 
     Attributes:
+      start: folder of the run that it starts from, such as an imported checkpoint; None for fresh parameters.
+      also: further prepared datasets that are pooled with the task's training pairs.
+      weights: of the task and of each further dataset, in any unit; None for every example once an epoch.
       steps: gradient steps.
       batch_size: prompts, each with two targets.
       optimizer: its settings.
     """
 
+    start: str | None = None
+    also: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None
     steps: int = 1000
     batch_size: int = 64
     optimizer: OptimizerConfig = OptimizerConfig()
 
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range."""
+        checks.at_least(self, 1, "steps", "batch_size")
+        if self.weights is not None and len(self.weights) != 1 + len(self.also):
+            raise UserError(f"weights is {self.weights}: give one for the task and for each of also, or None")
+
 
 @dataclasses.dataclass(frozen=True)
-class JudgeConfig:
+class PreferenceModelConfig:
     """A preference model: the golden one, trained on human labels, or the proxy, trained on the golden one's.
 
     Attributes:
-      model: its network.
+      model: its network; None for the one of its start.
       kind: "pairwise" (both responses in context) or "bradley_terry".
-      initialisation: "sft" starts from the SFT policy, whose sizes `model` then has; "random" from nothing.
+      start: "sft", the policy after supervised fine-tuning; the folder of a run; or None for fresh parameters.
       steps: gradient steps.
       batch_size: pairs.
       optimizer: its settings.
     """
 
-    model: T5Config | DecoderConfig = T5Config()
+    model: T5Config | DecoderConfig | None = None
     kind: str = "pairwise"
-    initialisation: str = "sft"
+    start: str | None = ORIGIN
     steps: int = 1000
     batch_size: int = 64
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range, or two do not go together."""
+        checks.one_of(self, KINDS, "kind")
+        checks.at_least(self, 1, "steps", "batch_size")
+        if self.start is None and self.model is None:
+            raise UserError("model and start are not set: give one of them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +77,9 @@ class ArmsConfig:
     """The arms: one online setting, and a sweep offline, with the same number of steps and the same batch.
 
     Attributes:
-      losses: names in the registry of losses.
+      names: of the table of arms, or "module:object" for one of one's own; each after those whose runs it reads.
+      losses: by name, or "module:function" for one of one's own.
+      start: folder of the run that arms start from; None for the SFT policy, which is the reference always.
       checkpoint_steps: increasing; every one is evaluated, the last is the number of steps.
       batch_size: prompts, with two responses each.
       optimizer: settings of all arms; its learning rate is the online one's.
@@ -68,7 +88,9 @@ class ArmsConfig:
       offline_learning_rates: swept offline.
     """
 
+    names: tuple[str, ...] = ("online", "shuffled", "offline")
     losses: tuple[str, ...] = ("ipo", "best_of_n")
+    start: str | None = None
     checkpoint_steps: tuple[int, ...] = (50, 100, 200, 400)
     batch_size: int = 64
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -76,15 +98,32 @@ class ArmsConfig:
     offline_betas: tuple[float, ...] = (0.1,)
     offline_learning_rates: tuple[float, ...] = (1e-3,)
 
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is unknown or out of its range."""
+        arms_of(self.names)
+        steps = self.checkpoint_steps
+        if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
+            raise UserError(f"checkpoint_steps is {steps}: it must be increasing and positive, such as (50, 100)")
+        checks.at_least(self, 1, "batch_size")
+        checks.above(self, 0, "beta")
+        for name in ("offline_betas", "offline_learning_rates"):
+            if not all(0 < value < float("inf") for value in getattr(self, name)) or not getattr(self, name):
+                raise UserError(f"{name} is {getattr(self, name)}: give one or more numbers, all above 0 and finite")
+        for name in ("losses", "offline_betas", "offline_learning_rates"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"{name} is {values}: give each value once")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """How every checkpoint is measured.
 
     Attributes:
-      prompts: training prompts, one sample each, for win rates, rubric and length.
+      prompts: training prompts, one sample each, for win rates and length.
       kl_prompts: those of them whose samples measure KL.
       pairs: pairs of D_golden to classify.
+      judges: further judges beside golden and proxy, as NAME=JUDGE; "rubric" is true quality in the built-in task.
       batch_size: of the measurement.
       shown: sampled responses that the report shows.
     """
@@ -92,8 +131,14 @@ class EvaluationConfig:
     prompts: int = 512
     kl_prompts: int = 256
     pairs: int = 256
+    judges: tuple[str, ...] = ()
     batch_size: int = 128
     shown: int = 4
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range."""
+        checks.at_least(self, 1, "prompts", "kl_prompts", "pairs", "batch_size")
+        checks.at_least(self, 0, "shown")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +148,11 @@ class StudyConfig:
     Attributes:
       name: of the study, for the report's title.
       seed: first seed.
-      seeds: how many times everything is repeated, data and judges included, with seed, seed + 1, ...
-      task: where prompts and human pairs come from.
-      policy: the network that all arms train.
+      seeds: how many times everything is repeated, with seed, seed + 1, ...; the judges included, and the data of the
+        built-in task.
+      prepared: folder of a prepared dataset with its train/ and validation/; None to prepare `task`.
+      task: what is prepared, once for each seed.
+      policy: the network that all arms train; None for the one that SFT starts from.
       sizes: names of `models.sizes`: a scaling study, which is one study for each with its shape for the policy's.
       golden: the preference model that stands for the human.
       proxy: the preference model that online arms are trained against.
@@ -121,11 +168,12 @@ class StudyConfig:
     name: str = "study"
     seed: int = 0
     seeds: int = 1
-    task: PostsTaskConfig | HumanPairsTaskConfig = PostsTaskConfig()
-    policy: T5Config | DecoderConfig = T5Config()
+    prepared: str | None = None
+    task: PrepareConfig = PrepareConfig(TextSourceConfig(location="posts"))
+    policy: T5Config | DecoderConfig | None = T5Config()
     sizes: tuple[str, ...] = ()
-    golden: JudgeConfig = JudgeConfig()
-    proxy: JudgeConfig = JudgeConfig()
+    golden: PreferenceModelConfig = PreferenceModelConfig()
+    proxy: PreferenceModelConfig = PreferenceModelConfig()
     sft: SftConfig = SftConfig()
     arms: ArmsConfig = ArmsConfig()
     sampler: SamplerConfig = SamplerConfig()
@@ -134,101 +182,9 @@ class StudyConfig:
     microbatches: int = 1
     mesh: MeshConfig = MeshConfig()
 
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One training run: where its pairs come from, and its loss.
-
-    Attributes:
-      name: "golden" (the golden policy), "online", "offline" or "shuffled".
-      loss: name in the registry.
-      beta: regularisation; nan where the loss has none.
-      learning_rate: of the run.
-    """
-
-    name: str
-    loss: str
-    beta: float
-    learning_rate: float
-
-    @property
-    def title(self) -> str:
-        """A name for folders and progress bars that tells all arms of a study apart."""
-        beta = "" if math.isnan(self.beta) else f"-beta{self.beta:g}"
-        return f"{self.name}-{self.loss}{beta}-lr{self.learning_rate:g}"
-
-
-def takes_beta(loss: str) -> bool:
-    """Whether a loss has the setting beta."""
-    return "beta" in inspect.signature(losses.get(loss)).parameters
-
-
-def golden_arm(config: StudyConfig) -> Arm:
-    """The golden policy: online IPO against the golden model at the online setting."""
-    return Arm("golden", "ipo", config.arms.beta, config.arms.optimizer.learning_rate)
-
-
-def arms(config: StudyConfig) -> list[Arm]:
-    """All arms but the golden policy; those on shuffled D_online follow the online arm whose stream they read."""
-    settings = config.arms
-    found = []
-    for loss in settings.losses:
-        beta = settings.beta if takes_beta(loss) else math.nan
-        betas = settings.offline_betas if takes_beta(loss) else (math.nan,)
-        online_rate = settings.optimizer.learning_rate
-        found += [Arm(name, loss, beta, online_rate) for name in ("online", "shuffled")]
-        found += [Arm("offline", loss, b, rate) for b in betas for rate in settings.offline_learning_rates]
-    return found
-
-
-def validate(config: StudyConfig, devices: int) -> None:
-    """Raises UserError for the first setting that cannot be run, before any work is done."""
-    try:
-        config.task.validate()
-    except UserError as error:
-        raise UserError(f"task.{error}") from error
-    _positive("seeds", config.seeds)
-    _positive("checkpoint_every", config.checkpoint_every)
-    for loss in config.arms.losses:
-        try:
-            losses.get(loss)
-        except ValueError as error:
-            raise UserError(f"arms.losses: {error}") from error
-    steps = config.arms.checkpoint_steps
-    if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
-        raise UserError(f"arms.checkpoint_steps is {steps}: it must be increasing and positive, such as (50, 100)")
-    if config.arms.beta <= 0 or any(beta <= 0 for beta in config.arms.offline_betas):
-        raise UserError(f"arms.beta={config.arms.beta}, offline_betas={config.arms.offline_betas}: all must be above 0")
-    for name in ("golden", "proxy"):
-        _check_judge(name, getattr(config, name), config)
-    evaluation = config.evaluation
-    _positive("evaluation.prompts", evaluation.prompts)
-    if evaluation.kl_prompts > evaluation.prompts:
-        raise UserError(
-            f"evaluation.kl_prompts is {evaluation.kl_prompts}, over evaluation.prompts={evaluation.prompts}: lower it"
-        )
-    _positive("microbatches", config.microbatches)
-    data, fsdp, _ = config.mesh.shape(devices)
-    for name in ("sft", "golden", "proxy", "arms", "evaluation"):
-        size = getattr(config, name).batch_size
-        _positive(f"{name}.batch_size", size)
-        check_batch_size(f"{name}.batch_size", size, data * fsdp, 1 if name == "evaluation" else config.microbatches)
-
-
-def _check_judge(name: str, judge: JudgeConfig, config: StudyConfig) -> None:
-    _positive(f"{name}.steps", judge.steps)
-    if judge.kind not in KINDS:
-        raise UserError(f"{name}.kind is {judge.kind!r}: choose one of {', '.join(KINDS)}")
-    if judge.initialisation not in INITIALISATIONS:
-        choices = ", ".join(INITIALISATIONS)
-        raise UserError(f"{name}.initialisation is {judge.initialisation!r}: choose one of {choices}")
-    if judge.initialisation == "sft" and judge.model != config.policy:
-        raise UserError(
-            f"{name}.model differs from the policy, so it cannot start from the SFT policy: "
-            f"make them equal, or set {name}.initialisation to random"
-        )
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{name} is {value}: it must be at least 1")
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range."""
+        checks.at_least(self, 0, "seed")
+        checks.at_least(self, 1, "seeds", "checkpoint_every", "microbatches")
+        if self.policy is None and self.sft.start is None:
+            raise UserError("policy and sft.start are not set: give one of them")

@@ -8,55 +8,22 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from alignment_gap.errors import UserError
+import altair as alt
+
+from alignment_gap.evaluation import charts
+from alignment_gap.evaluation.intervals import Band, Interval
 from alignment_gap.study import analysis, findings
-from alignment_gap.study.analysis import ORIGIN, Band, CheckpointResult, Comparison, Method, loss_name
+from alignment_gap.study.analysis import METRICS, OPPONENT, ORIGIN, CheckpointResult, Comparison, Method, loss_name
+from alignment_gap.study.arms import GOLDEN, Arm, file_word
 from alignment_gap.study.findings import Finding
 
-try:
-    import altair as alt
-    import vl_convert
-except ImportError as error:
-    raise UserError(f"{error.name} draws the report and is not installed: pip install alignment-gap[study]") from error
-
-PAIRS = (("online", "offline"), ("online", "shuffled"), ("shuffled", "offline"))
-ARM_STYLES = {
-    "online": ("#0072B2", "circle"),
-    "offline": ("#E69F00", "square"),
-    "shuffled": ("#009E73", "triangle-up"),
-    "golden": ("#8C8C8C", "diamond"),
-    ORIGIN: ("#5A5A5A", "cross"),
-}
-_SPARE_STYLES = (
-    ("#CC79A7", "triangle-down"),
-    ("#56B4E9", "triangle-right"),
-    ("#D55E00", "triangle-left"),
-    ("#7B4FA3", "wedge"),
-    ("#B8A000", "arrow"),
-)
-_UNTRAINED = (ORIGIN, "golden")
-_KL_TICKS = (0, 0.1, 0.3, 1, 2, 4, 6, *(k * 2**power for power in range(10) for k in (8, 12)))
-_PLOTTED = ("kl", "win_rate", "rubric", "accuracy", "chosen_log_ratio", "rejected_log_ratio")
-_PERCENT = frozenset({"win_rate", "accuracy"})
-_AXES = {
-    "kl": "KL to SFT (nats, square-root scale)",
-    "win_rate": "Win rate against the golden policy",
-    "rubric": "Rubric score (true quality)",
-    "accuracy": "Accuracy on D_golden",
-    "chosen_log_ratio": "Winner: log-prob. relative to SFT (nats)",
-    "rejected_log_ratio": "Loser: log-prob. relative to SFT (nats)",
-    "step": "Gradient steps",
-}
-_NAMES = {"win_rate": "golden win rate", "rubric": "rubric score"}
-INK = "#606060"
-LINE = "#999999"
-GRID = "#E4E4E4"
-
+# Colour and shape of the SFT policy, where every run starts.
+_ORIGIN_STYLE = ("#5A5A5A", "cross")
+_UNTRAINED = (ORIGIN, OPPONENT)
 Row = dict[str, Any]
 
 
@@ -78,24 +45,25 @@ class Figure:
     spec: dict[str, Any] = dataclasses.field(default_factory=dict)
     missing: str = ""
 
-    def png(self, scale: float = 2.0) -> bytes:
+    def png(self) -> bytes:
         """The drawing as a PNG on white."""
-        return vl_convert.vegalite_to_png(self.spec, scale=scale)
+        return charts.png(self.spec)
 
 
 def study_figures(
-    results: Sequence[CheckpointResult], table: Sequence[Row], comparisons: Sequence[Comparison]
+    results: Sequence[CheckpointResult], table: Sequence[Row], comparisons: Sequence[Comparison], arms: Sequence[Arm]
 ) -> list[Figure]:
     """All figures, in the order of the report; those that lack their numbers come with a reason instead of a drawing.
 
     Args:
       results: every checkpoint of the study.
       table: their rows, as from `analysis.results_table`.
-      comparisons: as from `study_comparisons`.
+      comparisons: as from `findings.study_comparisons`.
+      arms: of the study.
     """
     rows = [_row(result, means) for result, means in zip(results, table, strict=True)]
-    study = _Study(results, rows, comparisons)
-    losses = study_losses(results)
+    study = _Study(results, rows, comparisons, arms)
+    losses = analysis.losses_of(results)
     lead = losses[0] if losses else "ipo"
     figures = [_budget_figure(study, loss) for loss in losses or [lead]]
     figures += [
@@ -105,7 +73,7 @@ def study_figures(
         *(_training_figure(study, loss) for loss in losses),
     ]
     for loss in losses[1:]:
-        name = f"figure_9_{loss}"
+        name = f"figure_9_{file_word(loss)}"
         figures += [
             _kl_figure(study, name, "Figure 9", loss, "win_rate", behind=lead),
             _kl_figure(study, f"{name}_rubric", "As figure 9, true quality", loss, "rubric", behind=lead),
@@ -113,45 +81,29 @@ def study_figures(
     return figures
 
 
-def study_losses(results: Sequence[CheckpointResult]) -> list[str]:
-    """The losses of the trained arms, IPO first."""
-    losses = dict.fromkeys(loss for arm, loss in analysis.methods(results) if arm not in _UNTRAINED)
-    return sorted(losses, key=lambda loss: loss != "ipo")
-
-
-def study_comparisons(results: Sequence[CheckpointResult]) -> list[Comparison]:
-    """Every pair of `PAIRS` that was measured, under every loss, by win rate and by rubric."""
-    triples = itertools.product(study_losses(results), ("win_rate", "rubric"), PAIRS)
-    found = (analysis.compare(results, (a, loss), (b, loss), metric) for loss, metric, (a, b) in triples)
-    return [comparison for comparison in found if comparison is not None]
-
-
 # Data.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Study:
-    """What every figure draws from: the checkpoints, a chart row for each, and the comparisons at equal KL."""
+    """What every figure draws from: the checkpoints, a chart row for each, the comparisons at equal KL, the arms."""
 
     results: Sequence[CheckpointResult]
     rows: Sequence[Row]
     comparisons: Sequence[Comparison]
+    arms: Sequence[Arm]
 
     def select(self, loss: str, metrics: Sequence[str], *, origins: bool = True) -> list[Row]:
         """Rows that have all the metrics: of a loss, and by default of the origin and of the golden policy."""
-        return [
-            row
-            for result, row in zip(self.results, self.rows, strict=True)
-            if all(metric in row for metric in metrics)
-            and ((origins and result.arm in _UNTRAINED) or (result.loss == loss and result.arm not in _UNTRAINED))
-        ]
+        measured = [row for row in self.rows if all(metric in row for metric in metrics)]
+        return [row for row in measured if (origins if row["arm"] in _UNTRAINED else row["loss"] == loss_name(loss))]
 
     def lacking(self, loss: str, metrics: Sequence[str]) -> str:
         """Why a figure of a loss and these metrics cannot be drawn; empty where it can."""
-        trained = [result for result in self.results if result.loss == loss and result.arm not in _UNTRAINED]
+        trained = self.select(loss, (), origins=False)
         if not trained:
             return f"no arm was trained with {loss_name(loss)}"
-        absent = [metric for metric in metrics if not any(metric in result.outcomes for result in trained)]
+        absent = [metric for metric in metrics if not any(metric in row for row in trained)]
         return f"not measured: {', '.join(absent)}" if absent else ""
 
 
@@ -161,20 +113,17 @@ def _row(result: CheckpointResult, means: Row) -> Row:
         "arm": result.arm,
         "loss": loss_name(result.loss),
         "run": f"{result.arm} {result.loss} {result.setting} seed {result.seed}",
-        "setting": "" if result.arm == ORIGIN else result.setting,
+        "setting": result.setting,
         "seed": result.seed,
         "step": result.step,
     }
-    columns = [f"{metric}{end}" for metric in _PLOTTED for end in ("", "_low", "_high")]
+    columns = analysis.COLUMNS[len(analysis.IDENTITY) :]
     row |= {name: round(means[name], 5) for name in columns if math.isfinite(means[name])}
-    return row | {f"{metric}_text": _text(means, metric) for metric in analysis.METRICS if math.isfinite(means[metric])}
-
-
-def _text(means: Row, metric: str) -> str:
-    """A mean with its interval, for the tooltip."""
-    form = ".1%" if metric in analysis.PROPORTIONS else ".3g"
-    value, low, high = (format(means[f"{metric}{end}"], form) for end in ("", "_low", "_high"))
-    return f"{value} ({low} to {high})"
+    for metric in METRICS:
+        if metric in row:
+            interval = Interval(*(means[f"{metric}{end}"] for end in ("", "_low", "_high")))
+            row[f"{metric}_text"] = findings.level(interval, metric)
+    return row
 
 
 def _with_starts(rows: Sequence[Row]) -> list[Row]:
@@ -192,12 +141,12 @@ def _with_starts(rows: Sequence[Row]) -> list[Row]:
 # Encodings.
 
 
-def _styles(rows: Sequence[Row]) -> tuple[alt.Color, alt.Shape]:
-    """Colour and shape of the arms, the known ones first and always alike."""
-    arms = {row["arm"] for row in rows}
-    ordered = [arm for arm in ARM_STYLES if arm in arms] + sorted(arms - set(ARM_STYLES))
-    spare = itertools.cycle(_SPARE_STYLES)
-    colours, shapes = zip(*(ARM_STYLES.get(arm) or next(spare) for arm in ordered), strict=True)
+def _styles(rows: Sequence[Row], arms: Sequence[Arm]) -> tuple[alt.Color, alt.Shape]:
+    """Colour and shape of the arms, in the order of the table and always alike."""
+    styles = {arm.name: (arm.colour, arm.shape) for arm in (*arms, GOLDEN)} | {ORIGIN: _ORIGIN_STYLE}
+    drawn = {row["arm"] for row in rows}
+    ordered = [name for name in styles if name in drawn]
+    colours, shapes = zip(*(styles[name] for name in ordered), strict=True)
     legend = alt.Legend(title=None, symbolOpacity=1)
     return (
         alt.Color("arm:N", scale=alt.Scale(domain=ordered, range=colours), legend=legend),
@@ -205,53 +154,37 @@ def _styles(rows: Sequence[Row]) -> tuple[alt.Color, alt.Shape]:
     )
 
 
-def _x(field: str, rows: Sequence[Row] = ()) -> alt.X:
-    if field != "kl":
-        scale = alt.Scale(zero=False, nice=False, padding=12)
-        return alt.X(f"{field}:Q", title=_AXES[field], scale=scale, axis=_ticks(field))
-    largest = max((row["kl"] for row in rows), default=1.0)
-    ticks = [tick for tick in _KL_TICKS if tick <= 1.05 * largest]
-    scale = alt.Scale(type="sqrt", domainMin=0, domainMax=1.05 * largest, nice=False)
-    return alt.X("kl:Q", title=_AXES["kl"], scale=scale, axis=alt.Axis(values=ticks, format="~g"))
-
-
-def _budget_axis() -> alt.X:
-    """The range of the budgets, which may lie far from 0, on a square-root scale."""
-    scale = alt.Scale(type="sqrt", zero=False, nice=False, padding=8)
-    title = "KL budget (nats, square-root scale)"
-    return alt.X("budget:Q", title=title, scale=scale, axis=alt.Axis(format="~g", tickCount=6))
-
-
-def _y(field: str, end: str = "") -> alt.Y:
-    return alt.Y(f"{field}{end}:Q", title=_AXES[field], scale=alt.Scale(zero=False), axis=_ticks(field))
-
-
-def _ticks(field: str) -> alt.Axis:
-    return alt.Axis(format=".0%", tickCount=6) if field in _PERCENT else alt.Axis()
+def _axis(channel: Any, metric: str, end: str = "", **scale: Any) -> Any:
+    """A channel of the mean of a metric, or of an end of its interval; shares are in per cent."""
+    words, _, unit, _, is_share = METRICS[metric]
+    title = f"{words[0].upper()}{words[1:]}{f' ({unit.strip()})' if unit and not is_share else ''}"
+    axis = alt.Axis(format=".0%", tickCount=6) if is_share else alt.Axis()
+    return channel(f"{metric}{end}:Q", title=title, scale=alt.Scale(zero=False, **scale), axis=axis)
 
 
 def _tooltip(rows: Sequence[Row]) -> list[alt.Tooltip]:
     """Everything known of a checkpoint: its identity, and each measured mean with its interval."""
     tips = [alt.Tooltip(f"{field}:N") for field in ("arm", "loss", "setting", "seed", "step")]
-    for metric in analysis.METRICS:
+    for metric in METRICS:
         if any(f"{metric}_text" in row for row in rows):
             tips.append(alt.Tooltip(f"{metric}_text:N", title=metric.replace("_", " ")))
     return tips
 
 
-def _scatter(rows: Sequence[Row], x: alt.X, metric: str, *, lines: bool = True) -> list[alt.Chart]:
+def _scatter(study: _Study, rows: Sequence[Row], x: alt.X, metric: str, *, lines: bool = True) -> list[alt.Chart]:
     """Faint lines along the runs, thin bars for the intervals, and a mark with a tooltip for each checkpoint.
 
     The data are those of the chart that the layers end up in; rows marked `behind` are drawn in lighter marks.
     """
-    colour, shape = _styles(rows)
+    colour, shape = _styles(rows, study.arms)
     paths = alt.Chart().mark_line(strokeWidth=1, opacity=0.35).transform_filter("!datum.behind")
     points = alt.Chart().transform_filter("!datum.start")
     strength = alt.condition("datum.behind", alt.value(0.2), alt.value(0.9))
-    bars = points.mark_rule(strokeWidth=1).encode(x, _y(metric, "_low"), alt.Y2(f"{metric}_high:Q"), colour)
-    marks = points.mark_point(filled=True, size=55, strokeWidth=0).encode(x, _y(metric), colour, shape)
+    y, low, high = _axis(alt.Y, metric), _axis(alt.Y, metric, "_low"), alt.Y2(f"{metric}_high:Q")
+    bars = points.mark_rule(strokeWidth=1).encode(x, low, high, colour)
+    marks = points.mark_point(filled=True, size=55, strokeWidth=0).encode(x, y, colour, shape)
     return [
-        *([paths.encode(x, _y(metric), colour, alt.Detail("run:N"), alt.Order("step:Q"))] if lines else []),
+        *([paths.encode(x, y, colour, alt.Detail("run:N"), alt.Order("step:Q"))] if lines else []),
         bars.encode(opacity=alt.condition("datum.behind", alt.value(0.15), alt.value(0.45))),
         marks.encode(opacity=strength, tooltip=_tooltip(rows)),
     ]
@@ -260,24 +193,7 @@ def _scatter(rows: Sequence[Row], x: alt.X, metric: str, *, lines: bool = True) 
 def _level(value: float) -> alt.Chart:
     """A dashed line across the chart, on the y axis of win rates and gaps alike."""
     base = alt.Chart(alt.Data(values=[{"win_rate": value, "value": value}]))
-    return base.mark_rule(strokeDash=[4, 4], color=LINE).encode(alt.Y("value:Q"))
-
-
-def _finish(chart: alt.TopLevelMixin) -> dict[str, Any]:
-    """The specification in the report's look; the page turns its greys over for a dark screen."""
-    text: Row = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 13}
-    text["titleFontWeight"] = "normal"
-    lines: Row = {"labelFlush": False, "gridColor": GRID, "domainColor": LINE, "tickColor": LINE, "titlePadding": 10}
-    config: Row = {
-        "font": "Helvetica, Arial, sans-serif",
-        "background": "white",
-        "padding": 8,
-        "axis": text | lines,
-        "legend": text | {"symbolSize": 90, "orient": "top", "direction": "horizontal", "symbolOpacity": 1},
-        "view": {"stroke": None},
-        "title": {"color": INK, "fontSize": 13, "fontWeight": "normal", "anchor": "start"},
-    }
-    return chart.to_dict() | {"config": config}
+    return base.mark_rule(strokeDash=[4, 4], color=charts.LINE).encode(alt.Y("value:Q"))
 
 
 # Figures.
@@ -285,26 +201,25 @@ def _finish(chart: alt.TopLevelMixin) -> dict[str, Any]:
 
 def _kl_figure(study: _Study, name: str, number: str, loss: str, metric: str, behind: str = "") -> Figure:
     """A metric over KL to SFT for the arms of one loss, those of another behind it in lighter marks."""
-    title = f"{number}: {_NAMES[metric]} over KL to SFT, {loss_name(loss)}"
+    title = f"{number}: {METRICS[metric].words} over KL to SFT, {loss_name(loss)}"
     if reason := study.lacking(loss, ("kl", metric)):
         return Figure(name, title, missing=reason)
     rows = study.select(loss, ("kl", metric))
     if behind:
         title += f" ({loss_name(behind)} behind it, lighter)"
         rows += [row | {"behind": True} for row in study.select(behind, ("kl", metric), origins=False)]
-    layers = _scatter(rows, _x("kl", rows), metric)
+    layers = _scatter(study, rows, charts.kl_axis(max(row["kl"] for row in rows)), metric)
     if metric == "win_rate":
-        layers.insert(0, _level(0.5).encode(_y(metric)))
+        layers.insert(0, _level(0.5).encode(_axis(alt.Y, metric)))
     chart = alt.layer(*layers, data=alt.Data(values=_with_starts(rows))).properties(width=760, height=420)
-    return Figure(name, title, _kl_findings(study, loss, metric), _finish(chart))
+    return Figure(name, title, _kl_findings(study, loss, metric), charts.finish(chart))
 
 
 def _kl_findings(study: _Study, loss: str, metric: str) -> tuple[Finding, ...]:
     """What the figure shows beyond the win rates of online and offline at equal KL, which have their own figure."""
-    shown = [c for c in study.comparisons if c.metric == metric and c.first[1] == loss]
-    if metric == "win_rate":
-        shown = [c for c in shown if (c.first[0], c.second[0]) != PAIRS[0]]
-    branches: list[Method] = [("online", loss), ("offline", loss)]
+    apart = findings.answers(study.comparisons, study.arms)
+    shown = [c for c in study.comparisons if c.metric == metric and c.first[1] == loss and c not in apart]
+    branches: list[Method] = [(arm, loss) for arm in findings.question(study.arms)]
     found = [*map(findings.equal_kl_finding, shown), findings.fall_finding(study.results, branches, metric)]
     if metric == "rubric":
         found += [findings.over_optimisation_finding(study.results, branch) for branch in branches]
@@ -313,29 +228,28 @@ def _kl_findings(study: _Study, loss: str, metric: str) -> tuple[Finding, ...]:
 
 def _budget_figure(study: _Study, loss: str) -> Figure:
     """The best win rate of online and of offline within each KL budget, and their gap."""
-    name, title = f"equal_kl_{loss}", f"The question: best win rate within a KL budget, {loss_name(loss)}"
-    pair = (("online", loss), ("offline", loss))
-    found = [c for c in study.comparisons if c.metric == "win_rate" and (c.first, c.second) == pair]
-    if not found:
-        return Figure(
-            name, title, missing="it needs checkpoints of online, of offline and of SFT, with KL and win rate"
-        )
-    comparison = found[0]
+    name, title = f"equal_kl_{file_word(loss)}", f"The question: best win rate within a KL budget, {loss_name(loss)}"
+    comparison = next((c for c in findings.answers(study.comparisons, study.arms) if c.first[1] == loss), None)
+    if comparison is None:
+        needed = ", of ".join((*findings.question(study.arms), "SFT"))
+        return Figure(name, title, missing=f"it needs checkpoints of {needed}, with KL and win rate")
+    first, second = findings.question(study.arms)
     said = (findings.equal_kl_finding(comparison),)
     if len(comparison.budgets) < 2:
-        return Figure(name, title, said, missing="the checkpoints of online and of offline share no range of KL")
+        return Figure(name, title, said, missing=f"the checkpoints of {first} and of {second} share no range of KL")
     frontiers = [
-        *_band_rows(comparison, comparison.first_frontier, "online"),
-        *_band_rows(comparison, comparison.second_frontier, "offline"),
+        *_band_rows(comparison, comparison.first_frontier, first),
+        *_band_rows(comparison, comparison.second_frontier, second),
     ]
-    x = _budget_axis()
-    left = _band_chart(frontiers, x, _AXES["win_rate"], "%").encode(_styles(frontiers)[0])
-    gap = _band_chart(
-        _band_rows(comparison, comparison.gap, "online minus offline"), x, "Gap, online minus offline", ""
-    )
-    right = alt.layer(_level(0.0), gap.encode(color=alt.value(INK)))
+    scale = alt.Scale(type="sqrt", zero=False, nice=False, padding=8)
+    axis = alt.Axis(format="~g", tickCount=6)
+    x = alt.X("budget:Q", title="KL budget (nats, square-root scale)", scale=scale, axis=axis)
+    left = _band_chart(frontiers, x, "Win rate (%)").encode(_styles(frontiers, study.arms)[0])
+    minus = f"{first} minus {second}"
+    gap = _band_chart(_band_rows(comparison, comparison.gap, minus), x, f"Gap, {minus} (percentage points)")
+    right = alt.layer(_level(0.0), gap.encode(color=alt.value(charts.INK)))
     chart = alt.hconcat(*(side.properties(width=375, height=300) for side in (left, right)))
-    return Figure(name, title, said, _finish(chart))
+    return Figure(name, title, said, charts.finish(chart))
 
 
 def _band_rows(comparison: Comparison, band: Band, arm: str) -> list[Row]:
@@ -345,14 +259,13 @@ def _band_rows(comparison: Comparison, band: Band, arm: str) -> list[Row]:
     return [{"arm": arm} | dict(zip(names, (round(float(v), 4) for v in row), strict=True)) for row in columns]
 
 
-def _band_chart(rows: Sequence[Row], x: alt.X, title: str, unit: str) -> alt.LayerChart:
+def _band_chart(rows: Sequence[Row], x: alt.X, title: str) -> alt.LayerChart:
     """Estimates as a line over their intervals as a band."""
-    base = alt.Chart(alt.Data(values=list(rows))).encode(x)
-    scale, unit = alt.Scale(zero=False), f" ({unit or 'percentage points'})"
+    base, scale = alt.Chart(alt.Data(values=list(rows))).encode(x), alt.Scale(zero=False)
     tips = [alt.Tooltip(f"{field}:Q", format=".2f") for field in ("budget", "value", "low", "high")]
-    band = base.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=title + unit, scale=scale), alt.Y2("high:Q"))
+    band = base.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=title, scale=scale), alt.Y2("high:Q"))
     line = base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=16))
-    return alt.LayerChart(layer=[band, line.encode(alt.Y("value:Q", title=title + unit), tooltip=["arm:N", *tips])])
+    return alt.LayerChart(layer=[band, line.encode(alt.Y("value:Q", title=title), tooltip=["arm:N", *tips])])
 
 
 def _accuracy_figure(study: _Study, losses: Sequence[str]) -> Figure:
@@ -363,24 +276,28 @@ def _accuracy_figure(study: _Study, losses: Sequence[str]) -> Figure:
         return Figure(name, title, missing="not measured together: win_rate, accuracy")
     selected = {loss: study.select(loss, metrics) for loss in drawn}
     everything = [row for rows in selected.values() for row in rows]
+    x = _axis(alt.X, "accuracy", nice=False, padding=12)
     panels = [
         alt.layer(
-            *_scatter(everything, _x("accuracy"), "win_rate", lines=False), data=alt.Data(values=_with_starts(rows))
+            *_scatter(study, everything, x, "win_rate", lines=False),
+            data=alt.Data(values=_with_starts(rows)),
         ).properties(width=375, height=320, title=loss_name(loss))
         for loss, rows in selected.items()
     ]
-    found = tuple(findings.prediction_finding(study.results, ("offline", loss)) for loss in drawn)
-    return Figure(name, title, found, _finish(alt.concat(*panels, columns=2)))
+    swept = [arm.name for arm in study.arms if arm.swept]
+    found = tuple(findings.prediction_finding(study.results, (arm, loss)) for loss in drawn for arm in swept)
+    return Figure(name, title, found, charts.finish(alt.concat(*panels, columns=2)))
 
 
 def _training_figure(study: _Study, loss: str) -> Figure:
     """Accuracy and the log-probabilities of winner and loser along training."""
-    name, title = f"figure_8_{loss}", f"Figure 8: classification along training, {loss_name(loss)}"
+    name, title = f"figure_8_{file_word(loss)}", f"Figure 8: classification along training, {loss_name(loss)}"
     metrics = ("accuracy", "chosen_log_ratio", "rejected_log_ratio")
     if reason := study.lacking(loss, metrics):
         return Figure(name, title, missing=reason)
-    rows = [row for row in study.select(loss, metrics) if row["arm"] != "golden"]
-    panels = [alt.layer(*_scatter(rows, _x("step"), metric)).properties(width=235, height=260) for metric in metrics]
+    rows = [row for row in study.select(loss, metrics) if row["arm"] != OPPONENT]
+    x = alt.X("step:Q", title="Gradient steps", scale=alt.Scale(zero=False, nice=False, padding=12))
+    panels = [alt.layer(*_scatter(study, rows, x, metric)).properties(width=235, height=260) for metric in metrics]
     found = (findings.final_accuracy_finding(study.results, loss), findings.log_ratio_finding(study.results, loss))
     chart = alt.hconcat(*panels, data=alt.Data(values=_with_starts(rows)))
-    return Figure(name, title, tuple(finding for finding in found if finding), _finish(chart))
+    return Figure(name, title, tuple(finding for finding in found if finding), charts.finish(chart))

@@ -6,8 +6,9 @@ Every sentence is computed, and every agreement is decided by a fixed rule on in
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,37 +17,28 @@ from scipy import stats
 
 from alignment_gap.evaluation.intervals import RESAMPLES, Interval
 from alignment_gap.study.analysis import (
-    ORIGIN,
-    PROPORTIONS,
+    METRICS,
     CheckpointResult,
     Comparison,
     Method,
     Runs,
+    compare,
     cross_fitted_best,
     furthest,
     joint_means,
     loss_name,
+    losses_of,
     measured_runs,
-    methods,
     over_seeds,
     seeds_of,
+    trained_arms,
 )
+from alignment_gap.study.arms import Arm
 
 Agreement = Literal["agrees", "disagrees", "cannot be told", "not in the paper"]
 
-METRIC_NAMES = {
-    "win_rate": "win rate against the golden policy",
-    "win_rate_sft": "win rate against SFT",
-    "proxy_win_rate": "win rate by the proxy",
-    "rubric": "rubric score",
-    "accuracy": "accuracy on D_golden",
-}
-_FORMS: dict[str, tuple[int, str, str]] = {
-    **dict.fromkeys(PROPORTIONS, (100, ".1f", " points")),
-    "nats": (1, ".2f", " nats"),
-    "rubric": (1, ".3f", ""),
-}
-"""How a change is written: its scale, its digits, its unit."""
+MINUS, PERCENT = "\u2212", "\u00a0%"
+
 CHANCE = 0.55
 """The paper's "around or below 50 %": an accuracy up to this counts as chance."""
 MARGIN = 0.03
@@ -55,16 +47,6 @@ NARROW = 1.1
 """Shared budgets whose ends have a smaller ratio are too few for a claim of the paper, which is on a range of KL."""
 STRONG_CORRELATION = 0.5
 """Accuracy that may correlate with win rate by this much is not said to predict nothing."""
-
-_EXPECTED: dict[tuple[str, str, str], Literal["ahead", "level"]] = {
-    ("online", "offline", "ipo"): "ahead",
-    ("online", "offline", "best_of_n"): "ahead",
-    ("online", "shuffled", "ipo"): "ahead",
-    ("online", "shuffled", "best_of_n"): "level",
-    ("shuffled", "offline", "ipo"): "level",
-    ("shuffled", "offline", "best_of_n"): "ahead",
-}
-"""The paper's claims on pairs of arms under a loss."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +57,29 @@ class Finding:
     agreement: Agreement
 
 
-# Findings.
+# Equal KL.
+
+
+def study_comparisons(results: Sequence[CheckpointResult], arms: Sequence[Arm]) -> list[Comparison]:
+    """Every contrast of the arms that was measured, under every loss, by win rate and by rubric."""
+    contrasts = [(arm.name, contrast) for arm in arms for contrast in arm.contrasts]
+    found = []
+    for loss, metric, (arm, contrast) in itertools.product(losses_of(results), ("win_rate", "rubric"), contrasts):
+        comparison = compare(results, (arm, loss), (contrast.other, loss), metric)
+        if comparison is not None and metric == "win_rate":
+            comparison = dataclasses.replace(comparison, paper=contrast.paper.get(loss), figure=contrast.figure)
+        found.append(comparison)
+    return [comparison for comparison in found if comparison is not None]
+
+
+def question(arms: Sequence[Arm]) -> tuple[str, ...]:
+    """The two arms that the study asks about: the first contrast of its arms; empty where there is none."""
+    return next(((arm.name, contrast.other) for arm in arms for contrast in arm.contrasts), ())
+
+
+def answers(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> list[Comparison]:
+    """The comparisons of those two arms by win rate, one for each loss."""
+    return [c for c in comparisons if c.metric == "win_rate" and (c.first[0], c.second[0]) == question(arms)]
 
 
 def coverage_sentence(seeds: int) -> str:
@@ -93,15 +97,15 @@ def coverage_sentence(seeds: int) -> str:
 
 def equal_kl_headline(comparison: Comparison) -> str:
     """The verdict at equal KL in one short sentence."""
-    metric = "" if comparison.metric == "win_rate" else f" in {_metric_name(comparison.metric)}"
+    metric = "" if comparison.metric == "win_rate" else f" in {METRICS[comparison.metric].words}"
     return f"{loss_name(comparison.first[1])}: at equal KL {comparison.verdict}{metric}."
 
 
 def equal_kl_detail(comparison: Comparison) -> str:
     """The size of the gap: averaged over the budgets, and between the peaks."""
-    first, second = comparison.first[0], comparison.second[0]
+    first, second, words = comparison.first[0], comparison.second[0], METRICS[comparison.metric].words
     peak = in_words(comparison.peak_gap, comparison.metric)
-    name = f"the gap in {_metric_name(comparison.metric)}, {first} minus {second}, is"
+    name = f"the gap in {words}, {first} minus {second}, is"
     if not len(comparison.budgets):
         one, other = map(_span, comparison.spans)
         seeds = "" if len(comparison.seeds) == 1 else f" in all {len(comparison.seeds)} seeds"
@@ -112,7 +116,7 @@ def equal_kl_detail(comparison: Comparison) -> str:
     low, high = comparison.budgets[[0, -1]]
     budgets = f"budgets of {nats(low)} to {nats(high)} nats"
     if both_at_origin(comparison):
-        return f"Within {budgets} the best of both in {_metric_name(comparison.metric)} is SFT itself."
+        return f"Within {budgets} the best of both in {words} is SFT itself."
     averaged = f"At the one budget that both reach, {nats(low)} nats," if low == high else f"Averaged over {budgets}"
     return (
         f"{averaged} {name} {in_words(comparison.mean_gap, comparison.metric)}; "
@@ -137,37 +141,38 @@ def seed_gaps_sentence(comparison: Comparison) -> str:
     if len(comparison.seed_gaps) <= 1:
         return ""
     gaps = (
-        f"{_amount(gap, comparison.metric)} (seed {seed})"
+        f"{_number(gap, comparison.metric, '+')}{METRICS[comparison.metric].unit} (seed {seed})"
         for seed, gap in zip(comparison.seeds, comparison.seed_gaps, strict=True)
     )
     return f"By seed the average gap is {', '.join(gaps)}."
 
 
 def equal_kl_finding(comparison: Comparison) -> Finding:
-    """The paper: online is at least as good as offline at equal KL, and its peak is higher; shuffled hardly helps.
+    """Whether a comparison of two arms is as the paper saw it, where it did.
 
     Where the paper has one arm ahead, it agrees if the intervals of the mean gap and of the peak gap are both above
     zero, and disagrees if either is below. Where it has them level, the mean gap has to be within or beyond `MARGIN`.
     Where the shared range of KL is none or narrow, it cannot be told.
     """
     mean, peak = comparison.mean_gap, comparison.peak_gap
-    pair = comparison.first[0], comparison.second[0], comparison.first[1]
-    expected = _EXPECTED.get(pair) if comparison.metric == "win_rate" else None
-    agreement: Agreement = "cannot be told"
-    if expected is None:
-        agreement = "not in the paper"
+    if comparison.paper is None:
+        agreement: Agreement = "not in the paper"
     elif is_narrow(comparison):
         agreement = "cannot be told"
-    elif expected == "ahead":
-        if mean.high < 0 or peak.high < 0:
-            agreement = "disagrees"
-        elif mean.low > 0 and peak.low > 0:
-            agreement = "agrees"
-    elif mean.low > MARGIN or mean.high < -MARGIN:
-        agreement = "disagrees"
-    elif mean.low > -MARGIN and mean.high < MARGIN:
-        agreement = "agrees"
+    elif comparison.paper == "ahead":
+        agreement = _agreement(agrees=min(mean.low, peak.low) > 0, disagrees=min(mean.high, peak.high) < 0)
+    else:
+        agreement = _agreement(
+            agrees=mean.low > -MARGIN and mean.high < MARGIN, disagrees=mean.low > MARGIN or mean.high < -MARGIN
+        )
     return Finding(f"{equal_kl_headline(comparison)} {equal_kl_detail(comparison)}", agreement)
+
+
+def _agreement(*, agrees: bool, disagrees: bool) -> Agreement:
+    return "disagrees" if disagrees else "agrees" if agrees else "cannot be told"
+
+
+# What else the paper saw.
 
 
 def fall_finding(
@@ -179,23 +184,19 @@ def fall_finding(
     """
     parts, falls = [], []
     for method in chosen:
-        seeded = [runs for seed in seeds_of(results) if (runs := measured_runs(results, method, seed, metric))]
+        seeded = _by_seed(results, method, metric)
         if not seeded:
             continue
         last = [furthest(runs) for runs in seeded]
-        fall = over_seeds(
-            [
-                cross_fitted_best(runs, metric) - joint_means([end], metric)[:, 0]
-                for runs, end in zip(seeded, last, strict=True)
-            ]
-        )
+        ends = [joint_means([end], metric)[:, 0] for end in last]
+        fall = over_seeds([cross_fitted_best(runs, metric) - end for runs, end in zip(seeded, ends, strict=True)])
         kl = np.mean([end.mean("kl") for end in last])
         falls.append(fall.low > 0)
         reading = "" if fall.low > 0 else ", no fall that can be claimed"
         parts.append(f"{method[0]} {in_words(-fall, metric)} at {nats(float(kl))} nats{reading}")
     if not parts:
         return None
-    name = f"{loss_name(chosen[0][1])}, change of the {_metric_name(metric)}"
+    name = f"{loss_name(chosen[0][1])}, change of the {METRICS[metric].words}"
     sentence = f"{name} from its cross-fitted peak to the largest KL: {'; '.join(parts)}."
     if metric != "win_rate":
         return Finding(sentence, "not in the paper")
@@ -204,20 +205,13 @@ def fall_finding(
 
 def over_optimisation_finding(results: Sequence[CheckpointResult], method: Method) -> Finding | None:
     """Whether the true score falls below SFT's where the golden judge's win rate rises; the paper had no true score."""
-    changes: dict[str, list[np.ndarray]] = {"win_rate": [], "rubric": []}
-    kls = []
-    for seed in seeds_of(results):
-        runs = measured_runs(results, method, seed, "rubric")
-        if not runs:
-            continue
-        ends = [runs[0][0], furthest(runs)]
-        kls.append(ends[1].mean("kl"))
-        for metric, values in changes.items():
-            means = joint_means(ends, metric)
-            values.append(means[:, 1] - means[:, 0])
-    if not kls:
+    ends = [(runs[0][0], furthest(runs)) for runs in _by_seed(results, method, "rubric")]
+    if not ends:
         return None
-    judged, true = over_seeds(changes["win_rate"]), over_seeds(changes["rubric"])
+    judged, true = (
+        over_seeds([np.diff(joint_means(pair, metric))[:, 0] for pair in ends]) for metric in ("win_rate", "rubric")
+    )
+    kl = float(np.mean([end.mean("kl") for _, end in ends]))
     if judged.low > 0 and true.high < 0:
         reading = "the golden judge is over-optimised: it applauds while true quality falls below that of SFT"
     elif judged.low > 0 and true.low > 0:
@@ -227,7 +221,7 @@ def over_optimisation_finding(results: Sequence[CheckpointResult], method: Metho
     else:
         reading = "no rise of the golden judge's win rate can be claimed"
     return Finding(
-        f"{loss_name(method[1])} {method[0]} at its largest KL, {nats(float(np.mean(kls)))} nats, against SFT: "
+        f"{loss_name(method[1])} {method[0]} at its largest KL, {nats(kl)} nats, against SFT: "
         f"golden win rate {in_words(judged, 'win_rate')}, rubric {in_words(true, 'rubric')}; {reading}.",
         "not in the paper",
     )
@@ -235,48 +229,38 @@ def over_optimisation_finding(results: Sequence[CheckpointResult], method: Metho
 
 def final_accuracy_finding(results: Sequence[CheckpointResult], loss: str) -> Finding | None:
     """The paper: at the end offline policies classify 60-70 % of D_golden right, online policies about 50 % or less."""
-    final = {arm: _final(results, (arm, loss), "accuracy") for arm in _trained_arms(results, loss)}
-    intervals = {arm: over_seeds(list(values.values())).within(0.0, 1.0) for arm, values in final.items() if values}
-    if not intervals:
+    finals = _finals(results, loss, "accuracy")
+    if not finals:
         return None
-    listed = "; ".join(f"{arm} {_plain(interval, 'accuracy')}" for arm, interval in intervals.items())
-    online, offline = intervals.get("online"), intervals.get("offline")
-    if online is None or offline is None:
-        agreement: Agreement = "cannot be told"
-    elif offline.low > CHANCE and online.high < CHANCE:
-        agreement = "agrees"
-    elif offline.high < CHANCE or online.low > CHANCE:
-        agreement = "disagrees"
-    else:
-        agreement = "cannot be told"
-    return Finding(
-        f"{loss_name(loss)}, accuracy on D_golden at the end of training, mean of the runs: {listed}.",
-        agreement,
-    )
+    intervals = {arm: over_seeds(list(values.values())).within(0.0, 1.0) for arm, values in finals.items()}
+    agreement: Agreement = "cannot be told"
+    if "online" in intervals and "offline" in intervals:
+        online, offline = intervals["online"], intervals["offline"]
+        agreement = _agreement(
+            agrees=offline.low > CHANCE > online.high, disagrees=offline.high < CHANCE or online.low > CHANCE
+        )
+    return Finding(f"{_ends(loss, 'accuracy', intervals)}, mean of the runs.", agreement)
 
 
 def log_ratio_finding(results: Sequence[CheckpointResult], loss: str) -> Finding | None:
     """The paper: the winner's log-probability falls for every method, most for offline."""
-    finals = {
-        arm: _final(results, (arm, loss), "chosen_log_ratio", matched=True) for arm in _trained_arms(results, loss)
-    }
-    finals = {arm: values for arm, values in finals.items() if values}
+    metric = "chosen_log_ratio"
+    finals = _finals(results, loss, metric, matched=True)
     if not finals:
         return None
     intervals = {arm: over_seeds(list(values.values())) for arm, values in finals.items()}
-    listed = "; ".join(f"{arm} {_plain(interval, 'nats')}" for arm, interval in intervals.items())
-    name = loss_name(loss)
-    sentence = f"{name}, log-probability of the winner relative to SFT at the end of training: {listed}"
+    sentence = _ends(loss, metric, intervals)
     online, offline = finals.get("online", {}), finals.get("offline", {})
     shared = [online[seed] - offline[seed] for seed in online if seed in offline]
     if not shared:
         return Finding(f"{sentence}.", "cannot be told")
     gap = over_seeds(shared)
-    sentence = f"{sentence}; online minus offline, runs of equal settings where there are any: {in_words(gap, 'nats')}."
-    if all(interval.high < 0 for interval in intervals.values()) and gap.low > 0:
-        return Finding(sentence, "agrees")
-    contradicted = any(interval.low > 0 for interval in intervals.values()) or gap.high < 0
-    return Finding(sentence, "disagrees" if contradicted else "cannot be told")
+    sentence = f"{sentence}; online minus offline, runs of equal settings where there are any: {in_words(gap, metric)}."
+    agreement = _agreement(
+        agrees=all(interval.high < 0 for interval in intervals.values()) and gap.low > 0,
+        disagrees=any(interval.low > 0 for interval in intervals.values()) or gap.high < 0,
+    )
+    return Finding(sentence, agreement)
 
 
 def prediction_finding(results: Sequence[CheckpointResult], method: Method) -> Finding:
@@ -298,14 +282,17 @@ def prediction_finding(results: Sequence[CheckpointResult], method: Method) -> F
             "cannot be told",
         )
     rho = over_seeds(seeded).within(-1.0, 1.0)
-    low, value, high = (_signs(f"{number:+.2f}") for number in (rho.low, rho.value, rho.high))
-    sentence = (
+    low, value, high = (f"{number:+.2f}".replace("-", MINUS) for number in (rho.low, rho.value, rho.high))
+    return Finding(
         f"{name}: Spearman's correlation of accuracy with win rate over the checkpoints is {value} "
-        f"(95\u00a0% interval {low} to {high}, whole runs resampled)."
+        f"(95{PERCENT} interval {low} to {high}, whole runs resampled).",
+        _agreement(agrees=rho.high < STRONG_CORRELATION, disagrees=rho.low > 0),
     )
-    if rho.low > 0:
-        return Finding(sentence, "disagrees")
-    return Finding(sentence, "agrees" if rho.high < STRONG_CORRELATION else "cannot be told")
+
+
+def _by_seed(results: Sequence[CheckpointResult], method: Method, metric: str) -> list[Runs]:
+    """The runs of a method in every seed that measured it."""
+    return [runs for seed in seeds_of(results) if (runs := measured_runs(results, method, seed, metric))]
 
 
 def _correlations(runs: Runs, seed: int) -> Float[np.ndarray, "R"]:
@@ -323,25 +310,24 @@ def _spearman(points: Float[np.ndarray, "P 2"]) -> float:
     return float(ranks[:, 0] @ ranks[:, 1]) / scale if scale else math.nan
 
 
-def _trained_arms(results: Iterable[CheckpointResult], loss: str) -> list[str]:
-    return [arm for arm, of in methods(results) if of == loss and arm not in (ORIGIN, "golden")]
-
-
-def _final(
-    results: Sequence[CheckpointResult], method: Method, metric: str, *, matched: bool = False
-) -> dict[int, Float[np.ndarray, "R"]]:
-    """By seed, the mean over the ends of a method's runs; if matched, of those at an online run's setting."""
-    online = {r.setting for r in results if r.method == ("online", method[1])} if matched else set()
-    replicates = {}
-    for seed in seeds_of(results):
-        last: dict[str, CheckpointResult] = {}
-        for result in results:
-            if result.method == method and result.seed == seed and metric in result.outcomes:
-                last[result.setting] = max(last.get(result.setting, result), result, key=lambda r: r.step)
+def _finals(
+    results: Sequence[CheckpointResult], loss: str, metric: str, *, matched: bool = False
+) -> dict[str, dict[int, Float[np.ndarray, "R"]]]:
+    """By arm and seed, the mean over the ends of the runs; if matched, of those at an online run's setting."""
+    online = {r.setting for r in results if r.method == ("online", loss)} if matched else set()
+    ends: dict[str, dict[int, Float[np.ndarray, "R"]]] = {}
+    for arm, seed in itertools.product(trained_arms(results, loss), seeds_of(results)):
+        measured = [r for r in results if r.method == (arm, loss) and r.seed == seed and metric in r.outcomes]
+        last = {result.setting: result for result in sorted(measured, key=lambda result: result.step)}
         chosen = [result for setting, result in last.items() if setting in online] or list(last.values())
         if chosen:
-            replicates[seed] = joint_means(chosen, metric).mean(axis=1)
-    return replicates
+            ends.setdefault(arm, {})[seed] = joint_means(chosen, metric).mean(axis=1)
+    return ends
+
+
+def _ends(loss: str, metric: str, intervals: Mapping[str, Interval]) -> str:
+    listed = "; ".join(f"{arm} {level(interval, metric)}" for arm, interval in intervals.items())
+    return f"{loss_name(loss)}, {METRICS[metric].words} at the end of training: {listed}"
 
 
 # Numbers in words.
@@ -357,29 +343,29 @@ def _span(kl: tuple[float, float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _metric_name(metric: str) -> str:
-    return METRIC_NAMES.get(metric, metric)
-
-
 def in_words(interval: Interval, metric: str) -> str:
-    """A change with its interval: win rates and accuracies in percentage points."""
-    scale, form, _ = _FORMS.get(metric, (1, ".3g", ""))
-    low, high = _signs(f"{scale * interval.low:+{form}}"), _signs(f"{scale * interval.high:+{form}}")
-    return f"{_amount(interval.value, metric)} (95\u00a0% interval {low} to {high})"
+    """A change with its interval, in a sentence; that of a share in percentage points."""
+    value, low, high = _numbers(interval, metric, "+")
+    return f"{value}{METRICS[metric].unit} (95{PERCENT} interval {low} to {high})"
 
 
-def _amount(value: float, metric: str) -> str:
-    scale, form, unit = _FORMS.get(metric, (1, ".3g", ""))
-    return _signs(f"{scale * value:+{form}}{unit}")
+def in_table(interval: Interval, metric: str) -> str:
+    """A change with its interval, in a table that names unit and confidence elsewhere."""
+    value, low, high = _numbers(interval, metric, "+")
+    return f"{value} ({low} to {high})"
 
 
-def _plain(interval: Interval, metric: str) -> str:
-    """A level with its interval: win rates and accuracies in per cent, nats relative to SFT with their sign."""
-    scale, form, unit = _FORMS.get(metric, (1, ".3g", ""))
-    form, unit = (form, "\u00a0%") if metric in PROPORTIONS else (f"+{form}", unit)
-    value, low, high = (f"{scale * end:{form}}" for end in (interval.value, interval.low, interval.high))
-    return _signs(f"{value}{unit} ({low} to {high})")
+def level(interval: Interval, metric: str) -> str:
+    """A mean with its interval; a share in per cent."""
+    value, low, high = _numbers(interval, metric, "")
+    unit = PERCENT if METRICS[metric].is_share else METRICS[metric].unit
+    return f"{value}{unit} ({low} to {high})"
 
 
-def _signs(number: str) -> str:
-    return number.replace("-", "\u2212")
+def _numbers(interval: Interval, metric: str, sign: str) -> list[str]:
+    return [_number(value, metric, sign) for value in (interval.value, interval.low, interval.high)]
+
+
+def _number(value: float, metric: str, sign: str) -> str:
+    scale = 100 if METRICS[metric].is_share else 1
+    return f"{scale * value:{sign}{METRICS[metric].digits}}".replace("-", MINUS)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
-import os
-import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.errors import UserError
-from alignment_gap.evaluation.intervals import Interval
+from alignment_gap.evaluation import charts
+from alignment_gap.evaluation.results import csv_text, text_table
+from alignment_gap.folders import write_bytes
 from alignment_gap.study import analysis, figures, findings
-from alignment_gap.study.analysis import CheckpointResult, Comparison, Peak, loss_name
+from alignment_gap.study.analysis import ORIGIN, CheckpointResult, Comparison, loss_name
+from alignment_gap.study.arms import GOLDEN, Arm, arms_of
+from alignment_gap.study.config import StudyConfig
 from alignment_gap.study.figures import Figure
+from alignment_gap.study.findings import MINUS, nats
 
 try:
     import jinja2
@@ -24,27 +30,26 @@ except ImportError as error:
     raise UserError(f"{error.name} writes the report and is not installed: pip install alignment-gap[study]") from error
 
 _TEMPLATE = "report.html.jinja"
-_DARK = {"white": "#16191d", figures.INK: "#b9c0c8", figures.GRID: "#2d333a", figures.LINE: "#6b737d"}
+_DARK = {"white": "#16191d", charts.INK: "#b9c0c8", charts.GRID: "#2d333a", charts.LINE: "#6b737d"}
+_NONE = "\u2013"
 _OWN_FIGURES = ("figure_*.png", "equal_kl_*.png")
+Row = dict[str, str]
+"""A row of a table: its cells by their headers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeFacts:
-    """How good the judges of one seed are; shares of pairs, nan where not measured.
+    """How good a judge of one seed is.
 
     Attributes:
-      seed: of the judges.
-      golden_accuracy: golden model on held-out human labels.
-      golden_rubric_agreement: golden model against the rubric without its rater's noise, None without a rubric.
-      proxy_train_accuracy: proxy on the pairs of D_golden that it was trained on.
-      proxy_validation_accuracy: proxy on held-out pairs of D_golden.
+      seed: of the judge.
+      measured: which judge, on which pairs.
+      shares: shares of the pairs on which it agrees, by whom it agrees with.
     """
 
     seed: int
-    golden_accuracy: float
-    golden_rubric_agreement: float | None
-    proxy_train_accuracy: float
-    proxy_validation_accuracy: float
+    measured: str
+    shares: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,35 +57,23 @@ class ReportContext:
     """What the report says beside the numbers.
 
     Attributes:
-      study: its name.
-      config: all settings, nested; under "arms" a mapping by name or a list of mappings, shown as a table.
+      config: of the study.
       versions: of the packages, by name.
-      seeds: all of them.
-      judges: their accuracies, one entry per seed.
-      samples: responses with the keys prompt, arm, loss, step, response and rubric (None without one), as text.
-      wall_time: seconds of each stage.
+      judges: how good they are, seed by seed.
+      samples: responses to a prompt, with the keys arm, loss, step, response and rubric (None without one), as text.
+      wall_time: of each job.
       notes: what the numbers can bear, in sentences.
     """
 
-    study: str
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config: StudyConfig
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    seeds: Sequence[int] = (0,)
     judges: Sequence[JudgeFacts] = ()
-    samples: Sequence[Mapping[str, Any]] = ()
-    wall_time: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    samples: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
+    wall_time: Mapping[str, datetime.timedelta] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Table:
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-def write_report(
-    folder: str | os.PathLike[str], results: Sequence[CheckpointResult], context: ReportContext
-) -> pathlib.Path:
+def write_report(folder: Path, results: Sequence[CheckpointResult], context: ReportContext) -> Path:
     """Writes report.html, results.csv and figures/*.png; each file appears complete or not at all, the page last.
 
     Returns:
@@ -88,41 +81,27 @@ def write_report(
     """
     if not results:
         raise UserError("there are no evaluated checkpoints to report: run the study's evaluation first")
-    folder = pathlib.Path(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     table = analysis.results_table(results)
-    comparisons = figures.study_comparisons(results)
-    drawn = figures.study_figures(results, table, comparisons)
-    page = _page(results, context, comparisons, drawn)
-    _replace(folder / "results.csv", analysis.csv_text(table).encode())
-    names = {f"{figure.name}.png" for figure in drawn if not figure.missing}
-    for figure in drawn:
-        if not figure.missing:
-            _replace(folder / "figures" / f"{figure.name}.png", figure.png())
+    arms = arms_of(context.config.arms.names)
+    comparisons = findings.study_comparisons(results, arms)
+    drawn = figures.study_figures(results, table, comparisons, arms)
+    page = _page(results, context, arms, comparisons, drawn)
+    write_bytes(folder / "results.csv", csv_text(table, analysis.COLUMNS).encode())
+    pictures = {folder / "figures" / f"{figure.name}.png": figure for figure in drawn if not figure.missing}
+    for path, figure in pictures.items():
+        write_bytes(path, figure.png())
     for stale in (path for pattern in _OWN_FIGURES for path in (folder / "figures").glob(pattern)):
-        if stale.name not in names:
+        if stale not in pictures:
             stale.unlink()
-    _replace(folder / "report.html", page.encode())
+    write_bytes(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
 def peaks_text(results: Sequence[CheckpointResult]) -> str:
     """The table of the peaks for a terminal."""
-    table = _peaks_table(analysis.peaks(results))
-    lines = [list(table.headers), *map(list, table.rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    rows = _peaks_table(results)
+    return text_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 # The page.
@@ -131,15 +110,18 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
 def _page(
     results: Sequence[CheckpointResult],
     context: ReportContext,
+    arms: Sequence[Arm],
     comparisons: Sequence[Comparison],
     drawn: Sequence[Figure],
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("alignment_gap.study", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    asked = [c for c in comparisons if c.metric == "win_rate" and (c.first[0], c.second[0]) == figures.PAIRS[0]]
+    seeds = analysis.seeds_of(results)
+    settings = flatten(to_dict(context.config)).items()
     return environment.get_template(_TEMPLATE).render(
-        context=context,
+        name=context.config.name,
+        seeds=seeds,
         count=len(results),
         answers=[
             (
@@ -147,18 +129,21 @@ def _page(
                 f"{findings.equal_kl_detail(c)} {findings.seed_gaps_sentence(c)}",
                 findings.equal_kl_finding(c).agreement,
             )
-            for c in asked
+            for c in findings.answers(comparisons, arms)
         ],
-        coverage=findings.coverage_sentence(len(set(context.seeds))),
-        comparisons=_comparisons_table(comparisons) if comparisons else None,
+        coverage=findings.coverage_sentence(len(seeds)),
+        notes=context.notes,
+        comparisons=[_comparison_row(comparison) for comparison in comparisons],
+        arms_read=[(arm.name, arm.reads) for arm in (*arms, GOLDEN)],
         has_rubric=any("rubric" in result.outcomes for result in results),
         figures=drawn,
-        peaks=_peaks_table(analysis.peaks(results)),
-        judges=_judges_table(context.judges),
-        arms=_arms_table(context.config.get("arms")),
-        settings=list(_flat({name: part for name, part in context.config.items() if name != "arms"})),
-        samples=_by_prompt(context.samples),
-        times=[(stage, _duration(seconds)) for stage, seconds in context.wall_time.items()],
+        peaks=_peaks_table(results),
+        judges=[_judge_row(facts) for facts in context.judges],
+        runs=_runs_table(results),
+        settings=[{"Setting": name, "Value": _text(value)} for name, value in settings],
+        samples=context.samples,
+        versions=[{"Package": package, "Version": version} for package, version in context.versions.items()],
+        times=[{"Job": job, "Wall time": str(time)} for job, time in context.wall_time.items()],
         library=markupsafe.Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
         specs=_json({figure.name: figure.spec for figure in drawn if not figure.missing}),
         greys=_json(_DARK),
@@ -171,21 +156,18 @@ def _json(value: object) -> markupsafe.Markup:
     return markupsafe.Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def _comparisons_table(comparisons: Iterable[Comparison]) -> _Table:
-    headers = ("Loss", "Pair", "Metric", "KL budgets (nats)", "Mean gap", "Peak gap", "Better at equal KL")
-    rows = [
-        (
-            loss_name(c.first[1]),
-            f"{c.first[0]} \u2212 {c.second[0]}",
-            c.metric.replace("_", " "),
-            f"{findings.nats(c.budgets[0])} to {findings.nats(c.budgets[-1])}" if len(c.budgets) else "none shared",
-            _gap(c.mean_gap, c.metric) if len(c.budgets) else "\u2013",
-            _gap(c.peak_gap, c.metric),
-            _better(c),
-        )
-        for c in comparisons
-    ]
-    return _Table(headers, rows)
+def _comparison_row(comparison: Comparison) -> Row:
+    budgets, metric = comparison.budgets, comparison.metric
+    return {
+        "Loss": loss_name(comparison.first[1]),
+        "Pair": f"{comparison.first[0]} {MINUS} {comparison.second[0]}",
+        "Metric": metric.replace("_", " "),
+        "KL budgets (nats)": f"{nats(budgets[0])} to {nats(budgets[-1])}" if len(budgets) else "none shared",
+        "Mean gap": findings.in_table(comparison.mean_gap, metric) if len(budgets) else _NONE,
+        "Peak gap": findings.in_table(comparison.peak_gap, metric),
+        "Better at equal KL": _better(comparison),
+        "Paper": f"{comparison.paper}, figure {comparison.figure}" if comparison.paper else _NONE,
+    }
 
 
 def _better(comparison: Comparison) -> str:
@@ -194,93 +176,40 @@ def _better(comparison: Comparison) -> str:
     return "neither beats SFT" if findings.both_at_origin(comparison) else comparison.better or "no claim"
 
 
-def _gap(interval: Interval, metric: str) -> str:
-    scale, places = (100, ".1f") if metric in analysis.PROPORTIONS else (1, ".3f")
-    value, low, high = (scale * end for end in (interval.value, interval.low, interval.high))
-    return f"{value:+{places}} ({low:+{places}} to {high:+{places}})".replace("-", "\u2212")
-
-
-def _peaks_table(peaks: Sequence[Peak]) -> _Table:
-    headers = ("Loss", "Arm", "Setting", "Seed", "Step", "KL (nats)", "Win rate (95 %)", "Cross-fitted", "Rubric")
-    rows = [
-        (
-            loss_name(peak.checkpoint.loss),
-            peak.checkpoint.arm,
-            "" if peak.checkpoint.arm == analysis.ORIGIN else peak.checkpoint.setting,
-            str(peak.checkpoint.seed),
-            str(peak.checkpoint.step),
-            _number(peak.checkpoint.mean("kl"), ".2f"),
-            f"{peak.interval.value:.1%} ({peak.interval.low:.1%} to {peak.interval.high:.1%})",
-            f"{peak.cross_fitted:.1%}",
-            _number(peak.checkpoint.mean("rubric"), ".3f"),
-        )
-        for peak in peaks
+def _peaks_table(results: Sequence[CheckpointResult]) -> list[Row]:
+    return [
+        {
+            "Loss": loss_name(peak.checkpoint.loss),
+            "Arm": peak.checkpoint.arm,
+            "Setting": peak.checkpoint.setting,
+            "Seed": str(peak.checkpoint.seed),
+            "Step": str(peak.checkpoint.step),
+            "KL (nats)": _number(peak.checkpoint.mean("kl"), ".2f"),
+            "Win rate (95 %)": findings.level(peak.interval, "win_rate"),
+            "Cross-fitted": f"{peak.cross_fitted:.1%}",
+            "Rubric": _number(peak.checkpoint.mean("rubric"), ".3f"),
+        }
+        for peak in analysis.peaks(results)
     ]
-    return _Table(headers, rows)
 
 
-def _judges_table(judges: Iterable[JudgeFacts]) -> _Table:
-    headers = ("Seed", "Golden: held-out labels", "Golden: noiseless rubric", "Proxy: training", "Proxy: validation")
-    rows = [
-        (
-            str(facts.seed),
-            _number(facts.golden_accuracy, ".1%"),
-            _number(facts.golden_rubric_agreement, ".1%"),
-            _number(facts.proxy_train_accuracy, ".1%"),
-            _number(facts.proxy_validation_accuracy, ".1%"),
-        )
-        for facts in judges
-    ]
-    return _Table(headers, rows)
+def _judge_row(facts: JudgeFacts) -> Row:
+    shares = {f"Agrees with {whom}": f"{share:.1%}" for whom, share in facts.shares.items()}
+    return {"Seed": str(facts.seed), "Judge": facts.measured} | shares
 
 
-def _arms_table(arms: object) -> _Table:
-    """Arms as rows over the union of their settings."""
-    if isinstance(arms, Mapping):
-        arms = [
-            {"arm": name, **(dict(_flat(arm)) if isinstance(arm, Mapping) else {"": arm})} for name, arm in arms.items()
-        ]
-    if not isinstance(arms, Sequence) or isinstance(arms, str):
-        return _Table((), ())
-    flat = [dict(_flat(arm)) for arm in arms if isinstance(arm, Mapping)]
-    headers = list(dict.fromkeys(name for arm in flat for name in arm))
-    return _Table(
-        [name.replace("_", " ") for name in headers], [[arm.get(name, "") for name in headers] for arm in flat]
-    )
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Settings by dotted name, values as text."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, (list, tuple)):
-            yield f"{prefix}{name}", ", ".join(map(_text, value))
-        else:
-            yield f"{prefix}{name}", _text(value)
+def _runs_table(results: Sequence[CheckpointResult]) -> list[Row]:
+    runs = dict.fromkeys((r.arm, loss_name(r.loss), r.setting) for r in results if r.arm != ORIGIN)
+    return [{"Arm": arm, "Loss": loss, "Setting": setting} for arm, loss, setting in runs]
 
 
 def _text(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value))
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:g}"
     return str(value)
 
 
-def _by_prompt(samples: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """The responses under the prompt they answer, in order of appearance."""
-    prompts: dict[str, list[Mapping[str, Any]]] = {}
-    for sample in samples:
-        prompts.setdefault(sample["prompt"], []).append({"rubric": None, **sample, "loss": loss_name(sample["loss"])})
-    return list(prompts.items())
-
-
-def _number(value: float | None, form: str) -> str:
-    return "not measured" if value is None or math.isnan(value) else format(value, form)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+def _number(value: float, form: str) -> str:
+    return "not measured" if math.isnan(value) else format(value, form)

@@ -1,9 +1,17 @@
-"""State, optimizers, the update step, checkpoints and the loop that all training shares."""
+"""State, optimizers, the update step, sources, checkpoints and the loop that all training shares."""
 
 from alignment_gap.training.checkpoints import Checkpoints, load_policy, load_preference_model
-from alignment_gap.training.loop import Source, make_score, train, with_reference
+from alignment_gap.training.loop import train
 from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
-from alignment_gap.training.state import TrainState, abstract_params, abstract_state, create_state, state_from_params
+from alignment_gap.training.sources import Source, make_score, with_fresh, with_mismatched, with_reference
+from alignment_gap.training.state import (
+    TrainState,
+    abstract_params,
+    abstract_state,
+    create_state,
+    make_refresh,
+    state_from_params,
+)
 from alignment_gap.training.update import (
     Objective,
     UpdateStep,
@@ -27,11 +35,14 @@ __all__ = [
     "load_preference_model",
     "loss_inputs",
     "make_optimizer",
+    "make_refresh",
     "make_score",
     "make_update_step",
     "policy_objective",
     "preference_objective",
     "state_from_params",
     "train",
+    "with_fresh",
+    "with_mismatched",
     "with_reference",
 ]

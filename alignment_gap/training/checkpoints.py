@@ -50,17 +50,19 @@ class Checkpoints:
         """Writes the state under its step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         rest = {"step": state.step, "optimizer_state": state.optimizer_state}
-        items = ocp.args.Composite(params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(rest))
-        self._manager.save(int(jax.device_get(state.step)), args=items, custom_metadata=self._metadata)
+        items = {"params": state.params, "optimizer": rest} | ({"copies": state.copies} if state.copies else {})
+        saved = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()})
+        self._manager.save(int(jax.device_get(state.step)), args=saved, custom_metadata=self._metadata)
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """The whole state of a step, laid out as `abstract` says."""
-        target = {"step": abstract.step, "optimizer_state": abstract.optimizer_state}
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params), optimizer=ocp.args.StandardRestore(target)
+        rest = {"step": abstract.step, "optimizer_state": abstract.optimizer_state}
+        items = {"params": abstract.params, "optimizer": rest} | (
+            {"copies": abstract.copies} if abstract.copies else {}
         )
         restored = self._restore(step, items)
-        return TrainState(restored.optimizer["step"], restored.params, restored.optimizer["optimizer_state"])
+        rest, copies = restored.optimizer, restored.copies if abstract.copies else {}
+        return TrainState(rest["step"], restored.params, rest["optimizer_state"], copies)
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
         """The parameters of a step, or of the last one.
@@ -74,11 +76,12 @@ class Checkpoints:
                 raise UserError(f"{self.folder} holds no complete checkpoint: train it first, or give another folder")
             step = self.steps()[-1]
         _check_shapes(self.folder / str(step) / PARAMS, abstract_params)
-        return self._restore(step, ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))).params
+        return self._restore(step, {"params": abstract_params}).params
 
-    def _restore(self, step: int, items: Any) -> Any:
+    def _restore(self, step: int, items: dict[str, Any]) -> Any:
+        targets = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in items.items()})
         try:
-            return self._manager.restore(step, args=items)
+            return self._manager.restore(step, args=targets)
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
                 f"{self.folder}/{step} cannot be restored ({first_line(error)}): it is damaged or of another model"

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-from jaxtyping import Array, Float
 
-from alignment_gap.data.batches.batch import PreferenceBatch
+from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.errors import UserError
-from alignment_gap.models import Policy, score
-from alignment_gap.sharding import LogicalMesh, batch_sharding, is_first_process, within
+from alignment_gap.progress import NO_BAR, Bar
+from alignment_gap.sharding import is_first_process
 from alignment_gap.training.checkpoints import Checkpoints
+from alignment_gap.training.sources import Source
 from alignment_gap.training.state import TrainState
 from alignment_gap.training.update import Metrics, UpdateStep
-
-# A source of batches on the device: a function of the step and of the state that is about to be updated.
-Source = Callable[[int, TrainState], PreferenceBatch]
 
 
 def train(
@@ -35,8 +30,9 @@ def train(
     checkpoints: Checkpoints,
     metrics_path: Path,
     log_every: int = 20,
-    on_checkpoint: Callable[[int, list[PreferenceBatch]], None] | None = None,
-    progress: Callable[[int], None] = lambda steps: None,
+    refresh: Callable[[int, TrainState], TrainState] | None = None,
+    record: Callable[[int, list[PreferenceBatch]], None] | None = None,
+    bar: Bar = NO_BAR,
 ) -> TrainState:
     """Trains up to the last of `checkpoint_steps`; from the last complete checkpoint where there is one.
 
@@ -50,8 +46,9 @@ def train(
       checkpoints: where to.
       metrics_path: JSON lines, one per `log_every` steps.
       log_every: steps between two lines of metrics.
-      on_checkpoint: a recorder: is given the step and the batches since the last checkpoint, before this one is saved.
-      progress: is told how many steps are newly done.
+      refresh: changes the state's copies before a step, from `make_refresh`.
+      record: is given the step and the batches since the last checkpoint, before this one is saved.
+      bar: shows the steps that are done, those of an earlier run included, and the loss.
 
     Raises:
       UserError: where loss or gradient are no longer finite; no such state is saved.
@@ -62,25 +59,29 @@ def train(
         state = checkpoints.restore(abstract, start)
     if is_first_process():
         truncate_metrics(metrics_path, start)
-    progress(start)
+    bar.update(start)
     recorded: list[PreferenceBatch] = []
     last_step, clock, clocked = checkpoint_steps[-1], time.perf_counter(), start
     for step in range(start, last_step):
         with jax.transfer_guard("disallow"):
+            state = refresh(step, state) if refresh else state
             batch = source(step, state)
             state, metrics = update_step(state, batch)
-        if on_checkpoint:
+        if record:
             recorded.append(batch)
-        progress(1)
+        if step == start:
+            bar.unpause()  # The rate counts from here: what came before was compiling.
+        bar.update(1)
         done = step + 1
         if done % log_every == 0 or done == last_step:
             prompts = float(jax.device_get(metrics["prompts"])) * (done - clocked)
             append_metrics(metrics_path, done, metrics, pairs_per_second=prompts / (time.perf_counter() - clock))
+            bar.set_postfix(loss=f"{float(jax.device_get(metrics['loss'])):.4g}", refresh=False)
             clock, clocked = time.perf_counter(), done
         if done in checkpoint_steps:
             check_finite(metrics, done)
-            if on_checkpoint:
-                on_checkpoint(done, recorded)
+            if record:
+                record(done, recorded)
                 recorded = []
             checkpoints.save(state)
     return state
@@ -120,31 +121,3 @@ def truncate_metrics(path: Path, step: int) -> None:
     shortened = path.with_suffix(".partial")
     shortened.write_text("".join(kept))
     os.replace(shortened, path)
-
-
-def make_score(policy: Policy, mesh: LogicalMesh) -> Callable[..., Float[Array, "B K R"]]:
-    """A jitted `(params, prompts, prompt_lengths, responses, response_lengths) -> log-probs [B, K, R]` in nats."""
-    return jax.jit(within(mesh, lambda *arrays: score(policy, *arrays)), out_shardings=batch_sharding(mesh))
-
-
-def with_reference(source: Source, score: Callable[..., Float[Array, "B K R"]], reference_params: Any) -> Source:
-    """The source with the reference policy's log-probabilities attached where a batch has none.
-
-    Args:
-      source: of batches.
-      score: from `make_score`, the very function that the policy's evaluation uses.
-      reference_params: of the reference policy.
-    """
-
-    def attached(step: int, state: TrainState) -> PreferenceBatch:
-        batch = source(step, state)
-        if batch.reference_log_probs is not None:
-            return batch
-        return dataclasses.replace(
-            batch,
-            reference_log_probs=score(
-                reference_params, batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths
-            ),
-        )
-
-    return attached

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,18 +17,29 @@ from alignment_gap.sharding import LogicalMesh, shardings_of, unbox
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Step count, parameters and optimizer state."""
+    """What a run is made of at a step.
+
+    Attributes:
+      step: updates done.
+      params: of the network.
+      optimizer_state: of all parameters.
+      copies: earlier parameters by name, such as those of a sampler that lags behind; see `make_refresh`.
+    """
 
     step: Int[Array, ""]
     params: Any
     optimizer_state: Any
+    copies: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def abstract_state(
-    init: Callable[[Array], Any], optimizer: optax.GradientTransformation, mesh: LogicalMesh
+    init: Callable[[Array], Any],
+    optimizer: optax.GradientTransformation,
+    mesh: LogicalMesh,
+    copies: Sequence[str] = (),
 ) -> TrainState:
     """Shapes, dtypes and shardings of a state, with nothing allocated: the target of a restore."""
-    return _abstract(lambda: _build(init(jax.random.key(0)), optimizer), mesh)
+    return _abstract(lambda: _build(init(jax.random.key(0)), optimizer, copies), mesh)
 
 
 def abstract_params(init: Callable[[Array], Any], mesh: LogicalMesh) -> Any:
@@ -37,17 +48,39 @@ def abstract_params(init: Callable[[Array], Any], mesh: LogicalMesh) -> Any:
 
 
 def create_state(
-    init: Callable[[Array], Any], optimizer: optax.GradientTransformation, mesh: LogicalMesh, key: Key[Array, ""]
+    init: Callable[[Array], Any], abstract: TrainState, optimizer: optax.GradientTransformation, key: Key[Array, ""]
 ) -> TrainState:
-    """Fresh parameters and optimizer state, each device making only its own part."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init, optimizer, mesh))
-    return jax.jit(lambda key: unbox(_build(init(key), optimizer)), out_shardings=shardings)(key)
+    """Fresh parameters and optimizer state, laid out as `abstract` says; each device makes only its own part."""
+    build = jax.jit(
+        lambda key: unbox(_build(init(key), optimizer, tuple(abstract.copies))), out_shardings=shardings_like(abstract)
+    )
+    return build(key)
 
 
 def state_from_params(params: Any, abstract: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0 from given parameters, which are copied: the update step overwrites its state in place."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda params: _build(jax.tree.map(jnp.copy, params), optimizer), out_shardings=shardings)(params)
+    build = jax.jit(
+        lambda params: _build(_copy(params), optimizer, tuple(abstract.copies)), out_shardings=shardings_like(abstract)
+    )
+    return build(params)
+
+
+def make_refresh(name: str, every: int, abstract: TrainState) -> Callable[[int, TrainState], TrainState]:
+    """Before every `every`-th step the copy of this name takes the current parameters; between them it stays.
+
+    The copy is a part of the state, so that a run which was killed goes on with the very same one.
+    """
+    take = jax.jit(
+        lambda state: dataclasses.replace(state, copies=state.copies | {name: _copy(state.params)}),
+        out_shardings=shardings_like(abstract),
+        donate_argnums=0,
+    )
+    return lambda step, state: take(state) if step % every == 0 else state
+
+
+def shardings_like(abstract: Any) -> Any:
+    """The sharding of every leaf of a tree of abstract or concrete arrays."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def _abstract(build: Callable[[], Any], mesh: LogicalMesh) -> Any:
@@ -59,5 +92,11 @@ def _abstract(build: Callable[[], Any], mesh: LogicalMesh) -> Any:
     )
 
 
-def _build(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def _build(params: Any, optimizer: optax.GradientTransformation, copies: Sequence[str]) -> TrainState:
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), {name: _copy(params) for name in copies}
+    )
+
+
+def _copy(params: Any) -> Any:
+    return jax.tree.map(jnp.copy, params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from alignment_gap import losses
 from alignment_gap.data.batches.batch import PreferenceBatch, length_mask
 from alignment_gap.errors import UserError
-from alignment_gap.models import Policy, PreferenceModel, score
+from alignment_gap.models import Policy, PreferenceModel, score, score_with_collisions
 from alignment_gap.models.packing import unpack
 from alignment_gap.models.preference import pair_loss
 from alignment_gap.sharding import LogicalMesh, batch_sharding, constrain, replicated, within
@@ -28,6 +28,7 @@ UpdateStep = Callable[[TrainState, PreferenceBatch], tuple[TrainState, Metrics]]
 _EMPTY = -1.0
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What is minimised: one loss per prompt, and diagnostics per prompt."""
 
@@ -80,7 +81,7 @@ def make_update_step(
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {"gradient_norm": optax.global_norm(gradients)} | _sizes(batch)
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        return TrainState(state.step + 1, params, optimizer_state, state.copies), metrics
 
     return jax.jit(
         within(mesh, update_step),
@@ -92,7 +93,7 @@ def make_update_step(
 
 def _weights(batch: PreferenceBatch) -> Float[Array, "B *S"]:
     """What each prompt's loss is multiplied by in a mean over prompts and empty slots: 1 where there are none."""
-    there = batch.prompt_lengths > 0
+    there = (batch.prompt_lengths > 0).astype(jnp.float32)
     return there / jnp.mean(there)
 
 
@@ -129,24 +130,31 @@ def _mean_over(
     return jax.tree.map(lambda value: value / microbatches, total)
 
 
-def policy_objective(policy: Policy, loss: Callable[..., Array]) -> Objective:
+def policy_objective(policy: Policy, loss: Callable[..., Array], *, rewards: bool = False) -> Objective:
     """Trains a policy with any loss whose parameters are named after what `loss_inputs` offers.
 
+    Args:
+      policy: the network.
+      loss: from `losses.get`, or a callable of one's own.
+      rewards: whether a batch's scores are rewards, to be compared, and not probabilities.
+
     Raises:
-      UserError: where the loss asks for something that no batch has.
+      UserError: where the loss needs an array that the batch does not have.
     """
-    wanted = _required_inputs(loss)
+    wanted, reads = _required_inputs(loss), losses.reads(loss)
 
     def objective(params: Any, batch: PreferenceBatch, step: Array) -> tuple[Array, dict[str, Array]]:
-        if batch.is_packed and losses.reads_other_prompts(loss):
+        if batch.is_packed and losses.OTHER_PROMPTS in reads:
             raise UserError(
-                "the loss of a prompt depends on the batch's other prompts, and packed rows have empty slots: set "
-                "packing to 0, and buckets instead"
+                "the loss of a prompt depends on the batch's other prompts, and packed rows have empty slots: leave "
+                "packing out, and set buckets instead"
             )
-        token_log_probs = score(
-            policy, params, batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths
-        )
-        inputs = loss_inputs(batch, token_log_probs)
+        texts = (batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths)
+        if losses.LOG_COLLISIONS in reads:
+            inputs = loss_inputs(batch, *score_with_collisions(policy, params, *texts), rewards=rewards)
+        else:
+            inputs = loss_inputs(batch, score(policy, params, *texts), rewards=rewards)
+        inputs |= _beside(policy, params, batch)
         missing = sorted(wanted - inputs.keys())
         if missing:
             batches, remedy = "this batch", ""
@@ -161,12 +169,15 @@ def policy_objective(policy: Policy, loss: Callable[..., Array]) -> Objective:
     return objective
 
 
-def preference_objective(model: PreferenceModel, run_key: Key[Array, ""]) -> Objective:
-    """Trains a preference model on pairs by cross-entropy, each pair in an order drawn from (run, step, prompt)."""
+def preference_objective(model: PreferenceModel, run_key: Key[Array, ""], *, rewards: bool = False) -> Objective:
+    """Trains a preference model on pairs by cross-entropy, each pair in an order drawn from (run, step, prompt).
+
+    Scores are the probabilities of each response to be preferred or, where `rewards` says so, compared.
+    """
 
     def objective(params: Any, batch: PreferenceBatch, step: Array) -> tuple[Array, dict[str, Array]]:
         if batch.is_packed:
-            raise UserError("a preference model reads one prompt a row: set packing to 0")
+            raise UserError("a preference model reads one prompt a row: leave packing out")
         if batch.responses.shape[1] != 2:
             raise UserError(
                 f"a preference model is trained on pairs, the batch has {batch.responses.shape[1]} responses"
@@ -177,31 +188,47 @@ def preference_objective(model: PreferenceModel, run_key: Key[Array, ""]) -> Obj
         responses = jnp.take_along_axis(batch.responses, order[..., None], axis=1)
         lengths = jnp.take_along_axis(batch.response_lengths, order, axis=1)
         log_odds = model.log_odds(params, batch.prompts, batch.prompt_lengths, responses, lengths)
-        preference = jnp.take_along_axis(batch.scores, order, axis=1)[:, 0]
+        scores = jnp.take_along_axis(batch.scores, order, axis=1)
+        preference = (jnp.sign(scores[:, 0] - scores[:, 1]) + 1) / 2 if rewards else scores[:, 0]
         correct = (jnp.sign(log_odds) * jnp.sign(preference - 0.5) + 1) / 2
         return pair_loss(log_odds, preference), {"accuracy": correct}
 
     return objective
 
 
-def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) -> dict[str, Array]:
+def loss_inputs(
+    batch: PreferenceBatch,
+    token_log_probs: Float[Array, "B K R"],
+    log_collisions: Float[Array, "B K R"] | None = None,
+    *,
+    rewards: bool = False,
+) -> dict[str, Array]:
     """Every array that a loss may name, from a batch and the policy's log-probs of its responses.
 
     Of packed rows, B is that of all slots from here on. An empty one has equal scores and responses of one token.
 
-    The chosen response is the one of the highest score and the rejected one of the lowest; where all scores are equal
-    the first is "chosen" and `preference`, the probability that the chosen is better, is 0.5 instead of 1.
+    The chosen response is the one of the highest score and the rejected one of the lowest. `preference` is the
+    probability that the chosen one is better. The scores of a pair are probabilities and say it; rewards, and the
+    scores of more than two responses, are compared: 1, or 0.5 where both are equal.
+
+    Args:
+      batch: of any source.
+      token_log_probs: of its responses under the policy, in nats.
+      rewards: whether the scores of pairs are rewards, and not probabilities.
 
     Returns:
       token_logps, mask [B, K, R]; logps, scores, lengths [B, K]; preference [B]; and of the chosen and of the rejected
-      response chosen_logps, chosen_lengths [B], chosen_token_logps, chosen_mask [B, R] and so on. Where the batch has
-      reference log-probs, those of the reference too: ref_logps, ref_token_logps, ref_chosen_logps and so on. Where
-      there is one response a prompt, nothing is chosen or rejected, and there is no preference.
+      response chosen_logps, chosen_lengths [B], chosen_token_logps, chosen_mask [B, R] and so on. Where they are given,
+      log_collisions [B, K, R], chosen_log_collisions and rejected_log_collisions. Where the batch has reference
+      log-probs, those of the reference too: ref_logps, ref_token_logps, ref_chosen_logps and so on. Where it has those
+      of the sampler, old_token_logps [B, K, R] and old_logps [B, K]. Where there is one response a prompt, nothing is
+      chosen or rejected, and there is no preference.
     """
     lengths, reference, samples = batch.response_lengths, batch.reference_log_probs, batch.scores.shape[-1]
     scores = batch.scores.reshape(-1, samples)
     if batch.is_packed:
         reference = None if reference is None else unpack(reference, lengths, _EMPTY)[0]
+        log_collisions = None if log_collisions is None else unpack(log_collisions, lengths, _EMPTY)[0]
         token_log_probs, lengths = unpack(token_log_probs, lengths, _EMPTY)
     mask = length_mask(lengths, batch.responses.shape[-1])
     inputs = {
@@ -211,9 +238,17 @@ def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) 
         "scores": scores,
         "lengths": lengths,
     }
+    if batch.sampler_log_probs is not None:
+        sampler = batch.sampler_log_probs
+        if batch.is_packed:
+            sampler = unpack(sampler, batch.response_lengths, _EMPTY)[0]
+        inputs["old_token_logps"] = jnp.where(mask, sampler, 0.0)
+        inputs["old_logps"] = inputs["old_token_logps"].sum(-1)
     if reference is not None:
         inputs["ref_token_logps"] = jnp.where(mask, reference, 0.0)
         inputs["ref_logps"] = inputs["ref_token_logps"].sum(-1)
+    if log_collisions is not None:
+        inputs["log_collisions"] = log_collisions
     if samples == 1:
         return inputs
     chosen = jnp.argmax(scores, axis=-1)
@@ -223,11 +258,28 @@ def loss_inputs(batch: PreferenceBatch, token_log_probs: Float[Array, "B K R"]) 
         index = index.reshape(-1, *[1] * (values.ndim - 1))
         return jnp.take_along_axis(values, index, axis=1)[:, 0]
 
-    inputs["preference"] = jnp.where(pick(scores, chosen) > pick(scores, rejected), 1.0, 0.5)
+    compared = jnp.where(pick(scores, chosen) > pick(scores, rejected), 1.0, 0.5)
+    inputs["preference"] = compared if rewards or samples > 2 else pick(scores, chosen)
+    of_policy = [name for name in ("logps", "lengths", "token_logps", "mask", "log_collisions") if name in inputs]
     for side, index in (("chosen", chosen), ("rejected", rejected)):
-        inputs |= {f"{side}_{name}": pick(inputs[name], index) for name in ("logps", "lengths", "token_logps", "mask")}
+        inputs |= {f"{side}_{name}": pick(inputs[name], index) for name in of_policy}
         if reference is not None:
             inputs |= {f"ref_{side}_{name}": pick(inputs[f"ref_{name}"], index) for name in ("logps", "token_logps")}
+    return inputs
+
+
+def _beside(policy: Policy, params: Any, batch: PreferenceBatch) -> dict[str, Array]:
+    """The log-probs [B, K] of the batches beside this one: fresh samples, and responses to other prompts."""
+    inputs = {}
+    for name, other, weights in (
+        ("fresh", batch.fresh, params),
+        ("kl", batch.mismatched, jax.lax.stop_gradient(params)),  # Only a threshold is made of it.
+    ):
+        if other is not None:
+            texts = (other.prompts, other.prompt_lengths, other.responses, other.response_lengths)
+            inputs[f"{name}_logps"] = score(policy, weights, *texts).sum(-1)
+            if other.reference_log_probs is not None:
+                inputs[f"ref_{name}_logps"] = other.reference_log_probs.sum(-1)
     return inputs
 
 

@@ -1,4 +1,4 @@
-"""The study on the built-in task over policies of several sizes, behind the same data and the same judges.
+"""The study on the built-in task over policies of several sizes, with the same data and the same judges.
 
 alignment-gap study --config=configs/study/scaling.py --config.sizes="('palm_10m', 'palm_30m')" --workdir=runs/scaling
 """
@@ -9,7 +9,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from alignment_gap.configuration import to_dict
-from alignment_gap.data.text.posts import vocabulary
+from alignment_gap.data.text import load_vocabulary
 from alignment_gap.models import sizes
 
 _spec = importlib.util.spec_from_file_location("tiny", pathlib.Path(__file__).with_name("tiny.py"))
@@ -18,10 +18,12 @@ _spec.loader.exec_module(tiny)
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict(tiny.get_config().to_dict())
-    config.name = "scaling"
-    config.sizes = ("palm_10m", "palm_30m", "palm_100m")
-    config.policy = to_dict(sizes.get("palm_10m", vocabulary_size=vocabulary().size))
+    config = tiny.get_config().to_dict()
     # Judges of one network, whatever the policy's; none starts from an SFT policy.
-    config.golden.initialisation = config.proxy.initialisation = "random"
-    return config
+    judge = {"model": config["policy"], "start": None}
+    policy = to_dict(sizes.get("palm_10m", vocabulary_size=load_vocabulary("posts").size))
+    return ConfigDict(
+        config
+        | {"name": "scaling", "sizes": ("palm_10m", "palm_30m", "palm_100m"), "policy": policy}
+        | {name: config[name] | judge for name in ("golden", "proxy")}
+    )

@@ -3,31 +3,31 @@
 from ml_collections import ConfigDict
 
 from alignment_gap.configuration import to_dict
-from alignment_gap.data.tasks.task import PostsTaskConfig
-from alignment_gap.data.text.posts import vocabulary
+from alignment_gap.data.tasks.prepare import PrepareConfig
+from alignment_gap.data.text import PostsConfig, TextSourceConfig, load_vocabulary
 from alignment_gap.models import T5Config
-from alignment_gap.study.config import ArmsConfig, EvaluationConfig, JudgeConfig, SftConfig, StudyConfig
+from alignment_gap.study.config import ArmsConfig, EvaluationConfig, PreferenceModelConfig, SftConfig, StudyConfig
 from alignment_gap.training import OptimizerConfig
 
 
 def get_config() -> ConfigDict:
-    model = T5Config(
-        vocabulary_size=vocabulary().size,
-        width=64,
-        encoder_layers=2,
-        decoder_layers=2,
-        heads=4,
-        head_size=16,
-        mlp_width=128,
-        scan_unroll=2,
-    )
+    posts = PostsConfig(pairs=20_000, validation_pairs=1_000)
     study = StudyConfig(
         name="tiny",
-        task=PostsTaskConfig(pairs=20_000, validation_pairs=1_000),
-        policy=model,
+        task=PrepareConfig(TextSourceConfig(location="posts", posts=posts)),
+        policy=T5Config(
+            vocabulary_size=load_vocabulary("posts").size,
+            width=64,
+            encoder_layers=2,
+            decoder_layers=2,
+            heads=4,
+            head_size=16,
+            mlp_width=128,
+            scan_unroll=2,
+        ),
         sft=SftConfig(steps=1000, batch_size=64, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100)),
-        golden=JudgeConfig(model, steps=1000, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
-        proxy=JudgeConfig(model, steps=400, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
+        golden=PreferenceModelConfig(steps=1000, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
+        proxy=PreferenceModelConfig(steps=400, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
         arms=ArmsConfig(
             losses=("ipo", "best_of_n"),
             checkpoint_steps=(5, 10, 25, 50, 100, 200, 400),
@@ -37,9 +37,6 @@ def get_config() -> ConfigDict:
             offline_betas=(0.03, 0.1, 0.3),
             offline_learning_rates=(3e-4, 1e-3),
         ),
-        evaluation=EvaluationConfig(prompts=512, kl_prompts=256, pairs=256),
+        evaluation=EvaluationConfig(prompts=512, kl_prompts=256, pairs=256, judges=("rubric",)),
     )
-    config = ConfigDict(to_dict(study))
-    # One network: --config.policy.width=128 changes the judges', which start from the SFT policy, too.
-    config.golden.model = config.proxy.model = config.policy
-    return config
+    return ConfigDict(to_dict(study))

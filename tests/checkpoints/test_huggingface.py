@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from alignment_gap.checkpoints import Network, check_entries, imported, open_checkpoint, write_checkpoint
 from alignment_gap.checkpoints.formats import model_shapes
-from alignment_gap.checkpoints.huggingface import open_source, recognises, write
+from alignment_gap.checkpoints.huggingface import open_foreign, recognises, write
 from alignment_gap.checkpoints.huggingface.configs import FAMILIES, read_config, write_config
 from alignment_gap.checkpoints.tensors import from_array
 from alignment_gap.errors import UserError
@@ -82,7 +82,7 @@ def random_tensors(config, seed=0):
 
 
 def read_all(path):
-    source = open_source(path)
+    source = open_foreign(path)
     check_entries(str(path), source.tensors, source.entries, source.ignored)
     tensors = imported(source.tensors, source.entries)
     return source.model, {name: tensor.read(None) for name, tensor in tensors.items()}
@@ -215,7 +215,7 @@ def test_t5_without_an_output_embedding_of_its_own(tmp_path):
 def test_other_precisions_are_read_exactly(dtype, folder, tmp_path):
     half = {name: array.astype(dtype) for name, array in load_file(folder / "model.safetensors").items()}
     save_file(half, folder / "model.safetensors")
-    source = open_source(folder)
+    source = open_foreign(folder)
     write_checkpoint(tmp_path / "run", 0, Network(model=source.model), imported(source.tensors, source.entries))
     stored = open_checkpoint(tmp_path / "run").tensors["token_embedder.embedding"]
     assert stored.dtype == "float32"
@@ -339,10 +339,10 @@ def test_settings_of_published_configs():
     assert (gemma2.logits_soft_cap, gemma2.attention_soft_cap) == (30.0, 50.0)
     assert (gemma2.embedding_scale, gemma2.norm, gemma2.activation) == ("sqrt_width", "one_plus_scale", "gelu")
     assert (gemma3.window, gemma3.full_attention_every) == (512, 6)
-    assert (gemma3.rope_base, gemma3.rope_local_base, gemma3.logits_soft_cap) == (1e6, 1e4, 0.0)
+    assert (gemma3.rope_base, gemma3.rope_local_base, gemma3.logits_soft_cap) == (1e6, 1e4, None)
     assert (llama.rope_scaling, llama.rope_scaling_factor, llama.rope_original_length) == ("llama3", 8.0, 8192)
     assert (llama.norm_epsilon, llama.activation, llama.tied_embeddings) == (1e-5, "silu", False)
-    assert (read("qwen2.5-0.5b").query_key_value_bias, read("qwen2.5-0.5b").window) == (True, 0)
+    assert (read("qwen2.5-0.5b").query_key_value_bias, read("qwen2.5-0.5b").window) == (True, None)
     assert (read("qwen3-0.6b").query_key_norm, read("qwen3-0.6b").head_size) == (True, 128)
 
 
@@ -425,36 +425,36 @@ def test_a_copy_of_a_tied_tensor_may_be_there_if_it_is_one(folder):
     rewrite(folder, lambda tensors: tensors["lm_head.weight"].__setitem__((0, 0), 5))
     message = r"lm_head.weight of the shape \(13, 12\) differs from model.embed_tokens.weight of the shape \(13, 12\)"
     with pytest.raises(UserError, match=message):
-        open_source(folder)
+        open_foreign(folder)
 
 
 def test_a_file_that_was_cut_short_names_its_first_tensor_that_is_not_there(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-8])
     with pytest.raises(UserError, match=r"is cut short: \S+ of the shape \(.*\) ends at byte \d+ of its \d+"):
-        open_source(folder)
+        open_foreign(folder)
     (folder / "model.safetensors").write_bytes(b"<html>")
     with pytest.raises(UserError, match="is no file of safetensors"):
-        open_source(folder)
+        open_foreign(folder)
 
 
 def test_quantised_tensors_are_refused_by_name(folder):
     rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": np.zeros(12, np.int8)}))
     with pytest.raises(UserError, match=r"model.norm.weight of the shape \(12,\) is I8, which is not supported"):
-        open_source(folder)
+        open_foreign(folder)
 
 
 def test_missing_files_are_named(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"has no model.safetensors .*there is pytorch_model.bin: save it again"):
-        open_source(folder)
+        open_foreign(folder)
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"model-00001-of-00002.safetensors is missing, which has model.norm.weight"):
-        open_source(folder)
+        open_foreign(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json cannot be read"):
-        open_source(folder)
+        open_foreign(folder)
 
 
 def test_a_hub_id_without_a_network_is_one_line(folder, monkeypatch):
@@ -465,7 +465,7 @@ def test_a_hub_id_without_a_network_is_one_line(folder, monkeypatch):
     assert recognises(Path("google/flan-t5-none"))
     assert not recognises(Path("a/folder/that/is/not/there"))
     with pytest.raises(UserError, match="google/flan-t5-none is no folder, and the hub does not give it") as error:
-        open_source(Path("google/flan-t5-none"))
+        open_foreign(Path("google/flan-t5-none"))
     assert "\n" not in str(error.value)
 
 

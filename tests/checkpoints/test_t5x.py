@@ -16,7 +16,7 @@ from tiny_models import CONFIGS, random_params
 
 from alignment_gap.checkpoints import Network, open_checkpoint, write_checkpoint
 from alignment_gap.checkpoints.flax_msgpack import read_tree
-from alignment_gap.checkpoints.formats import describe, export_checkpoint, import_checkpoint, open_source
+from alignment_gap.checkpoints.formats import describe, export_checkpoint, import_checkpoint, open_foreign
 from alignment_gap.checkpoints.layout import write_store
 from alignment_gap.checkpoints.t5x_legacy import open_tree
 from alignment_gap.checkpoints.t5x_tree import t5_entries
@@ -142,7 +142,7 @@ def test_a_folder_of_t5xs_own():
     )
     np.testing.assert_array_equal(tensors["state.param_states.bias"].read(None), 1.0)
     with pytest.raises(UserError, match=r"tiny_t5 is no T5 v1.1 of T5X: it has no token_embedder.*it has nothing"):
-        open_source(FIXTURES / "tiny_t5")
+        open_foreign(FIXTURES / "tiny_t5")
 
 
 def test_layers_that_t5x_scans(params, tmp_path):
@@ -166,9 +166,9 @@ def test_the_last_checkpoint_of_a_model_is_taken(written, tmp_path):
     for step in (2, 10):
         shutil.copytree(written / "t5x" / "checkpoint_0", tmp_path / f"checkpoint_{step}")
     (tmp_path / "checkpoint_2" / "state" / "manifest.ocdbt").unlink()
-    assert open_source(tmp_path).model == CONFIG
+    assert open_foreign(tmp_path).model == CONFIG
     with pytest.raises(UserError, match=r"checkpoint_2/state"):
-        open_source(tmp_path / "checkpoint_2")
+        open_foreign(tmp_path / "checkpoint_2")
 
 
 def test_tied_embeddings_have_no_logits(tmp_path):
@@ -176,7 +176,7 @@ def test_tied_embeddings_have_no_logits(tmp_path):
     params = random_params(make_policy(config))
     write_checkpoint(tmp_path / "run", 0, Network(model=config), tensors_of(params))
     export_checkpoint(tmp_path / "run", tmp_path / "t5x", "t5x-file")
-    assert open_source(tmp_path / "t5x").model == config
+    assert open_foreign(tmp_path / "t5x").model == config
 
 
 def damaged(change):

@@ -13,7 +13,7 @@ import pytest
 from tiny_models import CONFIGS, make_batch, random_params
 
 from alignment_gap.checkpoints import Network, write_checkpoint
-from alignment_gap.checkpoints.formats import export_checkpoint, open_source
+from alignment_gap.checkpoints.formats import export_checkpoint, open_foreign
 from alignment_gap.checkpoints.tensors import from_array, imported
 from alignment_gap.models import make_policy, response_hidden
 
@@ -73,7 +73,7 @@ def test_t5x_reads_what_we_wrote_and_its_logits_are_ours(name, exchanged, params
 
 @pytest.mark.parametrize("name", ["by-t5x", "by-t5x-legacy"])
 def test_we_read_what_t5x_wrote(name, exchanged, params):
-    source = open_source(exchanged / name)
+    source = open_foreign(exchanged / name)
     assert source.model == CONFIG
     tensors = imported(source.tensors, source.entries)
     leaves = jax.tree_util.tree_leaves_with_path(params)

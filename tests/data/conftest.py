@@ -2,20 +2,7 @@
 
 import pytest
 from random_examples import make_random_examples
-
-from alignment_gap.data.records import Example
-
-
-def _plain(example: Example) -> tuple:
-    """The content as Python numbers, which compare exactly."""
-    reference = example.reference_log_probs
-    return (
-        int(example.prompt_id),
-        example.prompt.tolist(),
-        [response.tolist() for response in example.responses],
-        example.scores.tolist(),
-        None if reference is None else [row.tolist() for row in reference],
-    )
+from random_examples import plain as plain_example
 
 
 @pytest.fixture(scope="session")
@@ -25,4 +12,4 @@ def make_examples():
 
 @pytest.fixture(scope="session")
 def plain():
-    return _plain
+    return plain_example

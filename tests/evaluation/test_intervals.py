@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from alignment_gap.evaluation.intervals import Interval, mean_interval, over_groups, resampled_means
+from alignment_gap.evaluation.intervals import Band, Interval, mean_interval, over_groups, resampled_means
 
 
 def test_matches_the_normal_interval_of_a_large_sample():
@@ -42,6 +42,7 @@ def test_one_example_has_no_interval_and_none_has_no_mean():
     assert math.isnan(mean_interval(np.array([])).value)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_refuses_a_table():
     with pytest.raises(ValueError, match=r"shape \(2, 3\)"):
         mean_interval(np.zeros((2, 3)))
@@ -100,3 +101,71 @@ def test_agreeing_groups_keep_the_width_of_their_examples():
     replicates = np.concatenate([[[0.0]], np.linspace(-1.0, 1.0, 1001)[:, None]])
     interval = over_groups([replicates, replicates]).at(0)
     assert (interval.low, interval.high) == pytest.approx((-0.95, 0.95))
+
+
+def simulated_groups(rng, groups, between):
+    """Replicates of a paired difference whose truth is 0.3, over groups that each have another one."""
+    replicates = []
+    for _ in range(groups):
+        truth = 0.3 + between * rng.standard_normal()
+        shared = rng.standard_normal(60)
+        outcomes = np.stack([truth + shared + 0.5 * rng.standard_normal(60), shared + 0.5 * rng.standard_normal(60)])
+        means = resampled_means(outcomes, seed=int(rng.integers(1 << 30)), resamples=200)
+        replicates.append(means[:, :1] - means[:, 1:])
+    return replicates
+
+
+@pytest.mark.parametrize(("groups", "between"), [(1, 0.0), (3, 0.0), (3, 1.0), (8, 0.2)])
+def test_intervals_over_groups_cover_the_known_truth(groups, between):
+    """Of 300 simulations of 95 % intervals 285 cover it, give or take 4; the wider of two intervals covers more."""
+    rng = np.random.default_rng(groups)
+    covered = 0
+    for _ in range(300):
+        band = over_groups(simulated_groups(rng, groups, between))
+        covered += bool(band.low[0] <= 0.3 <= band.high[0])
+    assert covered >= 273
+    # Groups that differ leave Student's interval alone, which is exact.
+    assert covered <= 297 or between < 1
+
+
+def test_two_groups_that_differ_have_a_wide_interval():
+    """Student's t with one degree of freedom is 12.7; normal tails would say 1.96."""
+    interval = over_groups([np.full((11, 1), 0.0), np.full((11, 1), 1.0)]).at(0)
+    assert (interval.low, interval.value, interval.high) == pytest.approx((0.5 - 6.3531, 0.5, 0.5 + 6.3531), abs=1e-3)
+
+
+def test_replicates_that_are_nan_are_left_out():
+    replicates = np.concatenate([[[2.0]], np.linspace(0.0, 1.0, 1001)[:, None], np.full((50, 1), np.nan)])
+    interval = over_groups([replicates]).at(0)
+    assert (interval.low, interval.high) == pytest.approx((2 - 0.475, 2 + 0.475))
+
+
+def test_each_estimate_of_a_band_is_its_own():
+    replicates = np.stack([np.array([0.0, 5.0]), *([k / 1000, 5 + k / 100] for k in range(1001))])
+    band = over_groups([replicates])
+    for index, (value, half) in enumerate([(0.0, 0.475), (5.0, 4.75)]):
+        interval = band.at(index)
+        assert (interval.low, interval.value, interval.high) == pytest.approx((value - half, value, value + half))
+
+
+def test_a_band_is_cut_at_both_ends():
+    band = Band(np.array([0.1, 0.9]), np.array([-0.2, 0.8]), np.array([0.4, 1.3])).within(0.0, 1.0)
+    np.testing.assert_array_equal(band.low, [0.0, 0.8])
+    np.testing.assert_array_equal(band.high, [0.4, 1.0])
+    np.testing.assert_array_equal(band.value, [0.1, 0.9])
+
+
+def test_a_zero_has_no_sign():
+    interval = over_groups([np.full((11, 1), -0.0)]).at(0)
+    assert math.copysign(1, interval.value) == 1.0
+
+
+@pytest.mark.parametrize("size", [20, 200])
+def test_the_interval_of_a_mean_covers_as_often_in_small_samples(size):
+    """A skewed distribution of mean 1; the percentile interval is a little narrow where the sample is small."""
+    rng = np.random.default_rng(size)
+    covered = 0
+    for trial in range(300):
+        interval = mean_interval(rng.exponential(size=size), resamples=300, seed=trial)
+        covered += interval.low <= 1.0 <= interval.high
+    assert (258 if size == 20 else 270) <= covered <= 297

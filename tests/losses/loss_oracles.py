@@ -18,6 +18,7 @@ POLICY = (
     "token_logps",
     "chosen_token_logps",
     "rejected_token_logps",
+    "fresh_logps",
 )
 
 
@@ -43,12 +44,12 @@ def namespace(seed: int, batch: tuple[int, ...] = (3,), responses: int = 3, toke
         lengths=rng.integers(1, 9, group),
         kl_logps=logps((5,)),
         ref_kl_logps=logps((5,), -9.0),
-        baselines=rng.uniform(0, 1, batch),
-        sft_logps=logps(batch),
+        old_logps=logps(group),
+        fresh_logps=logps((*batch, 2)),
+        ref_fresh_logps=logps((*batch, 2)),
         token_logps=logps(token, -2.0),
         old_token_logps=logps(token, -2.0),
         ref_token_logps=logps(token, -2.0),
-        advantages=rng.normal(size=token),
         mask=mask(token),
         chosen_mask=mask((*batch, tokens)),
         rejected_mask=mask((*batch, tokens + 1)),
@@ -116,9 +117,12 @@ def pairs_mean(values):
     return np.mean([(values[..., j] - values[..., k]) ** 2 for j, k in pairs], axis=0)
 
 
-def clipped(n, o, advantages, low, high):
-    q = np.exp(n.token_logps - o.old_token_logps)
+def surrogate(q, advantages, low, high):
     return -np.minimum(q * advantages, np.clip(q, 1 - low, 1 + high) * advantages)
+
+
+def clipped(n, o, advantages, low, high):
+    return surrogate(np.exp(n.token_logps - o.old_token_logps), advantages, low, high)
 
 
 def k3(n):
@@ -177,6 +181,20 @@ def score_function(n, advantages):
 
 def penalized(o, beta):
     return o.scores - beta * (o.logps - o.ref_logps)
+
+
+def against_others(rewards):
+    return rewards - others_mean(rewards)
+
+
+def sampled_kl(logps, old, reference):
+    """The value at `old`, and the slope of the KL's estimate with a leave-one-out baseline."""
+    x = old - reference
+    return (x + against_others(x) * (logps - old)).mean(-1)
+
+
+def hypo(n, o):
+    return logistic(0.5 * margin(n)) + 0.3 * sampled_kl(n.fresh_logps, o.fresh_logps, o.ref_fresh_logps)
 
 
 # f': the derivative of each divergence's f at u.
@@ -246,7 +264,7 @@ def cpo(n, o):
 
 
 def slic_hf(n, o):
-    return np.maximum(0, 2.0 - n.chosen_logps + n.rejected_logps) - 0.7 * n.sft_logps
+    return np.maximum(0, 2.0 - n.chosen_logps + n.rejected_logps) - 0.7 * n.chosen_logps
 
 
 def raft(n, o):
@@ -272,6 +290,7 @@ def length_penalized(w, r, n):
 
 
 ALL_SOFT = ("preference",)
+LOG_COLLISIONS = ("chosen_log_collisions", "rejected_log_collisions")
 
 # (loss, settings, optional arrays that it is given, oracle)
 CASES = [
@@ -383,7 +402,7 @@ CASES = [
         (),
         lambda n, o: logistic(0.5 * (n.chosen_logps - n.rejected_logps)) - n.chosen_logps,
     ),
-    ("slic_hf", {"delta": 2.0, "sft_weight": 0.7}, ("sft_logps",), slic_hf),
+    ("slic_hf", {"delta": 2.0, "sft_weight": 0.7}, (), slic_hf),
     (
         "slic_hf",
         {},
@@ -401,16 +420,28 @@ CASES = [
     ("rebel", {"beta": 0.5}, (), lambda n, o: pairs_mean(0.5 * (n.logps - n.ref_logps) - n.scores)),
     (
         "reinforce",
-        {"beta": 0.2},
-        ("ref_logps", "baselines"),
-        lambda n, o: score_function(n, penalized(o, 0.2) - o.baselines[..., None]),
+        {"beta": 0.2, "baseline": 0.4},
+        ("ref_logps",),
+        lambda n, o: score_function(n, penalized(o, 0.2) - 0.4),
     ),
     ("reinforce", {}, (), lambda n, o: score_function(n, centred(o.scores)[..., 0])),
     (
         "rloo",
         {"beta": 0.2},
         ("ref_logps",),
-        lambda n, o: score_function(n, penalized(o, 0.2) - others_mean(penalized(o, 0.2))),
+        lambda n, o: score_function(n, against_others(penalized(o, 0.2))),
+    ),
+    (
+        "rloo",
+        {},
+        ("old_logps",),
+        lambda n, o: -(np.exp(n.logps - o.old_logps) * against_others(o.scores)).mean(-1),
+    ),
+    (
+        "rloo",
+        {"beta": 0.2, "clip": 0.3},
+        ("ref_logps", "old_logps"),
+        lambda n, o: surrogate(np.exp(n.logps - o.old_logps), against_others(penalized(o, 0.2)), 0.3, 0.3).mean(-1),
     ),
     ("nash_md", {"beta": 0.2}, (), lambda n, o: score_function(n, penalized(o, 0.2) - 0.5)),
     (
@@ -439,9 +470,9 @@ CASES = [
     ),
     (
         "ppo_clip",
-        {"clip": 0.1},
-        ("old_token_logps", "advantages"),
-        lambda n, o: over_response(clipped(n, o, o.advantages, 0.1, 0.1), n.mask).mean(-1),
+        {"clip": 0.1, "clip_high": 0.4},
+        ("old_token_logps",),
+        lambda n, o: over_response(clipped(n, o, centred(o.scores), 0.1, 0.4), n.mask).mean(-1),
     ),
     (
         "ppo_clip",
@@ -451,7 +482,16 @@ CASES = [
     ),
     ("ld_dpo", {"beta": 0.5, "alpha": 0.3}, (), lambda n, o: logistic(0.5 * ld_margin(n, 0.3))),
     ("wpo", {"beta": 0.5}, (), lambda n, o: wpo(n, o, 0.0)),
-    ("wpo", {"beta": 0.5}, ("chosen_log_collisions", "rejected_log_collisions"), lambda n, o: wpo(n, o, 1.0)),
+    ("wpo", {"beta": 0.5}, LOG_COLLISIONS, lambda n, o: wpo(n, o, 0.0)),
+    ("wpo", {"beta": 0.5, "alignment": "sampled"}, LOG_COLLISIONS, lambda n, o: wpo(n, o, 1.0)),
+    ("online_kl", {}, (), lambda n, o: sampled_kl(n.logps, o.logps, o.ref_logps)),
+    ("hypo", {"beta": 0.5, "kl_weight": 0.3}, (), hypo),
+    (
+        "hypo",
+        {"beta": 0.5, "kl_weight": 0.0},
+        ALL_SOFT,
+        soft(lambda w, r: logistic(0.5 * (w - r))),
+    ),
 ]
 IDS = [f"{i}-{name}-{'-'.join(map(str, settings.values()))}" for i, (name, settings, _, _) in enumerate(CASES)]
 

@@ -33,11 +33,13 @@ def test_notebook_trains_with_every_loss():
 
 def test_documentation_code_trains():
     text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    training, own = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     scope: dict = {}
-    exec(code, scope)
+    exec(training, scope)
+    exec(own, scope)
     # The order of the rewards: each of the three pairs pulls its margin to 1 / (2 beta) = 5 nats.
     assert np.all(np.diff(scope["policy"]) > 1.0)
+    assert scope["losses"].reads(scope["centred"]) == {scope["losses"].OTHER_PROMPTS}
 
 
 def test_documentation_names_every_loss():
@@ -45,3 +47,18 @@ def test_documentation_names_every_loss():
 
     text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
     assert [name for name in losses.names() if f"`{name}" not in text] == []
+
+
+def test_documentation_says_what_each_loss_reads():
+    from alignment_gap import losses
+
+    text = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([A-Z_]+)` \|.*\| (.*) \|$", text, flags=re.MULTILINE)
+    described = {getattr(losses, constant): set(re.findall(r"`(\w+)`", written)) for constant, written in rows}
+    names = [name for name in losses.names() if name not in losses.aliases()]
+    # The table names the setting of wpo, which by default reads nothing.
+    found = {name: losses.get(name, **({"alignment": "sampled"} if name == "wpo" else {})) for name in names}
+    assert described == {
+        each: {name for name, loss in found.items() if each in losses.reads(loss)} for each in described
+    }
+    assert set().union(*map(losses.reads, found.values())) == set(described)

@@ -97,11 +97,11 @@ def test_pair_without_reference(name, settings, value):
 
 
 def test_slic_hf():
-    # max(0, 1 + 1 - 4) + 1, max(0, 5 + 1 - 4) + 1, and 2 + 0.5 * 3 with targets of log-prob -3.
+    # max(0, 1 + 1 - 4) + 1, max(0, 5 + 1 - 4) + 1, and 2 + 0.5 * 1.
     chosen, rejected = PAIR[:2]
     assert losses.slic_hf(chosen, rejected) == 1.0
     assert losses.slic_hf(chosen, rejected, delta=5.0) == 3.0
-    assert losses.slic_hf(chosen, rejected, jnp.float32(-3.0), delta=5.0, sft_weight=0.5) == 3.5
+    assert losses.slic_hf(chosen, rejected, delta=5.0, sft_weight=0.5) == 2.5
 
 
 def test_lengths():
@@ -153,7 +153,37 @@ def test_groupwise():
     # Against the mean 1: -(1 - 2 + 0) / 3
     np.testing.assert_allclose(losses.reinforce(logps, scores), [1 / 3], rtol=1e-6)
     # Without a baseline: -(0 - 4 - 6) / 3
-    np.testing.assert_allclose(losses.reinforce(logps, scores, baselines=0.0), [10 / 3], rtol=1e-6)
+    np.testing.assert_allclose(losses.reinforce(logps, scores, baseline=0.0), [10 / 3], rtol=1e-6)
+
+
+def test_rloo_of_another_policys_samples():
+    # A = 1/2 - 0 and 0 - 1/2; q = 1.5 and 0.25: -(0.75 - 0.125) / 2.
+    logps, scores = jnp.log(jnp.array([0.6, 0.1])), jnp.array([0.5, 0.0])
+    old = jnp.log(jnp.array([0.4, 0.4]))
+    value, gradient = jax.value_and_grad(losses.rloo)(logps, scores, None, old)
+    np.testing.assert_allclose(value, -0.3125, rtol=1e-6)
+    # d q / d log pi = q: -(1.5 * 0.5) / 2 and (0.25 * 0.5) / 2.
+    np.testing.assert_allclose(gradient, [-0.375, 0.0625], rtol=1e-6)
+    # Clipped: the winner at 1.2, the loser pessimistically at 0.8: -(0.6 - 0.4) / 2, and neither has a gradient.
+    value, gradient = jax.value_and_grad(lambda logps: losses.rloo(logps, scores, None, old, clip=0.2))(logps)
+    np.testing.assert_allclose(value, -0.1, rtol=1e-5)
+    np.testing.assert_array_equal(gradient, [0.0, 0.0])
+
+
+def test_hypo():
+    # DPO's log(1 + e^-1), and fresh log-ratios 3 and -1 of mean 1: 0.3132617 + 0.2 * 1.
+    fresh, reference = jnp.array([-1.0, -5.0]), jnp.array([-4.0, -4.0])
+    loss = losses.get("hypo", beta=0.5, kl_weight=0.2)
+    value, (d_chosen, d_fresh) = jax.value_and_grad(loss, (0, 4))(*PAIR, fresh, reference)
+    np.testing.assert_allclose(value, 0.5132617, rtol=1e-5)
+    # DPO's slope -0.5 sigma(-1). A sample's weight is its log-ratio less the other's: 0.2 * 4 / 2 and its negative.
+    np.testing.assert_allclose(d_chosen, -0.5 * 0.2689414, rtol=1e-5)
+    np.testing.assert_allclose(d_fresh, [0.4, -0.4], rtol=1e-6)
+    # p = 3/4, as in test_soft_preferences.
+    np.testing.assert_allclose(loss(*PAIR, fresh, reference, 0.75), 0.5632617 + 0.2, rtol=1e-5)
+    # At the reference the default weight pulls as hard as DPO where a single sample's log-ratio is 5.
+    d_chosen, d_fresh = jax.grad(losses.hypo, (0, 4))(*[jnp.float32(0.0)] * 4, jnp.array([5.0]), jnp.zeros(1))
+    np.testing.assert_allclose([-d_chosen, d_fresh[0]], [0.05, 0.05], rtol=1e-5)
 
 
 def test_best_of_n_shares_a_tie():
@@ -209,6 +239,12 @@ def test_wpo():
     mask = jnp.array([True, True, True]), jnp.array([True, True, False])
     value = losses.wpo(jnp.full(3, -1.0), jnp.full(3, -2.0), jnp.float32(0.0), jnp.float32(0.0), *mask, beta=0.5)
     np.testing.assert_allclose(value, np.exp(-3.0) * 0.4740770, rtol=1e-5)
+    # Collisions of -1 at every token: weights e^0 and e^-1.
+    collisions = {"chosen_log_collisions": jnp.full(3, -1.0), "rejected_log_collisions": jnp.full(3, -1.0)}
+    sampled = losses.get("wpo", beta=0.5, alignment="sampled")
+    arrays = (jnp.full(3, -1.0), jnp.full(3, -2.0), jnp.float32(0.0), jnp.float32(0.0), *mask)
+    np.testing.assert_allclose(sampled(*arrays, **collisions), np.exp(-1.0) * 0.4740770, rtol=1e-5)
+    np.testing.assert_array_equal(losses.wpo(*arrays, **collisions, beta=0.5), value)
 
 
 def test_diagnostics():

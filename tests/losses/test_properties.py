@@ -37,6 +37,7 @@ AT_STEP_ZERO = {
     "exo": -0.5 * np.log(4 * 0.999 * 0.001),
 }
 LOGPS = arrays_of.arrays(np.float32, (4, 5), elements=strategies.floats(-200, 0, width=32))
+FRESH = arrays_of.arrays(np.float32, (2, 5, 3), elements=strategies.floats(-50, 0, width=32))
 LIMITED = hypothesis.settings(max_examples=25, deadline=None)
 # 1 - p is exact in float32: a rounded one is another preference, which losses of 1e5 show.
 EXACT_PREFERENCE = strategies.integers(0, 4096).map(lambda i: i / 4096)
@@ -71,7 +72,7 @@ def test_soft_labels_are_expectations(name, logps, preference):
     w, r, ref_w, ref_r = logps
     both = jitted[name](w, r, ref_w, ref_r), jitted[name](r, w, ref_r, ref_w)
     mixed = preference * both[0] + (1 - preference) * both[1]
-    np.testing.assert_allclose(jitted[name](w, r, ref_w, ref_r, np.float32(preference)), mixed, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jitted[name](w, r, ref_w, ref_r, jnp.full(5, preference)), mixed, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [*OF_MARGIN, "ipo_md"])
@@ -121,7 +122,9 @@ def test_dpo_ipo_and_slic_are_members_of_the_family(beta, preference):
 
 @pytest.mark.parametrize("curve", ["logistic", "square", "hinge", "exponential", "truncated_quadratic"])
 @LIMITED
-@hypothesis.given(z=arrays_of.arrays(np.float32, (2, 4), elements=strategies.floats(-300, 300, width=32)))
+@hypothesis.given(
+    z=arrays_of.arrays(np.float32, (2, 4), elements=strategies.floats(-300, 300, width=32)).map(jnp.asarray)
+)
 def test_named_curves_are_convex(curve, z):
     zero = jnp.zeros(4)
     a, b = (losses.gpo(each, zero, zero, zero, f=curve, beta=1.0) for each in z)
@@ -164,19 +167,20 @@ def test_bfloat16_is_computed_in_float32(name, settings, optional, oracle):
     np.testing.assert_array_equal(value, loss(**widened))
 
 
-# These couple the examples of a batch: a sort, a mean.
-COUPLED = {"aot", "bco", "kto"}
-
-
-@pytest.mark.parametrize("name", sorted({name for name, *_ in CASES} - COUPLED))
-def test_vmap_equals_the_batch(name):
+@pytest.mark.parametrize("name", losses.names())
+def test_vmap_equals_the_batch_unless_the_loss_reads_other_prompts(name):
     loss = losses.get(name)
     optional = ("chosen_lengths", "rejected_lengths", "ref_token_logps")
-    arrays = arrays_for(loss, namespace(seed=4), optional)
+    n = namespace(seed=4)
+    # A less likely reference: KTO takes no mean below 0.
+    n.ref_logps = n.ref_logps - 3.0
+    arrays = arrays_for(loss, n, optional)
     mapped = jax.vmap(lambda arrays: loss(**arrays))(arrays)
-    np.testing.assert_allclose(mapped, loss(**arrays), rtol=1e-6, atol=1e-6)
+    alone = np.allclose(mapped, loss(**arrays), rtol=1e-6, atol=1e-6)
+    assert alone == (losses.OTHER_PROMPTS not in losses.reads(loss))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", [*OF_MARGIN, *OF_SIDES, *BY_TARGET, "aot"])
 def test_shapes_and_types_are_checked_first(name):
     loss, logps = losses.get(name), jnp.zeros(3)
@@ -211,6 +215,79 @@ def test_padding_does_not_count(name):
     for key in expected:
         np.testing.assert_array_equal(gradients[key], expected[key])
         assert np.all(np.asarray(gradients[key])[~np.asarray(masks[gradients[key].shape[-1]])] == 0)
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "nash_md", "grpo", "dr_grpo", "ppo_clip"])
+def test_only_the_policys_log_probs_have_a_gradient(name):
+    loss = losses.get(name)
+    arrays = arrays_for(loss, namespace(seed=9), ("old_logps", "old_token_logps", "ref_token_logps"))
+    fixed = {key: arrays.pop(key) for key in list(arrays) if key.startswith(("scores", "old_"))}
+    gradients = jax.grad(lambda fixed: jnp.sum(loss(**arrays, **fixed)))(fixed)
+    for key, gradient in gradients.items():
+        np.testing.assert_array_equal(gradient, 0.0, err_msg=key)
+
+
+def test_kto_takes_no_gradient_through_its_baseline():
+    n = namespace(seed=10)
+    arrays = arrays_for(losses.kto, n, ("kl_logps", "ref_kl_logps"))
+    kl = {key: arrays.pop(key) for key in ("kl_logps", "ref_kl_logps")}
+    for gradient in jax.grad(lambda kl: jnp.sum(losses.kto(**arrays, **kl)))(kl).values():
+        np.testing.assert_array_equal(gradient, 0.0)
+
+
+@LIMITED
+@hypothesis.given(
+    kl=arrays_of.arrays(np.float32, (2, 6, 2), elements=strategies.floats(-50, 0, width=32)).map(jnp.asarray)
+)
+def test_kto_reads_the_mean_of_its_kl_arrays_whatever_their_shape(kl):
+    arrays = arrays_for(losses.kto, namespace(seed=11), ())
+    groups = losses.kto(**arrays, kl_logps=kl[0], ref_kl_logps=kl[1])
+    row = losses.kto(**arrays, kl_logps=kl[0].ravel(), ref_kl_logps=kl[1].ravel())
+    difference = jnp.mean(kl[0] - kl[1], keepdims=True)
+    mean = losses.kto(**arrays, kl_logps=difference, ref_kl_logps=jnp.zeros_like(difference))
+    np.testing.assert_allclose(groups, row, rtol=1e-5)
+    np.testing.assert_allclose(groups, mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.1, 0.5])
+@LIMITED
+@hypothesis.given(
+    logps=arrays_of.arrays(np.float32, (3, 4), elements=strategies.floats(-5, 0, width=32)).map(jnp.asarray)
+)
+def test_rloos_clip_is_pessimistic_and_stops_the_gradient(clip, logps):
+    """No value below that of the plain ratio; no gradient once q has moved with the advantage beyond the clip."""
+    policy, old, scores = logps
+    plain = losses.rloo(policy, scores, old_logps=old)
+    clipped, gradient = jax.value_and_grad(lambda policy: losses.rloo(policy, scores, old_logps=old, clip=clip))(policy)
+    assert clipped >= plain - 1e-4 * (1 + abs(plain))
+    ratio, advantage = np.exp(policy - old), scores - np.mean(scores)
+    beyond = ((advantage > 1e-5) & (ratio > 1 + clip + 1e-5)) | ((advantage < -1e-5) & (ratio < 1 - clip - 1e-5))
+    np.testing.assert_array_equal(np.asarray(gradient)[beyond], 0.0)
+    within = np.abs(ratio - 1) < clip - 1e-5
+    expected = jax.grad(lambda policy: losses.rloo(policy, scores, old_logps=old))(policy)
+    np.testing.assert_allclose(np.asarray(gradient)[within], np.asarray(expected)[within], rtol=1e-4, atol=1e-6)
+
+
+@LIMITED
+@hypothesis.given(logps=LOGPS, fresh=FRESH)
+def test_hypo_is_the_sum_of_its_two_terms(logps, fresh):
+    logps, fresh = jnp.asarray(logps), jnp.asarray(fresh)
+    ours = losses.hypo(*logps, *fresh, 0.25, beta=0.2, kl_weight=0.3)
+    theirs = losses.dpo(*logps, 0.25, beta=0.2) + 0.3 * losses.online_kl(*fresh)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    without = losses.hypo(*logps, *fresh, beta=0.2, kl_weight=0.0)
+    np.testing.assert_array_equal(without, losses.dpo(*logps, beta=0.2))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_shapes_of_old_and_fresh_log_probs_are_checked():
+    two, three = jnp.zeros((2, 2)), jnp.zeros((2, 3))
+    with pytest.raises(AssertionError):
+        losses.rloo(two, two, old_logps=three)
+    with pytest.raises(AssertionError):
+        losses.hypo(*[jnp.zeros(2)] * 4, two, three)
+    with pytest.raises(AssertionError):
+        losses.kto(two, two, two, kl_logps=two, ref_kl_logps=three)
 
 
 def test_alpha_divergence_joins_reverse_and_forward_kl():

@@ -1,6 +1,8 @@
 """Names, settings and combinations; what importing the losses loads."""
 
+import functools
 import inspect
+import re
 import subprocess
 import sys
 
@@ -8,19 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loss_oracles import arrays_for, namespace
 
 from alignment_gap import losses
+from alignment_gap.losses._registry import register
 
 PAIR = tuple(jnp.array([value]) for value in (-1.0, -4.0, -2.0, -3.0))
+
+
+def arrays_of(loss):
+    """The names of the arrays that a loss takes."""
+    parameters = inspect.signature(loss).parameters.values()
+    return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
 
 
 def test_get_binds_settings_and_keeps_the_arrays():
     loss = losses.get("ipo", beta=0.5)
     np.testing.assert_array_equal(loss(*PAIR), losses.ipo(*PAIR, beta=0.5))
-    arrays = [
-        each.name for each in inspect.signature(loss).parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD
-    ]
-    assert arrays[:4] == ["chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"]
+    assert arrays_of(loss)[:4] == ["chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"]
 
 
 @pytest.mark.parametrize("name", losses.names())
@@ -29,6 +36,14 @@ def test_every_name_is_found_and_separates_arrays_from_settings(name):
     settings = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
     assert all(each.default is not each.empty for each in settings)
     assert all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters if each not in settings)
+
+
+def test_losses_are_registered_under_their_own_names_and_aliases_stand_for_them():
+    for name in losses.names():
+        assert name in losses.aliases() or losses.get(name) is getattr(losses, name)
+    for name, (loss, settings) in losses.aliases().items():
+        stated, meant = losses.get(name), losses.get(loss, **settings)
+        assert (stated is meant) if not settings else (stated.func is meant.func and stated.keywords == meant.keywords)
 
 
 def test_aliases_compute_what_they_stand_for():
@@ -40,6 +55,7 @@ def test_aliases_compute_what_they_stand_for():
     np.testing.assert_array_equal(losses.get("sigmoid_norm")(*PAIR, **lengths), expected)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -98,19 +114,160 @@ def test_combine_nests_with_traced_weights():
     np.testing.assert_allclose(jax.jit(outer)(0.5), expected[0], rtol=1e-6)
 
 
-def test_a_loss_of_losses_or_around_one_reads_other_prompts_where_that_one_does():
-    reads = losses.reads_other_prompts
-    of_one = losses.combine((1.0, "dpo"), (0.1, losses.get("bco", shift=0.0)))
-    of_others = losses.combine((1.0, of_one), (0.1, losses.get("kto", beta=0.2)))
-    assert not reads(of_one) and reads(of_others) and reads(losses.combine((1.0, of_others)))
-    assert reads(jax.jit(losses.get("bco", beta=0.2))) and not reads(jax.jit(losses.dpo))
+READS = {
+    "aot": {losses.OTHER_PROMPTS},
+    "aot_unpaired": {losses.OTHER_PROMPTS},
+    "bco": {losses.OTHER_PROMPTS},
+    "dapo": {losses.SAMPLER_LOG_PROBS},
+    "dr_grpo": {losses.SAMPLER_LOG_PROBS, losses.WIDTH},
+    "grpo": {losses.SAMPLER_LOG_PROBS},
+    "kto": {losses.OTHER_PROMPTS},
+    "nash_md": {losses.OWN_SAMPLES},
+    "online_kl": {losses.OWN_SAMPLES},
+    "ppo_clip": {losses.SAMPLER_LOG_PROBS},
+    "reinforce": {losses.OWN_SAMPLES},
+    "rloo": {losses.SAMPLER_LOG_PROBS},
+}
 
-    def mine(logps):
-        return logps - logps.mean()
 
-    assert not reads(mine)
-    mine.reads_other_prompts = True
-    assert reads(mine) and reads(losses.get(mine)) and reads(losses.combine((1.0, mine)))
+def test_losses_say_what_they_read():
+    said = {name: losses.reads(losses.get(name)) for name in losses.names()}
+    assert {name: reads for name, reads in said.items() if reads} == READS
+
+
+def test_what_a_loss_reads_follows_from_its_settings():
+    assert losses.reads(losses.get("bco", shift=0.5)) == set()
+    assert losses.reads(losses.get("bco_pair", shift="batch_mean")) == {losses.OTHER_PROMPTS}
+    assert losses.reads(losses.get("dr_grpo", max_length=7)) == {losses.SAMPLER_LOG_PROBS}
+    assert losses.reads(losses.get("wpo", alignment="sampled")) == {losses.LOG_COLLISIONS}
+
+
+def test_a_wrapped_loss_reads_what_the_loss_reads():
+    reads, shifted = losses.reads, losses.get("bco", shift=0.0)
+    assert reads(jax.jit(losses.bco)) == reads(jax.jit(losses.get("bco", beta=0.2))) == {losses.OTHER_PROMPTS}
+    assert reads(losses.get(jax.jit(losses.bco), shift=0.0)) == reads(jax.jit(shifted)) == set()
+    assert reads(functools.update_wrapper(shifted, losses.bco)) == set()
+
+
+def test_combine_reads_what_its_terms_read():
+    inner = losses.combine((1.0, "dpo"), (0.1, "online_kl"), (0.1, losses.get("bco", shift=0.0)))
+    outer = losses.combine((1.0, inner), (0.1, losses.get("kto", beta=0.2)))
+    assert losses.reads(inner) == losses.reads(losses.combine((1.0, inner))) == {losses.OWN_SAMPLES}
+    assert losses.reads(outer) == {losses.OWN_SAMPLES, losses.OTHER_PROMPTS}
+
+
+def test_a_loss_of_ones_own_says_what_it_reads_by_an_attribute():
+    def mine(logps, *, power=1):
+        return (logps - logps.mean()) ** power
+
+    assert losses.reads(mine) == set()
+    mine.reads = [losses.OTHER_PROMPTS]
+    for loss in (mine, losses.get(mine, power=2), jax.jit(mine), losses.combine((1.0, mine))):
+        assert losses.reads(loss) == {losses.OTHER_PROMPTS}
+    mine.reads = lambda settings: [losses.WIDTH] * settings["power"]
+    assert losses.reads(mine) == {losses.WIDTH}
+    assert losses.reads(losses.get(mine, power=0)) == set()
+    mine.reads = losses.WIDTH
+    with pytest.raises(ValueError, match="reads: unknown 'w'"):
+        losses.reads(mine)
+
+
+# `training.loss_inputs` offers these.
+OFFERED = {
+    *("token_logps", "mask", "logps", "scores", "lengths", "preference"),
+    *(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("logps", "lengths", "token_logps", "mask")),
+    *("chosen_log_collisions", "rejected_log_collisions"),
+    *("ref_token_logps", "ref_logps", "ref_chosen_logps", "ref_rejected_logps"),
+    *("ref_chosen_token_logps", "ref_rejected_token_logps"),
+    *("old_token_logps", "old_logps", "kl_logps", "ref_kl_logps", "fresh_logps", "ref_fresh_logps"),
+}
+
+
+def test_every_array_that_a_loss_names_is_offered():
+    named = {array for name in losses.names() for array in arrays_of(losses.get(name))}
+    assert named - OFFERED == set()
+
+
+def test_a_loss_with_a_ratio_takes_the_samplers_log_probs():
+    for name in losses.names():
+        loss = losses.get(name)
+        takes = bool(set(arrays_of(loss)) & {"old_logps", "old_token_logps"})
+        assert takes == (losses.SAMPLER_LOG_PROBS in losses.reads(loss)), name
+
+
+def test_a_loss_divides_by_the_width_where_it_says_so():
+    for name in losses.names():
+        loss = losses.get(name)
+        arrays = arrays_for(loss, namespace(seed=8), ("chosen_lengths", "rejected_lengths", "ref_token_logps"))
+        wide = [each for each in arrays if "token_logps" in each or "mask" in each]
+        wider = arrays | {each: jnp.pad(arrays[each], [(0, 0)] * (arrays[each].ndim - 1) + [(0, 3)]) for each in wide}
+        same = np.allclose(loss(**arrays), loss(**wider), rtol=1e-6)
+        assert same == (losses.WIDTH not in losses.reads(loss)), name
+
+
+def test_two_losses_cannot_have_one_name():
+    def ipo(logps):
+        return logps
+
+    with pytest.raises(ValueError, match="two losses are named 'ipo'"):
+        register()(ipo)
+    with pytest.raises(ValueError, match="two losses are named 'hinge'"):
+        register(aliases={"hinge": {}})(lambda logps: logps)
+
+
+@pytest.fixture
+def module_of_ones_own(tmp_path, monkeypatch):
+    """A module that the path finds: `some_package.some_losses`."""
+    (tmp_path / "some_package").mkdir()
+    (tmp_path / "some_package" / "__init__.py").touch()
+    source = """
+def margin(chosen_logps, rejected_logps, *, slope=1.0):
+    return slope * (rejected_logps - chosen_logps)
+
+
+margin.reads = ("own samples",)
+number = 3
+"""
+    (tmp_path / "some_package" / "some_losses.py").write_text(source)
+    (tmp_path / "some_package" / "broken.py").write_text("import some_module_that_is_not_there")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "some_package.some_losses"
+    for name in [name for name in sys.modules if name.startswith("some_package")]:
+        del sys.modules[name]
+
+
+def test_module_and_function_work_as_a_name(module_of_ones_own):
+    name = f"{module_of_ones_own}:margin"
+    loss = losses.get(name, slope=2.0)
+    np.testing.assert_array_equal(loss(*PAIR[:2]), [-6.0])
+    assert losses.reads(loss) == {losses.OWN_SAMPLES}
+    np.testing.assert_array_equal(losses.combine((1.0, "dpo"), (0.5, name))(*PAIR), losses.dpo(*PAIR) - 1.5)
+    np.testing.assert_array_equal(losses.get("alignment_gap.losses:ipo", beta=0.5)(*PAIR), losses.ipo(*PAIR, beta=0.5))
+    with pytest.raises(ValueError, match="setting of margin: unknown 'slop'; did you mean 'slope'"):
+        losses.get(name, slop=2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("some_package.others:margin", "'some_package.others:margin': no module 'some_package.others'; install it or"),
+        ("no_package.losses:margin", "no module 'no_package'; install it"),
+        ("some_package.some_losses:hinge", "the module 'some_package.some_losses' has no function 'hinge'"),
+        ("some_package.some_losses:number", "has no function 'number'"),
+        (":margin", "':margin' is not of the form 'module:function'"),
+        ("some_package.some_losses:", "is not of the form"),
+        ("a module:margin", "is not of the form"),
+    ],
+)
+def test_a_module_or_function_that_is_not_there_is_named(module_of_ones_own, name, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        losses.get(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_inside_a_module_is_told_as_it_is(module_of_ones_own):
+    with pytest.raises(ModuleNotFoundError, match="some_module_that_is_not_there"):
+        losses.get("some_package.broken:margin")
 
 
 def test_importing_the_losses_loads_nothing_but_jax_and_chex():

@@ -28,10 +28,10 @@ def kl(logits, ref_logits):
     return jnp.sum(jax.nn.softmax(logits) * (log_pi(logits) - log_pi(ref_logits)))
 
 
-def expected_over_groups(loss, size):
-    """The function of the logits whose gradient is the expected gradient over groups of samples."""
+def expected_over_groups(loss, size, sampler=LOGITS):
+    """The function of the logits whose gradient is the expected gradient over groups of the sampler's samples."""
     groups = jnp.array(list(itertools.product(range(3), repeat=size)))
-    weights = jnp.prod(jax.nn.softmax(LOGITS)[groups], axis=-1)
+    weights = jnp.prod(jax.nn.softmax(sampler)[groups], axis=-1)
 
     def expectation(logits):
         return jnp.sum(weights * loss(log_pi(logits)[groups], groups))
@@ -56,6 +56,38 @@ def test_rloo_is_the_gradient_of_the_regularised_reward(size, beta):
     gradients_agree(expected_over_groups(loss, size), regularized_reward(beta))
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_rloo_is_that_gradient_on_another_policys_samples(beta):
+    sampler = jnp.array([-0.4, 0.6, 0.0])
+
+    def loss(logps, groups):
+        old = log_pi(sampler)[groups]
+        return losses.rloo(logps, REWARDS[groups], log_pi(REF_LOGITS)[groups], old, beta=beta)
+
+    gradients_agree(expected_over_groups(loss, 2, sampler), regularized_reward(beta))
+    without = expected_over_groups(lambda logps, groups: losses.rloo(logps, REWARDS[groups]), 2, sampler)
+    wrong = jax.grad(without)(LOGITS) - jax.grad(regularized_reward(0.0))(LOGITS)
+    assert np.abs(wrong).max() > 0.05, "the log-probs under the sampler matter"
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_rloo_with_a_ratio_has_the_same_gradient_at_the_sampling_policy(clip):
+    logps, reference = log_pi(LOGITS), log_pi(REF_LOGITS)
+    ratio = jax.grad(lambda each: losses.rloo(each, REWARDS, reference, logps, beta=0.3, clip=clip))(logps)
+    np.testing.assert_allclose(
+        ratio, jax.grad(lambda each: losses.rloo(each, REWARDS, reference, beta=0.3))(logps), rtol=1e-6
+    )
+
+
+def test_hypo_adds_the_gradient_of_the_kl():
+    zero = jnp.zeros(9)
+
+    def loss(logps, groups):
+        return losses.hypo(zero, zero, zero, zero, logps, log_pi(REF_LOGITS)[groups], kl_weight=0.3)
+
+    gradients_agree(expected_over_groups(loss, 2), lambda logits: 0.3 * kl(logits, REF_LOGITS))
+
+
 def test_reinforce_with_the_group_mean_is_smaller_by_the_group():
     def loss(logps, groups):
         return losses.reinforce(logps, REWARDS[groups])
@@ -66,7 +98,7 @@ def test_reinforce_with_the_group_mean_is_smaller_by_the_group():
 @pytest.mark.parametrize("baseline", [0.0, -3.0])
 def test_reinforce_with_any_fixed_baseline_is_unbiased(baseline):
     def loss(logps, groups):
-        return losses.reinforce(logps, REWARDS[groups], log_pi(REF_LOGITS)[groups], baseline, beta=0.3)
+        return losses.reinforce(logps, REWARDS[groups], log_pi(REF_LOGITS)[groups], baseline=baseline, beta=0.3)
 
     gradients_agree(expected_over_groups(loss, 1), regularized_reward(0.3))
 
@@ -141,8 +173,10 @@ def test_online_kl_has_the_value_and_the_gradient_of_the_kl(size):
 @hypothesis.given(logits=arrays_of.arrays(np.float32, (2, 4, 5), elements=strategies.floats(-20, 20, width=32)))
 def test_categorical_kl_and_entropy_equal_scipy(logits):
     p, q = (np.exp(each - each.max(-1, keepdims=True)) for each in logits.astype(np.float64))
-    np.testing.assert_allclose(losses.categorical_kl(*logits), stats.entropy(p, q, axis=-1), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(losses.entropy(logits[0]), stats.entropy(p, axis=-1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        losses.categorical_kl(*jnp.asarray(logits)), stats.entropy(p, q, axis=-1), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(losses.entropy(jnp.asarray(logits[0])), stats.entropy(p, axis=-1), rtol=1e-4, atol=1e-5)
 
 
 def test_impossible_tokens_are_finite():
@@ -177,5 +211,8 @@ def test_what_is_missing_is_named():
             losses.get(name)(one, **{"ref_logps": one, "scores": one})
     with pytest.raises(ValueError, match="chosen_lengths is needed here"):
         losses.ipo(*[jnp.zeros(2)] * 4, over_tokens="mean")
+    pair = (two, two, jnp.zeros(2), jnp.zeros(2), jnp.ones((2, 2), bool), jnp.ones((2, 2), bool))
+    with pytest.raises(ValueError, match='are needed with alignment="sampled"'):
+        losses.wpo(*pair, chosen_log_collisions=two, alignment="sampled")
     with pytest.raises(ValueError, match="keep must be between 1 and the 2 responses, got 3"):
         losses.raft(two, two, keep=3)

@@ -144,6 +144,7 @@ def test_small_sizes_have_no_loop():
     assert "scan" in program(16)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_shapes_are_checked_first():
     with pytest.raises(AssertionError):
         losses.token_log_probs(HIDDEN, EMBEDDING, TARGETS[:2])

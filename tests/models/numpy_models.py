@@ -55,7 +55,7 @@ def cap(logits, bound):
     return bound * np.tanh(logits / bound) if bound else logits
 
 
-def attention(query, key, value, *, bias=0.0, mask, scale, soft_cap=0.0):
+def attention(query, key, value, *, bias=0.0, mask, scale, soft_cap=None):
     """Query [Q, H, C], key and value [S, G, C]; each group of H / G query heads reads one key head."""
     output = np.zeros_like(query)
     for head in range(query.shape[1]):
@@ -161,7 +161,7 @@ def _decoder_norm(x, params, config):
 
 def _decoder_attention(config, index, layer, y):
     """Layer `index` of a decoder, its self-attention over one sequence y [S, D] of normalised inputs."""
-    local = config.window > 0 and (index + 1) % config.full_attention_every != 0
+    local = config.window is not None and (index + 1) % config.full_attention_every != 0
     positions = np.arange(len(y))
     distance = positions[:, None] - positions
     mask = (distance >= 0) & (distance < config.window) if local else distance >= 0

@@ -6,15 +6,18 @@ import subprocess
 import sys
 from functools import partial
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 from tiny_models import CONFIGS, SETTINGS, make_batch, random_params, texts
 
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config, fused_attention, make_policy, score
-from alignment_gap.models.fused_attention import Row
+from alignment_gap.models.fused_attention import MULTIPLE, Row
+from alignment_gap.models.packing import Packing
 from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, shardings_of, unbox, within
 
 BATCH = make_batch(4, responses=3)
@@ -38,7 +41,7 @@ def test_a_row_by_hand():
         [1, 1, 0, 0, 1, 0, 0],
         [1, 1, 0, 0, 1, 1, 0],
     ]
-    np.testing.assert_array_equal(row.mask(0)[:6], tree)
+    np.testing.assert_array_equal(row.mask(None)[:6], tree)
     windowed = [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
@@ -48,17 +51,71 @@ def test_a_row_by_hand():
         [0, 0, 0, 0, 1, 1, 0],
     ]
     np.testing.assert_array_equal(row.mask(2)[:6], windowed)
-    np.testing.assert_array_equal(row.responses(jnp.arange(14).reshape(2, 7, 1))[0, ..., 0], [[2, 3], [4, 5]])
+    np.testing.assert_array_equal(row.responses(jnp.arange(14.0).reshape(2, 7, 1))[0, ..., 0], [[2, 3], [4, 5]])
 
 
 def test_no_slot_attends_to_nothing():
     """Else its softmax would be that of an empty set."""
     row = Row.of(5, 3, 5, "cudnn")
     segments = np.asarray(row.segments(jnp.array([1, 4, 6])))
-    for window in (0, 1, 3):
+    for window in (None, 1, 3):
         seen = (segments[:, :, None] == segments[:, None]) & row.mask(window)
         assert seen.any(-1).all()
-    assert len(row.mask(0)) == 24
+    assert len(row.mask(None)) == 24
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    prompt=strategies.integers(0, 6),
+    rows=strategies.integers(1, 3),
+    length=strategies.integers(1, 4),
+    window=strategies.none() | strategies.integers(1, 5),
+    attention=strategies.sampled_from(sorted(MULTIPLE)),
+)
+def test_a_slot_attends_to_the_texts_that_it_ends(prompt, rows, length, window, attention):
+    """By the text of each slot: the prompt, then what its response has had so far; of it the last are in a window."""
+    row = Row.of(prompt, rows, length, attention)
+    assert row.padding < MULTIPLE[attention] and (prompt + rows * length + row.padding) % MULTIPLE[attention] == 0
+    before = list(range(prompt))
+    texts = [before[: slot + 1] for slot in before]
+    for response in range(rows):
+        start = prompt + response * length
+        texts += [[*before, *range(start, start + token + 1)] for token in range(length)]
+    mask = row.mask(window)[: len(texts)]
+    for slot, text in enumerate(texts):
+        seen = text if window is None else text[-window:]
+        assert np.flatnonzero(mask[slot]).tolist() == seen
+
+
+def test_a_row_of_several_prompts_by_hand():
+    """Prompts 5 6 and 7, each with a response of two tokens and of one; their last tokens are first inputs."""
+    packing = Packing.of(jnp.array([[2, 1]]), jnp.array([[[2], [1]]]), 4, 4)
+    row = Row(prompt=4, rows=1, length=4, padding=2)
+    tokens, positions, segments = row.packed(jnp.array([[5, 6, 7, 0]]), jnp.array([[[6, 1, 7, 0]]]), packing)
+    assert tokens.tolist() == [[5, 6, 7, 0, 6, 1, 7, 0, 0, 0]]
+    # Of the text 5 6 1 and of the text 7; the slots that are text are those of segments 0 and 1.
+    text = np.array([[1, 0, 0, 0, 1, 1, 1, 0, 0, 0]])
+    assert (positions * text).tolist() == [[0, 0, 0, 0, 1, 2, 0, 0, 0, 0]]
+    assert segments.tolist() == [[0, 2, 2, 2, 0, 0, 1, 2, 2, 2]]
+
+
+def test_texts_of_a_packed_row_are_segments_of_their_own():
+    """For any lengths: two slots are of one segment where they are of one prompt, the last tokens of which are none."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = rng.integers(1, 4, (1, 3, 3))
+        prompts, sizes = lengths[..., 0], lengths[..., 1:]
+        packing = Packing.of(jnp.asarray(prompts), jnp.asarray(sizes), 10, 10)
+        row = Row.of(10, 2, 10, "cudnn")
+        inputs = jnp.ones((1, 2, 10), jnp.int32)
+        _, positions, segments = (np.asarray(x[0]) for x in row.packed(jnp.ones((1, 10), jnp.int32), inputs, packing))
+        assert len(segments) == 32 and (segments[30:] == 3).all()
+        for slot in range(3):
+            # The prompt but its last token, then each response from the prompt's last token on.
+            expected = list(range(prompts[0, slot] - 1))
+            for k in range(2):
+                expected += [prompts[0, slot] - 1 + token for token in range(sizes[0, slot, k])]
+            assert positions[segments == slot].tolist() == expected
 
 
 def _value_and_gradient(config, params, batch=BATCH):

@@ -74,8 +74,8 @@ def test_attend_is_softmax_over_both_segments(key_heads, soft_cap):
     own_mask[..., 0] = True
     bias = _normal(rng, heads, q, own)
     segments = [
-        Segment(*heads_first(shared_keys, shared_values), shared_mask),
-        Segment(*heads_first(own_keys, own_values), own_mask, bias),
+        Segment(*heads_first(jnp.asarray(shared_keys), jnp.asarray(shared_values)), shared_mask),
+        Segment(*heads_first(jnp.asarray(own_keys), jnp.asarray(own_values)), own_mask, bias),
     ]
     output = jax.jit(partial(attend, scale=0.3, soft_cap=soft_cap))(query, segments)
     full_bias = np.concatenate([np.zeros((heads, q, shared)), bias], -1)
@@ -106,13 +106,13 @@ def test_norm_by_hand(form, start):
 
 def test_attend_is_finite_where_a_whole_row_is_masked():
     rng = np.random.default_rng(1)
-    query, keys = _normal(rng, 1, 1, 2, 1, 3), _normal(rng, 1, 1, 4, 3)
-    segment = Segment(keys, keys, np.zeros((1, 1, 1, 4), bool))
+    query, keys = (jnp.asarray(_normal(rng, *shape)) for shape in ((1, 1, 2, 1, 3), (1, 1, 4, 3)))
+    segment = Segment(keys, keys, jnp.zeros((1, 1, 1, 4), bool))
 
     def total(query):
         return attend(query, [segment], scale=1.0).sum()
 
-    value, gradient = jax.jit(jax.value_and_grad(total))(jnp.asarray(query))
+    value, gradient = jax.jit(jax.value_and_grad(total))(query)
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 

@@ -3,10 +3,12 @@
 import dataclasses
 from functools import partial
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 from tiny_models import CONFIGS, SETTINGS, make_batch, random_params, texts
 
 from alignment_gap.data.batches.packing import Rows
@@ -56,6 +58,71 @@ def test_unpack_by_hand():
     rows, lengths = unpack(values, jnp.array([[[2], [0], [1]]]), -5.0)
     np.testing.assert_array_equal(rows[:, 0], [[1, 2, 0, 0], [-5, 0, 0, 0], [3, 0, 0, 0]])
     np.testing.assert_array_equal(lengths, [[2], [1], [1]])
+
+
+# One shape for all, so that nothing is compiled anew.
+SLOTS_OF_ROW, ROW_SIZE = 3, 10
+
+
+def row_lengths(columns):
+    return strategies.lists(
+        strategies.tuples(*[strategies.integers(0, 3)] * columns), min_size=SLOTS_OF_ROW, max_size=SLOTS_OF_ROW
+    )
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(lengths=row_lengths(3))
+def test_a_packed_row_token_by_token(lengths):
+    """Of slots with a prompt and two responses each, some of them empty: every token by a loop over texts."""
+    # A slot is empty or has a prompt and a token of each response.
+    lengths = np.array([(a, max(b, 1), max(c, 1)) if a else (0, 0, 0) for a, b, c in lengths])
+    prompt_size = response_size = ROW_SIZE
+    packing = Packing.of(
+        jnp.asarray(lengths[None, :, 0]), jnp.asarray(lengths[None, :, 1:]), prompt_size, response_size
+    )
+
+    def texts(column, size):
+        """(slot, position) of each token; None at padding."""
+        row = [(slot, place) for slot, length in enumerate(lengths[:, column]) for place in range(length)]
+        return row + [None] * (size - len(row))
+
+    prompts, rows = texts(0, prompt_size), [texts(1 + k, response_size) for k in range(2)]
+    last = np.asarray(packing.is_last()[0])
+    for place, text in enumerate(prompts):
+        if text:
+            assert (int(packing.prompts.slot[0, place]), int(packing.prompts.position[0, place])) == text
+            assert bool(last[place]) == (text[1] == lengths[text[0], 0] - 1)
+    within, across, inside = (
+        np.asarray(x[0]) for x in (packing.within_prompts(), packing.across(), packing.within_responses())
+    )
+    positions, real = np.asarray(packing.response_positions()[0]), np.asarray(packing.is_response[0])
+    for a, b in np.ndindex(prompt_size, prompt_size):
+        assert within[0, a, b] == ((prompts[a] or (None,))[0] == (prompts[b] or (None,))[0])
+    for k, row in enumerate(rows):
+        assert real[k].tolist() == [text is not None for text in row]
+        for a, text in enumerate(row):
+            if text is None:
+                continue
+            # A response's first input is the prompt's last token, at that token's place in the text.
+            assert positions[k, a] == lengths[text[0], 0] - 1 + text[1]
+            assert across[k, a].tolist() == [other is not None and other[0] == text[0] for other in prompts]
+            assert inside[k, a].tolist() == [other is not None and other[0] == text[0] for other in row]
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(lengths=row_lengths(2))
+def test_what_is_unpacked_are_the_responses_one_by_one(lengths):
+    lengths = np.array(lengths)
+    size = ROW_SIZE
+    values = np.arange(1.0, 1 + 2 * size).reshape(1, 2, size).astype(np.float32)
+    rows, found = unpack(jnp.asarray(values), jnp.asarray(lengths[None]), -5.0)
+    assert rows.shape == (len(lengths), 2, size)
+    starts = np.cumsum(lengths, axis=0) - lengths
+    for slot, k in np.ndindex(len(lengths), 2):
+        start, length = starts[slot, k], lengths[slot, k]
+        kept = values[0, k, start : start + length].tolist() if length else [-5.0]
+        assert rows[slot, k].tolist() == kept + [0.0] * (size - len(kept))
+        assert found[slot, k] == max(length, 1)
 
 
 def value_and_gradient(policy, batch, log_probs_of):

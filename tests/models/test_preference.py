@@ -1,5 +1,6 @@
 """The preference model: its context by hand, the sign rule, and that it can learn."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -11,7 +12,7 @@ from numpy_models import logits_of
 from tiny_models import make_batch, texts
 
 from alignment_gap.errors import UserError
-from alignment_gap.models import DecoderConfig, PreferenceModel, make_policy
+from alignment_gap.models import DecoderConfig, Output, PreferenceModel, make_policy
 from alignment_gap.models.preference import KINDS, Markers, join, pair_loss
 from alignment_gap.sharding import unbox
 from alignment_gap.training import preference_objective
@@ -187,6 +188,78 @@ def test_accuracy_counts_a_tie_as_half(policy, params):
     batch = type(BATCH)(BATCH.prompt_ids, *texts(BATCH), tied)
     _, diagnostics = jax.jit(preference_objective(model, jax.random.key(0)))(params, batch, jnp.int32(0))
     np.testing.assert_array_equal(diagnostics["accuracy"], 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    """A policy whose state is the sum of its inputs: a first response counts once, and all before a second one again.
+
+    The log-odds of the answer are (2 - 0) * state: the first answer has the embedding 2, the second 0.
+    """
+
+    config: None = None
+
+    def output(self, params):
+        return Output(jnp.zeros((13, 1)).at[MARKERS.first_better, 0].set(2.0), params)
+
+    def start_tokens(self, prompts, prompt_lengths):
+        return jnp.zeros_like(prompt_lengths)
+
+    def hidden(self, params, prompts, prompt_lengths, inputs, packing=None):
+        first = jnp.cumsum(jnp.where(inputs == MARKERS.second, 100, 0), -1) == 0
+        worth = jnp.where(inputs >= MARKERS.first, 0.0, jnp.where(first, 1.0, -1.5) * inputs.astype(jnp.float32))
+        return jnp.cumsum(worth, -1)[..., None]
+
+
+# Responses that are worth 3, 2 and 4; behind their ends is more.
+RESPONSES = jnp.array([[[1, 2, 7], [2, 6, 6], [4, 5, 5]]])
+COUNTED = (jnp.array([[5]]), jnp.array([1]), RESPONSES, jnp.array([[2, 1, 1]]))
+
+
+def counted(*pair):
+    """The batch of these two of the three responses."""
+    return (*COUNTED[:2], COUNTED[2][:, jnp.array(pair)], COUNTED[3][:, jnp.array(pair)])
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_a_pairwise_model_by_hand(unchecked):
+    """At the scale 0.5 the log-odds are the first's worth less 1.5 times the second's."""
+    model, scale = PreferenceModel(Counting(), MARKERS), 0.5
+    np.testing.assert_allclose(model.log_odds(scale, *counted(0, 1)), [3 - 1.5 * 2])
+    np.testing.assert_allclose(model.log_odds(scale, *counted(1, 0)), [2 - 1.5 * 3])
+    np.testing.assert_allclose(model.log_odds(scale, *counted(2, 0)), [4 - 1.5 * 3])
+    # Hard by which order gives the larger answer, soft by the mean of r and of 1 - r swapped.
+    np.testing.assert_array_equal(model.preferences(scale, *counted(0, 1)), [1.0])
+    np.testing.assert_array_equal(model.preferences(scale, *counted(0, 2)), [0.0])
+    soft = model.preferences(scale, *counted(0, 1), soft=True)
+    np.testing.assert_allclose(soft, [(sigmoid(0.0) + 1 - sigmoid(-2.5)) / 2], rtol=1e-6)
+    np.testing.assert_allclose(1 - soft, model.preferences(scale, *counted(1, 0), soft=True), rtol=1e-6)
+    # Of three responses each has two others; the worths are 3, 2 and 4.
+    np.testing.assert_array_equal(model.scores(scale, *COUNTED), [[0.5, 0.0, 1.0]])
+    pairs = {
+        (i, j): float(model.preferences(scale, *counted(i, j), soft=True)[0])
+        for i, j in itertools.permutations(range(3), 2)
+    }
+    expected = [[(pairs[i, (i + 1) % 3] + pairs[i, (i + 2) % 3]) / 2 for i in range(3)]]
+    np.testing.assert_allclose(model.scores(scale, *COUNTED, labels="soft"), expected, rtol=1e-5)
+
+
+def test_a_bradley_terry_model_by_hand(unchecked):
+    """Each response is read alone, as a first one, so that its reward is its worth at the scale 0.5."""
+    model, scale = PreferenceModel(Counting(), MARKERS, "bradley_terry"), 0.5
+    np.testing.assert_allclose(model.scores(scale, *COUNTED, labels="rewards"), [[3.0, 2.0, 4.0]])
+    np.testing.assert_allclose(model.log_odds(scale, *counted(0, 2)), [-1.0])
+    np.testing.assert_array_equal(model.preferences(scale, *counted(0, 2)), [0.0])
+    np.testing.assert_allclose(model.preferences(scale, *counted(0, 2), soft=True), [sigmoid(-1.0)], rtol=1e-6)
+    np.testing.assert_array_equal(model.scores(scale, *COUNTED), [[0.5, 0.0, 1.0]])
+    soft = [[sigmoid(1) + sigmoid(-1), sigmoid(-1) + sigmoid(-2), sigmoid(1) + sigmoid(2)]]
+    np.testing.assert_allclose(model.scores(scale, *COUNTED, labels="soft"), np.array(soft) / 2, rtol=1e-5)
+    # One response alone has a reward too.
+    one = (*COUNTED[:2], COUNTED[2][:, :1], COUNTED[3][:, :1])
+    np.testing.assert_allclose(model.scores(scale, *one, labels="rewards"), [[3.0]])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -53,7 +53,7 @@ def test_frequencies_by_hand():
     linear = dataclasses.replace(CONFIG, rope_scaling="linear", rope_scaling_factor=4.0, rope_local_base=16.0)
     np.testing.assert_allclose(frequencies(linear), [0.25, 0.025, 0.0025, 0.00025])
     np.testing.assert_allclose(frequencies(linear, local=True), [1.0, 0.5, 0.25, 0.125])
-    np.testing.assert_allclose(frequencies(dataclasses.replace(linear, rope_local_base=0.0), local=True)[0], 0.25)
+    np.testing.assert_allclose(frequencies(dataclasses.replace(linear, rope_local_base=None), local=True)[0], 0.25)
 
 
 def test_llama_slows_only_what_turns_seldom_in_the_original_context():

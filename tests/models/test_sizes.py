@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from alignment_gap.cli import train
+from alignment_gap.cli.gin_files import read_config
 from alignment_gap.configuration import to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.models import count_parameters, make_policy, sizes
@@ -94,14 +94,14 @@ def test_mt5_large_and_byt5_differ_by_their_vocabulary_only():
 
 @pytest.mark.parametrize("name", sizes.NAMES)
 def test_the_gin_file_of_a_size_builds_it(name):
-    config = train.read_config(["runs/sft.gin", f"models/{name}.gin"], ["DATASET='pairs'"])
+    config = read_config(["runs/sft.gin", f"models/{name}.gin"], ["DATASET='pairs'"])
     assert config.model == sizes.get(name)
     assert json.loads(json.dumps(to_dict(config.model))) == to_dict(config.model)
 
 
 def test_a_field_of_a_gin_file_can_be_set():
     overrides = ["DATASET='pairs'", "VOCABULARY_SIZE=384", "T5Config.dtype='bfloat16'"]
-    config = train.read_config(["runs/sft.gin", "models/t5_xl.gin"], overrides)
+    config = read_config(["runs/sft.gin", "models/t5_xl.gin"], overrides)
     assert config.model == sizes.get("t5_xl", vocabulary_size=384, dtype="bfloat16")
 
 

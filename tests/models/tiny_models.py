@@ -9,6 +9,7 @@ import numpy as np
 
 from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.models import DecoderConfig, T5Config
+from alignment_gap.models.policy import Output
 from alignment_gap.sharding import MeshConfig, unbox
 
 # Every size differs from every other where it can, so that a swapped axis shows.
@@ -110,3 +111,28 @@ def make_batch(prompts, *, responses=2, prompt_length=6, response_length=5, voca
 def texts(batch):
     """The arrays of a batch that models read."""
     return batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Unigram:
+    """The least that is a policy: one distribution over tokens, whatever came before; it only scores."""
+
+    config: None = None
+
+    def init(self, key):
+        return {"logits": jnp.linspace(-1.0, 1.0, 16)}
+
+    def output(self, params):
+        return Output(params["logits"][:, None], 1.0)
+
+    def start_tokens(self, prompts, prompt_lengths):
+        return jnp.zeros_like(prompt_lengths)
+
+    def hidden(self, params, prompts, prompt_lengths, inputs, packing=None):
+        return jnp.ones((*inputs.shape, 1))
+
+    def prefill(self, params, prompts, prompt_lengths, samples, max_length):
+        raise NotImplementedError
+
+    def decode_step(self, params, cache, step, tokens):
+        raise NotImplementedError

@@ -7,6 +7,8 @@ from trl.data_utils import apply_chat_template, is_conversational, maybe_extract
 
 from alignment_gap.data.text.chat import Template, split_answers
 from alignment_gap.data.text.forms import Parsing, parse_own
+from alignment_gap.data.text.pair import Fields, TextPair
+from alignment_gap.data.text.trl import roles_of
 
 TEMPLATES = {
     "gemma": (
@@ -42,6 +44,11 @@ CHATS = [
     [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "é\n\n日本"}],
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b "}, {"role": "user", "content": " c"}],
 ]
+
+
+def read(record: dict, template: Template) -> TextPair:
+    """The pair of the first record of a source."""
+    return parse_own(record, Parsing(roles_of(Fields(record)), template=template))
 
 
 def both_of(source: str) -> tuple[Template, PreTrainedTokenizerFast]:
@@ -97,7 +104,7 @@ def test_preference_records_are_read_as_trl_reads_them(both, record):
     row = maybe_extract_prompt(dict(record))
     if is_conversational(row):
         row = apply_chat_template(row, theirs)
-    pair = parse_own(record, Parsing(template=ours))
+    pair = read(record, ours)
     assert (pair.prompt, *pair.responses) == (row["prompt"], row["chosen"], row["rejected"])
 
 
@@ -106,5 +113,5 @@ def test_unpaired_records_are_read_as_trl_reads_them(both, label):
     ours, theirs = both
     record = {"prompt": SKY, "completion": BLUE, "label": label}
     row = apply_chat_template(dict(record), theirs)
-    pair = parse_own(record, Parsing(template=ours))
+    pair = read(record, ours)
     assert (pair.prompt, *pair.responses, *pair.scores) == (row["prompt"], row["completion"], float(label))

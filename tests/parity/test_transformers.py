@@ -13,7 +13,7 @@ import torch
 from transformers_harness import our_logits, random_model, reload, their_logits
 
 from alignment_gap.checkpoints import Network, check_entries, imported, open_checkpoint, write_checkpoint
-from alignment_gap.checkpoints.huggingface import open_source, write
+from alignment_gap.checkpoints.huggingface import open_foreign, write
 from alignment_gap.models import make_policy, score
 
 T5 = {
@@ -116,7 +116,7 @@ def params_of(tensors):
 
 
 def through_our_checkpoint(folder, run):
-    source = open_source(folder)
+    source = open_foreign(folder)
     check_entries(str(folder), source.tensors, source.entries, source.ignored)
     write_checkpoint(run, 0, Network(model=source.model), imported(source.tensors, source.entries))
     return open_checkpoint(run)

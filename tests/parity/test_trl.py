@@ -146,7 +146,7 @@ DPO_CASES = [
     (
         "sigmoid",
         {"use_weighting": True},
-        "wpo with log collisions",
+        'wpo, alignment="sampled"',
         lambda n: losses.wpo(
             n["chosen_token_logps"],
             n["rejected_token_logps"],
@@ -157,6 +157,7 @@ DPO_CASES = [
             chosen_log_collisions=n["chosen_log_collisions"],
             rejected_log_collisions=n["rejected_log_collisions"],
             beta=0.3,
+            alignment="sampled",
         ),
     ),
     # TRL averages over all tokens of the batch; here every example counts for itself.
@@ -367,9 +368,11 @@ def test_grpo_trainer(loss_type, groups, settings, label):
     agree(f"GRPO `{loss_type}`", "beta=0.1", label, (value, theirs.item()), (gradient, logps.grad.numpy()))
 
 
-def test_rloo_trainer():
-    """TRL's value is that of a ratio, ours that of a log-prob: at the sampling policy the gradients are the same."""
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_rloo_trainer(on_policy):
+    """TRL's value is always that of a ratio; without `old_logps` ours has the same gradient at the sampling policy."""
     logps = tensor(LOGPS, gradient=True)
+    old = total(LOGPS) + (0.0 if on_policy else jnp.asarray(RNG.normal(0, 0.3, 2 * PAIRS), jnp.float32))
     rewards = tensor(SCORES).reshape(GROUPS, -1)
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     instance = trainer(
@@ -385,11 +388,18 @@ def test_rloo_trainer():
         "completion_ids": mask,
         "completion_mask": mask,
         "advantages": (rewards - others).reshape(-1),
-        "old_logps": (logps * mask).sum(1).detach(),
+        "old_logps": tensor(old),
     }
     theirs = instance._compute_loss(None, inputs)
     theirs.backward()
-    gradient = jax.grad(lambda logps: jnp.mean(losses.rloo(in_groups(total(logps)), in_groups(SCORES))))(
-        jnp.asarray(LOGPS)
-    )
-    agree("RLOO", "at the sampling policy", "`rloo`, gradient only", (0.0, 0.0), (gradient, logps.grad.numpy()))
+
+    def mean(logps):
+        sampler = None if on_policy else in_groups(old)
+        return jnp.mean(losses.rloo(in_groups(total(logps)), in_groups(SCORES), None, sampler, clip=0.2))
+
+    value, gradient = jax.value_and_grad(mean)(jnp.asarray(LOGPS))
+    gradients = gradient, logps.grad.numpy()
+    if on_policy:
+        agree("RLOO", "at the sampling policy", "`rloo`, gradient only", (0.0, 0.0), gradients)
+    else:
+        agree("RLOO", "old log-probs", "`rloo, clip=0.2` with `old_logps`", (value, theirs.item()), gradients)

@@ -1,40 +1,167 @@
-"""FLOPs of a config against a count by hand and against XLA's, where no loop hides a part from XLA."""
+"""FLOPs of traced programs against counts by hand, and against XLA's where no loop hides a part from it."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import pytest
+from planning import DECODER, SHAPE, T5, config_of, facts_of, program_of, replaced
 
-from alignment_gap.models import DecoderConfig, T5Config, make_policy, score
-from alignment_gap.plan import flops
-from alignment_gap.plan.flops import Lengths
-from alignment_gap.sharding import unbox
+from alignment_gap.jobs.config import LossConfig, OnlineConfig
+from alignment_gap.models import make_policy, score
+from alignment_gap.plan.flops import count_flops
+from alignment_gap.plan.programs import _flops, build
+from alignment_gap.plan.steps import Program
+from alignment_gap.sharding import MeshConfig, make_mesh, unbox
 
-LENGTHS = Lengths(batch=2, prompt=24, samples=2, response=16)
-T5 = T5Config(vocabulary_size=256, width=128, encoder_layers=2, decoder_layers=2, heads=4, head_size=32, mlp_width=192)
-DECODER = DecoderConfig(vocabulary_size=256, width=128, layers=2, heads=4, kv_heads=2, head_size=32, mlp_width=192)
-
-
-def test_t5_by_hand():
-    prompts, responses = 2 * 24, 2 * 2 * 16
-    square, mlp = 2 * 128 * 128, 3 * 2 * 128 * 192
-    encoder = prompts * (4 * square + mlp)
-    decoder = responses * (6 * square + mlp) + prompts * 2 * square
-    forward = flops.forward_flops(T5, LENGTHS)
-    assert forward.products == 2 * encoder + 2 * decoder
-    assert forward.attention == 2 * 4 * 128 * (prompts * 24 + responses * (16 + 24))
-    assert forward.logits == responses * 2 * 128 * 256
-    assert flops.update_flops(T5, LENGTHS) == 3 * forward.total
+PROMPTS, RESPONSES = 8 * 24, 8 * 2 * 16
+# A token's FLOPs in one layer: a projection between width and heads, one matrix of the MLP.
+PROJECTION, MATRIX = 2 * 64 * 128, 2 * 64 * 96
+LOGITS = RESPONSES * 2 * 64 * 256
 
 
-def test_decoder_by_hand():
-    tokens, responses = 2 * 24 + 2 * 2 * 16, 2 * 2 * 16
-    layer = 2 * 2 * 128 * 128 + 2 * 2 * 128 * 64 + 3 * 2 * 128 * 192
-    forward = flops.forward_flops(DECODER, LENGTHS)
-    assert forward.products == 2 * tokens * layer
-    assert forward.attention == 2 * 4 * 128 * (2 * 24 * 24 + responses * (24 + 16))
-    assert forward.logits == responses * 2 * 128 * 256
+def count(function, *shapes):
+    return count_flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
+
+
+def test_a_product_is_two_flops_for_each_multiply_add():
+    assert count(jnp.matmul, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+    assert count(lambda x, y: jnp.einsum("bij,bkj->bik", x, y), (4, 3, 5), (4, 7, 5)) == 4 * 2 * 3 * 5 * 7
+    assert count(lambda x: jnp.sin(x) + x, (3, 5)) == 0
+
+
+def test_loops_count_as_often_as_they_run():
+    def scanned(x):
+        return jax.lax.scan(lambda carry, _: (carry @ x, None), x, length=6)[0]
+
+    def nested(x):
+        return jax.lax.fori_loop(0, 5, lambda _, carry: scanned(carry), x)
+
+    assert count(scanned, (4, 4)) == 6 * 2 * 4**3
+    assert count(nested, (4, 4)) == 5 * 6 * 2 * 4**3
+
+
+def test_a_loop_that_may_stop_sooner_counts_to_its_bound():
+    def until(x):
+        def unfinished(state):
+            return (state[0] < 7) & (state[1].sum() < 1e6)
+
+        return jax.lax.while_loop(unfinished, lambda state: (state[0] + 1, state[1] @ x), (0, x))
+
+    assert count(until, (4, 4)) == 7 * 2 * 4**3
+
+
+def test_of_branches_the_dearest_counts_and_calls_count_once():
+    def branched(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x @ x)
+
+    called = jax.jit(lambda x: x @ x)
+    assert count(branched, (4, 4)) == 2 * 2 * 4**3
+    assert count(lambda x: called(x) + jax.checkpoint(called)(x), (4, 4)) == 2 * 2 * 4**3
+
+
+def t5_forward():
+    """Products without the logits, attention, and the products whose results no gradient needs."""
+    encoder = PROMPTS * (4 * PROJECTION + 3 * MATRIX)
+    decoder = RESPONSES * (6 * PROJECTION + 3 * MATRIX) + PROMPTS * 2 * PROJECTION
+    attention = PROMPTS * 24 + RESPONSES * (16 + 24)
+    return 2 * (encoder + decoder), 2 * 2 * 2 * 128 * attention, 2 * (PROMPTS + RESPONSES) * MATRIX
+
+
+def decoder_forward():
+    """As of the T5. Attention and MLP stand side by side, so that neither's last product is needed."""
+    layer = 4 * PROJECTION + 3 * MATRIX
+    attention = PROMPTS * 24 + RESPONSES * (24 + 16)
+    unneeded = 2 * (PROMPTS + RESPONSES) * (PROJECTION + MATRIX)
+    return 2 * (PROMPTS + RESPONSES) * layer, 2 * 2 * 2 * 128 * attention, unneeded
+
+
+FORWARD = {"t5": (T5, *t5_forward()), "decoder": (DECODER, *decoder_forward())}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig())
+
+
+def flops_of(program, mesh, **job):
+    """All FLOPs of a program, and those that the model needs."""
+    return _flops(program, config_of(program, **job).job, mesh)
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_scores_by_hand(name, mesh):
+    model, products, attention, _ = FORWARD[name]
+    expected = products + attention + LOGITS
+    assert flops_of(program_of("score", model), mesh) == (expected, expected)
+
+
+@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_an_update_is_three_forward_passes_and_what_remat_computes_again(name, remat, mesh):
+    model, products, attention, unneeded = FORWARD[name]
+    again = {"none": 0, "dots": attention, "full": products + attention - unneeded}[remat]
+    needed = 3 * (products + attention + LOGITS)
+    assert flops_of(program_of("update", dataclasses.replace(model, remat=remat)), mesh) == (needed + again, needed)
+
+
+def test_logits_in_blocks_are_computed_again(mesh):
+    # 64 MiB of float32 logits a device are 8 * 2**24 values; 256 tokens of a vocabulary of 2**20 are twice as many.
+    model = dataclasses.replace(DECODER, vocabulary_size=2**20)
+    flops, needed = flops_of(program_of("update", model), mesh)
+    assert flops - needed == RESPONSES * 2 * 64 * 2**20
+
+
+def test_microbatches_do_the_same_work(mesh):
+    program = replaced(program_of("update"), batch=16)
+    assert flops_of(program, mesh, microbatches=2) == flops_of(program, mesh)
+
+
+@pytest.mark.parametrize("model", [T5, DECODER], ids=["t5", "decoder"])
+def test_sampling_computes_what_scoring_its_samples_does(model, mesh):
+    sampled = flops_of(program_of("sample", model), mesh, source=OnlineConfig())
+    assert sampled == flops_of(program_of("score", model), mesh)
+
+
+def test_a_mixture_runs_both_networks(mesh):
+    once = flops_of(program_of("sample"), mesh, source=OnlineConfig())
+    mixed = flops_of(program_of("sample"), mesh, source=OnlineConfig(mixture=0.5))
+    assert mixed == (2 * once[0], 2 * once[1])
+
+
+def test_divergence_runs_both_networks(mesh):
+    one = replaced(program_of("score"), samples=1)
+    once = flops_of(one, mesh)
+    assert flops_of(dataclasses.replace(one, kind="divergence"), mesh) == (2 * once[0], 2 * once[1])
+
+
+@pytest.mark.parametrize(("samples", "pairs"), [(2, 1), (4, 6)])
+def test_a_preference_model_reads_each_pair_in_both_orders(samples, pairs, mesh):
+    judge = replaced(program_of("judge", T5), samples=samples)
+    tokens = 8 * 2 * (2 * 16 + 4)  # Two orders of both responses, three markers and the answer.
+    encoder = PROMPTS * (4 * PROJECTION + 3 * MATRIX)
+    decoder = tokens * (6 * PROJECTION + 3 * MATRIX) + PROMPTS * 2 * PROJECTION
+    attention = 2 * 2 * 128 * (PROMPTS * 24 + tokens * (2 * 16 + 4 + 24))
+    answers = 8 * 2 * 2 * 2 * 64  # Two label tokens for each order.
+    assert flops_of(judge, mesh)[0] == pairs * (2 * (encoder + decoder + attention) + answers)
+
+
+def test_a_second_source_is_trained_on_too(mesh):
+    one = dataclasses.replace(SHAPE, samples=1)
+    update = Program("update", "update", facts_of(DECODER, fresh=one))
+    job = {"loss": LossConfig("hypo"), "fresh": OnlineConfig(samples=1)}
+    of_pairs, of_one = (flops_of(replaced(program_of("score"), samples=k), mesh)[0] for k in (2, 1))
+    assert flops_of(update, mesh, **job) == (3 * (of_pairs + of_one),) * 2
+
+
+def test_responses_of_other_prompts_have_no_gradient(mesh):
+    forward = flops_of(program_of("score"), mesh)[0]
+    assert flops_of(program_of("update"), mesh, loss=LossConfig("kto")) == (4 * forward, 4 * forward)
+
+
+def test_a_fused_kernel_counts_as_the_plain_form(mesh):
+    fused = program_of("update", dataclasses.replace(DECODER, attention="splash"))
+    assert flops_of(fused, mesh) == flops_of(program_of("update"), mesh)
 
 
 @pytest.mark.parametrize("config", [T5, DECODER], ids=["t5", "decoder"])
@@ -42,41 +169,21 @@ def test_xla_counts_as_much_and_a_little_for_norms_and_softmax(config):
     depth = config.decoder_layers if config is T5 else config.layers
     policy = make_policy(dataclasses.replace(config, scan_unroll=depth))
     params = unbox(jax.eval_shape(policy.init, jax.random.key(0)))
-    shapes = [(2, 24), (2,), (2, 2, 16), (2, 2)]
-    texts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
-    lowered = jax.jit(lambda *arrays: score(policy, *arrays)).lower(params, *texts)
+    texts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in [(2, 24), (2,), (2, 2, 16), (2, 2)]]
+    scores = jax.jit(lambda *arrays: score(policy, *arrays))
+    expected = count_flops(scores.trace(params, *texts).jaxpr)
+    lowered = scores.lower(params, *texts)
     assert "stablehlo.while" not in lowered.as_text()
-    expected = flops.forward_flops(config, LENGTHS).total
     if config is DECODER:
-        # Nothing reads the prompt's last layer but its keys and values; XLA leaves the rest of it out.
-        expected -= 2 * 24 * (2 * 2 * 128 * 128 + 3 * 2 * 128 * 192 + 4 * 128 * 24)
-    counted = lowered.compile().cost_analysis()["flops"]
-    assert expected < counted < 1.05 * expected
+        # Only the keys and values of the prompt's last layer are read; XLA leaves its other products out.
+        expected -= 2 * 24 * (2 * PROJECTION + 3 * MATRIX + 4 * 128 * 24)
+    assert expected < lowered.compile().cost_analysis()["flops"] < 1.1 * expected
 
 
-def test_remat_says_what_is_computed_again():
-    forward = flops.forward_flops(T5, LENGTHS)
-    again = {
-        remat: flops.recomputed_flops(dataclasses.replace(T5, remat=remat), LENGTHS)
-        for remat in ("none", "dots", "full")
-    }
-    assert again == {
-        "none": forward.logits,
-        "dots": forward.attention + forward.logits,
-        "full": forward.total,
-    }
-
-
-def test_sampling_is_a_prefill_and_a_decoding_step_for_each_token():
-    parts = flops.prefill_flops(T5, LENGTHS) + 16 * flops.decode_flops(T5, LENGTHS)
-    assert parts == pytest.approx(flops.forward_flops(T5, LENGTHS).total)
-    # Keys and values of 2 layers, 4 heads of 32, for 2 prompts of 24 and their 4 responses of 16, in float32.
-    assert flops.cache_bytes(T5, LENGTHS) == 2 * 4 * 2 * 4 * 32 * (2 * 24 + 4 * 16)
-    assert flops.cache_bytes(dataclasses.replace(DECODER, dtype="bfloat16"), LENGTHS) == 2 * 2 * 2 * 2 * 32 * 112
-
-
-def test_a_preference_model_reads_each_pair_in_both_orders():
-    contexts = Lengths(batch=2, prompt=24, samples=2, response=2 * 16 + 4)
-    once = flops.forward_flops(T5, contexts, logits=False).total
-    assert flops.scores_flops(T5, LENGTHS) == once
-    assert flops.scores_flops(T5, dataclasses.replace(LENGTHS, samples=4)) == 6 * once
+def test_the_forward_pass_of_an_update_has_no_optimizer(mesh):
+    update = program_of("update")
+    function, arguments, params = build(dataclasses.replace(update, kind="forward"), config_of().job, mesh)
+    losses, diagnostics = jax.eval_shape(function, *arguments)
+    assert losses.shape == (8,)
+    assert "accuracy" in diagnostics
+    assert arguments[0] is params

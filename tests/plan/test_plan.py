@@ -1,139 +1,186 @@
 """Plans of made-up compilations that add up by hand."""
 
 import dataclasses
-import json
+import math
+import os
 
 import pytest
+from made_up import JUDGE, POLICY, compile_, online_config, plan_of, update_config
+from planning import CPU, DECODER, T5, config_of, program_of, replaced
 
 from alignment_gap.errors import UserError
-from alignment_gap.models import DecoderConfig, T5Config
+from alignment_gap.models import DecoderConfig
 from alignment_gap.plan.chips import GIB, parse_topology
-from alignment_gap.plan.flops import Lengths
-from alignment_gap.plan.plan import PlanConfig, make_plan
+from alignment_gap.plan.plan import cache_bytes, make_plan
 from alignment_gap.plan.programs import Compiled
-from alignment_gap.plan.report import as_json, as_text, write_picture
-from alignment_gap.sharding import MeshConfig
 from alignment_gap.training import OptimizerConfig
 
-POLICY = T5Config(vocabulary_size=256, dtype="bfloat16", remat="full")
-PROXY, GOLDEN = dataclasses.replace(POLICY, width=32), dataclasses.replace(POLICY, width=128)
-PARAMETERS = {POLICY: GIB, dataclasses.replace(POLICY, remat="none"): GIB, PROXY: 0.25 * GIB, GOLDEN: 2 * GIB}
-CONFIG = PlanConfig(
-    POLICY, parse_topology("v5e:2x4"), MeshConfig(layout="fsdp"), Lengths(64, 1024, 2, 128), search=False
-)
 
-
-def compile_(request):
-    """State of three times the parameters; 0.1 GiB of temporaries a prompt, half of it for other programs; code."""
-    update, parameters = request.program == "update", int(PARAMETERS[request.model])
-    state = 3 * parameters if update else 0
-    temporaries = int((0.1 if update else 0.05) * GIB * request.lengths.batch)
-    if temporaries > 12 * GIB:
-        return Compiled(parameters, state, exceeded=int(state or parameters) + temporaries)
-    return Compiled(
-        parameters=parameters,
-        state=state,
-        arguments=state or parameters,
-        outputs=state,
-        aliased=state,
-        temporaries=temporaries,
-        code=int(0.125 * GIB),
-        traffic=int(819e9),
-    )
-
-
-def plan_of(**changes):
-    return make_plan(dataclasses.replace(CONFIG, **changes), compile_, say=lambda line: None)
+def gib(sizes):
+    return {name: size / GIB for name, size in sizes.items()}
 
 
 def test_an_offline_step_is_the_update_alone():
-    plan = plan_of()
-    assert [(part.name, part.in_step) for part in plan.parts] == [
-        ("update", True),
-        ("sampling", False),
-        ("labels", False),
-    ]
-    assert plan.needed == pytest.approx((3 + 0.125 + 6.4) * GIB, rel=1e-6)
+    plan = plan_of(update_config())
+    assert [part.program.name for part in plan.parts] == ["update"]
+    assert gib(plan.resident) == {"policy and optimizer": 3.0, "code": 0.25}
+    assert plan.working == pytest.approx(6.4 * GIB)
+    assert plan.needed == pytest.approx((3 + 0.25 + 6.4) * GIB)
     assert plan.fits
-    assert plan.step_seconds == pytest.approx(1.0)
     assert plan.advice == ()
+    assert plan.largest_batch is None
 
 
-def test_online_all_four_networks_stay_and_one_program_works_at_a_time():
-    plan = plan_of(proxy=PROXY, golden=GOLDEN)
-    assert {name: size / GIB for name, size in plan.resident.items()} == {
-        "policy and optimizer": 3.0,
-        "reference": 1.0,
-        "proxy labels": 0.25,
-        "golden labels": 2.0,
-        "code": 5 * 0.125,
-    }
-    assert plan.working == pytest.approx(6.4 * GIB, rel=1e-6)
-    assert plan.needed == pytest.approx((6.25 + 0.625 + 6.4) * GIB, rel=1e-6)
-    assert plan.step_seconds == pytest.approx(5.0)
+def test_online_all_networks_stay_and_one_program_works_at_a_time():
+    plan = plan_of(online_config())
+    assert [part.program.name for part in plan.parts] == ["update", "sample", "judge", "score"]
+    assert gib(plan.resident) == {"policy and optimizer": 3.0, "judge": 0.25, "score": 1.0, "code": 4 * 0.25}
+    assert plan.working == pytest.approx(6.4 * GIB)
+    assert plan.needed == pytest.approx((4.25 + 1.0 + 6.4) * GIB)
+
+
+def test_programs_that_hold_no_policy_of_a_step_have_no_state():
+    plan = plan_of(update_config(programs=(program_of("judge", JUDGE, holds=True),), batch=64))
+    assert gib(plan.resident) == {"judge": 0.25, "code": 0.25}
+
+
+def test_the_time_of_a_step_is_that_of_its_programs_one_after_another():
+    # Every program moves a second's traffic, and computes for half a second on each of the eight devices.
+    plan = plan_of(online_config())
+    assert [part.times.bound for part in plan.parts] == ["hbm"] * 4
+    assert plan.step_seconds == pytest.approx(4.0)
+    # Of what the update computes three quarters are the model's.
+    assert plan.utilisation == pytest.approx((0.75 + 3) * 0.5 / 4.0)
+
+
+def test_what_cannot_be_compiled_takes_for_ever():
+    plan = plan_of(update_config(batch=256))
+    assert plan.parts[0].times is None
+    assert plan.step_seconds == math.inf
+    assert not plan.fits
+
+
+def test_a_sampler_tells_the_least_time_of_a_token():
+    update, sample, *_ = plan_of(online_config()).parts
+    assert (update.tokens, update.token_seconds) == (0, 0.0)
+    assert sample.tokens == 128
+    # Parameters are read in half of float32's bytes, each device reads its part of the cache.
+    cache = cache_bytes(sample.program) / 8
+    assert sample.token_seconds == pytest.approx((0.5 * GIB + cache) / 819e9)
+
+
+@pytest.mark.parametrize(("model", "heads"), [(T5, 8), (DECODER, 8), (dataclasses.replace(DECODER, kv_heads=2), 2)])
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_a_cache_is_keys_and_values_of_prompts_and_samples(model, heads, dtype, width):
+    sample = program_of("sample", dataclasses.replace(model, dtype=dtype))
+    # Two layers; 8 prompts of 24 tokens, each once, and 16 samples of 16.
+    keys_and_values = 2 * 2 * heads * 16 * (8 * 24 + 16 * 16) * width
+    # And a few bytes a prompt that say how long it is.
+    assert keys_and_values <= cache_bytes(sample) <= keys_and_values + 8 * 24
 
 
 @pytest.mark.parametrize("batch", [8, 64, 512])
 def test_the_largest_batch_is_found_from_either_side(batch):
-    # 3 + 0.125 GiB stay: (15.75 - 3.125) / 0.1 = 126 prompts, of which the compiler refuses more than 120.
-    lengths = dataclasses.replace(CONFIG.lengths, batch=batch)
+    # 3 + 0.25 GiB stay: (15.75 - 3.25) / 0.1 = 125 prompts, of which the compiler refuses more than 120.
     asked = []
 
-    def recorded(request):
-        asked.append(request)
-        return compile_(request)
+    def recorded(config, program):
+        asked.append(program.batch.batch)
+        return compile_(config, program)
 
-    plan = make_plan(
-        dataclasses.replace(CONFIG, lengths=lengths, search=True, evaluate=False), recorded, lambda _: None
-    )
+    plan = make_plan(update_config(batch=batch, search=True), recorded, lambda line: None)
     assert plan.largest_batch == 120
-    assert 120 in [request.lengths.batch for request in asked]
+    assert 120 in asked
     assert len(asked) <= 5
 
 
-def test_what_does_not_fit_says_by_how_much_and_what_would_help():
-    plan = plan_of(lengths=dataclasses.replace(CONFIG.lengths, batch=256), evaluate=False, search=True)
-    text = as_text(plan)
-    assert not plan.fits
-    # 3 GiB of state and 25.6 of temporaries.
-    assert f"{3 + 25.6 - 15.75:.2f} GiB a device too many" in text
-    assert "--batch=120" in text
-    assert "--microbatches=32" in text
-    assert "--optimizer=adafactor: 2.0 GiB less" in text
-    assert "16 devices" in text
-    assert "--remat" not in text
-    assert as_json(plan)["step_seconds"] is None
+def test_the_largest_batch_is_a_multiple_of_its_parts():
+    plan = plan_of(update_config(batch=64, search=True, microbatches=4))
+    # Four microbatches over eight devices: 96, for 128 are more than 120.
+    assert plan.largest_batch == 96
+
+
+def test_only_the_neediest_program_is_compiled_again():
+    asked = []
+
+    def recorded(config, program):
+        asked.append((program.name, program.batch.batch))
+        return compile_(config, program)
+
+    make_plan(dataclasses.replace(online_config(), search=True), recorded, lambda line: None)
+    assert asked[:4] == [("update", 64), ("sample", 64), ("judge", 64), ("score", 64)]
+    assert {name for name, _ in asked[4:]} == {"update"}
+
+
+def test_no_batch_fits_where_the_state_alone_does_not():
+    large = dataclasses.replace(POLICY, width=1024)
+    plan = plan_of(update_config(model=large, batch=16, search=True))
+    assert plan.largest_batch == 0
+    assert not any("--batch" in line and "largest" in line for line in plan.advice)
+
+
+def test_memory_that_does_not_grow_with_the_batch_ends_the_search():
+    def constant(config, program):
+        return Compiled(parameters=1, state=3, arguments=3, temporaries=5)
+
+    plan = make_plan(update_config(batch=64, search=True), constant, lambda line: None)
+    assert plan.largest_batch > 64
+
+
+def test_what_does_not_fit_says_what_would_help():
+    plan = plan_of(update_config(batch=256, search=True))
+    # 3 GiB of state and 25.6 of temporaries; the compiler says no more where it gives up.
+    assert plan.needed == pytest.approx((3 + 25.6) * GIB)
+    assert [line.partition(":")[0] for line in plan.advice] == [
+        "--microbatches=32",
+        "--batch=120",
+        "--layout=fsdp_tensor",
+        "--optimizer=adafactor",
+        "a slice of 16 devices",
+    ]
+    assert "2.0 GiB less" in plan.advice[3]
+    assert f"{(3 + 25.6) / 15.75:.1f} times" in plan.advice[4]
 
 
 def test_settings_that_are_not_yet_taken_are_named():
-    config = DecoderConfig()
-    assert config.remat == "none"
-    PARAMETERS[config] = 8 * GIB
-    text = as_text(plan_of(model=config, evaluate=False, mesh=MeshConfig(layout="data")))
-    for setting in ("--remat=full", "--layout=fsdp", "--dtype=bfloat16"):
-        assert setting in text
-    adafactor = plan_of(model=config, evaluate=False, optimizer=OptimizerConfig("adafactor"))
-    assert "--optimizer" not in as_text(adafactor)
+    plan = plan_of(update_config(model=DecoderConfig(width=512), layout="data"))
+    assert not plan.fits
+    settings = {line.partition(":")[0] for line in plan.advice}
+    assert {"--remat=full", "--layout=fsdp", "--dtype=bfloat16", "--batch=8"} <= settings
+    adafactor = plan_of(update_config(batch=256, optimizer=OptimizerConfig("adafactor")))
+    assert not any("optimizer" in line for line in adafactor.advice)
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_refused_before_anything_is_compiled():
-    def never(request):
+def test_a_job_that_trains_nothing_is_not_told_how_to_train():
+    plan = plan_of(update_config(programs=(program_of("judge", JUDGE, holds=True),), batch=2048))
+    assert not plan.fits
+    assert not any(word in line for line in plan.advice for word in ("remat", "microbatches", "optimizer"))
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_batch_that_the_mesh_does_not_divide_is_refused_before_anything_is_compiled(microbatches):
+    def never(config, program):
         raise AssertionError("compiled")
 
-    config = dataclasses.replace(CONFIG, lengths=dataclasses.replace(CONFIG.lengths, batch=12))
-    with pytest.raises(UserError, match=r"batch is 12: .* multiple of 8"):
-        make_plan(config, never)
+    batch = 12 if microbatches == 1 else 8
+    with pytest.raises(UserError, match=rf"batch is {batch}: it must be a multiple of .* {8 * microbatches}"):
+        make_plan(update_config(batch=batch, microbatches=microbatches), never)
 
 
-def test_json_and_picture(tmp_path):
-    plan = plan_of(proxy=PROXY)
-    values = json.loads(json.dumps(as_json(plan)))
-    assert values["needed"] == sum(values["resident"].values()) + values["working"]
-    assert [part["name"] for part in values["programs"]] == ["update", "sampling", "reference", "proxy labels"]
-    assert values["programs"][0]["times"]["bound"] == "hbm"
-    write_picture(plan, tmp_path / "plan.png")
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    write_picture(plan, tmp_path / "plan.svg")
-    assert "golden" not in (tmp_path / "plan.svg").read_text()
-    with pytest.raises(UserError, match=r"ends in \.png or \.svg"):
-        write_picture(plan, tmp_path / "plan.pdf")
+def test_a_second_programs_batch_is_checked_too():
+    small = replaced(program_of("score"), batch=4)
+    with pytest.raises(UserError, match="batch is 4"):
+        make_plan(config_of(program_of("update"), small), compile_)
+
+
+def test_virtual_devices_share_the_memory_of_this_machine():
+    plan = plan_of(dataclasses.replace(update_config(), topology=CPU))
+    assert plan.capacity == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 8
+    assert plan_of(dataclasses.replace(update_config(), topology=parse_topology("v5p:2x2x2"))).capacity == 95 * GIB
+
+
+def test_every_program_is_announced():
+    lines = []
+    make_plan(online_config(), compile_, lines.append)
+    assert lines[0] == "compiling update for 8 devices of v5e:2x4, batch 64"
+    assert len(lines) == 4

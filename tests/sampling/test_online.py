@@ -1,4 +1,4 @@
-"""The online source: what it takes from prompts, state and labeller, and that it resumes at every step."""
+"""The online source: what it takes from prompts, state and judge, and that it is a function of the step alone."""
 
 import dataclasses
 import itertools
@@ -6,66 +6,180 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from random_examples import make_random_examples
-from resumption import assert_equal_output_after_restore
+from resumption import assert_equal_batches, assert_equal_output_after_restore
 from tiny_models import make_batch, random_params
 
 from alignment_gap.data.batches import offline_source
 from alignment_gap.data.records import open_dataset, write_dataset
-from alignment_gap.sampling import SamplerConfig, Samples, make_generate, online_source
+from alignment_gap.sampling import (
+    SamplerConfig,
+    Samples,
+    against_each_other,
+    against_opponent,
+    make_generate,
+    online_source,
+)
 from alignment_gap.sharding import put_batch, replicated
 from alignment_gap.training import TrainState
 
-
-def test_a_batch_is_prompts_samples_and_labels():
-    """A generator that writes step and parameter into its samples, a labeller that counts a token."""
-    prompts = {step: make_batch(4, seed=step) for step in range(2)}
-
-    def generate(params, key, step, ids, prompts, lengths):
-        responses = jnp.broadcast_to(jnp.stack([step, params, ids[0]]), (4, 2, 3)).at[:, 1, 0].set(9)
-        return Samples(responses, jnp.full((4, 2), 3), jnp.zeros((4, 2, 3)), jnp.zeros((4, 2, 3)))
-
-    def labeller(prompts, prompt_lengths, responses, lengths):
-        return (responses == 9).sum(-1).astype(jnp.float32)
-
-    source = online_source(prompts.__getitem__, generate, labeller, jax.random.key(0))
-    for step in range(2):
-        batch = source(step, TrainState(jnp.int32(step), jnp.int32(5), ()))
-        first = int(prompts[step].prompt_ids[0])
-        np.testing.assert_array_equal(batch.responses[2], [[step, 5, first], [9, 5, first]])
-        np.testing.assert_array_equal(batch.scores, [[0, 1]] * 4)
-        np.testing.assert_array_equal(batch.prompts, prompts[step].prompts)
-        np.testing.assert_array_equal(batch.prompt_ids, prompts[step].prompt_ids)
-        np.testing.assert_array_equal(batch.prompt_lengths, prompts[step].prompt_lengths)
-        np.testing.assert_array_equal(batch.response_lengths, 3)
-        assert batch.reference_log_probs is None
+PROMPTS = {step: make_batch(8, seed=step) for step in range(3)}
 
 
-def test_resumes_at_every_step(even_policy, mesh, tmp_path):
-    """Shuffled prompts over more than two epochs, and samples of parameters that differ at every step."""
+def state_of(step, value=0):
+    return TrainState(jnp.int32(step), jnp.int32(value), ())
+
+
+def sampler(samples, moved=0):
+    """Samples that tell step, parameter and prompt by their tokens, each shorter than the one before it."""
+
+    def draw(state, batch):
+        tokens = jnp.stack([state.step + jnp.zeros(8, jnp.int32), state.params + jnp.zeros(8, jnp.int32)], axis=1)
+        rows = jnp.concatenate([tokens, batch.prompt_ids[:, None] % 50, jnp.full((8, 1), moved)], axis=1)
+        responses = jnp.tile(rows[:, None], (1, samples, 1)).at[:, :, 3].add(jnp.arange(samples))
+        lengths = jnp.broadcast_to(4 - jnp.arange(samples) % 2, (8, samples))
+        log_probs = jnp.broadcast_to(-1.0 - jnp.arange(samples, dtype=jnp.float32)[None, :, None], responses.shape)
+        return Samples(responses, lengths, log_probs, log_probs / 2)
+
+    return draw
+
+
+def by_table(table):
+    """Scores of the last tokens, looked up: one list for all prompts."""
+    return lambda prompts, prompt_lengths, responses, lengths: jnp.asarray(table, jnp.float32)[responses[..., 3]]
+
+
+def test_a_batch_is_prompts_samples_and_scores(mesh):
+    source = online_source(PROMPTS.__getitem__, sampler(2), against_each_other(by_table([0.0, 1.0])), "all", mesh)
+    for step, prompts in PROMPTS.items():
+        batch = source(step, state_of(step, 5))
+        for name in ("prompt_ids", "prompts", "prompt_lengths"):
+            np.testing.assert_array_equal(getattr(batch, name), getattr(prompts, name))
+        number = int(prompts.prompt_ids[2]) % 50
+        np.testing.assert_array_equal(batch.responses[2], [[step, 5, number, 0], [step, 5, number, 1]])
+        np.testing.assert_array_equal(batch.response_lengths, [[4, 3]] * 8)
+        np.testing.assert_array_equal(batch.scores, [[0, 1]] * 8)
+        # Of the distribution that was drawn from, not of the policy.
+        np.testing.assert_array_equal(batch.sampler_log_probs[0, :, 0], [-0.5, -1.0])
+        assert batch.reference_log_probs is batch.fresh is batch.mismatched is None
+
+
+def test_samples_that_nobody_scores_are_even(mesh):
+    batch = online_source(PROMPTS.__getitem__, sampler(3), None, "all", mesh)(0, state_of(0))
+    np.testing.assert_array_equal(batch.scores, np.full((8, 3), 0.5))
+    assert batch.scores.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("keep", "table", "kept"),
+    [
+        ("all", [0.1, 0.9, 0.4, 0.2], [0, 1, 2, 3]),
+        ("best_and_worst", [0.1, 0.9, 0.4, 0.2], [1, 0]),
+        ("best_and_worst", [-3.0, -5.0, -4.0, -3.5], [0, 1]),
+        # Of equal scores the first is the best and the last the worst: two responses, never one twice.
+        ("best_and_worst", [0.5, 0.5, 0.5, 0.5], [0, 3]),
+        ("best_and_worst", [0.2, 0.7, 0.7, 0.2], [1, 3]),
+        ("best", [0.1, 0.9, 0.4, 0.2], [1]),
+        ("best", [0.3, 0.3, 0.1, 0.3], [0]),
+    ],
+)
+def test_what_is_kept_of_four_samples(keep, table, kept, mesh):
+    """With each sample go its length, its score and its log-probs."""
+    source = online_source(PROMPTS.__getitem__, sampler(4), against_each_other(by_table(table)), keep, mesh)
+    batch = source(1, state_of(1))
+    np.testing.assert_array_equal(batch.responses[..., 3], [kept] * 8)
+    np.testing.assert_array_equal(batch.response_lengths, [[4 - k % 2 for k in kept]] * 8)
+    np.testing.assert_allclose(batch.scores, [[table[k] for k in kept]] * 8)
+    np.testing.assert_array_equal(batch.sampler_log_probs[:, :, 0], [[-0.5 - k / 2 for k in kept]] * 8)
+
+
+def test_each_prompt_keeps_its_own_best(mesh):
+    scores = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(4.0), (8, 1)), axis=1), jnp.float32)
+    source = online_source(PROMPTS.__getitem__, sampler(4), lambda state, batch, drawn: scores, "best_and_worst", mesh)
+    batch = source(0, state_of(0))
+    order = np.argsort(scores, axis=1)
+    np.testing.assert_array_equal(batch.responses[..., 3], np.stack([order[:, 3], order[:, 0]], axis=1))
+    np.testing.assert_array_equal(batch.scores, [[3, 0]] * 8)
+    assert len(set(order[:, 3].tolist())) > 1
+
+
+def test_every_sample_meets_one_sample_of_the_opponent(mesh):
+    """The opponent's tokens are 7 more; a sample's score is that of its side, which depends on both."""
+    asked = []
+
+    def scores(prompts, prompt_lengths, responses, lengths):
+        asked.append((responses[0, :, 3].tolist(), lengths[0].tolist()))
+        first = 1 / (1 + responses[:, 0, 3] + responses[:, 1, 3]).astype(jnp.float32)
+        return jnp.stack([first, 1 - first], axis=1)
+
+    score = against_opponent(scores, sampler(2, moved=7), mesh)
+    batch = online_source(PROMPTS.__getitem__, sampler(3), score, "all", mesh)(0, state_of(0))
+    # The second sample of the opponent is never asked about.
+    assert asked == [([0, 7], [4, 4]), ([1, 7], [3, 4]), ([2, 7], [4, 4])]
+    np.testing.assert_allclose(batch.scores, [[1 / 8, 1 / 9, 1 / 10]] * 8, rtol=1e-6)
+    # The opponent leaves no trace in the batch.
+    np.testing.assert_array_equal(batch.responses[..., 3], [[0, 1, 2]] * 8)
+
+
+def test_opponents_see_the_state_and_the_prompts_of_the_step(mesh):
+    seen = []
+
+    def opponent(state, batch):
+        seen.append((int(state.step), int(state.params), batch.prompt_ids.tolist()))
+        return sampler(1)(state, batch)
+
+    source = online_source(
+        PROMPTS.__getitem__, sampler(2), against_opponent(by_table([0, 1]), opponent, mesh), "all", mesh
+    )
+    source(2, state_of(2, 11))
+    assert seen == [(2, 11, PROMPTS[2].prompt_ids.tolist())]
+
+
+@pytest.fixture(scope="module")
+def sources(even_policy, mesh, tmp_path_factory):
+    """Makes a source of three samples a prompt, of which the best and the worst are kept.
+
+    Shuffled prompts over more than two epochs, and parameters that differ at every step.
+    """
+    folder = tmp_path_factory.mktemp("prompts")
     examples = [dataclasses.replace(e, prompt=e.prompt % 16) for e in make_random_examples(10)]
-    write_dataset(tmp_path, examples, vocabulary_digest="", provenance={})
-    generate = make_generate(even_policy, mesh, samples=2, max_length=4, eos_id=1, config=SamplerConfig())
+    write_dataset(folder, examples, vocabulary_digest="", provenance={})
+    generate = make_generate(even_policy, mesh, samples=3, max_length=4, eos_id=1, config=SamplerConfig())
     params = random_params(even_policy)
-    run_key = jax.device_put(jax.random.key(7), replicated(mesh))
+    key = jax.device_put(jax.random.key(7), replicated(mesh))
 
     def state(step):
         changed = jax.tree.map(lambda leaf: leaf * (1 + 0.1 * step), params)
         return jax.device_put(TrainState(jnp.int32(step), changed, ()), replicated(mesh))
 
-    def make_source():
-        prompts = offline_source(open_dataset(tmp_path), batch_size=8, seed=3, prompt_length=9, response_length=5)
-        source = online_source(
-            lambda step: put_batch(prompts(step), mesh, 8),
-            generate,
-            lambda prompts, prompt_lengths, responses, lengths: (responses % 3).sum(-1).astype(jnp.float32),
-            run_key,
-        )
+    def draw(state, batch):
+        texts = (batch.prompt_ids, batch.prompts, batch.prompt_lengths)
+        return generate(state.params, key, state.step, *texts)
+
+    def scores(prompts, prompt_lengths, responses, lengths):
+        return (responses % 3).sum(-1).astype(jnp.float32)
+
+    def make():
+        prompts = offline_source(open_dataset(folder), batch_size=8, seed=3, prompt_length=9, response_length=5)
+        ahead = lambda step: put_batch(prompts(step), mesh, 8)  # noqa: E731
+        source = online_source(ahead, draw, against_each_other(scores), "best_and_worst", mesh)
         return lambda step: source(step, state(step))
 
-    through = assert_equal_output_after_restore(make_source, 4)
+    return make
+
+
+def test_resumes_at_every_step(sources):
+    through = assert_equal_output_after_restore(sources, 4)
     # A prompt comes again with other samples, so that a step's batch is not another's by chance.
     for pair in itertools.pairwise(through):
         of, again = (dict(zip(b.prompt_ids.tolist(), b.responses, strict=True)) for b in pair)
         common = of.keys() & again.keys()
         assert common and any((of[i] != again[i]).any() for i in common)
+
+
+def test_a_step_is_the_same_whenever_and_however_often_it_is_asked_for(sources):
+    source = sources()
+    in_order = [jax.device_get(source(step)) for step in range(3)]
+    for step in (2, 0, 2, 1):
+        assert_equal_batches(jax.device_get(source(step)), in_order[step])

@@ -15,12 +15,9 @@ from tiny_models import EVEN_CONFIGS, MESHES, make_batch, random_params
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config, make_policy
 from alignment_gap.plan import hlo
-from alignment_gap.plan.chips import parse_topology
-from alignment_gap.plan.flops import Lengths
-from alignment_gap.plan.programs import Request, build
 from alignment_gap.sampling import SamplerConfig, draw, make_generate, restrict, sample_keys
 from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, replicated
-from alignment_gap.training import make_score
+from alignment_gap.training import abstract_params, make_score
 
 PROMPTS = make_batch(8, vocabulary_size=16)
 LENGTH = 6
@@ -33,13 +30,27 @@ def even_params(even_policy):
     return random_params(even_policy)
 
 
-def draw_with(policy, params, config, mesh, *, batch=PROMPTS, eos_id=EOS, samples=3, length=LENGTH, step=0):
-    generate = make_generate(policy, mesh, samples=samples, max_length=length, eos_id=eos_id, config=config)
-    ids, prompts, lengths = jax.device_put(
-        (batch.prompt_ids, batch.prompts, batch.prompt_lengths), batch_sharding(mesh)
+def draw_with(
+    policy,
+    params,
+    config,
+    mesh,
+    *,
+    batch=PROMPTS,
+    eos_id=EOS,
+    samples=3,
+    length=LENGTH,
+    step=0,
+    reference=None,
+    mixture=None,
+):
+    generate = make_generate(
+        policy, mesh, samples=samples, max_length=length, eos_id=eos_id, config=config, mixture=mixture
     )
-    params, key, number = jax.device_put((params, RUN_KEY, jnp.int32(step)), replicated(mesh))
-    return jax.device_get(generate(params, key, number, ids, prompts, lengths))
+    texts = jax.device_put((batch.prompt_ids, batch.prompts, batch.prompt_lengths), batch_sharding(mesh))
+    params, key, number, reference = jax.device_put((params, RUN_KEY, jnp.int32(step), reference), replicated(mesh))
+    beside = () if mixture is None else (reference,)
+    return jax.device_get(generate(params, key, number, *texts, *beside))
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +146,23 @@ def test_another_mesh_draws_the_same(name, even_policy, even_params, drawn):
 )
 def test_under_fsdp_a_token_moves_activations_and_no_weights(config):
     """Eight prompts, one sample of 16 tokens each: what the loop over tokens moves, by its compiled program."""
-    length, layout = 16, MeshConfig(layout="fsdp")
-    request = Request("sample", config, parse_topology("cpu:8"), layout, Lengths(8, 8, 1, length))
-    generate, arguments, _ = build(request, make_mesh(layout))
+    length, mesh = 16, make_mesh(MeshConfig(layout="fsdp"))
+    policy = make_policy(config)
+    generate = make_generate(policy, mesh, samples=1, max_length=length, eos_id=EOS, config=SamplerConfig())
+
+    split, whole = batch_sharding(mesh), replicated(mesh)
+
+    def array(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=split if shape else whole)
+
+    arguments = (
+        abstract_params(policy.init, mesh),
+        array(dtype=RUN_KEY.dtype),
+        array(),
+        array(8),
+        array(8, 8),
+        array(8),
+    )
     program = hlo.parse(generate.lower(*arguments).compile().as_text())
     # What runs before the loop runs at most once a layer.
     moved = [each.bytes for each in hlo.collectives(program, 8) if each.count >= length]
@@ -152,37 +177,97 @@ def test_keys_are_distinct_and_repeat():
     np.testing.assert_array_equal(same.reshape(4, -1), keys[16:])
 
 
-def test_samples_follow_the_exact_distribution(mesh):
-    """4096 draws of up to two tokens of four against all 13 responses by enumeration; Pearson's chi-square."""
+@pytest.fixture(scope="module")
+def tiny():
+    """A policy over four tokens, its parameters, those of a reference, and 512 times one prompt."""
     config = DecoderConfig(vocabulary_size=4, width=8, layers=1, heads=2, kv_heads=1, head_size=4, mlp_width=8)
-    policy = make_policy(config)
-    params = random_params(policy, 5)
-    prompt = jnp.array([2, 3])
-    batch = make_batch(512)
-    batch = type(batch)(
-        jnp.arange(512),
-        jnp.tile(prompt, (512, 1)),
-        jnp.full(512, 2),
-        batch.responses,
-        batch.response_lengths,
-        batch.scores,
+    policy, batch = make_policy(config), make_batch(512)
+    batch = dataclasses.replace(
+        batch,
+        prompt_ids=jnp.arange(512),
+        prompts=jnp.tile(jnp.array([2, 3]), (512, 1)),
+        prompt_lengths=jnp.full(512, 2),
     )
-    temperature = 1.5
-    samples = draw_with(policy, params, SamplerConfig(temperature=temperature), mesh, batch=batch, samples=8, length=2)
+    return policy, random_params(policy, 5), random_params(policy, 6), batch
+
+
+def enumerated(token_probabilities):
+    """The probability of every response of up to two tokens of four, given those of each token after the first."""
     exact = {}
     for first, second in itertools.product(range(4), range(4)):
-        logits = logits_of(config, params, prompt, np.array([first, second])) / temperature
-        probabilities = np.exp(log_softmax(logits))
+        probabilities = token_probabilities(np.array([first, second]))
         response = (first, 0) if first == EOS else (first, second)
         exact[response] = probabilities[0, first] * (1.0 if first == EOS else probabilities[1, second])
     assert len(exact) == 13 and abs(sum(exact.values()) - 1) < 1e-12
+    return exact
+
+
+def assert_drawn_from(samples, exact):
+    """4096 draws against all 13 responses; Pearson's chi-square and the log-prob of each that was drawn."""
     drawn = [tuple(row) for row in samples.responses.reshape(-1, 2).tolist()]
-    assert set(drawn) <= set(exact)
+    assert len(drawn) == 4096 and set(drawn) <= set(exact)
     expected = np.array([4096 * p for p in exact.values()])
     counts = np.array([drawn.count(response) for response in exact])
     assert expected.min() > 5
     # Chi-square with 12 degrees of freedom exceeds 39.1 with probability 1e-4.
     assert ((counts - expected) ** 2 / expected).sum() < 39.1
+    totals = samples.sampler_log_probs.sum(-1, dtype=np.float64).reshape(-1)
+    np.testing.assert_allclose(totals, [np.log(exact[response]) for response in drawn], rtol=1e-5, atol=1e-5)
+
+
+def test_samples_follow_the_exact_distribution(tiny, mesh):
+    policy, params, _, batch = tiny
+    samples = draw_with(policy, params, SamplerConfig(temperature=1.5), mesh, batch=batch, samples=8, length=2)
+
+    def probabilities(response):
+        return np.exp(log_softmax(logits_of(policy.config, params, np.array([2, 3]), response) / 1.5))
+
+    assert_drawn_from(samples, enumerated(probabilities))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+def test_a_mixture_is_the_geometric_one_token_by_token(weight, tiny, mesh):
+    """pi^(1 - b) ref^b, each token's normalised, and then the temperature."""
+    policy, params, reference, batch = tiny
+    settings = {"batch": batch, "samples": 8, "length": 2, "reference": reference, "mixture": weight}
+    samples = draw_with(policy, params, SamplerConfig(temperature=1.5), mesh, **settings)
+
+    def token_log_probs(leaf, response):
+        return log_softmax(logits_of(policy.config, leaf, np.array([2, 3]), response))
+
+    def probabilities(response):
+        ours, theirs = (token_log_probs(leaf, response) for leaf in (params, reference))
+        powers = (np.exp(ours) ** (1 - weight) * np.exp(theirs) ** weight) ** (1 / 1.5)
+        return powers / powers.sum(axis=-1, keepdims=True)
+
+    assert_drawn_from(samples, enumerated(probabilities))
+    # Whatever they are drawn from, the log-probs are the policy's own.
+    for response, log_probs in zip(samples.responses[:4, 0], samples.log_probs[:4, 0], strict=True):
+        expected = token_log_probs(params, response)[np.arange(2), response]
+        count = 1 if response[0] == EOS else 2
+        np.testing.assert_allclose(log_probs[:count], expected[:count], rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixture_of_weight_0_is_the_policy_and_of_weight_1_the_reference(even_policy, even_params, mesh, drawn):
+    """The same keys draw the very same tokens."""
+    reference = random_params(even_policy, 1)
+    own = draw_with(even_policy, even_params, SamplerConfig(), mesh, reference=reference, mixture=0.0)
+    np.testing.assert_array_equal(own.responses, drawn.responses)
+    np.testing.assert_allclose(own.sampler_log_probs, drawn.sampler_log_probs, atol=1e-5)
+    other = draw_with(even_policy, even_params, SamplerConfig(), mesh, reference=reference, mixture=1.0)
+    theirs = draw_with(even_policy, reference, SamplerConfig(), mesh)
+    np.testing.assert_array_equal(other.responses, theirs.responses)
+    np.testing.assert_allclose(other.sampler_log_probs, theirs.log_probs, rtol=1e-4, atol=1e-4)
+    assert (other.responses != own.responses).any((1, 2)).all()
+
+
+def test_the_scorer_agrees_with_the_sampler_of_a_mixture(scorer, even_policy, even_params, mesh):
+    """Each network has a cache of its own: the policy's log-probs are those of its scorer, at every position."""
+    reference = random_params(even_policy, 1)
+    samples = draw_with(even_policy, even_params, SamplerConfig(), mesh, reference=reference, mixture=0.5)
+    texts = (PROMPTS.prompts, PROMPTS.prompt_lengths, samples.responses, samples.lengths)
+    np.testing.assert_allclose(samples.log_probs, scorer(even_params, *texts), rtol=1e-4, atol=1e-4)
+    assert np.abs(samples.sampler_log_probs - samples.log_probs).max() > 0.1
 
 
 def restricted_tokens(logits, **settings):
@@ -221,9 +306,12 @@ def test_restrict_divides_by_the_temperature():
     ("settings", "message"),
     [
         ({"temperature": 0.0}, "temperature is 0.0: it must be above 0; for greedy decoding use top_k=1"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0: it must be at least 1"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_p": 1.5}, "top_p is 1.5: it must be from 0 to 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

@@ -16,7 +16,8 @@ def checkpoint(arm, step, *, loss="ipo", beta=0.1, lr=1e-3, seed=0, size=16, **m
 
 
 def origin(seed=0, **means):
-    return checkpoint("sft", 0, loss="sft", beta=math.nan, seed=seed, **{"kl": 0.0, "win_rate": 0.2, **means})
+    means = {"kl": 0.0, "win_rate": 0.2, **means}
+    return checkpoint("sft", 0, loss="sft", beta=math.nan, lr=math.nan, seed=seed, **means)
 
 
 def two_runs(online=(0.5, 0.8), offline=(0.4, 0.7), seed=0):

@@ -1,5 +1,6 @@
 """The figures: what is drawn, what is left out with a reason, and that the drawing comes out."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -7,10 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+from outside import REPLAYED
 
 from alignment_gap.errors import UserError
-from alignment_gap.study import analysis, figures
+from alignment_gap.study import analysis, figures, findings
 from alignment_gap.study.analysis import CheckpointResult
+from alignment_gap.study.arms import ARMS, GOLDEN
 
 ALL = ("win_rate", "rubric", "accuracy", "chosen_log_ratio", "rejected_log_ratio")
 
@@ -20,7 +23,7 @@ def run(arm, loss="ipo", *, beta=0.1, steps=(1, 2), seed=0, metrics=ALL, start=1
     for step in steps:
         outcomes = {metric: rng.integers(0, 2, size=24).astype(float) for metric in metrics}
         outcomes["kl"] = np.full(8, start * step if arm != "sft" else 0.0)
-        yield CheckpointResult(arm, loss, beta, 1e-3, seed, step, outcomes)
+        yield CheckpointResult(arm, loss, beta, math.nan if arm == "sft" else 1e-3, seed, step, outcomes)
 
 
 def study(arms=("online", "offline", "shuffled"), losses=("ipo", "best_of_n"), seeds=(0,), metrics=ALL):
@@ -34,9 +37,9 @@ def study(arms=("online", "offline", "shuffled"), losses=("ipo", "best_of_n"), s
     return results
 
 
-def draw(results):
-    table = analysis.results_table(results)
-    return {f.name: f for f in figures.study_figures(results, table, figures.study_comparisons(results))}
+def draw(results, arms=ARMS):
+    table, comparisons = analysis.results_table(results), findings.study_comparisons(results, arms)
+    return {figure.name: figure for figure in figures.study_figures(results, table, comparisons, arms)}
 
 
 def rows(figure):
@@ -84,7 +87,7 @@ def test_specifications_are_strict_json_and_carry_their_data(drawn):
 
 @pytest.mark.parametrize("name", ["equal_kl_ipo", "figure_8_ipo", "figure_9_best_of_n"])
 def test_png_is_drawn(drawn, name):
-    assert drawn[name].png(scale=1.0).startswith(b"\x89PNG")
+    assert drawn[name].png().startswith(b"\x89PNG")
 
 
 def test_every_checkpoint_of_a_loss_is_a_mark_and_every_run_starts_at_the_origin(drawn):
@@ -116,17 +119,37 @@ def scale(figure):
     return {}
 
 
-def test_an_arm_has_one_colour_everywhere(drawn):
+def test_an_arm_has_the_colour_of_the_table_everywhere(drawn):
+    table = {arm.name: arm.colour for arm in (*ARMS, GOLDEN)}
     for figure in drawn.values():
         for arm, colour in scale(figure).items():
-            assert colour == figures.ARM_STYLES[arm][0]
+            assert colour == table.get(arm, "#5A5A5A")
+    assert set(scale(drawn["figure_4"])) == {"sft", *table}
 
 
-def test_an_unknown_arm_is_drawn_beside_the_known_ones():
-    found = draw(study(arms=("online", "offline", "mixture", "window 4"), losses=("ipo",)))
+def test_an_arm_of_another_table_is_drawn_beside_the_known_ones():
+    found = draw(study(arms=("online", "offline", "replayed"), losses=("ipo",)), arms=(*ARMS, REPLAYED))
     colours = scale(found["figure_4"])
-    assert {"mixture", "window 4"} <= set(colours)
-    assert len(set(colours.values())) == len(colours)
+    assert colours["replayed"] == REPLAYED.colour
+    assert len(set(colours.values())) == len(colours) == 5
+
+
+def test_the_question_is_that_of_the_arms():
+    """The first contrast of the arms gives the first figure, whatever they are called."""
+    found = draw(study(arms=("online", "replayed"), losses=("ipo",)), arms=(REPLAYED, *ARMS))
+    assert "replayed beats" in str(found["equal_kl_ipo"].findings) or "replayed and online" in str(
+        found["equal_kl_ipo"].findings
+    )
+    assert set(scale(found["equal_kl_ipo"])) == {"replayed", "online"}
+
+
+def test_accuracy_predicts_within_the_arms_that_are_swept():
+    swept = [arm for arm in ARMS if arm.swept]
+    found = draw(study(losses=("ipo",)), arms=[dataclasses.replace(arm, swept=True) for arm in ARMS])
+    assert [arm.name for arm in swept] == ["offline"]
+    assert [finding.sentence.split(":")[0] for finding in found["figure_7"].findings] == [
+        f"IPO {arm.name}" for arm in ARMS
+    ]
 
 
 def test_an_unknown_loss_is_drawn():
@@ -166,22 +189,49 @@ def test_nothing_trained_draws_nothing():
     assert found and all(figure.missing for figure in found.values())
 
 
-def test_comparisons_cover_losses_and_metrics():
-    found = figures.study_comparisons(study(losses=("ipo",)))
-    assert [(c.first[0], c.second[0], c.metric) for c in found] == [
-        (*pair, metric) for metric in ("win_rate", "rubric") for pair in figures.PAIRS
-    ]
+def test_a_loss_of_ones_own_is_in_titles_as_it_is_named_and_in_no_name_of_a_file():
+    found = draw(study(losses=("ipo", "my.losses:hinge")))
+    assert {name for name in found if "hinge" in name} == {
+        *("equal_kl_my.losses_hinge", "figure_8_my.losses_hinge", "figure_9_my.losses_hinge"),
+        "figure_9_my.losses_hinge_rubric",
+    }
+    assert found["figure_8_my.losses_hinge"].title == "Figure 8: classification along training, my.losses:hinge"
 
 
-def test_without_altair_the_remedy_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "altair", None)
-    monkeypatch.delitem(sys.modules, "alignment_gap.study.figures")
-    with pytest.raises(UserError, match=r"pip install alignment-gap\[study\]"):
-        importlib.import_module("alignment_gap.study.figures")
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [("altair", "evaluation.charts"), ("vl_convert", "evaluation.charts"), ("jinja2", "study.report")],
+)
+def test_without_the_extra_the_remedy_is_named(package, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"alignment_gap.{module}", raising=False)
+    with pytest.raises(UserError, match=rf"^{package} .* is not installed: pip install alignment-gap\[study\]$"):
+        importlib.import_module(f"alignment_gap.{module}")
+
+
+def axes(figure):
+    """Titles of the y axes."""
+    found, stack = set(), [figure.spec]
+    while stack:
+        part = stack.pop()
+        found.add(part.get("encoding", {}).get("y", {}).get("title"))
+        stack += [child for key in ("layer", "hconcat", "concat") for child in part.get(key, [])]
+    return found - {None}
+
+
+def test_axes_are_named_after_the_metrics(drawn):
+    assert axes(drawn["figure_4"]) == {"Win rate against the golden policy"}
+    assert axes(drawn["figure_4_rubric"]) == {"Rubric score"}
+    assert axes(drawn["figure_8_ipo"]) == {
+        *("Accuracy on D_golden", "Winner's log-ratio to SFT (nats)", "Loser's log-ratio to SFT (nats)")
+    }
+    assert axes(drawn["equal_kl_ipo"]) == {"Win rate (%)", "Gap, online minus offline (percentage points)"}
 
 
 def test_tooltips_give_every_measured_value_with_its_interval(drawn):
     (row,) = [r for r in rows(drawn["figure_4"]) if (r.get("arm"), r.get("step")) == ("online", 2)]
-    assert row["win_rate_text"] == f"{row['win_rate']:.1%} ({row['win_rate_low']:.1%} to {row['win_rate_high']:.1%})"
+    ends = [f"{100 * row[name]:.1f}" for name in ("win_rate", "win_rate_low", "win_rate_high")]
+    assert row["win_rate_text"] == f"{ends[0]}\u00a0% ({ends[1]} to {ends[2]})"
+    assert row["kl_text"] == "2.00 nats (2.00 to 2.00)"
     tips = [tip["field"] for layer in drawn["figure_4"].spec["layer"] for tip in layer["encoding"].get("tooltip", [])]
     assert {"arm", "setting", "step", *(f"{metric}_text" for metric in (*ALL, "kl"))} <= set(tips)

@@ -10,12 +10,49 @@ from scipy import stats
 from alignment_gap.evaluation.intervals import Interval
 from alignment_gap.study import findings
 from alignment_gap.study.analysis import compare
+from alignment_gap.study.arms import ARMS
 
 
-def with_gaps(mean, peak, pair=(ONLINE, OFFLINE), metric="win_rate"):
-    comparison = compare(two_runs(), ONLINE, OFFLINE)
+def with_gaps(mean, peak, paper="ahead", **changes):
+    """A comparison with these intervals of its gaps, and with what the paper saw."""
     gaps = {"mean_gap": Interval(*mean), "peak_gap": Interval(*peak)}
-    return dataclasses.replace(comparison, first=pair[0], second=pair[1], metric=metric, **gaps)
+    return dataclasses.replace(compare(two_runs(), ONLINE, OFFLINE), paper=paper, **gaps, **changes)
+
+
+# The comparisons of a study.
+
+
+def test_every_contrast_of_the_arms_is_compared_under_every_loss_and_both_metrics():
+    measured = [r for r in two_runs() if r.arm != "sft"]
+    measured += [dataclasses.replace(result, loss="dpo") for result in measured]
+    results = [origin(rubric=0.5), *measured]
+    for result in results:
+        result.outcomes.setdefault("rubric", np.full(16, 0.5))
+    found = findings.study_comparisons(results, ARMS)
+    described = [(c.first[1], c.metric, c.first[0], c.second[0], c.paper, c.figure) for c in found]
+    assert described == [
+        ("ipo", "win_rate", "online", "offline", "ahead", "1"),
+        ("ipo", "rubric", "online", "offline", None, ""),
+        ("dpo", "win_rate", "online", "offline", None, "1"),
+        ("dpo", "rubric", "online", "offline", None, ""),
+    ]
+
+
+def test_the_question_is_the_first_contrast_and_its_answers_are_by_win_rate():
+    assert findings.question(ARMS) == ("online", "offline")
+    assert findings.question(ARMS[1:]) == ("shuffled", "offline")
+    assert findings.question(ARMS[2:]) == ()
+    comparisons = [
+        with_gaps((0, 0, 0), (0, 0, 0)),
+        with_gaps((0, 0, 0), (0, 0, 0), metric="rubric"),
+        with_gaps((0, 0, 0), (0, 0, 0), first=("shuffled", "ipo")),
+        with_gaps((0, 0, 0), (0, 0, 0), first=("online", "dpo"), second=("offline", "dpo")),
+    ]
+    assert findings.answers(comparisons, ARMS) == [comparisons[0], comparisons[3]]
+    assert findings.answers(comparisons, ARMS[2:]) == []
+
+
+# Equal KL.
 
 
 @pytest.mark.parametrize(
@@ -28,7 +65,7 @@ def with_gaps(mean, peak, pair=(ONLINE, OFFLINE), metric="win_rate"):
         ((0.1, 0.05, 0.15), (-0.1, -0.2, -0.05), "disagrees"),
     ],
 )
-def test_agreement_on_online_against_offline(mean, peak, agreement):
+def test_agreement_where_the_paper_has_one_ahead(mean, peak, agreement):
     assert findings.equal_kl_finding(with_gaps(mean, peak)).agreement == agreement
 
 
@@ -37,7 +74,7 @@ def test_no_agreement_on_a_range_of_kl_without_width(kl):
     # The best of online is far ahead, at a KL at or beyond the largest of offline, or just within it.
     results = [r for r in two_runs() if r.arm != "online"]
     results += [checkpoint("online", step, kl=kl * step, win_rate=0.9) for step in (1, 2)]
-    comparison = compare(results, ONLINE, OFFLINE)
+    comparison = dataclasses.replace(compare(results, ONLINE, OFFLINE), paper="ahead")
     assert comparison.peak_gap.low > 0
     assert findings.equal_kl_finding(comparison).agreement == "cannot be told"
 
@@ -70,16 +107,15 @@ def test_sentences_at_one_budget_and_where_nothing_beats_sft():
     ("mean", "agreement"),
     [((0.0, -0.02, 0.02), "agrees"), ((0.02, -0.02, 0.06), "cannot be told"), ((0.1, 0.05, 0.15), "disagrees")],
 )
-def test_agreement_on_shuffled_against_offline(mean, agreement):
-    comparison = with_gaps(mean, mean, pair=(("shuffled", "ipo"), OFFLINE))
-    assert findings.equal_kl_finding(comparison).agreement == agreement
+def test_agreement_where_the_paper_has_both_level(mean, agreement):
+    assert findings.equal_kl_finding(with_gaps(mean, mean, paper="level")).agreement == agreement
 
 
-def test_the_paper_says_nothing_of_a_rubric_or_of_other_arms():
+def test_a_contrast_that_the_paper_did_not_measure_has_no_agreement():
     gap = (0.1, 0.05, 0.15)
-    assert findings.equal_kl_finding(with_gaps(gap, gap, metric="rubric")).agreement == "not in the paper"
-    other = with_gaps(gap, gap, pair=(("mixed", "ipo"), OFFLINE))
-    assert findings.equal_kl_finding(other).agreement == "not in the paper"
+    finding = findings.equal_kl_finding(with_gaps(gap, gap, paper=None, metric="rubric"))
+    assert finding.agreement == "not in the paper"
+    assert "the gap in rubric score, online minus offline, is +0.100 (95" in finding.sentence
 
 
 def test_sentences_are_written_from_the_numbers():
@@ -103,7 +139,7 @@ def test_final_accuracy(online, offline, agreement):
     ]
     finding = findings.final_accuracy_finding(results, "ipo")
     assert finding.agreement == agreement
-    assert f"online {100 * online:.1f}" in finding.sentence
+    assert f"online {100 * online:.1f}\u00a0% (" in finding.sentence
 
 
 def test_final_accuracy_without_measurements_says_nothing():
@@ -185,6 +221,34 @@ def test_over_optimisation_compares_the_furthest_checkpoint_with_sft(rubric, rea
 
 def test_over_optimisation_without_a_rubric_says_nothing():
     assert findings.over_optimisation_finding(two_runs(), ONLINE) is None
+
+
+# Numbers in words.
+
+
+@pytest.mark.parametrize(
+    ("metric", "change", "table", "level"),
+    [
+        (
+            "win_rate",
+            "+50.0 points (95\u00a0% interval \u221225.0 to +75.0)",
+            "+50.0 (\u221225.0 to +75.0)",
+            "50.0\u00a0% (",
+        ),
+        ("kl", "+0.50 nats (95\u00a0% interval \u22120.25 to +0.75)", "+0.50 (\u22120.25 to +0.75)", "0.50 nats ("),
+        ("rubric", "+0.500 (95\u00a0% interval \u22120.250 to +0.750)", "+0.500 (\u22120.250 to +0.750)", "0.500 ("),
+    ],
+)
+def test_shares_are_in_per_cent_and_their_changes_in_points(metric, change, table, level):
+    interval = Interval(0.5, -0.25, 0.75)
+    assert findings.in_words(interval, metric) == change
+    assert findings.in_table(interval, metric) == table
+    assert findings.level(interval, metric).startswith(level)
+
+
+@pytest.mark.parametrize(("kl", "text"), [(0.123, "0.12"), (4.0, "4"), (1234.0, "1200"), (123456.0, "120000")])
+def test_nats_have_two_digits(kl, text):
+    assert findings.nats(kl) == text
 
 
 def test_coverage_is_of_prompts_for_one_seed_and_of_seeds_for_several():

@@ -2,18 +2,36 @@
 
 import csv
 import dataclasses
+import datetime
 import html.parser
 import json
+import math
 import re
 
 import numpy as np
 import pytest
 
 from alignment_gap.errors import UserError
-from alignment_gap.study import figures, report
+from alignment_gap.evaluation import charts
 from alignment_gap.study.analysis import CheckpointResult
+from alignment_gap.study.config import ArmsConfig, StudyConfig
 from alignment_gap.study.report import JudgeFacts, ReportContext, peaks_text, write_report
 
+# As a reader sees them: a row of a table is its cells, one after the other.
+FACTS = [
+    "Study tiny, seed 0, 5 checkpoints",
+    "golden, held-out human labels79.0%91.3%",
+    "Agrees with the labelsAgrees with rubric",
+    "arms.checkpoint_steps50, 100, 200, 400",
+    "arms.lossesipo, best_of_n",
+    "jax0.10.2",
+    "sft0:00:12",
+    "arms1:07:00",
+    "onlineIPObeta 0.1, lr 0.001",
+    "offline: the fixed dataset D_golden, labelled by the golden model, swept over settings.",
+    "golden: two fresh samples of the policy, labelled by the golden model itself",
+    "ahead, figure 1",
+]
 HOSTILE = "</script><script>alert('x')</script> & <b>bold</b>"
 
 
@@ -26,21 +44,22 @@ def results(arms=("online", "offline"), seeds=(0,), rubric=True):
             if rubric:
                 outcomes["rubric"] = rng.random(40)
             loss = "sft" if arm == "sft" else "ipo"
-            found.append(CheckpointResult(arm, loss, 0.1, 1e-3, seed, int(kl), outcomes))
+            setting = (math.nan, math.nan) if arm == "sft" else (0.1, 1e-3)
+            found.append(CheckpointResult(arm, loss, *setting, seed, int(kl), outcomes))
     return found
 
 
 def context(**changes):
+    samples = [
+        {"arm": "online", "loss": "IPO", "step": 3, "response": HOSTILE, "rubric": None},
+        {"arm": "sft", "loss": "SFT", "step": 0, "response": "fine", "rubric": 0.5},
+    ]
     settings = {
-        "study": "tiny",
-        "config": {"arms": {"online": {"loss": "ipo", "beta": 0.1}}, "task": {"name": "posts", "sizes": [1, 2]}},
+        "config": StudyConfig(name="tiny"),
         "versions": {"jax": "0.10.2"},
-        "judges": [JudgeFacts(0, 0.79, None, 0.86, 0.83)],
-        "samples": [
-            {"prompt": HOSTILE, "arm": "online", "loss": "ipo", "step": 3, "response": HOSTILE, "rubric": None},
-            {"prompt": HOSTILE, "arm": "sft", "loss": "sft", "step": 0, "response": "fine", "rubric": 0.5},
-        ],
-        "wall_time": {"sft": 12.0, "arms": 4020.0},
+        "judges": [JudgeFacts(0, "golden, held-out human labels", {"the labels": 0.79, "rubric": 0.913})],
+        "samples": {HOSTILE: samples},
+        "wall_time": {"sft": datetime.timedelta(seconds=12), "arms": datetime.timedelta(hours=1, minutes=7)},
         "notes": ["A micro size: these policies are not good models."],
     }
     return ReportContext(**(settings | changes))
@@ -122,27 +141,36 @@ def test_missing_figures_say_why(page):
     assert "Not drawn; not measured: accuracy, chosen_log_ratio, rejected_log_ratio." in page.text
 
 
-@pytest.mark.parametrize("piece", ["79.0%", "not measured", "task.name", "1, 2", "jax", "1 h 07 min", "12.0 s"])
+@pytest.mark.parametrize("piece", FACTS)
 def test_facts_of_the_study_are_in_the_page(page, piece):
-    assert piece in page.text
+    assert piece in re.sub(r"\s+", " ", page.text)
 
 
-def test_several_seeds_report_students_interval(tmp_path):
-    write_report(tmp_path, results(seeds=(0, 1, 2)), context(seeds=(0, 1, 2)))
+def test_several_seeds_report_students_interval(tmp_path, undrawn):
+    write_report(tmp_path, results(seeds=(0, 1, 2)), context())
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "2 degrees of freedom" in text and "(seed 2)" in text
+    assert "seeds 0, 1, 2, 15 checkpoints" in text
 
 
-def test_without_offline_the_question_is_left_open_and_stale_pictures_go(tmp_path):
+def test_the_arms_are_those_of_the_config(tmp_path, undrawn):
+    """What an arm reads is told of those that the study has."""
+    config = StudyConfig(arms=ArmsConfig(names=("offline", "online")))
+    write_report(tmp_path, results(), context(config=config))
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "online: two fresh samples" in text and "shuffled:" not in text
+
+
+def test_without_offline_the_question_is_left_open_and_stale_pictures_go(tmp_path, undrawn):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "equal_kl_ipo.png").write_bytes(b"old")
     (tmp_path / "figures" / "mine.png").write_bytes(b"kept")
-    write_report(tmp_path, results(arms=("online",), rubric=False), ReportContext(study="part"))
+    write_report(tmp_path, results(arms=("online",), rubric=False), ReportContext(StudyConfig(name="part")))
     assert "cannot be answered" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"figure_4.png", "mine.png"}
 
 
-def test_arms_that_share_no_kl_are_not_compared(tmp_path):
+def test_arms_that_share_no_kl_are_not_compared(tmp_path, undrawn):
     far = [dataclasses.replace(r, outcomes=r.outcomes | {"kl": np.full(8, 9.0)}) for r in results(arms=("online",))[1:]]
     write_report(tmp_path, [*results(arms=("offline",)), *far], context())
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -150,24 +178,17 @@ def test_arms_that_share_no_kl_are_not_compared(tmp_path):
     assert "none shared" in text and not re.search(r"\bnan\b", Page(text).text)
 
 
-def test_a_failure_leaves_the_finished_report(tmp_path, monkeypatch):
+def test_a_failure_leaves_the_finished_report(tmp_path, monkeypatch, undrawn):
     (tmp_path / "report.html").write_text("finished")
 
-    def fail(self, scale=2.0):
+    def fail(spec, scale=2.0):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(figures.Figure, "png", fail)
+    monkeypatch.setattr(charts, "png", fail)
     with pytest.raises(OSError, match="No space left"):
         write_report(tmp_path, results(), context())
     assert (tmp_path / "report.html").read_text() == "finished"
     assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_a_write_that_fails_leaves_no_scrap(tmp_path, monkeypatch):
-    monkeypatch.setattr("pathlib.Path.replace", lambda self, target: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError, match="disk"):
-        report._replace(tmp_path / "report.html", b"new")
-    assert not list(tmp_path.iterdir())
 
 
 def test_no_checkpoints_is_the_users_to_mend(tmp_path):

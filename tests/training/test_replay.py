@@ -1,6 +1,7 @@
 """One compiled update step, two sources: a recorded online run, replayed in order, is the online run, bit for bit."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -12,24 +13,29 @@ from tiny_models import EVEN_CONFIGS, MESHES, make_batch, random_params
 from alignment_gap import losses
 from alignment_gap.data.batches import examples_of, offline_source
 from alignment_gap.data.records import close_dataset, open_dataset, write_chunk
+from alignment_gap.judges.preference_model import make_scores
 from alignment_gap.models import PreferenceModel, make_policy
 from alignment_gap.models.preference import Markers
-from alignment_gap.sampling import SamplerConfig, make_generate, online_source, preference_labeller
+from alignment_gap.sampling import SamplerConfig, against_each_other, make_generate, online_source
 from alignment_gap.sharding import batch_sharding, make_mesh, replicated
 from alignment_gap.training import (
     Checkpoints,
     OptimizerConfig,
     abstract_state,
     make_optimizer,
+    make_refresh,
     make_score,
     make_update_step,
     policy_objective,
     state_from_params,
     train,
+    with_fresh,
+    with_mismatched,
     with_reference,
 )
 
 STEPS, CHECKPOINTS, BATCH_SIZE, PROMPT, RESPONSE = 6, (2, 4, 6), 8, 6, 5
+SAMPLER = "sampler"
 
 
 class Killed(Exception):
@@ -41,13 +47,14 @@ def host_batch(seed=0):
 
 
 class Rig:
-    """A policy with its update step, and both sources for it; what is compiled is shared by all runs."""
+    """A policy with its update step, and all sources for it; what is compiled is shared by all runs."""
 
     def __init__(self, architecture):
         self.mesh = make_mesh(MESHES["all"])
         self.policy = make_policy(EVEN_CONFIGS[architecture])
         self.optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2))
-        self.abstract = abstract_state(self.policy.init, self.optimizer, self.mesh)
+        self.abstract = abstract_state(self.policy.init, self.optimizer, self.mesh, copies=(SAMPLER,))
+        self.refresh = make_refresh(SAMPLER, 4, self.abstract)
         objective = policy_objective(self.policy, losses.get("ipo", beta=0.1))
         self.update_step = make_update_step(objective, self.optimizer, self.mesh, self.abstract)
         self.reference = self.state().params
@@ -57,19 +64,29 @@ class Rig:
         )
         judge = PreferenceModel(make_policy(EVEN_CONFIGS["decoder"]), Markers(11, 12, 13, 14, 15))
         judge_params = jax.device_put(random_params(judge.policy, 9), replicated(self.mesh))
-        self.labeller = preference_labeller(judge, judge_params, self.mesh)
+        self.scores = functools.partial(make_scores(judge, "hard", self.mesh), judge_params)
         self.prompts = [host_batch(seed=step) for step in range(STEPS)]
         self.key = jax.device_put(jax.random.key(4), replicated(self.mesh))
 
     def state(self):
         return state_from_params(random_params(self.policy), self.abstract, self.optimizer)
 
-    def online(self):
+    def online(self, params_of=lambda state: state.params):
+        """Two samples of the given parameters of a state, labelled by the judge."""
+
         def prompts(step):
             return jax.device_put(self.prompts[step], batch_sharding(self.mesh))
 
-        source = online_source(prompts, self.generate, self.labeller, self.key)
+        def draw(state, batch):
+            texts = (batch.prompt_ids, batch.prompts, batch.prompt_lengths)
+            return self.generate(params_of(state), self.key, state.step, *texts)
+
+        source = online_source(prompts, draw, against_each_other(self.scores), "all", self.mesh)
         return with_reference(source, self.score, self.reference)
+
+    def lagging(self):
+        """Samples of the copy that is refreshed every four steps."""
+        return self.online(lambda state: state.copies[SAMPLER])
 
     def offline(self, folder):
         batches = offline_source(
@@ -82,7 +99,7 @@ class Rig:
         )
         return lambda step, _: jax.device_put(batches(step), batch_sharding(self.mesh))
 
-    def run(self, folder, source, *, update_step=None, on_checkpoint=None):
+    def run(self, folder, source, *, update_step=None, record=None, refresh=None):
         folder.mkdir(exist_ok=True)
         with Checkpoints(folder / "checkpoints") as checkpoints:
             state = train(
@@ -93,7 +110,8 @@ class Rig:
                 checkpoints=checkpoints,
                 metrics_path=folder / "metrics.jsonl",
                 log_every=2,
-                on_checkpoint=on_checkpoint,
+                record=record,
+                refresh=refresh,
             )
         return jax.device_get(state)
 
@@ -138,7 +156,7 @@ def rig(architecture):
 def online(rig, tmp_path_factory):
     """The uninterrupted online run: its folder, its last state, its parameters after every step."""
     folder, log = tmp_path_factory.mktemp("online") / "run", []
-    state = rig.run(folder, rig.online(), update_step=rig.watched(log), on_checkpoint=recorder(folder / "record"))
+    state = rig.run(folder, rig.online(), update_step=rig.watched(log), record=recorder(folder / "record"))
     close(folder / "record")
     return folder, state, log
 
@@ -187,16 +205,47 @@ def test_an_online_run_goes_on_where_it_was_stopped(at, rig, online, tmp_path):
     folder, state, _ = online
     run = tmp_path / "run"
     with pytest.raises(Killed):
-        rig.run(run, stopped(rig.online(), at), on_checkpoint=recorder(run / "record"))
+        rig.run(run, stopped(rig.online(), at), record=recorder(run / "record"))
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": 0.')
-    resumed = rig.run(run, rig.online(), on_checkpoint=recorder(run / "record"))
+    resumed = rig.run(run, rig.online(), record=recorder(run / "record"))
     assert_identical(resumed, state)
     assert metrics(run) == metrics(folder)
     close(run / "record")
     for first, second in zip(open_dataset(run / "record"), open_dataset(folder / "record"), strict=True):
         assert_identical(first.responses, second.responses)
         np.testing.assert_array_equal(first.scores, second.scores)
+
+
+@pytest.fixture(scope="module")
+def lagging(rig, tmp_path_factory):
+    """The uninterrupted run of a sampler that lags behind: its folder, its last state, its parameters."""
+    folder, log = tmp_path_factory.mktemp("lagging") / "run", []
+    settings = {"update_step": rig.watched(log), "refresh": rig.refresh, "record": recorder(folder / "record")}
+    return folder, rig.run(folder, rig.lagging(), **settings), log
+
+
+@pytest.mark.parametrize("at", [3, 5])
+def test_a_run_with_a_lagging_sampler_goes_on_with_the_same_copy(at, rig, lagging, tmp_path):
+    """Refreshed before the steps 0 and 4: from the checkpoint of step 2 it goes on with the copy of step 0."""
+    folder, state, log = lagging
+    with pytest.raises(Killed):
+        rig.run(tmp_path, stopped(rig.lagging(), at), refresh=rig.refresh)
+    resumed = rig.run(tmp_path, rig.lagging(), refresh=rig.refresh)
+    assert_identical(resumed, state)
+    assert metrics(tmp_path) == metrics(folder)
+    assert_identical(state.copies[SAMPLER], log[3])
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        assert_identical(
+            jax.device_get(checkpoints.restore(rig.abstract, 2)).copies[SAMPLER], jax.device_get(rig.reference)
+        )
+
+
+def test_a_lagging_sampler_is_another_run_from_the_first_update_on(online, lagging):
+    """And only from there: both draw their first samples from the start."""
+    ours, theirs = online[2], lagging[2]
+    assert_identical(ours[0], theirs[0])
+    assert not np.array_equal(ours[1]["token_embedder"]["embedding"], theirs[1]["token_embedder"]["embedding"])
 
 
 def test_an_offline_run_goes_on_where_it_was_stopped(rig, online, tmp_path):
@@ -242,11 +291,54 @@ def test_reference_log_probs_are_attached_only_where_there_are_none(rig):
     calls = []
 
     def score(params, *arrays):
-        calls.append(params)
-        return jnp.full(batch.responses.shape, -3.0)
+        calls.append((params, arrays[2].shape))
+        return jnp.full(arrays[2].shape, -3.0)
 
     source = with_reference(lambda step, state: batch, score, "reference")
-    attached = source(0, None)
+    attached = source(0, rig.state())
     np.testing.assert_array_equal(attached.reference_log_probs, -3.0)
-    again = with_reference(lambda step, state: attached, score, "reference")(0, None)
-    assert again is attached and calls == ["reference"]
+    again = with_reference(lambda step, state: attached, score, "reference")(0, rig.state())
+    np.testing.assert_array_equal(again.reference_log_probs, -3.0)
+    assert calls == [("reference", batch.responses.shape)]
+
+
+def test_what_is_beside_a_batch_has_the_references_log_probs_too(rig):
+    """A second source of single responses, and every prompt with the responses of the next one."""
+    batch = jax.device_put(host_batch(), batch_sharding(rig.mesh))
+    second = dataclasses.replace(
+        batch, responses=batch.responses[:, :1], response_lengths=batch.response_lengths[:, :1]
+    )
+    both = with_mismatched(with_fresh(lambda step, state: batch, lambda step, state: second), rig.mesh)
+
+    def score(params, prompts, prompt_lengths, responses, lengths):
+        return -jnp.asarray(responses, jnp.float32) - prompts[:, :1, None].astype(jnp.float32)
+
+    found = with_reference(both, score, None)(0, rig.state())
+    for each, responses in ((found, batch.responses), (found.fresh, second.responses)):
+        expected = -np.asarray(responses, np.float32) - np.asarray(batch.prompts)[:, :1, None]
+        np.testing.assert_array_equal(each.reference_log_probs, expected)
+    np.testing.assert_array_equal(found.mismatched.prompts, batch.prompts)
+    np.testing.assert_array_equal(found.mismatched.prompt_ids, batch.prompt_ids)
+    np.testing.assert_array_equal(found.mismatched.responses, np.roll(batch.responses, -1, axis=0))
+    np.testing.assert_array_equal(found.mismatched.response_lengths, np.roll(batch.response_lengths, -1, axis=0))
+    expected = -np.roll(batch.responses, -1, axis=0).astype(np.float32) - np.asarray(batch.prompts)[:, :1, None]
+    np.testing.assert_array_equal(found.mismatched.reference_log_probs, expected)
+    # The batch itself stays what it was.
+    np.testing.assert_array_equal(found.responses, batch.responses)
+
+
+def test_what_is_beside_a_batch_follows_step_and_state(rig):
+    seen = []
+    batch = jax.device_put(host_batch(), batch_sharding(rig.mesh))
+
+    def watched(name):
+        def source(step, state):
+            seen.append((name, step, state))
+            return batch
+
+        return source
+
+    state = rig.state()
+    with_fresh(watched("first"), watched("second"))(4, state)
+    assert [(name, step) for name, step, _ in seen] == [("first", 4), ("second", 4)]
+    assert all(each is state for *_, each in seen)

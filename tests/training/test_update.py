@@ -1,6 +1,7 @@
 """The update step: the same on every mesh, any loss by the names of its arrays, and what is true at the reference."""
 
 import dataclasses
+import inspect
 import math
 import re
 from functools import partial
@@ -10,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny_models import MESHES, make_batch, random_params, texts
+from tiny_models import MESHES, Unigram, make_batch, random_params, texts
 
 from alignment_gap import losses
 from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.data.batches.packing import Rows
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, make_policy, score
-from alignment_gap.models.policy import Output
 from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh
 from alignment_gap.training import (
     OptimizerConfig,
@@ -40,6 +40,11 @@ OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3))
 
 def single_device_mesh():
     return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def fresh_state(policy, mesh, seed=0, copies=()):
+    abstract = abstract_state(policy.init, OPTIMIZER, mesh, copies)
+    return create_state(policy.init, abstract, OPTIMIZER, jax.random.key(seed))
 
 
 def two_steps(policy, params, mesh, microbatches, batch=LARGE_BATCH):
@@ -159,7 +164,7 @@ def test_no_device_makes_more_than_its_part(even_policy):
     """Of a fresh state on eight devices each holds an eighth, but for what has no width; and makes no more."""
     mesh = make_mesh(MESHES["fsdp"])
     abstract = abstract_state(even_policy.init, OPTIMIZER, mesh)
-    state = create_state(even_policy.init, OPTIMIZER, mesh, jax.random.key(0))
+    state = fresh_state(even_policy, mesh)
     device = jax.devices()[3]
     held = [s.data.size for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards if s.device == device]
     wide = sum(leaf.size for leaf in jax.tree.leaves(abstract) if 16 in leaf.shape)
@@ -186,7 +191,7 @@ def test_the_order_of_a_judges_pair_follows_from_its_prompt():
 
 def test_parameters_and_moments_are_created_sharded(even_policy):
     mesh = make_mesh(MESHES["all"])
-    state = create_state(even_policy.init, OPTIMIZER, mesh, jax.random.key(0))
+    state = fresh_state(even_policy, mesh)
     moments = next(part for part in jax.tree.leaves(state.optimizer_state, is_leaf=is_adam) if is_adam(part))
     for tree in (state.params, moments.mu, moments.nu):
         table = tree["token_embedder"]["embedding"]
@@ -221,28 +226,9 @@ def test_shardings_outlive_a_step_and_the_old_state_is_reused(even_policy):
 
 def test_a_fresh_state_is_the_policys_own(even_policy):
     """Created sharded or on one device: the same numbers."""
-    sharded = create_state(even_policy.init, OPTIMIZER, make_mesh(MESHES["all"]), jax.random.key(3))
-    single = create_state(even_policy.init, OPTIMIZER, single_device_mesh(), jax.random.key(3))
+    sharded = fresh_state(even_policy, make_mesh(MESHES["all"]), seed=3)
+    single = fresh_state(even_policy, single_device_mesh(), seed=3)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(sharded.params), jax.device_get(single.params))
-
-
-@dataclasses.dataclass(frozen=True)
-class Unigram:
-    """The least that is a policy: one distribution over tokens, whatever came before."""
-
-    config: None = None
-
-    def init(self, key):
-        return {"logits": jnp.linspace(-1.0, 1.0, 16)}
-
-    def output(self, params):
-        return Output(params["logits"][:, None], 1.0)
-
-    def start_tokens(self, prompts, prompt_lengths):
-        return jnp.zeros_like(prompt_lengths)
-
-    def hidden(self, params, prompts, prompt_lengths, inputs, packing=None):
-        return jnp.ones((*inputs.shape, 1))
 
 
 UNIGRAM = Unigram()
@@ -259,11 +245,13 @@ def unigram_batch():
 
 
 def test_every_registered_loss_trains_a_policy(unigram_batch):
+    batch = dataclasses.replace(unigram_batch, fresh=unigram_batch)
+
     @jax.jit
     def all_losses(params):
         objectives = {name: policy_objective(UNIGRAM, losses.get(name)) for name in losses.names()}
         return {
-            name: jax.value_and_grad(lambda p, o=objective: o(p, unigram_batch, jnp.int32(0))[0].mean())(params)
+            name: jax.value_and_grad(lambda p, o=objective: o(p, batch, jnp.int32(0))[0].mean())(params)
             for name, objective in objectives.items()
         }
 
@@ -277,10 +265,13 @@ def test_every_loss_of_packed_rows_is_that_of_their_prompts_or_refused(unigram_b
     # A reference that is far less likely, for KTO takes no mean below 0.
     batch = dataclasses.replace(unigram_batch, reference_log_probs=unigram_batch.reference_log_probs - 1.0)
     rows, half = packed(batch, 2), jax.tree.map(lambda leaf: leaf[:4], batch)
-    configured = {name: losses.get(name, **{"dr_grpo": {"max_length": 7}}.get(name, {})) for name in losses.names()}
-    names = {False: [], True: []}
+    settings = {"dr_grpo": {"max_length": 7}, "wpo": {"alignment": "sampled"}}
+    # A batch with fresh samples beside it is not packed.
+    names = [name for name in losses.names() if "fresh_logps" not in inspect.signature(losses.get(name)).parameters]
+    configured = {name: losses.get(name, **settings.get(name, {})) for name in names}
+    by_prompts = {False: [], True: []}
     for name, loss in configured.items():
-        names[losses.reads_other_prompts(loss)].append(name)
+        by_prompts[losses.OTHER_PROMPTS in losses.reads(loss)].append(name)
     with pytest.raises(UserError, match="depends on the batch's other prompts"):
         policy_objective(UNIGRAM, losses.get("bco"))(PARAMS, rows, jnp.int32(0))
 
@@ -296,7 +287,7 @@ def test_every_loss_of_packed_rows_is_that_of_their_prompts_or_refused(unigram_b
 
         objectives = {name: policy_objective(UNIGRAM, loss) for name, loss in configured.items()}
         return (
-            {name: (mean(objectives[name], rows), mean(objectives[name], batch)) for name in names[False]},
+            {name: (mean(objectives[name], rows), mean(objectives[name], batch)) for name in by_prompts[False]},
             {
                 name: (objective(params, half, jnp.int32(0))[0], objective(params, batch, jnp.int32(0))[0][:4])
                 for name, objective in objectives.items()
@@ -307,8 +298,8 @@ def test_every_loss_of_packed_rows_is_that_of_their_prompts_or_refused(unigram_b
     for name, (ours, expected) in compared.items():
         jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6, err_msg=name), ours, expected)
     for name, (alone, among_others) in of_half.items():
-        assert np.allclose(alone, among_others, rtol=1e-5) != (name in names[True]), name
-    assert len(names[True]) >= 4
+        assert np.allclose(alone, among_others, rtol=1e-5) != (name in by_prompts[True]), name
+    assert len(by_prompts[True]) >= 4
 
 
 def test_a_loss_of_ones_own_is_given_what_it_names(unigram_batch):
@@ -332,10 +323,50 @@ def test_a_loss_of_ones_own_is_given_what_it_names(unigram_batch):
     assert value.shape == (8,) and all(part.shape == (8,) for part in diagnostics.values())
 
 
+def test_log_collisions_are_offered_where_a_loss_reads_them(unigram_batch):
+    """A unigram's log sum_v p(v)^2 is one number at every token, and 0 at padding."""
+    calls = []
+
+    class Counted(Unigram):
+        def hidden(self, *arguments):
+            calls.append(1)
+            return super().hidden(*arguments)
+
+    def mine(chosen_log_collisions, rejected_log_collisions, chosen_mask, log_collisions):
+        assert log_collisions.shape == (8, 2, 5)
+        return jnp.sum(chosen_log_collisions - 0.0 * rejected_log_collisions, axis=-1)
+
+    with pytest.raises(UserError, match="asks for chosen_log_collisions, log_collisions, rejected_log_collisions"):
+        policy_objective(UNIGRAM, mine)(PARAMS, unigram_batch, jnp.int32(0))
+    mine.reads = {losses.LOG_COLLISIONS}
+    objective = policy_objective(Counted(), mine)
+
+    def total(params):
+        value, _ = objective(params, unigram_batch, jnp.int32(0))
+        return value.sum(), value
+
+    gradient, value = jax.grad(total, has_aux=True)(PARAMS)
+    p = np.asarray(jax.nn.softmax(PARAMS["logits"]), np.float64)
+    best = np.argmax(BATCH.scores, axis=-1)
+    lengths = np.take_along_axis(np.asarray(BATCH.response_lengths), best[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(value, lengths * np.log(np.sum(p**2)), rtol=1e-5)
+    np.testing.assert_array_equal(gradient["logits"], 0.0)
+    assert len(calls) == 1
+
+
+def test_sampled_alignment_of_wpo_trains_as_its_weights_say(unigram_batch):
+    """Each token's log-prob is taken less log sum_v p(v)^2, which is the same number everywhere for a unigram."""
+    collision = np.log(np.sum(np.asarray(jax.nn.softmax(PARAMS["logits"]), np.float64) ** 2))
+    objectives = [policy_objective(UNIGRAM, losses.get("wpo", alignment=each)) for each in ("plain", "sampled")]
+    plain, sampled = (each(PARAMS, unigram_batch, jnp.int32(0))[0] for each in objectives)
+    np.testing.assert_allclose(sampled, plain * np.exp(-2 * collision), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
         (lambda logps, rewards: logps, "the loss asks for rewards, which this batch has not: it has chosen_lengths, "),
+        (losses.get("hypo"), "asks for fresh_logps, ref_chosen_logps, ref_fresh_logps, ref_rejected_logps"),
         (losses.get("dpo"), "asks for ref_chosen_logps, ref_rejected_logps, which this batch has not"),
     ],
 )

@@ -4,6 +4,6 @@ Neither torch nor transformers is needed. T5 v1.1 (Flan-T5, mT5, ByT5) and, of t
 to 3, Llama 3, Qwen 2 and 3 are read and written.
 """
 
-from alignment_gap.checkpoints.huggingface.folder import open_source, recognises, write
+from alignment_gap.checkpoints.huggingface.folder import open_foreign, recognises, write
 
-__all__ = ["open_source", "recognises", "write"]
+__all__ = ["open_foreign", "recognises", "write"]

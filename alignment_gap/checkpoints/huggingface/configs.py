@@ -248,9 +248,9 @@ def _read_decoder(fields: _Fields, family: Family) -> DecoderConfig:
         mlp_width=fields.get("intermediate_size", int),
         norm_epsilon=fields.get("rms_norm_eps", float, 1e-6),
         tied_embeddings=fields.get("tie_word_embeddings", bool, family.optional.get("tie_word_embeddings", False)),
-        logits_soft_cap=optional("final_logit_softcapping", float) or 0.0,
-        attention_soft_cap=optional("attn_logit_softcapping", float) or 0.0,
-        query_pre_attention_scalar=optional("query_pre_attn_scalar", float) or 0.0,
+        logits_soft_cap=optional("final_logit_softcapping", float),
+        attention_soft_cap=optional("attn_logit_softcapping", float),
+        query_pre_attention_scalar=optional("query_pre_attn_scalar", float),
         **_read_windows(fields, family, depth),
         **_read_rope(fields, family),
         **family.model,
@@ -306,7 +306,8 @@ def _read_rope(fields: _Fields, family: Family) -> dict[str, Any]:
     if rope_type != "default":
         found |= {"rope_scaling": rope_type, "rope_scaling_factor": scaling.get("factor", float)}
     if rope_type == "llama3":
-        length = scaling.get("original_max_position_embeddings", int, fields.values.get("max_position_embeddings"))
+        longest = fields.values.get("max_position_embeddings", REQUIRED)
+        length = scaling.get("original_max_position_embeddings", int, longest)
         given = {name: scaling.get(name, float) for name in ("low_freq_factor", "high_freq_factor")}
         given["original_max_position_embeddings"] = length
         found |= {_LLAMA3[name]: value for name, value in given.items()}
@@ -318,12 +319,12 @@ def _write_decoder(model: DecoderConfig, model_type: str) -> dict[str, Any]:
     scaling: dict[str, Any] = {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
     if model.rope_scaling == "llama3":
         scaling |= {name: getattr(model, field) for name, field in _LLAMA3.items()}
-    windowed = model.window > 0 and model.full_attention_every > 1
+    windowed = model.window is not None and model.full_attention_every > 1
     scalar = model.query_pre_attention_scalar or float(model.head_size)
     optional = {
         "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
-        "final_logit_softcapping": model.logits_soft_cap or None,
-        "attn_logit_softcapping": model.attention_soft_cap or None,
+        "final_logit_softcapping": model.logits_soft_cap,
+        "attn_logit_softcapping": model.attention_soft_cap,
         "use_sliding_window": windowed,
         "max_window_layers": 0,
         # transformers wants a width even where no layer has a window.
@@ -368,7 +369,7 @@ def _normal(model: ModelConfig) -> ModelConfig:
         return model
     changes: dict[str, Any] = {}
     if model.query_pre_attention_scalar == model.head_size:
-        changes["query_pre_attention_scalar"] = 0.0
+        changes["query_pre_attention_scalar"] = None
     if model.rope_scaling == "none" or (model.rope_scaling == "linear" and model.rope_scaling_factor == 1.0):
         changes |= {name: getattr(DecoderConfig, name) for name in ("rope_scaling", "rope_scaling_factor")}
     if model.rope_scaling != "llama3":
@@ -376,7 +377,7 @@ def _normal(model: ModelConfig) -> ModelConfig:
     if model.full_attention_every > model.layers:
         changes["full_attention_every"] = model.layers + 1
     if not model.window or model.full_attention_every == 1:
-        changes |= {"window": 0, "full_attention_every": 1, "rope_local_base": 0.0}
+        changes |= {"window": None, "full_attention_every": 1, "rope_local_base": None}
     elif model.rope_local_base == model.rope_base and changes.get("rope_scaling") == "none":
-        changes["rope_local_base"] = 0.0
+        changes["rope_local_base"] = None
     return dataclasses.replace(model, **changes)

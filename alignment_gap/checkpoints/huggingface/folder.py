@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from alignment_gap.checkpoints.formats import Source
+from alignment_gap.checkpoints.formats import Foreign
 from alignment_gap.checkpoints.huggingface.configs import read_config, write_config
 from alignment_gap.checkpoints.huggingface.entries import UNUSED, copies_of, entries_of
 from alignment_gap.checkpoints.tensors import Tensor, exported
@@ -48,7 +48,7 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file() or (not path.parent.exists() and _is_hub_id(path))
 
 
-def open_source(path: Path) -> Source:
+def open_foreign(path: Path) -> Foreign:
     """A folder, or a repository of the hub by its id, of which no tensor is read yet.
 
     Raises:
@@ -67,7 +67,7 @@ def open_source(path: Path) -> Source:
     if isinstance(model, T5Config) and not model.tied_embeddings and "shared.weight" in tensors:
         # transformers takes the input embedding where version 1.1's own output embedding is not there.
         tensors.setdefault("lm_head.weight", tensors["shared.weight"])
-    return Source(model, tensors, entries_of(model), ignored, companions_of(folder))
+    return Foreign(model, tensors, entries_of(model), ignored, companions_of(folder))
 
 
 def write(

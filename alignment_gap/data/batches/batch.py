@@ -14,11 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 class PreferenceBatch:
     """B prompts with K responses each and a score for every response; K = 2 is a preference pair.
 
-    Lengths say what is real: padding is never told from a token id, so an EOS that shares the padding's id is kept.
-    The EOS that ends a response counts into its length and is scored like any other token.
+    Masks come from lengths, never from token ids, so an EOS that shares the padding's id is kept. The EOS that ends a
+    response counts in its length and is scored like any other token.
 
-    A row may hold up to S prompts behind each other (*S = S), and in each of its K rows of responses the responses to
-    them in the same order; the slots of a row that has fewer have length 0. Without packing there is no such axis.
+    A packed row holds up to S prompts, one after another (*S = S). Each of its K rows of responses holds the responses
+    to them in the same order. Slots that a row does not use have length 0. Without packing the axis S is absent.
 
     Attributes:
       prompt_ids: stable number of each prompt in its dataset; a sample's random key is derived from it.
@@ -26,9 +26,13 @@ class PreferenceBatch:
       prompt_lengths: tokens of each prompt, at least one.
       responses: token ids, padded on the right.
       response_lengths: tokens of each response, EOS included.
-      scores: the higher the better; for a pair the probability that this response is preferred (1, 0 or a tie's 0.5).
-      reference_log_probs: log-probabilities in nats of every response token under the reference policy, or None
-        where nothing needs them.
+      scores: higher is better. In a dataset of probabilities each is the probability that this response of the pair is
+        preferred (1, 0 or a tie's 0.5); in one of rewards it is any number.
+      reference_log_probs: log-probs in nats of every response token under the reference policy; 0 at padding.
+      sampler_log_probs: log-probs in nats of every response token under the distribution that it was drawn from; 0 at
+        padding.
+      fresh: fresh samples of the policy beside the recorded pair, from a second source; records never hold it.
+      mismatched: the same prompts with the responses of other prompts; records never hold it.
     """
 
     prompt_ids: Int[Array, "B *S"]
@@ -38,6 +42,9 @@ class PreferenceBatch:
     response_lengths: Int[Array, "B *S K"]
     scores: Float[Array, "B *S K"]
     reference_log_probs: Float[Array, "B K R"] | None = None
+    sampler_log_probs: Float[Array, "B K R"] | None = None
+    fresh: PreferenceBatch | None = None
+    mismatched: PreferenceBatch | None = None
 
     @property
     def is_packed(self) -> bool:

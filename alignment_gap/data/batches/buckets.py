@@ -20,7 +20,7 @@ def check_buckets(buckets: Sequence[Bucket]) -> None:
         if not (smaller[0] <= larger[0] and smaller[1] <= larger[1] and smaller != larger):
             raise UserError(f"bucket {larger} does not hold bucket {smaller}: give shapes (P, R) that grow in both")
     if not buckets or min(buckets[0]) < 1:
-        raise UserError(f"buckets={tuple(buckets)} are out of range: give one shape (P, R) of 1 or more at least")
+        raise UserError(f"buckets is {tuple(buckets)}: give at least one shape (P, R), of 1 or more each")
 
 
 def bucket_of(lengths: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
@@ -77,7 +77,7 @@ def choose_buckets(lengths: np.ndarray, count: int, largest: Bucket, multiple: i
       UserError: `count` is below 1.
     """
     if count < 1:
-        raise UserError(f"buckets={count} is out of range: set 1 or more")
+        raise UserError(f"buckets is {count}: it must be at least 1")
     rows = (lengths[:, 0], lengths[:, 1:].max(axis=1))
     prompt, response = (_limits(row, top, multiple) for row, top in zip(rows, largest, strict=True))
     held = _held(rows, prompt, response).reshape(-1)

@@ -12,7 +12,8 @@ import numpy as np
 
 from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.data.batches.buckets import Bucket
-from alignment_gap.data.records.dataset import Dataset, Example, check_form, decode
+from alignment_gap.data.records.dataset import Dataset
+from alignment_gap.data.records.example import TOKEN_FIELDS, Example, check_form, decode
 from alignment_gap.data.records.lengths import lengths_of
 from alignment_gap.data.records.log_probs import ReferenceLogProbs
 from alignment_gap.errors import UserError
@@ -76,18 +77,17 @@ def collate(examples: Sequence[Example], prompt_length: int, response_length: in
     """The examples as one batch of numpy arrays, padded on the right to P = prompt_length and R = response_length.
 
     Raises:
-      UserError: there is no example, one is longer than its limit, or they differ in K or in reference_log_probs.
+      UserError: there is no example, one is longer than its limit, or they differ in K or in their fields.
     """
     if not examples:
         raise UserError("a batch needs an example: none was given")
-    responses = len(examples[0].responses)
-    with_reference = examples[0].reference_log_probs is not None
+    first = examples[0]
     for index, example in enumerate(examples):
-        check_form(example, responses, with_reference, f"example {index} of the batch")
+        check_form(example, first, f"example {index} of the batch")
         _check_length(len(example.prompt), prompt_length, "prompt", index, example)
         _check_length(max(map(len, example.responses)), response_length, "response", index, example)
     flat = [response for example in examples for response in example.responses]
-    grid = (len(examples), responses)
+    grid = (len(examples), len(first.responses))
     arrays: dict[str, Any] = {
         "prompt_ids": np.array([example.prompt_id for example in examples], _INTS),
         "prompts": _padded([example.prompt for example in examples], prompt_length, _INTS),
@@ -96,16 +96,20 @@ def collate(examples: Sequence[Example], prompt_length: int, response_length: in
         "response_lengths": np.array([len(response) for response in flat], _INTS).reshape(grid),
         "scores": np.stack([np.asarray(example.scores, _FLOATS) for example in examples]),
     }
-    if with_reference:
-        rows = [row for example in examples for row in example.reference_log_probs or ()]
-        arrays["reference_log_probs"] = _padded(rows, response_length, _FLOATS).reshape(*grid, response_length)
+    for name in TOKEN_FIELDS:
+        if getattr(first, name) is not None:
+            rows = [row for example in examples for row in getattr(example, name)]
+            arrays[name] = _padded(rows, response_length, _FLOATS).reshape(*grid, response_length)
     return PreferenceBatch(**arrays)
 
 
 def examples_of(batch: PreferenceBatch) -> list[Example]:
-    """The rows of a batch, on the host and without their padding: the inverse of `collate`."""
-    host = jax.device_get(batch)
-    reference = host.reference_log_probs
+    """The rows of a batch, on the host and without their padding: the inverse of `collate`.
+
+    What a batch has beside its pairs, `fresh` and `mismatched`, is left out.
+    """
+    host = jax.device_get(dataclasses.replace(batch, fresh=None, mismatched=None))
+    per_token = {name: value for name in TOKEN_FIELDS if (value := getattr(host, name)) is not None}
 
     def cut(rows: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
         return tuple(row[:length] for row, length in zip(rows, lengths, strict=True))
@@ -116,7 +120,7 @@ def examples_of(batch: PreferenceBatch) -> list[Example]:
             prompt=host.prompts[i, : host.prompt_lengths[i]],
             responses=cut(host.responses[i], host.response_lengths[i]),
             scores=host.scores[i],
-            reference_log_probs=None if reference is None else cut(reference[i], host.response_lengths[i]),
+            **{name: cut(value[i], host.response_lengths[i]) for name, value in per_token.items()},
         )
         for i in range(len(host.prompt_ids))
     ]
@@ -139,9 +143,10 @@ def collate_records(records: Sequence[bytes], prompt_length: int, response_lengt
         "response_lengths": response_lengths.reshape(grid),
         "scores": np.frombuffer(b"".join(content["scores"] for content in contents), _FLOATS).reshape(grid),
     }
-    if "reference_log_probs" in contents[0]:
-        rows = [row for content in contents for row in content["reference_log_probs"]]
-        arrays["reference_log_probs"] = _pad(rows, response_length, _FLOATS)[0].reshape(*grid, response_length)
+    for name in TOKEN_FIELDS:
+        if name in contents[0]:
+            rows = [row for content in contents for row in content[name]]
+            arrays[name] = _pad(rows, response_length, _FLOATS)[0].reshape(*grid, response_length)
     return PreferenceBatch(**arrays)
 
 
@@ -150,7 +155,7 @@ def _fit(
 ) -> bool:
     """Whether the contents of records are all of one form and within the limits."""
     return (
-        len({(len(content["responses"]), "reference_log_probs" in content) for content in contents}) == 1
+        len({(len(content["responses"]), *(name in content for name in TOKEN_FIELDS)) for content in contents}) == 1
         and max(len(content["prompt"]) for content in contents) <= prompt_length * _INTS.itemsize
         and max(map(len, responses)) <= response_length * _INTS.itemsize
     )
@@ -171,6 +176,7 @@ def _check_alike(datasets: Sequence[Dataset]) -> None:
             ("a vocabulary of digest", card.vocabulary_digest[:12], first.card.vocabulary_digest[:12]),
             ("responses a prompt:", card.responses_per_prompt, first.card.responses_per_prompt),
             ("the fields", ", ".join(card.fields), ", ".join(first.card.fields)),
+            ("scores that are", card.scores, first.card.scores),
         ):
             if value != other:
                 raise UserError(

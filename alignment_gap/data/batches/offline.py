@@ -12,9 +12,9 @@ import numpy as np
 from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.data.batches.buckets import Bucket, bucket_of, check_buckets, cut_within_buckets
 from alignment_gap.data.batches.collation import Examples
-from alignment_gap.data.batches.order import ORDERS, SEED_LIMIT, Order, Stream, draws_of, kept, permutation
+from alignment_gap.data.batches.order import Order, Stream, draws_of, kept, permutation
 from alignment_gap.data.batches.packing import Rows
-from alignment_gap.data.records.dataset import Example
+from alignment_gap.data.records.example import Example
 from alignment_gap.errors import UserError
 
 # Tells the random order of an epoch's batches from that of its examples.
@@ -28,11 +28,11 @@ _SAMPLED = 8192
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """Tokens of an epoch's batches, prompts and all responses: how many are there and how many are real.
+    """Token slots of an epoch's batches, of prompts and of all responses.
 
     Attributes:
-      slots: tokens of the batches' arrays.
-      tokens: those that are no padding.
+      slots: token slots of the batches' arrays.
+      tokens: slots that hold a token.
     """
 
     slots: int
@@ -40,14 +40,14 @@ class Padding:
 
     @property
     def share(self) -> float:
-        """The share of the arrays that is padding."""
+        """The fraction of the slots that hold padding."""
         return 1 - self.tokens / self.slots
 
 
 class OfflineSource:
     """Batches of datasets: `source(step)` is a pure function of the step, so a killed run goes on where it was.
 
-    Position in the data is nothing but the step, whatever the number of processes that read it.
+    The step is the whole position in the data, whatever the number of processes that read it.
     """
 
     def __init__(
@@ -167,12 +167,12 @@ def offline_source(
     seed: int,
     prompt_length: int,
     response_length: int,
-    order: str = "shuffle",
-    window: int = 0,
+    order: str = Order.kind,
+    window: int | None = None,
     buckets: Sequence[Bucket] = (),
-    packing: int = 0,
+    packing: int | None = None,
     row_multiple: int = 1,
-    weights: Sequence[float] = (),
+    weights: Sequence[float] | None = None,
     host_rows: Callable[[int], Sequence[int] | np.ndarray] | None = None,
 ) -> OfflineSource:
     """Batches of `dataset`, epoch after epoch, a batch reaching over into the next epoch where it must.
@@ -186,52 +186,44 @@ def offline_source(
       order: "shuffle", uniform over the dataset; "recorded", as they are in the dataset, the batch of step s being
         records s * B to (s + 1) * B; "window", the record shuffled within successive windows. The shuffles are new in
         every epoch.
-      window: batches in a window; for order "window" only.
+      window: batches in a window, for order "window"; None for the other orders.
       buckets: smaller shapes (P, R), each holding the one before it. A shuffled epoch is batched within each bucket
         and a batch padded to its bucket; batches of the other orders stay as they are, and are padded to the smallest
-        bucket that fits. Needs the lengths of all examples, see `buckets.lengths_of`.
-      packing: 0 for one prompt a row. Else a row of (packing * P, packing * R) tokens holds as many prompts as fit. A
-        batch has the same prompts as without packing, in fewer rows. Needs the lengths, too; without buckets only.
-      row_multiple: what the number of packed rows is a multiple of: what a batch is split into, over devices and
-        microbatches. Divides `batch_size`.
+        bucket that fits. Needs the lengths of all examples, see `lengths_of`.
+      packing: None for one prompt a row. Otherwise a row of (packing * P, packing * R) tokens holds as many prompts as
+        fit. A batch has the same prompts as without packing, in fewer rows. Needs the lengths of all examples. Does
+        not go with buckets.
+      row_multiple: the number of packed rows is a multiple of it: the parts that a batch is split into, over devices
+        and microbatches. Divides `batch_size`.
       weights: of each dataset, in any unit; for order "shuffle" only. An epoch then has as many places as there are
-        examples, and each dataset its share of them. Empty for every example once.
+        examples, and each dataset its share of them. None for every example once.
       host_rows: gives, for a batch of so many rows, those of them that this process reads; None for all.
 
     Raises:
       UserError: a setting is out of range, the dataset is empty, or an example is longer than its limit.
     """
     examples = dataset if isinstance(dataset, Examples) else Examples([dataset])
-    _check(batch_size, seed, order, window, weights)
     largest = (prompt_length, response_length)
     shapes = (*[bucket for bucket in buckets if tuple(bucket) != largest], largest)
     check_buckets(shapes)
-    _check_packing(packing, row_multiple, batch_size, shapes)
-    places = Order(examples.sizes, draws_of(examples.sizes, weights), seed, order, window * batch_size)
+    _check_rows(batch_size, packing, row_multiple, shapes)
+    if weights is not None and order != "shuffle":
+        raise UserError(f"weights is {tuple(weights)} with the order {order!r}: leave them out, or shuffle")
+    together = None if window is None else window * batch_size
+    places = Order(examples.sizes, draws_of(examples.sizes, weights), seed, order, together)
     rows = None
-    if packing:
+    if packing is not None:
         shape = (packing * prompt_length, packing * response_length)
         rows = Rows.for_lengths(examples.lengths(), batch_size, shape, row_multiple)
     return OfflineSource(examples, places, batch_size, shapes, rows, host_rows)
 
 
-def _check_packing(packing: int, row_multiple: int, batch_size: int, shapes: Sequence[Bucket]) -> None:
-    if packing < 0:
-        raise UserError(f"packing={packing} is out of range: set 1 or more longest prompts a row, or 0 for none")
-    if packing and len(shapes) > 1:
-        raise UserError(f"packing={packing} does not go with buckets={tuple(shapes[:-1])}: choose one of them")
-    if row_multiple < 1 or batch_size % row_multiple:
-        raise UserError(f"row_multiple={row_multiple} is out of range: set a divisor of batch_size={batch_size}")
-
-
-def _check(batch_size: int, seed: int, order: str, window: int, weights: Sequence[float]) -> None:
-    if order not in ORDERS:
-        raise UserError(f"order={order!r} is unknown: choose one of {', '.join(ORDERS)}")
+def _check_rows(batch_size: int, packing: int | None, row_multiple: int, shapes: Sequence[Bucket]) -> None:
     if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} is out of range: set it to 1 or more")
-    if not 0 <= seed < SEED_LIMIT:
-        raise UserError(f"seed={seed} is out of range: set it from 0 to {SEED_LIMIT - 1}")
-    if (window > 0) != (order == "window"):
-        raise UserError(f"window={window} does not go with order={order!r}: set it to 1 or more for 'window', else 0")
-    if weights and order != "shuffle":
-        raise UserError(f"weights={tuple(weights)} do not go with order={order!r}: leave them out, or shuffle")
+        raise UserError(f"batch_size is {batch_size}: it must be at least 1")
+    if packing is not None and packing < 1:
+        raise UserError(f"packing is {packing}: it must be at least 1, the longest prompts of a row, or None for none")
+    if packing is not None and len(shapes) > 1:
+        raise UserError(f"packing is {packing} with buckets={tuple(shapes[:-1])}: choose one of them")
+    if row_multiple < 1 or batch_size % row_multiple:
+        raise UserError(f"row_multiple is {row_multiple}: it must be a divisor of batch_size={batch_size}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from alignment_gap import checks
 from alignment_gap.errors import UserError
 
 ORDERS = ("shuffle", "recorded", "window")
@@ -26,14 +27,23 @@ class Order:
         all of its examples before one of them comes again, however many epochs that takes.
       seed: of the shuffle.
       kind: one of `ORDERS`.
-      window: examples that are shuffled together; for kind "window" only.
+      window: examples that are shuffled together, for kind "window"; None for the others.
     """
 
     sizes: tuple[int, ...]
     draws: tuple[int, ...]
     seed: int
     kind: str = "shuffle"
-    window: int = 0
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.one_of(self, ORDERS, "kind")
+        checks.within(self, 0, SEED_LIMIT - 1, "seed")
+        checks.at_least(self, 1, "window")
+        if (self.window is None) == (self.kind == "window"):
+            raise UserError(
+                f"window is {self.window} with the order {self.kind!r}: give one for the order 'window' only"
+            )
 
     def __len__(self) -> int:
         """Places of an epoch."""
@@ -44,7 +54,7 @@ class Order:
         count = len(self)
         if self.kind == "recorded":
             return np.arange(count, dtype=np.int32)
-        if self.kind == "window":
+        if self.window is not None:
             keys = random_keys(count, self.seed, number)
             return np.lexsort((keys, np.arange(count, dtype=np.int32) // self.window)).astype(np.int32)
         places = permutation(count, self.seed, number)
@@ -101,19 +111,21 @@ def permutation(count: int, *seed: int) -> np.ndarray:
     return np.argsort(random_keys(count, *seed), kind="stable").astype(np.int32)
 
 
-def draws_of(sizes: Sequence[int], weights: Sequence[float]) -> tuple[int, ...]:
+def draws_of(sizes: Sequence[int], weights: Sequence[float] | None) -> tuple[int, ...]:
     """Places of each dataset in an epoch of sum(sizes) places: in proportion to the weights, largest remainders up.
+
+    Without weights each dataset has a place for each of its examples.
 
     Raises:
       UserError: a weight is not positive, so small that its dataset gets no place, or there is not one for each.
     """
-    if not weights:
+    if weights is None:
         return tuple(sizes)
     if len(weights) != len(sizes):
-        raise UserError(f"weights={tuple(weights)} are {len(weights)} for {len(sizes)} datasets: give one for each")
+        raise UserError(f"weights is {tuple(weights)}, {len(weights)} for {len(sizes)} datasets: give one for each")
     shares = np.asarray(weights, np.float64)
     if not (np.isfinite(shares).all() and (shares > 0).all()):
-        raise UserError(f"weights={tuple(weights)} are out of range: set each above 0, or leave its dataset out")
+        raise UserError(f"weights is {tuple(weights)}: each must be above 0 and finite, or leave its dataset out")
     exact = shares / shares.sum() * sum(sizes)
     draws = np.floor(exact).astype(np.int64)
     missing = sum(sizes) - int(draws.sum())

@@ -11,6 +11,7 @@ import numpy as np
 
 from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.data.batches.buckets import Bucket
+from alignment_gap.data.records.example import TOKEN_FIELDS
 
 # Shapes differ by an eighth of the rows that batches have on average: two or three are compiled, and few rows wasted.
 _SHAPES = 8
@@ -85,14 +86,16 @@ class Rows:
             each = zip(np.moveaxis(values, 1, 0), np.asarray(batch.response_lengths).T, strict=True)
             return np.stack([behind_each_other(*one, self.shape[1]) for one in each], axis=1)
 
-        arrays = {name: np.asarray(value) for name, value in vars(batch).items() if value is not None}
-        packed = {name: in_slots(value) for name, value in arrays.items() if name not in ("prompts", *_BY_RESPONSE)}
-        packed |= {name: responses(arrays[name]) for name in _BY_RESPONSE if name in arrays}
-        packed["prompts"] = behind_each_other(arrays["prompts"], arrays["prompt_lengths"], self.shape[0])
-        return dataclasses.replace(batch, **packed)  # type: ignore[arg-type]
+        prompts = behind_each_other(np.asarray(batch.prompts), np.asarray(batch.prompt_lengths), self.shape[0])
+        packed = {name: in_slots(np.asarray(getattr(batch, name))) for name in _BY_PROMPT}
+        per_token = {name: value for name in _BY_TOKEN if (value := getattr(batch, name)) is not None}
+        packed |= {name: responses(np.asarray(value)) for name, value in per_token.items()}
+        return dataclasses.replace(batch, prompts=prompts, **packed)  # type: ignore[arg-type]
 
 
-_BY_RESPONSE = ("responses", "reference_log_probs")
+# Fields with a value for each prompt, and with one for each token of each response.
+_BY_PROMPT = ("prompt_ids", "prompt_lengths", "response_lengths", "scores")
+_BY_TOKEN = ("responses", *TOKEN_FIELDS)
 
 
 def _capacity(shape: Bucket, columns: int) -> np.ndarray:

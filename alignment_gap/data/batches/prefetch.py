@@ -27,7 +27,7 @@ class Prefetched(Generic[Batch]):
           UserError: `ahead` is negative.
         """
         if ahead < 0:
-            raise UserError(f"prefetch={ahead} is out of range: set 0 or more batches")
+            raise UserError(f"prefetch is {ahead}: it must be at least 0 batches")
         self._source, self._ahead, self._last = source, ahead, last
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
         self._next: collections.deque[tuple[int, Future[Batch]]] = collections.deque()

@@ -3,7 +3,6 @@
 from alignment_gap.data.records.dataset import (
     Card,
     Dataset,
-    Example,
     close_dataset,
     derived,
     open_dataset,
@@ -11,6 +10,7 @@ from alignment_gap.data.records.dataset import (
     write_chunk,
     write_dataset,
 )
+from alignment_gap.data.records.example import Example
 from alignment_gap.data.records.lengths import lengths_of
 
 __all__ = [

@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from alignment_gap.data.records.dataset import Dataset
-from alignment_gap.data.text import posts
-from alignment_gap.data.text.vocabulary import Vocabulary, load_vocabulary
+from alignment_gap.data.text.vocabulary import POSTS, Vocabulary
+from alignment_gap.data.text.vocabulary_loading import load_vocabulary
 from alignment_gap.errors import UserError
 
-# The name of the built-in task, whose vocabulary is no file.
-_POSTS = "posts"
 # Facts of provenance that are shown elsewhere or are long.
 _NOT_SHOWN = ("made_by", "inputs", "dropped", "source", "limits", "config")
 
@@ -22,6 +20,7 @@ def card_text(dataset: Dataset) -> str:
     lines = [
         f"{dataset.folder}: {card.count:,} examples of {card.responses_per_prompt} responses, {len(card.files)} files",
         f"  holds       {', '.join(card.fields)}",
+        f"  scores      {card.scores}",
         *(f"  {name + 's':11} {lengths_text(card.lengths[name])}" for name in ("prompt", "response")),
         f"  digest      {card.digest}",
         f"  vocabulary  {card.vocabulary_digest}",
@@ -52,20 +51,20 @@ def provenance_lines(provenance: Mapping[str, Any], depth: int = 1) -> Iterator[
         yield from provenance_lines(part["provenance"], depth + 2)
 
 
-def find_vocabulary(dataset: Dataset, given: str = "") -> Vocabulary:
+def find_vocabulary(dataset: Dataset, given: str | None = None) -> Vocabulary:
     """The vocabulary that a dataset was encoded with.
 
     Args:
       dataset: the dataset.
-      given: where it is; empty for where it was when the first source was encoded.
+      given: where it is; None for where it was when the first source was encoded.
 
     Raises:
-      UserError: it is not known, no longer there, or another one than the dataset's.
+      UserError: it is not known, is no longer there, or is not the dataset's.
     """
-    found = given or _vocabulary_of(dataset.card.provenance)
+    found = given or vocabulary_place(dataset)
     if not found:
         raise UserError(f"{dataset.folder} does not say where its vocabulary is: give --vocabulary")
-    vocabulary = posts.vocabulary() if found == _POSTS else load_vocabulary(found)
+    vocabulary = load_vocabulary(found)
     if vocabulary.digest != dataset.card.vocabulary_digest:
         raise UserError(
             f"{dataset.folder} was encoded with the vocabulary {dataset.card.vocabulary_digest[:12]}, {found} is "
@@ -74,10 +73,15 @@ def find_vocabulary(dataset: Dataset, given: str = "") -> Vocabulary:
     return vocabulary
 
 
-def _vocabulary_of(provenance: Mapping[str, Any]) -> str:
-    """Where the first source's vocabulary was, "" where nothing says it."""
-    if provenance.get("task") == _POSTS:
-        return _POSTS
+def vocabulary_place(dataset: Dataset) -> str | None:
+    """Where the vocabulary of a dataset was when its first source was encoded; None where nothing says it."""
+    return _vocabulary_of(dataset.card.provenance)
+
+
+def _vocabulary_of(provenance: Mapping[str, Any]) -> str | None:
+    """Where the first source's vocabulary was, None where nothing says it."""
+    if provenance.get("task") == POSTS:  # The provenance of posts before they were a source.
+        return POSTS
     own = provenance.get("vocabulary") or provenance.get("config", {}).get("vocabulary_path")
     inputs = provenance.get("inputs", ())
-    return own or next((found for part in inputs if (found := _vocabulary_of(part["provenance"]))), "")
+    return own or next((found for part in inputs if (found := _vocabulary_of(part["provenance"]))), None)

@@ -22,13 +22,14 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import msgpack
-import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from alignment_gap import checks
+from alignment_gap.data.records.example import TOKEN_FIELDS, Example, check_form, decode, encode
 from alignment_gap.data.records.summary import summarise_lengths
 from alignment_gap.errors import UserError
 from alignment_gap.folders import sync, write_bytes
@@ -40,33 +41,17 @@ _SUFFIX = ".array_record"
 _WRITER_OPTIONS = "group_size:8"
 # Of a part of a dataset, which is made or made again as one. Systems let a process have 1024 files open, often.
 _PART, _FILES = 5000, 400
-_INTS, _FLOATS = np.dtype("<i4"), np.dtype("<f4")
+PROBABILITIES, REWARDS = "probabilities", "rewards"
 
 _Path = str | os.PathLike[str]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Example:
-    """One prompt with K responses, without padding: a row of a PreferenceBatch.
-
-    Attributes:
-      prompt_id: stable number of the prompt in its dataset.
-      prompt: int32[P] token ids, at least one.
-      responses: K arrays int32[R_k] of token ids, the end id included.
-      scores: float32[K], the higher the better.
-      reference_log_probs: K arrays float32[R_k] in nats, or None.
-    """
-
-    prompt_id: int
-    prompt: np.ndarray
-    responses: tuple[np.ndarray, ...]
-    scores: np.ndarray
-    reference_log_probs: tuple[np.ndarray, ...] | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What the card says of one record file: its name, size, SHA-256, and its examples' count and longest lengths."""
+    """What the card says of one record file.
+
+    Its name, size and SHA-256; its examples' count and longest lengths; and which of `TOKEN_FIELDS` they have.
+    """
 
     name: str
     count: int
@@ -76,6 +61,12 @@ class Chunk:
     max_prompt_length: int
     max_response_length: int
     reference_log_probs: bool
+    sampler_log_probs: bool = False
+
+    @property
+    def token_fields(self) -> tuple[str, ...]:
+        """Those of `TOKEN_FIELDS` that its examples have."""
+        return tuple(name for name in TOKEN_FIELDS if getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +84,8 @@ class Card:
       vocabulary_digest: `digest` of the vocabulary that it was encoded with.
       provenance: how it came about, as its maker states it.
       files: the record files, in the order of their examples.
+      scores: what the scores are: "probabilities" (of a pair, how probable it is that this response is preferred: 1, 0,
+        0.5 or between), or "rewards" (any numbers, higher is better).
     """
 
     format_version: int
@@ -105,11 +98,17 @@ class Card:
     vocabulary_digest: str
     provenance: Mapping[str, Any]
     files: tuple[Chunk, ...]
+    scores: str = PROBABILITIES
+
+    def __post_init__(self) -> None:
+        checks.one_of(self, (PROBABILITIES, REWARDS), "scores")
 
     @property
     def digest(self) -> str:
-        """SHA-256 in hexadecimal of the examples, in their files, and of the vocabulary that encodes them."""
-        content = [self.vocabulary_digest, [chunk.sha256 for chunk in self.files]]
+        """SHA-256 in hexadecimal of the examples, in their files, of their vocabulary and of what their scores are."""
+        content: list[Any] = [self.vocabulary_digest, [chunk.sha256 for chunk in self.files]]
+        if self.scores != PROBABILITIES:  # Datasets that were written before there was a choice keep their digest.
+            content.append(self.scores)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -172,16 +171,23 @@ def write_dataset(
     *,
     vocabulary_digest: str,
     provenance: Mapping[str, Any],
+    scores: str = Card.scores,
     name: str = "pairs",
 ) -> Card:
     """Writes `examples` as one record file and its card into `folder`; equal input gives equal bytes.
+
+    Args:
+      folder: is made where it is not there.
+      examples: one at least, all of one form.
+      vocabulary_digest, provenance, scores: as on the `Card`.
+      name: of the record file, without its suffix.
 
     Raises:
       UserError: there is no example, examples differ in form, or the disk is full or cannot be written.
     """
     write_chunk(folder, name, examples)
     path = pathlib.Path(folder)
-    return _write_card(path, [_summary(chunk_path(path, name))], vocabulary_digest, provenance)
+    return _write_card(path, [_summary(chunk_path(path, name))], vocabulary_digest, provenance, scores)
 
 
 def write_chunk(folder: _Path, name: str, examples: Iterable[Example]) -> Chunk:
@@ -218,8 +224,14 @@ def chunk_path(folder: _Path, name: str) -> pathlib.Path:
     return pathlib.Path(folder) / f"{name}{_SUFFIX}"
 
 
-def close_dataset(folder: _Path, *, vocabulary_digest: str, provenance: Mapping[str, Any]) -> Card:
+def close_dataset(
+    folder: _Path, *, vocabulary_digest: str, provenance: Mapping[str, Any], scores: str = Card.scores
+) -> Card:
     """Writes the card of the chunks in `folder`, in the order of their names; the dataset is complete with it.
+
+    Args:
+      folder: has the chunks.
+      vocabulary_digest, provenance, scores: as on the `Card`.
 
     Raises:
       UserError: there is no chunk, a chunk is damaged or of another form, or the disk is full or cannot be written.
@@ -228,7 +240,7 @@ def close_dataset(folder: _Path, *, vocabulary_digest: str, provenance: Mapping[
     summaries = [_summary(path) for path in sorted(folder.glob(f"*{_SUFFIX}"))]
     if not summaries:
         raise UserError(f"no dataset can be closed in {folder}: it holds no *{_SUFFIX} file; write a chunk first")
-    return _write_card(folder, summaries, vocabulary_digest, provenance)
+    return _write_card(folder, summaries, vocabulary_digest, provenance, scores)
 
 
 def derived(made_by: str, inputs: Mapping[str, Dataset], **facts: Any) -> dict[str, Any]:
@@ -296,6 +308,14 @@ def discard_damaged(folder: _Path) -> list[str]:
     return damaged
 
 
+def discard_chunks(folder: _Path, unwanted: Callable[[str], bool]) -> None:
+    """Removes the chunks of a folder whose names are unwanted, and the card with them: it says what is there."""
+    path = pathlib.Path(folder)
+    for chunk in [each for each in path.glob(f"*{_SUFFIX}") if unwanted(each.stem)]:
+        (path / CARD).unlink(missing_ok=True)
+        chunk.unlink()
+
+
 def is_intact(path: pathlib.Path, sha256: str) -> bool:
     """Whether a file is there with the content that it was written with."""
     return path.is_file() and _sha256(path) == sha256
@@ -306,17 +326,15 @@ class _Summary:
 
     def __init__(self, where: str):
         self.where = where
-        self.count = self.responses = 0
-        self.with_reference = False
+        self.count = 0
+        self.first: Example | None = None
         self.prompt_lengths: collections.Counter[int] = collections.Counter()
         self.response_lengths: collections.Counter[int] = collections.Counter()
 
     def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
         for example in examples:
-            if not self.count:
-                self.responses = len(example.responses)
-                self.with_reference = example.reference_log_probs is not None
-            check_form(example, self.responses, self.with_reference, f"record {self.count} of {self.where}")
+            self.first = self.first or example
+            check_form(example, self.first, f"record {self.count} of {self.where}")
             self.count += 1
             self.prompt_lengths[len(example.prompt)] += 1
             self.response_lengths.update(map(len, example.responses))
@@ -325,15 +343,16 @@ class _Summary:
             raise UserError(f"{self.where} would hold no example: check what was dropped before it")
 
     def chunk(self, name: str, path: pathlib.Path) -> Chunk:
+        assert self.first
         return Chunk(
             name=name,
             count=self.count,
             bytes=path.stat().st_size,
             sha256=_sha256(path),
-            responses_per_prompt=self.responses,
+            responses_per_prompt=len(self.first.responses),
             max_prompt_length=max(self.prompt_lengths),
             max_response_length=max(self.response_lengths),
-            reference_log_probs=self.with_reference,
+            **{field: getattr(self.first, field) is not None for field in TOKEN_FIELDS},
         )
 
 
@@ -365,53 +384,6 @@ def _summary(path: pathlib.Path) -> _Known:
     return _Known(summary.chunk(path.name, path), summary.prompt_lengths, summary.response_lengths)
 
 
-def check_form(example: Example, responses: int, with_reference: bool, where: str) -> None:
-    """One K, one score a response, no empty sequence, references of all responses or of none."""
-    lengths = [len(response) for response in example.responses]
-    reference = example.reference_log_probs
-    problem = None
-    if len(lengths) != responses or responses < 1:
-        problem = f"has {len(lengths)} responses where the first has {responses}: give each prompt the same number"
-    elif np.shape(example.scores) != (responses,):
-        problem = f"has scores of shape {np.shape(example.scores)} for {responses} responses: give one score each"
-    elif not len(example.prompt) or not all(lengths):
-        problem = "has an empty prompt or response: drop it"
-    elif (reference is not None) != with_reference:
-        problem = "differs from the first in having reference_log_probs: give them for all or for none"
-    elif reference is not None and [len(row) for row in reference] != lengths:
-        problem = "has reference_log_probs of other lengths than its responses: give one for each token"
-    if problem:
-        raise UserError(f"{where} (prompt id {example.prompt_id}) {problem}")
-
-
-def _encode(example: Example) -> bytes:
-    def pack(values: np.ndarray, dtype: np.dtype) -> bytes:
-        return np.ascontiguousarray(values, dtype).tobytes()
-
-    record: dict[str, Any] = {
-        "prompt_id": int(example.prompt_id),
-        "prompt": pack(example.prompt, _INTS),
-        "responses": [pack(response, _INTS) for response in example.responses],
-        "scores": pack(example.scores, _FLOATS),
-    }
-    if example.reference_log_probs is not None:
-        record["reference_log_probs"] = [pack(row, _FLOATS) for row in example.reference_log_probs]
-    return msgpack.packb(record)
-
-
-def decode(record: bytes) -> Example:
-    """The example in a record as it is on disk."""
-    content = msgpack.unpackb(record)
-    reference = content.get("reference_log_probs")
-    return Example(
-        prompt_id=content["prompt_id"],
-        prompt=np.frombuffer(content["prompt"], _INTS),
-        responses=tuple(np.frombuffer(response, _INTS) for response in content["responses"]),
-        scores=np.frombuffer(content["scores"], _FLOATS),
-        reference_log_probs=None if reference is None else tuple(np.frombuffer(row, _FLOATS) for row in reference),
-    )
-
-
 def _write_records(partial: pathlib.Path, path: pathlib.Path, examples: Iterable[Example]) -> None:
     """Writes the file `partial`, which is to become `path`; what `examples` raises passes through as it is."""
     with _writing(path):
@@ -419,7 +391,7 @@ def _write_records(partial: pathlib.Path, path: pathlib.Path, examples: Iterable
         writer = ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
     try:
         for example in examples:
-            record = _encode(example)
+            record = encode(example)
             with _writing(path):
                 writer.write(record)
     except BaseException:
@@ -487,20 +459,10 @@ def _first_clause(error: Exception) -> str:
 
 
 def _write_card(
-    folder: pathlib.Path, known: Sequence[_Known], vocabulary_digest: str, provenance: Mapping[str, Any]
+    folder: pathlib.Path, known: Sequence[_Known], vocabulary_digest: str, provenance: Mapping[str, Any], scores: str
 ) -> Card:
     chunks = [part.chunk for part in known]
-    first = chunks[0]
-    for chunk in chunks:
-        if chunk.responses_per_prompt != first.responses_per_prompt:
-            raise UserError(
-                f"{folder / chunk.name} has {chunk.responses_per_prompt} responses a prompt, {first.name} has "
-                f"{first.responses_per_prompt}: keep them in two datasets"
-            )
-        if chunk.reference_log_probs != first.reference_log_probs:
-            raise UserError(
-                f"of {folder / chunk.name} and {first.name} one has reference_log_probs: give them for all or for none"
-            )
+    _check_chunks(folder, chunks)
     names = [field.name for field in dataclasses.fields(Example)]
     card = Card(
         format_version=FORMAT_VERSION,
@@ -509,15 +471,32 @@ def _write_card(
             "prompt": _add_up(part.prompt_lengths for part in known),
             "response": _add_up(part.response_lengths for part in known),
         },
-        fields=tuple(name for name in names if first.reference_log_probs or name != "reference_log_probs"),
+        fields=tuple(name for name in names if name not in TOKEN_FIELDS or name in chunks[0].token_fields),
         vocabulary_digest=vocabulary_digest,
-        provenance=dict(provenance),
+        provenance=json.loads(json.dumps(dict(provenance))),  # As it will be read: lists for tuples.
         files=tuple(chunks),
+        scores=scores,
     )
     with _writing(folder / CARD):
         write_bytes(folder / CARD, (json.dumps(dataclasses.asdict(card), indent=2) + "\n").encode())
         shutil.rmtree(folder / CHUNKS, ignore_errors=True)
     return card
+
+
+def _check_chunks(folder: pathlib.Path, chunks: Sequence[Chunk]) -> None:
+    """Raises UserError unless the examples of all chunks have one form."""
+    first = chunks[0]
+    for chunk in chunks:
+        if chunk.responses_per_prompt != first.responses_per_prompt:
+            raise UserError(
+                f"{folder / chunk.name} has {chunk.responses_per_prompt} responses a prompt, {first.name} has "
+                f"{first.responses_per_prompt}: keep them in two datasets"
+            )
+        for name in TOKEN_FIELDS:
+            if getattr(chunk, name) != getattr(first, name):
+                raise UserError(
+                    f"one of {folder / chunk.name} and {first.name} has {name}: give them for all or for none"
+                )
 
 
 def _add_up(counts: Iterable[Mapping[int, int]]) -> dict[str, Any]:
@@ -529,7 +508,7 @@ def _read_card(path: pathlib.Path) -> Card:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format_version"]
         if version != FORMAT_VERSION:
-            raise UserError(f"{path} is of format {version}, this version reads {FORMAT_VERSION}: prepare it again")
+            raise UserError(f"it is of format {version}, this version reads {FORMAT_VERSION}: prepare it again")
         content["files"] = tuple(Chunk(**chunk) for chunk in content["files"])
         content["fields"] = tuple(content["fields"])
         card = Card(**content)
@@ -541,10 +520,10 @@ def _read_card(path: pathlib.Path) -> Card:
     except OSError as error:
         raise UserError(
             f"{path.parent} is no finished dataset ({CARD}: {error.strerror}): give a prepared dataset's folder, "
-            "or run the stage that writes it again"
+            "or run the job that writes it again"
         ) from None
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is not a dataset's card ({error!r}): prepare the dataset again") from None
 

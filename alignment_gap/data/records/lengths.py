@@ -1,16 +1,18 @@
-"""How long every example of a dataset is, in tokens; read once and kept beside the records."""
+"""The length of every example of a dataset, in tokens; read once and kept beside the records."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import pathlib
+import secrets
 from collections.abc import Iterator, Sequence
 
 import msgpack
 import numpy as np
 
-from alignment_gap.data.records.dataset import Dataset, Example
+from alignment_gap.data.records.dataset import Dataset
+from alignment_gap.data.records.example import Example
 
 _BLOCK = 4096  # Records read at once.
 
@@ -18,24 +20,31 @@ _BLOCK = 4096  # Records read at once.
 def lengths_of(dataset: Sequence[Example]) -> np.ndarray:
     """Tokens int32[N, 1 + K] of the prompt and of each response of every example.
 
-    For a dataset on disk they are read from all records once and kept beside them, as `lengths-DIGEST.npy`; the file
-    may be removed at any time.
+    The lengths of a dataset on disk are read from all its records once, then kept beside them as `lengths-DIGEST.npy`.
+    The file may be removed at any time.
     """
     if not isinstance(dataset, Dataset):
         return np.array([[len(e.prompt), *map(len, e.responses)] for e in dataset], np.int32)
     path = dataset.folder / f"lengths-{dataset.card.digest[:16]}.npy"
     shape = (len(dataset), 1 + dataset.card.responses_per_prompt)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, EOFError):
         found = np.load(path)
         if found.shape == shape and found.dtype == np.int32:
             return found
     lengths = np.fromiter(_lengths_on_disk(dataset), np.dtype((np.int32, shape[1:])), shape[0])
-    with contextlib.suppress(OSError):  # A folder that cannot be written is read again the next time.
-        descriptor, partial = tempfile.mkstemp(dir=dataset.folder, suffix=".partial")
-        with os.fdopen(descriptor, "wb") as file:
+    with contextlib.suppress(OSError):  # Where the folder cannot be written, the records are read again next time.
+        _save(path, lengths)
+    return lengths
+
+
+def _save(path: pathlib.Path, lengths: np.ndarray) -> None:
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")  # Several processes may write at once.
+    try:
+        with partial.open("xb") as file:
             np.save(file, lengths)
         os.replace(partial, path)
-    return lengths
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _lengths_on_disk(dataset: Dataset) -> Iterator[list[int]]:

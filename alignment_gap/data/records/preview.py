@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
-from alignment_gap.data.records.dataset import Dataset, Example
+from alignment_gap.data.records.dataset import Dataset
+from alignment_gap.data.records.example import Example
 from alignment_gap.data.text.vocabulary import Vocabulary
 from alignment_gap.errors import UserError
 
@@ -22,7 +23,7 @@ def preview(dataset: Dataset, vocabulary: Vocabulary, count: int) -> str:
     return "\n".join(_example_text(dataset[i], i, len(dataset), vocabulary) for i in numbers)
 
 
-def visible_text(ids: Iterable[int], vocabulary: Vocabulary) -> str:
+def visible_text(ids: Iterable[SupportsIndex], vocabulary: Vocabulary) -> str:
     """The text of `ids` with every special id written out, such as `<eos:1>`."""
     specials = {vocabulary.pad_id: "pad", vocabulary.eos_id: "eos"}
     if vocabulary.bos_id is not None:
@@ -88,5 +89,5 @@ def _sequence(ids: np.ndarray, name: str, vocabulary: Vocabulary) -> list[str]:
     shown = [str(i) for i in ids.tolist()]
     if len(shown) > 2 * _EDGE:
         shown = [*shown[:_EDGE], "...", *shown[-_EDGE:]]
-    text = visible_text(ids, vocabulary).splitlines()
+    text = visible_text(ids.tolist(), vocabulary).splitlines()
     return [f"  {name}, {len(ids)} tokens: {' '.join(shown)}", *(f"    | {line}" for line in text)]

@@ -1,1 +1,1 @@
-"""Preparing datasets from text, and the paper's tasks for tensorflow-datasets and seqio."""
+"""Preparing datasets from text, the rubric of the built-in posts, and tensorflow-datasets and seqio tasks."""

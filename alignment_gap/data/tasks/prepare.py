@@ -4,7 +4,6 @@
       train/, validation/        datasets: record files of a part of the source each, and a card
       preview.txt                some examples as text, with their boundaries
       lengths.png                histograms of the lengths
-      settings.json              what it was made with
       parts.json                 what became of each part's records, and digests of the files that it made
       .parts/                    until it is finished: what is known of each part
 
@@ -32,21 +31,21 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from alignment_gap import __version__
+from alignment_gap import __version__, checks
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.records.dataset import (
     Card,
-    Example,
     close_dataset,
     is_intact,
     open_dataset,
     part_size,
     write_chunk,
 )
+from alignment_gap.data.records.example import Example
 from alignment_gap.data.records.preview import lengths_picture, preview
 from alignment_gap.data.text import (
     Dropped,
@@ -60,13 +59,14 @@ from alignment_gap.data.text import (
     open_source,
     source_digest,
 )
-from alignment_gap.data.text.vocabulary import Vocabulary, load_vocabulary
+from alignment_gap.data.text.vocabulary import POSTS, Vocabulary
+from alignment_gap.data.text.vocabulary_loading import load_vocabulary
 from alignment_gap.errors import UserError
-from alignment_gap.folders import claim, locked, read_json, write_bytes, write_json
-from alignment_gap.progress import progress_bar
+from alignment_gap.folders import read_json, write_bytes, write_json
+from alignment_gap.progress import OpenBar, progress_bar
 
 TRAIN, VALIDATION = "train", "validation"
-PREVIEW, PICTURE, SETTINGS = "preview.txt", "lengths.png", "settings.json"
+PREVIEW, PICTURE = "preview.txt", "lengths.png"
 PARTS = "parts.json"
 _PARTS, _SURVEY, _PROCESSES = ".parts", "survey.npz", "processes"
 _SHOWN = 5
@@ -78,46 +78,51 @@ Result = TypeVar("Result")
 class PrepareConfig:
     """What a prepared dataset is made from, and how.
 
+    A source that states a training and a validation split of its own keeps them, whatever `validation` is.
+
     Attributes:
       source: the pairs.
-      vocabulary: what encodes them; see `load_vocabulary`.
-      limits: lengths, and what becomes of a pair that is over one.
-      validation: share of the prompts that is held out; where the source states a training and a validation split of
-        its own, these are kept.
+      vocabulary: SentencePiece *.model, word list *.txt, tokenizer.json or its folder, bytes, or posts.
+      limits: most tokens of prompts and responses, and what becomes of longer ones.
+      validation: share of the prompts that is held out, where the source states no split of its own.
       seed: of the split.
-      records_per_file: records of the source whose examples make one record file; 0 for `part_size` of them.
+      records_per_file: records of the source that make one record file; 5000, or more of a large source, where not set.
+      workers: processes that work at it; one on each core where not set. Their number changes no byte.
     """
 
     source: TextSourceConfig = TextSourceConfig()
-    vocabulary: str = ""
-    limits: Limits = Limits(prompt_length=512, response_length=256)
+    vocabulary: str | None = None
+    limits: Limits = Limits()
     validation: float = 0.02
     seed: int = 0
-    records_per_file: int = 0
+    records_per_file: int | None = None
+    workers: int | None = None
 
-    def validate(self) -> None:
-        """Raises UserError naming the first setting that is missing, unknown or out of range."""
-        self.source.validate()
-        self.limits.validate()
-        if not self.vocabulary:
-            raise UserError("vocabulary is not set: give a SentencePiece model, a tokenizer, or bytes")
+    def __post_init__(self) -> None:
+        checks.at_least(self, 1, "records_per_file", "workers")
         if not 0 <= self.validation < 1:
-            raise UserError(f"validation={self.validation} is out of range: set it from 0 to below 1")
-        if self.records_per_file < 0:
-            raise UserError(f"records_per_file={self.records_per_file} is out of range: set it to 1 or more, or 0")
+            raise UserError(f"validation is {self.validation}: it must be from 0 to below 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What every process knows; it is sent to each as it is here."""
+    """What every process knows; it is sent to each as it is here.
+
+    Attributes:
+      config: with the task that the source was found to have, the vocabulary and the size of a part.
+      source: the pairs.
+      output: the folder.
+      part_size: records of a part.
+    """
 
     config: PrepareConfig
     source: TextSource
     output: Path
+    part_size: int
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        return load_vocabulary(self.config.vocabulary)
+        return load_vocabulary(vocabulary_place(self.config))
 
     @functools.cached_property
     def survey(self) -> _Survey:
@@ -128,15 +133,15 @@ class _Work:
     @property
     def parts(self) -> int:
         """How many parts there are."""
-        return -(-len(self.source) // self.config.records_per_file)
+        return -(-len(self.source) // self.part_size)
 
     def size(self, part: int) -> int:
         """Records of a part."""
-        return min(self.config.records_per_file, len(self.source) - part * self.config.records_per_file)
+        return min(self.part_size, len(self.source) - part * self.part_size)
 
     def pairs(self, part: int) -> Iterator[TextPair | Dropped]:
         """What the records of a part are."""
-        start = part * self.config.records_per_file
+        start = part * self.part_size
         return self.source.read(start, start + self.size(part))
 
     def encode(self, pair: TextPair) -> Encoded | Dropped:
@@ -163,69 +168,104 @@ class _Survey:
         return frozenset(self.duplicates[first:last].tolist())
 
 
-def prepare(
-    config: PrepareConfig, output: Path, *, processes: int = 1, say: Callable[[str], None] = print
-) -> dict[str, Card]:
-    """Prepares `config.source` in the folder `output`, from its finished parts where an earlier run was stopped.
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """A source that was opened to be prepared; `open_preparation` makes it.
 
-    A finished folder is looked through, and what has changed in it since is made again.
-
-    Args:
-      config: from what, and how.
-      output: the folder.
-      processes: how many work at it.
-      say: prints a line.
-
-    Returns:
-      The cards of the datasets "train" and, where a pair is held out, "validation".
-
-    Raises:
-      UserError: a setting, the vocabulary, the source or one of its records cannot be used, no pair is left, the folder
-        was made with other settings, or the disk is full; the parts that are finished are kept.
+    Attributes:
+      config: with the task that the source was found to have, the vocabulary and the size of a part.
+      source: the pairs.
+      part_size: records of a part.
+      digests: of the vocabulary and of the source.
     """
-    config.validate()
-    source = open_source(config.source)
-    size = config.records_per_file or part_size(len(source))
-    config = dataclasses.replace(config, source=source.config, records_per_file=size)
-    work = _Work(config, source, output)
+
+    config: PrepareConfig
+    source: TextSource
+    part_size: int
+    digests: Mapping[str, str]
+
+    def write(
+        self, output: Path, *, open_bar: OpenBar = progress_bar, say: Callable[[str], None] = print
+    ) -> dict[str, Card]:
+        """Prepares the source in the folder `output`, from its finished parts where an earlier run was stopped.
+
+        A finished folder is looked through, and what has changed in it since is made again.
+
+        Args:
+          output: the folder.
+          open_bar: opens a progress bar.
+          say: prints a line.
+
+        Returns:
+          The cards of the datasets "train" and, where a pair is held out, "validation".
+
+        Raises:
+          UserError: a record of the source cannot be used, no pair is left, or the disk is full; the parts that are
+            finished are kept.
+        """
+        work = _Work(self.config, self.source, output, self.part_size)
+        _await_processes(output)
+        if (output / PARTS).exists() and not (output / _PARTS).exists() and not _reopen(work, say):
+            return {path.parent.name: open_dataset(path.parent).card for path in sorted(output.glob("*/card.json"))}
+        (output / _PARTS).mkdir(exist_ok=True)
+        with _processes(work, self.config.workers or len(os.sched_getaffinity(0))) as run:
+            _survey(work, run, open_bar)
+            _write_parts(work, run, open_bar)
+        return _finish(work, self.digests, say)
+
+
+def open_preparation(config: PrepareConfig) -> Preparation:
+    """Opens the source and the vocabulary of a config; raises UserError where one of them cannot be used."""
+    vocabulary, source = vocabulary_place(config), open_source(config.source)
+    size = part_size(len(source)) if config.records_per_file is None else config.records_per_file
+    config = dataclasses.replace(config, source=source.config, vocabulary=vocabulary, records_per_file=size)
     digests = {
-        "vocabulary_digest": load_vocabulary(config.vocabulary).digest,
+        "vocabulary_digest": load_vocabulary(vocabulary).digest,
         "source_sha256": source_digest(config.source),
     }
-    with locked(output):
-        _await_processes(output)
-        _claim(output / SETTINGS, flatten(to_dict(config)) | digests | {"version": __version__})
-        if not (output / _PARTS).exists() and not _reopen(work, say):
-            say(f"{output}: finished before")
-            return {path.parent.name: open_dataset(path.parent).card for path in sorted(output.glob("*/card.json"))}
-        with _processes(work, processes) as run:
-            _survey(work, run)
-            _write_parts(work, run)
-        return _finish(work, digests, say)
+    return Preparation(config, source, size, digests)
 
 
-def _claim(path: Path, settings: dict[str, Any]) -> None:
-    """Takes the folder for these settings.
+def may_change(output: Path, settings: Path) -> list[str]:
+    """The settings that may differ when a folder is prepared further.
 
     What refused nothing so far may drop or cut from now on, for no finished part is affected. Where no part is finished
-    there is nothing to keep, and any settings will do.
+    there is nothing to keep, and any settings will do: the file of the settings is removed.
+
+    Raises:
+      UserError: the folder holds datasets of something else.
     """
-    remedy = "give another folder, these settings, or remove it"
-    may_change: list[str] = []
-    parts = path.parent / _PARTS
-    if path.exists():
-        if parts.exists() and not list(parts.glob("*.json")):
-            for name in (_PARTS, TRAIN, VALIDATION):
-                shutil.rmtree(path.parent / name, ignore_errors=True)
-            parts.mkdir()
-            path.unlink()
-        else:
-            may_change = [key for key, value in read_json(path, remedy=remedy).items() if value == "refuse"]
+    parts = output / _PARTS
+    if not settings.exists():
+        if any((output / split).exists() for split in (TRAIN, VALIDATION)):
+            raise UserError(f"{output} holds {TRAIN} or {VALIDATION} of something else: give another folder")
+    elif not (output / PARTS).exists() and not list(parts.glob("*.json")):
+        for name in (_PARTS, TRAIN, VALIDATION):
+            shutil.rmtree(output / name, ignore_errors=True)
+        settings.unlink()
     else:
-        if any((path.parent / split).exists() for split in (TRAIN, VALIDATION)):
-            raise UserError(f"{path.parent} holds {TRAIN} or {VALIDATION} of something else: give another folder")
-        parts.mkdir(exist_ok=True)
-    claim(path, settings, remedy=remedy, may_change=may_change)
+        found = read_json(settings, remedy="give another folder, these settings, or remove it")
+        return ["workers", *(key for key, value in found.items() if value == "refuse")]
+    return []
+
+
+def vocabulary_place(config: PrepareConfig) -> str:
+    """Where the vocabulary is; the built-in posts bring their own."""
+    vocabulary = config.vocabulary
+    if vocabulary is None and config.source.location == POSTS:
+        return POSTS
+    if vocabulary is None:
+        raise UserError("vocabulary is not set: give a SentencePiece model, a tokenizer, or bytes")
+    return vocabulary
+
+
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    """What decides the datasets, for their cards; without the built-in posts' part where the source is another."""
+    settings = to_dict(config)
+    del settings["workers"]
+    if config.source.location != POSTS:
+        del settings["source"]["posts"]
+    return settings
 
 
 def _reopen(work: _Work, say: Callable[[str], None]) -> bool:
@@ -269,13 +309,13 @@ class _PartSurvey(NamedTuple):
     validation_prompts: frozenset[int]
 
 
-def _survey(work: _Work, run: _Run) -> None:
+def _survey(work: _Work, run: _Run, open_bar: OpenBar) -> None:
     """Reads the whole source once: what is malformed is told before anything is written."""
     path = work.output / _PARTS / _SURVEY
     if path.exists():
         return
     found = []
-    with progress_bar(len(work.source), "reading", " records") as bar:
+    with open_bar(len(work.source), "reading", " records") as bar:
         for part, one in enumerate(run(_survey_part, range(work.parts))):
             found.append(one)
             bar.update(work.size(part))
@@ -313,12 +353,12 @@ def _duplicates(work: _Work, found: list[_PartSurvey], own_split: bool) -> np.nd
 
 def _pair_numbers(work: _Work, part: int, count: int) -> np.ndarray:
     """A number for each pair of a part, increasing and of no other part."""
-    return part * work.config.records_per_file + np.arange(count, dtype=np.int64)
+    return part * work.part_size + np.arange(count, dtype=np.int64)
 
 
-def _write_parts(work: _Work, run: _Run) -> None:
+def _write_parts(work: _Work, run: _Run, open_bar: OpenBar) -> None:
     missing = [part for part in range(work.parts) if not _known(work, part).exists()]
-    with progress_bar(len(work.source), "tokenising", " records") as bar:
+    with open_bar(len(work.source), "tokenising", " records") as bar:
         bar.update(len(work.source) - sum(map(work.size, missing)))
         for part, _ in zip(missing, run(_write_part, missing), strict=True):
             bar.update(work.size(part))
@@ -329,7 +369,7 @@ def _write_part(work: _Work, part: int) -> None:
     examples: dict[str, list[Example]] = {TRAIN: [], VALIDATION: []}
     dropped: collections.Counter[str] = collections.Counter()
     cut = 0
-    start = part * work.config.records_per_file
+    start = part * work.part_size
     duplicates = work.survey.duplicates_within(start, start + work.size(part))
     numbers = itertools.count(start)
     for item in work.pairs(part):
@@ -339,7 +379,7 @@ def _write_part(work: _Work, part: int) -> None:
             continue
         encoded, split = outcome
         cut += encoded.prompt_was_cut
-        examples[split].append(example_of(encoded, _prompt_id(encoded.prompt)))
+        examples[split].append(example_of(encoded))
     files = {}
     for split, chosen in examples.items():
         if chosen:
@@ -363,25 +403,25 @@ def _encode(work: _Work, pair: TextPair, *, again: bool) -> tuple[Encoded, str] 
     return encoded, VALIDATION if pair.split == VALIDATION else TRAIN
 
 
-def example_of(encoded: Encoded, prompt_id: int) -> Example:
-    """The record of a dataset."""
-    return Example(prompt_id, encoded.prompt, encoded.responses, encoded.scores)
+def example_of(encoded: Encoded) -> Example:
+    """The record of a pair."""
+    return Example(prompt_id(encoded.prompt), encoded.prompt, encoded.responses, encoded.scores)
+
+
+def prompt_id(prompt: np.ndarray) -> int:
+    """31 bits of a prompt's hash: equal prompts have equal ids everywhere."""
+    return _prompt_hash(prompt) >> 33
 
 
 def _prompt_hash(prompt: np.ndarray) -> int:
     return int.from_bytes(hashlib.sha256(prompt.tobytes()).digest()[:8], "big")
 
 
-def _prompt_id(prompt: np.ndarray) -> int:
-    """31 bits of the prompt's hash: equal prompts have equal ids, in every dataset, whatever else there is."""
-    return _prompt_hash(prompt) >> 33
-
-
 def _known(work: _Work, part: int) -> Path:
     return work.output / _PARTS / f"{part:05d}.json"
 
 
-def _finish(work: _Work, digests: dict[str, str], say: Callable[[str], None]) -> dict[str, Card]:
+def _finish(work: _Work, digests: Mapping[str, str], say: Callable[[str], None]) -> dict[str, Card]:
     """Cards, preview and picture; the folder is finished when what is known of the parts is gone."""
     known = [json.loads(_known(work, part).read_text()) for part in range(work.parts)]
     dropped = sum((collections.Counter(one["dropped"]) for one in known), collections.Counter[str]())
@@ -389,7 +429,7 @@ def _finish(work: _Work, digests: dict[str, str], say: Callable[[str], None]) ->
         "made_by": "prepare",
         "command": _command(work.config),
         "version": __version__,
-        **to_dict(work.config),
+        **_settings(work.config),
         "source_sha256": digests["source_sha256"],
         "records": len(work.source),
         "dropped": dict(sorted(dropped.items())),
@@ -425,18 +465,22 @@ def _nothing_left(records: int, dropped: Mapping[str, int]) -> str:
 
 def _command(config: PrepareConfig) -> str:
     """The command that makes the same again, but for the folder and the number of processes."""
-    settings = to_dict(config)
-    flat = {"source": config.source.location} | settings["source"] | settings["limits"] | settings
-    plain = to_dict(PrepareConfig())
-    default = plain["source"] | plain["limits"] | plain
-    words = [
-        f"--{name}={value}"
-        for name, value in flat.items()
-        if name not in ("location", "limits") and value != default.get(name) and not isinstance(value, dict)
-    ]
+    flags, defaults = _flags(config), _flags(PrepareConfig())
+    words = [f"--{name}={value}" for name, value in flags.items() if value != defaults.get(name)]
     return shlex.join(["alignment-gap", "data", "prepare", f"--source={config.source.location}", *words])
 
 
+def _flags(config: PrepareConfig) -> dict[str, str]:
+    """The values of the command's flags by their names."""
+    settings = to_dict(config)
+    named = flatten(settings.pop("source")) | settings.pop("limits") | settings
+    del named["location"], named["workers"]
+    return {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in named.items()
+    }
+
+
+@runtime_checkable
 class _Run(Protocol):
     """Applies a function of work and part to parts, one result after another in their order."""
 
@@ -477,7 +521,7 @@ def _processes(work: _Work, count: int) -> Iterator[_Run]:
         yield lambda function, parts: pool.map(functools.partial(_call, function), parts)
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError(
-            "a process was killed, most likely for want of memory: run again with fewer --processes or a smaller "
+            "a process was killed, most likely for want of memory: run again with fewer --workers or a smaller "
             "--records_per_file; finished parts are kept"
         ) from None
     finally:

@@ -75,7 +75,9 @@ class AlignmentPairs(tfds.core.GeneratorBasedBuilder):
         self.info.metadata.update(dropped=dict(sorted(dropped.items())))
         return {split: self._generate_examples(source, splits, split) for split in ("train", "validation")}
 
-    def _generate_examples(self, source: TextSource, splits: list[str], split: str) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(
+        self, source: TextSource, splits: list[str | None], split: str
+    ) -> Iterator[tuple[int, dict]]:
         for number, item in enumerate(source.read()):
             if splits[number] == split and isinstance(item, TextPair):
                 order = (0, 1) if item.scores[0] >= item.scores[1] else (1, 0)
@@ -91,8 +93,8 @@ class AlignmentPairs(tfds.core.GeneratorBasedBuilder):
                 )
 
 
-def _survey(source: TextSource) -> tuple[list[str], collections.Counter[str]]:
-    """The split of each item that the source reads, "" of what is left out, and why that is."""
+def _survey(source: TextSource) -> tuple[list[str | None], collections.Counter[str]]:
+    """The split of each item that the source reads, None of what is left out, and why that is."""
     items = [_outline(item, source) for item in source.read()]
     own = {"train", "validation"} <= {item.split for item in items}
     if not own:
@@ -108,7 +110,7 @@ def _survey(source: TextSource) -> tuple[list[str], collections.Counter[str]]:
             reason = "prompt of the validation split"
         seen.add(item.key)
         dropped.update([reason] if reason else [])
-        splits.append("" if reason else item.split or "train")
+        splits.append(None if reason else item.split or "train")
     return splits, dropped
 
 
@@ -116,9 +118,9 @@ def _survey(source: TextSource) -> tuple[list[str], collections.Counter[str]]:
 class _Item:
     """What the split of one pair depends on."""
 
-    reason: str = ""
-    split: str = ""
-    hashed_split: str = ""
+    reason: str | None = None
+    split: str | None = None
+    hashed_split: str | None = None
     key: bytes = b""
     prompt: int = 0
 

@@ -2,12 +2,14 @@
 
 `open_source(TextSourceConfig(location, task, ...))` gives a `TextSource`. Its `read(start, stop)` yields a `TextPair`
 for each record of a range, or `Dropped` with the reason. `encode_pair` turns a pair into token ids. `containers` reads
-files, folders and datasets; `forms` and `trl` parse their records; `chat` writes conversations as text.
+files, folders and datasets; `forms` and `trl` parse their records; `chat` writes conversations as text; `posts`
+generates the built-in task, which needs no file.
 """
 
 from alignment_gap.data.text.encode import KEEP_END, Encoded, Limits, encode_pair, held_out
 from alignment_gap.data.text.forms import TASKS
 from alignment_gap.data.text.pair import Dropped, TextPair
+from alignment_gap.data.text.posts import PostsConfig, PostsSettings
 from alignment_gap.data.text.source import TextSource, TextSourceConfig, open_source, source_digest
 from alignment_gap.data.text.vocabulary import (
     EncodingError,
@@ -15,8 +17,8 @@ from alignment_gap.data.text.vocabulary import (
     Vocabulary,
     WordVocabulary,
     extra_id,
-    load_vocabulary,
 )
+from alignment_gap.data.text.vocabulary_loading import load_vocabulary
 
 __all__ = [
     "KEEP_END",
@@ -25,6 +27,8 @@ __all__ = [
     "Encoded",
     "EncodingError",
     "Limits",
+    "PostsConfig",
+    "PostsSettings",
     "SentencePieceVocabulary",
     "TextPair",
     "TextSource",

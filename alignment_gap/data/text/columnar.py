@@ -22,7 +22,7 @@ class Parquet:
     """The rows of a Parquet file, numbered from 1."""
 
     path: pathlib.Path
-    split: str = ""
+    split: str | None = None
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
@@ -70,23 +70,23 @@ class HuggingFace:
 
     Attributes:
       name: a folder that `save_to_disk` wrote, or `hub:ORG/NAME[/CONFIG]`.
-      split: of a dataset with several, "" otherwise.
+      split: of a dataset with several, None otherwise.
     """
 
     name: str
-    split: str = ""
+    split: str | None = None
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
         """What is read, none for a dataset of the hub."""
         if self.name.startswith("hub:"):
             return ()
-        return tuple(sorted(pathlib.Path(self.name, self.split).glob("*.arrow")))
+        return tuple(sorted(pathlib.Path(self.name, self.split or "").glob("*.arrow")))
 
     @property
     def identity(self) -> str:
         """Of a dataset of the hub its name, and what `datasets` says of its content."""
-        return "" if self.files else f"{self.name}:{self.split}:{self._dataset._fingerprint}"
+        return "" if self.files else f"{self.name}:{self.split or ''}:{self._dataset._fingerprint}"
 
     @property
     def _dataset(self) -> Any:
@@ -98,7 +98,7 @@ class HuggingFace:
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
         """The records of rows [start, stop), counted from 0; raises UserError where the dataset is damaged."""
         stop = len(self) if stop is None else min(stop, len(self))
-        place = f"{self.name}:{self.split}" if self.split else self.name
+        place = self.name if self.split is None else f"{self.name}:{self.split}"
         for first in range(start, stop, _BATCH):
             with _reading(place, first):
                 part = self._dataset.select(range(first, min(first + _BATCH, stop)))
@@ -107,11 +107,11 @@ class HuggingFace:
                 yield Record(f"{place}:{number}", row, self.split)
 
 
-def hugging_face_splits(name: str) -> tuple[str, ...]:
-    """The splits of a folder or a `hub:` name, ("",) where there is but one without a name."""
+def hugging_face_splits(name: str) -> tuple[str | None, ...]:
+    """The splits of a folder or a `hub:` name, (None,) where there is but one without a name."""
     with _reading(name):
         opened = _open(name)
-    return tuple(opened) if isinstance(opened, dict) else ("",)
+    return tuple(opened) if isinstance(opened, dict) else (None,)
 
 
 @functools.lru_cache(maxsize=8)
@@ -131,10 +131,10 @@ def _open(name: str) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _open_dataset(name: str, split: str) -> Any:
+def _open_dataset(name: str, split: str | None) -> Any:
     with _reading(name):
         opened = _open(name)
-    return opened[split] if split else opened
+    return opened if split is None else opened[split]
 
 
 @functools.lru_cache(maxsize=8)

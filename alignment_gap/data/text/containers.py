@@ -7,7 +7,7 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from alignment_gap.data.text.columnar import HuggingFace, Parquet, hugging_face_splits
 from alignment_gap.data.text.json_lines import SUFFIXES, JsonLines
@@ -19,10 +19,11 @@ _SPLITS = {"train": "train", "training": "train"} | dict.fromkeys(
 )
 LOCATIONS = (
     "a .jsonl, .json (either may end in .gz) or .parquet file, a folder of them, a Hugging Face dataset's folder, "
-    "hub:ORG/NAME[/CONFIG][:SPLIT] or tfds:NAME[/CONFIG][:SPLIT]"
+    "hub:ORG/NAME[/CONFIG][:SPLIT], tfds:NAME[/CONFIG][:SPLIT], or posts for the built-in task"
 )
 
 
+@runtime_checkable
 class Records(Protocol):
     """Numbered raw records; picklable, so that several processes read ranges of one."""
 
@@ -84,13 +85,13 @@ def open_records(location: str) -> Joined:
     """
     names = [location] if pathlib.Path(location).exists() else location.split(",")
     if not all(map(str.strip, names)):
-        raise UserError(f"source {location!r} has nothing before or behind a comma: give {LOCATIONS}")
+        raise UserError(f"source {location!r} has nothing before or after a comma: give {LOCATIONS}")
     return Joined(tuple(part for name in names for part in _parts(name.strip())))
 
 
-def split_name(split: str) -> str:
-    """The "train" or "validation" for the names that datasets give their splits, "" for any other."""
-    return _SPLITS.get(split.lower(), "")
+def split_name(split: str | None) -> str | None:
+    """The "train" or "validation" for the names that datasets give their splits, None for any other."""
+    return _SPLITS.get(str(split).lower())
 
 
 def _parts(location: str) -> list[Records]:
@@ -100,23 +101,23 @@ def _parts(location: str) -> list[Records]:
         return list(tfds_parts(location))
     if location.startswith("hub:"):
         name, _, split = location.removeprefix("hub:").partition(":")
-        return _hugging_face(f"hub:{name}", split)
+        return _hugging_face(f"hub:{name}", split or None)
     path = pathlib.Path(location)
     folder, separator, split = location.rpartition(":")
     if not path.exists() and separator and pathlib.Path(folder).is_dir():
-        return _folder(pathlib.Path(folder), split)
+        return _folder(pathlib.Path(folder), split or None)
     if path.is_dir():
-        return _folder(path, "")
+        return _folder(path, None)
     return [_file(path)]
 
 
-def _folder(folder: pathlib.Path, split: str) -> list[Records]:
+def _folder(folder: pathlib.Path, split: str | None) -> list[Records]:
     if any((folder / name).exists() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
         return _hugging_face(str(folder), split)
     found = [path for path in sorted(folder.iterdir()) if path.name.endswith((*SUFFIXES, ".parquet"))]
-    files = [path for path in found if not split or _split_of(path) == split]
+    files = [path for path in found if split in (None, _split_of(path))]
     if not files:
-        of = f" of split {split!r}" if split else ""
+        of = "" if split is None else f" of split {split!r}"
         raise UserError(f"{folder} holds no data files{of}: give {LOCATIONS}")
     return [_file(path) for path in files]
 
@@ -129,14 +130,14 @@ def _file(path: pathlib.Path) -> Records:
     raise UserError(f"{path} is of no kind that is read here: give {LOCATIONS}")
 
 
-def _hugging_face(name: str, split: str) -> list[Records]:
+def _hugging_face(name: str, split: str | None) -> list[Records]:
     splits = hugging_face_splits(name)
-    if split and split not in splits:
-        raise UserError(f"{name} has no split {split!r}: choose one of {', '.join(splits) or 'none'}")
-    return [HuggingFace(name, each) for each in splits if not split or each == split]
+    if split is not None and split not in splits:
+        raise UserError(f"{name} has no split {split!r}: choose one of {', '.join(filter(None, splits)) or 'none'}")
+    return [HuggingFace(name, each) for each in splits if split in (None, each)]
 
 
-def _split_of(path: pathlib.Path) -> str:
+def _split_of(path: pathlib.Path) -> str | None:
     """The split that a file's name states: `train.jsonl.gz`, `test-00000-of-00001.parquet`."""
     stem = path.name.split(".")[0].split("-")[0]
-    return stem if split_name(stem) else ""
+    return stem if split_name(stem) else None

@@ -7,38 +7,34 @@ import hashlib
 
 import numpy as np
 
+from alignment_gap import checks
 from alignment_gap.data.text.pair import BadPair, Dropped, TextPair, named
-from alignment_gap.data.text.source import POLICIES, refuse_or_drop
+from alignment_gap.data.text.source import POLICIES, TextSourceConfig, refuse_or_drop
 from alignment_gap.data.text.vocabulary import EncodingError, Vocabulary
-from alignment_gap.errors import UserError
 
 KEEP_END = "keep_end"
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Lengths, and what becomes of a pair that is over one.
+    """Most tokens of prompts and responses, and what becomes of longer ones.
 
     Attributes:
       prompt_length: most tokens of a prompt, the begin id included.
       response_length: most tokens of a response, the end id included.
-      long_prompts: "drop", "refuse", or "keep_end", which keeps the last tokens.
-      long_responses: "drop" or "refuse"; a response is never cut.
+      long_prompts: drop or refuse longer prompts, or keep_end: keep their last tokens.
+      long_responses: drop or refuse longer responses; a response is never cut.
     """
 
-    prompt_length: int
-    response_length: int
+    prompt_length: int = 512
+    response_length: int = 256
     long_prompts: str = "drop"
     long_responses: str = "drop"
 
-    def validate(self) -> None:
-        """Raises UserError naming the first setting that is unknown or out of range."""
-        for name in ("prompt_length", "response_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is out of range: choose 1 or more")
-        for name, choices in (("long_prompts", (*POLICIES, KEEP_END)), ("long_responses", POLICIES)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(choices)}")
+    def __post_init__(self) -> None:
+        checks.at_least(self, 1, "prompt_length", "response_length")
+        checks.one_of(self, (*POLICIES, KEEP_END), "long_prompts")
+        checks.one_of(self, POLICIES, "long_responses")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +48,7 @@ class Encoded:
 
 
 def encode_pair(
-    pair: TextPair, vocabulary: Vocabulary, limits: Limits, *, bad_pairs: str = "refuse"
+    pair: TextPair, vocabulary: Vocabulary, limits: Limits, *, bad_pairs: str = TextSourceConfig.bad_pairs
 ) -> Encoded | Dropped:
     """Token ids of a pair, or why there are none.
 

@@ -74,13 +74,25 @@ def parse_summaries(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
     summaries = [Fields(row).text("text").strip() for row in fields.rows("summaries")]
     if len(summaries) != 2:
         raise Malformed(f"the field 'summaries' holds {len(summaries)} of them, not 2", "")
-    choice = fields.value("choice")
-    if isinstance(choice, bool) or choice not in (0, 1):
-        raise Malformed(f"the field 'choice' is {choice!r}, out of its range", "use 0 or 1")
+    scores = _scores(fields, "choice")
     prompt = _POST.format(**{name: post.text(name).strip() for name in ("subreddit", "title", "post")})
-    scores = (1.0 - choice, float(choice))
-    split, names = str(record.get("split") or ""), ("info", "summaries", "summaries")
+    split, names = record.get("split"), ("info", "summaries", "summaries")
     return TextPair(prompt, (summaries[0], summaries[1]), scores, split=split, fields=names)
+
+
+def _scores(fields: Fields, role: str) -> tuple[float, float]:
+    """The scores of two responses, where a field says which one is better: 0 or 1."""
+    better = fields.value(role)
+    if isinstance(better, bool) or better not in (0, 1):
+        raise Malformed(f"the field {role!r} is {better!r}, out of its range", "use 0 or 1")
+    return 1.0 - better, float(better)
+
+
+def parse_posts(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
+    """The built-in posts: two responses, in the order in which they were generated, and which the rater preferred."""
+    fields = Fields(record)
+    responses = (fields.text("first"), fields.text("second"))
+    return TextPair(fields.text("post"), responses, _scores(fields, "preferred"), fields=("post", "first", "second"))
 
 
 def parse_arena(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
@@ -142,6 +154,12 @@ TASKS: Mapping[str, SourceTask] = {
         'write {"conversation_a": [{"role": ..., "content": ...}, ...], "conversation_b": [...], "winner": "model_a"}',
     ),
     "dialogues": _DIALOGUES,
+    "posts": SourceTask(
+        parse_posts,
+        lambda record: set(record) == {"post", "first", "second", "preferred"},
+        'write {"post": ..., "first": ..., "second": ..., "preferred": 0}',
+        drops_duplicates=False,
+    ),
     "pairs": SourceTask(
         parse_own,
         lambda record: True,
@@ -152,7 +170,7 @@ TASKS: Mapping[str, SourceTask] = {
 
 def detect(record: Mapping[str, Any]) -> str:
     """The task whose form a record has; HH's dialogues are "dialogues", which of its two they are nobody can tell."""
-    for name in ("summarization", "chat_arena", "dialogues"):
+    for name in ("summarization", "chat_arena", "dialogues", "posts"):
         if TASKS[name].matches(record):
             return name
     return "pairs"

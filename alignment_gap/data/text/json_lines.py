@@ -26,11 +26,11 @@ class JsonLines:
 
     Attributes:
       path: the file; a name ending in `.gz` is gzip.
-      split: of its records, or "".
+      split: of its records, or None.
     """
 
     path: pathlib.Path
-    split: str = ""
+    split: str | None = None
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:

@@ -14,7 +14,7 @@ class Record(NamedTuple):
 
     where: str
     values: Mapping[str, Any]
-    split: str = ""
+    split: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TextPair:
       responses: K texts, without an end mark; K = 2 is a pair, 1 a response with a label of its own.
       scores: K numbers from 0 to 1; of a pair the probability that this response is preferred.
       where: file and record number that it came from.
-      split: "train", "validation", or "" where the source states none.
+      split: "train", "validation", or None where the source states none.
       fields: what the file calls the fields that hold the prompt and each of the responses.
     """
 
@@ -34,7 +34,7 @@ class TextPair:
     responses: tuple[str, ...]
     scores: tuple[float, ...]
     where: str = ""
-    split: str = ""
+    split: str | None = None
     fields: tuple[str, ...] = dataclasses.field(default=("prompt", "chosen", "rejected"), compare=False)
 
     @property
@@ -133,4 +133,4 @@ def as_text(value: Any, what: str) -> str:
 
 
 def _wanted(role: str) -> str:
-    return "a label" if role in ("label", "preference", "choice", "winner") else "a text"
+    return "a label" if role in ("label", "preference", "preferred", "choice", "winner") else "a text"

@@ -1,13 +1,13 @@
 """The built-in task: generated posts, candidate summaries of mixed quality, a hidden rubric and a noisy rater.
 
 A post tells who did what with which thing, where and when, among side remarks. Each of these five facts has words of
-its own, so what matters is recognisable, and a good summary names the five in that order, briefly, and nothing else:
+its own, so a model can tell them from the rest. A good summary names the five in that order, briefly, and nothing else:
 
     post      the soup tasted bland . in june my sister was at the station and lost the keys . i felt tired . summary:
     summary   sister lost keys at station in june
 
-Everything is a pure function of (settings, seed, prompt id); only `Generator.random` is drawn from, whose stream numpy
-keeps from version to version.
+Everything is a pure function of (settings, seed, number of the post). Only `Generator.random` is drawn from, whose
+stream numpy keeps from version to version.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex, TypeVar
 
 import numpy as np
 
+from alignment_gap import checks
 from alignment_gap.data.text.vocabulary import WordVocabulary
 from alignment_gap.errors import UserError
 
@@ -77,32 +78,35 @@ _FUNCTION_WORDS = _words(
 )
 _SIDE_KIND = len(FACT_KINDS)
 _MOST_TRIES = 1000
+VALIDATION_START = 1_000_000_000
+"""The number of the first validation post; training posts count from 0 and never reach it."""
+
 _PROMPT_STREAM, _WRITER_STREAM, _RATER_STREAM = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class PostsSettings:
-    """What makes the task easy or hard; the rubric's weights, the writer's faults, the rater's noise.
+    """How hard the task is: the rubric's weights, the writer's faults, the rater's noise.
 
     Attributes:
       side_remarks_low: fewest side remarks in a post.
       side_remarks_high: most side remarks in a post.
-      fact_weights: worth of naming who, action, thing, place and time; relative to their sum over a post's facts.
-      order_weight: share of the score that is given for the order of the facts; the rest is given for naming them.
-      brief_words: words that cost nothing.
-      word_cost: score lost by each word beyond.
+      fact_weights: worth of naming who, action, thing, place and time; only their ratios count.
+      order_weight: share of the score that is given for the order of the facts; the rest is for naming them.
+      brief_words: words of a response that cost nothing.
+      word_cost: score lost by each word over brief_words.
       repetition_cost: score lost by each repeated word.
       invention_cost: score lost by each word of substance that the post does not hold.
       response_words: most words that the writer writes.
-      miss_chance: chance of leaving out a fact, of the worst writer (as are the next four).
-      disorder_chance: chance of telling the facts in any order.
-      invention_chance: chance of replacing a fact's word by another of its kind, for each fact.
-      repetition_chance: chance of telling one fact twice.
-      side_chance: chance of adding a side remark of the post.
-      best_writer_faults: the best writer's chances relative to the worst's.
-      long_form_chance: chance of a response in whole sentences, for every writer.
-      minimum_gap: least difference in score of the two responses of a pair.
-      rater_temperature: score difference at which the rater's odds are e to one.
+      miss_chance: chance that the worst writer leaves out a fact, for each fact.
+      disorder_chance: chance that the worst writer tells the facts in a random order.
+      invention_chance: chance that the worst writer replaces a fact's word by another of its kind, for each fact.
+      repetition_chance: chance that the worst writer tells one fact twice.
+      side_chance: chance that the worst writer adds a side remark of the post.
+      best_writer_faults: the best writer's chances of these faults, relative to the worst writer's.
+      long_form_chance: chance that a response is in whole sentences, for every writer.
+      minimum_gap: least difference between the scores of a pair's responses.
+      rater_temperature: difference in score at which the rater's odds are e to one.
     """
 
     side_remarks_low: int = 1
@@ -124,28 +128,41 @@ class PostsSettings:
     minimum_gap: float = 0.15
     rater_temperature: float = 0.16
 
-    def validate(self) -> None:
-        """Raises UserError naming the first setting that is out of range."""
-        for name in ("miss", "disorder", "invention", "repetition", "side", "long_form"):
-            _require(0 <= getattr(self, f"{name}_chance") <= 1, f"{name}_chance", self, "from 0 to 1")
-        for name in ("word_cost", "repetition_cost", "invention_cost", "minimum_gap"):
-            _require(0 <= getattr(self, name) <= 1, name, self, "from 0 to 1")
-        _require(0 <= self.order_weight <= 1, "order_weight", self, "from 0 to 1")
-        _require(0 <= self.best_writer_faults <= 1, "best_writer_faults", self, "from 0 to 1")
-        _require(self.side_remarks_low >= 0, "side_remarks_low", self, "0 or more")
-        _require(self.side_remarks_low <= self.side_remarks_high, "side_remarks_high", self, "side_remarks_low or more")
-        _require(self.rater_temperature > 0, "rater_temperature", self, "more than 0")
-        _require(self.response_words >= 1, "response_words", self, "1 or more")
-        positive = len(self.fact_weights) == len(FACT_KINDS) and min(self.fact_weights) > 0
-        _require(positive, "fact_weights", self, f"{len(FACT_KINDS)} positive numbers")
-
-
-def _require(condition: bool, name: str, settings: object, limit: str) -> None:
-    if not condition:
-        raise UserError(f"{name}={getattr(settings, name)} is out of range: choose {limit}")
+    def __post_init__(self) -> None:
+        names = ("miss", "disorder", "invention", "repetition", "side", "long_form")
+        checks.within(self, 0, 1, *(f"{name}_chance" for name in names))
+        checks.within(self, 0, 1, "word_cost", "repetition_cost", "invention_cost", "minimum_gap")
+        checks.within(self, 0, 1, "order_weight", "best_writer_faults")
+        checks.at_least(self, 0, "side_remarks_low", "brief_words")
+        checks.at_least(self, self.side_remarks_low, "side_remarks_high")
+        checks.above(self, 0, "rater_temperature")
+        checks.at_least(self, 1, "response_words")
+        if len(self.fact_weights) != len(FACT_KINDS) or not min(self.fact_weights) > 0:
+            raise UserError(f"fact_weights is {self.fact_weights}: give {len(FACT_KINDS)} numbers above 0")
 
 
 DEFAULT_SETTINGS = PostsSettings()
+
+
+@dataclasses.dataclass(frozen=True)
+class PostsConfig:
+    """The posts as a source: how many pairs, from which world, how hard.
+
+    Attributes:
+      pairs: training pairs.
+      validation_pairs: held-out pairs.
+      seed: of the world; every post, response and label follows from it.
+      settings: how hard the task is.
+    """
+
+    pairs: int = 20_000
+    validation_pairs: int = 1_000
+    seed: int = 0
+    settings: PostsSettings = DEFAULT_SETTINGS
+
+    def __post_init__(self) -> None:
+        checks.within(self, 1, VALIDATION_START, "pairs", "validation_pairs")
+        checks.within(self, 0, 2**63 - 1, "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +246,9 @@ def write(post: Post, rng: np.random.Generator, settings: PostsSettings = DEFAUL
     return [word for chunk in chunks for word in chunk][: settings.response_words]
 
 
-def rubric(prompt: Sequence[int], response: Sequence[int], settings: PostsSettings = DEFAULT_SETTINGS) -> float:
+def rubric(
+    prompt: Iterable[SupportsIndex], response: Iterable[SupportsIndex], settings: PostsSettings = DEFAULT_SETTINGS
+) -> float:
     """True quality from 0 to 1 of a response, read from the token ids of the prompt and of the response alone.
 
     Coverage and order of the post's facts, less a cost for each word beyond the brief, each repetition and each word
@@ -268,7 +287,7 @@ def pair(seed: int, prompt_id: int, settings: PostsSettings = DEFAULT_SETTINGS) 
             break
     else:
         raise UserError(
-            f"minimum_gap={settings.minimum_gap} was not reached in {_MOST_TRIES} pairs of post {prompt_id}: lower it"
+            f"minimum_gap is {settings.minimum_gap}: none of {_MOST_TRIES} pairs of post {prompt_id} have it; lower it"
         )
     preferred = rate(a, b, _rng(seed, _RATER_STREAM, prompt_id), settings)
     return PostPair(post, (first, second), (a, b), preferred)
@@ -306,7 +325,7 @@ def _kinds() -> list[int | None]:
     return kinds
 
 
-def _until_end(response: Sequence[int]) -> list[int]:
+def _until_end(response: Iterable[SupportsIndex]) -> list[int]:
     ids = [int(i) for i in response]
     end = vocabulary().eos_id
     return ids[: ids.index(end)] if end in ids else ids

@@ -8,22 +8,20 @@ import hashlib
 import pathlib
 from collections.abc import Iterator
 
-from alignment_gap.data.text.chat import Template, load_template
+from alignment_gap import checks
+from alignment_gap.data.text.chat import PLAIN, Template, load_template
 from alignment_gap.data.text.containers import Joined, open_records, split_name
 from alignment_gap.data.text.forms import PROMPT_MARK, TASKS, Parsing, SourceTask, detect
 from alignment_gap.data.text.json_lines import unreadable
 from alignment_gap.data.text.pair import BadPair, Dropped, Fields, Malformed, Record, Skip, TextPair, named
+from alignment_gap.data.text.posts import PostsConfig
+from alignment_gap.data.text.posts_records import PostsRecords
 from alignment_gap.data.text.trl import parse_fields, parse_labels, roles_of
+from alignment_gap.data.text.vocabulary import POSTS
 from alignment_gap.errors import UserError
 
 AUTO = "auto"
 POLICIES = ("refuse", "drop")
-_CHOICES = {
-    "task": (AUTO, *TASKS),
-    "ties": ("drop", "keep"),
-    "duplicates": ("", "drop", "keep"),
-    "bad_pairs": POLICIES,
-}
 # Names of fields in an error.
 _SHOWN = 12
 _TURN_MARKS = ("\n\nHuman:", PROMPT_MARK)
@@ -33,37 +31,41 @@ _TURN_MARKS = ("\n\nHuman:", PROMPT_MARK)
 class TextSourceConfig:
     """Where pairs come from and how they are read.
 
+    What is not JSON or not UTF-8, lacks a field, or has a label out of its range is always refused. A bad pair is one
+    that states no preference: identical responses, an empty prompt or response, no common prompt.
+
     Attributes:
-      location: file, folder, `hub:` or `tfds:` name, or several with commas between; see `containers.LOCATIONS`.
-      task: one of `TASKS`, or "auto" to tell it from the first record.
-      fields: columns of a user's own pairs, "prompt=question,chosen=good,rejected=bad".
-      labels: meaning of a label's values, "model=1,reference=0,both=0.5,=drop".
-      template: of conversations: "plain", a jinja file, or a tokenizer's folder.
-      ties: "drop" pairs without a preference, or "keep" them with scores (0.5, 0.5).
-      duplicates: "drop" or "keep" pairs that come again; "" is the task's own rule.
-      bad_pairs: "refuse" or "drop" pairs that hold no preference: identical responses, an empty prompt or response, no
-        common prompt. What is not JSON or UTF-8, lacks a field or has a label out of its range is always refused.
+      location: file, folder, hub: or tfds: name, several of them with commas between, or posts for the built-in task.
+      task: form of the records; auto tells it from the first record.
+      fields: columns of your own pairs: prompt=question,chosen=good,rejected=bad.
+      labels: meaning of a label's values: model=1,reference=0,both=0.5,=drop.
+      template: how conversations are written: plain, a jinja file, or a tokenizer's folder.
+      ties: drop pairs without a preference, or keep them with scores (0.5, 0.5).
+      duplicates: drop or keep pairs that come again; the task's own rule where it is not set.
+      bad_pairs: refuse or drop pairs that state no preference.
+      posts: the built-in task, for the location posts.
     """
 
-    location: str = ""
+    location: str | None = None
     task: str = AUTO
-    fields: str = ""
-    labels: str = ""
-    template: str = "plain"
+    fields: str | None = None
+    labels: str | None = None
+    template: str = PLAIN
     ties: str = "drop"
-    duplicates: str = ""
+    duplicates: str | None = None
     bad_pairs: str = "refuse"
+    posts: PostsConfig = PostsConfig()
 
-    def validate(self) -> None:
-        """Raises UserError naming the first setting that is missing or unknown."""
-        if not self.location:
-            raise UserError("location is not set: give the path of a file or folder")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                valid = ", ".join(choice or '""' for choice in choices)
-                raise UserError(f"{name}={getattr(self, name)!r} is unknown: choose one of {valid}")
+    def __post_init__(self) -> None:
+        checks.one_of(self, (AUTO, *TASKS), "task")
+        checks.one_of(self, ("drop", "keep"), "ties", "duplicates")
+        checks.one_of(self, POLICIES, "bad_pairs")
         parse_fields(self.fields)
         parse_labels(self.labels)
+        if self.posts != PostsConfig() and self.location != POSTS:
+            raise UserError(
+                f"posts is set with the location {self.location!r}: it goes with the location {POSTS!r} only"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ class TextSource:
       config: with the task that was found.
       records: what the pairs are read from.
       template: of conversations.
-      roles: those that the first record has, of one's own pairs.
+      roles: those that the first record has, in pairs of the user's own.
     """
 
     config: TextSourceConfig
@@ -97,8 +99,8 @@ class TextSource:
 
     @property
     def drops_duplicates(self) -> bool:
-        """Whether of equal `TextPair.key` only the first is wanted, in the order of the records."""
-        return self.config.duplicates == "drop" or (not self.config.duplicates and self.task.drops_duplicates)
+        """Whether only the first of the pairs with equal `TextPair.key` is kept, in the order of the records."""
+        return self.task.drops_duplicates if self.config.duplicates is None else self.config.duplicates == "drop"
 
     @functools.cached_property
     def _parsing(self) -> Parsing:
@@ -134,10 +136,9 @@ def open_source(config: TextSourceConfig) -> TextSource:
     """The source of a config; reads no further than the first record.
 
     Raises:
-      UserError: a setting is unknown, the location cannot be read or holds no record, or a named field is not there.
+      UserError: there is no location, it cannot be read or holds no record, or a named field is not there.
     """
-    config.validate()
-    records = open_records(config.location)
+    records = _records(config)
     first = next(iter(records.read()), None)
     if first is None:
         raise UserError(f"{config.location} holds no record: give a file with a pair on each line, or a row for each")
@@ -147,8 +148,17 @@ def open_source(config: TextSourceConfig) -> TextSource:
             there = ", ".join(map(repr, list(first.values)[:_SHOWN]))
             raise UserError(f"{first.where}: lacks the field {name!r}, which --fields names: it has {there}")
     if config.task == AUTO:
-        config = dataclasses.replace(config, task="pairs" if config.fields else detect(first.values))
+        config = dataclasses.replace(config, task="pairs" if names else detect(first.values))
     return TextSource(config, records, load_template(config.template), roles_of(Fields(first.values, names)))
+
+
+def _records(config: TextSourceConfig) -> Joined:
+    """The records of a source. "posts" is the built-in task, even where a file has this name; "./posts" is the file."""
+    if config.location is None:
+        raise UserError("there is no source: give the path of a file or folder, or posts for the built-in task")
+    if config.location == POSTS:
+        return Joined((PostsRecords(config.posts),))
+    return open_records(config.location)
 
 
 def refuse_or_drop(problem: BadPair, where: str, setting: str, policy: str) -> Dropped:
@@ -178,7 +188,7 @@ def source_digest(config: TextSourceConfig) -> str:
     Raises:
       UserError: a file cannot be read.
     """
-    records = open_records(config.location)
+    records = _records(config)
     digest = hashlib.sha256(records.identity.encode())
     for path in records.files:
         try:

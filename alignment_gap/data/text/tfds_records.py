@@ -62,13 +62,13 @@ class TfdsRecords:
 
 def tfds_parts(location: str) -> list[TfdsRecords]:
     """The splits of `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`; raises UserError where it is not prepared."""
-    name, _, split = location.removeprefix("tfds:").rpartition(":")
-    if not name or re.fullmatch(r"[\d.*]+", split):
-        name, split = location.removeprefix("tfds:"), ""
+    whole = location.removeprefix("tfds:")
+    name, _, last = whole.rpartition(":")
+    name, split = (name, last) if name and not re.fullmatch(r"[\d.*]+", last) else (whole, None)
     splits = list(_builder(name).info.splits)
-    if split and split not in splits:
+    if split is not None and split not in splits:
         raise UserError(f"tfds:{name} has no split {split!r}: choose one of {', '.join(splits)}")
-    return [TfdsRecords(name, each) for each in splits if not split or each == split]
+    return [TfdsRecords(name, each) for each in splits if split in (None, each)]
 
 
 def _builder(name: str) -> Any:

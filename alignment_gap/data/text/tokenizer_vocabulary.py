@@ -7,7 +7,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 from alignment_gap.errors import UserError
 
@@ -44,7 +44,7 @@ class TokenizerVocabulary:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids` up to the first end id; special tokens are shown, ids beyond read `<no_token_i>`."""
         kept = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
         parts: list[str] = []

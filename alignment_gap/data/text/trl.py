@@ -19,8 +19,8 @@ _PREFERENCE = {"first": 1.0, "second": 0.0, "tie": 0.5}
 _DESIRABLE = {"true": 1.0, "false": 0.0}
 
 
-def parse_fields(text: str) -> dict[str, str]:
-    """{role: column} of "prompt=question,chosen=good,rejected=bad"; raises UserError."""
+def parse_fields(text: str | None) -> dict[str, str]:
+    """{role: column} of "prompt=question,chosen=good,rejected=bad", {} of None; raises UserError."""
     names = _assignments(text, "fields", "prompt=question,chosen=good,rejected=bad")
     for role in names:
         if role not in ROLES:
@@ -28,8 +28,8 @@ def parse_fields(text: str) -> dict[str, str]:
     return names
 
 
-def parse_labels(text: str) -> dict[str, float | str]:
-    """{value: probability that the first is the better, or "drop"} of "ours=1,reference=0,=drop"; raises UserError."""
+def parse_labels(text: str | None) -> dict[str, float | str]:
+    """{value: probability that the first is better, or "drop"} of "ours=1,reference=0,=drop"; raises UserError."""
     labels: dict[str, float | str] = {}
     for value, meaning in _assignments(text, "labels", "model=1,reference=0,both=0.5,=drop").items():
         try:
@@ -138,9 +138,9 @@ def _is_conversation(value: Any) -> bool:
     return not isinstance(value, str) and isinstance(value, list | tuple | Mapping)
 
 
-def _assignments(text: str, setting: str, example: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in text.split(",")] if text else []
+def _assignments(text: str | None, setting: str, example: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")] if text is not None else []
     for name, equals, value in pairs:
         if not equals or not value:
-            raise UserError(f"{setting}={text!r} is not understood at {name!r}: write it as {example}")
+            raise UserError(f"{setting} is {text!r}, not understood at {name!r}: write it as {example}")
     return {name.strip(): value.strip() for name, _, value in pairs}

@@ -8,20 +8,22 @@ import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, SupportsIndex, runtime_checkable
 
 import sentencepiece
 
 from alignment_gap.errors import UserError
 
 BYTES = "bytes"
-_KINDS = 'a SentencePiece *.model, a tokenizer.json, a word list *.txt, a folder with one of them, or "bytes"'
+POSTS = "posts"
+KINDS = 'a SentencePiece *.model, a tokenizer.json, a word list *.txt, a folder with one of them, "bytes" or "posts"'
 
 
 class EncodingError(UserError):
     """A text that a vocabulary cannot express."""
 
 
+@runtime_checkable
 class Vocabulary(Protocol):
     """What the library needs of a tokenizer.
 
@@ -55,7 +57,7 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end id; raises EncodingError where `text` cannot be expressed."""
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids` up to the first end id; sentinels read `<extra_id_i>`, ids beyond `<no_token_i>`."""
 
 
@@ -106,7 +108,7 @@ class WordVocabulary:
                 "use its words or another vocabulary"
             ) from None
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The words of `ids` up to the first end id, `<pad>` and `<extra_id_i>` for what is no word."""
         return " ".join(self._name(int(i)) for i in itertools.takewhile(lambda i: int(i) != self.eos_id, ids))
 
@@ -133,7 +135,7 @@ class ByteVocabulary:
         """The bytes of `text` plus 3, without an end id."""
         return [byte + 3 for byte in text.encode("utf-8")]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids` up to the first end id; what is not UTF-8 reads as the replacement sign."""
         kept = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
         parts: list[str] = []
@@ -157,7 +159,7 @@ class SentencePieceVocabulary:
 
         Raises UserError where `path` is missing, is no SentencePiece model, or has no pad or end id."""
         self.path = pathlib.Path(path)
-        content = _read(self.path)
+        content = read_bytes(self.path)
         self._model = _parse_model(content, self.path)
         self.pad_id = self._special("pad", self._model.pad_id())
         self.eos_id = self._special("eos", self._model.eos_id())
@@ -177,7 +179,7 @@ class SentencePieceVocabulary:
             )
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids` up to the first end id; sentinels read `<extra_id_i>`."""
         kept = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
         parts: list[str] = []
@@ -194,50 +196,12 @@ class SentencePieceVocabulary:
         return index
 
 
-def load_vocabulary(path: str | pathlib.Path, extra_ids: int | None = None) -> Vocabulary:
-    """The vocabulary at `path`: "bytes" (ByT5's), a SentencePiece model, a tokenizer.json, a word list or a folder.
-
-    Args:
-      path: "bytes"; a `*.model`; a `tokenizer.json`; a `*.txt` with a word on each line; or a folder, such as that of a
-        checkpoint, with a `tokenizer.json` or a SentencePiece model in it.
-      extra_ids: sentinels that are added to a SentencePiece model, None for its own convention; others have theirs.
-
-    Raises:
-      UserError: the file is missing, of another kind, or not what its name says.
-    """
-    if str(path) == BYTES:
-        return ByteVocabulary()
-    path = pathlib.Path(path)
-    path = _in_folder(path) if path.is_dir() else path
-    if path.suffix == ".model":
-        return SentencePieceVocabulary(path, extra_ids)
-    if path.suffix == ".json":
-        from alignment_gap.data.text.tokenizer_vocabulary import TokenizerVocabulary
-
-        return TokenizerVocabulary(path)
-    if path.suffix == ".txt":
-        try:
-            return WordVocabulary(_read(path).decode("utf-8").split())
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text: save the word list as UTF-8") from None
-    raise UserError(f"{path} is no vocabulary that is known here: give {_KINDS}")
-
-
-def _in_folder(folder: pathlib.Path) -> pathlib.Path:
-    for name in ("tokenizer.json", "tokenizer.model", "spiece.model"):
-        if (folder / name).exists():
-            return folder / name
-    models = sorted(folder.glob("*.model"))
-    if len(models) != 1:
-        raise UserError(f"{folder} holds no vocabulary: give {_KINDS}")
-    return models[0]
-
-
-def _read(path: pathlib.Path) -> bytes:
+def read_bytes(path: pathlib.Path) -> bytes:
+    """The content of a vocabulary's file; raises UserError where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the vocabulary {path} ({error.strerror}): give {_KINDS}") from None
+        raise UserError(f"cannot read the vocabulary {path} ({error.strerror}): give {KINDS}") from None
 
 
 def _parse_model(content: bytes, path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
+from alignment_gap.checks import nearest
 from alignment_gap.data.text import Dropped, TextSourceConfig, open_source
 from alignment_gap.data.text.vocabulary import SentencePieceVocabulary
 from alignment_gap.errors import UserError
@@ -16,6 +17,7 @@ from alignment_gap.folders import write_bytes
 
 # SentencePiece leaves out longer lines silently; it splits at blank space anyway.
 _LONGEST = 4096
+_MODELS = ("unigram", "bpe")
 
 
 def train_vocabulary(
@@ -44,8 +46,8 @@ def train_vocabulary(
     output = pathlib.Path(output)
     if output.suffix != ".model":
         raise UserError(f"{output} is no name of a SentencePiece model: let it end in .model")
-    if model not in ("unigram", "bpe"):
-        raise UserError(f"model={model!r} is unknown: choose one of unigram, bpe")
+    if model not in _MODELS:
+        raise UserError(f"model is {model!r}: {nearest(model, _MODELS)}")
     # All at once: SentencePiece keeps them too, and hides what a source raises while it draws from it.
     lines = list(itertools.islice(_lines(texts), sentences))
     if not lines:
@@ -73,7 +75,7 @@ def train_vocabulary(
         )
     except (RuntimeError, OSError) as error:
         message = str(error).splitlines()[-1].rpartition("] ")[2][:160]
-        raise UserError(f"size={size} does not suit these texts ({message}): choose another size") from None
+        raise UserError(f"size is {size}, which does not suit these texts ({message}): choose another size") from None
     output.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(output, content.getvalue())
     return SentencePieceVocabulary(output)

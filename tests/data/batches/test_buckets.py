@@ -1,11 +1,14 @@
+"""Shapes that batches are padded to: which are chosen, which fit, and how an epoch is cut into batches of one."""
+
 import itertools
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from alignment_gap.data.batches import choose_buckets
-from alignment_gap.data.batches.buckets import bucket_of
-from alignment_gap.data.records import lengths_of, open_dataset, write_dataset
+from alignment_gap.data.batches.buckets import bucket_of, check_buckets, cut_within_buckets
 from alignment_gap.errors import UserError
 
 
@@ -41,7 +44,7 @@ def test_the_chosen_buckets_pad_least_of_all_chains(lengths, count):
 def test_more_buckets_than_there_are_lengths_are_not_made():
     lengths = np.array([[8, 4, 4]] * 9)
     assert choose_buckets(lengths, 5, (8, 4), multiple=4) == ((8, 4),)
-    with pytest.raises(UserError, match="buckets=0"):
+    with pytest.raises(UserError, match="buckets is 0: it must be at least 1"):
         choose_buckets(lengths, 0, (8, 4))
 
 
@@ -51,24 +54,55 @@ def test_the_smallest_bucket_that_fits(lengths):
         assert found == next(i for i, (p, r) in enumerate(shapes) if prompt <= p and max(responses) <= r)
 
 
-def test_lengths_are_read_once_and_kept_beside_the_records(tmp_path, make_examples, monkeypatch):
-    examples = make_examples(30, responses=3)
-    expected = [[len(e.prompt), *map(len, e.responses)] for e in examples]
-    assert lengths_of(examples).tolist() == expected
-    write_dataset(tmp_path, examples, vocabulary_digest="", provenance={})
-    dataset = open_dataset(tmp_path)
-    assert lengths_of(dataset).tolist() == expected
-    (kept,) = tmp_path.glob("lengths-*.npy")
-    with monkeypatch.context() as patch:
-        patch.setattr(type(dataset), "records", None)
-        assert lengths_of(dataset).tolist() == expected
-    kept.write_bytes(kept.read_bytes()[:50])
-    assert lengths_of(dataset).tolist() == expected
-    assert np.load(kept).tolist() == expected
+@pytest.mark.parametrize(
+    ("buckets", "message"),
+    [
+        ([(4, 4), (5, 3)], r"^bucket \(5, 3\) does not hold bucket \(4, 4\): give shapes \(P, R\) that grow in both$"),
+        ([(4, 4), (4, 4)], r"bucket \(4, 4\) does not hold bucket \(4, 4\)"),
+        ([(4, 4), (6, 6), (5, 7)], r"bucket \(5, 7\) does not hold bucket \(6, 6\)"),
+        ([(3, 0), (5, 3)], r"buckets is \(\(3, 0\), \(5, 3\)\): give at least one shape \(P, R\), of 1 or more each"),
+        ([], r"buckets is \(\): give at least one shape"),
+    ],
+)
+def test_buckets_that_are_not_nested_are_named(buckets, message):
+    with pytest.raises(UserError, match=message):
+        check_buckets(buckets)
+    check_buckets([(1, 1), (1, 2), (3, 2)])
 
 
-def test_lengths_of_a_changed_dataset_are_read_anew(tmp_path, make_examples):
-    for seed in (0, 1):
-        examples = make_examples(30, seed=seed)
-        write_dataset(tmp_path, examples, vocabulary_digest="", provenance={})
-        assert lengths_of(open_dataset(tmp_path)).tolist() == lengths_of(examples).tolist()
+def test_the_first_example_that_fits_nowhere_is_named():
+    lengths = np.array([[4, 2, 1], [5, 1, 1], [9, 1, 1], [4, 1, 8]])
+    with pytest.raises(UserError, match=r"^example 1 has a prompt of 5 tokens, over prompt_length=4: raise"):
+        bucket_of(lengths, [(2, 2), (4, 7)])
+    with pytest.raises(UserError, match=r"^example 3 has a response of 8 tokens, over response_length=7: raise"):
+        bucket_of(lengths, [(2, 2), (9, 7)])
+
+
+def test_an_epoch_is_cut_into_batches_of_one_bucket_by_hand():
+    """Of bucket 0 one is left over and completes the first batch of bucket 1; of bucket 2 one is left."""
+    fitting = np.array([0, 1, 0, 2, 1, 0, 1, 2, 2], np.uint8)
+    numbers = np.array([20, 21, 22, 23, 24, 25, 26, 27, 28])
+    groups, rest = cut_within_buckets(numbers, fitting, 2)
+    assert [group.tolist() for group in groups] == [[[20, 22]], [[25, 21], [24, 26]], [[23, 27]]]
+    assert rest.tolist() == [28]
+    groups, rest = cut_within_buckets(numbers[:0], fitting[:0], 2)
+    assert [group.tolist() for group in groups] == [[]] and rest.size == 0
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(fitting=strategies.lists(strategies.integers(0, 3), max_size=30), size=strategies.integers(1, 6))
+def test_every_example_is_in_one_batch_and_moves_up_only_where_its_bucket_cannot_fill_one(fitting, size):
+    fitting = np.array(fitting, np.uint8)
+    numbers = np.random.default_rng(0).permutation(len(fitting))
+    own = fitting[numbers]
+    groups, rest = cut_within_buckets(numbers, own, size)
+    cut = [batch for group in groups for batch in group.tolist()]
+    assert sorted([number for batch in cut for number in batch] + rest.tolist()) == list(range(len(fitting)))
+    assert len(rest) < size and all(len(batch) == size for batch in cut)
+    for bucket, group in enumerate(groups):
+        assert (fitting[group] <= bucket).all()
+        # At most one batch of a bucket has examples of those before it.
+        assert sum((fitting[batch] < bucket).any() for batch in group) <= 1
+    for bucket in range(len(groups)):
+        moved = sum(int((fitting[group] == bucket).sum()) for group in groups[bucket + 1 :])
+        assert moved + int((fitting[rest] == bucket).sum()) < size

@@ -85,7 +85,7 @@ def test_resumes_at_every_step_on_any_number_of_processes(dataset, name):
         assert_equal_batches(in_memory(step), batch)
 
 
-@pytest.mark.parametrize("weights", [(), (1, 2, 3)])
+@pytest.mark.parametrize("weights", [None, (1, 2, 3)])
 @pytest.mark.parametrize("buckets", [{}, BUCKETS])
 def test_a_mixture_resumes_at_every_step_on_any_number_of_processes(mixture, weights, buckets):
     def source(host_rows=None):
@@ -215,21 +215,23 @@ def test_a_mixture_without_weights_has_every_example_once_an_epoch(mixture):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"order": "random"}, "order='random' is unknown: choose one of shuffle, recorded, window"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"seed": 2**32}, "seed=4294967296"),
-        ({"window": 4}, "window=4 does not go with order='shuffle'"),
-        ({"order": "window"}, "window=0 does not go with order='window'"),
+        ({"order": "random"}, "kind is 'random': choose one of shuffle, recorded, window"),
+        ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+        ({"seed": -1}, "seed is -1: it must be from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"window": 4}, "window is 200 with the order 'shuffle': give one for the order 'window' only"),
+        ({"order": "window"}, "window is None with the order 'window'"),
+        ({"order": "window", "window": 0}, "window is 0: it must be at least 1"),
         ({"prompt_length": 8}, "over prompt_length=8"),
         ({"prompt_length": 8, "buckets": [(4, 4)]}, "over prompt_length=8"),
         ({"response_length": 4, "buckets": [(4, 4)]}, "has a response of 5 tokens, over response_length=4"),
         ({"buckets": [(4, 4), (5, 3)]}, r"bucket \(5, 3\) does not hold bucket \(4, 4\)"),
         ({"buckets": [(10, 4)]}, r"bucket \(9, 5\) does not hold bucket \(10, 4\)"),
-        ({"buckets": [(0, 4)]}, "out of range"),
-        ({"weights": (1.0, 2.0)}, "are 2 for 1 datasets"),
-        ({"weights": (0.0,)}, "set each above 0"),
-        ({"weights": (1.0,), "order": "recorded"}, "weights=.* do not go with order='recorded'"),
+        ({"buckets": [(0, 4)]}, r"buckets is \(\(0, 4\), \(9, 5\)\): give at least one shape"),
+        ({"weights": (1.0, 2.0)}, r"weights is \(1.0, 2.0\), 2 for 1 datasets: give one for each"),
+        ({"weights": ()}, r"weights is \(\), 0 for 1 datasets"),
+        ({"weights": (0.0,)}, r"weights is \(0.0,\): each must be above 0"),
+        ({"weights": (1.0,), "order": "recorded"}, r"weights is \(1.0,\) with the order 'recorded': leave them out"),
     ],
 )
 def test_settings_out_of_range_are_named(dataset, change, message):
@@ -254,8 +256,12 @@ def test_datasets_that_do_not_go_together_are_named(dataset, tmp_path, make_exam
     for name, examples, digest, message in (
         ("vocabulary", make_examples(3), "other", "has a vocabulary of digest other"),
         ("responses", make_examples(3, responses=3), "", "has responses a prompt: 3"),
-        ("fields", make_examples(3, with_reference=True), "", "has the fields"),
+        ("reference", make_examples(3, with_reference=True), "", "has the fields .*, reference_log_probs, "),
+        ("sampler", make_examples(3, with_sampler=True), "", "has the fields .*, sampler_log_probs, "),
     ):
         write_dataset(tmp_path / name, examples, vocabulary_digest=digest, provenance={})
         with pytest.raises(UserError, match=message):
             Examples([dataset, open_dataset(tmp_path / name)])
+    write_dataset(tmp_path / "rewards", make_examples(3), vocabulary_digest="", provenance={}, scores="rewards")
+    with pytest.raises(UserError, match=r"rewards has scores that are rewards, .* probabilities: mix datasets that"):
+        Examples([dataset, open_dataset(tmp_path / "rewards")])

@@ -1,17 +1,26 @@
+"""Several prompts in one row: which share one, that nothing is lost, and that a packed source has the plain one's."""
+
+import dataclasses
+from fractions import Fraction
+
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies
 from resumption import assert_equal_batches, assert_equal_output_after_restore, assert_union_of_processes
 
 from alignment_gap.data.batches import Examples, collate, offline_source
 from alignment_gap.data.batches.packing import Rows
 from alignment_gap.data.records import open_dataset, write_dataset
+from alignment_gap.data.records.example import TOKEN_FIELDS
 from alignment_gap.errors import UserError
 
 LENGTHS = {"prompt_length": 9, "response_length": 5}
+FIELDS = {"with_reference": True, "with_sampler": True}
 
 
 def texts_of(batch):
-    """Each prompt id with the tokens of prompt and responses, scores and reference log-probs, one by one."""
+    """Each prompt id with the tokens of prompt and responses, scores, and log-probs, one by one."""
     found = []
     for row in range(len(batch.prompts)):
         start, starts = 0, [0] * batch.responses.shape[1]
@@ -21,8 +30,9 @@ def texts_of(batch):
             answers = []
             for k, size in enumerate(batch.response_lengths[row, slot]):
                 part = slice(starts[k], starts[k] + size)
-                log_probs = () if batch.reference_log_probs is None else batch.reference_log_probs[row, k, part]
-                answers.append((tuple(batch.responses[row, k, part]), tuple(log_probs)))
+                log_probs = (getattr(batch, name) for name in TOKEN_FIELDS)
+                rows = tuple(None if values is None else tuple(values[row, k, part]) for values in log_probs)
+                answers.append((tuple(batch.responses[row, k, part]), *rows))
                 starts[k] += size
             prompt = tuple(batch.prompts[row, start : start + length])
             start += length
@@ -34,17 +44,13 @@ def texts_of(batch):
 
 
 def texts_in(examples):
+    def answer(example, k):
+        log_probs = (getattr(example, name) for name in TOKEN_FIELDS)
+        return tuple(example.responses[k]), *(None if rows is None else tuple(rows[k]) for rows in log_probs)
+
     return [
-        (
-            example.prompt_id,
-            tuple(example.prompt),
-            tuple(
-                (tuple(tokens), () if example.reference_log_probs is None else tuple(example.reference_log_probs[k]))
-                for k, tokens in enumerate(example.responses)
-            ),
-            tuple(example.scores),
-        )
-        for example in examples
+        (e.prompt_id, tuple(e.prompt), tuple(answer(e, k) for k in range(len(e.responses))), tuple(e.scores))
+        for e in examples
     ]
 
 
@@ -60,6 +66,34 @@ def test_rows_by_hand():
     # Responses take room of their own: two of four tokens do not go into six.
     np.testing.assert_array_equal(rows.fill(np.array([[1, 4, 1], [1, 4, 1]])), [0, 1])
     np.testing.assert_array_equal(rows.fill(np.array([[1, 1, 4], [1, 1, 2]])), [0, 0])
+
+
+def first_fit(lengths, shape, slots):
+    """The rows by first fit decreasing, example by example, in fractions of a row."""
+    room = (shape[0], *[shape[1]] * (lengths.shape[1] - 1))
+    sizes = [sum(Fraction(int(part), whole) for part, whole in zip(row, room, strict=True)) for row in lengths]
+    rows, members = [0] * len(lengths), []
+    for example in sorted(range(len(lengths)), key=lambda i: -sizes[i]):
+        fitting = (
+            row
+            for row, there in enumerate(members)
+            if len(there) < slots and (lengths[[*there, example]].sum(axis=0) <= room).all()
+        )
+        rows[example] = next(fitting, len(members))
+        members += [[]] * (rows[example] == len(members))
+        members[rows[example]] = [*members[rows[example]], example]
+    return rows
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(
+    lengths=strategies.lists(strategies.tuples(*[strategies.integers(1, 7)] * 3), min_size=1, max_size=12),
+    shape=strategies.tuples(strategies.integers(7, 15), strategies.integers(7, 15)),
+    slots=strategies.integers(1, 5),
+)
+def test_rows_are_those_of_first_fit_decreasing(lengths, shape, slots):
+    lengths = np.array(lengths)
+    assert Rows(shape, slots, 1).fill(lengths).tolist() == first_fit(lengths, shape, slots)
 
 
 def test_the_number_of_rows_is_a_multiple_and_none_is_empty():
@@ -84,10 +118,11 @@ def test_rows_hold_what_they_can_and_little_room_is_left(seed):
     assert found.max() + 1 <= 1.2 * lengths.sum(axis=0).max() / 40 + rows.multiple
 
 
+@pytest.mark.parametrize("with_sampler", [False, True])
 @pytest.mark.parametrize("with_reference", [False, True])
 @pytest.mark.parametrize("responses", [1, 3])
-def test_packing_loses_nothing(make_examples, responses, with_reference):
-    examples = make_examples(7, responses=responses, with_reference=with_reference)
+def test_packing_loses_nothing(make_examples, responses, with_reference, with_sampler):
+    examples = make_examples(7, responses=responses, with_reference=with_reference, with_sampler=with_sampler)
     rows = np.array([0, 0, 0, 2, 2, 2, 3])
     packed = Rows((30, 18), 4, 1).pack(collate(examples, 9, 5), rows)
     assert packed.prompts.shape == (4, 30) and packed.responses.shape == (4, responses, 18)
@@ -96,9 +131,16 @@ def test_packing_loses_nothing(make_examples, responses, with_reference):
     assert texts_of(packed) == texts_in(examples)
 
 
+def test_packing_keeps_what_a_batch_has_beside_its_pairs(make_examples):
+    batch = collate(make_examples(2), 9, 5)
+    both = dataclasses.replace(batch, fresh=batch, mismatched=batch)
+    packed = Rows((18, 10), 2, 1).pack(both, np.array([0, 0]))
+    assert packed.fresh is batch and packed.mismatched is batch and packed.prompts.shape == (1, 18)
+
+
 @pytest.fixture
 def dataset(tmp_path, make_examples):
-    write_dataset(tmp_path, make_examples(50, with_reference=True), vocabulary_digest="", provenance={})
+    write_dataset(tmp_path, make_examples(50, **FIELDS), vocabulary_digest="", provenance={})
     return open_dataset(tmp_path)
 
 
@@ -119,7 +161,7 @@ def test_a_packed_source_has_the_prompts_of_the_plain_one_and_resumes_anywhere(d
 
     through = assert_equal_output_after_restore(source, 5)
     assert_union_of_processes(source, 5)
-    plain = offline_source(dataset, **settings | {"packing": 0})
+    plain = offline_source(dataset, **settings | {"packing": None})
     in_memory = offline_source(list(dataset), **settings)
     whole = source()
     for step, batch in enumerate(through):
@@ -130,7 +172,7 @@ def test_a_packed_source_has_the_prompts_of_the_plain_one_and_resumes_anywhere(d
 
 
 def test_mixtures_are_packed_by_weight(dataset, tmp_path, make_examples):
-    write_dataset(tmp_path / "b", make_examples(80, with_reference=True)[50:], vocabulary_digest="", provenance={})
+    write_dataset(tmp_path / "b", make_examples(80, **FIELDS)[50:], vocabulary_digest="", provenance={})
     examples = Examples([dataset, open_dataset(tmp_path / "b")])
     source = offline_source(examples, batch_size=16, seed=3, weights=(1, 3), packing=2, row_multiple=2, **LENGTHS)
     ids = [text[0] - 1000 for step in range(20) for text in texts_of(source(step))]
@@ -159,9 +201,9 @@ def test_padding_is_that_of_the_batches(dataset):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"row_multiple": 3}, "row_multiple=3 is out of range: set a divisor of batch_size=8"),
-        ({"packing": -1}, "packing=-1 is out of range: set 1 or more longest prompts a row, or 0 for none"),
-        ({"buckets": [(4, 3)]}, r"packing=1 does not go with buckets=\(\(4, 3\),\): choose one of them"),
+        ({"row_multiple": 3}, "row_multiple is 3: it must be a divisor of batch_size=8"),
+        ({"packing": -1}, "packing is -1: it must be at least 1, the longest prompts of a row, or None for none"),
+        ({"buckets": [(4, 3)]}, r"packing is 1 with buckets=\(\(4, 3\),\): choose one of them"),
         ({"prompt_length": 3}, "example [0-9]+ has a prompt of [4-9] tokens, over prompt_length=3"),
     ],
 )

@@ -86,5 +86,5 @@ def test_nothing_ahead_reads_when_asked():
     with Prefetched(source, 0) as batches:
         assert [batches(3), batches(4)] == [9, 16]
     assert source.read == [3, 4]
-    with pytest.raises(UserError, match="prefetch=-1"):
+    with pytest.raises(UserError, match="prefetch is -1: it must be at least 0"):
         Prefetched(source, -1)

@@ -1,4 +1,4 @@
-import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -8,24 +8,21 @@ import signal
 import subprocess
 import sys
 
-import jax.numpy as jnp
-import msgpack
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordReader
 
-from alignment_gap.data.batches import PreferenceBatch, collate, examples_of
 from alignment_gap.data.records import close_dataset, derived, open_dataset, verify_dataset, write_chunk, write_dataset
-from alignment_gap.data.records.dataset import part_size
+from alignment_gap.data.records.dataset import discard_chunks, discard_damaged, part_size
 from alignment_gap.data.records.summary import summarise_lengths
 from alignment_gap.errors import UserError
 
 ABOUT = {"vocabulary_digest": "abc", "provenance": {"made": "by a test"}}
 
 
+@pytest.mark.parametrize("with_sampler", [False, True])
 @pytest.mark.parametrize("with_reference", [False, True])
-def test_a_dataset_comes_back_as_it_was_written(tmp_path, make_examples, plain, with_reference):
-    examples = make_examples(30, with_reference=with_reference)
+def test_a_dataset_comes_back_as_it_was_written(tmp_path, make_examples, plain, with_reference, with_sampler):
+    examples = make_examples(30, with_reference=with_reference, with_sampler=with_sampler)
     write_dataset(tmp_path, examples, **ABOUT)
     dataset = open_dataset(tmp_path)
     assert len(dataset) == 30
@@ -47,17 +44,53 @@ def test_the_card_says_what_is_in_the_folder(tmp_path, make_examples):
     assert on_disk["max_response_length"] == max(len(r) for e in examples for r in e.responses)
     assert on_disk["vocabulary_digest"] == "abc" and on_disk["provenance"] == {"made": "by a test"}
     assert on_disk["fields"] == ["prompt_id", "prompt", "responses", "scores"]
+    assert on_disk["scores"] == "probabilities"
     assert [file["name"] for file in on_disk["files"]] == ["pairs.array_record"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["card.json", "pairs.array_record"]
 
 
-def test_records_are_plain_msgpack(tmp_path, make_examples):
-    (example,) = make_examples(1)
-    write_dataset(tmp_path, [example], **ABOUT)
-    (record,) = ArrayRecordReader(str(tmp_path / "pairs.array_record")).read_all()
-    content = msgpack.unpackb(record)
-    assert list(content) == ["prompt_id", "prompt", "responses", "scores"]
-    assert np.frombuffer(content["responses"][1], "<i4").tolist() == example.responses[1].tolist()
+@pytest.mark.parametrize("with_sampler", [False, True])
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_the_card_lists_the_fields_that_examples_have(tmp_path, make_examples, with_reference, with_sampler):
+    examples = make_examples(4, with_reference=with_reference, with_sampler=with_sampler)
+    card = write_dataset(tmp_path, examples, **ABOUT)
+    optional = ["reference_log_probs"] * with_reference + ["sampler_log_probs"] * with_sampler
+    assert list(card.fields) == ["prompt_id", "prompt", "responses", "scores", *optional]
+    (chunk,) = card.files
+    assert (chunk.reference_log_probs, chunk.sampler_log_probs) == (with_reference, with_sampler)
+    assert list(chunk.token_fields) == optional
+
+
+def test_the_card_says_what_the_scores_are(tmp_path, make_examples):
+    rewards = write_dataset(tmp_path / "a", make_examples(4), **ABOUT, scores="rewards")
+    plain = write_dataset(tmp_path / "b", make_examples(4), **ABOUT)
+    assert (rewards.scores, plain.scores) == ("rewards", "probabilities")
+    assert open_dataset(tmp_path / "a").card == rewards
+    # The same records are trained on otherwise.
+    assert rewards.digest != plain.digest and rewards.files == plain.files
+    assert close_dataset(tmp_path / "b", **ABOUT, scores="rewards") == rewards
+    with pytest.raises(UserError, match="scores is 'logits': choose one of probabilities, rewards"):
+        write_dataset(tmp_path / "c", make_examples(4), **ABOUT, scores="logits")
+
+
+def test_a_dataset_from_before_the_newer_fields_is_read_and_keeps_its_digest(tmp_path, make_examples, plain):
+    """Its card lacks "scores", its files "sampler_log_probs", as do the summaries of chunks that are not closed."""
+    examples = make_examples(6, with_reference=True)
+    card = write_dataset(tmp_path, examples, **ABOUT)
+    written = json.loads((tmp_path / "card.json").read_text())
+    del written["scores"], written["files"][0]["sampler_log_probs"]
+    (tmp_path / "card.json").write_text(json.dumps(written))
+    old = open_dataset(tmp_path)
+    assert old.card == card and [plain(e) for e in old] == [plain(e) for e in examples]
+    # By hand: SHA-256 of the vocabulary's digest and of the files'.
+    content = json.dumps(["abc", [written["files"][0]["sha256"]]]).encode()
+    assert old.card.digest == hashlib.sha256(content).hexdigest()
+    write_chunk(tmp_path, "more", examples)
+    kept = tmp_path / ".chunks" / "more.json"
+    chunk, *lengths = json.loads(kept.read_text())
+    del chunk["sampler_log_probs"]
+    kept.write_text(json.dumps([chunk, *lengths]))
+    assert close_dataset(tmp_path, **ABOUT).count == 12
 
 
 def test_equal_input_gives_equal_bytes(tmp_path, make_examples):
@@ -151,36 +184,11 @@ def test_nothing_to_write_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"responses": (np.ones(1, np.int32),)}, "has 1 responses where the first has 2"),
-        ({"scores": np.ones(3, np.float32)}, r"scores of shape \(3,\) for 2 responses"),
-        ({"prompt": np.ones(0, np.int32)}, "empty prompt or response"),
-        ({"responses": (np.ones(0, np.int32), np.ones(2, np.int32))}, "empty prompt or response"),
-        ({"reference_log_probs": (np.ones(1, np.float32),) * 2}, "for all or for none"),
-    ],
-)
-def test_an_example_of_another_form_is_named(tmp_path, make_examples, change, message):
-    examples = make_examples(3)
-    examples[2] = dataclasses.replace(examples[2], **change)
-    with pytest.raises(UserError, match=rf"record 2 of .*pairs.array_record \(prompt id 1002\).*{message}"):
-        write_dataset(tmp_path, examples, **ABOUT)
-    with pytest.raises(UserError, match=rf"example 2 of the batch \(prompt id 1002\).*{message}"):
-        collate(examples, 9, 5)
-
-
-def test_reference_of_other_lengths_is_refused(make_examples):
-    (example,) = make_examples(1, with_reference=True)
-    wrong = dataclasses.replace(example, reference_log_probs=(np.ones(9, np.float32),) * 2)
-    with pytest.raises(UserError, match="one for each token"):
-        collate([wrong], 9, 9)
-
-
 def test_chunks_of_another_form_are_refused(tmp_path, make_examples):
     for folder, settings, message in [
         ("k", {"responses": 3}, "3 responses a prompt"),
-        ("r", {"with_reference": True}, "reference_log_probs"),
+        ("r", {"with_reference": True}, "has reference_log_probs: give them for all or for none"),
+        ("s", {"with_sampler": True}, "has sampler_log_probs: give them for all or for none"),
     ]:
         write_chunk(tmp_path / folder, "a", make_examples(2))
         write_chunk(tmp_path / folder, "b", make_examples(2, **settings))
@@ -188,7 +196,7 @@ def test_chunks_of_another_form_are_refused(tmp_path, make_examples):
             close_dataset(tmp_path / folder, **ABOUT)
 
 
-def test_an_unfinished_or_unknown_dataset_is_refused(tmp_path, make_examples):
+def test_an_unfinished_or_unknown_dataset_is_refused(tmp_path, make_examples, unchecked):
     with pytest.raises(UserError, match=r"none is no finished dataset \(card.json: No such file"):
         open_dataset(tmp_path / "none")
     write_dataset(tmp_path, make_examples(2), **ABOUT)
@@ -205,6 +213,7 @@ def test_an_unfinished_or_unknown_dataset_is_refused(tmp_path, make_examples):
         ),
         (json.dumps(card | {"max_prompt_length": 1}), "is not a dataset's card .*counts and lengths"),
         (json.dumps(card | {"files": []}), "is not a dataset's card"),
+        (json.dumps(card | {"scores": "reward"}), r"card\.json: scores is 'reward': did you mean rewards\?"),
     ]:
         (tmp_path / "card.json").write_text(content)
         with pytest.raises(UserError, match=message):
@@ -306,41 +315,52 @@ def test_provenance_holds_the_whole_chain(tmp_path, make_examples):
     assert part["provenance"] == {"source": "pairs"}
 
 
-@pytest.mark.parametrize("with_reference", [False, True])
-def test_collate_pads_on_the_right(make_examples, with_reference):
-    examples = make_examples(4, responses=3, with_reference=with_reference)
-    batch = collate(examples, 11, 6)
-    assert batch.prompts.shape == (4, 11) and batch.responses.shape == (4, 3, 6) and batch.scores.shape == (4, 3)
-    for field in ("prompt_ids", "prompts", "prompt_lengths", "responses", "response_lengths"):
-        assert getattr(batch, field).dtype == np.int32
-    assert batch.scores.dtype == np.float32
-    for b, example in enumerate(examples):
-        assert batch.prompts[b].tolist() == example.prompt.tolist() + [0] * (11 - len(example.prompt))
-        assert batch.prompt_lengths[b] == len(example.prompt) and batch.prompt_ids[b] == 1000 + b
-        for k, response in enumerate(example.responses):
-            assert batch.responses[b, k].tolist() == response.tolist() + [0] * (6 - len(response))
-            assert batch.response_lengths[b, k] == len(response)
-            if with_reference:
-                values = example.reference_log_probs[k].tolist()
-                assert batch.reference_log_probs[b, k].tolist() == values + [0.0] * (6 - len(response))
-    assert (batch.reference_log_probs is not None) == with_reference
+def test_a_chain_of_datasets_is_kept_though_their_folders_move(tmp_path, make_examples):
+    """In the order in which the inputs were given; what one dataset says later changes no other's provenance."""
+    for name in ("a", "b"):
+        write_dataset(tmp_path / name, make_examples(3), vocabulary_digest="v", provenance={"source": name})
+    first, second = (open_dataset(tmp_path / name) for name in ("a", "b"))
+    mixed = derived("mix", {"pairs 1": second, "pairs 0": first}, weights=[1, 2])
+    write_dataset(tmp_path / "mixed", make_examples(4), vocabulary_digest="v", provenance=mixed)
+    (tmp_path / "a").rename(tmp_path / "elsewhere")
+    about = derived("shuffle", {"pairs": open_dataset(tmp_path / "mixed")}, seed=3)
+    assert (about["made_by"], about["seed"]) == ("shuffle", 3)
+    (part,) = about["inputs"]
+    assert part["provenance"] == json.loads(json.dumps(mixed)) and part["count"] == 4
+    assert [one["role"] for one in part["provenance"]["inputs"]] == ["pairs 1", "pairs 0"]
+    assert [one["provenance"]["source"] for one in part["provenance"]["inputs"]] == ["b", "a"]
+    assert derived("generate", {}) == {"made_by": "generate", "inputs": []}
 
 
-@pytest.mark.parametrize("with_reference", [False, True])
-def test_examples_of_is_the_inverse_of_collate_also_on_the_device(make_examples, plain, with_reference):
-    examples = make_examples(4, with_reference=with_reference)
-    batch = collate(examples, 11, 6)
-    on_device = PreferenceBatch(**{k: None if v is None else jnp.asarray(v) for k, v in vars(batch).items()})
-    for either in (batch, on_device):
-        assert [plain(e) for e in examples_of(either)] == [plain(e) for e in examples]
+def test_files_that_are_not_what_the_card_says_are_removed_and_named(tmp_path, make_examples, plain):
+    examples = make_examples(9)
+    for name in range(3):
+        write_chunk(tmp_path, f"part-{name}", examples[3 * name : 3 * name + 3])
+    card = close_dataset(tmp_path, **ABOUT)
+    assert discard_damaged(tmp_path) == []
+    (tmp_path / "part-0.array_record").unlink()
+    path = tmp_path / "part-2.array_record"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert discard_damaged(tmp_path) == ["part-0.array_record", "part-2.array_record"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["card.json", "part-1.array_record"]
+    # What was removed is made again, and the dataset is the same.
+    for name in (0, 2):
+        write_chunk(tmp_path, f"part-{name}", examples[3 * name : 3 * name + 3])
+    assert close_dataset(tmp_path, **ABOUT) == card
+    # A card that nobody can read says nothing of its files, which stay.
+    (tmp_path / "card.json").write_text("{")
+    assert discard_damaged(tmp_path) == ["card.json"]
+    assert close_dataset(tmp_path, **ABOUT) == card
+    assert [plain(e) for e in open_dataset(tmp_path)] == [plain(e) for e in examples]
 
 
-def test_an_example_over_a_limit_is_named_with_the_limit(make_examples):
-    examples = make_examples(20)
-    longest = max(range(20), key=lambda i: len(examples[i].prompt))
-    with pytest.raises(UserError, match=rf"example {longest} .*prompt of 9 tokens, over prompt_length=8: raise"):
-        collate(examples, 8, 5)
-    with pytest.raises(UserError, match=r"response of 5 tokens, over response_length=4: raise"):
-        collate(examples, 9, 4)
-    with pytest.raises(UserError, match="needs an example"):
-        collate([], 8, 5)
+def test_unwanted_chunks_go_with_the_card_that_names_them(tmp_path, make_examples):
+    for name in ("a", "b", "c"):
+        write_chunk(tmp_path, name, make_examples(2))
+    card = close_dataset(tmp_path, **ABOUT)
+    discard_chunks(tmp_path, lambda name: name == "d")
+    assert open_dataset(tmp_path).card == card
+    discard_chunks(tmp_path, lambda name: name > "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.array_record"]
+    with pytest.raises(UserError, match="no finished dataset"):
+        open_dataset(tmp_path)

@@ -94,7 +94,7 @@ def test_splits_are_named_by_folders_of_datasets_and_by_files(write, tmp_path):
     for name in ("train.jsonl", "test.jsonl", "valid-00000-of-00001.jsonl", "harmless.jsonl"):
         (tmp_path / "files" / name).write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
     files = open_source(TextSourceConfig(str(tmp_path / "files")))
-    assert [pair.split for pair in files.read()] == ["", "validation", "train", "validation"]
+    assert [pair.split for pair in files.read()] == [None, "validation", "train", "validation"]
     assert len(open_records(f"{tmp_path}/files:test")) == 1
 
 
@@ -176,8 +176,9 @@ def test_a_damaged_hugging_face_dataset_is_one_line(write, tmp_path):
         ("none.jsonl", r"cannot read none\.jsonl \(No such file or directory\): give the path"),
         ("none.parquet", r"none\.parquet"),
         ("a.csv", r"a\.csv is of no kind that is read here: give a \.jsonl"),
-        ("", "location is not set"),
-        ("a.jsonl,", "source 'a.jsonl,' has nothing before or behind a comma"),
+        (None, "there is no source: give the path of a file or folder, or posts for the built-in task"),
+        ("", "source '' has nothing before or after a comma"),
+        ("a.jsonl,", "source 'a.jsonl,' has nothing before or after a comma"),
         ("empty.parquet", r"empty\.parquet holds no record: give a file"),
     ],
 )

@@ -1,6 +1,6 @@
 import pytest
 
-from alignment_gap.data.text import TASKS, Dropped, TextPair, TextSourceConfig, open_source
+from alignment_gap.data.text import TASKS, Dropped, PostsConfig, TextPair, TextSourceConfig, open_source
 from alignment_gap.errors import UserError
 
 FORMS = ["jsonl.gz", "parquet", "hugging_face"]
@@ -124,7 +124,7 @@ def test_bad_pairs_of_a_task_are_refused_or_counted(write, tmp_path, comparison,
 
 
 def test_every_task_has_a_form_that_its_remedy_shows():
-    assert set(TASKS) == {"summarization", "helpfulness", "harmlessness", "chat_arena", "dialogues", "pairs"}
+    assert set(TASKS) == {"summarization", "helpfulness", "harmlessness", "chat_arena", "dialogues", "posts", "pairs"}
     for task in TASKS.values():
         assert task.form.startswith("write {")
 
@@ -132,16 +132,22 @@ def test_every_task_has_a_form_that_its_remedy_shows():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"task": "summaries"}, "task='summaries' is unknown: choose one of auto, summarization"),
-        ({"ties": "half"}, "ties='half' is unknown"),
-        ({"duplicates": "count"}, "duplicates='count' is unknown"),
-        ({"bad_pairs": "keep"}, "bad_pairs='keep' is unknown"),
+        ({"task": "summarisation"}, r"task is 'summarisation': did you mean summarization\?"),
+        ({"task": "x"}, "task is 'x': choose one of auto, summarization"),
+        ({"ties": "half"}, "ties is 'half': choose one of drop, keep"),
+        ({"duplicates": ""}, "duplicates is '': choose one of drop, keep"),
+        ({"bad_pairs": "keep"}, "bad_pairs is 'keep': choose one of refuse, drop"),
         ({"fields": "promt=a"}, "fields names 'promt': choose among prompt, chosen"),
-        ({"fields": "prompt"}, "fields='prompt' is not understood at 'prompt'"),
+        ({"fields": "prompt"}, "fields is 'prompt', not understood at 'prompt'"),
+        ({"fields": ""}, "fields is '', not understood at ''"),
         ({"labels": "a=2"}, "labels gives 'a' the meaning '2': give a number from 0 to 1"),
         ({"labels": "a=good"}, "labels gives 'a' the meaning 'good'"),
+        (
+            {"posts": PostsConfig(pairs=3)},
+            "posts is set with the location 'a.jsonl': it goes with the location 'posts'",
+        ),
     ],
 )
 def test_unknown_settings_are_named(change, message):
     with pytest.raises(UserError, match=message):
-        open_source(TextSourceConfig("a.jsonl", **change))
+        TextSourceConfig("a.jsonl", **change)

@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 
 import numpy as np
@@ -166,22 +165,24 @@ def test_oracle_features_decide_the_pairs_linearly():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"miss_chance": 1.5}, r"miss_chance=1.5 is out of range: choose from 0 to 1"),
-        ({"word_cost": -1.0}, "word_cost=-1.0"),
-        ({"order_weight": 2.0}, "order_weight=2.0"),
-        ({"best_writer_faults": -0.1}, "best_writer_faults"),
-        ({"side_remarks_low": -1}, "side_remarks_low"),
-        ({"side_remarks_high": 0}, "side_remarks_high=0"),
-        ({"rater_temperature": 0.0}, "rater_temperature=0.0"),
-        ({"response_words": 0}, "response_words"),
-        ({"fact_weights": (1.0,)}, "fact_weights"),
+        ({"miss_chance": 1.5}, "miss_chance is 1.5: it must be from 0 to 1"),
+        ({"word_cost": -1.0}, "word_cost is -1.0: it must be from 0 to 1"),
+        ({"order_weight": 2.0}, "order_weight is 2.0"),
+        ({"best_writer_faults": -0.1}, "best_writer_faults is -0.1"),
+        ({"side_remarks_low": -1}, "side_remarks_low is -1: it must be at least 0"),
+        ({"side_remarks_low": 4}, "side_remarks_high is 3: it must be at least 4"),
+        ({"brief_words": -1}, "brief_words is -1"),
+        ({"rater_temperature": 0.0}, "rater_temperature is 0.0: it must be above 0 and finite"),
+        ({"response_words": 0}, "response_words is 0: it must be at least 1"),
+        ({"fact_weights": (1.0,)}, r"fact_weights is \(1.0,\): give 5 numbers above 0"),
+        ({"fact_weights": (1.0, 1, 1, 1, 0)}, "fact_weights is .*: give 5 numbers above 0"),
     ],
 )
 def test_settings_out_of_range_are_named(change, message):
     with pytest.raises(UserError, match=message):
-        dataclasses.replace(posts.DEFAULT_SETTINGS, **change).validate()
+        PostsSettings(**change)
 
 
 def test_a_gap_that_no_pair_has_is_refused():
-    with pytest.raises(UserError, match=r"minimum_gap=1.0 was not reached"):
+    with pytest.raises(UserError, match=r"minimum_gap is 1\.0: none of 1000 pairs of post 0 have it; lower it"):
         posts.pair(0, 0, PostsSettings(minimum_gap=1.0))

@@ -1,8 +1,11 @@
 import pathlib
 import warnings
 
+import hypothesis
+import numpy as np
 import pytest
 import sentencepiece
+from hypothesis import strategies
 
 from alignment_gap.data.text import SentencePieceVocabulary, WordVocabulary, extra_id, load_vocabulary
 from alignment_gap.errors import UserError
@@ -145,3 +148,52 @@ def test_t5_vocabulary_has_t5s_ids():
     assert extra_id(vocabulary, 0) == 32099 and vocabulary.decode([32099, 32000]) == "<extra_id_0> <extra_id_99>"
     # The example of Hugging Face's T5 documentation, without its end id.
     assert vocabulary.encode("Hello, my dog is cute") == [8774, 6, 82, 1782, 19, 5295]
+
+
+# Whole characters: no half of a surrogate pair.
+TEXTS = strategies.text(strategies.characters(exclude_categories=("Cs",)), max_size=30)
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(text=TEXTS, behind=strategies.lists(strategies.integers(0, 500), max_size=4))
+def test_bytes_express_every_text(text, behind):
+    """Also as an array, and whatever follows the end."""
+    vocabulary = load_vocabulary("bytes")
+    ids = vocabulary.encode(text)
+    assert len(ids) == len(text.encode()) and not {0, 1, 2} & set(ids) and max(ids, default=3) < 259
+    for either in ([*ids, 1, *behind], np.array([*ids, 1, *behind], np.int32), iter(ids)):
+        assert vocabulary.decode(either) == text
+
+
+WORD_LISTS = strategies.lists(
+    strategies.text(strategies.characters(exclude_categories=("Cs", "Z", "C")), min_size=1, max_size=5),
+    min_size=1,
+    max_size=6,
+    unique=True,
+).filter(lambda words: all(word.split() == [word] for word in words))
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(words=WORD_LISTS, picks=strategies.lists(strategies.integers(0, 99), max_size=8))
+def test_words_come_back_from_their_ids(words, picks):
+    vocabulary = WordVocabulary(words)
+    chosen = [words[pick % len(words)] for pick in picks]
+    ids = vocabulary.encode("  ".join(chosen))
+    assert ids == [2 + words.index(word) for word in chosen]
+    assert vocabulary.decode([*ids, vocabulary.eos_id, 0]) == " ".join(chosen)
+    assert vocabulary.decode(np.array(ids, np.int64)) == " ".join(chosen)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(ids=strategies.lists(strategies.integers(0, 80), max_size=8))
+def test_every_id_is_written_whatever_a_model_makes(model_path, ids):
+    """Ids of all kinds in any order; what follows the first end is not shown."""
+    for vocabulary in (WordVocabulary(["a", "b"], extra_ids=3), load_vocabulary("bytes"), load_vocabulary(model_path)):
+        shown = vocabulary.decode(ids)
+        end = ids.index(1) if 1 in ids else len(ids)
+        assert shown == vocabulary.decode(ids[:end])
+        for index in ids[:end]:
+            if index >= vocabulary.size:
+                assert f"<no_token_{index}>" in shown
+            elif index >= vocabulary.size - vocabulary.extra_ids:
+                assert f"<extra_id_{vocabulary.size - 1 - index}>" in shown

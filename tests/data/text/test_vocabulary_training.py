@@ -46,10 +46,10 @@ def test_the_texts_of_a_source_are_its_prompts_and_responses(tmp_path):
 @pytest.mark.parametrize(
     "name, size, settings, message",
     [
-        ("own.model", 5000, {}, "size=5000 does not suit these texts .*: choose another size"),
-        ("own.model", 10, {}, "size=10 does not suit these texts .*: choose another size"),
+        ("own.model", 5000, {}, "size is 5000, which does not suit these texts .*: choose another size"),
+        ("own.model", 10, {}, "size is 10, which does not suit these texts .*: choose another size"),
         ("own.spm", 330, {}, r"own\.spm is no name of a SentencePiece model: let it end in \.model"),
-        ("own.model", 330, {"model": "word"}, "model='word' is unknown: choose one of unigram, bpe"),
+        ("own.model", 330, {"model": "word"}, "model is 'word': choose one of unigram, bpe"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(tmp_path, name, size, settings, message):

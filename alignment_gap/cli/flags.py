@@ -1,0 +1,187 @@
+"""The flags of a command: those of a config, taken from its dataclasses, and those that all commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from absl import flags
+
+from alignment_gap.checks import nearest
+from alignment_gap.configuration import from_dict
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.words import flag_name
+
+Config = TypeVar("Config")
+
+_PROCESSES = "JAX_NUM_PROCESSES"
+
+
+def parse(
+    arguments: Sequence[str],
+    define: Callable[[flags.FlagValues], None],
+    help_text: str | None,
+    *,
+    positional: int = 0,
+    also: tuple[type[Exception], ...] = (),
+) -> tuple[flags.FlagValues, list[str]] | None:
+    """The flags of a command and what is no flag; None after its help was printed.
+
+    Args:
+      arguments: what the user wrote; the first names the command.
+      define: adds the command's flags.
+      help_text: printed before the flags where help is asked for.
+      positional: how many arguments may be no flags.
+      also: errors beside those of flags that are the user's to mend.
+
+    Raises:
+      UserError: for a flag that is unknown or has a value that it cannot have, or an argument too many.
+    """
+    values = flags.FlagValues()
+    define(values)
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text, values.get_help(), sep="\n")
+        return None
+    to_mend: tuple[type[Exception], ...] = (flags.Error, *also)
+    try:
+        rest = values(arguments)[1:]
+    except to_mend as error:
+        raise UserError(str(error).strip().splitlines()[0]) from error
+    if len(rest) > positional:
+        raise UserError(f"unexpected argument {rest[positional]!r}: flags are written --flag=value")
+    return values, rest
+
+
+def run_subcommand(
+    arguments: Sequence[str], subcommands: Mapping[str, Callable[[list[str]], None]], help_text: str | None
+) -> None:
+    """Runs what the first argument names with the rest; without one, prints the help.
+
+    Raises:
+      UserError: there is no such sub-command.
+    """
+    command, *rest = arguments
+    if not rest or rest[0] in ("--help", "-h"):
+        print(help_text)
+        return
+    name, *rest = rest
+    if name not in subcommands:
+        raise UserError(
+            f"unknown command {command.removeprefix('alignment-gap ')} {name!r}: {nearest(name, subcommands)}"
+        )
+    subcommands[name]([f"{command} {name}", *rest])
+
+
+def define_config(values: flags.FlagValues, cls: type, short: Mapping[str, str]) -> None:
+    """Adds a flag for every setting of a dataclass and of those in it, with its default and its docstring's line."""
+    for path, hint, default, text in _settings(cls, ""):
+        name, wanted = flag_name(path, short), [each for each in _options(hint) if each is not type(None)]
+        if bool in wanted:
+            flags.DEFINE_boolean(name, default, text, flag_values=values)
+        elif typing.get_origin(wanted[0]) is tuple:
+            flags.DEFINE_list(name, default and [*map(str, default)], text, flag_values=values)
+        else:
+            make = flags.DEFINE_integer if wanted == [int] else flags.DEFINE_float if float in wanted else _define_text
+            make(name, default, text, flag_values=values)
+
+
+def read_config(values: flags.FlagValues, cls: type[Config], short: Mapping[str, str]) -> Config:
+    """The dataclass that the flags of `define_config` give; raises UserError for a value that it refuses."""
+    tree: dict[str, Any] = {}
+    for path, hint, _, _ in _settings(cls, ""):
+        name = flag_name(path, short)
+        if not values[name].present:
+            continue
+        *groups, leaf = path.split(".")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[leaf] = _value(values[name].value, hint, name)
+    return from_dict(cls, tree, path="--")
+
+
+def define_shared(values: flags.FlagValues) -> None:
+    """Adds the flags of every command that computes: compiled functions that are kept, and several processes."""
+    flags.DEFINE_string(
+        "compilation_cache", ".cache/jax", "Folder that keeps compiled functions; empty for none.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "coordinator",
+        os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "HOST:PORT of process 0 of a run of several processes; auto finds it on TPU pods and Slurm.",
+        flag_values=values,
+    )
+    for name, variable, default, meaning in (
+        ("processes", _PROCESSES, 1, "How many processes run together."),
+        ("process", "JAX_PROCESS_ID", 0, "Number of this process, from 0."),
+    ):
+        flags.DEFINE_integer(name, _from_environment(variable, default), meaning, flag_values=values)
+
+
+def start_jax(values: flags.FlagValues) -> None:
+    """Has jax keep compiled functions and joins this process to the others, as the shared flags say."""
+    import jax
+
+    from alignment_gap.sharding import initialize
+
+    if values.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.abspath(values.compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    initialize(values.coordinator, values.processes, values.process)
+
+
+def require(values: flags.FlagValues, name: str) -> str:
+    """The value of a flag that has to be given."""
+    if not values[name].value:
+        raise UserError(f"--{name} is not set: add --{name}=VALUE")
+    return str(values[name].value)
+
+
+def _settings(cls: Any, path: str) -> Iterator[tuple[str, Any, Any, str]]:
+    """Path, type, default and description of every setting of a dataclass and of those in it."""
+    hints, about = typing.get_type_hints(cls), _attributes(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        inner = next((each for each in _options(hint) if dataclasses.is_dataclass(each)), None)
+        if inner is not None:
+            yield from _settings(inner, f"{path}{field.name}.")
+        elif typing.get_origin(hint) is not Mapping and field.default is not dataclasses.MISSING:
+            yield f"{path}{field.name}", hint, field.default, about.get(field.name, "")
+
+
+def _attributes(cls: type) -> dict[str, str]:
+    """What a docstring's section "Attributes:" says of each field, in one line."""
+    section = (cls.__doc__ or "").partition("Attributes:\n")[2]
+    found = re.findall(r"^ {4,6}(\w+): ((?:.|\n(?! {4,6}\w+: ))*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _value(value: Any, hint: Any, name: str) -> Any:
+    """A flag's value in the type of its setting; only the items of lists are still texts."""
+    if not isinstance(value, list):
+        return value
+    of = next(typing.get_args(each)[0] for each in _options(hint) if typing.get_origin(each) is tuple)
+    try:
+        return tuple(of(item) for item in value)
+    except ValueError:
+        raise UserError(f"--{name}={','.join(value)}: give values of type {of.__name__} with commas between") from None
+
+
+def _define_text(name: str, default: str | None, text: str, flag_values: flags.FlagValues) -> None:
+    flags.DEFINE_string(name, default, text, flag_values=flag_values)
+
+
+def _from_environment(variable: str, default: int) -> int:
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise UserError(f"{variable} is {value!r} in the environment: set it to a number, or unset it")
+    return int(value)

@@ -1,0 +1,151 @@
+"""A training job from gin files, in T5X's conventions.
+
+Files can be given several times, later ones win. `--gin.NAME=value` sets a macro (--gin.TRAIN_STEPS=100) or a field
+(--gin.OptimizerConfig.clip_norm=0.5). Files include each other and are looked for in this folder, in
+--gin_search_paths and in the gin/ of this repository. A value that is not in Python's notation, a reference (@NAME) or
+a macro (%NAME) is taken as a text, so that a path needs no quotes. A macro that nothing sets has the default of the
+field that it stands for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from tokenize import TokenError
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from alignment_gap.checks import nearest
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.words import is_notation
+
+if TYPE_CHECKING:
+    from alignment_gap.jobs.config import JobConfig
+
+# A plain import would be taken by ruff and mypy for the folder gin/ of this repository.
+gin: Any = importlib.import_module("gin")
+# gin would look for runs/job.gin in a package named runs, and fail where the folder of that name holds runs instead.
+gin.config._FILE_READERS = [(open, os.path.isfile)]
+
+OVERRIDE = "--gin."
+GIN_FOLDER = Path(__file__).parents[2] / "gin"
+
+
+def define_gin(values: flags.FlagValues) -> None:
+    """Adds --gin_file and --gin_search_paths; --gin.NAME=value is no flag of absl's, see `split_overrides`."""
+    flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times.", flag_values=values)
+    flags.DEFINE_list("gin_search_paths", [], "Folders in which gin files are looked for.", flag_values=values)
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without --gin.NAME=value, and these as NAME=value."""
+    overrides = [argument.removeprefix(OVERRIDE) for argument in arguments if argument.startswith(OVERRIDE)]
+    return [argument for argument in arguments if not argument.startswith(OVERRIDE)], overrides
+
+
+def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str] = ()) -> JobConfig:
+    """The job of gin files and of "NAME=value" overrides; raises UserError for what they cannot mean."""
+    from alignment_gap.configuration import from_dict, to_dict
+    from alignment_gap.jobs.config import JobConfig
+
+    if not files and not overrides:
+        raise UserError("no --gin_file: give a run's gin file, such as --gin_file=gin/runs/offline_ipo.gin")
+    classes = _register()
+    gin.clear_config()
+    # gin logs an error for every folder that does not have a file before it finds it in another.
+    logging.disable(logging.ERROR)
+    try:
+        for file in files:
+            gin.parse_config_file(_find(file, search_paths))
+        for override in overrides:
+            gin.parse_config(_binding(override, gin.config_str()))
+        _check_required(gin.config_str())
+        gin.parse_config(_defaults(gin.config_str(), classes))
+        built = to_dict(classes["JobConfig"]())
+    except (AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError, TokenError) as error:
+        raise UserError(_one_line(error)) from error
+    except (OSError, ImportError) as error:
+        raise UserError(f"{_one_line(error)}: check the path, or give its folder by --gin_search_paths") from error
+    finally:
+        logging.disable(logging.NOTSET)
+        gin.clear_config()
+    return from_dict(JobConfig, built, path="JobConfig")
+
+
+@functools.cache
+def _register() -> dict[str, Any]:
+    """Makes gin know the dataclasses of a job by their names; returns them as gin calls them."""
+    from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
+    from alignment_gap.judges import JudgeConfig
+    from alignment_gap.models import DecoderConfig, T5Config
+    from alignment_gap.sampling import SamplerConfig
+    from alignment_gap.sharding import MeshConfig
+    from alignment_gap.training import OptimizerConfig
+
+    parts = (
+        *(T5Config, DecoderConfig, LossConfig, DatasetConfig, OnlineConfig, JudgeConfig, SamplerConfig),
+        *(OptimizerConfig, MeshConfig, JobConfig),
+    )
+    return {part.__name__: gin.external_configurable(part) for part in parts}
+
+
+def _defaults(config: str, classes: dict[str, Any]) -> str:
+    """Bindings that give each macro that nothing sets the default of a field that it stands for."""
+    bound = set(re.findall(r"^(\w+) = ", config, flags=re.MULTILINE))
+    lines = []
+    for name, field, macro in re.findall(r"^(?:\w+/)?(?:\w+\.)*(\w+)\.(\w+) = %(\w+)$", config, flags=re.MULTILINE):
+        fields = (
+            {each.name: repr(each.default) for each in dataclasses.fields(classes[name])} if name in classes else {}
+        )
+        if macro not in bound and is_notation(fields.get(field, "")):
+            lines.append(f"{macro} = {fields[field]}")
+            bound.add(macro)
+    return "\n".join(lines)
+
+
+def _find(file: str, search_paths: Sequence[str]) -> str:
+    """The path of a gin file; the folders are searched for what it includes, too."""
+    folders = [*search_paths, str(GIN_FOLDER)]
+    for folder in folders:
+        gin.add_config_file_search_path(folder)
+    found = [path for path in (Path(folder) / file for folder in ("", *folders)) if path.is_file()]
+    if not found:
+        raise UserError(f"--gin_file={file}: there is no such file in {', '.join(('.', *folders))}")
+    return str(found[0])
+
+
+def _binding(override: str, config: str) -> str:
+    """An override in gin's notation; raises UserError for a macro that no file has."""
+    name, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"--gin.{override}: write --gin.NAME=value")
+    macros = re.findall(r"^(\w+) = ", config, flags=re.MULTILINE) + re.findall(r"%(\w+)", config)
+    if re.fullmatch(r"\w+", name) and name not in macros:
+        raise UserError(f"--gin.{name}: no macro of the gin files has this name: {nearest(name, sorted({*macros}))}")
+    return f"{name} = {value if is_notation(value) else repr(value)}"
+
+
+def _check_required(config: str) -> None:
+    missing = re.findall(r"^([\w.]+) = %gin\.REQUIRED", config, flags=re.MULTILINE)
+    if missing:
+        raise UserError(f"{missing[0]} is not set: add --gin.{missing[0]}=value")
+
+
+def _one_line(error: Exception) -> str:
+    """gin's message with the place in the file, which it puts on further lines."""
+    if isinstance(error, TokenError):
+        return f"a gin file ends inside of a statement: {error.args[0]}"
+    if unset := re.search(r"configurable 'macro' .* in scope '(\w+)'", str(error)):
+        return f"the macro {unset[1]} is not set: add --gin.{unset[1]}=value, or a gin file that sets it"
+    if isinstance(error, UserError):
+        place = re.search(r"In call to configurable '(\w+)'", str(error))
+        return (f"{place[1]}." if place else "") + str(error).splitlines()[0]
+    message = error.msg if isinstance(error, SyntaxError) and error.msg else str(error)
+    return " ".join(line.strip() for line in message.strip().splitlines()[:3])

@@ -1,0 +1,38 @@
+"""A command that is one job: its flags are the settings of the job's config, and the folder's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from alignment_gap.cli.flags import define_config, define_shared, parse, read_config, require, start_jax
+from alignment_gap.jobs.folder import Kind, make
+
+
+def run_command(kind: Kind, arguments: Sequence[str], help_text: str | None) -> None:
+    """Runs the job of a command line in its folder and says what the folder holds."""
+
+    def define(values: flags.FlagValues) -> None:
+        define_config(values, kind.config, kind.short)
+        flags.DEFINE_string(kind.output, None, "Folder of the job; one that was stopped goes on.", flag_values=values)
+        define_shared(values)
+
+    parsed = parse(arguments, define, help_text)
+    if parsed is None:
+        return
+    values, _ = parsed
+    config: object = read_config(values, kind.config, kind.short)
+    run_job(kind, config, Path(require(values, kind.output)), values)
+
+
+def run_job(kind: Kind, config: object, folder: Path, values: flags.FlagValues) -> None:
+    """Runs a job with the shared flags, and says what its folder holds."""
+    start_jax(values)
+    make(kind, config, folder)
+
+    from alignment_gap.sharding import is_first_process
+
+    if is_first_process():
+        print(kind.summary(folder))

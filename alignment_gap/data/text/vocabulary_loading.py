@@ -1,0 +1,68 @@
+"""A vocabulary by the name or the place of its file."""
+
+from __future__ import annotations
+
+import pathlib
+
+from alignment_gap.data.text import posts
+from alignment_gap.data.text.vocabulary import (
+    BYTES,
+    KINDS,
+    POSTS,
+    ByteVocabulary,
+    SentencePieceVocabulary,
+    Vocabulary,
+    WordVocabulary,
+    read_bytes,
+)
+from alignment_gap.errors import UserError
+
+
+def load_vocabulary(path: str | pathlib.Path, extra_ids: int | None = None) -> Vocabulary:
+    """The vocabulary of a file, of a folder, or of a name.
+
+    Args:
+      path: "bytes", ByT5's; "posts", the words of the built-in posts; a `*.model` of SentencePiece; a `tokenizer.json`;
+        a `*.txt` with a word on each line; or a folder, such as that of a checkpoint, with a `tokenizer.json` or a
+        SentencePiece model in it.
+      extra_ids: sentinels that are added to a SentencePiece model, None for its own convention; others have theirs.
+
+    Raises:
+      UserError: the file is missing, of another kind, or not what its name says.
+    """
+    if str(path) == BYTES:
+        return ByteVocabulary()
+    if str(path) == POSTS:
+        return posts.vocabulary()
+    path = pathlib.Path(path)
+    path = _in_folder(path) if path.is_dir() else path
+    if path.suffix == ".model":
+        return SentencePieceVocabulary(path, extra_ids)
+    if path.suffix == ".json":
+        from alignment_gap.data.text.tokenizer_vocabulary import TokenizerVocabulary
+
+        return TokenizerVocabulary(path)
+    if path.suffix == ".txt":
+        try:
+            return WordVocabulary(read_bytes(path).decode("utf-8").split())
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text: save the word list as UTF-8") from None
+    raise UserError(f"{path} is no vocabulary that is known here: give {KINDS}")
+
+
+def tokenizer_digest(folder: pathlib.Path) -> str | None:
+    """The digest of the vocabulary in a folder of tokenizer files; None where there is none that can be used."""
+    try:
+        return load_vocabulary(folder).digest
+    except UserError:
+        return None
+
+
+def _in_folder(folder: pathlib.Path) -> pathlib.Path:
+    for name in ("tokenizer.json", "tokenizer.model", "spiece.model"):
+        if (folder / name).exists():
+            return folder / name
+    models = sorted(folder.glob("*.model"))
+    if len(models) != 1:
+        raise UserError(f"{folder} holds no vocabulary: give {KINDS}")
+    return models[0]

@@ -1,0 +1,50 @@
+"""The look that all charts share, and the axis of KL; Vega-Lite by altair, which the extra `study` brings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from alignment_gap.errors import UserError
+
+try:
+    import altair as alt
+    import vl_convert
+except ImportError as error:
+    raise UserError(f"{error.name} draws charts and is not installed: pip install alignment-gap[study]") from error
+
+INK = "#606060"
+LINE = "#999999"
+GRID = "#E4E4E4"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7B4FA3", "#B8A000")
+_KL_TICKS = (0, 0.1, 0.3, 1, 2, 4, 6, *(k * 2**power for power in range(10) for k in (8, 12)))
+
+
+def kl_axis(largest: float) -> alt.X:
+    """KL to the reference, on a square-root scale from 0 to a little over the largest value."""
+    ticks = [tick for tick in _KL_TICKS if tick <= 1.05 * largest]
+    scale = alt.Scale(type="sqrt", domainMin=0, domainMax=1.05 * largest or 1.0, nice=False)
+    title = "KL to the reference (nats, square-root scale)"
+    return alt.X("kl:Q", title=title, scale=scale, axis=alt.Axis(values=ticks, format="~g"))
+
+
+def finish(chart: alt.TopLevelMixin) -> dict[str, Any]:
+    """The specification in the shared look; a page turns its greys over for a dark screen."""
+    text: dict[str, Any] = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 13}
+    text["titleFontWeight"] = "normal"
+    lines = {"labelFlush": False, "gridColor": GRID, "domainColor": LINE, "tickColor": LINE, "titlePadding": 10}
+    config = {
+        "font": "Helvetica, Arial, sans-serif",
+        "background": "white",
+        "padding": 8,
+        "axis": text | lines,
+        "legend": text | {"symbolSize": 90, "orient": "top", "direction": "horizontal", "symbolOpacity": 1},
+        "view": {"stroke": None},
+        "title": {"color": INK, "fontSize": 13, "fontWeight": "normal", "anchor": "start"},
+    }
+    return chart.to_dict() | {"config": config}
+
+
+def png(spec: Mapping[str, Any], scale: float = 2.0) -> bytes:
+    """The drawing of a specification as a PNG on white."""
+    return vl_convert.vegalite_to_png(dict(spec), scale=scale)

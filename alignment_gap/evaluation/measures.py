@@ -1,0 +1,83 @@
+"""What a policy or a judge is measured by: a value for each prompt or pair, so that every mean has its interval."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from alignment_gap.data.batches import PreferenceBatch
+from alignment_gap.evaluation.batching import Batching
+from alignment_gap.evaluation.metrics import classification, make_divergence, preferences
+from alignment_gap.judges import REWARDS, Judge
+from alignment_gap.models import Policy
+from alignment_gap.training import make_score
+
+# Responses int32[N, R] and their lengths int32[N], one to each prompt.
+Responses = tuple[np.ndarray, np.ndarray]
+Outcomes = dict[str, np.ndarray]
+
+
+def judged(
+    judges: Mapping[str, Judge],
+    batching: Batching,
+    prompts: PreferenceBatch,
+    responses: Responses,
+    opponents: Mapping[str, Responses],
+) -> Outcomes:
+    """How judges like responses: rewards as reward.JUDGE, preferences over opponents' as win_rate.JUDGE.OPPONENT."""
+    asked = (prompts.prompts, prompts.prompt_lengths)
+    outcomes = {}
+    for name, judge in judges.items():
+        for other, theirs in opponents.items():
+            scores = batching.run(judge.scores, (*asked, *_side_by_side(responses, theirs)))
+            outcomes[f"win_rate.{name}.{other}"] = preferences(scores, judge.kind)
+            if judge.kind == REWARDS:
+                outcomes[f"reward.{name}"] = scores[:, 0].astype(np.float64)
+        if judge.kind == REWARDS and not opponents:
+            alone = (responses[0][:, None], responses[1][:, None])
+            outcomes[f"reward.{name}"] = batching.run(judge.scores, (*asked, *alone))[:, 0].astype(np.float64)
+    return outcomes
+
+
+def diverged(
+    policy: Policy, params: Any, reference: Any, batching: Batching, prompts: PreferenceBatch, responses: Responses
+) -> Outcomes:
+    """KL to the reference in nats, for the first prompts, as many as there are responses."""
+    count = len(responses[0])
+    asked = (prompts.prompts[:count], prompts.prompt_lengths[:count])
+    answered = (responses[0][:, None], responses[1][:, None])
+    divergence = functools.partial(make_divergence(policy, batching.mesh), params, reference)
+    return {"kl": batching.run(divergence, (*asked, *answered))}
+
+
+def classified(policy: Policy, params: Any, reference: Any, batching: Batching, pairs: PreferenceBatch) -> Outcomes:
+    """How a policy classifies labelled pairs, and its log-ratios to the reference; see `classification`."""
+    texts = (pairs.prompts, pairs.prompt_lengths, pairs.responses, pairs.response_lengths)
+    score = make_score(policy, batching.mesh)
+    ours, theirs = (batching.run(functools.partial(score, each), texts) for each in (params, reference))
+    return classification(ours, theirs, np.asarray(pairs.scores))
+
+
+def agreed(judge: Judge, others: Mapping[str, Judge], batching: Batching, pairs: PreferenceBatch) -> Outcomes:
+    """How often a judge prefers what the labels prefer, as accuracy, and what others do, as agreement.OTHER.
+
+    A tie of one of the two counts half.
+    """
+    texts = (pairs.prompts, pairs.prompt_lengths, pairs.responses, pairs.response_lengths)
+
+    def asked(each: Judge) -> np.ndarray:
+        return preferences(batching.run(each.scores, texts), each.kind)
+
+    own, labels = asked(judge), np.asarray(pairs.scores)[:, 0]
+    compared = {"accuracy": labels} | {f"agreement.{name}": asked(other) for name, other in others.items()}
+    return {name: 1 - np.abs(own - theirs) for name, theirs in compared.items()}
+
+
+def _side_by_side(first: Responses, second: Responses) -> tuple[np.ndarray, np.ndarray]:
+    """Two responses to each prompt: [N, 2, R] and [N, 2]."""
+    width = max(first[0].shape[1], second[0].shape[1])
+    padded = (np.pad(tokens, ((0, 0), (0, width - tokens.shape[1]))) for tokens, _ in (first, second))
+    return np.stack([*padded], axis=1), np.stack([first[1], second[1]], axis=1)

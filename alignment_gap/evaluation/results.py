@@ -1,0 +1,47 @@
+"""Measured values as tables: rows of means with their intervals, as CSV and as text for a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from alignment_gap.evaluation.intervals import mean_interval
+
+Outcomes = Mapping[str, np.ndarray]
+"""A value for each example, by metric: N prompts or N pairs."""
+
+
+def means(outcomes: Outcomes, metrics: Sequence[str], seed: int = 0) -> dict[str, float]:
+    """The mean of each metric with the ends of its interval as METRIC_low and METRIC_high; nan if not measured."""
+    row: dict[str, float] = {}
+    for metric in metrics:
+        interval = mean_interval(outcomes.get(metric, np.array([])), seed=seed)
+        row |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
+    return row
+
+
+def csv_text(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> str:
+    """The rows as CSV with a header; a nan is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: "" if _is_nan(value) else value for name, value in row.items()})
+    return text.getvalue()
+
+
+def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns for a terminal, each as wide as its widest cell."""
+    lines = [list(headers), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)

@@ -1,0 +1,285 @@
+"""The one place where network, objective, source, judge, reference, optimizer and mesh become a training run.
+
+An `Assembly` has all parts that need neither data nor parameters: what runs, and what a plan compiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alignment_gap.checkpoints import Network, agreed_model, find_checkpoint, read_network
+from alignment_gap.data.batches import PreferenceBatch
+from alignment_gap.data.text import Vocabulary, extra_id
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.config import POLICY, JobConfig, OnlineConfig
+from alignment_gap.jobs.served import (
+    REFERENCE_LOG_PROBS,
+    SAMPLER_LOG_PROBS,
+    check_served,
+    needs_reference,
+    reads_mismatched,
+)
+from alignment_gap.judges import REWARDS
+from alignment_gap.models import ModelConfig, Policy
+from alignment_gap.models.preference import Markers
+from alignment_gap.sampling import Samples, make_generate
+from alignment_gap.sharding import LogicalMesh, batch_sharding, check_batch_size
+from alignment_gap.training import (
+    Objective,
+    TrainState,
+    UpdateStep,
+    abstract_state,
+    make_optimizer,
+    make_refresh,
+    make_score,
+    make_update_step,
+    policy_objective,
+    preference_objective,
+)
+
+# The copy of the parameters that a sampler which lags behind draws from, in a `TrainState`.
+SAMPLER = "sampler"
+# Folded into the run's key: what is random beside fresh parameters.
+ORDER_OF_PAIRS, SAMPLES, OPPONENTS = 1, 2, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """Sizes of a batch.
+
+    Attributes:
+      batch: prompts.
+      prompt: tokens of each, padding included.
+      samples: responses to a prompt.
+      response: tokens of each, padding included.
+    """
+
+    batch: int
+    prompt: int
+    samples: int
+    response: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a job's inputs say, that its parts depend on.
+
+    Attributes:
+      network: what is trained.
+      batch: shape of the source's batches, of the largest where there are several.
+      fresh: shape of the second source's batches, if there is one.
+      fields: what the recorded examples of the source hold; nothing where it samples.
+      rewards: whether scores are rewards, to be compared, and not probabilities.
+      eos_id: ends a response.
+    """
+
+    network: Network
+    batch: BatchShape
+    fresh: BatchShape | None = None
+    fields: tuple[str, ...] = ()
+    rewards: bool = False
+    eos_id: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A training run without its data and parameters.
+
+    Attributes:
+      config: the job.
+      facts: what its inputs say.
+      mesh: the device mesh.
+    """
+
+    config: JobConfig
+    facts: Facts
+    mesh: LogicalMesh
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a batch cannot be split over the mesh, or the sources do not serve the loss."""
+        parts, microbatches = self.mesh.batch_parts, self.config.microbatches
+        for shape in filter(None, (self.facts.batch, self.facts.fresh)):
+            check_batch_size("batch_size", shape.batch, parts, microbatches)
+        if self.is_policy:
+            check_served(self.config, self.loss, self.facts.fields)
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether a policy is trained, and no preference model."""
+        return self.facts.network.kind == POLICY
+
+    @functools.cached_property
+    def needs_reference(self) -> bool:
+        """Whether a reference policy has to score batches."""
+        return self.is_policy and needs_reference(self.config, self.loss, self.facts.fields)
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The network; of a preference model the one that it asks."""
+        return self.facts.network.policy()
+
+    @functools.cached_property
+    def loss(self) -> Callable[..., Any]:
+        """Of a policy, with its settings bound."""
+        return self.config.loss.function()
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        if self.is_policy:
+            return policy_objective(self.policy, self.loss, rewards=self.facts.rewards)
+        model = self.facts.network.preference_model()
+        return preference_objective(model, self.key(ORDER_OF_PAIRS), rewards=self.facts.rewards)
+
+    @functools.cached_property
+    def optimizer(self) -> Any:
+        """The optax transformation."""
+        return make_optimizer(self.config.optimizer)
+
+    @functools.cached_property
+    def abstract(self) -> TrainState:
+        """Shapes and shardings of the state."""
+        # A sampler that stays at the start needs no copy of it.
+        every = self._refresh_every
+        lags = every > 1 or (every == 0 and self.config.start is None)
+        return abstract_state(self.policy.init, self.optimizer, self.mesh, copies=(SAMPLER,) if lags else ())
+
+    @functools.cached_property
+    def update_step(self) -> UpdateStep:
+        """The one jitted `(state, batch) -> (state, metrics)`."""
+        microbatches = self.config.microbatches
+        return make_update_step(self.objective, self.optimizer, self.mesh, self.abstract, microbatches=microbatches)
+
+    @property
+    def score(self) -> Callable[..., Any]:
+        """The jitted log-probs of responses, under the reference too."""
+        return make_score(self.policy, self.mesh)
+
+    @property
+    def refresh(self) -> Callable[[int, TrainState], TrainState] | None:
+        """What gives a sampler that lags behind the current parameters, where there is one."""
+        every = self._refresh_every
+        return make_refresh(SAMPLER, every, self.abstract) if every > 1 else None
+
+    @property
+    def _refresh_every(self) -> int:
+        return self.config.online.refresh_every if self.config.online else 1
+
+    def generate(self, online: OnlineConfig, response: int, *, opponents: bool = False) -> Callable[..., Samples]:
+        """The jitted sampler of an online source, or of its opponents."""
+        of_mixture = opponents or online.against == "each_other"
+        return make_generate(
+            self.policy,
+            self.mesh,
+            samples=1 if opponents else online.samples,
+            max_length=response,
+            eos_id=self.facts.eos_id,
+            config=online.sampler,
+            mixture=online.mixture if of_mixture else None,
+        )
+
+    def key(self, use: int) -> jax.Array:
+        """The random key of one use; the seed's own is that of fresh parameters."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), use)
+
+    def abstract_batch(self) -> PreferenceBatch:
+        """Shapes, dtypes and shardings of the largest batch that the update step takes, one prompt a row."""
+        sampled = isinstance(self.config.source, OnlineConfig) or SAMPLER_LOG_PROBS in self.facts.fields
+        batch = self._abstract_batch(self.facts.batch, sampled=sampled)
+        if self.facts.fresh is not None:
+            batch = dataclasses.replace(batch, fresh=self._abstract_batch(self.facts.fresh, sampled=True))
+        if self.is_policy and reads_mismatched(self.loss):
+            batch = dataclasses.replace(batch, mismatched=self._abstract_batch(self.facts.batch, sampled=False))
+        return batch
+
+    def check_loss(self, batch: PreferenceBatch) -> None:
+        """Traces the objective on the shapes of a batch; raises UserError where the loss does not run on it."""
+        loss = self.config.loss
+        try:
+            jax.eval_shape(self.objective, self.abstract.params, batch, self.abstract.step)
+        except UserError:
+            raise
+        except (AssertionError, TypeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"the loss {loss.name} with {dict(loss.settings)} does not run: {reason}") from error
+
+    def texts(self, shape: BatchShape) -> PreferenceBatch:
+        """Abstract prompts and responses, laid out over the mesh, without log-probs."""
+        return self._abstract_batch(shape, sampled=False, scored=False)
+
+    def _abstract_batch(self, shape: BatchShape, *, sampled: bool, scored: bool = True) -> PreferenceBatch:
+        def array(*sizes: int, dtype: Any = jnp.int32) -> Any:
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=batch_sharding(self.mesh))
+
+        scored = scored and (self.needs_reference or REFERENCE_LOG_PROBS in self.facts.fields)
+        rows, prompt, samples, response = dataclasses.astuple(shape)
+        log_probs = array(rows, samples, response, dtype=jnp.float32)
+        return PreferenceBatch(
+            prompt_ids=array(rows),
+            prompts=array(rows, prompt),
+            prompt_lengths=array(rows),
+            responses=array(rows, samples, response),
+            response_lengths=array(rows, samples),
+            scores=array(rows, samples, dtype=jnp.float32),
+            reference_log_probs=log_probs if scored else None,
+            sampler_log_probs=log_probs if sampled else None,
+        )
+
+
+def stored_network(path: str, step: int | None) -> Network | None:
+    """What the checkpoint of a run's folder holds; None where it does not say."""
+    return read_network(find_checkpoint(Path(path), step))
+
+
+def trained_network(
+    config: JobConfig,
+    digest: str | None,
+    place: str | None,
+    vocabulary: Vocabulary | None,
+    stored: Callable[[str, int | None], Network | None] = stored_network,
+) -> Network:
+    """The network that a job trains: the model of its settings or, where they have none, that of its start.
+
+    Args:
+      config: the job.
+      digest: of the dataset's vocabulary.
+      place: where the vocabulary is.
+      vocabulary: the vocabulary, from whose sentinels a preference model takes its markers; a policy needs none.
+      stored: reads the network of a run's folder.
+
+    Raises:
+      UserError: there is no model, or it is another one than the start's.
+    """
+    model: ModelConfig | None = config.model
+    if config.start is not None:
+        network = stored(config.start, config.start_step)
+        if network is not None:
+            model = agreed_model(config.model, network, config.start)
+        elif model is None:
+            raise UserError(f"{config.start} does not say what model it holds: set MODEL to the one it was trained as")
+    if model is None:
+        raise UserError(
+            "there is no model: set MODEL, such as by --gin_file=gin/models/t5_tiny.gin, or START to a run's folder"
+        )
+    markers: tuple[int, ...] = ()
+    if config.kind != POLICY:
+        assert vocabulary is not None
+        markers = tuple(extra_id(vocabulary, i) for i in range(len(Markers._fields)))
+    return Network(config.kind, model, markers, place, digest)
+
+
+def samples_kept(online: OnlineConfig) -> int:
+    """Responses a prompt in the batches of an online source."""
+    return {"all": online.samples, "best_and_worst": 2, "best": 1}[online.keep]
+
+
+def gives_rewards(online: OnlineConfig) -> bool:
+    """Whether an online source's scores are to be compared: rewards, and shares of wins among more than two samples."""
+    return online.judge.labels == REWARDS or (online.samples > 2 and online.against == "each_other")

@@ -1,0 +1,286 @@
+"""The checkpoints of a run, measured prompt by prompt: win rates by any judge, KL, accuracy, log-ratios, length.
+
+FOLDER/
+  STEP.npz       the outcomes of one checkpoint, with its responses
+  results.csv    a row for each checkpoint: means with 95 % intervals
+  figure.png     win rates and rewards over KL
+A policy is asked for one response to each prompt. A preference model is compared with the labels of pairs.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import io
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignment_gap import checks
+from alignment_gap.checkpoints import find_checkpoint, known_network
+from alignment_gap.data.batches import PreferenceBatch
+from alignment_gap.data.batches.order import SEED_LIMIT
+from alignment_gap.data.records import Dataset
+from alignment_gap.data.records.card import find_vocabulary
+from alignment_gap.data.records.dataset import CARD
+from alignment_gap.errors import UserError
+from alignment_gap.evaluation.batching import Batching
+from alignment_gap.evaluation.figure import kl_picture
+from alignment_gap.evaluation.measures import Responses, agreed, classified, diverged, judged
+from alignment_gap.evaluation.results import csv_text, means, text_table
+from alignment_gap.folders import read_json, write_bytes
+from alignment_gap.jobs.compose import distinct_prompts
+from alignment_gap.jobs.config import POLICY
+from alignment_gap.jobs.folder import JOB, MESH, Kind, Opened
+from alignment_gap.jobs.generate import drawing, open_policy
+from alignment_gap.jobs.label import open_checked
+from alignment_gap.judges import Judge, JudgeConfig, by_itself, open_judge
+from alignment_gap.models import Policy
+from alignment_gap.progress import OpenBar
+from alignment_gap.sampling import SamplerConfig
+from alignment_gap.sharding import MeshConfig, first_says, make_mesh, on_every_process, on_first_process
+
+RESULTS, FIGURE = "results.csv", "figure.png"
+# Arrays of a checkpoint's file that are no outcomes.
+RESPONSES = ("responses", "lengths")
+# The arrays of a step's checkpoint.
+Measure = Callable[[int], dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured, and against what.
+
+    Attributes:
+      run: folder of a run: of a policy, or of a preference model.
+      steps: which of its checkpoints; None for all.
+      dataset: whose prompts are answered, and whose pairs are classified.
+      judges: NAME=JUDGE, with commas between; a judge is what `JudgeConfig.judge` takes.
+      opponents: NAME=FOLDER, with commas between; a folder is a policy's run, or a dataset of responses to the prompts.
+      reference: folder of the policy that KL and log-ratios are measured to; None for the run's own.
+      prompts: prompts that are answered, the first of the dataset.
+      kl_prompts: those of them whose responses measure KL.
+      pairs: pairs that are classified, the last of the dataset.
+      sampler: how responses are drawn.
+      response_length: most tokens of a response; None for the longest of the dataset.
+      seed: of the responses.
+      vocabulary: where the dataset's vocabulary is, if it has moved.
+      batch_size: prompts at a time, over all devices.
+      mesh: the device mesh.
+    """
+
+    run: str | None = None
+    steps: tuple[int, ...] | None = None
+    dataset: str | None = None
+    judges: tuple[str, ...] = ()
+    opponents: tuple[str, ...] = ()
+    reference: str | None = None
+    prompts: int = 512
+    kl_prompts: int = 256
+    pairs: int = 256
+    sampler: SamplerConfig = SamplerConfig()
+    response_length: int | None = None
+    seed: int = 0
+    vocabulary: str | None = None
+    batch_size: int = 128
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range, or two do not go together."""
+        checks.at_least(self, 1, "prompts", "kl_prompts", "response_length", "batch_size")
+        checks.at_least(self, 0, "pairs")
+        checks.within(self, 0, SEED_LIMIT - 1, "seed")
+        if self.kl_prompts > self.prompts:
+            raise UserError(f"kl_prompts is {self.kl_prompts}, over prompts={self.prompts}: lower it")
+        for name in ("judges", "opponents"):
+            names = [named(text)[0] for text in getattr(self, name)]
+            if len(set(names)) < len(names):
+                raise UserError(f"{name} has a name twice among {', '.join(names)}: write NAME=VALUE")
+
+
+def named(text: str) -> tuple[str, str]:
+    """The name and the value of NAME=VALUE; a value alone is named after its last part."""
+    name, equals, value = text.partition("=")
+    return (name, value) if equals else (Path(text).name.split(":")[-1], text)
+
+
+def open_evaluation(config: EvaluateConfig) -> Opened:
+    """Opens the run, what it is measured on, and its judges; raises UserError where one of them cannot be used."""
+    if config.run is None:
+        raise UserError("run is not set: give the folder of a training job")
+    dataset, mesh = open_checked(config.dataset, "dataset"), make_mesh(config.mesh)
+    steps = on_every_process(lambda: _steps(str(config.run), config.steps))
+    network = on_every_process(lambda: known_network(find_checkpoint(Path(str(config.run)), steps[0])))
+    judges = {name: open_judge(by_itself(judge), dataset, mesh) for name, judge in map(named, config.judges)}
+    longest = (dataset.card.max_prompt_length, dataset.card.max_response_length)
+    batching = Batching(mesh, config.batch_size, (longest,))
+    open_measure = _measure_policy if network.kind == POLICY else _measure_judge
+    measure = open_measure(config, dataset, judges, batching)
+    facts: dict[str, Any] = {"dataset.digest": dataset.card.digest, "steps": steps}
+    facts |= {f"judge {name}.{key}": value for name, judge in judges.items() for key, value in judge.facts.items()}
+    return Opened(facts, functools.partial(_run, config, steps, measure))
+
+
+def _run(config: EvaluateConfig, steps: Sequence[int], measure: Measure, folder: Path, open_bar: OpenBar) -> None:
+    missing = first_says(lambda: np.array([not _is_whole(folder / f"{step}.npz") for step in steps]))
+    with open_bar(len(steps), folder.name, " checkpoints") as bar:
+        for step, is_missing in zip(steps, missing, strict=True):
+            if is_missing:
+                arrays = measure(step)
+                on_first_process(functools.partial(_save_arrays, folder / f"{step}.npz", arrays))
+            bar.update(1)
+    on_first_process(lambda: _write_results(config, steps, folder))
+
+
+def _measure_policy(
+    config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching
+) -> Measure:
+    """What measures the policy of a step."""
+    mesh = batching.mesh
+    prompts = batching.collate([dataset[int(i)] for i in distinct_prompts(dataset, config.prompts)])
+    pairs = batching.collate(dataset[-config.pairs :]) if config.pairs else None
+    settings = {
+        "samples": 1,
+        "max_length": config.response_length or dataset.card.max_response_length,
+        "eos_id": find_vocabulary(dataset, config.vocabulary).eos_id,
+        "config": config.sampler,
+    }
+
+    def answer(policy: Policy, params: Any, number: int) -> Responses:
+        """One response to each prompt; the number tells the keys of all policies apart."""
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        rows = (prompts.prompt_ids, prompts.prompts, prompts.prompt_lengths)
+        drawn = batching.run(drawing(policy, params, mesh, key, **settings), rows)
+        return drawn.responses[:, 0], drawn.lengths[:, 0]
+
+    opponents = {}
+    for number, (name, folder) in enumerate(map(named, config.opponents)):
+        is_dataset = (Path(folder) / CARD).exists()
+        responses = _recorded(folder, prompts) if is_dataset else answer(*open_policy(folder, dataset, mesh), number)
+        opponents[name] = responses
+    place, reference_step = on_every_process(lambda: _reference(config))
+    _, reference = open_policy(place, dataset, mesh, reference_step)
+
+    def measure(step: int) -> dict[str, np.ndarray]:
+        policy, params = open_policy(str(config.run), dataset, mesh, step)
+        responses = answer(policy, params, len(opponents) + step)
+        few: Responses = (responses[0][: config.kl_prompts], responses[1][: config.kl_prompts])
+        outcomes = {
+            **judged(judges, batching, prompts, responses, opponents),
+            "length": responses[1].astype(np.float64),
+            **diverged(policy, params, reference, batching, prompts, few),
+            **(classified(policy, params, reference, batching, pairs) if pairs is not None else {}),
+        }
+        return outcomes | dict(zip(RESPONSES, responses, strict=True))
+
+    return measure
+
+
+def _measure_judge(
+    config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching
+) -> Measure:
+    """What measures the preference model of a step."""
+    pairs = batching.collate(dataset[-config.pairs :] if config.pairs else dataset[:])
+
+    def measure(step: int) -> dict[str, np.ndarray]:
+        own = open_judge(JudgeConfig(config.run, step), dataset, batching.mesh)
+        return agreed(own, judges, batching, pairs)
+
+    return measure
+
+
+def _steps(run: str, asked: Sequence[int] | None) -> list[int]:
+    """The steps of a run's checkpoints that are measured; raises UserError where there is none."""
+    if asked is not None:
+        return [int(find_checkpoint(Path(run), step).name) for step in asked]
+    last = find_checkpoint(Path(run))
+    return sorted(int(path.name) for path in last.parent.iterdir() if path.name.isdigit())
+
+
+def _reference(config: EvaluateConfig) -> tuple[str, int | None]:
+    """Folder and step of the reference: the one asked for, or the one that the run was trained with."""
+    if config.reference is not None:
+        return config.reference, None
+    path = Path(str(config.run)) / JOB
+    settings = read_json(path, remedy="set reference") if path.exists() else {}
+    for name in ("reference", "start"):
+        if settings.get(name) is not None:
+            return settings[name], settings.get(f"{name}_step")
+    raise UserError(f"{config.run} was trained without a reference: set reference to the run that KL is measured to")
+
+
+def _recorded(folder: str, prompts: PreferenceBatch) -> Responses:
+    """The first response of a dataset to each of the prompts; raises UserError where it answers others."""
+    dataset = open_checked(folder, "opponents")
+    first = {example.prompt.tobytes(): example.responses[0] for example in reversed(dataset[:])}
+    asked = [row[:length] for row, length in zip(prompts.prompts, prompts.prompt_lengths, strict=True)]
+    unanswered = [number for number, prompt in enumerate(asked) if prompt.tobytes() not in first]
+    if unanswered:
+        raise UserError(
+            f"{folder} answers {len(asked) - len(unanswered)} of the {len(asked)} prompts: generate responses to the "
+            "same prompts, or lower prompts"
+        )
+    answers = [first[prompt.tobytes()] for prompt in asked]
+    tokens = np.zeros((len(answers), max(map(len, answers))), np.int32)
+    for row, answer in zip(tokens, answers, strict=True):
+        row[: len(answer)] = answer
+    return tokens, np.array([*map(len, answers)], np.int32)
+
+
+def load_outcomes(path: Path) -> dict[str, np.ndarray]:
+    """The outcomes of a checkpoint, without its responses."""
+    with np.load(path) as arrays:
+        return {name: arrays[name] for name in arrays.files if name not in RESPONSES}
+
+
+def _write_results(config: EvaluateConfig, steps: Sequence[int], folder: Path) -> None:
+    outcomes = {step: load_outcomes(folder / f"{step}.npz") for step in steps}
+    metrics = list(dict.fromkeys(name for each in outcomes.values() for name in each))
+    rows = [{"run": config.run, "step": step} | means(each, metrics) for step, each in outcomes.items()]
+    columns = ["run", "step", *(f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high"))]
+    write_bytes(folder / RESULTS, csv_text(rows, columns).encode())
+    if picture := kl_picture(rows, metrics):
+        write_bytes(folder / FIGURE, picture)
+
+
+def results_text(folder: Path) -> str:
+    """The means of a finished evaluation with their intervals, for the terminal."""
+    with (folder / RESULTS).open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    metrics = [name for name in rows[0] if f"{name}_low" in rows[0]]
+    cells = [[metric, *(_cell(row, metric) for row in rows)] for metric in metrics]
+    headers = ["mean (95 % interval)", *(f"step {row['step']}" for row in rows)]
+    return f"{text_table(headers, cells)}\nresults: {folder / RESULTS}"
+
+
+def _cell(row: Mapping[str, str], metric: str) -> str:
+    if not row[metric]:
+        return ""
+    value, low, high = (f"{float(row[name]):.3f}" for name in (metric, f"{metric}_low", f"{metric}_high"))
+    return f"{value} ({low} to {high})"
+
+
+def _is_whole(path: Path) -> bool:
+    return path.exists() and zipfile.is_zipfile(path)
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    write_bytes(path, buffer.getvalue())
+
+
+EVALUATE = Kind(
+    name="evaluate",
+    command="evaluate",
+    config=EvaluateConfig,
+    open=open_evaluation,
+    summary=results_text,
+    short={"sampler.": ""},
+    may_change=lambda folder: ("batch_size", "vocabulary", *MESH),
+)

@@ -1,0 +1,154 @@
+"""A job is a folder: complete or absent, made once by whoever comes first, and gone on with where it was stopped.
+
+FOLDER/
+  job.json     the kind of job, its settings, and what its inputs were; written first
+  done.json    the settings again, and the seconds that it took; written last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shlex
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignment_gap import __version__
+from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.folders import claim, locked, read_json, write_json
+from alignment_gap.jobs.words import flag_words
+from alignment_gap.progress import OpenBar, progress_bar
+from alignment_gap.sharding import MeshConfig, first_says, is_first_process, on_first_process
+
+JOB, DONE = "job.json", "done.json"
+# Settings of the mesh, which a folder that was begun may change.
+MESH = tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
+
+
+class Opened(NamedTuple):
+    """A job whose inputs were found and checked, before anything is written.
+
+    Attributes:
+      facts: what the inputs are, beside their names, as JSON values; another folder of the same name is told by them.
+      run: `(folder, open_bar) -> None` fills the folder, going on with what it finds there.
+    """
+
+    facts: Mapping[str, Any]
+    run: Callable[[Path, OpenBar], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of job, which is a command.
+
+    Attributes:
+      name: of the kind, in job.json.
+      command: words of the command line.
+      config: the dataclass of its settings.
+      open: finds and checks the inputs; raises UserError before anything is written.
+      summary: what a finished folder holds, for the terminal.
+      output: the flag of the folder.
+      short: shorter flags of some settings; see `words.flag_name`.
+      words: the words that give a config; None for a flag for each setting.
+      may_change: the settings that may differ when a folder that was begun goes on.
+      without_effect: settings that change nothing in the result.
+      repairs: whether a finished folder is looked through when its command is run again.
+    """
+
+    name: str
+    command: str
+    config: type
+    open: Callable[[Any], Opened]
+    summary: Callable[[Path], str]
+    output: str = "output"
+    short: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    words: Callable[[Any], list[str]] | None = None
+    may_change: Callable[[Path], Collection[str]] = lambda folder: ()
+    without_effect: Collection[str] = ()
+    repairs: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One job of a graph.
+
+    Attributes:
+      name: unique in its graph.
+      kind: what it does.
+      config: with what; names the folders of other jobs by their paths.
+      folder: where.
+      needs: jobs that come before it.
+    """
+
+    name: str
+    kind: Kind
+    config: Any
+    folder: Path
+    needs: tuple[Job, ...] = ()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the folder is complete."""
+        return (self.folder / DONE).exists()
+
+    @property
+    def state(self) -> str:
+        """What is known from the folders: "done", "begun", "ready", or "waiting" for jobs that it needs."""
+        if self.is_done:
+            return "done"
+        if not all(job.is_done for job in self.needs):
+            return "waiting"
+        return "begun" if (self.folder / JOB).exists() else "ready"
+
+    @property
+    def command(self) -> str:
+        """The command that runs it alone."""
+        kind = self.kind
+        words = kind.words(self.config) if kind.words else flag_words(self.config, kind.short)
+        return shlex.join(["alignment-gap", *kind.command.split(), *words, f"--{kind.output}={self.folder}"])
+
+
+def make(kind: Kind, config: Any, folder: Path, open_bar: OpenBar | None = None) -> bool:
+    """Runs a job in its folder, from where it was stopped; returns whether there was anything to do.
+
+    Args:
+      kind: of the job.
+      config: its settings.
+      folder: of the job.
+      open_bar: opens its progress bar; by default one that only the first process shows.
+
+    Raises:
+      UserError: where a setting or an input cannot be used, or the folder is another job's or in use.
+    """
+    opened = kind.open(config)
+    settings = json.loads(json.dumps({"kind": kind.name} | flatten(to_dict(config)) | dict(opened.facts)))
+    with contextlib.ExitStack() as stack:
+        on_first_process(lambda: stack.enter_context(_owned(folder, settings, kind)))
+        finished = bool(first_says(lambda: finished_with(folder) == settings))
+        if finished and not kind.repairs:
+            return False
+        start = time.time()
+        opened.run(folder, open_bar or functools.partial(progress_bar, silent=not is_first_process()))
+        seconds = round(time.time() - start, 1)
+        if not finished:
+            done = {"settings": settings, "seconds": seconds, "version": __version__}
+            on_first_process(lambda: write_json(folder / DONE, done))
+    return not finished
+
+
+def finished_with(folder: Path) -> Any:
+    """The settings that a folder was completed with; None where it is not complete."""
+    path = folder / DONE
+    return read_json(path, remedy="remove it, to look at the job again")["settings"] if path.exists() else None
+
+
+@contextlib.contextmanager
+def _owned(folder: Path, settings: Mapping[str, Any], kind: Kind) -> Iterator[None]:
+    with locked(folder):
+        may_change = kind.may_change(folder)
+        claim(folder / JOB, settings, remedy="give another folder, or these settings", may_change=may_change)
+        yield

@@ -1,0 +1,109 @@
+"""Labels of a judge for a dataset: the same prompts and responses with its scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from alignment_gap import checks
+from alignment_gap.data.batches import PreferenceBatch, choose_buckets
+from alignment_gap.data.records import Dataset, Example, lengths_of, open_dataset, verify_dataset
+from alignment_gap.errors import UserError
+from alignment_gap.evaluation.batching import Batching
+from alignment_gap.jobs.folder import MESH, Kind, Opened
+from alignment_gap.jobs.parts import dataset_summary, write_parts
+from alignment_gap.judges import Judge, JudgeConfig, open_judge
+from alignment_gap.progress import OpenBar
+from alignment_gap.sharding import MeshConfig, make_mesh, on_every_process
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelConfig:
+    """A dataset to label, and who labels it.
+
+    Attributes:
+      dataset: the dataset.
+      judge: who scores its responses.
+      buckets: shapes that batches are padded to at most, chosen from the lengths.
+      batch_size: prompts at a time, over all devices.
+      mesh: the device mesh.
+    """
+
+    dataset: str | None = None
+    judge: JudgeConfig = JudgeConfig()
+    buckets: int = 4
+    batch_size: int = 64
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range."""
+        checks.at_least(self, 1, "buckets", "batch_size")
+
+
+def open_labelling(config: LabelConfig) -> Opened:
+    """Opens the dataset and the judge; raises UserError where one of them cannot be used."""
+    dataset = open_checked(config.dataset, "dataset")
+    mesh = make_mesh(config.mesh)
+    longest = (dataset.card.max_prompt_length, dataset.card.max_response_length)
+    batching = Batching(mesh, config.batch_size, choose_buckets(lengths_of(dataset), config.buckets, longest))
+    judge = open_judge(config.judge, dataset, mesh)
+    # The number of buckets alters the rounding.
+    facts = {"labels": config.judge.labels, "buckets": config.buckets, **judge.facts}
+
+    def run(folder: Path, open_bar: OpenBar) -> None:
+        def make(start: int, stop: int) -> Iterator[Example]:
+            return label(itertools.islice(dataset, start, stop), judge, batching)
+
+        inputs = {"pairs": dataset}
+        write_parts(
+            folder,
+            len(dataset),
+            make,
+            made_by="label",
+            inputs=inputs,
+            facts=facts,
+            open_bar=open_bar,
+            scores=judge.kind if dataset.card.responses_per_prompt == 2 else "rewards",
+        )
+
+    return Opened({"dataset.digest": dataset.card.digest, **judge.facts}, run)
+
+
+def open_checked(folder: str | None, setting: str) -> Dataset:
+    """The dataset of a setting, read through once in every process; raises UserError where it is damaged."""
+    if folder is None:
+        raise UserError(f"{setting} is not set: give the folder of a prepared dataset")
+
+    def read() -> Dataset:
+        dataset = open_dataset(folder)
+        verify_dataset(dataset)
+        return dataset
+
+    return on_every_process(read)
+
+
+def label(examples: Iterable[Example], judge: Judge, batching: Batching) -> Iterator[Example]:
+    """The examples with a judge's scores."""
+
+    def scores(batch: PreferenceBatch) -> list[np.ndarray]:
+        arrays = (batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths)
+        return list(np.asarray(batching.run(judge.scores, arrays), np.float32))
+
+    for example, row in batching.each(examples, scores):
+        yield dataclasses.replace(example, scores=row)
+
+
+LABEL = Kind(
+    name="label",
+    command="data label",
+    config=LabelConfig,
+    open=open_labelling,
+    summary=dataset_summary,
+    short={"judge.judge": "judge"},
+    may_change=lambda folder: ("batch_size", *MESH),
+    repairs=True,
+)

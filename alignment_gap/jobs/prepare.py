@@ -1,0 +1,54 @@
+"""Preparing datasets from text, as a job; what it does is in `data.tasks.prepare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alignment_gap import __version__
+from alignment_gap.data.records import open_dataset
+from alignment_gap.data.records.card import lengths_text
+from alignment_gap.data.records.dataset import CARD
+from alignment_gap.data.tasks.prepare import PREVIEW, PrepareConfig, may_change, open_preparation
+from alignment_gap.jobs.folder import JOB, Kind, Opened
+from alignment_gap.progress import OpenBar
+from alignment_gap.sharding import on_first_process
+
+# The flags of a source: those of a `TextSourceConfig` of its own, and in a `PrepareConfig`.
+SOURCE_FLAGS = {"location": "source"}
+_FLAGS = {"source.location": "source", "source.": "", "limits.": ""}
+
+
+def open_preparing(config: PrepareConfig) -> Opened:
+    """Opens the source and the vocabulary; raises UserError where one of them cannot be used."""
+    preparation = open_preparation(config)
+
+    def run(folder: Path, open_bar: OpenBar) -> None:
+        # The first of several processes prepares, with workers of its own.
+        on_first_process(lambda: preparation.write(folder, open_bar=open_bar))
+
+    return Opened({**preparation.digests, "version": __version__}, run)
+
+
+def _summary(folder: Path) -> str:
+    lines = []
+    for card_path in sorted(folder.glob(f"*/{CARD}")):
+        card = open_dataset(card_path.parent).card
+        lines.append(f"{card_path.parent}: {card.count:,} examples")
+        lines += [f"  {name}s: {lengths_text(card.lengths[name])} tokens" for name in ("prompt", "response")]
+    about = card.provenance
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in about["dropped"].items()) or "none"
+    cut = [f"cut to their last tokens: {about['cut_prompts']:,} prompts"] if about["cut_prompts"] else []
+    return "\n".join([*lines, f"dropped: {dropped}", *cut, f"preview: {folder / PREVIEW}"])
+
+
+PREPARE = Kind(
+    name="prepare",
+    command="data prepare",
+    config=PrepareConfig,
+    open=open_preparing,
+    summary=_summary,
+    short=_FLAGS,
+    may_change=lambda folder: may_change(folder, folder / JOB),
+    without_effect=("workers",),
+    repairs=True,
+)

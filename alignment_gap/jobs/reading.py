@@ -1,0 +1,130 @@
+"""What a training job reads: datasets that are opened and checked once, as the batch of any step on the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from alignment_gap.data.batches import Bucket, Examples, OfflineSource, PreferenceBatch, choose_buckets, offline_source
+from alignment_gap.data.records import Dataset, open_dataset, verify_dataset
+from alignment_gap.data.records.log_probs import ReferenceLogProbs
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.config import DatasetConfig
+from alignment_gap.sharding import LogicalMesh, host_rows, on_every_process, put_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Datasets of a config, whose files are as their cards say.
+
+    Attributes:
+      config: how they are read.
+      examples: of all datasets.
+      shapes: (P, R) that batches are padded to, each holding the one before it.
+    """
+
+    config: DatasetConfig
+    examples: Examples
+    shapes: tuple[Bucket, ...]
+
+    @property
+    def datasets(self) -> tuple[Dataset, ...]:
+        """All of them; they agree in vocabulary, responses a prompt, fields and kind of scores."""
+        return self.examples.datasets
+
+    @property
+    def digest(self) -> str:
+        """The digests of the datasets, in their order."""
+        return ",".join(dataset.card.digest for dataset in self.datasets)
+
+    def batches(
+        self, mesh: LogicalMesh, seed: int, microbatches: int = 1, references: Sequence[ReferenceLogProbs] = ()
+    ) -> OfflineSource:
+        """The batches, of which this process reads its rows; with stored reference log-probs where given."""
+        (prompt_length, response_length), config = self.shapes[-1], self.config
+        return offline_source(
+            Examples(self.datasets, references) if references else self.examples,
+            batch_size=config.batch_size,
+            seed=seed,
+            prompt_length=prompt_length,
+            response_length=response_length,
+            order=config.order,
+            window=config.window,
+            buckets=self.shapes[:-1],
+            packing=config.packing,
+            row_multiple=mesh.batch_parts * microbatches,
+            weights=config.weights,
+            host_rows=functools.partial(host_rows, mesh),
+        )
+
+    def steps(self, asked: int | None) -> int:
+        """The steps of a job: those asked for, or those of its epochs; raises UserError where there are not as many."""
+        epochs, size, count = self.config.epochs, self.config.batch_size, len(self.examples)
+        there = None if epochs is None else epochs * count // size
+        if asked is None and not there:
+            raise UserError("steps is not set: set it, or epochs for as many steps as the examples have")
+        if asked is not None and there is not None and asked > there:
+            raise UserError(
+                f"steps is {asked}, but {epochs} epochs of {count} examples have {there} batches of {size}: lower "
+                "steps, leave it out for all of them, or raise epochs"
+            )
+        return asked or there or 0
+
+
+def open_reading(config: DatasetConfig, setting: str) -> Reading:
+    """Opens datasets in every process; raises UserError where one is not what its card says, or they do not agree.
+
+    Args:
+      config: the datasets.
+      setting: the path of the config among a job's settings, for errors.
+    """
+    if config.folder is None:
+        raise UserError(f"{setting}.folder is not set: give the folder of a prepared dataset")
+    examples = on_every_process(lambda: _open(str(config.folder)))
+    return Reading(config, examples, _shapes(config, examples, setting))
+
+
+def on_devices(
+    batches: OfflineSource, config: DatasetConfig, mesh: LogicalMesh, vocabulary_size: int
+) -> Callable[[int], PreferenceBatch]:
+    """The batches on the devices; raises UserError for one with an id outside of the model's vocabulary."""
+
+    def source(step: int) -> PreferenceBatch:
+        batch = batches(step)
+        largest = max(np.max(batch.prompts), np.max(batch.responses))
+        if largest >= vocabulary_size:
+            raise UserError(
+                f"{config.folder} has the token id {largest} but the model has vocabulary_size={vocabulary_size}: "
+                "raise it, or prepare the dataset with the model's vocabulary"
+            )
+        placed: PreferenceBatch = put_batch(batch, mesh, batches.rows(step))
+        return placed
+
+    return source
+
+
+def _open(folders: str) -> Examples:
+    datasets = [open_dataset(folder.strip()) for folder in folders.split(",")]
+    for dataset in datasets:
+        verify_dataset(dataset)
+    return Examples(datasets)
+
+
+def _shapes(config: DatasetConfig, examples: Examples, setting: str) -> tuple[Bucket, ...]:
+    largest = []
+    for name in ("prompt_length", "response_length"):
+        longest = max(getattr(dataset.card, f"max_{name}") for dataset in examples.datasets)
+        length = getattr(config, name) or longest
+        if length < longest:
+            raise UserError(
+                f"{setting}.{name} is {length}, but {config.folder} has one of {longest} tokens: raise it, or leave it "
+                "out for the longest"
+            )
+        largest.append(length)
+    prompt, response = largest
+    if config.buckets == 1:
+        return ((prompt, response),)
+    return choose_buckets(examples.lengths(), config.buckets, (prompt, response))

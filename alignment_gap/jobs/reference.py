@@ -1,0 +1,206 @@
+"""The reference policy's log-probs of a dataset: computed once, stored beside it, looked up by a digest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignment_gap import checks
+from alignment_gap.checkpoints import check_vocabulary, find_checkpoint, known_network
+from alignment_gap.configuration import to_dict
+from alignment_gap.data.batches import Bucket, PreferenceBatch, Prefetched, offline_source
+from alignment_gap.data.records import Dataset
+from alignment_gap.data.records.log_probs import ReferenceLogProbs, ReferenceWriter, open_reference, reference_folder
+from alignment_gap.errors import UserError
+from alignment_gap.folders import locked
+from alignment_gap.jobs.assembly import Assembly
+from alignment_gap.jobs.config import DatasetConfig, OnlineConfig
+from alignment_gap.jobs.reading import on_devices, open_reading
+from alignment_gap.jobs.sources import Inputs
+from alignment_gap.models import Policy, make_policy
+from alignment_gap.progress import OpenBar
+from alignment_gap.sharding import (
+    LogicalMesh,
+    MeshConfig,
+    check_batch_size,
+    first_says,
+    host_rows,
+    is_first_process,
+    make_mesh,
+    on_every_process,
+    on_first_process,
+    to_host,
+)
+from alignment_gap.training import load_policy, make_score
+from alignment_gap.training.digest import params_digest
+
+# Fields of a model's config that change how gradients are computed and how layers are compiled, not what they compute.
+_OF_TRAINING = ("remat", "scan_unroll")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceConfig:
+    """Log-probs to compute ahead of the jobs that train on them.
+
+    Attributes:
+      dataset: the job's dataset, or all of its datasets with commas between.
+      checkpoint: folder of the reference policy: a run, or a checkpoint.
+      step: which of a run's checkpoints; None for the last.
+      buckets: shapes that batches are padded to at most, as in the job.
+      prompt_length: tokens that prompts are padded to, as in the job; None for the longest.
+      response_length: tokens that responses are padded to, as in the job; None for the longest.
+      dtype: float32 or bfloat16, as in the job's model; None for the checkpoint's own.
+      attention: xla, cudnn or splash, as in the job's model; None for the checkpoint's own.
+      batch_size: prompts at a time, over all devices.
+      mesh: the device mesh.
+    """
+
+    dataset: str | None = None
+    checkpoint: str | None = None
+    step: int | None = None
+    buckets: int = 1
+    prompt_length: int | None = None
+    response_length: int | None = None
+    dtype: str | None = None
+    attention: str | None = None
+    batch_size: int = 64
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range."""
+        checks.at_least(self, 1, "buckets", "prompt_length", "response_length", "batch_size")
+
+
+def compute_reference(config: ReferenceConfig, open_bar: OpenBar) -> list[Dataset]:
+    """Stores the log-probs of every dataset, where they are not stored yet; returns the datasets.
+
+    Raises:
+      UserError: a setting or an input cannot be used, or a token id is outside of the policy's vocabulary.
+    """
+    if config.checkpoint is None:
+        raise UserError("checkpoint is not set: give the folder of the reference policy")
+    lengths = {name: getattr(config, name) for name in ("buckets", "prompt_length", "response_length")}
+    reading = open_reading(DatasetConfig(config.dataset, **lengths), "dataset")
+    mesh, digest = make_mesh(config.mesh), reading.datasets[0].card.vocabulary_digest
+    check_batch_size("batch_size", config.batch_size, mesh.batch_parts)
+    network = on_every_process(lambda: known_network(find_checkpoint(Path(str(config.checkpoint)), config.step)))
+    check_vocabulary(network, digest, config.checkpoint, str(config.dataset))
+    policy, params = load_policy(config.checkpoint, mesh, config.step)
+    changes = {name: value for name in ("dtype", "attention") if (value := getattr(config, name)) is not None}
+    policy = make_policy(dataclasses.replace(policy.config, **changes))
+    with open_bar(len(reading.examples), "scoring", " examples") as bar:
+        for dataset in reading.datasets:
+            store_reference(
+                dataset,
+                policy,
+                params,
+                mesh,
+                batch_size=config.batch_size,
+                buckets=reading.shapes,
+                progress=bar.update,
+            )
+    return list(reading.datasets)
+
+
+def stored_references(assembly: Assembly, inputs: Inputs, open_bar: OpenBar) -> list[ReferenceLogProbs]:
+    """The stored reference log-probs of a job's datasets; none where the job computes them in each step."""
+    config, reading, mesh = assembly.config, inputs.reading, assembly.mesh
+    if config.reference_log_probs == "each_step" or isinstance(config.source, OnlineConfig):
+        return []
+    scored = (assembly.policy, inputs.reference)
+    if config.reference_log_probs == "stored":
+        size = reading.config.batch_size
+        with open_bar(len(reading.examples), "scoring", " examples") as bar:
+            shared: dict[str, Any] = {"batch_size": size, "buckets": reading.shapes, "progress": bar.update}
+            return [store_reference(dataset, *scored, mesh, **shared) for dataset in reading.datasets]
+    found = [open_reference(data, reference_identity(data, *scored, reading.shapes)) for data in reading.datasets]
+    return [stored for stored in found if stored] if all(found) else []
+
+
+def reference_identity(dataset: Dataset, policy: Policy, params: Any, buckets: Sequence[Bucket]) -> dict[str, Any]:
+    """What decides a dataset's log-probs: the dataset, the checkpoint, the lengths and the precision."""
+    return {
+        "dataset": dataset.card.digest,
+        "checkpoint": params_digest(params),
+        "model": {name: value for name, value in to_dict(policy.config).items() if name not in _OF_TRAINING},
+        "lengths": [list(bucket) for bucket in buckets],
+        "precision": {"compute": policy.config.dtype, "matmul": jax.config.values["jax_default_matmul_precision"]},
+    }
+
+
+def store_reference(
+    dataset: Dataset,
+    policy: Policy,
+    params: Any,
+    mesh: LogicalMesh,
+    *,
+    batch_size: int,
+    buckets: Sequence[Bucket],
+    progress: Callable[[int], object] = lambda examples: None,
+) -> ReferenceLogProbs:
+    """The dataset's log-probs under the policy: those that are stored, or else computed and stored now.
+
+    What an earlier call with the same batch size had computed before it was killed is kept; all but its last minute.
+
+    Args:
+      dataset: what is scored.
+      policy: the reference policy.
+      params: its parameters, on the mesh.
+      mesh: the device mesh.
+      batch_size: examples that are scored at once, over all devices.
+      buckets: the shapes (P, R) that batches are padded to, the last one of the longest lengths.
+      progress: is told how many examples are newly done.
+
+    Raises:
+      UserError: what is stored is of another version of the dataset or was changed, or a token id is outside of the
+        policy's vocabulary.
+    """
+    identity = reference_identity(dataset, policy, params, buckets)
+    if stored := on_every_process(lambda: open_reference(dataset, identity)):
+        return stored
+    batches = offline_source(
+        dataset,
+        batch_size=batch_size,
+        seed=0,
+        prompt_length=buckets[-1][0],
+        response_length=buckets[-1][1],
+        buckets=buckets[:-1],
+        host_rows=functools.partial(host_rows, mesh),
+    )
+    settings = DatasetConfig(str(dataset.folder), batch_size=batch_size)
+    placed = on_devices(batches, settings, mesh, policy.config.vocabulary_size)
+    with contextlib.ExitStack() as stack:
+        folder = reference_folder(dataset, identity)
+        on_first_process(lambda: stack.enter_context(locked(folder)))
+        writer = on_every_process(
+            lambda: ReferenceWriter(dataset, identity, batch_size) if is_first_process() else None
+        )
+        done = int(first_says(lambda: writer.done if writer else 0))
+        progress(min(done * batch_size, len(dataset)))
+        steps = range(done, -(-len(dataset) // batch_size))
+        for step, log_probs in _scored(placed, make_score(policy, mesh), params, steps):
+            if writer:
+                writer.write(batches.numbers(step), log_probs)
+            progress(min(batch_size, len(dataset) - step * batch_size))
+        on_first_process(lambda: writer.close() if writer else None)
+    stored = open_reference(dataset, identity)
+    assert stored
+    return stored
+
+
+def _scored(
+    batches: Callable[[int], PreferenceBatch], score: Callable[..., Any], params: Any, steps: range
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Each step and the log-probs [B, K, R] of its whole batch."""
+    with Prefetched(batches, 2, last=steps.stop) as ahead:
+        for step in steps:
+            batch = ahead(step)
+            texts = (batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths)
+            yield step, to_host(score(params, *texts))

@@ -1,0 +1,201 @@
+"""Responses of a checkpoint to prompts from a dataset, a file or the keyboard, as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignment_gap import checks
+from alignment_gap.checkpoints import Network
+from alignment_gap.data.batches.order import SEED_LIMIT
+from alignment_gap.data.records import open_dataset
+from alignment_gap.data.records.card import find_vocabulary
+from alignment_gap.data.records.dataset import CARD
+from alignment_gap.data.tasks.prepare import prompt_id
+from alignment_gap.data.text import Vocabulary, load_vocabulary
+from alignment_gap.errors import UserError
+from alignment_gap.evaluation.batching import Batching
+from alignment_gap.jobs.generate import drawing, policy_network
+from alignment_gap.sampling import SamplerConfig
+from alignment_gap.sharding import MeshConfig, first_says, is_first_process, make_mesh, on_every_process
+from alignment_gap.training import load_policy
+
+FORMATS = ("text", "jsonl")
+# Bytes of a prompt that is typed.
+_LONGEST = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Responses to sample.
+
+    Attributes:
+      run: folder of a policy's run or checkpoint.
+      step: which of its checkpoints; None for the last.
+      prompts: a dataset, a .jsonl file whose records have a field "prompt", or a text file with a prompt on each line;
+        None for the keyboard.
+      limit: prompts that are answered, the first so many; None for all.
+      samples: responses to a prompt.
+      sampler: how tokens are drawn.
+      response_length: most tokens of a response.
+      seed: of the responses.
+      vocabulary: the run's vocabulary, if it is not known or has moved.
+      format: "text" to read, or "jsonl": a record for each prompt.
+      batch_size: prompts at a time, over all devices.
+      mesh: the device mesh.
+    """
+
+    run: str | None = None
+    step: int | None = None
+    prompts: str | None = None
+    limit: int | None = None
+    samples: int = 1
+    sampler: SamplerConfig = SamplerConfig()
+    response_length: int = 128
+    seed: int = 0
+    vocabulary: str | None = None
+    format: str = "text"
+    batch_size: int = 8
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is unknown or out of its range."""
+        checks.one_of(self, FORMATS, "format")
+        checks.at_least(self, 1, "limit", "samples", "response_length", "batch_size")
+        checks.within(self, 0, SEED_LIMIT - 1, "seed")
+
+
+def sample_texts(config: SampleConfig) -> Iterator[str]:
+    """A text for every prompt, as soon as it is answered.
+
+    Raises:
+      UserError: the run or its vocabulary cannot be used, or a prompt cannot be read or encoded.
+    """
+    if config.run is None:
+        raise UserError("run is not set: give the folder of a policy")
+    mesh, run = make_mesh(config.mesh), config.run
+    network = policy_network(run, config.step)
+    vocabulary = on_every_process(lambda: _vocabulary(config, network))
+    policy, params = load_policy(run, mesh, config.step)
+    prompts = itertools.islice(_prompts(config.prompts, vocabulary), config.limit)
+    settings = {
+        "samples": config.samples,
+        "max_length": config.response_length,
+        "eos_id": vocabulary.eos_id,
+        "config": config.sampler,
+    }
+    draw = drawing(policy, params, mesh, jax.random.key(config.seed), **settings)
+    show = _as_text if config.format == "text" else _as_record
+    # At the keyboard every prompt is answered at once; the other rows of its batch repeat it.
+    size = 1 if config.prompts is None else config.batch_size
+    while asked := list(itertools.islice(prompts, size)):
+        rows = _rows(asked)
+        batching = Batching(mesh, config.batch_size, (rows[1].shape[1:] * 2,))
+        drawn = batching.run(draw, rows)
+        for row, prompt in enumerate(asked):
+            lengths = drawn.lengths[row]
+            answers = [tokens[:length] for tokens, length in zip(drawn.responses[row], lengths, strict=True)]
+            yield show(vocabulary, prompt, answers, drawn.log_probs[row].sum(axis=-1))
+
+
+def _rows(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, tokens and lengths of prompts; padded to a power of two, so that few lengths are compiled."""
+    lengths = np.array([*map(len, prompts)], np.int32)
+    tokens = np.zeros((len(prompts), max(16, 1 << int(lengths.max() - 1).bit_length())), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return np.array([*map(prompt_id, prompts)], np.int32), tokens, lengths
+
+
+def _vocabulary(config: SampleConfig, network: Network) -> Vocabulary:
+    if config.vocabulary is None and config.prompts is not None and (Path(config.prompts) / CARD).exists():
+        vocabulary = find_vocabulary(open_dataset(config.prompts))
+    elif (place := config.vocabulary or network.vocabulary) is not None:
+        vocabulary = load_vocabulary(place)
+    else:
+        raise UserError(f"{config.run} does not say where its vocabulary is: give vocabulary")
+    if network.vocabulary_digest is not None and vocabulary.digest != network.vocabulary_digest:
+        raise UserError(
+            f"{config.run} was trained with the vocabulary {network.vocabulary_digest[:12]}, this one is "
+            f"{vocabulary.digest[:12]}: give the run's own"
+        )
+    return vocabulary
+
+
+def _prompts(place: str | None, vocabulary: Vocabulary) -> Iterator[np.ndarray]:
+    """The prompts as token ids."""
+    if place is None:
+        yield from map(functools.partial(_encode, vocabulary), _typed())
+    elif (Path(place) / CARD).exists():
+        yield from (example.prompt for example in open_dataset(place))
+    elif not Path(place).is_file():
+        raise UserError(
+            f"prompts is {place!r}: give a dataset's folder or a file of prompts, or leave it out to type them"
+        )
+    else:
+        yield from map(functools.partial(_encode, vocabulary), _lines(Path(place)))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            if path.suffix != ".jsonl":
+                yield line.rstrip("\n")
+                continue
+            try:
+                yield json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f'{path}:{number} is no record with a prompt: write {{"prompt": ...}}') from None
+
+
+def _typed() -> Iterator[str]:
+    """Lines from the keyboard of the first process, for all processes, up to the end of input."""
+    while True:
+        line = first_says(_read_line).tobytes().rstrip(b"\0").decode(errors="replace")
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def _read_line() -> np.ndarray:
+    """A line with its end, padded; nothing at the end of input."""
+    encoded = np.zeros(_LONGEST, np.uint8)
+    if is_first_process():
+        if sys.stdin.isatty():
+            print("prompt> ", end="", file=sys.stderr, flush=True)
+        line = np.frombuffer(sys.stdin.readline().encode()[:_LONGEST], np.uint8)
+        encoded[: len(line)] = line
+    return encoded
+
+
+def _encode(vocabulary: Vocabulary, text: str) -> np.ndarray:
+    ids = vocabulary.encode(text)
+    begin = [] if vocabulary.bos_id is None or ids[:1] == [vocabulary.bos_id] else [vocabulary.bos_id]
+    return np.array([*begin, *ids], np.int32)
+
+
+def _as_text(vocabulary: Vocabulary, prompt: np.ndarray, answers: Iterable[np.ndarray], log_probs: np.ndarray) -> str:
+    shown = [f"  {vocabulary.decode(answer)}" for answer in answers]
+    return "\n".join([vocabulary.decode(prompt), *shown, ""])
+
+
+def _as_record(vocabulary: Vocabulary, prompt: np.ndarray, answers: Sequence[np.ndarray], log_probs: np.ndarray) -> str:
+    record: dict[str, Any] = {
+        "prompt": vocabulary.decode(prompt),
+        "responses": [vocabulary.decode(answer) for answer in answers],
+        "tokens": [*map(len, answers)],
+        "log_probs": [round(float(value), 4) for value in log_probs],
+    }
+    return json.dumps(record, ensure_ascii=False)

@@ -1,0 +1,107 @@
+"""What a loss reads, and whether a job's sources serve it; what they do not is told before the first step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any
+
+from alignment_gap import losses
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.config import DatasetConfig, JobConfig, OnlineConfig, SourceConfig
+
+# A batch's optional arrays, by their names on a dataset's card.
+REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS = "reference_log_probs", "sampler_log_probs"
+_FRESH = ("fresh_", "ref_fresh_")
+
+
+def arrays_of(loss: Callable[..., Any]) -> dict[str, bool]:
+    """The arrays that a loss names, and whether it requires each."""
+    parameters = inspect.signature(loss).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    return {each.name: each.default is each.empty for each in parameters if each.kind in positional}
+
+
+def reads_mismatched(loss: Callable[..., Any]) -> bool:
+    """Whether a loss reads the log-probs of other prompts' responses."""
+    return "kl_logps" in arrays_of(loss)
+
+
+def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collection[str]) -> bool:
+    """Whether a reference policy has to score batches.
+
+    Args:
+      config: the job.
+      loss: of the job.
+      fields: what the recorded examples hold; empty for an online source.
+
+    Raises:
+      UserError: the loss requires a reference and there is none, or there are two.
+    """
+    if REFERENCE_LOG_PROBS in fields and config.fresh is None:
+        if config.reference is not None:
+            raise UserError(
+                f"{config.recorded.folder} has reference log-probs of its own: leave reference={config.reference!r} out"
+            )
+        return False
+    there = config.reference is not None or config.start is not None
+    named = {name: required for name, required in arrays_of(loss).items() if name.startswith("ref_")}
+    if not there and any(named.values()):
+        raise UserError(
+            f"the loss {config.loss.name} needs a reference policy: set start or reference to the folder of a run, "
+            "such as one of supervised fine-tuning"
+        )
+    return config.reference is not None or (there and bool(named))
+
+
+def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection[str]) -> None:
+    """Raises UserError where the job's sources do not give what the loss reads.
+
+    Args:
+      config: the job.
+      loss: of the job.
+      fields: what the recorded examples of the source hold; empty for an online source.
+    """
+    name, reads, source = config.loss.name, losses.reads(loss), config.source
+    wants_fresh = any(array.startswith(_FRESH) for array in arrays_of(loss))
+    if wants_fresh and config.fresh is None:
+        raise UserError(f"the loss {name} reads fresh samples beside the batch: set fresh to a second source")
+    if config.fresh is not None and not wants_fresh:
+        raise UserError(f"the loss {name} reads no second source: leave fresh out, or choose a loss such as hypo")
+    if wants_fresh and config.recorded.packing is not None:
+        raise UserError(
+            f"the loss {name} sets fresh samples beside each prompt, and packed rows have empty slots: leave packing "
+            "out, and set buckets instead"
+        )
+    on_policy = losses.SAMPLER_LOG_PROBS in reads or losses.OWN_SAMPLES in reads
+    if on_policy and isinstance(source, DatasetConfig) and not wants_fresh and SAMPLER_LOG_PROBS not in fields:
+        raise UserError(
+            f"the loss {name} is for samples of the policy with the log-probs that they were drawn with, and "
+            f"{source.folder} holds none: train online, or on the recorded stream of an online run"
+        )
+    for each in (source, config.fresh):
+        _check_online(name, reads, each)
+    if losses.OTHER_PROMPTS in reads and config.recorded.packing is not None:
+        raise UserError(
+            f"the loss {name} of a prompt depends on the batch's other prompts, and packed rows have empty slots: "
+            "leave packing out, and set buckets instead"
+        )
+    if losses.WIDTH in reads and (config.recorded.packing is not None or config.recorded.buckets > 1):
+        raise UserError(
+            f"the loss {name} divides by the width of a batch's rows, which packing and buckets change: set its "
+            "max_length in LossConfig.settings"
+        )
+
+
+def _check_online(name: str, reads: Collection[str], source: SourceConfig | None) -> None:
+    if isinstance(source, OnlineConfig) and losses.OWN_SAMPLES in reads:
+        if source.refresh_every != 1:
+            raise UserError(
+                f"the loss {name} is right on samples of the current policy alone: set refresh_every to 1, which is "
+                f"{source.refresh_every}, or choose a loss with an importance ratio, such as rloo"
+            )
+        if source.mixture is not None and source.against == "each_other":
+            raise UserError(
+                f"the loss {name} is right on samples of the current policy alone: leave mixture={source.mixture} out, "
+                "or set against to 'mixture', which draws the opponents from it"
+            )

@@ -1,0 +1,158 @@
+"""The sources of a training job: recorded examples, fresh samples, or both, as one function of step and state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alignment_gap.data.batches import PreferenceBatch, Prefetched, examples_of
+from alignment_gap.data.records import close_dataset, derived, write_chunk
+from alignment_gap.data.records.dataset import discard_chunks
+from alignment_gap.data.records.log_probs import ReferenceLogProbs
+from alignment_gap.jobs.assembly import OPPONENTS, SAMPLER, SAMPLES, Assembly, gives_rewards
+from alignment_gap.jobs.config import OnlineConfig, SourceConfig
+from alignment_gap.jobs.reading import Reading, on_devices
+from alignment_gap.jobs.served import reads_mismatched
+from alignment_gap.judges import PROBABILITIES, REWARDS, Judge
+from alignment_gap.sampling import Draw, against_each_other, against_opponent, online_source
+from alignment_gap.sharding import is_first_process, on_first_process, put_replicated, to_host
+from alignment_gap.training import Source, TrainState, with_fresh, with_mismatched, with_reference
+
+RECORD = "record"
+_CHUNK = "until-"
+
+
+class Inputs(NamedTuple):
+    """What a training job reads and is started with.
+
+    Attributes:
+      reading: the datasets of the source.
+      fresh: the datasets of the second source, if there is one.
+      judge: of the online source, if it has one.
+      start: parameters that training starts from; None for fresh ones.
+      reference: parameters of the reference policy; None where nothing needs them.
+      stored: the reference's log-probs of every dataset, where they are stored.
+    """
+
+    reading: Reading
+    fresh: Reading | None
+    judge: Judge | None
+    start: Any
+    reference: Any
+    stored: Sequence[ReferenceLogProbs] = ()
+
+
+@contextlib.contextmanager
+def open_source(assembly: Assembly, inputs: Inputs, steps: int) -> Iterator[Source]:
+    """The source of a job's batches for so many steps; read ahead while the context lasts."""
+    config = assembly.config
+    with contextlib.ExitStack() as stack:
+        source = _open(stack, assembly, inputs, config.source, inputs.reading, steps, inputs.stored)
+        if config.fresh is not None and inputs.fresh is not None:
+            source = with_fresh(source, _open(stack, assembly, inputs, config.fresh, inputs.fresh, steps))
+        if assembly.is_policy and reads_mismatched(assembly.loss):
+            source = with_mismatched(source, assembly.mesh)
+        if assembly.needs_reference and not _is_all_stored(assembly, inputs):
+            source = with_reference(source, assembly.score, inputs.reference)
+        yield source
+
+
+def _is_all_stored(assembly: Assembly, inputs: Inputs) -> bool:
+    """Whether no batch needs the reference's parameters: those of recorded examples have its log-probs with them."""
+    return bool(inputs.stored) and inputs.fresh is None and not reads_mismatched(assembly.loss)
+
+
+def _open(
+    stack: contextlib.ExitStack,
+    assembly: Assembly,
+    inputs: Inputs,
+    source: SourceConfig,
+    reading: Reading,
+    steps: int,
+    stored: Sequence[ReferenceLogProbs] = (),
+) -> Source:
+    config, mesh = assembly.config, assembly.mesh
+    batches = reading.batches(mesh, config.seed, config.microbatches, stored)
+    placed = on_devices(batches, reading.config, mesh, assembly.policy.config.vocabulary_size)
+    ahead = stack.enter_context(Prefetched(placed, reading.config.prefetch, last=steps))
+    if not isinstance(source, OnlineConfig):
+        return lambda step, state: ahead(step)
+    shape = assembly.facts.fresh if source is config.fresh and assembly.facts.fresh else assembly.facts.batch
+    draw = _drawing(assembly, inputs, source, shape.response)
+    score = None
+    if inputs.judge is not None and source.against == "mixture":
+        opponent = _drawing(assembly, inputs, source, shape.response, opponents=True)
+        score = against_opponent(inputs.judge.scores, opponent, mesh)
+    elif inputs.judge is not None:
+        score = against_each_other(inputs.judge.scores)
+    return online_source(ahead, draw, score, source.keep, mesh)
+
+
+def _drawing(
+    assembly: Assembly, inputs: Inputs, online: OnlineConfig, response: int, *, opponents: bool = False
+) -> Draw:
+    """What draws the samples of an online source, or those of the mixture that they are scored against."""
+    generate = assembly.generate(online, response, opponents=opponents)
+    key = put_replicated(assembly.key(OPPONENTS if opponents else SAMPLES), assembly.mesh)
+    params_of = _sampler(assembly, inputs, online)
+    reference = (inputs.reference,) if online.mixture is not None else ()
+
+    def draw(state: TrainState, batch: PreferenceBatch) -> Any:
+        texts = (batch.prompt_ids, batch.prompts, batch.prompt_lengths)
+        return generate(params_of(state), key, state.step, *texts, *reference)
+
+    return draw
+
+
+def _sampler(assembly: Assembly, inputs: Inputs, online: OnlineConfig) -> Callable[[TrainState], Any]:
+    """Whose parameters samples are drawn from: the current ones, those of the last refresh, or those of the start."""
+    if online.refresh_every == 1:
+        return lambda state: state.params
+    if SAMPLER in assembly.abstract.copies:
+        return lambda state: state.copies[SAMPLER]
+    return lambda state: inputs.start
+
+
+def open_recorder(
+    assembly: Assembly, folder: Path, last_step: int
+) -> Callable[[int, list[PreferenceBatch]], None] | None:
+    """What records the stream of fresh samples, chunk by chunk, after the step of the last checkpoint.
+
+    Returns:
+      `(step, batches since the last checkpoint) -> None`; None where nothing is to be recorded.
+    """
+    online = assembly.config.online
+    if online is None or not online.record:
+        return None
+    beside = online is assembly.config.fresh
+    on_first_process(lambda: discard_chunks(folder / RECORD, lambda name: _until(name) > last_step))
+
+    def record(step: int, batches: list[PreferenceBatch]) -> None:
+        whole = (to_host(batch.fresh if beside else batch) for batch in batches)
+        rows = [example for batch in whole for example in examples_of(batch)]
+        if is_first_process():
+            write_chunk(folder / RECORD, f"{_CHUNK}{step:08d}", rows)
+
+    return record
+
+
+def close_record(assembly: Assembly, inputs: Inputs, folder: Path) -> None:
+    """Completes the recorded stream as a dataset, whose card says what it was drawn from and labelled by."""
+    config, network = assembly.config, assembly.facts.network
+    reading, online = inputs.fresh if config.online is config.fresh else inputs.reading, config.online
+    assert reading is not None and online is not None
+    roles = ["prompts"] if len(reading.datasets) == 1 else [f"prompts {i}" for i in range(len(reading.datasets))]
+    facts = {"loss": config.loss.name, "samples": online.samples, "keep": online.keep, "seed": config.seed}
+    facts |= inputs.judge.facts if inputs.judge else {}
+    close_dataset(
+        folder / RECORD,
+        vocabulary_digest=str(network.vocabulary_digest),
+        provenance=derived("online", dict(zip(roles, reading.datasets, strict=True)), **facts),
+        scores=REWARDS if gives_rewards(online) else PROBABILITIES,
+    )
+
+
+def _until(chunk: str) -> int:
+    return int(chunk.removeprefix(_CHUNK))

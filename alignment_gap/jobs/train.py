@@ -1,0 +1,199 @@
+"""A training job, online or offline, of a policy or of a preference model, in a folder that resumes itself.
+
+FOLDER/
+  job.json, done.json        see `jobs.folder`
+  checkpoints/STEP/          complete or absent
+  metrics.jsonl              a line per `log_every` steps
+  record/                    the stream of an online source, as a dataset
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alignment_gap.checkpoints import (
+    CHECKPOINTS,
+    TOKENIZER,
+    agreed_model,
+    check_vocabulary,
+    find_checkpoint,
+    read_network,
+    tokenizer_of,
+)
+from alignment_gap.data.batches import PreferenceBatch
+from alignment_gap.data.records.card import find_vocabulary, vocabulary_place
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.assembly import Assembly, BatchShape, Facts, gives_rewards, samples_kept, trained_network
+from alignment_gap.jobs.config import POLICY, JobConfig, OnlineConfig, SourceConfig, recorded
+from alignment_gap.jobs.folder import MESH, Kind, Opened
+from alignment_gap.jobs.reading import Reading, open_reading
+from alignment_gap.jobs.reference import stored_references
+from alignment_gap.jobs.sources import Inputs, close_record, open_recorder, open_source
+from alignment_gap.jobs.words import gin_words
+from alignment_gap.judges import open_judge
+from alignment_gap.progress import OpenBar
+from alignment_gap.sharding import make_mesh, on_every_process, on_first_process
+from alignment_gap.training import Checkpoints, create_state, state_from_params, train
+
+METRICS = "metrics.jsonl"
+_SOURCES = ("source", "source.prompts", "fresh", "fresh.prompts")
+# What a resumed run may change: none of it alters the steps that were taken.
+_MAY_CHANGE = (
+    *("steps", "microbatches", "checkpoint_every", "checkpoint_steps", "log_every"),
+    *(f"{source}.{name}" for source in _SOURCES for name in ("epochs", "packing", "prefetch", "vocabulary")),
+    *MESH,
+)
+
+
+def open_training(config: JobConfig) -> Opened:
+    """Opens what a job reads, puts its parts together and checks that they go together.
+
+    Raises:
+      UserError: where a setting or an input cannot be used; nothing is written or compiled by then. A token id outside
+        of the model's vocabulary is found when its batch is read.
+    """
+    reading = open_reading(config.recorded, "source.prompts" if isinstance(config.source, OnlineConfig) else "source")
+    fresh = open_reading(recorded(config.fresh), "fresh") if config.fresh is not None else None
+    config = dataclasses.replace(config, steps=reading.steps(config.steps))
+    assembly = Assembly(config, _facts(config, reading, fresh), make_mesh(config.mesh))
+    assembly.check_loss(_example_batch(assembly, reading))
+    judge, online = None, config.online
+    if online is not None and online.judge.judge is not None:
+        judge = open_judge(online.judge, (fresh or reading).datasets[0], assembly.mesh)
+    start = _params(config.start, config.start_step, assembly)
+    reference = start
+    if config.reference is not None:
+        reference = _params(config.reference, config.reference_step, assembly)
+    inputs = Inputs(reading, fresh, judge, start, reference)
+    facts = {"source.digest": reading.digest} | ({"fresh.digest": fresh.digest} if fresh else {})
+    return Opened(facts | dict(judge.facts if judge else {}), functools.partial(_run, assembly, inputs))
+
+
+def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
+    """What the inputs of a job say."""
+    dataset = reading.datasets[0]
+    place = config.recorded.vocabulary or vocabulary_place(dataset)
+    # The markers of a preference model and the end of a sample come from the vocabulary itself.
+    needs_vocabulary = config.kind != POLICY or config.online is not None
+    vocabulary = find_vocabulary(dataset, place) if needs_vocabulary else None
+    digest = dataset.card.vocabulary_digest
+    network = on_every_process(lambda: trained_network(config, digest, place, vocabulary))
+    online = config.source if isinstance(config.source, OnlineConfig) else None
+    return Facts(
+        network,
+        _batch_shape(config.source, reading),
+        _batch_shape(config.fresh, fresh) if config.fresh is not None and fresh is not None else None,
+        fields=() if online else tuple(dataset.card.fields),
+        rewards=gives_rewards(online) if online else dataset.card.scores == "rewards",
+        eos_id=vocabulary.eos_id if vocabulary else 1,
+    )
+
+
+def _batch_shape(source: SourceConfig, reading: Reading) -> BatchShape:
+    (prompt, response), size = reading.shapes[-1], reading.config.batch_size
+    if isinstance(source, OnlineConfig):
+        return BatchShape(size, prompt, samples_kept(source), source.response_length or response)
+    return BatchShape(size, prompt, reading.datasets[0].card.responses_per_prompt, response)
+
+
+def _example_batch(assembly: Assembly, reading: Reading) -> PreferenceBatch:
+    """A batch to trace the loss on: of abstract arrays, or the first one where rows are packed."""
+    config = assembly.config
+    # In any case: raises where the order of the examples does not go with them.
+    batches = reading.batches(assembly.mesh, config.seed, config.microbatches)
+    if config.recorded.packing is None:
+        return assembly.abstract_batch()
+    batch = batches(0)
+    if assembly.needs_reference:
+        batch = dataclasses.replace(batch, reference_log_probs=jnp.zeros(batch.responses.shape))
+    return batch
+
+
+def _params(path: str | None, step: int | None, assembly: Assembly) -> Any:
+    """The parameters of another run's checkpoint; raises UserError where it is of another network or vocabulary."""
+    if path is None:
+        return None
+    folder, wanted = find_checkpoint(Path(path), step), assembly.facts.network
+    network = read_network(folder)
+    if network is not None:
+        agreed_model(wanted.model, network, path)
+        check_vocabulary(network, wanted.vocabulary_digest, path, str(assembly.config.recorded.folder))
+    with Checkpoints(folder.parent) as checkpoints:
+        return checkpoints.restore_params(assembly.abstract.params, int(folder.name))
+
+
+def _run(assembly: Assembly, inputs: Inputs, folder: Path, open_bar: OpenBar) -> None:
+    """Trains up to the job's last step in `folder`, from its last complete checkpoint where there is one."""
+    config, steps = assembly.config, assembly.config.steps or 0
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(folder / CHECKPOINTS, assembly.facts.network))
+        last_step = max(checkpoints.steps(), default=0)
+        if last_step > steps:
+            raise UserError(
+                f"{checkpoints.folder} is at step {last_step}, beyond steps={steps}: raise steps, or give another "
+                "folder"
+            )
+        on_first_process(lambda: _carry_tokenizer(config, folder))
+        if not inputs.stored and assembly.needs_reference:
+            inputs = inputs._replace(stored=stored_references(assembly, inputs, open_bar))
+        bar = stack.enter_context(open_bar(steps, folder.name, " steps"))
+        bar.write(_summary(assembly, inputs.reading))
+        if inputs.start is None:
+            key = jax.random.key(config.seed)
+            state = create_state(assembly.policy.init, assembly.abstract, assembly.optimizer, key)
+        else:
+            state = state_from_params(inputs.start, assembly.abstract, assembly.optimizer)
+        train(
+            state,
+            assembly.update_step,
+            stack.enter_context(open_source(assembly, inputs, steps)),
+            checkpoint_steps=_checkpoint_steps(config, steps),
+            checkpoints=checkpoints,
+            metrics_path=folder / METRICS,
+            log_every=config.log_every,
+            refresh=assembly.refresh,
+            record=open_recorder(assembly, folder, last_step),
+            bar=bar,
+        )
+    if config.online is not None and config.online.record:
+        on_first_process(lambda: close_record(assembly, inputs, folder))
+
+
+def _checkpoint_steps(config: JobConfig, steps: int) -> list[int]:
+    every = range(config.checkpoint_every, steps, config.checkpoint_every)
+    return sorted({*every, *(step for step in config.checkpoint_steps if step < steps), steps})
+
+
+def _summary(assembly: Assembly, reading: Reading) -> str:
+    config = assembly.config
+    line = f"{config.steps:,} steps of {reading.config.batch_size} of {len(reading.examples):,} examples"
+    padding = reading.batches(assembly.mesh, config.seed, config.microbatches).padding().share
+    return f"{line}; {padding:.1%} of the tokens in batches is padding"
+
+
+def _carry_tokenizer(config: JobConfig, folder: Path) -> None:
+    """Copies the files that came with the start's parameters, so that they can leave with the trained ones."""
+    tokenizer = tokenizer_of(find_checkpoint(Path(config.start), config.start_step)) if config.start else None
+    if tokenizer:
+        shutil.copytree(tokenizer, folder / TOKENIZER, dirs_exist_ok=True)
+
+
+TRAIN = Kind(
+    name="train",
+    command="train",
+    config=JobConfig,
+    open=open_training,
+    summary=lambda folder: f"checkpoints: {folder / CHECKPOINTS}",
+    output="workdir",
+    words=gin_words,
+    may_change=lambda folder: _MAY_CHANGE,
+    without_effect=("checkpoint_every", "log_every", *(f"{source}.prefetch" for source in _SOURCES)),
+)

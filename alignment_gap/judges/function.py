@@ -1,0 +1,63 @@
+"""A Python callable as a judge, by name: `"my_package.judges:brevity"`.
+
+    def brevity(prompts, responses):              # texts
+        return [[-len(response) for response in each] for each in responses]
+
+    def brevity(prompt_ids, response_ids):        # lists of token ids
+        return [[-len(response) for response in each] for each in response_ids]
+
+It is called with N prompts and K responses to each, and gives N rows of K rewards, the higher the better.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from alignment_gap.configuration import load_named
+from alignment_gap.data.records import Dataset
+from alignment_gap.data.records.card import find_vocabulary
+from alignment_gap.errors import UserError
+from alignment_gap.judges.contract import REWARDS, Judge, JudgeConfig
+from alignment_gap.judges.host import Rewards, host_judge
+from alignment_gap.sharding import LogicalMesh
+
+_TEXTS, _IDS = ["prompts", "responses"], ["prompt_ids", "response_ids"]
+
+
+def accepts(name: str) -> bool:
+    """Whether this module opens the judge of this name."""
+    return ":" in name and "/" not in name
+
+
+def own_labels(name: str) -> str:
+    """What the judge of this name gives by itself."""
+    return REWARDS
+
+
+def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judge:
+    """The judge of a callable, whose parameters say what it reads.
+
+    Raises:
+      UserError: there is no such callable, its parameters are others, or the dataset's vocabulary is not found.
+    """
+    name = str(config.judge)
+    function = load_named(name, "judge")
+    parameters = list(inspect.signature(function).parameters) if callable(function) else []
+    if parameters not in (_TEXTS, _IDS):
+        raise UserError(
+            f"the judge {name} takes ({', '.join(parameters)}): let it take (prompts, responses), which are texts, or "
+            "(prompt_ids, response_ids)"
+        )
+    rewards = function if parameters == _IDS else _on_texts(function, dataset)
+    return host_judge(rewards, config, mesh, {"judge": name})
+
+
+def _on_texts(function: Callable[..., Any], dataset: Dataset) -> Rewards:
+    decode = find_vocabulary(dataset).decode
+
+    def rewards(prompts: list[list[int]], responses: list[list[list[int]]]) -> Any:
+        return function([decode(prompt) for prompt in prompts], [[*map(decode, each)] for each in responses])
+
+    return rewards

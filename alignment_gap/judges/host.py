@@ -1,0 +1,57 @@
+"""Judges on the host: every process asks about its own rows of a batch, given as lists of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from alignment_gap.errors import UserError
+from alignment_gap.judges.contract import PROBABILITIES, REWARDS, Judge, JudgeConfig, shares_of_wins
+from alignment_gap.sampling import Scores
+from alignment_gap.sharding import LogicalMesh, own_rows, put_batch
+
+# (N prompts, K responses to each), as token ids without padding -> N rows of K rewards.
+Rewards = Callable[[list[list[int]], list[list[list[int]]]], object]
+
+
+def host_judge(rewards: Rewards, config: JudgeConfig, mesh: LogicalMesh, facts: dict[str, str]) -> Judge:
+    """A judge from a function that gives rewards on the host; its hard labels compare them.
+
+    Raises:
+      UserError: soft labels are asked for, which rewards do not give.
+    """
+    if config.labels == "soft":
+        raise UserError(f"labels is 'soft', but {config.judge} gives rewards: choose hard or rewards")
+    scores = _on_host(rewards, str(config.judge), mesh)
+    if config.labels == REWARDS:
+        return Judge(scores, REWARDS, facts)
+    return Judge(lambda *texts: shares_of_wins(scores(*texts)), PROBABILITIES, facts)
+
+
+def _on_host(rewards: Rewards, name: str, mesh: LogicalMesh) -> Scores:
+    def scores(prompts: Array, prompt_lengths: Array, responses: Array, lengths: Array) -> Float[Array, "B K"]:
+        rows = own_rows((prompts, prompt_lengths, responses, lengths))
+        found = np.asarray(rewards(*_texts(*rows)), np.float32)
+        if found.shape != rows[3].shape:
+            raise UserError(
+                f"the judge {name} gave rewards of shape {found.shape} for {rows[3].shape[0]} prompts with "
+                f"{rows[3].shape[1]} responses each: it must give one number for each response"
+            )
+        if not np.isfinite(found).all():
+            raise UserError(f"the judge {name} gave {found[~np.isfinite(found)][0]}: rewards must be finite")
+        return put_batch(found, mesh, len(prompts))
+
+    return scores
+
+
+def _texts(
+    prompts: np.ndarray, prompt_lengths: np.ndarray, responses: np.ndarray, lengths: np.ndarray
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    questions = [row[:length].tolist() for row, length in zip(prompts, prompt_lengths, strict=True)]
+    answers = [
+        [row[:length].tolist() for row, length in zip(*each, strict=True)]
+        for each in zip(responses, lengths, strict=True)
+    ]
+    return questions, answers

@@ -1,0 +1,51 @@
+"""Losses of a recorded pair and of fresh samples that stand beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from alignment_gap.losses._pairwise import dpo
+from alignment_gap.losses._registry import register
+from alignment_gap.losses._regularizers import online_kl
+
+
+@register()
+def hypo(
+    chosen_logps: Float[Array, "*B"],
+    rejected_logps: Float[Array, "*B"],
+    ref_chosen_logps: Float[Array, "*B"],
+    ref_rejected_logps: Float[Array, "*B"],
+    fresh_logps: Float[Array, "*B K"],
+    ref_fresh_logps: Float[Array, "*B K"],
+    preference: Float[Array, "*B"] | float | None = None,
+    *,
+    beta: Any = 0.1,
+    kl_weight: Any = 0.01,
+) -> Float[Array, "*B"]:
+    """HyPO: DPO on a recorded pair, and the KL to the reference on fresh samples of the policy.
+
+    -log sigma(beta h) + kl_weight KL; the KL is `online_kl` of the fresh samples: the mean over K of log pi / ref, with
+    its true gradient.
+
+    arXiv 2406.01462. The default of `kl_weight` is ours, not the paper's: at the reference DPO's slope in h is
+    -beta / 2 = -0.05, and a single fresh sample pulls as hard where its log-ratio is 5 nats. Sum over tokens.
+
+    Args:
+      chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
+      ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
+      fresh_logps: [*B, K], log-probs of samples that the current policy drew for the same prompt.
+      ref_fresh_logps: [*B, K], the same under the reference.
+      preference: [*B] or a number, the probability that the first response is the better; None means 1.
+      beta: strength of DPO's KL regularisation, in rewards per nat.
+      kl_weight: weight of the KL on fresh samples, in losses per nat.
+
+    Returns:
+      float32 [*B].
+
+    Raises:
+      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+    """
+    contrast = dpo(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, preference, beta=beta)
+    return contrast + kl_weight * online_kl(fresh_logps, ref_fresh_logps)

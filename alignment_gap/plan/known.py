@@ -1,0 +1,185 @@
+"""What is known of the folders that a job reads before they are there: the networks of runs, and datasets' lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from alignment_gap import checks
+from alignment_gap.checkpoints import Network, find_checkpoint, known_network
+from alignment_gap.data.records import open_dataset
+from alignment_gap.data.records.dataset import CARD
+from alignment_gap.data.tasks.prepare import PrepareConfig
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.assembly import BatchShape, samples_kept
+from alignment_gap.jobs.config import POLICY, JobConfig, OnlineConfig, SourceConfig, recorded
+from alignment_gap.jobs.folder import Job
+from alignment_gap.jobs.generate import GenerateConfig
+from alignment_gap.jobs.label import LabelConfig
+from alignment_gap.jobs.served import REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS, needs_reference
+from alignment_gap.judges import REWARDS, JudgeConfig, is_model
+from alignment_gap.models import ModelConfig, make_policy, sizes
+
+# The ids of a preference model's markers, which come from a vocabulary; no program depends on their values.
+MARKERS = (2, 3, 4, 5, 6)
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Overrides:
+    """What is planned in place of what a job and its folders say; None for what they say.
+
+    Attributes:
+      model: size of the policy by name, such as t5_xxl or palm_8b.
+      judge: size of the judge's network by name.
+      batch: prompts of a step, over all devices.
+      prompt_length: tokens of a prompt.
+      response_length: tokens of a response.
+      microbatches: parts of a batch whose gradients are added up.
+      layout: how networks and batches are laid out: data, fsdp, tensor, fsdp_tensor or sequence.
+      slices: slices of the topology, joined by the data-centre network.
+      optimizer: adamw, adafactor or sgd.
+      remat: what the backward pass computes again: none, dots or full.
+      dtype: precision of the computation: float32 or bfloat16.
+    """
+
+    model: str | None = None
+    judge: str | None = None
+    batch: int | None = None
+    prompt_length: int | None = None
+    response_length: int | None = None
+    microbatches: int | None = None
+    layout: str | None = None
+    slices: int | None = None
+    optimizer: str | None = None
+    remat: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a size is out of its range."""
+        checks.at_least(self, 1, "batch", "prompt_length", "response_length")
+
+    def applied(self, job: JobConfig) -> JobConfig:
+        """The job with these settings; raises UserError for one that the job refuses."""
+        mesh = _replaced(job.mesh, layout=self.layout, slices=self.slices)
+        optimizer = _replaced(job.optimizer, name=self.optimizer)
+        return _replaced(job, mesh=mesh, optimizer=optimizer, microbatches=self.microbatches)
+
+
+def _replaced(config: Config, **changes: Any) -> Config:
+    """The dataclass with the changes that are not None."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(config, **given)  # type: ignore[type-var]
+
+
+class Contents(NamedTuple):
+    """What a dataset holds: the longest prompt, responses to each, the longest response, and arrays by name."""
+
+    prompt: int
+    samples: int
+    response: int
+    fields: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of folders: from themselves, from the jobs that will make them, or from the user.
+
+    Attributes:
+      jobs: of a graph.
+      given: what the user says; it goes before what folders and jobs say.
+    """
+
+    jobs: Sequence[Job] = ()
+    given: Overrides = Overrides()
+
+    def trained(self, job: JobConfig) -> Network:
+        """The network that a job trains."""
+        network = Network(job.kind, markers=() if job.kind == POLICY else MARKERS)
+        if job.start is None and job.model is None and self.given.model is None:
+            raise UserError("there is no model: give --model, or the gin file of one such as gin/models/t5_tiny.gin")
+        if job.model is None:
+            network = dataclasses.replace(network, model=self.run(str(job.start), job.start_step).model)
+        return self._computed(network, self.given.model or job.model)
+
+    def run(self, path: str, step: int | None = None) -> Network:
+        """The network of a run's folder."""
+        return self._network(path, step, Network(), self.given.model, "--model")
+
+    def judge_of(self, config: JudgeConfig) -> Network | None:
+        """The network of a judge; None for one that is asked on the host."""
+        if config.judge is None or not is_model(config.judge):
+            return None
+        usual = Network("bradley_terry" if config.labels == REWARDS else "pairwise", markers=MARKERS)
+        return self._network(config.judge, config.step, usual, self.given.judge, "--judge")
+
+    def shape(self, source: SourceConfig) -> BatchShape:
+        """The largest batch of a source."""
+        config, (prompt, samples, response, _) = recorded(source), self.contents(source)
+        prompt, response = config.prompt_length or prompt, config.response_length or response
+        if isinstance(source, OnlineConfig):
+            samples, response = samples_kept(source), source.response_length or response
+        given, shape = self.given, BatchShape(config.batch_size, prompt, samples, response)
+        return _replaced(shape, batch=given.batch, prompt=given.prompt_length, response=given.response_length)
+
+    def contents(self, source: SourceConfig) -> Contents:
+        """What the datasets of a source hold together."""
+        each = [self._contents(folder.strip()) for folder in (recorded(source).folder or "").split(",")]
+        prompt, samples, response = (max(sizes) for sizes in zip(*(found[:3] for found in each), strict=True))
+        return Contents(prompt, samples, response, each[0].fields)
+
+    @property
+    def _made(self) -> dict[str, Any]:
+        """The settings of the graph's jobs by their folders."""
+        return {str(job.folder): job.config for job in self.jobs}
+
+    def _network(self, path: str, step: int | None, usual: Network, size: str | None, flag: str) -> Network:
+        """What a folder holds or will hold, with a given size; the usual where only the size is known."""
+        if isinstance(job := self._made.get(path), JobConfig):
+            return self._computed(self.trained(job), size)
+        if size is not None:
+            return self._computed(usual, size)
+        if Path(path).exists():
+            return self._computed(known_network(find_checkpoint(Path(path), step)), None)
+        raise UserError(f"{path} is not there yet, so its network is not known: give {flag}")
+
+    def _computed(self, network: Network, model: ModelConfig | str | None) -> Network:
+        """The network with another model and precision; raises UserError where its settings do not go together."""
+        model = sizes.get(model) if isinstance(model, str) else model or network.model
+        model = _replaced(model, remat=self.given.remat, dtype=self.given.dtype)
+        make_policy(model)
+        return dataclasses.replace(network, model=model)
+
+    def _contents(self, path: str) -> Contents:
+        if (Path(path) / CARD).exists():
+            card = open_dataset(path).card
+            return Contents(card.max_prompt_length, card.responses_per_prompt, card.max_response_length, card.fields)
+        made = next(
+            (job for folder, job in self._made.items() if path == folder or path.startswith(f"{folder}/")), None
+        )
+        if made is not None:
+            return self._contents_made(made)
+        prompt, response = self.given.prompt_length, self.given.response_length
+        if prompt is None or response is None:
+            what = path or "the dataset"
+            raise UserError(
+                f"{what} is not there yet, so its lengths are not known: give --prompt_length and --response_length"
+            )
+        return Contents(prompt, 2, response)
+
+    def _contents_made(self, config: Any) -> Contents:
+        """What the dataset that a job makes will hold."""
+        if isinstance(config, PrepareConfig):
+            return Contents(config.limits.prompt_length, 2, config.limits.response_length)
+        if isinstance(config, LabelConfig):
+            return self._contents(str(config.dataset))
+        if isinstance(config, GenerateConfig):
+            found = self._contents(str(config.prompts))
+            samples = config.each * len(config.policies)
+            return Contents(found.prompt, samples, config.response_length or found.response)
+        shape = self.shape(config.online)  # The recorded stream of an online run.
+        reference = (REFERENCE_LOG_PROBS,) if needs_reference(config, config.loss.function(), ()) else ()
+        return Contents(shape.prompt, shape.samples, shape.response, (SAMPLER_LOG_PROBS, *reference))

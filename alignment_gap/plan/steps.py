@@ -1,0 +1,194 @@
+"""The programs that a job runs: of an update step, of sampling, of judges, of an evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.assembly import BatchShape, Facts, gives_rewards
+from alignment_gap.jobs.config import POLICY, DatasetConfig, JobConfig, OnlineConfig
+from alignment_gap.jobs.evaluate import EvaluateConfig, named
+from alignment_gap.jobs.generate import GenerateConfig
+from alignment_gap.jobs.label import LabelConfig
+from alignment_gap.jobs.served import check_served, needs_reference, reads_mismatched
+from alignment_gap.judges import JudgeConfig
+from alignment_gap.models import ModelConfig
+from alignment_gap.plan.chips import Topology
+from alignment_gap.plan.known import Known
+
+# Kinds of programs that draw tokens one after another.
+SAMPLES = ("sample", "opponents")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a job.
+
+    Attributes:
+      name: such as "judge golden".
+      kind: "update", its "forward" pass alone, "score", "sample", "opponents", "judge" or "divergence".
+      facts: the network that it runs, and the shape of the batches that it is called with.
+      holds: whether its parameters are others than the policy's, and stay in memory beside them.
+      labels: what a judge gives.
+    """
+
+    name: str
+    kind: str
+    facts: Facts
+    holds: bool = False
+    labels: str = "hard"
+
+    @property
+    def batch(self) -> BatchShape:
+        """The shape of the batch."""
+        return self.facts.batch
+
+    @property
+    def model(self) -> ModelConfig:
+        """The policy, or the one that a preference model asks."""
+        return self.facts.network.model
+
+    def with_batch(self, prompts: int) -> Program:
+        """The same program with another number of prompts, in the batch of a second source too."""
+        facts = dataclasses.replace(self.facts, batch=dataclasses.replace(self.batch, batch=prompts))
+        if facts.fresh is not None:
+            facts = dataclasses.replace(facts, fresh=dataclasses.replace(facts.fresh, batch=prompts))
+        return dataclasses.replace(self, facts=facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """What is planned.
+
+    Attributes:
+      job: the training job by whose settings the programs are built: mesh, loss, optimizer, source.
+      programs: what runs, the update of a training job first.
+      topology: the devices.
+      search: whether the largest batch that fits is looked for.
+    """
+
+    job: JobConfig
+    programs: tuple[Program, ...]
+    topology: Topology
+    search: bool = True
+
+    @property
+    def batch_unit(self) -> int:
+        """A batch is a multiple of this: its parts over the devices, times the microbatches."""
+        data, fsdp, _ = self.job.mesh.shape(self.topology.devices)
+        return data * fsdp * self.job.microbatches
+
+
+# A training job by whose settings programs are built, and the programs.
+Planned = tuple[JobConfig, list[Program]]
+
+
+def programs_of(config: Any, known: Known) -> tuple[JobConfig, tuple[Program, ...]]:
+    """The programs of a job, and the training job by whose settings they are built.
+
+    Raises:
+      UserError: the job computes on no device, or something that it needs is not known.
+    """
+    plans: dict[type, Callable[[Any, Known], Planned]] = {
+        JobConfig: _training,
+        LabelConfig: _labelling,
+        GenerateConfig: _generation,
+        EvaluateConfig: _evaluation,
+    }
+    job, programs = plans.get(type(config), lambda *_: (JobConfig(), []))(config, known)
+    if not programs:
+        raise UserError("this job computes on no device: there is nothing to plan")
+    return job, tuple(programs)
+
+
+def _training(config: JobConfig, known: Known) -> Planned:
+    """The update first, then what an online step runs before it."""
+    config = known.given.applied(config)
+    online = config.source if isinstance(config.source, OnlineConfig) else None
+    facts = Facts(
+        known.trained(config),
+        known.shape(config.source),
+        known.shape(config.fresh) if config.fresh is not None else None,
+        fields=() if online else known.contents(config.source).fields,
+        rewards=online is not None and gives_rewards(online),
+    )
+    programs = [Program("update", "update", facts)]
+    if facts.network.kind != POLICY:
+        return config, programs
+    loss = config.loss.function()
+    check_served(config, loss, facts.fields)
+    if config.online is not None:
+        shape = facts.fresh if config.online is config.fresh and facts.fresh is not None else facts.batch
+        programs += _sampling(config.online, dataclasses.replace(facts, batch=shape), known)
+    if needs_reference(config, loss, facts.fields):
+        is_stored = config.reference_log_probs == "stored" and not isinstance(config.source, OnlineConfig)
+        scored = {
+            "reference": None if is_stored else facts.batch,
+            "reference, fresh": facts.fresh,
+            "reference, mismatched": facts.batch if reads_mismatched(loss) else None,
+        }
+        found = [(name, dataclasses.replace(facts, batch=shape)) for name, shape in scored.items() if shape is not None]
+        programs += [Program(name, "score", each, holds=not place) for place, (name, each) in enumerate(found)]
+    return config, programs
+
+
+def _sampling(online: OnlineConfig, facts: Facts, known: Known) -> list[Program]:
+    drawn = dataclasses.replace(facts.batch, samples=online.samples)
+    programs = [Program("sampling", "sample", dataclasses.replace(facts, batch=drawn))]
+    judged = drawn
+    if online.against == "mixture":
+        one, judged = (dataclasses.replace(drawn, samples=samples) for samples in (1, 2))
+        programs.append(Program("opponents", "opponents", dataclasses.replace(facts, batch=one)))
+    return programs + _judging("judge", online.judge, judged, known)
+
+
+def _judging(name: str, judge: JudgeConfig, shape: BatchShape, known: Known) -> list[Program]:
+    """The program of a judge on the devices; none where it is asked on the host."""
+    network = known.judge_of(judge)
+    if network is None:
+        return []
+    network.preference_model()  # Raises where it is a policy.
+    return [Program(name, "judge", Facts(network, shape), True, judge.labels)]
+
+
+def _labelling(config: LabelConfig, known: Known) -> Planned:
+    source = DatasetConfig(config.dataset, batch_size=config.batch_size)
+    programs = _judging("judge", config.judge, known.shape(source), known)
+    return known.given.applied(JobConfig(mesh=config.mesh)), programs
+
+
+def _generation(config: GenerateConfig, known: Known) -> Planned:
+    job, shape = _answering(config, config.prompts, config.each, known)
+    programs = [
+        Program(f"sampling {place}", "sample", Facts(known.run(folder), shape), holds=True)
+        for place, folder in enumerate(config.policies)
+    ]
+    judged = dataclasses.replace(shape, samples=config.each * len(config.policies))
+    return job, programs + _judging("judge", config.judge, judged, known)
+
+
+def _evaluation(config: EvaluateConfig, known: Known) -> Planned:
+    network, (job, shape) = known.run(str(config.run)), _answering(config, config.dataset, 1, known)
+    answers, pairs = Facts(network, shape), Facts(network, known.shape(job.recorded))
+    judges = [*map(named, config.judges)]
+    programs = [
+        Program("sampling", "sample", answers, holds=True),
+        Program("KL", "divergence", answers, holds=True),
+        Program("classification", "score", pairs),
+    ]
+    if network.kind != POLICY:
+        programs, judges = [], [("run", str(config.run)), *judges]
+    for name, judge in judges:
+        programs += _judging(f"judge {name}", JudgeConfig(judge), dataclasses.replace(shape, samples=2), known)
+    return job, programs
+
+
+def _answering(
+    config: GenerateConfig | EvaluateConfig, folder: str | None, samples: int, known: Known
+) -> tuple[JobConfig, BatchShape]:
+    """A job that samples responses to the prompts of a dataset, and the shape of its batches."""
+    prompts = DatasetConfig(folder, batch_size=config.batch_size)
+    source = OnlineConfig(prompts, samples, sampler=config.sampler, response_length=config.response_length)
+    return known.given.applied(JobConfig(source=source, mesh=config.mesh)), known.shape(source)

@@ -1,0 +1,290 @@
+"""From a study's config to the graph of its jobs: a pure function. The jobs are those that a user runs by hand.
+
+For every seed: prepare -> SFT -> golden model -> D_golden -> proxy -> arms -> opponents -> evaluations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignment_gap.checks import nearest
+from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, SourceConfig
+from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig
+from alignment_gap.jobs.folder import Job, Kind
+from alignment_gap.jobs.generate import GENERATE, GenerateConfig
+from alignment_gap.jobs.label import LABEL, LabelConfig
+from alignment_gap.jobs.prepare import PREPARE
+from alignment_gap.jobs.train import TRAIN
+from alignment_gap.judges import JudgeConfig
+from alignment_gap.study.analysis import ORIGIN
+from alignment_gap.study.arms import GOLDEN, Arm, Branch, arms_of, file_word
+from alignment_gap.study.config import PreferenceModelConfig, StudyConfig
+from alignment_gap.training import OptimizerConfig
+
+JOBS = "jobs"
+# Changes where the code changes what a job makes from the same settings, so that old folders are not taken for new.
+FORMAT = 3
+# Pairs that a judge's accuracy is measured on.
+JUDGED_PAIRS = 1000
+# The measurement of the golden model that tells how much it knows of people.
+GOLDEN_HELD_OUT = "golden, held-out human labels"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One policy of a study, and where its checkpoints are measured.
+
+    Attributes:
+      arm: name of the arm; "sft" for the policy that arms start from.
+      loss: name of the loss.
+      beta: regularisation; nan where the loss has none.
+      learning_rate: of the run.
+      evaluation: the job that measures its checkpoints.
+    """
+
+    arm: str
+    loss: str
+    beta: float
+    learning_rate: float
+    evaluation: Job
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedJobs:
+    """What the report of a seed reads.
+
+    Attributes:
+      seed: the seed.
+      golden_pairs: the dataset D_golden, training pairs.
+      judges: the jobs that measure golden and proxy, by what is measured.
+      runs: the SFT policy, the golden policy, and all arms.
+    """
+
+    seed: int
+    golden_pairs: Path
+    judges: Mapping[str, Job]
+    runs: tuple[Run, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyGraph:
+    """All jobs of a study, each after those that it needs, and what the report reads of them."""
+
+    jobs: tuple[Job, ...]
+    seeds: tuple[SeedJobs, ...]
+
+    def job(self, name: str) -> Job:
+        """The job of a name; raises UserError where there is none."""
+        names = {job.name: job for job in self.jobs}
+        if name not in names:
+            raise UserError(f"the study has no job {name!r}: {nearest(name, names)}")
+        return names[name]
+
+
+def study_graph(config: StudyConfig, root: Path) -> StudyGraph:
+    """The graph of a study whose jobs' folders are in `root`; nothing is run, and no file is read.
+
+    Raises:
+      UserError: for a setting that a job refuses.
+    """
+    builders = [_Seed(config, seed, root) for seed in range(config.seed, config.seed + config.seeds)]
+    seeds = tuple(builder.build() for builder in builders)
+    return StudyGraph(tuple(job for builder in builders for job in builder.jobs), seeds)
+
+
+def takes_beta(loss: str) -> bool:
+    """Whether a loss has the setting beta."""
+    return "beta" in inspect.signature(LossConfig(loss).function()).parameters
+
+
+class _Seed:
+    """Builds the jobs of one seed, in order."""
+
+    def __init__(self, config: StudyConfig, seed: int, root: Path) -> None:
+        self.config, self.seed, self.root = config, seed, root
+        self.jobs: list[Job] = []
+        self.human = self._prepared()
+        self.sft = self._sft()
+        self.golden = self._preference_model("golden", config.golden, self.human / "train")
+        self.golden_pairs, self.golden_validation = (self._labelled(split) for split in ("train", "validation"))
+        self.proxy = self._preference_model("proxy", config.proxy, self.golden_pairs)
+
+    def build(self) -> SeedJobs:
+        """All jobs of the seed; judges are measured before the arms, which take longest."""
+        config, arms = self.config, self.config.arms
+        golden_model, proxy_model = (self.golden, config.golden), (self.proxy, config.proxy)
+        judges = {
+            GOLDEN_HELD_OUT: self._evaluate_judge("golden", *golden_model, self.human / "validation"),
+            "proxy, its training pairs": self._evaluate_judge("proxy-train", *proxy_model, self.golden_pairs),
+            "proxy, held-out pairs": self._evaluate_judge("proxy-validation", *proxy_model, self.golden_validation),
+        }
+        setting = ("ipo", arms.beta, arms.optimizer.learning_rate)
+        golden = self._train_arm(GOLDEN, *setting, {})
+        opponents = (f"golden={self._opponent('golden', golden.folder)}", f"sft={self._opponent('sft', self.sft)}")
+        origin = self._evaluate_policy("sft", self.sft, (config.sft.steps,), opponents)
+        trained = [(GOLDEN, *setting, golden), *(each for loss in arms.losses for each in self._train_arms(loss))]
+        runs = [Run(ORIGIN, "sft", math.nan, math.nan, origin)]
+        for arm, loss, beta, rate, job in trained:
+            name = job.name.removeprefix(f"seed{self.seed}-")
+            evaluation = self._evaluate_policy(name, job.folder, arms.checkpoint_steps, opponents)
+            runs.append(Run(arm.name, loss, beta, rate, evaluation))
+        return SeedJobs(self.seed, self.golden_pairs, judges, tuple(runs))
+
+    def number(self, name: str) -> int:
+        """A seed below 2**32 for the job of this name."""
+        return zlib.crc32(f"{self.seed} {name}".encode())
+
+    def _add(self, name: str, kind: Kind, config: Any) -> Job:
+        """A job whose folder is named by its settings and, with their folders' names, by its inputs."""
+        settings = flatten(to_dict(config))
+        effective = {key: value for key, value in settings.items() if key not in kind.without_effect}
+        content = json.dumps({"format": FORMAT, "kind": kind.name, "settings": effective}, sort_keys=True)
+        root = json.dumps(f"{self.root}/")[1:-1]
+        key = hashlib.sha256(content.replace(root, "").encode()).hexdigest()[:12]
+        needs = tuple(job for job in self.jobs if f"{root}{job.folder.name}" in content)
+        job = Job(f"seed{self.seed}-{name}", kind, config, self.root / f"seed{self.seed}-{name}-{key}", needs)
+        self.jobs.append(job)
+        return job
+
+    def _prepared(self) -> Path:
+        """The folder of the human pairs, with train/ and validation/."""
+        if self.config.prepared is not None:
+            return Path(self.config.prepared)
+        source = self.config.task.source
+        posts = dataclasses.replace(source.posts, seed=self.seed)
+        task = dataclasses.replace(self.config.task, seed=self.seed, source=dataclasses.replace(source, posts=posts))
+        return self._add("data", PREPARE, task).folder
+
+    def _train(self, name: str, source: SourceConfig, optimizer: OptimizerConfig, **settings: Any) -> Job:
+        config = self.config
+        job = JobConfig(
+            source=source,
+            optimizer=optimizer,
+            seed=self.number(name),
+            microbatches=config.microbatches,
+            mesh=config.mesh,
+            **({"checkpoint_every": config.checkpoint_every} | settings),
+        )
+        return self._add(name, TRAIN, job)
+
+    def _sft(self) -> Path:
+        """The policy that every arm starts from and is measured against: both responses of every pair are targets."""
+        sft, pooled = self.config.sft, (self.human / "train", *self.config.sft.also)
+        source = DatasetConfig(",".join(map(str, pooled)), weights=sft.weights, batch_size=sft.batch_size)
+        settings = {"steps": sft.steps, "model": self.config.policy, "start": sft.start, "loss": LossConfig("sft")}
+        return self._train("sft", source, sft.optimizer, **settings).folder
+
+    def _preference_model(self, name: str, model: PreferenceModelConfig, pairs: Path) -> Path:
+        if model.start == ORIGIN and model.model not in (None, self.config.policy):
+            raise UserError(
+                f"{name}.model differs from the policy, so it cannot start from the SFT policy: leave it out, or set "
+                f"{name}.start to None"
+            )
+        source = DatasetConfig(str(pairs), batch_size=model.batch_size)
+        start = str(self.sft) if model.start == ORIGIN else model.start
+        settings = {"kind": model.kind, "model": model.model, "start": start, "steps": model.steps}
+        return self._train(name, source, model.optimizer, **settings).folder
+
+    def _labelled(self, split: str) -> Path:
+        """D_golden: human pairs with the golden model's hard labels; a tie is a tie."""
+        config = LabelConfig(
+            str(self.human / split),
+            JudgeConfig(str(self.golden)),
+            buckets=1,
+            batch_size=self.config.evaluation.batch_size,
+            mesh=self.config.mesh,
+        )
+        return self._add(f"relabelled-{split}", LABEL, config).folder
+
+    def _train_arms(self, loss: str) -> list[tuple[Arm, str, float, float, Job]]:
+        """The runs of all arms under a loss, each after the arms whose runs it reads."""
+        arms, has_beta = self.config.arms, takes_beta(loss)
+        one = (arms.beta if has_beta else math.nan, arms.optimizer.learning_rate)
+        betas = arms.offline_betas if has_beta else (math.nan,)
+        sweep = [(beta, rate) for beta in betas for rate in arms.offline_learning_rates]
+        runs: dict[str, Path] = {}
+        trained = []
+        for arm in arms_of(arms.names):
+            for beta, rate in sweep if arm.swept else [one]:
+                job = self._train_arm(arm, loss, beta, rate, runs)
+                trained.append((arm, loss, beta, rate, job))
+                runs.setdefault(arm.name, job.folder)
+        return trained
+
+    def _train_arm(self, arm: Arm, loss: str, beta: float, rate: float, runs: Mapping[str, Path]) -> Job:
+        """Online and offline alike: SFT is the start and the reference, the source is all that differs."""
+        arms, settings = self.config.arms, {} if math.isnan(beta) else {"beta": beta}
+        name = "-".join([arm.name, file_word(loss), *(f"beta{value:g}" for value in settings.values()), f"lr{rate:g}"])
+        steps, sampler = arms.checkpoint_steps, self.config.sampler
+        branch = Branch(self.golden, self.proxy, self.sft, self.golden_pairs, arms.batch_size, sampler, runs)
+        return self._train(
+            name,
+            arm.source(branch),
+            dataclasses.replace(arms.optimizer, learning_rate=rate),
+            loss=LossConfig(loss, settings),
+            start=arms.start or str(self.sft),
+            reference=str(self.sft) if arms.start else None,
+            steps=steps[-1],
+            checkpoint_every=steps[-1],
+            checkpoint_steps=steps,
+        )
+
+    def _opponent(self, name: str, run: Path) -> Path:
+        """One response of a policy to every evaluation prompt, for all checkpoints to play against."""
+        config, evaluation = self.config, self.config.evaluation
+        generate = GenerateConfig(
+            str(self.golden_pairs),
+            (str(run),),
+            samples=1,
+            limit=evaluation.prompts,
+            sampler=config.sampler,
+            seed=self.number(f"opponent {name}"),
+            buckets=1,
+            batch_size=evaluation.batch_size,
+            mesh=config.mesh,
+        )
+        return self._add(f"opponent-{name}", GENERATE, generate).folder
+
+    def _evaluate_policy(self, name: str, run: Path, steps: tuple[int, ...], opponents: tuple[str, ...]) -> Job:
+        """Every checkpoint of a run, measured on the first prompts and the last pairs of D_golden."""
+        evaluation = self.config.evaluation
+        return self._evaluate(
+            f"evaluation-{name}",
+            run,
+            steps,
+            self.golden_pairs,
+            judges=(f"golden={self.golden}", f"proxy={self.proxy}", *evaluation.judges),
+            opponents=opponents,
+            reference=str(self.sft),
+            prompts=evaluation.prompts,
+            kl_prompts=evaluation.kl_prompts,
+            pairs=evaluation.pairs,
+            sampler=self.config.sampler,
+            seed=self.number(f"evaluation {name}"),
+        )
+
+    def _evaluate_judge(self, name: str, run: Path, model: PreferenceModelConfig, pairs: Path) -> Job:
+        """How often a judge agrees with labels, and with the further judges."""
+        judges = self.config.evaluation.judges
+        return self._evaluate(f"judge-{name}", run, (model.steps,), pairs, judges=judges, pairs=JUDGED_PAIRS)
+
+    def _evaluate(self, name: str, run: Path, steps: tuple[int, ...], dataset: Path, **settings: Any) -> Job:
+        config = EvaluateConfig(
+            str(run),
+            steps,
+            str(dataset),
+            batch_size=self.config.evaluation.batch_size,
+            mesh=self.config.mesh,
+            **settings,
+        )
+        return self._add(name, EVALUATE, config)

@@ -1,0 +1,115 @@
+"""What the finished jobs of a study measured, as results to analyse and as facts for the report."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import platform
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from alignment_gap.data.records import open_dataset
+from alignment_gap.data.records.card import find_vocabulary
+from alignment_gap.data.tasks.rubric import rubric_of
+from alignment_gap.folders import read_json
+from alignment_gap.jobs.compose import distinct_prompts
+from alignment_gap.jobs.evaluate import load_outcomes
+from alignment_gap.jobs.folder import DONE, Job
+from alignment_gap.study.analysis import METRICS, ORIGIN, CheckpointResult, loss_name
+from alignment_gap.study.config import StudyConfig
+from alignment_gap.study.graph import GOLDEN_HELD_OUT, SeedJobs, StudyGraph
+from alignment_gap.study.report import JudgeFacts, ReportContext
+
+VERSIONS = ("alignment-gap", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "array-record", "numpy")
+# Below this agreement with human labels the report says how little the golden model knows of them.
+WEAK_JUDGE = 0.65
+
+
+def study_results(graph: StudyGraph) -> list[CheckpointResult]:
+    """Every evaluated checkpoint of a study; the SFT policy is the origin, at step 0."""
+    return [result for seed in graph.seeds for result in _seed_results(seed)]
+
+
+def _seed_results(seed: SeedJobs) -> Iterator[CheckpointResult]:
+    for run in seed.runs:
+        for step in run.evaluation.config.steps:
+            measured = load_outcomes(run.evaluation.folder / f"{step}.npz")
+            outcomes = {name: measured[each.outcome] for name, each in METRICS.items() if each.outcome in measured}
+            taken = 0 if run.arm == ORIGIN else step
+            yield CheckpointResult(run.arm, run.loss, run.beta, run.learning_rate, seed.seed, taken, outcomes)
+
+
+def report_context(config: StudyConfig, graph: StudyGraph) -> ReportContext:
+    """What the report says beside the numbers."""
+    judges = [_judge_facts(seed.seed, *each) for seed in graph.seeds for each in seed.judges.items()]
+    return ReportContext(
+        config=config,
+        versions={name: importlib.metadata.version(name) for name in VERSIONS}
+        | {"python": platform.python_version(), "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
+        judges=judges,
+        samples=_samples(config, graph.seeds[0]),
+        wall_time={job.name: _wall_time(job) for job in graph.jobs},
+        notes=_notes(config, judges),
+    )
+
+
+def _wall_time(job: Job) -> datetime.timedelta:
+    done = read_json(job.folder / DONE, remedy="remove the folder, to run the job again")
+    return datetime.timedelta(seconds=round(done["seconds"]))
+
+
+def _judge_facts(seed: int, measured: str, job: Job) -> JudgeFacts:
+    """How often a judge agrees with the labels of the pairs, and with the further judges."""
+    (step,) = job.config.steps
+    outcomes = load_outcomes(job.folder / f"{step}.npz")
+    names = {"accuracy": "the labels"} | {name: name.removeprefix("agreement.") for name in outcomes if "." in name}
+    return JudgeFacts(seed, measured, {whom: float(outcomes[name].mean()) for name, whom in names.items()})
+
+
+def _samples(config: StudyConfig, seed: SeedJobs) -> dict[str, list[dict[str, Any]]]:
+    """The last checkpoint's responses of every arm to the first evaluation prompts, as text."""
+    dataset = open_dataset(seed.golden_pairs)
+    decode, rubric = find_vocabulary(dataset).decode, rubric_of(dataset)
+    prompts = [dataset[int(i)].prompt.tolist() for i in distinct_prompts(dataset, config.evaluation.shown)]
+    samples: dict[str, list[dict[str, Any]]] = {decode(prompt): [] for prompt in prompts}
+    for run in seed.runs:
+        step = run.evaluation.config.steps[-1]
+        with np.load(run.evaluation.folder / f"{step}.npz") as arrays:
+            rows = zip(arrays["responses"], arrays["lengths"], strict=True)
+            responses = [row[:length].tolist() for row, length in rows]
+        for prompt, response in zip(prompts, responses, strict=False):
+            sample = {
+                "arm": run.arm,
+                "loss": loss_name(run.loss),
+                "step": 0 if run.arm == ORIGIN else step,
+                "response": decode(response),
+                "rubric": None if rubric is None else float(rubric([prompt], [response])[0]),
+            }
+            samples[decode(prompt)].append(sample)
+    return samples
+
+
+def _notes(config: StudyConfig, judges: Sequence[JudgeFacts]) -> list[str]:
+    """What the numbers can bear, from the study's own sizes and from how good its judges are."""
+    prompts, pairs = config.evaluation.prompts, config.evaluation.pairs
+    notes = [
+        f"Win rates rest on {prompts} prompts: the interval of one is up to {196 / math.sqrt(4 * prompts):.1f} points "
+        f"to each side; accuracies rest on {pairs} pairs, up to {196 / math.sqrt(4 * pairs):.1f} points.",
+        "Prompts of the evaluation are training prompts, as in the paper; only the samples are new.",
+    ]
+    worst = min(facts.shares["the labels"] for facts in judges if facts.measured == GOLDEN_HELD_OUT)
+    if worst < WEAK_JUDGE:
+        notes.append(
+            f"The golden model agrees with held-out human labels on {worst:.0%} of pairs, where guessing gives 50 %: "
+            "win rates by it tell what it learned to like, and little of what people prefer."
+        )
+    if "rubric" not in judges[0].shares and config.sft.start is None:
+        notes.append(
+            "The policies are small and start from nothing but this data: they do not write useful answers. The study "
+            "shows how the arms differ under these judges, not what a pretrained model would do."
+        )
+    return notes

@@ -1,0 +1,324 @@
+"""Between config.json and a policy's config: any policy of a family both ways, and each field's meaning by hand."""
+
+import dataclasses
+import json
+
+import hypothesis
+import pytest
+from hypothesis import strategies
+
+from alignment_gap.checkpoints.huggingface.configs import FAMILIES, read_config, write_config
+from alignment_gap.checkpoints.huggingface.entries import copies_of
+from alignment_gap.errors import UserError
+from alignment_gap.models import DecoderConfig, T5Config
+
+FLOATS = strategies.sampled_from([0.5, 3.0, 50.0])
+SIZES = strategies.integers(1, 40)
+
+
+@strategies.composite
+def decoders(draw, family):
+    """A policy that the family computes, with nothing set that has no effect."""
+    fields, settings = FAMILIES[family].optional, dict(FAMILIES[family].model)
+    names = ("vocabulary_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width")
+    settings |= {name: draw(SIZES) for name in names}
+    settings |= {
+        "tied_embeddings": draw(strategies.booleans()),
+        "norm_epsilon": draw(strategies.sampled_from([1e-6, 1e-5])),
+    }
+    settings["rope_base"] = draw(strategies.sampled_from([1e4, 5e5]))
+    scaling = draw(strategies.sampled_from(["none", "linear", "llama3"]))
+    if scaling != "none":
+        settings |= {"rope_scaling": scaling, "rope_scaling_factor": draw(strategies.sampled_from([2.0, 8.0]))}
+    if scaling == "llama3":
+        settings |= {"rope_low_frequency_factor": draw(FLOATS), "rope_original_length": draw(SIZES)}
+    if "final_logit_softcapping" in fields:
+        settings["logits_soft_cap"] = draw(strategies.none() | FLOATS)
+    if "attn_logit_softcapping" in fields:
+        settings["attention_soft_cap"] = draw(strategies.none() | FLOATS)
+    if "query_pre_attn_scalar" in fields:
+        scalar = draw(strategies.none() | FLOATS)
+        settings["query_pre_attention_scalar"] = None if scalar == settings["head_size"] else scalar
+    if "sliding_window" in fields and draw(strategies.booleans()):
+        # Beyond the depth no layer is without a window.
+        every = draw(strategies.integers(2, settings["layers"] + 1))
+        settings |= {"window": draw(SIZES), "full_attention_every": every}
+        if "rope_local_base_freq" in fields:
+            settings["rope_local_base"] = draw(strategies.sampled_from([10.0, 100.0]))
+    return DecoderConfig(**settings)
+
+
+def through_json(values):
+    return json.loads(json.dumps(values))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_policy_of_a_family_is_the_same_after_its_config_json(family):
+    @hypothesis.settings(max_examples=30, deadline=None)
+    @hypothesis.given(model=decoders(family))
+    def check(model):
+        # Two families compute the same where the one has nothing of its own: `like` asks for this one.
+        values = through_json(write_config(model, {"model_type": family}))
+        assert (values["model_type"], values["architectures"]) == (family, [FAMILIES[family].architecture])
+        assert read_config(values, "config.json") == model
+        assert read_config(write_config(model), "config.json") == model
+
+    check()
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(sizes=strategies.tuples(*[SIZES] * 8), tied=strategies.booleans())
+def test_every_t5_is_the_same_after_its_config_json(sizes, tied):
+    names = ("vocabulary_size", "width", "encoder_layers", "decoder_layers", "heads", "head_size", "mlp_width")
+    model = T5Config(**dict(zip(names, sizes, strict=False)), relative_position_buckets=sizes[-1], tied_embeddings=tied)
+    assert read_config(through_json(write_config(model)), "config.json") == model
+    # mT5 has an output embedding of its own.
+    family = write_config(model, {"model_type": "mt5"})["model_type"]
+    assert family == ("t5" if tied else "mt5")
+
+
+LEAST = {
+    "vocab_size": 100,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 6,
+    "intermediate_size": 48,
+}
+# What transformers takes where a field is absent: head size, key heads, tied, window, every, base, local base, caps.
+DEFAULTS = {
+    "llama": (6, 4, False, None, 1, 1e4, None, None, None),
+    "qwen2": (6, 4, False, None, 1, 1e4, None, None, None),
+    "qwen3": (128, 4, False, None, 1, 1e4, None, None, None),
+    "gemma": (256, 4, True, None, 1, 1e4, None, None, None),
+    "gemma2": (256, 4, True, 4096, 2, 1e4, None, 30.0, 50.0),
+    "gemma3_text": (256, 4, True, 4096, 6, 1e6, 1e4, None, None),
+}
+FIELDS = (
+    "head_size", "kv_heads", "tied_embeddings", "window", "full_attention_every", "rope_base", "rope_local_base",
+    "logits_soft_cap", "attention_soft_cap",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_absent_is_what_transformers_takes(family):
+    model = read_config(LEAST | {"model_type": family}, "config.json")
+    assert tuple(getattr(model, field) for field in FIELDS) == DEFAULTS[family]
+    assert (model.vocabulary_size, model.width, model.layers, model.heads, model.mlp_width) == (100, 24, 6, 4, 48)
+    assert model.norm_epsilon == 1e-6 and model.query_pre_attention_scalar is None
+    # Null is absent where there is a default.
+    nulls = dict.fromkeys(("num_key_value_heads", "rope_scaling", "layer_types", "rope_parameters"))
+    assert read_config(LEAST | nulls | {"model_type": family}, "config.json") == model
+    # But for the size of a head, which then is a part of the width.
+    assert read_config(LEAST | {"head_dim": None, "model_type": family}, "config.json").head_size == 24 // 4
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_a_size_that_is_absent_or_of_another_type_is_named(name):
+    values = LEAST | {"model_type": "llama"}
+    with pytest.raises(UserError, match=f"^path has no field {name}: it is no complete config of its model_type$"):
+        read_config({key: value for key, value in values.items() if key != name}, "path")
+    for wrong in (None, "8", 8.0, True, [8]):
+        with pytest.raises(UserError, match=rf"^path: {name} is .*: it must be of type int$"):
+            read_config(values | {name: wrong}, "path")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6': it must be of type float"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1: it must be of type bool"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear': it must be of type dict"),
+        ({"rope_scaling": {"type": "linear", "factor": None}}, "rope_scaling.factor is None: it must be of type float"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters.rope_theta is '1e4': it must be of type float"),
+    ],
+)
+def test_a_field_of_another_type_is_named_with_its_path(change, message):
+    with pytest.raises(UserError, match=f"^path: {message}$"):
+        read_config(LEAST | {"model_type": "llama"} | change, "path")
+
+
+@pytest.mark.parametrize(
+    ("family", "tie", "scale", "tied"),
+    [
+        # In version 4 of transformers "tied" says both; version 5 ties all, and says apart whether logits are scaled.
+        ("t5", None, None, True),
+        ("t5", True, None, True),
+        ("t5", False, None, False),
+        ("t5", True, True, True),
+        ("t5", True, False, False),
+        ("mt5", None, None, False),
+        ("mt5", False, None, False),
+        ("mt5", True, None, False),
+        ("mt5", True, True, False),
+    ],
+)
+def test_whether_a_t5_is_tied(family, tie, scale, tied):
+    values = {
+        "model_type": family,
+        "vocab_size": 9,
+        "d_model": 8,
+        "num_layers": 2,
+        "num_heads": 2,
+        "d_kv": 4,
+        "d_ff": 6,
+    }
+    values |= {"feed_forward_proj": "gated-gelu", "num_decoder_layers": None}
+    values |= {} if tie is None else {"tie_word_embeddings": tie}
+    values |= {} if scale is None else {"scale_decoder_outputs": scale}
+    model = read_config(values, "config.json")
+    assert model.tied_embeddings == tied and (model.encoder_layers, model.decoder_layers) == (2, 2)
+    assert (model.relative_position_buckets, model.relative_position_max_distance) == (32, 128)
+    with pytest.raises(UserError, match="decoder_start_token_id is 1, which is not supported: it must be 0 or None"):
+        read_config(values | {"decoder_start_token_id": 1}, "config.json")
+
+
+def test_the_first_version_of_t5_has_another_mlp():
+    values = {"vocab_size": 9, "d_model": 8, "num_layers": 2, "num_heads": 2, "d_kv": 4, "d_ff": 6}
+    with pytest.raises(UserError, match=r"feed_forward_proj is 'relu', .*: it must be 'gated-gelu'"):
+        read_config(values | {"model_type": "t5"}, "config.json")
+    assert read_config(values | {"model_type": "mt5"}, "config.json").mlp_width == 6
+
+
+S, F = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"layer_types": [S, S, F, S, S, F]}, (4096, 3)),
+        ({"layer_types": [S, S, S, S, S, F]}, (4096, 6)),
+        # No layer without a window is one beyond the last; none with one is no window.
+        ({"layer_types": [S] * 6}, (4096, 7)),
+        ({"layer_types": [F] * 6}, (None, 1)),
+        ({"layer_types": [S, S, S, S, F, S]}, (4096, 5)),
+        ({"sliding_window_pattern": 3, "sliding_window": 8}, (8, 3)),
+        ({"sliding_window": None}, (None, 1)),
+        # What lists the layers counts, whatever the pattern.
+        ({"sliding_window_pattern": 3, "layer_types": [S, F] * 3}, (4096, 2)),
+        ({"layer_types": [F, S, F, S, F, S]}, None),
+        ({"layer_types": [S, F, F, S, F, F]}, None),
+        ({"layer_types": [S, F]}, None),
+        ({"layer_types": [S, S, "chunked_attention", S, S, F]}, None),
+    ],
+)
+def test_which_layers_have_a_window(change, found):
+    values = LEAST | {"model_type": "gemma2"} | change
+    if found is None:
+        with pytest.raises(UserError, match=r"layer_types is \[.*\], which is not supported: of 6 layers every n-th"):
+            read_config(values, "config.json")
+        return
+    model = read_config(values, "config.json")
+    assert (model.window, model.full_attention_every) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        # Qwen's first layers have no window: up to max_window_layers.
+        ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}, (None, 1)),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, (8, 7)),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 6}, (None, 1)),
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, (None, 1)),
+    ],
+)
+def test_windows_of_qwen(change, found):
+    for family in ("qwen2", "qwen3"):
+        model = read_config(LEAST | {"model_type": family} | change, "config.json")
+        assert (model.window, model.full_attention_every) == found
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        # Of version 4 of transformers, and of version 5.
+        ({"rope_theta": 7.0}, {"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        ),
+        (
+            {"rope_theta": 7, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 7, **LLAMA3}},
+        ),
+        # The first of a field's two names counts.
+        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, {}),
+        ({"partial_rotary_factor": None}, {"rope_scaling": {"type": "default", "partial_rotary_factor": 1.0}}),
+    ],
+)
+def test_rotary_positions_in_two_notations(first, second):
+    one, other = (read_config(LEAST | {"model_type": "llama"} | values, "path") for values in (first, second))
+    assert one == other
+
+
+def test_the_length_of_llama_3s_scaling_is_the_longest_text_where_it_is_not_said():
+    scaling = {"rope_type": "llama3", **LLAMA3}
+    del scaling["original_max_position_embeddings"]
+    values = LEAST | {"model_type": "llama", "rope_scaling": scaling}
+    assert read_config(values | {"max_position_embeddings": 99}, "path").rope_original_length == 99
+    with pytest.raises(UserError, match=r"^path has no field rope_scaling\.original_max_position_embeddings: "):
+        read_config(values, "path")
+
+
+def test_bases_of_gemma_3_in_two_notations():
+    values = LEAST | {"model_type": "gemma3_text"}
+    nested = {
+        "full_attention": {"rope_theta": 9.0, "rope_type": "linear", "factor": 4.0},
+        "sliding_attention": {"rope_theta": 5},
+    }
+    model = read_config(values | {"rope_parameters": nested}, "path")
+    assert (model.rope_base, model.rope_local_base, model.rope_scaling_factor) == (9.0, 5.0, 4.0)
+    flat = {"rope_theta": 9, "rope_local_base_freq": 5.0, "rope_scaling": {"rope_type": "linear", "factor": 4}}
+    assert read_config(values | flat, "path") == model
+    nested["sliding_attention"]["rope_type"] = "linear"
+    with pytest.raises(UserError, match=r"rope_parameters\.sliding_attention\.rope_type is 'linear', which is not"):
+        read_config(values | {"rope_parameters": nested}, "path")
+
+
+def test_local_layers_that_are_scaled_too_are_in_no_family():
+    gemma3 = DecoderConfig(
+        **FAMILIES["gemma3_text"].model,
+        layers=4,
+        window=8,
+        full_attention_every=2,
+        rope_base=100.0,
+        rope_local_base=10.0,
+    )
+    assert write_config(gemma3)["rope_local_base_freq"] == 10.0
+    # Without a scaling the same base is no base of its own; with one the local layers would have it too.
+    same = dataclasses.replace(gemma3, rope_local_base=None)
+    assert read_config(write_config(same), "path") == same
+    scaled = dataclasses.replace(same, rope_scaling="linear", rope_scaling_factor=4.0)
+    with pytest.raises(
+        UserError, match=r"gemma3_text is the nearest and differs in rope_local_base \(None here, 100.0"
+    ):
+        write_config(scaled, {"model_type": "gemma3_text"})
+
+
+def test_what_is_kept_of_the_config_that_a_policy_came_with():
+    like = LEAST | {
+        "model_type": "qwen2",
+        "eos_token_id": 7,
+        "dtype": "bfloat16",
+        "rope_parameters": {"rope_theta": 3.0},
+    }
+    model = read_config(like, "path")
+    kept = write_config(model, like)
+    assert kept["eos_token_id"] == 7 and kept["rope_theta"] == 3.0
+    assert not {"dtype", "rope_parameters"} & kept.keys()
+    # What comes from the policy counts.
+    wider = write_config(dataclasses.replace(model, mlp_width=49), like)
+    assert (wider["intermediate_size"], wider["eos_token_id"]) == (49, 7)
+    # Where it has become a policy of another family, nothing is.
+    other = write_config(dataclasses.replace(model, query_key_value_bias=False), like)
+    assert other["model_type"] != "qwen2" and "eos_token_id" not in other
+
+
+def test_tensors_that_may_be_there_twice():
+    embedding = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
+    assert copies_of(T5Config()) == embedding
+    assert copies_of(T5Config(tied_embeddings=True)) == embedding | {"lm_head.weight": "shared.weight"}
+    assert copies_of(DecoderConfig()) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert copies_of(DecoderConfig(tied_embeddings=False)) == {}

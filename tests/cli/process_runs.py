@@ -1,0 +1,55 @@
+"""Commands of several processes on this machine, as of a pod in miniature: eight devices together."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+# Commands one after the other; the first joins the processes, which stay together.
+COMMANDS = """
+import json, sys
+from alignment_gap.cli.main import main
+shared = sys.argv[2:]
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["alignment-gap", *words, *shared]
+    shared = []
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
+
+
+def run_processes(folder, *commands):
+    """Exit statuses and outputs of one process for each list of commands, started in `folder`."""
+    count = len(commands)
+    devices = f"--xla_force_host_platform_device_count={8 // count} --xla_backend_optimization_level=0"
+    root = str(pathlib.Path(__file__).parents[2])
+    environment = os.environ | {"XLA_FLAGS": devices, "PYTHONPATH": root}
+    flags = ["--compilation_cache=", f"--coordinator=127.0.0.1:{_free_port()}", f"--processes={count}"]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMMANDS, json.dumps(words), *flags, f"--process={number}"],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, words in enumerate(commands)
+    ]
+    try:
+        outputs = [process.communicate(timeout=400) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], outputs
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

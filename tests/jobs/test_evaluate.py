@@ -1,0 +1,184 @@
+"""Evaluation of a run: each outcome from the responses that are stored with it, means with intervals, resumption."""
+
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+from job_runs import Bar, Stopped, metrics, run_job
+
+from alignment_gap.data.records import open_dataset
+from alignment_gap.data.tasks.rubric import rubric_of
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.compose import COMPOSE, ComposeConfig
+from alignment_gap.jobs.config import LossConfig
+from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig, load_outcomes, results_text
+from alignment_gap.jobs.folder import make
+from alignment_gap.jobs.generate import GENERATE, GenerateConfig
+from alignment_gap.sampling import SamplerConfig
+
+
+@pytest.fixture(scope="module")
+def run(sft, sft_config, tmp_path_factory):
+    """An IPO run with checkpoints 2, 4 and 6."""
+    config = dataclasses.replace(sft_config, loss=LossConfig("ipo", {"beta": 0.1}), start=str(sft), seed=4)
+    return run_job(config, tmp_path_factory.mktemp("evaluate") / "ipo")
+
+
+@pytest.fixture(scope="module")
+def answers(pairs, sft, tmp_path_factory):
+    """A dataset of one response of the supervised policy to each of the first prompts."""
+    folder = tmp_path_factory.mktemp("evaluate") / "answers"
+    sampler = SamplerConfig(temperature=0.7)
+    config = GenerateConfig(str(pairs), (str(sft),), samples=1, limit=24, sampler=sampler, response_length=6)
+    make(GENERATE, dataclasses.replace(config, batch_size=8), folder, Bar())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(run, pairs, judge, reward_model, answers, sft):
+    return EvaluateConfig(
+        run=str(run),
+        dataset=str(pairs),
+        judges=(f"proxy={judge}", f"rewards={reward_model}", "rubric"),
+        opponents=(f"recorded={answers}", f"start={sft}"),
+        prompts=24,
+        kl_prompts=8,
+        pairs=16,
+        response_length=6,
+        batch_size=8,
+    )
+
+
+def evaluated(config, folder, bar=None):
+    make(EVALUATE, config, folder, bar or Bar())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluation(config, tmp_path_factory):
+    return evaluated(config, tmp_path_factory.mktemp("evaluate") / "out")
+
+
+def stored(folder, step):
+    with np.load(folder / f"{step}.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def test_the_rubric_s_outcomes_are_those_of_the_stored_responses(evaluation, answers, pairs):
+    found, rubric = stored(evaluation, 4), rubric_of(open_dataset(pairs))
+    prompts = [example.prompt for example in open_dataset(pairs)[:24]]
+    ours = [row[:length] for row, length in zip(found["responses"], found["lengths"], strict=True)]
+    theirs = [example.responses[0] for example in open_dataset(answers)]
+    mine, others = rubric(prompts, ours), rubric(prompts, theirs)
+    np.testing.assert_allclose(found["reward.rubric"], mine, rtol=1e-6)
+    np.testing.assert_array_equal(found["win_rate.rubric.recorded"], (np.sign(mine - others) + 1) / 2)
+    np.testing.assert_array_equal(found["length"], found["lengths"])
+
+
+def test_every_judge_meets_every_opponent_and_every_checkpoint_is_measured(evaluation):
+    pairs = {f"win_rate.{judge}.{other}" for judge in ("proxy", "rewards", "rubric") for other in ("recorded", "start")}
+    other = {"reward.rubric", "reward.rewards", "length", "kl", "accuracy", "chosen_log_ratio", "rejected_log_ratio"}
+    for step in (2, 4, 6):
+        outcomes = load_outcomes(evaluation / f"{step}.npz")
+        assert outcomes.keys() == pairs | other
+        assert {len(outcomes[name]) for name in pairs} == {24} and len(outcomes["kl"]) == 8
+        assert len(outcomes["accuracy"]) == 16
+        assert {value for name in pairs for value in outcomes[name]} <= {0.0, 0.5, 1.0}
+
+
+def test_the_policy_leaves_its_reference(evaluation, run):
+    kl = [load_outcomes(evaluation / f"{step}.npz")["kl"].mean() for step in (2, 4, 6)]
+    assert 0 < kl[0] < kl[1] < kl[2]
+    assert metrics(run)[-1]["loss"] < metrics(run)[0]["loss"]
+
+
+def test_a_policy_has_no_distance_from_itself(config, sft, tmp_path):
+    settings = {"judges": (), "opponents": (), "reference": str(sft), "steps": (6,)}
+    folder = evaluated(dataclasses.replace(config, run=str(sft), **settings), tmp_path / "own")
+    outcomes = load_outcomes(folder / "6.npz")
+    assert outcomes.keys() == {"length", "kl", "accuracy", "chosen_log_ratio", "rejected_log_ratio"}
+    np.testing.assert_allclose(outcomes["kl"], 0, atol=1e-6)
+    assert set(outcomes["accuracy"]) == {0.5} and set(outcomes["chosen_log_ratio"]) == {0.0}
+
+
+def test_the_table_has_means_with_intervals_that_hold_them(evaluation):
+    with (evaluation / "results.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    for row in rows:
+        for name, values in load_outcomes(evaluation / f"{row['step']}.npz").items():
+            assert float(row[name]) == pytest.approx(values.mean())
+            assert float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"])
+    text = results_text(evaluation)
+    assert text.splitlines()[0].split() == ["mean", "(95", "%", "interval)", "step", "2", "step", "4", "step", "6"]
+    assert any(line.startswith("win_rate.rubric.start") for line in text.splitlines())
+    assert (evaluation / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_killed_after_a_checkpoint_it_goes_on_and_ends_the_same(config, evaluation, tmp_path):
+    """In batches of another size, whose rounding alone differs."""
+    with pytest.raises(Stopped):
+        evaluated(config, tmp_path / "out", Bar(stop_at=1))
+    first = (tmp_path / "out" / "2.npz").stat().st_mtime_ns
+    (tmp_path / "out" / "4.npz").write_bytes(b"half a fi")
+    evaluated(config, tmp_path / "out")
+    assert (tmp_path / "out" / "2.npz").stat().st_mtime_ns == first
+    assert (tmp_path / "out" / "results.csv").read_bytes() == (evaluation / "results.csv").read_bytes()
+    other = evaluated(dataclasses.replace(config, batch_size=16, steps=(4,)), tmp_path / "other")
+    ours, theirs = stored(other, 4), stored(evaluation, 4)
+    np.testing.assert_array_equal(ours["responses"], theirs["responses"])
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_a_preference_model_is_compared_with_labels_and_with_judges(judge, pairs, tmp_path):
+    config = EvaluateConfig(str(judge), dataset=str(pairs), judges=("rubric",), pairs=16, batch_size=8)
+    outcomes = load_outcomes(evaluated(config, tmp_path / "out") / "4.npz")
+    assert outcomes.keys() == {"accuracy", "agreement.rubric"}
+    assert {len(values) for values in outcomes.values()} == {16}
+    alone = dataclasses.replace(config, judges=(f"self={judge}",))
+    agreement = load_outcomes(evaluated(alone, tmp_path / "self") / "4.npz")["agreement.self"]
+    # With itself, whose probabilities are no ties.
+    np.testing.assert_allclose(agreement, 1, atol=1e-6)
+
+
+def test_a_judge_by_name(config, tmp_path):
+    changes = {"judges": ("short=judge_functions:brevity",), "opponents": (), "steps": (2,)}
+    outcomes = load_outcomes(evaluated(dataclasses.replace(config, **changes), tmp_path / "out") / "2.npz")
+    words = stored(tmp_path / "out", 2)["lengths"] - 1
+    assert outcomes["reward.short"].max() <= 0
+    assert np.corrcoef(outcomes["reward.short"], words)[0, 1] < -0.9
+
+
+BAD = {
+    "no run": ({"run": None}, "run is not set"),
+    "missing run": ({"run": "nowhere"}, "nowhere has no complete checkpoint"),
+    "no step": ({"steps": (3,)}, "3"),
+    "no dataset": ({"dataset": None}, "dataset is not set"),
+    "judge": ({"judges": ("nowhere",)}, "nowhere"),
+    "a name twice": ({"judges": ("a=rubric", "a=runs/b")}, "judges has a name twice among a, a"),
+    "opponent": ({"opponents": ("nowhere",)}, "nowhere has no complete checkpoint"),
+    "prompts": ({"prompts": 0}, "prompts is 0"),
+    "kl": ({"kl_prompts": 30}, "kl_prompts is 30, over prompts=24"),
+    "batch": ({"batch_size": 9}, "batch_size is 9"),
+    "reference": ({"run": "SFT"}, "was trained without a reference: set reference"),
+    "answers": ({"prompts": 48}, "answers 24 of the 48 prompts"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_used_is_told_before_anything_is_written(name, config, sft, tmp_path):
+    changes, message = BAD[name]
+    changes = {key: str(sft) if value == "SFT" else value for key, value in changes.items()}
+    with pytest.raises(UserError, match=message) as error:
+        evaluated(dataclasses.replace(config, **changes), tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_prompts_come_once(config, pairs, tmp_path):
+    """Of a dataset with every pair twice."""
+    make(COMPOSE, ComposeConfig((str(pairs), str(pairs)), order="recorded"), tmp_path / "twice", Bar())
+    changes = {"dataset": str(tmp_path / "twice"), "judges": (), "opponents": (), "steps": (2,), "prompts": 512}
+    folder = evaluated(dataclasses.replace(config, **changes), tmp_path / "out")
+    assert len(stored(folder, 2)["lengths"]) == 48

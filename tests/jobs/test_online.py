@@ -1,0 +1,297 @@
+"""Online jobs: every kind of source, every loss, resumed and replayed bit for bit."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from job_runs import arrays, assert_equal_checkpoints, assert_equal_runs, metrics, run_and_stop, run_job
+
+from alignment_gap import losses
+from alignment_gap.data.records import open_dataset
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
+from alignment_gap.jobs.train import TRAIN
+from alignment_gap.judges import JudgeConfig
+from alignment_gap.training import OptimizerConfig
+
+IPO = LossConfig("ipo", {"beta": 0.1})
+
+
+@pytest.fixture(scope="module")
+def prompts(pairs):
+    return DatasetConfig(str(pairs), batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def online(sft, judge, prompts):
+    """Online IPO against the judge."""
+    return JobConfig(
+        loss=IPO,
+        source=OnlineConfig(prompts, judge=JudgeConfig(str(judge))),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        start=str(sft),
+        steps=6,
+        checkpoint_every=2,
+        log_every=1,
+        seed=5,
+    )
+
+
+def changed(config, **settings):
+    """The job with other settings of its online source."""
+    return dataclasses.replace(config, source=dataclasses.replace(config.source, **settings))
+
+
+def replay(config, folder, batch_size=8):
+    """The job on the recorded stream of a run, in order."""
+    source = DatasetConfig(str(folder / "record"), batch_size=batch_size, order="recorded")
+    return dataclasses.replace(config, source=source)
+
+
+@pytest.fixture(scope="module")
+def run(online, tmp_path_factory):
+    return run_job(online, tmp_path_factory.mktemp("online") / "run")
+
+
+def test_it_samples_its_own_policy_and_is_labelled_by_the_judge(run, online):
+    record = open_dataset(run / "record")
+    assert len(record) == 48 and set(record.card.fields) > {"sampler_log_probs", "reference_log_probs"}
+    assert {tuple(example.scores.tolist()) for example in record} <= {(0.0, 1.0), (1.0, 0.0), (0.5, 0.5)}
+    made = record.card.provenance
+    assert made["made_by"] == "online" and made["judge"] == online.source.judge.judge and made["inputs"]
+    # At the start the policy is the reference: the sampler's log-probs are the reference's.
+    first = record[0]
+    for sampled, reference in zip(first.sampler_log_probs, first.reference_log_probs, strict=True):
+        np.testing.assert_allclose(sampled, reference, atol=1e-4)
+    last = record[-1]
+    assert (
+        max(np.abs(a - b).max() for a, b in zip(last.sampler_log_probs, last.reference_log_probs, strict=True)) > 0.01
+    )
+
+
+def test_a_replay_of_the_record_is_the_run_bit_for_bit(run, online, tmp_path):
+    replayed = run_job(replay(online, run), tmp_path)
+    assert metrics(replayed) == metrics(run)
+    assert_equal_checkpoints(replayed, run)
+
+
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_killed_it_goes_on_with_the_same_bits(after, run, online, tmp_path):
+    run_and_stop(online, tmp_path, after)
+    assert_equal_runs(run_job(online, tmp_path), run)
+    same_record(tmp_path, run)
+
+
+def test_other_checkpoints_when_it_goes_on_lose_no_batch_of_the_record(run, online, tmp_path):
+    """It was stopped after a chunk of the record was written, which the checkpoints of now do not know."""
+    run_and_stop(dataclasses.replace(online, checkpoint_every=3), tmp_path, after=5)
+    run_job(online, tmp_path)
+    same_record(tmp_path, run)
+    # A longer run goes on with the record, too.
+    longer = run_job(dataclasses.replace(online, steps=8), tmp_path)
+    assert len(open_dataset(longer / "record")) == 64
+
+
+def same_record(first, second):
+    ours, theirs = open_dataset(first / "record"), open_dataset(second / "record")
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(np.concatenate(a.responses), np.concatenate(b.responses))
+        np.testing.assert_array_equal(np.concatenate(a.sampler_log_probs), np.concatenate(b.sampler_log_probs))
+        np.testing.assert_array_equal(a.scores, b.scores)
+
+
+def test_no_record_where_none_is_asked_for(run, online, tmp_path):
+    config = changed(dataclasses.replace(online, steps=1), record=False)
+    assert not (run_job(config, tmp_path) / "record").exists()
+
+
+@pytest.fixture(scope="module")
+def semi_online(online, tmp_path_factory):
+    return run_job(changed(online, refresh_every=3), tmp_path_factory.mktemp("semi") / "run")
+
+
+def test_a_sampler_that_lags_draws_from_the_policy_of_the_last_refresh(run, semi_online):
+    """Up to the first update it is the online run; then the samples of steps 0 to 2 come from the start."""
+    ours, online = open_dataset(semi_online / "record"), open_dataset(run / "record")
+    drawn = [np.concatenate([np.concatenate(e.responses) for e in each[:8]]) for each in (ours, online)]
+    np.testing.assert_array_equal(*drawn)
+    gap = [
+        max(
+            np.abs(a - b).max()
+            for e in ours[8 * step : 8 * step + 8]
+            for a, b in zip(e.sampler_log_probs, e.reference_log_probs, strict=True)
+        )
+        for step in range(6)
+    ]
+    assert max(gap[:3]) < 1e-4 and min(gap[3:]) > 1e-3
+
+
+def test_a_sampler_that_lags_goes_on_bit_for_bit_between_two_refreshes(online, semi_online, tmp_path):
+    config = changed(online, refresh_every=3)
+    run_and_stop(config, tmp_path, after=5)
+    assert any(name.startswith("copies.sampler") for name in arrays(tmp_path))
+    assert_equal_runs(run_job(config, tmp_path), semi_online)
+
+
+def test_a_sampler_that_never_refreshes_stays_at_the_start(online, tmp_path):
+    folder = run_job(changed(online, refresh_every=0), tmp_path)
+    for example in open_dataset(folder / "record"):
+        for sampled, reference in zip(example.sampler_log_probs, example.reference_log_probs, strict=True):
+            np.testing.assert_allclose(sampled, reference, atol=1e-4)
+    assert not any(name.startswith("copies") for name in arrays(folder))
+
+
+def test_the_best_and_the_worst_of_four(online, tmp_path):
+    """Both are labelled by their shares of wins among the four, which are compared."""
+    config = changed(dataclasses.replace(online, steps=2), samples=4, keep="best_and_worst")
+    record = open_dataset(run_job(config, tmp_path) / "record")
+    assert record.card.responses_per_prompt == 2 and record.card.scores == "rewards"
+    assert all(example.scores[0] >= example.scores[1] for example in record)
+    assert any(example.scores[0] > example.scores[1] for example in record)
+    replayed = run_job(replay(config, tmp_path), tmp_path / "replay")
+    assert_equal_checkpoints(replayed, tmp_path)
+
+
+def test_the_best_of_four_is_trained_on_alone(online, tmp_path):
+    config = changed(dataclasses.replace(online, loss=LossConfig("sft"), steps=2), samples=4, keep="best")
+    record = open_dataset(run_job(config, tmp_path) / "record")
+    assert record.card.responses_per_prompt == 1
+
+
+def test_rewards_of_the_rubric_reach_the_loss(online, tmp_path):
+    """GRPO's loss is zero where all rewards are equal; here they are those of the built-in task."""
+    config = dataclasses.replace(online, loss=LossConfig("grpo", {"beta": 0.0}), steps=2)
+    config = changed(config, samples=4, judge=JudgeConfig("rubric", labels="rewards"))
+    record = open_dataset(run_job(config, tmp_path) / "record")
+    assert record.card.scores == "rewards"
+    assert all(0.0 <= score <= 1.0 for example in record for score in example.scores)
+
+
+def test_a_mixture_is_between_the_policy_and_the_reference(online, reward_model, tmp_path):
+    """With weight 1 the samples are the reference's; labels are probabilities that add up to one."""
+    judge = JudgeConfig(str(reward_model), labels="soft")
+    config = dataclasses.replace(online, loss=LossConfig("ipo_md"), steps=4)
+    record = open_dataset(run_job(changed(config, judge=judge, mixture=1.0), tmp_path) / "record")
+    for example in record:
+        assert example.scores.sum() == pytest.approx(1.0) and 0 < example.scores[0] < 1
+        for sampled, reference in zip(example.sampler_log_probs, example.reference_log_probs, strict=True):
+            np.testing.assert_allclose(sampled, reference, atol=1e-4)
+
+
+def test_nash_md_scores_samples_against_the_mixture(online, judge, tmp_path):
+    config = dataclasses.replace(online, loss=LossConfig("nash_md"), steps=2)
+    config = changed(config, judge=JudgeConfig(str(judge), labels="soft"), mixture=0.125, against="mixture", samples=1)
+    record = open_dataset(run_job(config, tmp_path) / "record")
+    assert record.card.responses_per_prompt == 1
+    scores = [float(example.scores[0]) for example in record]
+    assert all(0 < score < 1 for score in scores) and len(set(scores)) > 4
+
+
+@pytest.fixture(scope="module")
+def hypo(online, pairs, prompts):
+    fresh = OnlineConfig(DatasetConfig(str(pairs), batch_size=16), samples=1)
+    return dataclasses.replace(online, loss=LossConfig("hypo"), source=prompts, fresh=fresh)
+
+
+def test_recorded_pairs_and_fresh_samples_in_one_step(hypo, tmp_path):
+    """The stream of the fresh samples is recorded, and replayed beside the pairs it is the run again."""
+    run = run_job(hypo, tmp_path / "run")
+    record = open_dataset(run / "record")
+    assert len(record) == 6 * 16 and record.card.responses_per_prompt == 1
+    run_and_stop(hypo, tmp_path / "stopped", after=3)
+    assert_equal_runs(run_job(hypo, tmp_path / "stopped"), run)
+    recorded = DatasetConfig(str(run / "record"), batch_size=16, order="recorded")
+    replayed = run_job(dataclasses.replace(hypo, fresh=recorded), tmp_path / "replay")
+    assert_equal_checkpoints(replayed, run)
+
+
+def test_fresh_samples_do_not_stand_beside_packed_rows(hypo, tmp_path):
+    source = dataclasses.replace(hypo.source, packing=2)
+    with pytest.raises(UserError, match="sets fresh samples beside each prompt, and packed rows have empty slots"):
+        run_job(dataclasses.replace(hypo, source=source), tmp_path / "run")
+
+
+def test_a_second_source_in_vain_is_refused(hypo, tmp_path):
+    with pytest.raises(UserError, match="the loss ipo reads no second source"):
+        run_job(dataclasses.replace(hypo, loss=IPO), tmp_path / "run")
+
+
+# What a loss needs beside two samples with hard labels.
+SOURCES = {
+    "nash_md": {"mixture": 0.125, "against": "mixture"},
+    "ipo_md": {"mixture": 0.125},
+    **{name: {"samples": 3} for name in ("grpo", "dapo", "dr_grpo", "rloo", "ppo_clip", "raft", "rebel")},
+}
+
+
+@pytest.mark.parametrize("name", losses.names())
+def test_every_loss_of_the_registry_is_served_by_some_source(name, online, hypo):
+    """The loss is traced on that source's batches as a job opens; its gradient is tested where the objective is."""
+    served = hypo if name == "hypo" else changed(online, **SOURCES.get(name, {}))
+    opened = TRAIN.open(dataclasses.replace(served, loss=LossConfig(name)))
+    assert opened.facts["source.digest"]
+
+
+@pytest.mark.parametrize("name", ["dapo", "dr_grpo", "kto", "raft", "rebel", "reinforce", "rloo"])
+def test_a_loss_trains_on_fresh_samples(name, online, tmp_path):
+    """Those without a test of their own that read more than two log-probs."""
+    config = changed(dataclasses.replace(online, loss=LossConfig(name), steps=1), **SOURCES.get(name, {}))
+    (line,) = metrics(run_job(config, tmp_path))
+    assert np.isfinite(line["loss"]) and line["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "message"),
+    [
+        ("reinforce", {"refresh_every": 2}, "set refresh_every to 1, which is 2"),
+        ("nash_md", {"mixture": 0.5}, "leave mixture=0.5 out, or set against to 'mixture'"),
+        ("ipo", {"keep": "best"}, "the loss needs .*chosen_logps"),
+    ],
+)
+def test_what_a_source_cannot_serve_is_told_before_the_first_step(loss, settings, message, online, tmp_path):
+    config = changed(dataclasses.replace(online, loss=LossConfig(loss)), **settings)
+    with pytest.raises(UserError, match=message):
+        run_job(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_gradient_runs_on_the_record_of_samples(run, online, tmp_path):
+    """With the log-probs that they were drawn with; its width is another where rows are packed."""
+    config = dataclasses.replace(replay(online, run), loss=LossConfig("ppo_clip"), steps=2)
+    assert len(metrics(run_job(config, tmp_path / "ppo"))) == 2
+    packed = dataclasses.replace(config.source, order="shuffle", packing=2)
+    with pytest.raises(UserError, match="dr_grpo divides by the width of a batch's rows"):
+        run_job(dataclasses.replace(config, loss=LossConfig("dr_grpo"), source=packed), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 0}, "samples is 0: it must be at least 1"),
+        ({"samples": 1, "judge": JudgeConfig("rubric")}, "nothing can be compared, draw 2 or more"),
+        ({"keep": "worst"}, "keep is 'worst': choose one of all"),
+        ({"keep": "best"}, "there is no judge"),
+        ({"mixture": 1.5}, "mixture is 1.5: it must be from 0 to 1"),
+        ({"against": "mixture"}, "mixture or judge is not set"),
+        ({"refresh_every": -1}, "refresh_every is -1"),
+        ({"prompts": DatasetConfig(packing=1)}, "prompts.packing is 1"),
+    ],
+)
+def test_bad_settings_of_an_online_source(settings, message):
+    with pytest.raises(UserError, match=message):
+        OnlineConfig(**settings)
+
+
+def test_all_layouts_draw_the_same_and_train_alike(run, online, tmp_path):
+    """The samples of step 0 are the same tokens; losses agree up to the rounding of sums over devices."""
+    assert jax.device_count() == 8
+    first = open_dataset(run / "record")[:8]
+    for layout in ("fsdp", "tensor", "fsdp_tensor", "sequence"):
+        config = dataclasses.replace(online, mesh=dataclasses.replace(online.mesh, layout=layout, model=2), steps=2)
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=2, data=-1))
+        folder = run_job(config, tmp_path / layout)
+        for ours, theirs in zip(open_dataset(folder / "record")[:8], first, strict=True):
+            np.testing.assert_array_equal(np.concatenate(ours.responses), np.concatenate(theirs.responses))
+        np.testing.assert_allclose(metrics(folder)[0]["loss"], metrics(run)[0]["loss"], rtol=1e-4)

@@ -1,0 +1,186 @@
+"""Preparing as a job: a kill, ctrl-c, other settings in the same folder, and what the terminal is told."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from job_runs import Bar
+from word_pairs import LIMITS, tree, words_config, write_pairs
+
+from alignment_gap.data.records import open_dataset
+from alignment_gap.data.tasks.prepare import PrepareConfig
+from alignment_gap.data.text import PostsConfig, TextSourceConfig
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.folder import make
+from alignment_gap.jobs.prepare import PREPARE
+
+
+def prepare(config, output):
+    """Runs the job in this process alone, and gives the cards of its datasets."""
+    make(PREPARE, dataclasses.replace(config, workers=config.workers or 1), output, Bar())
+    return {path.parent.name: open_dataset(path.parent).card for path in output.glob("*/card.json")}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return words_config(tmp_path)
+
+
+def test_nothing_of_an_unfinished_part_is_left_where_other_settings_start_anew(config, tmp_path):
+    output = tmp_path / "out"
+
+    def stop(path, content):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("alignment_gap.data.tasks.prepare.write_json", stop)
+        # Its first part is the third of the other's: it is written, but not known as finished.
+        patch.setattr("alignment_gap.data.tasks.prepare._known", lambda work, part: output / f".parts/{part}")
+        for name in ("0", "1"):
+            (output / ".parts").mkdir(parents=True, exist_ok=True)
+            (output / ".parts" / name).write_text("")
+        prepare(dataclasses.replace(config, records_per_file=10), output)
+    assert (output / "train" / "part-00002.array_record").exists()
+    larger = dataclasses.replace(config, records_per_file=60)
+    prepare(larger, output)
+    prepare(larger, tmp_path / "fresh")
+    assert tree(output) == tree(tmp_path / "fresh")
+
+
+def test_killed_with_signal_9_it_goes_on_from_the_finished_parts(config, tmp_path):
+    config = dataclasses.replace(config, records_per_file=1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    prepare(config, whole)
+    script = f"""
+import sys
+sys.path.insert(0, {str(pathlib.Path(__file__).parents[2])!r})
+from pathlib import Path
+from alignment_gap.data.tasks.prepare import *
+from alignment_gap.data.text import *
+from alignment_gap.jobs.folder import make
+from alignment_gap.jobs.prepare import PREPARE
+if __name__ == "__main__":
+    make(PREPARE, {dataclasses.replace(config, workers=2)!r}, Path({str(killed)!r}))
+"""
+    (tmp_path / "run.py").write_text(script)
+    process = subprocess.Popen([sys.executable, tmp_path / "run.py"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list((killed / ".parts").glob("0*.json"))) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    parts = {path.stem for path in (killed / ".parts").glob("0*.json")}
+    before = {path: path.stat().st_mtime_ns for path in killed.glob("*/*.array_record") if path.stem[-5:] in parts}
+    assert before and len(parts) < 120
+    prepare(config, killed)
+    assert tree(killed) == tree(whole)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.3])
+def test_ctrl_c_while_processes_start_is_one_line(wait, config, tmp_path):
+    """When the first of them has just been made, and when they import."""
+    source, output = pathlib.Path(config.source.location), tmp_path / "out"
+    source.write_text(200 * source.read_text())  # Too many to be done before the interrupt.
+    words = ["data", "prepare", f"--source={source}", f"--vocabulary={config.vocabulary}", f"--output={output}"]
+    # A shell's background jobs, of which this may be one, ignore the signal, and so do their children.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = f"{listen}; from alignment_gap.cli.main import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", run, *words, "--workers=2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=pathlib.Path(__file__).parents[2],
+    )
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 120
+    while not ((output / ".parts").exists() and children.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(wait)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error, error
+    assert error.endswith("interrupted: the same command goes on from here\n")
+
+
+def test_other_settings_are_refused_and_what_was_refused_may_be_dropped(config, tmp_path):
+    lines = pathlib.Path(config.source.location).read_text().splitlines()
+    lines[60] = json.dumps({"prompt": " ".join(["w1"] * 9), "chosen": "w1", "rejected": "w2"})
+    pathlib.Path(config.source.location).write_text("\n".join(lines))
+    strict = dataclasses.replace(config, limits=dataclasses.replace(LIMITS, long_prompts="refuse", prompt_length=8))
+    output = tmp_path / "out"
+    with pytest.raises(
+        UserError, match=r"pairs.jsonl:61: long prompt \(\d+ tokens in the field 'prompt', over prompt_length=8\)"
+    ):
+        prepare(strict, output)
+    mended = dataclasses.replace(strict, limits=dataclasses.replace(strict.limits, long_prompts="drop"))
+    with pytest.raises(UserError, match=r"seed was 0, now 3\): give another folder"):
+        prepare(dataclasses.replace(mended, seed=3), output)
+    assert prepare(mended, output)["train"].provenance["dropped"]["long prompt"] == 1
+    prepare(mended, tmp_path / "fresh")
+    assert tree(output) == tree(tmp_path / "fresh")
+    with pytest.raises(UserError, match=r"source_sha256 was \w+, now \w+"):
+        write_pairs(pathlib.Path(config.source.location), 120, seed=5)
+        prepare(mended, output)
+
+
+def test_where_no_part_is_finished_other_settings_start_anew(config, tmp_path):
+    whole = pathlib.Path(config.source.location).read_text()
+    pathlib.Path(config.source.location).write_text(whole + "{\n")
+    with pytest.raises(UserError, match=r"pairs.jsonl:121: not JSON"):
+        prepare(config, tmp_path / "out")
+    pathlib.Path(config.source.location).write_text(whole)
+    changed = dataclasses.replace(config, records_per_file=50, seed=3)
+    prepare(changed, tmp_path / "out")
+    prepare(changed, tmp_path / "fresh")
+    assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_other_posts_are_refused_in_the_same_folder(tmp_path):
+    posts = PrepareConfig(TextSourceConfig("posts", posts=PostsConfig(pairs=40, validation_pairs=10)))
+    prepare(posts, tmp_path / "out")
+    source = dataclasses.replace(posts.source, posts=PostsConfig(pairs=40, validation_pairs=10, seed=1))
+    with pytest.raises(UserError, match=r"source\.posts\.seed was 0, now 1; source_sha256 was"):
+        prepare(dataclasses.replace(posts, source=source), tmp_path / "out")
+
+
+def test_a_folder_of_something_else_is_refused(config, tmp_path):
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds train or validation of something else"):
+        prepare(config, tmp_path / "out")
+
+
+def test_a_finished_folder_is_looked_through_and_told_in_a_few_lines(config, tmp_path):
+    """A folder whose settings nobody can read is refused, and nothing in it is touched."""
+    output = tmp_path / "out"
+    cards = prepare(config, output)
+    whole = tree(output)
+    dropped = cards["train"].provenance["dropped"]
+    first, lengths, *_, reasons, preview = PREPARE.summary(output).splitlines()
+    assert first == f"{output}/train: {cards['train'].count:,} examples"
+    longest = cards["train"].max_prompt_length
+    assert lengths.startswith("  prompts: median ") and lengths.endswith(f"longest {longest} tokens")
+    assert reasons == f"dropped: {dropped['long prompt']} long prompt, {dropped['long response']} long response"
+    assert preview == f"preview: {output}/preview.txt"
+    part = output / "train" / "part-00001.array_record"
+    part.write_bytes(part.read_bytes()[:50])
+    prepare(config, output)
+    assert tree(output) == whole
+    (output / "job.json").write_text("{")
+    with pytest.raises(UserError, match=r"job\.json is not JSON .*: give another folder, .* or remove it"):
+        prepare(config, output)
+    assert tree(output) == whole
+
+
+def test_prompts_that_were_cut_are_counted_in_the_summary(config, tmp_path):
+    limits = dataclasses.replace(LIMITS, long_prompts="keep_end")
+    about = prepare(dataclasses.replace(config, limits=limits), tmp_path / "out")["train"].provenance
+    assert "long prompt" not in about["dropped"]
+    assert f"cut to their last tokens: {about['cut_prompts']:,} prompts" in PREPARE.summary(tmp_path / "out")

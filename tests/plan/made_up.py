@@ -1,0 +1,65 @@
+"""A compiler that is made up: what it says of a program follows from the program's network and batch alone."""
+
+import dataclasses
+
+from planning import config_of, program_of, replaced
+
+from alignment_gap.jobs.config import OnlineConfig
+from alignment_gap.models import T5Config
+from alignment_gap.plan.chips import GIB, parse_topology
+from alignment_gap.plan.plan import make_plan
+from alignment_gap.plan.programs import Compiled
+
+POLICY = T5Config(vocabulary_size=256, dtype="bfloat16", remat="full")
+JUDGE = dataclasses.replace(POLICY, width=32)
+# GiB of a device's parameters by the width of the network; others have 8.
+PARAMETERS = {32: 0.25, POLICY.width: 1.0}
+V5E = parse_topology("v5e:2x4")
+PAPER = {"prompt": 1024, "response": 128}
+
+
+def compile_(config, program):
+    """State of three times the parameters; 0.1 GiB of temporaries a prompt, half of it for other programs; code.
+
+    Every program moves HBM for a second, and every device computes for half a second. More than 12 GiB of temporaries
+    are refused.
+    """
+    update = program.kind == "update"
+    parameters = int(PARAMETERS.get(program.model.width, 8) * GIB)
+    state = 3 * parameters if update else 0
+    temporaries = int((0.1 if update else 0.05) * GIB * program.batch.batch)
+    flops = int(0.5 * 197e12) * config.topology.devices
+    counted = Compiled(parameters, state, flops, int(0.75 * flops) if update else flops)
+    if temporaries > 12 * GIB:
+        return dataclasses.replace(counted, exceeded=(state or parameters) + temporaries)
+    return dataclasses.replace(
+        counted,
+        arguments=state or parameters,
+        outputs=state,
+        aliased=state,
+        temporaries=temporaries,
+        code=int(0.25 * GIB),
+        traffic=int(819e9),
+    )
+
+
+def update_config(model=POLICY, batch=64, programs=None, **settings):
+    """An offline plan on eight chips."""
+    programs = programs or (program_of("update", model),)
+    programs = [replaced(program, batch=batch, **PAPER) for program in programs]
+    return config_of(*programs, **({"topology": V5E} | settings))
+
+
+def online_config():
+    """An online plan: the reference is called score."""
+    programs = (
+        program_of("update", POLICY),
+        program_of("sample", POLICY),
+        program_of("judge", JUDGE, holds=True),
+        program_of("score", POLICY, holds=True),
+    )
+    return update_config(programs=programs, source=OnlineConfig())
+
+
+def plan_of(config):
+    return make_plan(config, compile_, say=lambda line: None)

@@ -1,0 +1,230 @@
+"""The programs of every kind of job, listed by hand."""
+
+import dataclasses
+
+import pytest
+from planning import DECODER, T5, config_of, facts_of, program_of, write_run
+
+from alignment_gap.checkpoints import Network
+from alignment_gap.data.tasks.prepare import PrepareConfig
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.assembly import BatchShape
+from alignment_gap.jobs.compose import ComposeConfig
+from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
+from alignment_gap.jobs.evaluate import EvaluateConfig
+from alignment_gap.jobs.generate import GenerateConfig
+from alignment_gap.jobs.label import LabelConfig
+from alignment_gap.judges import JudgeConfig
+from alignment_gap.plan.chips import parse_topology
+from alignment_gap.plan.known import MARKERS, Known, Overrides
+from alignment_gap.plan.steps import Program, programs_of
+from alignment_gap.sampling import SamplerConfig
+from alignment_gap.sharding import MeshConfig
+
+# Nothing of these is there: lengths and sizes are the user's.
+KNOWN = Known(given=Overrides(judge="t5_small", prompt_length=40, response_length=20))
+PROMPTS = DatasetConfig("prompts", batch_size=8)
+JUDGE = JudgeConfig("runs/judge")
+
+
+def shape(samples):
+    return BatchShape(8, 40, samples, 20)
+
+
+def planned(config, known=KNOWN):
+    """(name, kind, batch, whether it holds parameters) of every program."""
+    return [(each.name, each.kind, each.batch, each.holds) for each in programs_of(config, known)[1]]
+
+
+def policy_job(**settings):
+    return JobConfig(**({"model": T5, "start": "runs/sft", "source": PROMPTS} | settings))
+
+
+def online_job(loss="ipo", **source):
+    return policy_job(loss=LossConfig(loss), source=OnlineConfig(PROMPTS, judge=JUDGE, **source))
+
+
+def test_supervised_training_is_the_update_alone():
+    job = JobConfig(model=T5, loss=LossConfig("sft"), source=PROMPTS)
+    assert planned(job) == [("update", "update", shape(2), False)]
+
+
+def test_a_preference_model_is_the_update_alone():
+    (update,) = programs_of(policy_job(kind="pairwise"), KNOWN)[1]
+    assert update.kind == "update"
+    assert update.facts.network == Network("pairwise", T5, MARKERS)
+
+
+@pytest.mark.parametrize(("reference_log_probs", "is_scored"), [("auto", True), ("each_step", True), ("stored", False)])
+def test_offline_the_reference_scores_what_is_not_stored(reference_log_probs, is_scored):
+    reference = [("reference", "score", shape(2), True)] if is_scored else []
+    job = policy_job(reference_log_probs=reference_log_probs)
+    assert planned(job) == [("update", "update", shape(2), False), *reference]
+
+
+def test_kto_scores_the_mismatched_responses_too():
+    assert planned(policy_job(loss=LossConfig("kto"))) == [
+        ("update", "update", shape(2), False),
+        ("reference", "score", shape(2), True),
+        ("reference, mismatched", "score", shape(2), False),
+    ]
+    # They are never stored, so that the reference stays in memory.
+    assert planned(policy_job(loss=LossConfig("kto"), reference_log_probs="stored")) == [
+        ("update", "update", shape(2), False),
+        ("reference, mismatched", "score", shape(2), True),
+    ]
+
+
+@pytest.mark.parametrize("refresh_every", [0, 1, 4])
+def test_online_ipo(refresh_every):
+    assert planned(online_job(refresh_every=refresh_every)) == [
+        ("update", "update", shape(2), False),
+        ("sampling", "sample", shape(2), False),
+        ("judge", "judge", shape(2), True),
+        ("reference", "score", shape(2), True),
+    ]
+
+
+def test_the_best_and_the_worst_of_eight():
+    job = online_job(samples=8, keep="best_and_worst")
+    assert planned(job) == [
+        ("update", "update", shape(2), False),
+        ("sampling", "sample", shape(8), False),
+        ("judge", "judge", shape(8), True),
+        ("reference", "score", shape(2), True),
+    ]
+
+
+def test_a_judge_on_the_host_is_no_program():
+    rubric = OnlineConfig(PROMPTS, samples=4, judge=JudgeConfig("rubric", labels="rewards"))
+    job = policy_job(loss=LossConfig("grpo"), source=rubric)
+    assert [name for name, *_ in planned(job)] == ["update", "sampling", "reference"]
+    assert programs_of(job, KNOWN)[1][0].facts.rewards
+
+
+def test_nash_md_asks_for_one_opponent_a_prompt():
+    assert planned(online_job("nash_md", samples=4, against="mixture", mixture=0.5)) == [
+        ("update", "update", shape(4), False),
+        ("sampling", "sample", shape(4), False),
+        ("opponents", "opponents", shape(1), False),
+        ("judge", "judge", shape(2), True),
+        ("reference", "score", shape(4), True),
+    ]
+
+
+def test_a_second_source_is_sampled_and_scored_beside_the_first():
+    fresh = OnlineConfig(dataclasses.replace(PROMPTS, batch_size=4), samples=1)
+    one = BatchShape(4, 40, 1, 20)
+    job = policy_job(loss=LossConfig("hypo"), fresh=fresh)
+    assert planned(job) == [
+        ("update", "update", shape(2), False),
+        ("sampling", "sample", one, False),
+        ("reference", "score", shape(2), True),
+        ("reference, fresh", "score", one, False),
+    ]
+    assert programs_of(job, KNOWN)[1][0].facts.fresh == one
+
+
+def test_the_labels_of_a_job_are_the_judges():
+    job = policy_job(source=OnlineConfig(PROMPTS, judge=JudgeConfig("runs/judge", labels="soft")))
+    assert next(each for each in programs_of(job, KNOWN)[1] if each.kind == "judge").labels == "soft"
+
+
+def test_labelling_is_the_judge_alone():
+    config = LabelConfig("pairs", JUDGE, batch_size=8, mesh=MeshConfig(layout="fsdp"))
+    assert planned(config) == [("judge", "judge", shape(2), True)]
+    assert programs_of(config, KNOWN)[0].mesh == MeshConfig(layout="fsdp")
+
+
+def test_generation_holds_every_policy():
+    known = dataclasses.replace(KNOWN, given=dataclasses.replace(KNOWN.given, model="t5_small"))
+    sampler = SamplerConfig(temperature=0.5)
+    config = GenerateConfig("prompts", ("runs/a", "runs/b"), JUDGE, batch_size=8, sampler=sampler)
+    assert planned(config, known) == [
+        ("sampling 0", "sample", shape(1), True),
+        ("sampling 1", "sample", shape(1), True),
+        ("judge", "judge", shape(2), True),
+    ]
+    job, _ = programs_of(config, known)
+    assert (job.online.sampler, job.online.samples) == (sampler, 1)
+
+
+def test_an_evaluation_samples_diverges_classifies_and_asks_every_judge(tmp_path):
+    run = write_run(tmp_path / "policy", Network(model=DECODER))
+    judges = ("golden=runs/golden", "runs/proxy")
+    config = EvaluateConfig(run, None, "pairs", judges, response_length=20, batch_size=8)
+    assert planned(config) == [
+        ("sampling", "sample", shape(1), True),
+        ("KL", "divergence", shape(1), True),
+        ("classification", "score", shape(2), False),
+        ("judge golden", "judge", shape(2), True),
+        ("judge proxy", "judge", shape(2), True),
+    ]
+
+
+def test_an_evaluated_preference_model_is_a_judge_itself(tmp_path):
+    known = dataclasses.replace(KNOWN, given=dataclasses.replace(KNOWN.given, judge=None))
+    run = write_run(tmp_path / "model", Network("pairwise", DECODER, MARKERS))
+    config = EvaluateConfig(run, None, "pairs", ("rubric",), batch_size=8)
+    assert planned(config, known) == [("judge run", "judge", shape(2), True)]
+
+
+@pytest.mark.parametrize(
+    "config", [PrepareConfig(), ComposeConfig(("pairs",)), LabelConfig("pairs", JudgeConfig("rubric"))]
+)
+def test_a_job_without_a_device_has_nothing_to_plan(config):
+    with pytest.raises(UserError, match="computes on no device"):
+        programs_of(config, KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("job", "says"),
+    [
+        (policy_job(start=None), "the loss ipo needs a reference policy"),
+        (policy_job(loss=LossConfig("grpo")), "the loss grpo is for samples of the policy.*prompts holds none"),
+        (policy_job(loss=LossConfig("hypo")), "set fresh to a second source"),
+        (policy_job(fresh=OnlineConfig(PROMPTS)), "reads no second source"),
+        (online_job("nash_md", refresh_every=4), "refresh_every"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(job, says):
+    with pytest.raises(UserError, match=says):
+        programs_of(job, KNOWN)
+
+
+def test_a_policy_is_no_judge(tmp_path):
+    known = dataclasses.replace(KNOWN, given=dataclasses.replace(KNOWN.given, judge=None))
+    run = write_run(tmp_path / "policy", Network(model=DECODER))
+    with pytest.raises(UserError, match="no preference model"):
+        programs_of(LabelConfig("pairs", JudgeConfig(run)), known)
+
+
+def test_overrides_reach_the_job_and_all_of_its_batches():
+    known = Known(given=dataclasses.replace(KNOWN.given, batch=16, layout="tensor", microbatches=2))
+    job, programs = programs_of(online_job(), known)
+    assert (job.mesh.layout, job.microbatches) == ("tensor", 2)
+    assert {each.batch.batch for each in programs} == {16}
+    job, _ = programs_of(LabelConfig("pairs", JUDGE), known)
+    assert job.mesh.layout == "tensor"
+
+
+def test_a_program_with_another_batch_is_otherwise_the_same():
+    one = BatchShape(4, 24, 1, 16)
+    program = Program("update", "update", facts_of(DECODER, fresh=one))
+    larger = program.with_batch(32)
+    assert (larger.batch.batch, larger.facts.fresh.batch) == (32, 32)
+    assert larger.with_batch(8) == program.with_batch(8)
+    assert larger.with_batch(8).batch == program.batch
+    assert program_of("score").with_batch(32).facts.fresh is None
+
+
+@pytest.mark.parametrize(
+    ("layout", "microbatches", "unit"), [("data", 1, 8), ("fsdp", 4, 32), ("tensor", 1, 1), ("fsdp_tensor", 3, 6)]
+)
+def test_a_batch_is_a_multiple_of_its_parts(layout, microbatches, unit):
+    assert config_of(layout=layout, microbatches=microbatches).batch_unit == unit
+
+
+def test_slices_split_the_batch_too():
+    config = config_of(layout="fsdp", topology=parse_topology("v5e:2x4", 2))
+    assert config.batch_unit == 16

@@ -1,0 +1,355 @@
+"""Where the rules lay parameters, activations and batches: by hand, and by properties of any array."""
+
+import math
+
+import flax.linen as nn
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies
+from jax.sharding import PartitionSpec as P
+from tiny_models import EVEN_CONFIGS, MESHES, SETTINGS
+
+from alignment_gap.losses._token_log_probs import _number_of_blocks
+from alignment_gap.models import make_policy
+from alignment_gap.sharding import (
+    AXES,
+    DECODING,
+    LAYOUTS,
+    SEQUENCE,
+    STANDARD,
+    MeshConfig,
+    batch_sharding,
+    constrain,
+    constrain_like,
+    decoding,
+    make_mesh,
+    partition_spec,
+    replicated,
+    shardings_of,
+    spec_within,
+    unbox,
+    within,
+)
+from alignment_gap.sharding.layout import decoding_sizes
+
+
+def boxed(names, shape):
+    return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "spec"),
+    [
+        (("vocab", "embed"), (16, 8), P("model", "fsdp")),
+        (("layers", "embed", "heads", "kv"), (3, 8, 4, 5), P(None, "fsdp", "model", None)),
+        (("layers", "mlp", "embed"), (3, 6, 8), P(None, "model", "fsdp")),
+        (("heads", "relpos_buckets"), (4, 32), P("model", None)),
+        # 15 rows are not split in two, nor are 7 columns.
+        (("vocab", "embed"), (15, 7), P(None, None)),
+        # A factored moment has lost an axis that its name still has.
+        (("layers", "embed", "mlp"), (3, 8), P()),
+    ],
+)
+def test_axes_follow_their_rules_where_they_divide(names, shape, spec):
+    sharding = shardings_of({"w": boxed(names, shape)}, make_mesh(MESHES["all"]))["w"]
+    assert sharding.spec == spec
+
+
+def test_what_has_no_names_is_replicated():
+    mesh = make_mesh(MESHES["all"])
+    assert shardings_of(jax.ShapeDtypeStruct((8,), jnp.float32), mesh) == replicated(mesh)
+
+
+def test_batches_are_split_over_data_and_fsdp():
+    array = jax.device_put(np.arange(8), batch_sharding(make_mesh(MESHES["all"])))
+    parts = {tuple(shard.data.tolist()) for shard in array.addressable_shards}
+    assert parts == {(0, 1), (2, 3), (4, 5), (6, 7)}
+
+
+def test_unbox_keeps_plain_leaves():
+    tree = unbox({"a": nn.LogicallyPartitioned(1, ("embed",)), "b": 2})
+    assert tree == {"a": 1, "b": 2}
+
+
+SIZES = {"data": 2, "fsdp": 2, "model": 2}
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "rules", "spec"),
+    [
+        # The batch takes fsdp, so an activation's width stays whole.
+        (("batch", None, "length", "embed"), (8, 2, 6, 16), STANDARD, P(("data", "fsdp"), None, None, None)),
+        (("batch", "length", "mlp"), (8, 6, 24), STANDARD, P(("data", "fsdp"), None, "model")),
+        (("batch", "kv_length", "kv_heads", "kv"), (8, 6, 1, 4), STANDARD, P(("data", "fsdp"), None, None, None)),
+        (("batch", "kv_length", "kv_heads", "kv"), (8, 6, 4, 4), STANDARD, P(("data", "fsdp"), None, "model", None)),
+        # Positions are split where nothing else is, and they divide.
+        (("batch", "length", "embed"), (8, 6, 16), SEQUENCE, P(("data", "fsdp"), "model", None)),
+        (("batch", "length", "heads", "kv"), (8, 6, 4, 4), SEQUENCE, P(("data", "fsdp"), None, "model", None)),
+        (("batch", "length", "embed"), (8, 7, 16), SEQUENCE, P(("data", "fsdp"), None, None)),
+        # A rule before another of its name counts; None ends the search; a second one is taken where the first fails.
+        (("mlp", "embed"), (8, 8), (("embed", None), *STANDARD), P("model", None)),
+        (("batch",), (2,), (*STANDARD, ("batch", "data")), P("data")),
+    ],
+)
+def test_rules_by_hand(names, shape, rules, spec):
+    assert partition_spec(names, shape, SIZES, rules) == spec
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((1, 256, 1), (1, 16, 16, 1)),
+        ((1, 64, 4), (1, 16, 4, 4)),
+        ((2, 8, 1), (2, 2, 4, 1)),
+        ((1, 6, 1), (1, 2, 3, 1)),
+        ((1, 32, 4), (1, 8, 4, 4)),
+        # A prime is all columns, and what model outweighs is not split.
+        ((1, 7, 1), (1, 1, 7, 1)),
+        ((1, 2, 2), (1, 2, 1, 2)),
+        ((8, 1, 1), (8, 1, 1, 1)),
+        ((1, 1, 8), (1, 1, 1, 8)),
+    ],
+)
+def test_decoding_splits_fsdp_in_two(sizes, expected):
+    found = decoding_sizes(dict(zip(("data", "fsdp", "model"), sizes, strict=True)))
+    assert found == dict(zip(("data", "fsdp", "columns", "model"), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "spec"),
+    [
+        # Weights are split along both axes; a single head, which is not split, along one.
+        (("layers", "embed", "heads", "kv"), (3, 16, 8, 4), P(None, "fsdp", ("columns", "model"), None)),
+        (("layers", "mlp", "embed"), (3, 24, 16), P(None, ("columns", "model"), "fsdp")),
+        (("embed", "kv_heads", "kv"), (16, 1, 4), P("fsdp", None, None)),
+        (("embed", "heads", "kv"), (16, 6, 4), P("fsdp", "model", None)),
+        # The stream is split by width as their rows are, what they give as their columns are.
+        (("batch", None, "length", "embed"), (16, 2, 1, 16), P("data", None, None, "fsdp")),
+        (("batch", None, None, "mlp"), (16, 2, 1, 24), P(("data", "fsdp"), None, None, ("columns", "model"))),
+        # The cache lies as batch_sharding does on the whole mesh.
+        (
+            ("layers", "cache_batch", None, "kv_heads", "kv_length", "kv"),
+            (3, 16, 2, 8, 6, 4),
+            P(None, ("data", "fsdp", "columns"), None, "model", None, None),
+        ),
+    ],
+)
+def test_rules_of_decoding_by_hand(names, shape, spec):
+    assert partition_spec(names, shape, {"data": 2, "fsdp": 4, "columns": 2, "model": 2}, DECODING) == spec
+
+
+def test_decoding_leaves_a_batch_where_it_is():
+    mesh = make_mesh(MESHES["fsdp"])
+    x, whole = jnp.ones((8, 8)), replicated(mesh)
+
+    def lay_out(x, y):
+        with decoding():
+            return constrain(2 * x, "cache_batch", None), constrain(2 * y, None, "embed")
+
+    batch, stream = jax.jit(within(mesh, lay_out))(jax.device_put(x, batch_sharding(mesh)), jax.device_put(x, whole))
+    assert batch.sharding.is_equivalent_to(batch_sharding(mesh), 2)
+    assert stream.sharding.shard_shape((8, 8)) == (8, 4)
+    with decoding():
+        assert constrain(x, "cache_batch", None) is x
+
+
+def test_rules_of_a_config_precede_its_layouts():
+    mesh = make_mesh(MeshConfig(2, 2, 2, rules={"embed": None, "kv": ["model"]}))
+    assert shardings_of(boxed(("embed", "kv"), (8, 4)), mesh).spec == P(None, ("model",))
+
+
+def test_constrain_lays_out_within_a_mesh_and_nowhere_else():
+    mesh = make_mesh(MESHES["all"])
+    x = jax.device_put(np.ones((8, 6, 16)), replicated(mesh))
+
+    def lay_out(x):
+        return constrain(2 * x, "batch", "length", "embed")
+
+    inside, outside = jax.jit(within(mesh, lay_out))(x), jax.jit(lay_out)(x)
+    assert inside.sharding.is_equivalent_to(batch_sharding(mesh), 3)
+    assert outside.sharding.is_fully_replicated
+    with pytest.raises(ValueError, match="1 names"):
+        jax.jit(within(mesh, lambda x: constrain(x, "batch")))(x)
+
+
+def test_blocks_of_logits_are_counted_over_the_mesh():
+    """2^16 tokens and 2^12 ids are 1 GiB of logits: 16 blocks of 64 MiB, or two of eight devices."""
+    assert _number_of_blocks(2**16, 2**12, None) == 16
+    assert within(make_mesh(MESHES["all"]), lambda: _number_of_blocks(2**16, 2**12, None))() == 2
+
+
+# The mesh axes of every parameter on the mesh (data=2, fsdp=2, model=2), by hand: a matrix's rows or columns of the
+# stream's width are split over fsdp, its heads, hidden units or tokens over model.
+ATTENTION = {
+    "query.kernel": (None, "fsdp", "model", None),
+    "key.kernel": (None, "fsdp", "model", None),
+    "value.kernel": (None, "fsdp", "model", None),
+    "out.kernel": (None, "model", None, "fsdp"),
+}
+MLP = {
+    "wi_0.kernel": (None, "fsdp", "model"),
+    "wi_1.kernel": (None, "fsdp", "model"),
+    "wo.kernel": (None, "model", "fsdp"),
+}
+
+
+def under(prefix, table):
+    return {f"{prefix}.{name}": axes for name, axes in table.items()}
+
+
+SPECS = {
+    "t5": {
+        "token_embedder.embedding": ("model", "fsdp"),
+        "output_embedder.embedding": ("model", "fsdp"),
+        "encoder.encoder_norm.scale": ("fsdp",),
+        "decoder.decoder_norm.scale": ("fsdp",),
+        # A learned bias for each head and bucket.
+        "encoder.relpos_bias.rel_embedding": ("model", None),
+        "decoder.relpos_bias.rel_embedding": ("model", None),
+        **under("encoder.layers.attention", ATTENTION),
+        **under("encoder.layers.mlp", MLP),
+        "encoder.layers.pre_attention_layer_norm.scale": (None, "fsdp"),
+        "encoder.layers.pre_mlp_layer_norm.scale": (None, "fsdp"),
+        **under("decoder.layers.self_attention", ATTENTION),
+        **under("decoder.layers.encoder_decoder_attention", ATTENTION),
+        **under("decoder.layers.mlp", MLP),
+        "decoder.layers.pre_self_attention_layer_norm.scale": (None, "fsdp"),
+        "decoder.layers.pre_cross_attention_layer_norm.scale": (None, "fsdp"),
+        "decoder.layers.pre_mlp_layer_norm.scale": (None, "fsdp"),
+    },
+    # One key head, which is not split; parallel blocks have one norm.
+    "decoder": {
+        "token_embedder.embedding": ("model", "fsdp"),
+        "decoder.decoder_norm.scale": ("fsdp",),
+        **under(
+            "decoder.layers", ATTENTION | dict.fromkeys(("key.kernel", "value.kernel"), (None, "fsdp", None, None))
+        ),
+        **under("decoder.layers.mlp", MLP),
+        "decoder.layers.pre_layer_norm.scale": (None, "fsdp"),
+    },
+    # Two key heads with biases; 13 tokens and 7 hidden units are odd, so that their axes stay whole.
+    "qwen2": {
+        "token_embedder.embedding": (None, "fsdp"),
+        "decoder.decoder_norm.scale": ("fsdp",),
+        **under("decoder.layers", ATTENTION),
+        **under("decoder.layers", dict.fromkeys(("query.bias", "key.bias", "value.bias"), (None, "model", None))),
+        **under("decoder.layers.mlp", {"wo.kernel": (None, None, "fsdp")}),
+        **under("decoder.layers.mlp", dict.fromkeys(("wi_0.kernel", "wi_1.kernel"), (None, "fsdp", None))),
+        "decoder.layers.pre_attention_layer_norm.scale": (None, "fsdp"),
+        "decoder.layers.pre_mlp_layer_norm.scale": (None, "fsdp"),
+    },
+}
+
+
+def abstract(name):
+    return jax.eval_shape(make_policy({**EVEN_CONFIGS, **SETTINGS}[name]).init, jax.random.key(0))
+
+
+def by_name(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_parameters_lie_as_the_table_says(name):
+    shardings = by_name(shardings_of(abstract(name), make_mesh(MESHES["all"])))
+    assert {parameter: tuple(sharding.spec) for parameter, sharding in shardings.items()} == SPECS[name]
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes", "shards"),
+    [
+        # Of the embedding [16, 16], a query [1, 16, 2, 4], and an MLP's input [1, 16, 24], by hand, on eight devices.
+        ("data", {}, [(16, 16), (1, 16, 2, 4), (1, 16, 24)]),
+        ("fsdp", {}, [(16, 2), (1, 2, 2, 4), (1, 2, 24)]),
+        # Eight does not divide two heads.
+        ("tensor", {}, [(2, 16), (1, 16, 2, 4), (1, 16, 3)]),
+        ("fsdp_tensor", {}, [(4, 8), (1, 8, 2, 4), (1, 8, 6)]),
+        ("sequence", {"model": 2}, [(8, 4), (1, 4, 1, 4), (1, 4, 12)]),
+    ],
+)
+def test_what_a_device_holds_in_every_layout(layout, sizes, shards):
+    tree, mesh = abstract("t5"), make_mesh(MeshConfig(layout=layout, **sizes))
+    shardings, shapes = by_name(shardings_of(tree, mesh)), by_name(unbox(tree))
+    names = ["token_embedder.embedding", "decoder.layers.self_attention.query.kernel", "encoder.layers.mlp.wi_0.kernel"]
+    assert [shardings[name].shard_shape(shapes[name].shape) for name in names] == shards
+
+
+NAMES = ("batch", "cache_batch", "vocab", "mlp", "heads", "kv_heads", "embed", "kv", "length", "layers", None)
+ARRAYS = strategies.lists(strategies.tuples(strategies.sampled_from(NAMES), strategies.integers(1, 24)), max_size=6)
+MESH_SIZES = strategies.fixed_dictionaries({axis: strategies.sampled_from([1, 2, 3, 4, 8]) for axis in AXES})
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(array=ARRAYS, sizes=MESH_SIZES, layout=strategies.sampled_from(sorted(LAYOUTS)))
+def test_no_mesh_axis_splits_two_axes_and_none_is_left_that_fits(array, sizes, layout):
+    rules = LAYOUTS[layout].rules
+    names, shape = [name for name, _ in array], [size for _, size in array]
+    spec = partition_spec(names, shape, sizes, rules)
+    targets = [() if target is None else (target,) if isinstance(target, str) else target for target in spec]
+    used = [axis for target in targets for axis in target]
+    assert len(targets) == len(array) and len(used) == len(set(used))
+    for name, size, target in zip(names, shape, targets, strict=True):
+        allowed = [axes for rule, axes in rules if rule == name]
+        written = [(axes,) if isinstance(axes, str) else axes for axes in allowed if axes]
+        assert not target or target in written
+        assert size % math.prod(sizes[axis] for axis in target) == 0
+        for axes in written if not target else ():
+            assert set(axes) & set(used) or size % math.prod(sizes[axis] for axis in axes)
+
+
+def test_trees_are_constrained_by_the_names_of_their_parameters():
+    mesh, tree = make_mesh(MESHES["all"]), abstract("decoder")
+    zeros = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), unbox(tree)), replicated(mesh))
+
+    def lay_out(params):
+        return constrain_like(tree, jax.tree.map(lambda leaf: leaf + 1, params))
+
+    found, wanted = by_name(jax.jit(within(mesh, lay_out))(zeros)), by_name(shardings_of(tree, mesh))
+    for name, array in found.items():
+        assert array.sharding.is_equivalent_to(wanted[name], array.ndim), name
+        assert (np.asarray(array) == 1).all(), name
+    # Elsewhere the arrays are given back as they are.
+    elsewhere = zip(jax.tree.leaves(constrain_like(tree, zeros)), jax.tree.leaves(zeros), strict=True)
+    assert all(array is given for array, given in elsewhere)
+
+
+def test_a_mesh_is_in_force_within_its_function_alone():
+    """Also within another's, and after an error."""
+    all_axes, model = make_mesh(MESHES["all"]), make_mesh(MESHES["model"])
+    names, shape = ("batch", "heads"), (8, 8)
+
+    def inner():
+        return spec_within(shape, *names)
+
+    def outer():
+        return inner(), within(model, inner)(), inner()
+
+    split = P(("data", "fsdp"), "model")
+    assert within(all_axes, outer)() == (split, split, split)
+    assert inner() is None
+
+    def odd():
+        # Eight devices divide no axis of six; two do.
+        return spec_within((6, 6), None, "heads")
+
+    assert within(all_axes, lambda: (odd(), within(model, odd)(), odd()))() == (
+        P(None, "model"),
+        P(None, None),
+        P(None, "model"),
+    )
+    with pytest.raises(ZeroDivisionError):
+        within(all_axes, lambda: 1 // 0)()
+    assert inner() is None
+
+
+def test_a_function_within_a_mesh_keeps_its_name_and_arguments():
+    def total(a, *, b):
+        """The sum."""
+        return a + b
+
+    wrapped = within(make_mesh(MESHES["data"]), total)
+    assert (wrapped(1, b=2), wrapped.__name__, wrapped.__doc__) == (3, "total", "The sum.")

@@ -1,0 +1,40 @@
+"""What a user may add to a study without a change to the package: an arm, a loss, a judge."""
+
+import dataclasses
+
+import jax
+
+from alignment_gap.study.arms import Arm, Contrast
+
+
+def _replayed(branch):
+    return dataclasses.replace(branch.dataset(branch.run_of("online") / "record"), order="recorded")
+
+
+REPLAYED = Arm(
+    name="replayed",
+    reads="the pairs of an online run in the order in which it saw them",
+    source=_replayed,
+    contrasts=(Contrast("online", {"ipo": "level"}, figure="3"),),
+    colour="#123456",
+    shape="triangle-left",
+)
+# A second arm of the same name, one of a name that no folder can have, and something that is no arm.
+TWIN = dataclasses.replace(REPLAYED)
+NO_ARM = "online"
+
+
+def squared(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1):
+    """IPO written once more."""
+    margin = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
+    return (margin - 1 / (2 * beta)) ** 2
+
+
+def logistic(chosen_logps, rejected_logps):
+    """A loss without a beta and without a reference."""
+    return -jax.nn.log_sigmoid(chosen_logps - rejected_logps)
+
+
+def brevity(prompt_ids, response_ids):
+    """A judge that likes short responses."""
+    return [[-len(response) for response in each] for each in response_ids]

@@ -1,0 +1,94 @@
+"""What tests of whole studies share: running quietly, reading results, and comparing folders byte by byte."""
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+
+from job_runs import assert_equal_checkpoints, metrics, steps
+
+from alignment_gap.jobs.folder import DONE, JOB
+from alignment_gap.jobs.train import TRAIN
+from alignment_gap.study.run import open_studies, run_study
+
+# The cache of compiled functions, for commands, which choose their own.
+CACHE = f"--compilation_cache={os.environ['JAX_COMPILATION_CACHE_DIR']}"
+
+
+def quiet(line):
+    del line
+
+
+def run(config, folder, **settings):
+    """Runs a study and gives it, with the lines that it said."""
+    (study,), lines = open_studies(config, folder), []
+    run_study(study, say=lines.append, **settings)
+    return study, lines
+
+
+def copied(study, folder):
+    """A folder with the finished jobs of a study, for another one that shares them."""
+    shutil.copytree(study.workdir, folder)
+    return folder
+
+
+def newly_run(lines):
+    """The jobs that a study had to run, from its lines about those that it did not have to."""
+    done = {line.split("] ")[1].removesuffix(": finished before") for line in lines if line.endswith("finished before")}
+    return lambda graph: [job.name.removeprefix("seed0-") for job in graph.jobs if job.name not in done]
+
+
+def rows(study):
+    """The rows of results.csv."""
+    with (study.workdir / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def snapshot(folder):
+    """When each file was last written, but for those that say who works on a job."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", JOB))
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def contents(folder, root):
+    """The bytes of a job's files without the place of the study in them; logs and checkpoints are compared apart.
+
+    Lengths are left out, which whoever reads a dataset leaves with it.
+    """
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        is_apart = path.name in (".lock", DONE, "metrics.jsonl") or "checkpoints/" in name
+        if path.is_file() and not is_apart and not path.name.startswith("lengths-"):
+            files[name] = path.read_bytes().replace(str(root).encode(), b"ROOT")
+    return files
+
+
+def assert_equal_jobs(ours, theirs):
+    """The same settings, datasets, results, and, of a training run, the same arrays in the same checkpoints."""
+    roots = ours.folder.parent, theirs.folder.parent
+    first, second = (contents(job.folder, root) for job, root in zip((ours, theirs), roots, strict=True))
+    assert first.keys() == second.keys(), ours.name
+    for name, content in first.items():
+        assert content == second[name], f"{ours.name}: {name}"
+    done = [
+        (job.folder / DONE).read_text().replace(str(root), "ROOT")
+        for job, root in zip((ours, theirs), roots, strict=True)
+    ]
+    assert json.loads(done[0])["settings"] == json.loads(done[1])["settings"]
+    if ours.kind is TRAIN:
+        assert steps(ours.folder) == steps(theirs.folder)
+        assert metrics(ours.folder) == metrics(theirs.folder)
+        for step in steps(ours.folder):
+            assert_equal_checkpoints(ours.folder, theirs.folder, step)
+    else:
+        assert len(first) > 2 and JOB in first
+
+
+@contextlib.contextmanager
+def unwritten(folder):
+    """No file of the folder is written meanwhile."""
+    before = snapshot(folder)
+    yield
+    assert snapshot(folder) == before

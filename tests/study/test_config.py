@@ -1,0 +1,181 @@
+"""What a study refuses before any work, in one line that names the setting and the remedy."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+
+import pytest
+
+from alignment_gap.configuration import from_dict, to_dict
+from alignment_gap.data.text import load_vocabulary
+from alignment_gap.errors import UserError
+from alignment_gap.study.analysis import OPPONENT, ORIGIN
+from alignment_gap.study.arms import ARMS, GOLDEN, Arm, arms_of, file_word
+from alignment_gap.study.config import StudyConfig
+from alignment_gap.study.run import open_studies
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "study"
+
+
+def nested(config, path, value):
+    """The config as dictionaries, with one setting of a dotted path replaced."""
+    settings = to_dict(config)
+    *groups, leaf = path.split(".")
+    place = settings
+    for group in groups:
+        place = place[group]
+    place[leaf] = value
+    return settings
+
+
+def refused(config, path, value, workdir):
+    with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
+        open_studies(from_dict(StudyConfig, nested(config, path, value)), workdir)
+    assert not list(workdir.iterdir())
+    return str(caught.value)
+
+
+# By the dataclasses, with the path of the setting.
+SETTINGS = {
+    "seed": (-1, "config.seed is -1: it must be at least 0"),
+    "seeds": (0, "config.seeds is 0: it must be at least 1"),
+    "microbatches": (0, "config.microbatches is 0"),
+    "policy": (None, "config.policy and sft.start are not set: give one of them"),
+    "sft.steps": (0, "config.sft.steps is 0"),
+    "sft.weights": ((1.0, 2.0), "config.sft.weights is (1.0, 2.0): give one for the task and for each of also"),
+    "golden.kind": ("triple", "config.golden.kind is 'triple': choose one of pairwise, bradley_terry"),
+    "proxy.start": (None, "config.proxy.model and start are not set"),
+    "arms.names": (("onlin",), "config.arms.names has 'onlin', which is no arm: did you mean online?"),
+    "arms.losses": (("ipo", "ipo"), "config.arms.losses is ('ipo', 'ipo'): give each value once"),
+    "arms.offline_betas": ((0.1, -1.0), "config.arms.offline_betas is (0.1, -1.0): give one or more numbers"),
+    "arms.offline_learning_rates": ((), "config.arms.offline_learning_rates is (): give one or more numbers"),
+    "arms.checkpoint_steps": ((4, 2), "config.arms.checkpoint_steps is (4, 2): it must be increasing"),
+    "arms.beta": (0.0, "config.arms.beta is 0.0: it must be above 0"),
+    "evaluation.pairs": (0, "config.evaluation.pairs is 0: it must be at least 1"),
+    "evaluation.shown": (-1, "config.evaluation.shown is -1: it must be at least 0"),
+    "task.validation": (1.0, "config.task.validation is 1.0"),
+}
+# By the graph and by what is there: jobs of later hours.
+INPUTS = {
+    "arms.losses": (("ippo",), "did you mean 'ipo'"),
+    "arms.batch_size": (6, "arms.batch_size is 6: it must be a multiple of"),
+    "evaluation.batch_size": (7, "evaluation.batch_size is 7"),
+    "evaluation.kl_prompts": (17, "kl_prompts is 17, over prompts=16: lower it"),
+    "evaluation.judges": (("a/x", "b/x"), "judges has a name twice among x, x"),
+    "mesh.model": (3, "takes a multiple of 6 devices but 8 are present"),
+    "prepared": ("nowhere", "nowhere/train"),
+    "policy.vocabulary_size": (50, "policy has vocabulary_size=50 but the task's vocabulary has"),
+    "policy.dtype": ("int8", "DecoderConfig.dtype is 'int8': choose one of float32, bfloat16"),
+    "policy.head_size": (0, "DecoderConfig.head_size is 0: it must be positive"),
+    "sft.also": (("nowhere",), "nowhere"),
+    "sft.start": ("nowhere", "nowhere has no complete checkpoint"),
+    "golden.start": ("nowhere", "nowhere has no complete checkpoint"),
+    "arms.start": ("nowhere", "nowhere has no complete checkpoint"),
+    "task.vocabulary": ("missing.model", "missing.model"),
+    "sizes": (("palm_10",), "did you mean palm_10m"),
+}
+
+
+@pytest.mark.parametrize("path", SETTINGS)
+def test_a_setting_out_of_its_range(config, path, tmp_path):
+    value, message = SETTINGS[path]
+    assert message in refused(config, path, value, tmp_path)
+
+
+@pytest.mark.parametrize("path", INPUTS)
+def test_what_a_later_job_would_refuse(config, path, tmp_path):
+    value, message = INPUTS[path]
+    assert message in refused(config, path, value, tmp_path)
+
+
+def test_a_study_over_sizes_needs_a_policy_for_its_vocabulary(config, tmp_path):
+    start = dataclasses.replace(config.sft, start="runs/t5")
+    without = dataclasses.replace(config, policy=None, sft=start, sizes=("palm_10m",))
+    with pytest.raises(UserError, match="policy is not set: a study over sizes takes the vocabulary"):
+        open_studies(without, tmp_path)
+
+
+def test_a_judge_with_too_few_ids_is_named(config, tmp_path):
+    small = dataclasses.replace(config.policy, vocabulary_size=50)
+    judge = dataclasses.replace(config.proxy, model=small, start=None)
+    with pytest.raises(UserError, match="proxy has vocabulary_size=50"):
+        open_studies(dataclasses.replace(config, proxy=judge), tmp_path)
+
+
+# The table of arms.
+
+
+def test_the_arms_of_the_table_by_name():
+    assert arms_of(("offline", "online")) == (ARMS[2], ARMS[0])
+    assert [arm.name for arm in ARMS] == ["online", "shuffled", "offline"]
+    assert GOLDEN.name == OPPONENT and ORIGIN not in [arm.name for arm in ARMS]
+
+
+def test_every_contrast_is_with_an_arm_of_the_table_and_says_what_the_paper_saw():
+    names = [arm.name for arm in ARMS]
+    contrasts = [(arm.name, contrast) for arm in ARMS for contrast in arm.contrasts]
+    assert all(contrast.other in names and contrast.other != name for name, contrast in contrasts)
+    expected = {(name, contrast.other): dict(contrast.paper) for name, contrast in contrasts}
+    assert expected == {
+        ("online", "offline"): {"ipo": "ahead", "best_of_n": "ahead"},
+        ("online", "shuffled"): {"ipo": "ahead", "best_of_n": "level"},
+        ("shuffled", "offline"): {"ipo": "level", "best_of_n": "ahead"},
+    }
+
+
+def test_no_two_arms_look_alike():
+    drawn = [*ARMS, GOLDEN]
+    assert len({arm.colour for arm in drawn}) == len({arm.shape for arm in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("online", "online"), "names has 'online', but there is a 'online' already"),
+        (("outside:REPLAYED", "outside:TWIN"), "names has 'outside:TWIN', but there is a 'replayed' already"),
+        (("outside:NO_ARM",), "names has 'outside:NO_ARM', which is no arm"),
+        (("outside:REPLAYD",), "has no 'REPLAYD': did you mean REPLAYED"),
+        (("nowhere:ARM",), "cannot import nowhere"),
+        (("golden",), "names has 'golden', which is no arm"),
+    ],
+)
+def test_a_name_that_is_no_arm_or_taken(names, message):
+    with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
+        arms_of(names)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "on/line", "a:b", "a-b"])
+def test_an_arm_has_a_name_that_a_folder_can_have(name):
+    with pytest.raises(UserError, match=re.escape("use letters, digits, _ and . alone")):
+        Arm(name, "nothing", source=lambda branch: branch.dataset(branch.golden_pairs))
+
+
+def test_the_reserved_names_are_taken(monkeypatch):
+    import outside
+
+    for name in (ORIGIN, OPPONENT):
+        monkeypatch.setattr(outside, "TWIN", dataclasses.replace(outside.REPLAYED, name=name))
+        with pytest.raises(UserError, match=f"there is a '{name}' already"):
+            arms_of(("outside:TWIN",))
+
+
+def test_a_loss_in_the_name_of_a_file():
+    assert [file_word(loss) for loss in ("best_of_n", "my.losses:hinge")] == ["best_of_n", "my.losses_hinge"]
+
+
+# The configs that come with the library.
+
+
+@pytest.mark.parametrize("name", ["tiny", "scaling", "hh"])
+def test_the_configs_of_the_library_are_studies(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    study = from_dict(StudyConfig, module.get_config().to_dict())
+    assert study.name == name
+    assert study.arms.names == tuple(arm.name for arm in ARMS)
+    assert study.sizes == (("palm_10m", "palm_30m", "palm_100m") if name == "scaling" else ())
+    if name != "hh":
+        assert study.policy.vocabulary_size == load_vocabulary("posts").size

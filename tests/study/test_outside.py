@@ -1,0 +1,101 @@
+"""What a user adds from outside the package: an arm, a loss and a judge, named in the config and nowhere else."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from job_runs import assert_equal_checkpoints
+from outside import REPLAYED
+from studies import copied, newly_run, rows, run
+
+from alignment_gap.study.arms import arms_of
+from alignment_gap.study.findings import study_comparisons
+from alignment_gap.study.graph import study_graph
+from alignment_gap.study.results import study_results
+from alignment_gap.study.run import run_job
+
+
+def with_arms(config, **settings):
+    return dataclasses.replace(config, arms=dataclasses.replace(config.arms, **settings))
+
+
+@pytest.fixture(scope="module")
+def replayed(finished, config, tmp_path_factory):
+    """A finished study with one more arm, and the jobs that it had to run."""
+    folder = copied(finished, tmp_path_factory.mktemp("outside") / "study")
+    names = (*config.arms.names, "outside:REPLAYED")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("alignment_gap.evaluation.charts.png", lambda spec, scale=2.0: b"PNG")
+        study, lines = run(with_arms(config, names=names), folder, update=True)
+    return study, newly_run(lines)(study.graph)
+
+
+def test_an_arm_adds_its_two_jobs_and_no_other(replayed):
+    study, new = replayed
+    assert new == ["replayed-ipo-beta0.1-lr0.01", "evaluation-replayed-ipo-beta0.1-lr0.01"]
+    needs = [job.name.removeprefix("seed0-") for job in study.graph.job(f"seed0-{new[0]}").needs]
+    assert needs == ["sft", "online-ipo-beta0.1-lr0.01"]
+
+
+def test_the_stream_of_an_online_run_in_its_order_is_the_online_run(replayed):
+    """The table's lambda is all that the arm is made of, and it is enough for the paper's sanity check."""
+    study, (training, _) = replayed
+    online = study.graph.job("seed0-online-ipo-beta0.1-lr0.01").folder
+    for step in (2, 4):
+        assert_equal_checkpoints(study.graph.job(f"seed0-{training}").folder, online, step)
+
+
+def test_the_arm_is_in_the_results_beside_unchanged_others(replayed, finished):
+    found = rows(replayed[0])
+    assert [row["step"] for row in found if row["arm"] == "replayed"] == ["2", "4"]
+    assert [row for row in found if row["arm"] != "replayed"] == rows(finished)
+
+
+def test_the_arm_is_in_the_findings_and_in_every_figure(replayed):
+    study, _ = replayed
+    results, arms = study_results(study.graph), arms_of(study.config.arms.names)
+    comparisons = study_comparisons(results, arms)
+    assert [(c.metric, c.paper, c.figure) for c in comparisons if c.first[0] == "replayed"] == [
+        ("win_rate", "level", "3"),
+        ("rubric", None, ""),
+    ]
+    page = (study.workdir / "report.html").read_text()
+    assert f"<b>replayed</b>: {REPLAYED.reads}." in page
+    assert "at equal KL" in page and "replayed \u2212 online" in page
+    (specs,) = (part.partition("</script>")[0] for part in page.split('type="application/json">')[1:])
+    for name, spec in json.loads(specs).items():
+        if name != "equal_kl_ipo":
+            assert "#123456" in json.dumps(spec), name
+            assert "triangle-left" in json.dumps(spec), name
+
+
+def test_a_loss_and_a_judge_are_named_in_the_config(finished, config, tmp_path, undrawn):
+    """The loss is IPO written once more; its name has a colon, and no file's name may have one."""
+    folder = copied(finished, tmp_path / "study")
+    changed = with_arms(config, losses=("outside:squared",), names=("offline",))
+    study, lines = run(changed, folder, update=True)
+    name = "offline-outside_squared-beta0.1-lr0.01"
+    assert newly_run(lines)(study.graph) == [name, f"evaluation-{name}"]
+    found = [row for row in rows(study) if row["arm"] == "offline"]
+    assert [(row["loss"], row["beta"], row["step"]) for row in found] == [
+        ("outside:squared", "0.1", "2"),
+        ("outside:squared", "0.1", "4"),
+    ]
+    assert not [path for path in folder.rglob("*") if ":" in path.name]
+    assert (folder / "figures" / "figure_8_outside_squared.png").exists()
+    page = (folder / "report.html").read_text()
+    assert "Figure 8: classification along training, outside:squared" in page
+
+
+def test_a_judge_of_ones_own_is_asked_about_every_checkpoint(finished, config, tmp_path):
+    judges = ("rubric", "short=outside:brevity")
+    evaluation = dataclasses.replace(config.evaluation, judges=judges)
+    folder = copied(finished, tmp_path / "study")
+    graph = study_graph(dataclasses.replace(config, evaluation=evaluation), folder / "jobs")
+    job = graph.job("seed0-evaluation-sft")
+    assert job.state == "ready"
+    run_job(job, job.name)
+    with np.load(job.folder / "4.npz") as outcomes:
+        np.testing.assert_array_equal(outcomes["reward.short"], -outcomes["length"])
+        assert set(np.unique(outcomes["win_rate.short.sft"])) <= {0.0, 0.5, 1.0}
