@@ -66,7 +66,7 @@ def examples(lengths: np.ndarray, first: int = 0) -> Iterator[Example]:
         yield Example(number, tokens[:prompt], (tokens[:chosen], tokens[-rejected:]), scores)
 
 
-def source_of(dataset: Dataset, buckets: int = 1, packing: int = 0, row_multiple: int = 1) -> OfflineSource:
+def source_of(dataset: Dataset, buckets: int = 1, packing: int | None = None, row_multiple: int = 1) -> OfflineSource:
     """The source that is measured."""
     return offline_source(
         dataset,
@@ -115,31 +115,17 @@ def update_step_rates(dataset: Dataset, steps: int) -> dict[str, tuple[float, fl
     """Share of padding, and pairs per second of T5 small's update step, on the source's batches by their form."""
     import jax
 
-    from alignment_gap import losses
-    from alignment_gap.models import T5Config, make_policy
+    from alignment_gap.checkpoints import Network
+    from alignment_gap.jobs.assembly import Assembly, BatchShape, Facts
+    from alignment_gap.jobs.config import JobConfig, LossConfig
+    from alignment_gap.models import sizes
     from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh
-    from alignment_gap.training import (
-        OptimizerConfig,
-        abstract_state,
-        create_state,
-        make_optimizer,
-        make_update_step,
-        policy_objective,
-    )
+    from alignment_gap.training import create_state
 
-    small = T5Config(
-        vocabulary_size=VOCABULARY,
-        width=512,
-        encoder_layers=8,
-        decoder_layers=8,
-        heads=6,
-        head_size=64,
-        mlp_width=1024,
-    )
-    mesh, policy, optimizer = make_mesh(MeshConfig()), make_policy(small), make_optimizer(OptimizerConfig())
-    abstract = abstract_state(policy.init, optimizer, mesh)
-    update_step = make_update_step(policy_objective(policy, losses.get("simpo")), optimizer, mesh, abstract)
-    state = create_state(policy.init, optimizer, mesh, jax.random.key(0))
+    facts = Facts(Network(model=sizes.get("t5_small")), BatchShape(BATCH, PROMPT, 2, RESPONSE))
+    mesh = make_mesh(MeshConfig())
+    assembly = Assembly(JobConfig(loss=LossConfig("simpo")), facts, mesh)
+    state = create_state(assembly.policy.init, assembly.abstract, assembly.optimizer, jax.random.key(0))
     forms = {
         "one shape": source_of(dataset),
         "4 buckets": source_of(dataset, buckets=4),
@@ -151,7 +137,7 @@ def update_step_rates(dataset: Dataset, steps: int) -> dict[str, tuple[float, fl
             for name, source in forms.items():
                 batch = jax.block_until_ready(jax.device_put(source(step), batch_sharding(mesh)))
                 start = time.perf_counter()
-                state, metrics = update_step(state, batch)
+                state, metrics = assembly.update_step(state, batch)
                 jax.block_until_ready(metrics)
                 seconds[name] += timed * (time.perf_counter() - start)
     return {name: (source.padding().share, steps * BATCH / seconds[name]) for name, source in forms.items()}
@@ -218,7 +204,7 @@ def write_many(folder: pathlib.Path, count: int, chunk: int = 500_000) -> None:
 
 def in_a_process(*flags: str) -> dict[str, Any]:
     """What this script prints in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, *flags], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, sys.argv[0], *flags], check=True, stdout=subprocess.PIPE, text=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 

@@ -1,19 +1,21 @@
 """Plans of the paper's networks and of the PaLM ladder, one JSON each; what is there is not made again.
 
     python benchmarks/plan_matrix.py
+    python benchmarks/plan_matrix.py palm_10m t5_xxl_online_v5e
 
-The online step of the paper: policies T5 Large, XL and XXL with golden XXL and proxy Large. A v5e-256 is 256 chips; the
-name v5p-128 counts cores, two a chip, and is 64 chips, 4x4x4. No TPU is needed; T5-XXL takes some minutes on two cores.
-Afterwards benchmarks/results/plan.md is the table of all, and plan/memory.png and plan/time.png the pictures.
+The online step of the paper: policies T5 Large, XL and XXL, each with the reference of its size and the judge T5 Large.
+A v5e-256 is 256 chips. The name v5p-128 counts cores, two a chip; it is 64 chips, 4x4x4. No TPU is needed. Each of the
+four programs of T5-XXL takes some minutes on two cores. Afterwards benchmarks/results/plan.md is the table of all, and
+plan/memory.png and plan/time.png are the pictures.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import traceback
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,16 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import altair as alt
 import vl_convert
 
-from alignment_gap.cli.plan import make_flags, read_config
+from alignment_gap.cli.plan import read_config
 from alignment_gap.errors import UserError
+from alignment_gap.plan.chips import GIB
 from alignment_gap.plan.plan import make_plan
-from alignment_gap.plan.programs import Compiled, Request, compile_program, read_compiled
+from alignment_gap.plan.programs import Compiled, compile_program
 from alignment_gap.plan.report import as_json
+from alignment_gap.plan.steps import PlanConfig, Program
 
 RESULTS = Path(__file__).parent / "results" / "plan"
 CACHE = Path(".cache/plan")
-GIB = 2.0**30
 V5E, V5P = "v5e:16x16", "v5p:4x4x4"
 LADDER = {
     "palm_10m": "v5e:2x4",
@@ -51,22 +54,23 @@ def commands() -> dict[str, list[str]]:
     plans = {}
     for model, topology in LADDER.items():
         batch = {"v5e:2x4": 32, "v5e:4x4": 64, "v5e:4x8": 128}.get(topology, 1024)
-        plans[model] = [f"--model={model}", f"--topology={topology}", f"--batch={batch}", "--noevaluate", "--nosearch"]
+        plans[model] = [f"--model={model}", f"--topology={topology}", f"--batch={batch}", "--nosearch"]
     for model in ("t5_large", "t5_xl", "t5_xxl"):
         for topology in (V5E, V5P):
             name = f"{model}_online_{topology.partition(':')[0]}"
-            plans[name] = [f"--model={model}", f"--topology={topology}", "--batch=512", "--online", "--nosearch"]
+            plans[name] = [f"--model={model}", f"--topology={topology}", "--online", "--judge=t5_large", "--nosearch"]
     return plans
 
 
-def compile_once(request: Request) -> Compiled:
+def compile_once(config: PlanConfig, program: Program) -> Compiled:
     """From the cache, where a run before this one was stopped, or compiled."""
-    text = json.dumps(dataclasses.asdict(request), sort_keys=True)
-    path = CACHE / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    asked = repr((config.job, config.topology, program))
+    path = CACHE / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.pickle"
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(compile_program(request))))
-    return read_compiled(path)
+        path.write_bytes(pickle.dumps(compile_program(config, program)))
+    found: Compiled = pickle.loads(path.read_bytes())
+    return found
 
 
 def make(name: str, arguments: list[str]) -> None:
@@ -74,11 +78,11 @@ def make(name: str, arguments: list[str]) -> None:
     path = RESULTS / f"{name}.json"
     if path.exists():
         return
-    values = make_flags()
-    values(["plan", *arguments])
-    found = as_json(make_plan(read_config(values), compile_once))
+    words = ["alignment-gap", "plan", *arguments]
+    config, _ = read_config(words[1:])
+    found = as_json(make_plan(config, compile_once))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"command": ["alignment-gap", "plan", *arguments], **found}, indent=1) + "\n")
+    path.write_text(json.dumps({"command": words, **found}, indent=1) + "\n")
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -92,17 +96,17 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
     columns = ("plan", "devices", "batch", "HBM GiB", "of", "step s", "bound by", "MFU", "token ms", "fits")
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for name, plan in plans.items():
-        step = [part for part in plan["programs"] if part["in_step"] and part["times"]]
-        longest = max(step, key=lambda part: part["times"]["seconds"], default=None)
-        tokens = [p["times"]["seconds"] / p["tokens"] for p in plan["programs"] if p["tokens"] and p["times"]]
+        parts = [part for part in plan["parts"] if part["times"]]
+        longest = max(parts, key=lambda part: part["times"]["seconds"], default=None)
+        tokens = [part["times"]["seconds"] / part["tokens"] for part in parts if part["tokens"]]
         cells = (
             f"[{name}](plan/{name}.json)",
             str(plan["devices"]),
-            str(plan["config"]["lengths"]["batch"]),
+            str(plan["parts"][0]["program"]["facts"]["batch"]["batch"]),
             f"{plan['needed'] / GIB:.1f}",
             f"{plan['capacity'] / GIB:.1f}",
             f"{plan['step_seconds']:.3g}" if plan["step_seconds"] else "",
-            f"{longest['name']}: {longest['times']['bound']}" if longest else "",
+            f"{longest['program']['name']}: {longest['times']['bound']}" if longest else "",
             f"{plan['utilisation']:.0%}" if plan["utilisation"] else "",
             f"{1e3 * tokens[0]:.3g}" if tokens else "",
             "yes" if plan["fits"] else "no",
@@ -119,9 +123,9 @@ def draw(plans: dict[str, dict[str, Any]]) -> None:
         for part, size in [*plan["resident"].items(), ("working", plan["working"])]
     ]
     time = [
-        {"plan": f"{name}: {part['name']}", "part": bound, "value": part["times"][bound]}
+        {"plan": f"{name}: {part['program']['name']}", "part": bound, "value": part["times"][bound]}
         for name, plan in plans.items()
-        for part in plan["programs"]
+        for part in plan["parts"]
         if part["times"]
         for bound in ("compute", "hbm", "interconnect")
     ]

@@ -1,4 +1,4 @@
-"""Tokens per second of the sampler, for both policies at two sizes, on all devices.
+"""Tokens per second of the sampler, for both policies at three sizes, on all devices.
 
     python benchmarks/sampler.py --sizes tiny --repeats 5
 
@@ -13,34 +13,24 @@ import argparse
 
 import jax
 import jax.numpy as jnp
-from update_step import arguments, configs, peer, print_rows, random_batch, rates, summary
+from update_step import SAMPLES, arguments, assembly_of, configs, peer, print_rows, random_batch, rates, summary
 
+from alignment_gap.jobs.config import OnlineConfig
 from alignment_gap.models import ModelConfig, count_parameters, make_policy
-from alignment_gap.sampling import SamplerConfig, make_generate
-from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh
-from alignment_gap.training import OptimizerConfig, create_state, make_optimizer
-
-SAMPLES = 2
+from alignment_gap.sharding import batch_sharding
+from alignment_gap.training import create_state
 
 
 def measure(config: ModelConfig, options: argparse.Namespace) -> list[float]:
     """Tokens per second of two samples a prompt."""
-    mesh, policy = make_mesh(MeshConfig()), make_policy(config)
-    params = create_state(policy.init, make_optimizer(OptimizerConfig("sgd")), mesh, jax.random.key(0)).params
-    generate = make_generate(
-        policy,
-        mesh,
-        samples=SAMPLES,
-        max_length=options.response_length,
-        eos_id=config.vocabulary_size,
-        config=SamplerConfig(),
-    )
-    batch = jax.device_put(random_batch(options), batch_sharding(mesh))
-    key, step = jax.random.key(1), jnp.int32(0)
+    online = OnlineConfig(samples=SAMPLES)
+    assembly = assembly_of(config, options, online)
+    state = create_state(assembly.policy.init, assembly.abstract, assembly.optimizer, jax.random.key(0))
+    generate = assembly.generate(online, options.response_length)
+    batch = jax.device_put(random_batch(options), batch_sharding(assembly.mesh))
+    texts, key, step = (batch.prompt_ids, batch.prompts, batch.prompt_lengths), jax.random.key(1), jnp.int32(0)
     tokens = options.batch * SAMPLES * options.response_length
-    return rates(
-        lambda: generate(params, key, step, batch.prompt_ids, batch.prompts, batch.prompt_lengths), tokens, options
-    )
+    return rates(lambda: generate(state.params, key, step, *texts), tokens, options)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Pairs per second of the update step, for both policies at two sizes, on all devices.
+"""Pairs per second of the update step, for both policies at three sizes, on all devices.
 
     python benchmarks/update_step.py --sizes tiny --repeats 5
 
@@ -24,24 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignment_gap import losses
+from alignment_gap.checkpoints import Network
 from alignment_gap.data.batches import PreferenceBatch
+from alignment_gap.jobs.assembly import Assembly, BatchShape, Facts
+from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
 from alignment_gap.models import DecoderConfig, ModelConfig, T5Config, count_parameters, make_policy, sizes
 from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh
-from alignment_gap.training import (
-    OptimizerConfig,
-    abstract_state,
-    create_state,
-    make_optimizer,
-    make_score,
-    make_update_step,
-    policy_objective,
-    with_reference,
-)
+from alignment_gap.training import TrainState, create_state, with_reference
 
-VOCABULARY = 136
-# "tiny" is the model of configs/study/tiny.py; "mini" that of gin/models/*_mini.gin; "compared" has the sizes that the
-# scripts in peers/ give to other libraries, and T5 v1.1 small.
+VOCABULARY, SAMPLES = 136, 2
+RECORDED = DatasetConfig()
+# "tiny" and "mini" are the models of gin/models/*_tiny.gin and *_mini.gin with few ids; "compared" has the sizes that
+# the scripts in peers/ give to other libraries, and T5 v1.1 small.
 SIZES: dict[str, dict[str, ModelConfig]] = {
     "tiny": {
         "t5": T5Config(vocabulary_size=VOCABULARY, heads=2, head_size=32, scan_unroll=2),
@@ -149,7 +143,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
 
 def random_batch(options: argparse.Namespace) -> PreferenceBatch:
     """Pairs of full length with random tokens."""
-    rng, pair = np.random.default_rng(0), (options.batch, 2)
+    rng, pair = np.random.default_rng(0), (options.batch, SAMPLES)
     return PreferenceBatch(
         prompt_ids=np.arange(options.batch, dtype=np.int32),
         prompts=rng.integers(2, VOCABULARY, (options.batch, options.prompt_length), dtype=np.int32),
@@ -160,22 +154,32 @@ def random_batch(options: argparse.Namespace) -> PreferenceBatch:
     )
 
 
+def assembly_of(
+    config: ModelConfig, options: argparse.Namespace, source: DatasetConfig | OnlineConfig = RECORDED
+) -> Assembly:
+    """A job of IPO with the batch and the lengths of the flags; no sample of it ends early."""
+    shape = BatchShape(options.batch, options.prompt_length, SAMPLES, options.response_length)
+    job = JobConfig(config, loss=LossConfig("ipo", {"beta": 0.1}), source=source, start="start")
+    facts = Facts(Network(model=config), shape, eos_id=config.vocabulary_size)
+    return Assembly(job, facts, make_mesh(MeshConfig()))
+
+
 def measure(config: ModelConfig, options: argparse.Namespace) -> Iterator[tuple[str, list[float]]]:
     """Pairs per second with the reference precomputed, and with it computed in every step."""
-    mesh, policy = make_mesh(MeshConfig()), make_policy(config)
-    optimizer = make_optimizer(OptimizerConfig())
-    abstract = abstract_state(policy.init, optimizer, mesh)
-    update_step = make_update_step(policy_objective(policy, losses.get("ipo", beta=0.1)), optimizer, mesh, abstract)
-    batch = jax.device_put(random_batch(options), batch_sharding(mesh))
-    reference = create_state(policy.init, optimizer, mesh, jax.random.key(0)).params
-    score = with_reference(lambda step, state: batch, make_score(policy, mesh), reference)
-    scored = score(0, None)
+    assembly = assembly_of(config, options)
+    batch = jax.device_put(random_batch(options), batch_sharding(assembly.mesh))
+
+    def fresh(seed: int) -> TrainState:
+        return create_state(assembly.policy.init, assembly.abstract, assembly.optimizer, jax.random.key(seed))
+
+    score = with_reference(lambda step, state: batch, assembly.score, fresh(0).params)
+    scored = score(0, fresh(1))
     for name, source in (("precomputed", lambda step, state: scored), ("every step", score)):
-        state = create_state(policy.init, optimizer, mesh, jax.random.key(1))
+        state = fresh(1)
 
         def call(source: Any = source) -> Any:
             nonlocal state
-            state, metrics = update_step(state, source(0, state))
+            state, metrics = assembly.update_step(state, source(0, state))
             return metrics
 
         yield name, rates(call, options.batch, options)

@@ -1,4 +1,4 @@
-"""The commands of docs/checkpoints.md, run in order."""
+"""The commands of docs/checkpoints.md, run in order, and then its Python."""
 
 import dataclasses
 import pathlib
@@ -31,5 +31,10 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     count = sum(leaf.size for _, leaf in leaves)
     assert output.count(f" of {count} parameters") == 3
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["policy"].config == config
+    assert sum(leaf.size for leaf in jax.tree.leaves(scope["params"])) == count
     assert re.search(r"decoder\.layers\.mlp\.wo\.kernel +float32 +3x7x12", output)
     assert re.search(r"decoder\.layers_2\.mlp\.wo\.kernel +float32 +7x12", output)

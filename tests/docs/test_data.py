@@ -61,7 +61,7 @@ def run(words):
     """What a command prints; training is tiny."""
     if words[1] == "train":
         settings = SIZE | (MODEL if "--gin_file=gin/runs/sft.gin" in words else {})
-        settings = {name: value for name, value in settings.items() if f"--gin.{name}=0" not in words}
+        settings = {name: value for name, value in settings.items() if f"--gin.{name}=None" not in words}
         words = [*words, *(f"--gin.{name}={value}" for name, value in settings.items())]
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), pytest.raises(SystemExit) as ended:
@@ -91,8 +91,8 @@ def test_every_command_of_the_page_ran(ran):
 def test_the_chain_leads_back_to_both_sources(ran):
     shown = ran[1][-1]
     lines = [line.strip() for line in shown[shown.index("made by") :].splitlines()]
-    steps = [line for line in lines if line in ("mix", "shuffle", "relabel", "generate", "prepare")]
-    assert steps == ["mix", "shuffle", "relabel", "prepare", "generate", "prepare"]
+    steps = [line for line in lines if line in ("compose", "label", "generate", "prepare")]
+    assert steps == ["compose", "compose", "label", "prepare", "generate", "prepare"]
     assert sum(line.startswith("source_sha256: ") for line in lines) == 2
     assert shown.count("example ") == 3
 

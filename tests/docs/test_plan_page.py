@@ -1,5 +1,6 @@
-"""The commands of docs/plan.md: the first runs, the others are plans that could be made."""
+"""The commands of docs/plan.md: the first runs, the others are plans that could be made. Its tables are complete."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -10,9 +11,11 @@ import pytest
 
 from alignment_gap.cli import plan
 from alignment_gap.cli.main import main
-from alignment_gap.plan.plan import batch_parts
+from alignment_gap.plan.chips import CHIPS, parse_topology
+from alignment_gap.plan.known import Overrides
 
-TEXT = (pathlib.Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+ROOT = pathlib.Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
 COMMANDS = [
     shlex.split(command)
     for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -31,8 +34,20 @@ def test_the_first_command_plans(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS[1:], ids=" ".join)
-def test_the_other_commands_can_be_planned(command):
-    values = plan.make_flags()
-    assert values(command[1:]) == ["plan"]
-    config = plan.read_config(values)
-    assert config.lengths.batch % batch_parts(config) == 0
+def test_the_other_commands_can_be_planned(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    program, name, *arguments = command
+    assert (program, name) == ("alignment-gap", "plan")
+    config, _ = plan.read_config(["alignment-gap plan", *arguments])
+    assert all(each.batch.batch % config.batch_unit == 0 for each in config.programs)
+
+
+def test_the_table_of_flags_is_that_of_the_overrides():
+    rows = re.findall(r"^\| (`--.*?) \|", TEXT, flags=re.MULTILINE)
+    written = [name for row in rows for name in re.findall(r"`--(\w+)`", row)]
+    assert sorted(written) == sorted(field.name for field in dataclasses.fields(Overrides))
+
+
+def test_every_kind_of_chip_is_named_with_a_shape():
+    named = [parse_topology(text) for text in re.findall(r"`((?:v|tpu|cpu|cuda)\w*:[\dx]+)`", TEXT)]
+    assert {topology.kind for topology in named} == set(CHIPS)

@@ -1,4 +1,4 @@
-"""The command and the Python of docs/sharding.md run; its table is that of the layouts."""
+"""The commands and the Python of docs/sharding.md run; its table is that of the layouts."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import sys
 
 import jax
 import numpy as np
+from built_in import write_posts
 
-from alignment_gap.data.records import write_dataset
-from alignment_gap.data.tasks.task import PostsTaskConfig, posts_task
+from alignment_gap.data.records import open_dataset
 from alignment_gap.sharding import LAYOUTS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -20,21 +20,24 @@ TEXT = (ROOT / "docs" / "sharding.md").read_text(encoding="utf-8")
 COMMAND = f"alignment-gap() {{ {sys.executable} -c 'from alignment_gap.cli.main import main; main()' \"$@\"; }}\n"
 
 
-def test_two_processes_train(tmp_path):
-    task = posts_task(PostsTaskConfig(pairs=16, validation_pairs=1))
-    write_dataset(tmp_path / "pairs", task.pairs, vocabulary_digest=task.vocabulary.digest, provenance={})
+def test_two_processes_train_and_label(tmp_path):
+    write_posts(tmp_path / "pairs", 16)
+    (tmp_path / "gin").symlink_to(ROOT / "gin")
     (script,) = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         script = script.replace("8476", str(probe.getsockname()[1]))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run(
-        ["bash", "-ec", COMMAND + script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        ["bash", "-ec", COMMAND + script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=480
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("checkpoints: runs/two/checkpoints") == 1
     assert (tmp_path / "runs" / "two" / "checkpoints" / "2").is_dir()
     assert json.loads((tmp_path / "runs" / "two" / "job.json").read_text())["mesh.layout"] == "fsdp"
+    assert ran.stdout.count("runs/labelled: 16 examples") == 1
+    pairs, labelled = open_dataset(tmp_path / "pairs"), open_dataset(tmp_path / "runs" / "labelled")
+    assert [example.prompt.tolist() for example in labelled] == [example.prompt.tolist() for example in pairs]
 
 
 def test_the_python_lays_out_a_batch():

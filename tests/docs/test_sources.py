@@ -11,6 +11,7 @@ import pytest
 
 from alignment_gap.cli.data import main
 from alignment_gap.data.records import open_dataset
+from alignment_gap.data.tasks.rubric import rubric_of
 from alignment_gap.data.text import TASKS
 
 TEXT = (pathlib.Path(__file__).parents[2] / "docs" / "sources.md").read_text(encoding="utf-8")
@@ -54,7 +55,7 @@ def ran(tmp_path_factory):
                 # The size of a vocabulary suits a whole source, not this test's few words.
                 program, name, *arguments = shlex.split(line.replace("--size=32000", "--size=286"))
                 assert (program, name) == ("alignment-gap", "data")
-                main(["alignment-gap data", *arguments, *(["--processes=1"] if arguments[0] == "prepare" else [])])
+                main(["alignment-gap data", *arguments, *(["--workers=1"] if arguments[0] == "prepare" else [])])
         import seqio
 
         seqio.set_tfds_data_dir_override(None)
@@ -66,6 +67,8 @@ def test_the_commands_prepare_datasets(ran):
     assert open_dataset(folder / "own/train").card.provenance["dropped"] == {}
     assert open_dataset(folder / "judged/train").card.provenance["dropped"] == {"label dropped": 10, "tie": 10}
     assert open_dataset(folder / "prepared/train").card.count > 150
+    built_in = open_dataset(folder / "runs/built_in/train")
+    assert built_in.card.count == 2000 and rubric_of(built_in) is not None
 
 
 def test_the_python_gives_a_pair_and_a_batch(ran):

@@ -1,0 +1,114 @@
+"""The commands of docs/study.md: their jobs are listed, its arm is in the graph, its tables are those of the code."""
+
+import contextlib
+import gzip
+import io
+import json
+import pathlib
+import re
+import shlex
+import sys
+
+import pytest
+from built_in import write_posts
+
+from alignment_gap.checkpoints.layout import CHECKPOINTS, PARAMS
+from alignment_gap.cli.main import main
+from alignment_gap.data.text.vocabulary_training import train_vocabulary
+from alignment_gap.study.analysis import COLUMNS, METRICS
+from alignment_gap.study.arms import ARMS, Branch, arms_of
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+COMMANDS = [
+    shlex.split(command)
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL)
+    for command in block.replace("\\\n", " ").splitlines()
+]
+ARM, PRETRAINED = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+HASH = re.compile(r"-[0-9a-f]{12}\b")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The files and folders that the commands name."""
+    folder = tmp_path_factory.mktemp("study_page")
+    for name in ("prepared/train", "prepared/validation", "helpful/train"):
+        write_posts(folder / "runs" / name, 4)
+    (folder / "runs" / "imported" / CHECKPOINTS / "1" / PARAMS).mkdir(parents=True)
+    train_vocabulary(["a bad cab fed a bee", "a big bag", "bed and bead"] * 9, folder / "t5.spiece.model", 275)
+    with gzip.open(folder / "pairs.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"prompt": "a bee", "chosen": "a bed", "rejected": "a cab"}) + "\n")
+    (folder / "my_arms.py").write_text(ARM)
+    (folder / "configs" / "study").mkdir(parents=True)
+    for path in (ROOT / "configs" / "study").glob("*.py"):
+        (folder / "configs" / "study" / path.name).symlink_to(path)
+    (folder / "configs" / "study" / "pretrained.py").write_text(PRETRAINED)
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    """Runs a command in the folder; gives its exit status and what it printed."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+
+    def run_command(words):
+        monkeypatch.setattr(sys, "argv", [word for word in words if not word.startswith("PYTHONPATH=")])
+        said, failed = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(failed), pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, said.getvalue() + failed.getvalue()
+
+    return run_command
+
+
+def is_whole(words):
+    return not any(word.startswith("--job=") for word in words)
+
+
+@pytest.mark.parametrize("words", filter(is_whole, COMMANDS), ids=" ".join)
+def test_the_jobs_of_every_study_are_listed(words, run):
+    status, said = run([*words, "--list"])
+    assert status == 0, said
+    assert re.search(r"^seed0-sft: (ready|waiting)$", said, flags=re.MULTILINE)
+
+
+def test_the_listing_is_that_of_the_page(run):
+    (shown,) = re.findall(r"```text\n(.*?)\.\.\.\n```", TEXT, flags=re.DOTALL)
+    listed = next(words for words in COMMANDS if "--list" in words)
+    assert HASH.sub("", run(listed)[1]).startswith(HASH.sub("", shown.rstrip()))
+
+
+def test_a_report_waits_for_the_jobs(run):
+    (words,) = (words for words in COMMANDS if "--job=report" in words)
+    status, said = run(words)
+    assert status == 2 and "jobs are not done" in said
+
+
+def test_a_job_runs_by_its_name(run, folder):
+    (words,) = (words for words in COMMANDS if "--job=seed0-data" in words)
+    posts = "--config.task.source.posts"
+    status, said = run([*words, f"{posts}.pairs=8", f"{posts}.validation_pairs=4", "--config.task.workers=1"])
+    assert status == 0, said
+    assert [path.name for path in (folder / "runs" / "study" / "jobs").glob("seed0-data-*/*/card.json")]
+
+
+def test_the_arm_is_semi_online(run, folder):
+    lagging = next(words for words in COMMANDS if "my_arms" in " ".join(words))
+    status, said = run(lagging)
+    assert status == 0, said
+    (command,) = (line for line in said.splitlines() if "alignment-gap train " in line and "seed0-lagging-ipo" in line)
+    assert "--gin.OnlineConfig.refresh_every=16" in command
+    (arm,) = arms_of(("my_arms:LAGGING",))
+    assert arm.contrasts[0].other == "online" and {"golden", "proxy", "sft"} <= set(Branch.__dataclass_fields__)
+
+
+def test_the_tables_are_those_of_the_code():
+    assert re.findall(r"^\| `(\w+)` \| (?:fresh|D_)", TEXT, flags=re.MULTILINE) == [
+        arm.name for arm in sorted(ARMS, key=lambda arm: ["online", "shuffled", "offline"].index(arm.name))
+    ]
+    columns = TEXT[TEXT.index("| column |") : TEXT.index("The prompts are the first")]
+    named = re.findall(r"`(\w+)` \*", columns)
+    assert named == list(METRICS)
+    assert {f"{name}_low" for name in named} <= set(COLUMNS)
