@@ -61,18 +61,21 @@ def classified(policy: Policy, params: Any, reference: Any, batching: Batching, 
     return classification(ours, theirs, np.asarray(pairs.scores))
 
 
-def agreed(judge: Judge, others: Mapping[str, Judge], batching: Batching, pairs: PreferenceBatch) -> Outcomes:
+def agreed(
+    judge: Judge, others: Mapping[str, Judge], batching: Batching, pairs: PreferenceBatch, labels: str
+) -> Outcomes:
     """How often a judge prefers what the labels prefer, as accuracy, and what others do, as agreement.OTHER.
 
-    A tie of one of the two counts half.
+    A tie of one of the two counts half. `labels` says what the scores of the pairs are, as `Judge.kind` does.
     """
     texts = (pairs.prompts, pairs.prompt_lengths, pairs.responses, pairs.response_lengths)
 
     def asked(each: Judge) -> np.ndarray:
         return preferences(batching.run(each.scores, texts), each.kind)
 
-    own, labels = asked(judge), np.asarray(pairs.scores)[:, 0]
-    compared = {"accuracy": labels} | {f"agreement.{name}": asked(other) for name, other in others.items()}
+    own = asked(judge)
+    compared = {"accuracy": preferences(np.asarray(pairs.scores), labels)}
+    compared |= {f"agreement.{name}": asked(other) for name, other in others.items()}
     return {name: 1 - np.abs(own - theirs) for name, theirs in compared.items()}
 
 

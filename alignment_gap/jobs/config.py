@@ -212,6 +212,13 @@ class JobConfig:
             raise UserError(f"reference is {self.reference!r}: a preference model has none, leave it out")
         if self.kind != POLICY and (isinstance(self.source, OnlineConfig) or self.fresh is not None):
             raise UserError(f"kind is {self.kind!r}: a preference model learns from recorded examples alone")
+        if self.fresh is not None and isinstance(self.source, OnlineConfig):
+            raise UserError("fresh is set beside an online source: it stands beside recorded examples, leave it out")
+        if self.online is not None and self.online.mixture is not None and self.start is self.reference is None:
+            raise UserError(
+                f"mixture is {self.online.mixture}, which is one with the reference: set start or reference, or leave "
+                "it out"
+            )
 
     @property
     def recorded(self) -> DatasetConfig:

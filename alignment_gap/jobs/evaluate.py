@@ -44,6 +44,7 @@ from alignment_gap.models import Policy
 from alignment_gap.progress import OpenBar
 from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig, first_says, make_mesh, on_every_process, on_first_process
+from alignment_gap.training.digest import params_digest
 
 RESULTS, FIGURE = "results.csv", "figure.png"
 # Arrays of a checkpoint's file that are no outcomes.
@@ -116,12 +117,18 @@ def open_evaluation(config: EvaluateConfig) -> Opened:
     dataset, mesh = open_checked(config.dataset, "dataset"), make_mesh(config.mesh)
     steps = on_every_process(lambda: _steps(str(config.run), config.steps))
     network = on_every_process(lambda: known_network(find_checkpoint(Path(str(config.run)), steps[0])))
+    responses = dataset.card.responses_per_prompt
+    if responses != 2 and (config.pairs or network.kind != POLICY):
+        raise UserError(
+            f"{config.dataset} has {responses} responses a prompt, and what is classified are pairs: give a dataset of "
+            "pairs or, for a policy, set pairs to 0"
+        )
     judges = {name: open_judge(by_itself(judge), dataset, mesh) for name, judge in map(named, config.judges)}
     longest = (dataset.card.max_prompt_length, dataset.card.max_response_length)
     batching = Batching(mesh, config.batch_size, (longest,))
     open_measure = _measure_policy if network.kind == POLICY else _measure_judge
-    measure = open_measure(config, dataset, judges, batching)
-    facts: dict[str, Any] = {"dataset.digest": dataset.card.digest, "steps": steps}
+    inputs, measure = open_measure(config, dataset, judges, batching, steps[-1])
+    facts: dict[str, Any] = {"dataset.digest": dataset.card.digest, "steps": steps, **inputs}
     facts |= {f"judge {name}.{key}": value for name, judge in judges.items() for key, value in judge.facts.items()}
     return Opened(facts, functools.partial(_run, config, steps, measure))
 
@@ -138,9 +145,9 @@ def _run(config: EvaluateConfig, steps: Sequence[int], measure: Measure, folder:
 
 
 def _measure_policy(
-    config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching
-) -> Measure:
-    """What measures the policy of a step."""
+    config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
+) -> tuple[dict[str, str], Measure]:
+    """Digests of the last checkpoint and of what it is compared with, and what measures the policy of a step."""
     mesh = batching.mesh
     prompts = batching.collate([dataset[int(i)] for i in distinct_prompts(dataset, config.prompts)])
     pairs = batching.collate(dataset[-config.pairs :]) if config.pairs else None
@@ -158,13 +165,19 @@ def _measure_policy(
         drawn = batching.run(drawing(policy, params, mesh, key, **settings), rows)
         return drawn.responses[:, 0], drawn.lengths[:, 0]
 
-    opponents = {}
-    for number, (name, folder) in enumerate(map(named, config.opponents)):
-        is_dataset = (Path(folder) / CARD).exists()
-        responses = _recorded(folder, prompts) if is_dataset else answer(*open_policy(folder, dataset, mesh), number)
-        opponents[name] = responses
     place, reference_step = on_every_process(lambda: _reference(config))
     _, reference = open_policy(place, dataset, mesh, reference_step)
+    digests = {"reference.digest": params_digest(reference)}
+    digests["run.digest"] = params_digest(open_policy(str(config.run), dataset, mesh, last)[1])
+    opponents = {}
+    for number, (name, folder) in enumerate(map(named, config.opponents)):
+        if (Path(folder) / CARD).exists():
+            recorded = open_checked(folder, "opponents")
+            opponents[name], digest = _recorded(recorded, prompts), recorded.card.digest
+        else:
+            policy, params = open_policy(folder, dataset, mesh)
+            opponents[name], digest = answer(policy, params, number), params_digest(params)
+        digests[f"opponent {name}.digest"] = digest
 
     def measure(step: int) -> dict[str, np.ndarray]:
         policy, params = open_policy(str(config.run), dataset, mesh, step)
@@ -178,20 +191,21 @@ def _measure_policy(
         }
         return outcomes | dict(zip(RESPONSES, responses, strict=True))
 
-    return measure
+    return digests, measure
 
 
 def _measure_judge(
-    config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching
-) -> Measure:
-    """What measures the preference model of a step."""
+    config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
+) -> tuple[dict[str, str], Measure]:
+    """The digest of the last checkpoint, and what measures the preference model of a step."""
     pairs = batching.collate(dataset[-config.pairs :] if config.pairs else dataset[:])
 
     def measure(step: int) -> dict[str, np.ndarray]:
         own = open_judge(JudgeConfig(config.run, step), dataset, batching.mesh)
-        return agreed(own, judges, batching, pairs)
+        return agreed(own, judges, batching, pairs, dataset.card.scores)
 
-    return measure
+    last_judge = open_judge(JudgeConfig(config.run, last), dataset, batching.mesh)
+    return {"run.digest": last_judge.facts["judge.digest"]}, measure
 
 
 def _steps(run: str, asked: Sequence[int] | None) -> list[int]:
@@ -214,16 +228,15 @@ def _reference(config: EvaluateConfig) -> tuple[str, int | None]:
     raise UserError(f"{config.run} was trained without a reference: set reference to the run that KL is measured to")
 
 
-def _recorded(folder: str, prompts: PreferenceBatch) -> Responses:
+def _recorded(dataset: Dataset, prompts: PreferenceBatch) -> Responses:
     """The first response of a dataset to each of the prompts; raises UserError where it answers others."""
-    dataset = open_checked(folder, "opponents")
     first = {example.prompt.tobytes(): example.responses[0] for example in reversed(dataset[:])}
     asked = [row[:length] for row, length in zip(prompts.prompts, prompts.prompt_lengths, strict=True)]
     unanswered = [number for number, prompt in enumerate(asked) if prompt.tobytes() not in first]
     if unanswered:
         raise UserError(
-            f"{folder} answers {len(asked) - len(unanswered)} of the {len(asked)} prompts: generate responses to the "
-            "same prompts, or lower prompts"
+            f"{dataset.folder} answers {len(asked) - len(unanswered)} of the {len(asked)} prompts: generate responses "
+            "to the same prompts, or lower prompts"
         )
     answers = [first[prompt.tobytes()] for prompt in asked]
     tokens = np.zeros((len(answers), max(map(len, answers))), np.int32)

@@ -179,6 +179,9 @@ def store_reference(
     with contextlib.ExitStack() as stack:
         folder = reference_folder(dataset, identity)
         on_first_process(lambda: stack.enter_context(locked(folder)))
+        # Another job may have stored them since.
+        if stored := on_every_process(lambda: open_reference(dataset, identity)):
+            return stored
         writer = on_every_process(
             lambda: ReferenceWriter(dataset, identity, batch_size) if is_first_process() else None
         )

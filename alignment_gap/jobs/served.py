@@ -38,7 +38,7 @@ def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collect
     Raises:
       UserError: the loss requires a reference and there is none, or there are two.
     """
-    if REFERENCE_LOG_PROBS in fields and config.fresh is None:
+    if REFERENCE_LOG_PROBS in fields and config.fresh is None and not reads_mismatched(loss):
         if config.reference is not None:
             raise UserError(
                 f"{config.recorded.folder} has reference log-probs of its own: leave reference={config.reference!r} out"

@@ -42,6 +42,7 @@ from alignment_gap.judges import open_judge
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import make_mesh, on_every_process, on_first_process
 from alignment_gap.training import Checkpoints, create_state, state_from_params, train
+from alignment_gap.training.digest import params_digest
 
 METRICS = "metrics.jsonl"
 _SOURCES = ("source", "source.prompts", "fresh", "fresh.prompts")
@@ -62,6 +63,7 @@ def open_training(config: JobConfig) -> Opened:
     """
     reading = open_reading(config.recorded, "source.prompts" if isinstance(config.source, OnlineConfig) else "source")
     fresh = open_reading(recorded(config.fresh), "fresh") if config.fresh is not None else None
+    _check_fresh(reading, fresh)
     config = dataclasses.replace(config, steps=reading.steps(config.steps))
     assembly = Assembly(config, _facts(config, reading, fresh), make_mesh(config.mesh))
     assembly.check_loss(_example_batch(assembly, reading))
@@ -74,7 +76,19 @@ def open_training(config: JobConfig) -> Opened:
         reference = _params(config.reference, config.reference_step, assembly)
     inputs = Inputs(reading, fresh, judge, start, reference)
     facts = {"source.digest": reading.digest} | ({"fresh.digest": fresh.digest} if fresh else {})
+    for name, params, path in (("start", start, config.start), ("reference", reference, config.reference)):
+        facts |= {f"{name}.digest": params_digest(params)} if path is not None else {}
     return Opened(facts | dict(judge.facts if judge else {}), functools.partial(_run, assembly, inputs))
+
+
+def _check_fresh(reading: Reading, fresh: Reading | None) -> None:
+    """Raises UserError where the prompts of the second source are of another vocabulary than the first source."""
+    digests = [each.datasets[0].card.vocabulary_digest for each in (reading, fresh) if each is not None]
+    if len(set(digests)) > 1:
+        raise UserError(
+            f"the prompts of fresh were prepared with the vocabulary {digests[1][:12]}, those of source with "
+            f"{digests[0][:12]}: prepare both with the same one"
+        )
 
 
 def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
@@ -146,7 +160,9 @@ def _run(assembly: Assembly, inputs: Inputs, folder: Path, open_bar: OpenBar) ->
             inputs = inputs._replace(stored=stored_references(assembly, inputs, open_bar))
         bar = stack.enter_context(open_bar(steps, folder.name, " steps"))
         bar.write(_summary(assembly, inputs.reading))
-        if inputs.start is None:
+        if last_step:
+            state = assembly.abstract  # Nothing but the checkpoint takes place on the devices.
+        elif inputs.start is None:
             key = jax.random.key(config.seed)
             state = create_state(assembly.policy.init, assembly.abstract, assembly.optimizer, key)
         else:

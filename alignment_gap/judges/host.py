@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -33,7 +34,8 @@ def host_judge(rewards: Rewards, config: JudgeConfig, mesh: LogicalMesh, facts: 
 def _on_host(rewards: Rewards, name: str, mesh: LogicalMesh) -> Scores:
     def scores(prompts: Array, prompt_lengths: Array, responses: Array, lengths: Array) -> Float[Array, "B K"]:
         rows = own_rows((prompts, prompt_lengths, responses, lengths))
-        found = np.asarray(rewards(*_texts(*rows)), np.float32)
+        with jax.transfer_guard("allow"):  # It may compute with jax itself.
+            found = np.asarray(rewards(*_texts(*rows)), np.float32)
         if found.shape != rows[3].shape:
             raise UserError(
                 f"the judge {name} gave rewards of shape {found.shape} for {rows[3].shape[0]} prompts with "

@@ -97,13 +97,16 @@ class Known:
     given: Overrides = Overrides()
 
     def trained(self, job: JobConfig) -> Network:
-        """The network that a job trains."""
+        """The network that a job trains, of the size that the user gives."""
+        return self._trained(job, self.given.model)
+
+    def _trained(self, job: JobConfig, size: str | None) -> Network:
         network = Network(job.kind, markers=() if job.kind == POLICY else MARKERS)
-        if job.start is None and job.model is None and self.given.model is None:
+        if job.start is None and job.model is None and size is None:
             raise UserError("there is no model: give --model, or the gin file of one such as gin/models/t5_tiny.gin")
         if job.model is None:
             network = dataclasses.replace(network, model=self.run(str(job.start), job.start_step).model)
-        return self._computed(network, self.given.model or job.model)
+        return self._computed(network, size or job.model)
 
     def run(self, path: str, step: int | None = None) -> Network:
         """The network of a run's folder."""
@@ -139,7 +142,7 @@ class Known:
     def _network(self, path: str, step: int | None, usual: Network, size: str | None, flag: str) -> Network:
         """What a folder holds or will hold, with a given size; the usual where only the size is known."""
         if isinstance(job := self._made.get(path), JobConfig):
-            return self._computed(self.trained(job), size)
+            return self._trained(job, size)
         if size is not None:
             return self._computed(usual, size)
         if Path(path).exists():

@@ -111,7 +111,8 @@ class ArmsConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: give one or more numbers, all above 0 and finite")
         for name in ("losses", "offline_betas", "offline_learning_rates"):
             values = getattr(self, name)
-            if len(set(values)) < len(values):
+            # As the names of jobs have them.
+            if len({value if isinstance(value, str) else f"{value:g}" for value in values}) < len(values):
                 raise UserError(f"{name} is {values}: give each value once")
 
 

@@ -73,8 +73,10 @@ def study_comparisons(results: Sequence[CheckpointResult], arms: Sequence[Arm]) 
 
 
 def question(arms: Sequence[Arm]) -> tuple[str, ...]:
-    """The two arms that the study asks about: the first contrast of its arms; empty where there is none."""
-    return next(((arm.name, contrast.other) for arm in arms for contrast in arm.contrasts), ())
+    """The two arms that the study asks about: the first contrast between its arms; empty if there is none."""
+    names = {arm.name for arm in arms}
+    contrasts = ((arm.name, contrast.other) for arm in arms for contrast in arm.contrasts if contrast.other in names)
+    return next(contrasts, ())
 
 
 def answers(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> list[Comparison]:

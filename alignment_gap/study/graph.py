@@ -227,13 +227,16 @@ class _Seed:
         name = "-".join([arm.name, file_word(loss), *(f"beta{value:g}" for value in settings.values()), f"lr{rate:g}"])
         steps, sampler = arms.checkpoint_steps, self.config.sampler
         branch = Branch(self.golden, self.proxy, self.sft, self.golden_pairs, arms.batch_size, sampler, runs)
+        source = arm.source(branch)
+        # The recorded samples of a run have the log-probs of its reference with them.
+        is_record = isinstance(source, DatasetConfig) and Path(source.folder or "").parent in runs.values()
         return self._train(
             name,
-            arm.source(branch),
+            source,
             dataclasses.replace(arms.optimizer, learning_rate=rate),
             loss=LossConfig(loss, settings),
             start=arms.start or str(self.sft),
-            reference=str(self.sft) if arms.start else None,
+            reference=str(self.sft) if arms.start and not is_record else None,
             steps=steps[-1],
             checkpoint_every=steps[-1],
             checkpoint_steps=steps,

@@ -10,18 +10,22 @@ from pathlib import Path
 import jax
 
 from alignment_gap.checkpoints import find_checkpoint
-from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.configuration import flatten, load_named, to_dict
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.tasks.prepare import TRAIN, VALIDATION, vocabulary_place
 from alignment_gap.data.text import load_vocabulary, open_source
 from alignment_gap.errors import UserError
 from alignment_gap.folders import claim, locked, write_json
+from alignment_gap.jobs.evaluate import named
 from alignment_gap.jobs.folder import Job, make
 from alignment_gap.jobs.prepare import PREPARE
+from alignment_gap.judges import JudgeConfig, is_model
+from alignment_gap.judges.preference_model import judge_network
+from alignment_gap.judges.rubric import RUBRIC
 from alignment_gap.models import make_policy, sizes
 from alignment_gap.progress import Bar, progress_bar
-from alignment_gap.sharding import check_batch_size, is_first_process, on_every_process, on_first_process
+from alignment_gap.sharding import check_batch_size, first_says, is_first_process, on_every_process, on_first_process
 from alignment_gap.study.analysis import ORIGIN
 from alignment_gap.study.config import StudyConfig
 from alignment_gap.study.graph import JOBS, StudyGraph, study_graph
@@ -92,8 +96,7 @@ def run_study(study: Study, *, update: bool = False, say: Say = say_once) -> Pat
       UserError: where a setting or an input cannot be used, or the folder is another study's or in use.
     """
     jobs = study.graph.jobs
-    with contextlib.ExitStack() as stack:
-        on_first_process(lambda: stack.enter_context(_owned(study, update=update)))
+    with owned(study, update=update):
         for number, job in enumerate(jobs, 1):
             run_job(job, f"[{number}/{len(jobs)}] {job.name}", say)
         on_first_process(lambda: write_study_report(study, say))
@@ -102,7 +105,7 @@ def run_study(study: Study, *, update: bool = False, say: Say = say_once) -> Pat
 
 def run_job(job: Job, title: str, say: Say = say_once) -> None:
     """Runs one job of a graph, unless it is done, with a progress bar under its title."""
-    if on_every_process(lambda: job.is_done):
+    if first_says(lambda: job.is_done):
         say(f"{title}: finished before")
         return
 
@@ -150,6 +153,11 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
     for start in (config.sft.start, config.golden.start, config.proxy.start, config.arms.start):
         if start not in (None, ORIGIN):
             find_checkpoint(Path(start))
+    for _, judge in map(named, config.evaluation.judges):
+        if is_model(judge):
+            judge_network(JudgeConfig(judge))
+        elif judge != RUBRIC:
+            load_named(judge, "judge")
     for dataset in config.sft.also:
         open_dataset(dataset)
     preparing = [job for job in graph.jobs if job.kind is PREPARE]
@@ -173,8 +181,15 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
 
 
 @contextlib.contextmanager
-def _owned(study: Study, *, update: bool) -> Iterator[None]:
-    """Holds the folder of a study, for its config alone."""
+def owned(study: Study, *, update: bool) -> Iterator[None]:
+    """Holds the folder of a study in the first process; raises UserError where it is another config's, or in use."""
+    with contextlib.ExitStack() as stack:
+        on_first_process(lambda: stack.enter_context(_claimed(study, update=update)))
+        yield
+
+
+@contextlib.contextmanager
+def _claimed(study: Study, *, update: bool) -> Iterator[None]:
     with locked(study.workdir):
         settings = flatten(to_dict(study.config))
         if update:

@@ -39,7 +39,7 @@ def train(
     Inside the loop nothing is copied between host and device but what is asked for explicitly.
 
     Args:
-      state: at step 0, of the shapes and shardings that checkpoints have.
+      state: at step 0; where there is a checkpoint, its shapes and shardings are enough.
       update_step: from `make_update_step`.
       source: the batches.
       checkpoint_steps: increasing; the state is saved after each.

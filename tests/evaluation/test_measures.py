@@ -136,7 +136,7 @@ def test_a_judge_agrees_with_labels_and_with_other_judges(batching):
         scores=np.array([[1, 0], [1, 0], [1, 0], [0.5, 0.5]], np.float32),
     )
     others = {"odds": ODDS, "itself": SUMS}
-    found = agreed(SUMS, others, batching, pairs)
+    found = agreed(SUMS, others, batching, pairs, "probabilities")
     assert found.keys() == {"accuracy", "agreement.odds", "agreement.itself"}
     np.testing.assert_array_equal(found["accuracy"], [1.0, 0.0, 0.5, 0.5])
     np.testing.assert_array_equal(found["agreement.itself"], 1.0)
