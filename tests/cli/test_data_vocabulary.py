@@ -21,5 +21,5 @@ def test_a_vocabulary_of_ones_own_pairs(tmp_path, capsys):
 
 
 def test_what_is_not_given_is_named(tmp_path):
-    with pytest.raises(UserError, match="--source is not set: add --source=VALUE"):
+    with pytest.raises(UserError, match="there is no source: give the path of a file or folder, or posts"):
         main(["alignment-gap data", "vocabulary", "--output=own.model"])
