@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -21,18 +22,20 @@ NO_ARMS = "--config.arms.names=()"
 def test_two_processes_make_the_study_that_one_makes(finished, config, tmp_path):
     """Sums over devices are taken in another order, which Adam's division can enlarge; no sampled token changes.
 
-    How good the judges are is left out, for no policy depends on it.
+    Jobs that resemble others are left to one process: the proxy, which is a second judge, and what measures SFT.
     """
     arms = dataclasses.replace(config.arms, names=())
     (study,) = open_studies(dataclasses.replace(config, arms=arms), tmp_path / "study")
-    for job in study.graph.jobs:
-        if "judge" in job.name or "validation" in job.name:
-            shutil.copytree(finished.graph.job(job.name).folder, job.folder)
+    copied = [
+        job for job in study.graph.jobs if re.search(r"judge|proxy|validation|opponent-sft|evaluation-sft", job.name)
+    ]
+    for job in copied:
+        shutil.copytree(finished.graph.job(job.name).folder, job.folder)
     commands = [[*NANO, NO_ARMS], [*NANO, NO_ARMS, "--list"]]
     statuses, ((said, errors), (second, _)) = run_processes(tmp_path, commands, commands)
     assert statuses == [0, 0], errors
     assert "report: study/report.html" in said
-    assert (said.count(": finished before"), said.count(": done")) == (4, 14)
+    assert (said.count(": finished before"), said.count(": done")) == (len(copied), 14) == (7, 14)
     assert not [line for line in second.splitlines() if "Gloo" not in line]
 
     for job in study.graph.jobs:
