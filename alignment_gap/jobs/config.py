@@ -214,6 +214,8 @@ class JobConfig:
             raise UserError(f"kind is {self.kind!r}: a preference model learns from recorded examples alone")
         if self.fresh is not None and isinstance(self.source, OnlineConfig):
             raise UserError("fresh is set beside an online source: it stands beside recorded examples, leave it out")
+        if self.fresh is not None and (size := recorded(self.fresh).batch_size) != self.recorded.batch_size:
+            raise UserError(f"fresh has batch_size={size} and source {self.recorded.batch_size}: give both the same")
         if self.online is not None and self.online.mixture is not None and self.start is self.reference is None:
             raise UserError(
                 f"mixture is {self.online.mixture}, which is one with the reference: set start or reference, or leave "

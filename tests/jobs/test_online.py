@@ -191,7 +191,7 @@ def test_nash_md_scores_samples_against_the_mixture(online, judge, tmp_path):
 
 @pytest.fixture(scope="module")
 def hypo(online, pairs, prompts):
-    fresh = OnlineConfig(DatasetConfig(str(pairs), batch_size=16), samples=1)
+    fresh = OnlineConfig(DatasetConfig(str(pairs), batch_size=8), samples=1)
     return dataclasses.replace(online, loss=LossConfig("hypo"), source=prompts, fresh=fresh)
 
 
@@ -199,10 +199,10 @@ def test_recorded_pairs_and_fresh_samples_in_one_step(hypo, tmp_path):
     """The stream of the fresh samples is recorded, and replayed beside the pairs it is the run again."""
     run = run_job(hypo, tmp_path / "run")
     record = open_dataset(run / "record")
-    assert len(record) == 6 * 16 and record.card.responses_per_prompt == 1
+    assert len(record) == 6 * 8 and record.card.responses_per_prompt == 1
     run_and_stop(hypo, tmp_path / "stopped", after=3)
     assert_equal_runs(run_job(hypo, tmp_path / "stopped"), run)
-    recorded = DatasetConfig(str(run / "record"), batch_size=16, order="recorded")
+    recorded = DatasetConfig(str(run / "record"), batch_size=8, order="recorded")
     replayed = run_job(dataclasses.replace(hypo, fresh=recorded), tmp_path / "replay")
     assert_equal_checkpoints(replayed, run)
 
@@ -211,6 +211,12 @@ def test_fresh_samples_do_not_stand_beside_packed_rows(hypo, tmp_path):
     source = dataclasses.replace(hypo.source, packing=2)
     with pytest.raises(UserError, match="sets fresh samples beside each prompt, and packed rows have empty slots"):
         run_job(dataclasses.replace(hypo, source=source), tmp_path / "run")
+
+
+def test_both_sources_have_as_many_prompts(hypo):
+    fresh = OnlineConfig(DatasetConfig(hypo.source.folder, batch_size=16), samples=1)
+    with pytest.raises(UserError, match="fresh has batch_size=16 and source 8: give both the same"):
+        dataclasses.replace(hypo, fresh=fresh)
 
 
 def test_a_second_source_in_vain_is_refused(hypo, tmp_path):

@@ -113,8 +113,8 @@ def test_nash_md_asks_for_one_opponent_a_prompt():
 
 
 def test_a_second_source_is_sampled_and_scored_beside_the_first():
-    fresh = OnlineConfig(dataclasses.replace(PROMPTS, batch_size=4), samples=1)
-    one = BatchShape(4, 40, 1, 20)
+    fresh = OnlineConfig(PROMPTS, samples=1)
+    one = BatchShape(8, 40, 1, 20)
     job = policy_job(loss=LossConfig("hypo"), fresh=fresh)
     assert planned(job) == [
         ("update", "update", shape(2), False),
