@@ -38,7 +38,16 @@ def main(arguments: list[str]) -> None:
 
     from alignment_gap.sharding import on_first_process
     from alignment_gap.study.config import StudyConfig
-    from alignment_gap.study.run import list_text, open_studies, owned, run_job, run_study, say_once, write_study_report
+    from alignment_gap.study.run import (
+        check_done,
+        list_text,
+        open_studies,
+        owned,
+        run_job,
+        run_study,
+        say_once,
+        write_study_report,
+    )
 
     config = from_dict(StudyConfig, settings)
     start_jax(values)
@@ -53,6 +62,7 @@ def main(arguments: list[str]) -> None:
     elif len(studies) > 1:
         raise UserError(f'--job={values.job}: name one of the sizes, such as --config.sizes="({config.sizes[0]!r},)"')
     elif values.job == REPORT:
+        on_first_process(lambda: check_done(studies[0]))  # Before anything is written.
         with owned(studies[0], update=values.update):
             on_first_process(lambda: write_study_report(studies[0]))
     else:

@@ -115,11 +115,16 @@ def run_job(job: Job, title: str, say: Say = say_once) -> None:
     make(job.kind, job.config, job.folder, open_bar)
 
 
-def write_study_report(study: Study, say: Say = say_once) -> None:
-    """Writes the report of a study whose jobs are done; raises UserError where one is not."""
+def check_done(study: Study) -> None:
+    """Raises UserError where a job of the study is not done."""
     missing = [job.name for job in study.graph.jobs if not job.is_done]
     if missing:
         raise UserError(f"{len(missing)} jobs are not done, such as {missing[0]}: run the study, or these jobs")
+
+
+def write_study_report(study: Study, say: Say = say_once) -> None:
+    """Writes the report of a study whose jobs are done; raises UserError where one is not."""
+    check_done(study)
     results = study_results(study.graph)
     study.workdir.mkdir(parents=True, exist_ok=True)
     report = write_report(study.workdir, results, report_context(study.config, study.graph))

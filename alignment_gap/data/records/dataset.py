@@ -23,7 +23,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, SupportsIndex, overload
 
 import msgpack
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -131,10 +131,10 @@ class Dataset(Sequence[Example]):
         return self.card.count
 
     @overload
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: SupportsIndex) -> Example: ...
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+    def __getitem__(self, index: SupportsIndex | slice) -> Example | list[Example]:
         """The example or examples at `index`; raises UserError naming the file where it is damaged."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
