@@ -151,7 +151,8 @@ def _end_when_another_fails() -> None:
             continue
         if not _failure_told.acquire(blocking=False):
             return
-        print(f"error: process {process}: {line}", file=sys.stderr, flush=True)
+        # A progress bar may have left its line open.
+        print(f"\nerror: process {process}: {line}", file=sys.stderr, flush=True)
         _end()
 
 

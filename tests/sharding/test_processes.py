@@ -193,7 +193,7 @@ def test_a_process_ends_with_the_line_of_another(ended, monkeypatch, capfd):
     with pytest.raises(Ended):
         processes._end_when_another_fails()
     assert ended == [2] and store.answers == []
-    assert capfd.readouterr().err == "error: process 1: disk full: free space\n"
+    assert capfd.readouterr().err == "\nerror: process 1: disk full: free space\n"
 
 
 def test_a_process_that_tells_of_its_own_failure_tells_of_no_other(ended, monkeypatch, capfd):
