@@ -1,6 +1,6 @@
 """Measure the checkpoints of a run: win rates by any judge, KL, accuracy, log-ratios, length.
 
-alignment-gap evaluate --run=runs/online --dataset=prepared/validation --judges=golden=runs/golden,rubric \
+alignment-gap evaluate --run=runs/online --dataset=prepared/validation --judges=golden=runs/golden,rubric \\
     --opponents=offline=runs/offline,sft=runs/sft --output=runs/evaluation
 """
 

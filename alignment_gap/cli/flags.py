@@ -30,7 +30,7 @@ def parse(
     positional: int = 0,
     also: tuple[type[Exception], ...] = (),
 ) -> tuple[flags.FlagValues, list[str]] | None:
-    """The flags of a command and what is no flag; None after its help was printed.
+    """Reads the flags of a command and its other arguments; gives None after it has printed the help.
 
     Args:
       arguments: what the user wrote; the first names the command.
@@ -63,7 +63,7 @@ def run_subcommand(
     """Runs what the first argument names with the rest; without one, prints the help.
 
     Raises:
-      UserError: there is no such sub-command.
+      UserError: the first argument names no sub-command.
     """
     command, *rest = arguments
     if not rest or rest[0] in ("--help", "-h"):

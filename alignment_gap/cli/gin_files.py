@@ -39,7 +39,7 @@ GIN_FOLDER = Path(__file__).parents[2] / "gin"
 
 
 def define_gin(values: flags.FlagValues) -> None:
-    """Adds --gin_file and --gin_search_paths; --gin.NAME=value is no flag of absl's, see `split_overrides`."""
+    """Adds --gin_file and --gin_search_paths; `split_overrides` reads --gin.NAME=value, which absl cannot."""
     flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times.", flag_values=values)
     flags.DEFINE_list("gin_search_paths", [], "Folders in which gin files are looked for.", flag_values=values)
 

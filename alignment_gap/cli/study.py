@@ -116,7 +116,7 @@ def read(
 
 
 def _change(settings: dict[str, Any], key: str, text: str) -> None:
-    """Sets one of nested settings to what is written: a literal of Python, or text where it is none."""
+    """Sets one of the nested settings to the written value: a Python literal, or else the text itself."""
     keys = flatten(settings)
     if key not in keys:
         raise UserError(f"unknown setting --config.{key}: {nearest(key, list(keys))}")

@@ -169,22 +169,29 @@ def _measure_policy(
     _, reference = open_policy(place, dataset, mesh, reference_step)
     digests = {"reference.digest": params_digest(reference)}
     digests["run.digest"] = params_digest(open_policy(str(config.run), dataset, mesh, last)[1])
-    opponents = {}
-    for number, (name, folder) in enumerate(map(named, config.opponents)):
+    recorded: dict[str, Responses] = {}
+    for name, folder in map(named, config.opponents):
         if (Path(folder) / CARD).exists():
-            recorded = open_checked(folder, "opponents")
-            opponents[name], digest = _recorded(recorded, prompts), recorded.card.digest
+            answers = open_checked(folder, "opponents")
+            recorded[name], digest = _recorded(answers, prompts), answers.card.digest
         else:
-            policy, params = open_policy(folder, dataset, mesh)
-            opponents[name], digest = answer(policy, params, number), params_digest(params)
+            digest = params_digest(open_policy(folder, dataset, mesh)[1])
         digests[f"opponent {name}.digest"] = digest
+
+    @functools.cache
+    def opponents() -> dict[str, Responses]:
+        """Sampled when the first checkpoint is measured: a finished evaluation needs none."""
+        return {
+            name: recorded[name] if name in recorded else answer(*open_policy(folder, dataset, mesh), number)
+            for number, (name, folder) in enumerate(map(named, config.opponents))
+        }
 
     def measure(step: int) -> dict[str, np.ndarray]:
         policy, params = open_policy(str(config.run), dataset, mesh, step)
-        responses = answer(policy, params, len(opponents) + step)
+        responses = answer(policy, params, len(config.opponents) + step)
         few: Responses = (responses[0][: config.kl_prompts], responses[1][: config.kl_prompts])
         outcomes = {
-            **judged(judges, batching, prompts, responses, opponents),
+            **judged(judges, batching, prompts, responses, opponents()),
             "length": responses[1].astype(np.float64),
             **diverged(policy, params, reference, batching, prompts, few),
             **(classified(policy, params, reference, batching, pairs) if pairs is not None else {}),

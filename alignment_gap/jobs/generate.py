@@ -129,7 +129,6 @@ def open_generation(config: GenerateConfig) -> Opened:
 
 def open_policy(folder: str, dataset: Dataset, mesh: LogicalMesh, step: int | None = None) -> tuple[Policy, Any]:
     """A policy and its parameters; raises UserError where it is none, or of another vocabulary than the dataset."""
-
     network = policy_network(folder, step)
     on_every_process(lambda: check_vocabulary(network, dataset.card.vocabulary_digest, folder, str(dataset.folder)))
     return load_policy(folder, mesh, step)

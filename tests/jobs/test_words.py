@@ -80,7 +80,7 @@ GIN = [
     JobConfig(model=T5, source=DatasetConfig("a,b", weights=(1.0, 2.0), order="shuffle"), steps=3),
     JobConfig(model=DecoderConfig(vocabulary_size=9), loss=LossConfig("dpo", {"beta": 0.1, "label_smoothing": 0.2})),
     JobConfig(source=ONLINE, start="it's here", start_step=800, checkpoint_steps=(1, 2), seed=7),
-    JobConfig(source=DatasetConfig("pairs"), fresh=ONLINE, mesh=MeshConfig(layout="fsdp", model=2)),
+    JobConfig(source=DatasetConfig("pairs", batch_size=8), fresh=ONLINE, mesh=MeshConfig(layout="fsdp", model=2)),
     JobConfig(loss=LossConfig("job_runs:shifted_hinge", {"shift": -1.5, "kind": "b"}), start="@not_a_reference"),
     JobConfig(loss=LossConfig("sft"), optimizer=OptimizerConfig(clip_norm=None, learning_rate=3e-4), start="3"),
 ]

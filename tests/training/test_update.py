@@ -172,7 +172,7 @@ def test_no_device_makes_more_than_its_part(even_policy):
     assert sum(held) <= wide / 8 + rest
 
 
-def test_the_order_of_a_judges_pair_follows_from_its_prompt():
+def test_the_order_of_a_judges_pair_follows_from_its_prompt(unchecked):
     class FirstTokens:
         """Log-odds that tell which response came first."""
 
@@ -319,7 +319,7 @@ def test_a_loss_of_ones_own_is_given_what_it_names(unigram_batch):
     value, diagnostics, given, inputs = evaluate(PARAMS)
     np.testing.assert_allclose(value, -2 * inputs["chosen_logps"], rtol=1e-6)
     np.testing.assert_array_equal(given["mask"], np.arange(5) < np.asarray(BATCH.response_lengths)[..., None])
-    np.testing.assert_allclose(given["ref_logps"], -math.log(16) * BATCH.response_lengths, rtol=1e-5)
+    np.testing.assert_allclose(given["ref_logps"], -math.log(16) * np.asarray(BATCH.response_lengths), rtol=1e-5)
     assert value.shape == (8,) and all(part.shape == (8,) for part in diagnostics.values())
 
 
@@ -463,7 +463,7 @@ def test_no_reference_offers_no_reference():
     assert not [name for name in inputs if name.startswith("ref_")]
 
 
-def test_a_preference_model_is_trained_on_pairs_only():
+def test_a_preference_model_is_trained_on_pairs_only(unchecked):
     three = dataclasses.replace(
         BATCH, responses=np.zeros((8, 3, 4), np.int32), response_lengths=np.ones((8, 3), np.int32)
     )

@@ -77,7 +77,7 @@ def collate(examples: Sequence[Example], prompt_length: int, response_length: in
     """The examples as one batch of numpy arrays, padded on the right to P = prompt_length and R = response_length.
 
     Raises:
-      UserError: there is no example, one is longer than its limit, or they differ in K or in their fields.
+      UserError: no example is given, one exceeds its limit, or two of them differ in K or in their fields.
     """
     if not examples:
         raise UserError("a batch needs an example: none was given")

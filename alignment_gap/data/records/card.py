@@ -59,7 +59,7 @@ def find_vocabulary(dataset: Dataset, given: str | None = None) -> Vocabulary:
       given: where it is; None for where it was when the first source was encoded.
 
     Raises:
-      UserError: it is not known, is no longer there, or is not the dataset's.
+      UserError: nothing says where the vocabulary is, it has moved, or the dataset was encoded with another one.
     """
     found = given or vocabulary_place(dataset)
     if not found:
