@@ -265,7 +265,7 @@ def test_the_folder_of_another_job(sft, sft_config):
     assert json.loads((sft / "job.json").read_text())["optimizer.learning_rate"] == 0.01
 
 
-def test_a_dataset_that_was_damaged_or_exchanged(pairs, sft, sft_config, tmp_path):
+def test_a_dataset_that_was_damaged_or_exchanged(pairs, sft, sft_config, tmp_path, unchecked):
     folder = tmp_path / "pairs"
     shutil.copytree(pairs, folder)
     config = dataclasses.replace(sft_config, source=at(folder))
