@@ -1,5 +1,20 @@
-"""The exception for everything that the user can mend."""
+"""The exceptions that end a command with one line."""
+
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """Bad input or a condition the user can mend: shown as one line, without a traceback."""
+    """Bad input or a condition the user can mend: shown as one line, without a traceback.
+
+    Args:
+      line: says what is wrong, with the value, the limit and the remedy.
+      may_change: settings that the remedy names, which the job that failed may then change; see `jobs.folder`.
+    """
+
+    def __init__(self, line: str, *, may_change: Sequence[str] = ()) -> None:
+        super().__init__(line)
+        self.may_change = tuple(may_change)
+
+
+class Interrupted(Exception):
+    """A job was asked to end and has saved where it stood; the same command goes on from there."""

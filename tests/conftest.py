@@ -32,9 +32,10 @@ from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.models import make_policy
 from alignment_gap.sharding import make_mesh
 from alignment_gap.training import TrainState
+from alignment_gap.training.guard import Skipped
 
 # Trees hold anything under their names: arrays of numpy, shapes, shardings, more axes inside of a scan.
-for tree in (PreferenceBatch, TrainState):
+for tree in (PreferenceBatch, TrainState, Skipped):
     tree.__init__ = tree.__init__.__wrapped__
 
 # No dtype is widened unasked; only optax's Adam does it, which raises a float to the power of an int32.

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from alignment_gap import __version__
 from alignment_gap.checks import nearest
-from alignment_gap.errors import UserError
+from alignment_gap.errors import Interrupted, UserError
+from alignment_gap.interruption import signals_caught, was_terminated
 
 COMMANDS = {
     "study": "run the controlled study, or what is left of it, and write its report",
@@ -23,6 +24,8 @@ COMMANDS = {
     "checkpoint": "checkpoints of other libraries in and out, and what a checkpoint holds",
 }
 
+# The exit status of what SIGTERM has ended, EX_TEMPFAIL of sysexits.h.
+TRY_AGAIN = 75
 # Of another library's message, as much as one line bears.
 LONGEST = 120
 
@@ -57,15 +60,21 @@ def _run(arguments: list[str]) -> None:
 def guarded(run: Callable[[], None]) -> int:
     """Exit status of `run`: 0, or 2 after one line where the user can mend what went wrong, 130 after ctrl-c.
 
-    Where one of several processes fails, all end.
+    After SIGTERM it is 75, which asks a scheduler to run the command again. Where one of several processes fails, all
+    end.
     """
+    with signals_caught():
+        return _status(run)
+
+
+def _status(run: Callable[[], None]) -> int:
     try:
         run()
     except UserError as error:
         return _failed(str(error))
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"interrupted{f', {error}' if str(error) else ''}: the same command goes on from here", file=sys.stderr)
+        return TRY_AGAIN if was_terminated() else 130
     except Exception as error:
         if not _disk_full(error):
             _fail_together(f"{type(error).__name__}: {error}", show=lambda: traceback.print_exc())

@@ -154,8 +154,8 @@ class Assembly:
     @functools.cached_property
     def update_step(self) -> UpdateStep:
         """The one jitted `(state, batch) -> (state, metrics)`."""
-        microbatches = self.config.microbatches
-        return make_update_step(self.objective, self.optimizer, self.mesh, self.abstract, microbatches=microbatches)
+        parts = (self.objective, self.optimizer, self.mesh, self.abstract)
+        return make_update_step(*parts, microbatches=self.config.microbatches, skip=self.config.guard)
 
     @property
     def score(self) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from alignment_gap.models import DecoderConfig, T5Config
 from alignment_gap.models.preference import KINDS
 from alignment_gap.sampling import KEEP, SamplerConfig
 from alignment_gap.sharding import MeshConfig
-from alignment_gap.training import OptimizerConfig
+from alignment_gap.training import GuardConfig, KeepConfig, OptimizerConfig
 
 POLICY = "policy"
 REFERENCE_LOG_PROBS = ("auto", "stored", "each_step")
@@ -164,10 +164,12 @@ class JobConfig:
       source: where batches come from: recorded examples, or fresh samples.
       fresh: a second source, whose batch stands beside that of the first: for a loss that reads both, as hypo.
       optimizer: its settings.
+      guard: which updates are skipped.
       mesh: the device mesh.
       steps: gradient steps; None for those of the source's epochs.
       checkpoint_every: steps between two checkpoints; the last step has one too.
       checkpoint_steps: further steps that have one.
+      keep: which checkpoints stay.
       log_every: steps between two lines of metrics.
       microbatches: parts in which a step's batch is computed, one after the other, to save memory.
       seed: of fresh parameters, of the order of examples and of samples.
@@ -186,10 +188,12 @@ class JobConfig:
     source: DatasetConfig | OnlineConfig = DatasetConfig()
     fresh: DatasetConfig | OnlineConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
+    guard: GuardConfig = GuardConfig()
     mesh: MeshConfig = MeshConfig()
     steps: int | None = 1000
     checkpoint_every: int = 200
     checkpoint_steps: tuple[int, ...] = ()
+    keep: KeepConfig = KeepConfig()
     log_every: int = 20
     microbatches: int = 1
     seed: int = 0

@@ -2,6 +2,7 @@
 
 FOLDER/
   job.json     the kind of job, its settings, and what its inputs were; written first
+  failed.json  why the last attempt ended, where it failed, and the settings that may be changed to go on
   done.json    the settings again, and the seconds that it took; written last
 """
 
@@ -19,12 +20,13 @@ from typing import Any, NamedTuple
 
 from alignment_gap import __version__
 from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.errors import Interrupted
 from alignment_gap.folders import claim, locked, read_json, write_json
 from alignment_gap.jobs.words import flag_words
 from alignment_gap.progress import OpenBar, progress_bar
 from alignment_gap.sharding import MeshConfig, first_says, is_first_process, on_first_process
 
-JOB, DONE = "job.json", "done.json"
+JOB, DONE, FAILED = "job.json", "done.json", "failed.json"
 # Settings of the mesh, which a folder that was begun may change.
 MESH = tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
 
@@ -132,12 +134,30 @@ def make(kind: Kind, config: Any, folder: Path, open_bar: OpenBar | None = None)
         if finished and not kind.repairs:
             return False
         start = time.time()
-        opened.run(folder, open_bar or functools.partial(progress_bar, silent=not is_first_process()))
+        with _failure_kept(folder):
+            opened.run(folder, open_bar or functools.partial(progress_bar, silent=not is_first_process()))
         seconds = round(time.time() - start, 1)
         if not finished:
             done = {"settings": settings, "seconds": seconds, "version": __version__}
             on_first_process(lambda: write_json(folder / DONE, done))
     return not finished
+
+
+@contextlib.contextmanager
+def _failure_kept(folder: Path) -> Iterator[None]:
+    """Leaves the line of what went wrong in the folder, for whoever looks at a graph of jobs."""
+    if is_first_process():
+        (folder / FAILED).unlink(missing_ok=True)
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if is_first_process():
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            with contextlib.suppress(OSError):  # A full disk is told by what met it.
+                write_json(folder / FAILED, {"line": line, "may_change": getattr(error, "may_change", ())})
+        raise
 
 
 def finished_with(folder: Path) -> Any:
@@ -146,9 +166,15 @@ def finished_with(folder: Path) -> Any:
     return read_json(path, remedy="remove it, to look at the job again")["settings"] if path.exists() else None
 
 
+def _remedies(folder: Path) -> list[str]:
+    """The settings that the last failure in a folder asked to change."""
+    path = folder / FAILED
+    return read_json(path, remedy="remove it")["may_change"] if path.exists() else []
+
+
 @contextlib.contextmanager
 def _owned(folder: Path, settings: Mapping[str, Any], kind: Kind) -> Iterator[None]:
     with locked(folder):
-        may_change = kind.may_change(folder)
+        may_change = {*kind.may_change(folder), *_remedies(folder)}
         claim(folder / JOB, settings, remedy="give another folder, or these settings", may_change=may_change)
         yield

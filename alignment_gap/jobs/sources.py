@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignment_gap.data.batches import PreferenceBatch, Prefetched, examples_of
-from alignment_gap.data.records import close_dataset, derived, write_chunk
-from alignment_gap.data.records.dataset import discard_chunks
+from alignment_gap.data.records import Example, close_dataset, derived, write_chunk
+from alignment_gap.data.records.dataset import chunk_path, discard_chunks, read_chunk
 from alignment_gap.data.records.log_probs import ReferenceLogProbs
 from alignment_gap.jobs.assembly import OPPONENTS, SAMPLER, SAMPLES, Assembly, gives_rewards
 from alignment_gap.jobs.config import OnlineConfig, SourceConfig
@@ -21,7 +21,7 @@ from alignment_gap.sharding import is_first_process, on_first_process, put_repli
 from alignment_gap.training import Source, TrainState, with_fresh, with_mismatched, with_reference
 
 RECORD = "record"
-_CHUNK = "until-"
+_CHUNK, _INTERIM = "until-", "interim-until-"
 
 
 class Inputs(NamedTuple):
@@ -117,23 +117,36 @@ def _sampler(assembly: Assembly, inputs: Inputs, online: OnlineConfig) -> Callab
 
 def open_recorder(
     assembly: Assembly, folder: Path, last_step: int
-) -> Callable[[int, list[PreferenceBatch]], None] | None:
+) -> Callable[[int, list[PreferenceBatch], bool], None] | None:
     """What records the stream of fresh samples, chunk by chunk, after the step of the last checkpoint.
 
+    A chunk up to an interim checkpoint becomes a part of the next one, so that an interruption leaves no trace.
+
     Returns:
-      `(step, batches since the last checkpoint) -> None`; None where nothing is to be recorded.
+      `(step, batches since the last checkpoint, whether a checkpoint is due) -> None`; None where nothing is to be
+      recorded.
     """
     online = assembly.config.online
     if online is None or not online.record:
         return None
     beside = online is assembly.config.fresh
-    on_first_process(lambda: discard_chunks(folder / RECORD, lambda name: _until(name) > last_step))
+    pending: list[Example] = []
 
-    def record(step: int, batches: list[PreferenceBatch]) -> None:
+    def resume() -> None:
+        record = folder / RECORD
+        if chunk_path(record, f"{_INTERIM}{last_step:08d}").exists():
+            pending.extend(read_chunk(record, f"{_INTERIM}{last_step:08d}"))
+        discard_chunks(record, lambda name: _until(name) > last_step)
+
+    on_first_process(resume)
+
+    def record(step: int, batches: list[PreferenceBatch], is_due: bool) -> None:
         whole = (to_host(batch.fresh if beside else batch) for batch in batches)
-        rows = [example for batch in whole for example in examples_of(batch)]
+        pending.extend(example for batch in whole for example in examples_of(batch))
         if is_first_process():
-            write_chunk(folder / RECORD, f"{_CHUNK}{step:08d}", rows)
+            write_chunk(folder / RECORD, f"{_CHUNK if is_due else _INTERIM}{step:08d}", pending)
+        if is_due:
+            pending.clear()
 
     return record
 
@@ -141,6 +154,7 @@ def open_recorder(
 def close_record(assembly: Assembly, inputs: Inputs, folder: Path) -> None:
     """Completes the recorded stream as a dataset, whose card says what it was drawn from and labelled by."""
     config, network = assembly.config, assembly.facts.network
+    discard_chunks(folder / RECORD, lambda name: name.startswith(_INTERIM))
     reading, online = inputs.fresh if config.online is config.fresh else inputs.reading, config.online
     assert reading is not None and online is not None
     roles = ["prompts"] if len(reading.datasets) == 1 else [f"prompts {i}" for i in range(len(reading.datasets))]
@@ -155,4 +169,4 @@ def close_record(assembly: Assembly, inputs: Inputs, folder: Path) -> None:
 
 
 def _until(chunk: str) -> int:
-    return int(chunk.removeprefix(_CHUNK))
+    return int(chunk.rpartition("-")[2])

@@ -41,14 +41,15 @@ from alignment_gap.jobs.words import gin_words
 from alignment_gap.judges import open_judge
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import make_mesh, on_every_process, on_first_process
-from alignment_gap.training import Checkpoints, create_state, state_from_params, train
+from alignment_gap.training import Checkpoints, TrainState, create_state, state_from_params, train
 from alignment_gap.training.digest import params_digest
 
 METRICS = "metrics.jsonl"
 _SOURCES = ("source", "source.prompts", "fresh", "fresh.prompts")
 # What a resumed run may change: none of it alters the steps that were taken.
 _MAY_CHANGE = (
-    *("steps", "microbatches", "checkpoint_every", "checkpoint_steps", "log_every"),
+    *("steps", "microbatches", "checkpoint_every", "checkpoint_steps", "log_every", "guard.stop_after"),
+    *("keep.last", "keep.every"),
     *(f"{source}.{name}" for source in _SOURCES for name in ("epochs", "packing", "prefetch", "vocabulary")),
     *MESH,
 )
@@ -148,7 +149,7 @@ def _run(assembly: Assembly, inputs: Inputs, folder: Path, open_bar: OpenBar) ->
     """Trains up to the job's last step in `folder`, from its last complete checkpoint where there is one."""
     config, steps = assembly.config, assembly.config.steps or 0
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(folder / CHECKPOINTS, assembly.facts.network))
+        checkpoints = stack.enter_context(Checkpoints(folder / CHECKPOINTS, assembly.facts.network, config.keep))
         last_step = max(checkpoints.steps(), default=0)
         if last_step > steps:
             raise UserError(
@@ -160,13 +161,7 @@ def _run(assembly: Assembly, inputs: Inputs, folder: Path, open_bar: OpenBar) ->
             inputs = inputs._replace(stored=stored_references(assembly, inputs, open_bar))
         bar = stack.enter_context(open_bar(steps, folder.name, " steps"))
         bar.write(_summary(assembly, inputs.reading))
-        if last_step:
-            state = assembly.abstract  # Nothing but the checkpoint takes place on the devices.
-        elif inputs.start is None:
-            key = jax.random.key(config.seed)
-            state = create_state(assembly.policy.init, assembly.abstract, assembly.optimizer, key)
-        else:
-            state = state_from_params(inputs.start, assembly.abstract, assembly.optimizer)
+        state = checkpoints.restore_last(assembly.abstract, bar.write) or _first_state(assembly, inputs)
         train(
             state,
             assembly.update_step,
@@ -175,12 +170,20 @@ def _run(assembly: Assembly, inputs: Inputs, folder: Path, open_bar: OpenBar) ->
             checkpoints=checkpoints,
             metrics_path=folder / METRICS,
             log_every=config.log_every,
+            skip=config.guard,
             refresh=assembly.refresh,
-            record=open_recorder(assembly, folder, last_step),
+            record=open_recorder(assembly, folder, int(jax.device_get(state.step))),
             bar=bar,
         )
     if config.online is not None and config.online.record:
         on_first_process(lambda: close_record(assembly, inputs, folder))
+
+
+def _first_state(assembly: Assembly, inputs: Inputs) -> TrainState:
+    if inputs.start is not None:
+        return state_from_params(inputs.start, assembly.abstract, assembly.optimizer)
+    key = jax.random.key(assembly.config.seed)
+    return create_state(assembly.policy.init, assembly.abstract, assembly.optimizer, key)
 
 
 def _checkpoint_steps(config: JobConfig, steps: int) -> list[int]:
@@ -211,5 +214,11 @@ TRAIN = Kind(
     output="workdir",
     words=gin_words,
     may_change=lambda folder: _MAY_CHANGE,
-    without_effect=("checkpoint_every", "log_every", *(f"{source}.prefetch" for source in _SOURCES)),
+    without_effect=(
+        "checkpoint_every",
+        "log_every",
+        "keep.last",
+        "keep.every",
+        *(f"{source}.prefetch" for source in _SOURCES),
+    ),
 )

@@ -15,6 +15,7 @@ from alignment_gap.sharding.layout import (
 from alignment_gap.sharding.mesh import LogicalMesh, MeshConfig, check_batch_size, make_mesh
 from alignment_gap.sharding.processes import (
     fail_together,
+    first_reason,
     first_says,
     host_rows,
     initialize,
@@ -44,6 +45,7 @@ __all__ = [
     "constrain_like",
     "decoding",
     "fail_together",
+    "first_reason",
     "first_says",
     "host_rows",
     "initialize",

@@ -195,15 +195,15 @@ def on_every_process(function: Callable[[], Result]) -> Result:
     try:
         result = function()
     except Exception as error:
-        _first_line(f"process {jax.process_index()}: {str(error) or type(error).__name__}".splitlines()[0])
+        first_reason(f"process {jax.process_index()}: {str(error) or type(error).__name__}".splitlines()[0])
         raise
-    if line := _first_line(""):
+    if line := first_reason(""):
         raise UserError(line)
     return result
 
 
-def _first_line(line: str) -> str:
-    """Of the lines that all processes give, the first that is not empty."""
+def first_reason(line: str) -> str:
+    """Of the lines that all processes give, the first that is not empty; in every process."""
     if jax.process_count() == 1:
         return line
     own = np.zeros(_LINE, np.uint8)

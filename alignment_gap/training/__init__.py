@@ -1,6 +1,7 @@
 """State, optimizers, the update step, sources, checkpoints and the loop that all training shares."""
 
-from alignment_gap.training.checkpoints import Checkpoints, load_policy, load_preference_model
+from alignment_gap.training.checkpoints import Checkpoints, KeepConfig, load_policy, load_preference_model
+from alignment_gap.training.guard import GuardConfig
 from alignment_gap.training.loop import train
 from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
 from alignment_gap.training.sources import Source, make_score, with_fresh, with_mismatched, with_reference
@@ -23,6 +24,8 @@ from alignment_gap.training.update import (
 
 __all__ = [
     "Checkpoints",
+    "GuardConfig",
+    "KeepConfig",
     "Objective",
     "OptimizerConfig",
     "Source",

@@ -2,67 +2,162 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from alignment_gap import checks
 from alignment_gap.checkpoints import Network, check_shapes, find_checkpoint, known_network
-from alignment_gap.checkpoints.layout import NETWORK, PARAMS, first_line
+from alignment_gap.checkpoints.layout import METADATA, NETWORK, PARAMS, first_line
 from alignment_gap.checkpoints.network import to_json
 from alignment_gap.checkpoints.tensors import shapes_of
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, PreferenceModel
-from alignment_gap.sharding import LogicalMesh
+from alignment_gap.sharding import LogicalMesh, first_reason, first_says, on_every_process, on_first_process
+from alignment_gap.training.digest import params_digest
 from alignment_gap.training.state import TrainState, abstract_params
+
+DIGESTS, INTERIM, DAMAGED = "digests", "interim", ".damaged"
+# Among so many of the last checkpoints a kill may have left interim ones.
+_LEFT = 3
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be read, or whose values are not those that were saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepConfig:
+    """Which checkpoints stay. The last one always does; without either setting all do.
+
+    Attributes:
+      last: how many of the last ones.
+      every: beside these, the ones at the multiples of so many steps.
+    """
+
+    last: int | None = None
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range, or two do not go together."""
+        checks.at_least(self, 1, "last", "every")
+        if self.every is not None and self.last is None:
+            raise UserError(f"keep.every is {self.every}, but keep.last is not set: set it, as to 1")
 
 
 class Checkpoints:
     """The checkpoints in a folder, one per step, written by Orbax; use as a context manager.
 
     A checkpoint appears under its name only when all of it is on disk, so one that a kill cut short is never restored.
+    It holds a digest of each of its parts, which is compared when it is restored.
 
     Args:
       folder: of the checkpoints; made by the first save.
       network: what they hold, which they then say; not needed to read them.
+      keep: which ones stay.
     """
 
-    def __init__(self, folder: Path, network: Network | None = None) -> None:
-        # Saves block: a study's checkpoints are small, and an error then names the step that failed.
-        options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
+    def __init__(self, folder: Path, network: Network | None = None, keep: KeepConfig = KeepConfig()) -> None:
+        policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep.last)]
+        policies += [ocp.checkpoint_managers.EveryNSteps(keep.every)] if keep.every else []
+        options = ocp.CheckpointManagerOptions(
+            create=False, preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies)
+        )
         self.folder = folder
-        self._metadata = {NETWORK: to_json(network)} if network else None
+        self._metadata = {NETWORK: to_json(network)} if network else {}
+        self._own_digest = {"network": _digest(self._metadata.get(NETWORK))}
+        # Steps of checkpoints to be removed; None before the first save.
+        self._interim: set[int] | None = None
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._finish()
         self._manager.close()
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState) -> None:
-        """Writes the state under its step."""
+    def save(self, state: TrainState, *, interim: bool = False) -> None:
+        """Writes the state under its step; returns when it is copied to the host, and writes on meanwhile.
+
+        An interim one is for a run that ends before its next checkpoint is due: the save after it removes it.
+        """
+        self._finish()
         self.folder.mkdir(parents=True, exist_ok=True)
-        rest = {"step": state.step, "optimizer_state": state.optimizer_state}
-        items = {"params": state.params, "optimizer": rest} | ({"copies": state.copies} if state.copies else {})
-        saved = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()})
-        self._manager.save(int(jax.device_get(state.step)), args=saved, custom_metadata=self._metadata)
+        if self._interim is None:
+            self._interim = {*first_says(self._find_interim).tolist()} - {-1}
+        step, items = int(jax.device_get(state.step)), _items(state)
+        digests = self._own_digest | {name: params_digest(tree) for name, tree in items.items()}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()}),
+            custom_metadata=self._metadata | {DIGESTS: digests} | ({INTERIM: True} if interim else {}),
+        )
+        self._interim |= {step} if interim else set()
+
+    def _find_interim(self) -> np.ndarray:
+        """The steps of interim checkpoints that an earlier process left, and -1 up to the size that all are given."""
+        last = self.steps()[-_LEFT:]
+        found = [step for step in last if (self._said(step) or {}).get(INTERIM)]
+        return np.array((found + [-1] * _LEFT)[:_LEFT])
+
+    def _finish(self) -> None:
+        """Waits until what was saved is on the disk, then removes the interim checkpoints before it."""
+        self._manager.wait_until_finished()
+        if self._interim:
+            last = self.steps()[-1]
+            for step in sorted(self._interim - {last}):
+                self._manager.delete(step)
+            self._interim &= {last}
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """The whole state of a step, laid out as `abstract` says."""
-        rest = {"step": abstract.step, "optimizer_state": abstract.optimizer_state}
-        items = {"params": abstract.params, "optimizer": rest} | (
-            {"copies": abstract.copies} if abstract.copies else {}
-        )
-        restored = self._restore(step, items)
+        """The whole state of a step, laid out as `abstract` says.
+
+        Raises:
+          DamagedCheckpoint: it cannot be read, or is not what was saved.
+          UserError: it is of an earlier version of this library.
+        """
+        said = self._said(step)
+        if said is not None and DIGESTS not in said:
+            raise UserError(
+                f"{self.folder}/{step} was saved by an earlier version, which kept less of a run: give another folder, "
+                "and this one as its start"
+            )
+        restored = self._restore(step, _items(abstract))
         rest, copies = restored.optimizer, restored.copies if abstract.copies else {}
-        return TrainState(rest["step"], restored.params, rest["optimizer_state"], copies)
+        return TrainState(rest["step"], restored.params, rest["optimizer_state"], copies, rest["skipped"])
+
+    def restore_last(self, abstract: TrainState, say: Callable[[str], None]) -> TrainState | None:
+        """The newest state that is whole; damaged ones after it are put aside, with a line; None where there is none.
+
+        Raises:
+          UserError: the last checkpoint is of another model, or of an earlier version of this library.
+        """
+        while self.steps():
+            last = self.steps()[-1]
+            try:
+                return self.restore(abstract, last)
+            except DamagedCheckpoint as error:
+                on_first_process(functools.partial(_put_aside, self.folder / str(last)))
+                self._manager.reload()
+                before = f"step {self.steps()[-1]}" if self.steps() else "the start"
+                say(f"{error}; it is put aside as {last}{DAMAGED}, and training goes on from {before}")
+        return None
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
         """The parameters of a step, or of the last one.
@@ -75,17 +170,55 @@ class Checkpoints:
             if not self.steps():
                 raise UserError(f"{self.folder} holds no complete checkpoint: train it first, or give another folder")
             step = self.steps()[-1]
-        _check_shapes(self.folder / str(step) / PARAMS, abstract_params)
         return self._restore(step, {"params": abstract_params}).params
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
+        """The parts of a checkpoint, all of them as they were saved; where this raises in one process, all raise."""
+        on_every_process(lambda: _check_shapes(self.folder / str(step) / PARAMS, items["params"]))
         targets = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in items.items()})
         try:
-            return self._manager.restore(step, args=targets)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(
-                f"{self.folder}/{step} cannot be restored ({first_line(error)}): it is damaged or of another model"
-            ) from error
+            restored, reason = self._manager.restore(step, args=targets), ""
+        except (ValueError, KeyError, OSError) as error:
+            restored, reason = None, first_line(error)
+        reason = first_reason(reason) or self._difference(step, {name: restored[name] for name in items})
+        if reason:
+            raise DamagedCheckpoint(
+                f"{self.folder}/{step} cannot be restored ({reason}): it is damaged or of another model"
+            )
+        return restored
+
+    def _difference(self, step: int, items: dict[str, Any]) -> str:
+        """In which parts a checkpoint is not what was saved; nothing where it is, or is too old to say."""
+        said = self._said(step)
+        if said is None:
+            return f"{METADATA} cannot be read"
+        wanted = said.get(DIGESTS, {})
+        found = {"network": _digest(said.get(NETWORK))} | {name: params_digest(tree) for name, tree in items.items()}
+        changed = [name for name, digest in found.items() if wanted.get(name, digest) != digest]
+        return f"{' and '.join(changed)} are not what was saved" if changed else ""
+
+    def _said(self, step: int) -> dict[str, Any] | None:
+        """What the checkpoint of a step says of itself; None where it cannot be read."""
+        try:
+            return json.loads((self.folder / str(step) / METADATA).read_text())["custom_metadata"] or {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The parts of a checkpoint, each readable on its own."""
+    rest = {"step": state.step, "optimizer_state": state.optimizer_state, "skipped": state.skipped}
+    return {"params": state.params, "optimizer": rest} | ({"copies": state.copies} if state.copies else {})
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _put_aside(folder: Path) -> None:
+    aside = folder.with_name(folder.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
 
 
 def load_policy(path: str | Path, mesh: LogicalMesh, step: int | None = None) -> tuple[Policy, Any]:

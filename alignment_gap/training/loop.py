@@ -6,16 +6,18 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
 from alignment_gap.data.batches import PreferenceBatch
-from alignment_gap.errors import UserError
+from alignment_gap.errors import Interrupted
+from alignment_gap.interruption import requested, watching
 from alignment_gap.progress import NO_BAR, Bar
 from alignment_gap.sharding import is_first_process
 from alignment_gap.training.checkpoints import Checkpoints
+from alignment_gap.training.guard import GuardConfig, check_progress
 from alignment_gap.training.sources import Source
 from alignment_gap.training.state import TrainState
 from alignment_gap.training.update import Metrics, UpdateStep
@@ -30,81 +32,80 @@ def train(
     checkpoints: Checkpoints,
     metrics_path: Path,
     log_every: int = 20,
+    skip: GuardConfig = GuardConfig(),
     refresh: Callable[[int, TrainState], TrainState] | None = None,
-    record: Callable[[int, list[PreferenceBatch]], None] | None = None,
+    record: Callable[[int, list[PreferenceBatch], bool], None] | None = None,
     bar: Bar = NO_BAR,
 ) -> TrainState:
-    """Trains up to the last of `checkpoint_steps`; from the last complete checkpoint where there is one.
+    """Trains from the state's step up to the last of `checkpoint_steps`.
 
     Inside the loop nothing is copied between host and device but what is asked for explicitly.
 
     Args:
-      state: at step 0; where there is a checkpoint, its shapes and shardings are enough.
+      state: of the start, or of the last checkpoint.
       update_step: from `make_update_step`.
       source: the batches.
       checkpoint_steps: increasing; the state is saved after each.
       checkpoints: where to.
       metrics_path: JSON lines, one per `log_every` steps.
       log_every: steps between two lines of metrics.
+      skip: after how many skipped updates in a row to stop.
       refresh: changes the state's copies before a step, from `make_refresh`.
-      record: is given the step and the batches since the last checkpoint, before this one is saved.
+      record: is given the step, the batches since the last checkpoint, and whether the next one is due or an interim
+        one; before it is saved.
       bar: shows the steps that are done, those of an earlier run included, and the loss.
 
     Raises:
-      UserError: where loss or gradient are no longer finite; no such state is saved.
+      UserError: where too many updates in a row were skipped.
+      Interrupted: where a signal asked for it; the state is saved at the step where it stood.
     """
-    start = checkpoints.steps()[-1] if checkpoints.steps() else 0
-    if start:
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        state = checkpoints.restore(abstract, start)
+    start = int(jax.device_get(state.step))
     if is_first_process():
         truncate_metrics(metrics_path, start)
     bar.update(start)
     recorded: list[PreferenceBatch] = []
     last_step, clock, clocked = checkpoint_steps[-1], time.perf_counter(), start
-    for step in range(start, last_step):
-        with jax.transfer_guard("disallow"):
-            state = refresh(step, state) if refresh else state
-            batch = source(step, state)
-            state, metrics = update_step(state, batch)
-        if record:
-            recorded.append(batch)
-        if step == start:
-            bar.unpause()  # The rate counts from here: what came before was compiling.
-        bar.update(1)
-        done = step + 1
-        if done % log_every == 0 or done == last_step:
-            prompts = float(jax.device_get(metrics["prompts"])) * (done - clocked)
-            append_metrics(metrics_path, done, metrics, pairs_per_second=prompts / (time.perf_counter() - clock))
-            bar.set_postfix(loss=f"{float(jax.device_get(metrics['loss'])):.4g}", refresh=False)
-            clock, clocked = time.perf_counter(), done
-        if done in checkpoint_steps:
-            check_finite(metrics, done)
+    with watching():
+        for step in range(start, last_step):
+            with jax.transfer_guard("disallow"):
+                state = refresh(step, state) if refresh else state
+                batch = source(step, state)
+                state, metrics = update_step(state, batch)
             if record:
-                record(done, recorded)
-                recorded = []
-            checkpoints.save(state)
+                recorded.append(batch)
+            if step == start:
+                bar.unpause()  # The rate counts from here: what came before was compiling.
+            bar.update(1)
+            done = step + 1
+            if done % log_every == 0 or done == last_step:
+                line = metrics_line(metrics)
+                rate = line["prompts"] * (done - clocked) / (time.perf_counter() - clock)
+                append_metrics(metrics_path, {"step": done} | line | {"pairs_per_second": rate})
+                bar.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
+                check_progress(skip, int(line["skipped_in_a_row"]), done, line["loss"], line["gradient_norm"])
+                clock, clocked = time.perf_counter(), done
+            is_due, is_asked = done in checkpoint_steps, requested(done)
+            if is_due or is_asked:
+                if record:
+                    record(done, recorded, is_due)
+                    recorded = []
+                checkpoints.save(state, interim=not is_due)
+            if is_asked and done < last_step:
+                raise Interrupted(f"saved at step {done} of {last_step}")
     return state
 
 
-def append_metrics(path: Path, step: int, metrics: Metrics, **more: float) -> None:
-    """Adds a line; raises UserError where loss or gradient are not finite."""
-    line = {"step": step} | {name: float(value) for name, value in jax.device_get(metrics).items()} | more
+def metrics_line(metrics: Metrics) -> dict[str, float]:
+    """The metrics of a step as numbers; waits for the step."""
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+def append_metrics(path: Path, line: Mapping[str, float]) -> None:
+    """Adds a line in the first process; what is not finite becomes null, which JSON can hold."""
     if is_first_process():
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
         with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    check_finite(metrics, step)
-
-
-def check_finite(metrics: Metrics, step: int) -> None:
-    """Raises UserError where loss or gradient are not finite: the parameters are lost with either."""
-    for name in ("loss", "gradient_norm"):
-        value = float(jax.device_get(metrics[name]))
-        if not math.isfinite(value):
-            raise UserError(
-                f"the {name} is {value} at step {step}: lower learning_rate or clip_norm, then start again; "
-                "training goes on from the last checkpoint"
-            )
+            file.write(json.dumps(finite) + "\n")
 
 
 def truncate_metrics(path: Path, step: int) -> None:

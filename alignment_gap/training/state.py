@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from alignment_gap.sharding import LogicalMesh, shardings_of, unbox
+from alignment_gap.training.guard import Skipped, nothing_skipped
 
 
 @jax.tree_util.register_dataclass
@@ -24,12 +25,14 @@ class TrainState:
       params: of the network.
       optimizer_state: of all parameters.
       copies: earlier parameters by name, such as those of a sampler that lags behind; see `make_refresh`.
+      skipped: the updates that were not made.
     """
 
     step: Int[Array, ""]
     params: Any
     optimizer_state: Any
     copies: dict[str, Any] = dataclasses.field(default_factory=dict)
+    skipped: Skipped = dataclasses.field(default_factory=nothing_skipped)
 
 
 def abstract_state(

@@ -18,6 +18,7 @@ from alignment_gap.models import Policy, PreferenceModel, score, score_with_coll
 from alignment_gap.models.packing import unpack
 from alignment_gap.models.preference import pair_loss
 from alignment_gap.sharding import LogicalMesh, batch_sharding, constrain, replicated, within
+from alignment_gap.training.guard import GuardConfig, guard
 from alignment_gap.training.state import TrainState
 
 Metrics = dict[str, Array]
@@ -48,6 +49,7 @@ def make_update_step(
     abstract: TrainState,
     *,
     microbatches: int = 1,
+    skip: GuardConfig = GuardConfig(),
 ) -> UpdateStep:
     """One jitted, sharded `(state, batch) -> (state, metrics)`; the state's buffers are reused for the new one.
 
@@ -59,10 +61,12 @@ def make_update_step(
       microbatches: parts of the batch whose gradients are computed one after the other and averaged; they, times
         `mesh.batch_parts`, divide its size. The step is that of the whole batch, but for a loss that looks at the
         batch as one (as kto and bco do), which sees a part.
+      skip: which updates are not made: parameters and optimizer state stay, the step counts.
 
     Returns:
       The step. Its metrics are means over the batch's prompts, in float32: "loss" and the objective's own; further
-      "gradient_norm", "prompts", how many there are, and "padding", the share of the batch's tokens that are none.
+      "gradient_norm"; "prompts", how many there are; "padding", the share of padding in the batch's tokens; "skipped"
+      and "skipped_in_a_row", how many updates were not made so far and how many of them last.
     """
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -80,8 +84,15 @@ def make_update_step(
         gradients, metrics = _mean_over(gradients_of, (batch, _weights(batch)), microbatches)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"gradient_norm": optax.global_norm(gradients)} | _sizes(batch)
-        return TrainState(state.step + 1, params, optimizer_state, state.copies), metrics
+        norm = optax.global_norm(gradients)
+        is_good, skipped = guard(skip, state.skipped, state.step, metrics["loss"], norm)
+        params, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(is_good, new, old),
+            (params, optimizer_state),
+            (state.params, state.optimizer_state),
+        )
+        metrics |= {"gradient_norm": norm, "skipped": skipped.total, "skipped_in_a_row": skipped.in_a_row}
+        return TrainState(state.step + 1, params, optimizer_state, state.copies, skipped), metrics | _sizes(batch)
 
     return jax.jit(
         within(mesh, update_step),

@@ -1,20 +1,26 @@
 """The loop and its checkpoints with the smallest update step there is."""
 
+import contextlib
 import dataclasses
 import json
+import re
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 from tiny_models import make_batch
 
-from alignment_gap.errors import UserError
-from alignment_gap.training import Checkpoints, TrainState, make_refresh, train
+from alignment_gap.errors import Interrupted, UserError
+from alignment_gap.interruption import signals_caught
+from alignment_gap.training import Checkpoints, GuardConfig, KeepConfig, TrainState, make_refresh, train
 from alignment_gap.training.loop import truncate_metrics
 
 BATCH = make_batch(4)
+ALL = KeepConfig()
 ABSTRACT = {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=jnp.ones(3).sharding)}
 
 
@@ -22,8 +28,8 @@ def fresh():
     return TrainState(jnp.int32(0), {"w": jnp.ones(3)}, {"m": jnp.zeros(3)})
 
 
-def walk(loss_at=None, gradient_at=None):
-    """An update step that adds one, and reports nan after the given step."""
+def walk(loss_at=None, gradient_at=None, skipping_from=None):
+    """An update step that adds one, and reports nan after the given step, and updates that are skipped."""
 
     @jax.jit
     def update_step(state, batch):
@@ -33,16 +39,22 @@ def walk(loss_at=None, gradient_at=None):
             "loss": jnp.where(step == (loss_at or -1), jnp.nan, 1.0 / step.astype(jnp.float32)),
             "gradient_norm": jnp.where(step == (gradient_at or -1), jnp.inf, 2.0),
             "prompts": jnp.int32(4),
+            "skipped_in_a_row": jnp.maximum(0, step - (skipping_from or 100)),
         }
         return TrainState(step, params, state.optimizer_state, state.copies), metrics
 
     return update_step
 
 
-def run(folder, update_step=None, *, source=lambda step, state: BATCH, start=fresh, **settings):
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+def abstract_of(state):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def run(folder, update_step=None, *, source=lambda step, state: BATCH, start=fresh, said=None, keep=ALL, **settings):
+    said = [] if said is None else said
+    with Checkpoints(folder / "checkpoints", keep=keep) as checkpoints:
         return train(
-            start(),
+            checkpoints.restore_last(abstract_of(start()), said.append) or start(),
             update_step or walk(),
             source,
             **{"checkpoint_steps": (2, 5), "log_every": 3} | settings,
@@ -71,14 +83,16 @@ def numbered(step, state):
 def test_the_recorder_gets_every_batch_once_before_its_checkpoint(tmp_path):
     seen = []
 
-    def record(step, batches):
+    def record(step, batches, is_due):
+        assert is_due
         with Checkpoints(tmp_path / "checkpoints") as checkpoints:
             steps = [int(batch.prompt_ids[0]) for batch in batches]
-            seen.append((step, steps, [float(batch.scores[0, 0]) for batch in batches], checkpoints.steps()))
+            seen.append((step, steps, [float(batch.scores[0, 0]) for batch in batches]))
+            assert step not in checkpoints.steps()
 
     run(tmp_path, source=allowed(numbered), record=record)
     # Each is of the state before its update, and none of them is kept for longer.
-    assert seen == [(2, [0, 1], [1, 2], []), (5, [2, 3, 4], [3, 4, 5], [2])]
+    assert seen == [(2, [0, 1], [1, 2]), (5, [2, 3, 4], [3, 4, 5])]
 
 
 def allowed(source):
@@ -201,19 +215,162 @@ def test_metrics_of_steps_that_are_done_again_are_written_once(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [3, 5]
 
 
-@pytest.mark.parametrize("which", ["loss", "gradient"])
-def test_a_run_that_diverges_stops_and_saves_nothing_of_it(which, tmp_path):
-    """Also between two lines of metrics: the checkpoint of step 2 is good, that of step 4 is never written."""
-    name = {"loss": "loss is nan", "gradient": "gradient_norm is inf"}[which]
-    with pytest.raises(UserError, match=f"the {name} at step 4: lower learning_rate or clip_norm"):
-        run(tmp_path, walk(**{f"{which}_at": 4}), checkpoint_steps=(2, 4, 6), log_every=100)
+def test_a_run_whose_updates_are_skipped_stops_with_what_to_change(tmp_path):
+    """Skipped from step 3 on; the third in a row is step 6, whose line is the next one."""
+    with pytest.raises(UserError, match="the last 3 updates up to step 6 were skipped, the loss is nan") as error:
+        run(tmp_path, walk(loss_at=6, skipping_from=3), checkpoint_steps=(2, 4, 9), skip=GuardConfig(stop_after=3))
+    assert "optimizer.learning_rate" in error.value.may_change
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        assert checkpoints.steps() == [2]
+        assert checkpoints.steps() == [2, 4]
 
 
-def test_a_diverged_line_names_its_step(tmp_path):
-    with pytest.raises(UserError, match="the loss is nan at step 3"):
-        run(tmp_path, walk(loss_at=3))
+def test_a_few_skipped_updates_stop_nothing(tmp_path):
+    state = run(tmp_path, walk(loss_at=3, gradient_at=6, skipping_from=3), checkpoint_steps=(6,))
+    assert int(state.step) == 6
+    assert [line["loss"] is None for line in lines(tmp_path)] == [True, False]
+    assert [line["gradient_norm"] for line in lines(tmp_path)] == [2.0, None]
+
+
+def interrupted(at, then=BATCH):
+    """A source during whose batch, of the step `at`, SIGTERM comes."""
+
+    def source(step, state):
+        if step == at:
+            signal.raise_signal(signal.SIGTERM)
+        return then
+
+    return source
+
+
+def test_a_signal_saves_where_the_run_stands_and_leaves_no_trace(tmp_path):
+    """SIGTERM during step 4 of 5, none of which has a checkpoint; the interim one goes with the next."""
+    seen = []
+
+    def record(step, batches, is_due):
+        seen.append((step, len(batches), is_due))
+
+    with signals_caught(), pytest.raises(Interrupted, match="saved at step 4 of 5"):
+        run(tmp_path, checkpoint_steps=(5,), source=interrupted(3), record=record)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [4]
+    state = run(tmp_path, checkpoint_steps=(5,), record=record)
+    np.testing.assert_array_equal(state.params["w"], 6.0)
+    assert seen == [(4, 4, False), (5, 1, True)]
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [5]
+
+
+def test_a_signal_at_a_step_that_is_due_saves_no_other(tmp_path):
+    with signals_caught(), pytest.raises(Interrupted, match="saved at step 2 of 5"):
+        run(tmp_path, source=interrupted(1))
+    run(tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [2, 5]
+
+
+def test_a_signal_in_the_last_step_ends_nothing(tmp_path):
+    with signals_caught():
+        assert int(run(tmp_path, source=interrupted(4)).step) == 5
+
+
+def test_the_second_signal_ends_at_once(tmp_path):
+    def twice(step, state):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with signals_caught(), pytest.raises(KeyboardInterrupt):
+        run(tmp_path, source=twice)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == []
+
+
+@pytest.mark.parametrize(
+    "keep, left",
+    [(KeepConfig(), [1, 2, 3, 4, 5]), (KeepConfig(last=2), [4, 5]), (KeepConfig(last=1, every=2), [2, 4, 5])],
+)
+def test_the_checkpoints_that_are_kept(keep, left, tmp_path):
+    run(tmp_path, checkpoint_steps=(1, 2, 3, 4, 5), keep=keep)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == left
+        np.testing.assert_array_equal(checkpoints.restore_params(ABSTRACT, left[0])["w"], left[0] + 1)
+
+
+def changed_weight(folder):
+    """One bit of a weight, written as Orbax would: nothing but the digest can see it."""
+    with open_array(folder / "params", "w") as array:
+        array[1] = np.nextafter(array[1], np.float32(9))
+
+
+def changed_moment(folder):
+    with open_array(folder / "optimizer", "optimizer_state.m") as array:
+        array[0] = 0.25
+
+
+@contextlib.contextmanager
+def open_array(store, name):
+    kvstore = {"driver": "ocdbt", "base": store.absolute().as_uri() + "/", "path": name + "/"}
+    stored = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+    values = stored.read().result()
+    yield values
+    stored.write(values).result()
+
+
+def changed_network(folder):
+    path = folder / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    content["custom_metadata"]["network"] = {"width": 1}
+    path.write_text(json.dumps(content))
+
+
+def no_metadata(folder):
+    (folder / "_CHECKPOINT_METADATA").write_text("{")
+
+
+def cut_parameters(folder):
+    cut(folder / "params")
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (changed_weight, "params are not what was saved"),
+        (changed_moment, "optimizer are not what was saved"),
+        (changed_network, "network are not what was saved"),
+        (no_metadata, "_CHECKPOINT_METADATA cannot be read"),
+        (cut_parameters, "."),
+    ],
+)
+def test_a_damaged_last_checkpoint_is_put_aside(damage, reason, finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "checkpoints" / "5")
+    said = []
+    state = run(tmp_path, said=said)
+    np.testing.assert_array_equal(state.params["w"], 6.0)
+    (line,) = said
+    assert re.search(rf"checkpoints/5 cannot be restored \(.*{reason}.*\)", line) and "\n" not in line
+    assert line.endswith("it is put aside as 5.damaged, and training goes on from step 2")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "5", "5.damaged"]
+
+
+def test_a_run_without_a_whole_checkpoint_starts_anew(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    said = []
+    for step in ("2", "5"):
+        changed_weight(tmp_path / "checkpoints" / step)
+    np.testing.assert_array_equal(run(tmp_path, said=said).params["w"], 6.0)
+    assert [line.rpartition(" from ")[2] for line in said] == ["step 2", "the start"]
+
+
+def test_a_checkpoint_without_digests_is_of_an_earlier_version(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoints" / "5" / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    del content["custom_metadata"]["digests"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="saved by an earlier version, which kept less of a run"):
+        run(tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        np.testing.assert_array_equal(checkpoints.restore_params(ABSTRACT, 5)["w"], 6.0)
 
 
 def test_a_line_that_was_cut_short_and_those_after_the_step_are_dropped(tmp_path):

@@ -308,6 +308,11 @@ def discard_damaged(folder: _Path) -> list[str]:
     return damaged
 
 
+def read_chunk(folder: _Path, name: str) -> list[Example]:
+    """The examples of a chunk; raises UserError where it is missing or damaged."""
+    return [*_read_all(chunk_path(folder, name))]
+
+
 def discard_chunks(folder: _Path, unwanted: Callable[[str], bool]) -> None:
     """Removes the chunks of a folder whose names are unwanted, and the card with them: it says what is there."""
     path = pathlib.Path(folder)

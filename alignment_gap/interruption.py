@@ -1,0 +1,72 @@
+"""Signals that ask a command to end: ctrl-c, and the SIGTERM of a scheduler that takes the machine back.
+
+A loop of steps asks `requested` after each of them, saves and raises `Interrupted`. All other work ends at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+# The signals that came, and how many loops ask for them.
+_received: list[int] = []
+_watching = 0
+
+
+@contextlib.contextmanager
+def signals_caught() -> Iterator[None]:
+    """The first SIGINT or SIGTERM waits for the loop that asks for it; without one, or a second time, it ends.
+
+    It then raises KeyboardInterrupt. Of several processes jax catches SIGTERM itself, so that all end after one step.
+    """
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        _received.append(number)
+        if len(_received) > 1 or not _watching:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and _several_processes():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _received.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """For a loop that asks `requested`: until it ends, the first signal does not."""
+    global _watching
+    _watching += 1
+    try:
+        yield
+    finally:
+        _watching -= 1
+
+
+def requested(step: int) -> bool:
+    """Whether this process was asked to end or, of several processes, all shall end after this step.
+
+    Several processes have to ask after every step, all of them after the same ones.
+    """
+    if not _several_processes():
+        return bool(_received)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def was_terminated() -> bool:
+    """Whether what ended the work was SIGTERM, and no ctrl-c."""
+    return signal.SIGINT not in _received
+
+
+def _several_processes() -> bool:
+    return "jax" in sys.modules and sys.modules["jax"].process_count() > 1

@@ -1,0 +1,88 @@
+"""What keeps an update that would ruin the parameters from being made: it is skipped inside of the compiled step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from alignment_gap import checks
+from alignment_gap.errors import UserError
+
+# The settings that a job which was stopped may change, to go on with them.
+REMEDIES = ("optimizer.learning_rate", "optimizer.clip_norm", "guard.spike")
+# Of the running mean of gradient norms: each new norm's share, and the updates before it is compared with.
+_SHARE, _LEARNED = 0.02, 50
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """Which updates are skipped. One whose loss or gradient is not finite always is.
+
+    Attributes:
+      stop_after: skipped updates in a row after which the job stops.
+      spike: skip also an update whose gradient norm is more than so many times the running mean; None for no limit.
+    """
+
+    stop_after: int = 10
+    spike: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range."""
+        checks.at_least(self, 1, "stop_after")
+        checks.above(self, 1, "spike")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """What a run remembers of its updates, as part of its state.
+
+    Attributes:
+      total: updates that were skipped.
+      in_a_row: of those, the ones since the last update that was made.
+      norm: the running mean of the gradient norms of the updates that were made.
+    """
+
+    total: Int[Array, ""]
+    in_a_row: Int[Array, ""]
+    norm: Float[Array, ""]
+
+
+def nothing_skipped() -> Skipped:
+    """The memory of a run at its start."""
+    return Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros(()))
+
+
+def guard(
+    config: GuardConfig,
+    skipped: Skipped,
+    step: Int[Array, ""],
+    loss: Float[Array, ""],
+    gradient_norm: Float[Array, ""],
+) -> tuple[Bool[Array, ""], Skipped]:
+    """Whether the update of a step is made, and the memory after it."""
+    made = step - skipped.total
+    is_good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    if config.spike is not None:
+        is_good &= (made < _LEARNED) | (gradient_norm <= config.spike * skipped.norm)
+    # A plain mean at first, so that the zero at the start has no weight.
+    share = jnp.maximum(_SHARE, 1 / (made + 1).astype(jnp.float32))
+    norm = jnp.where(is_good, (1 - share) * skipped.norm + share * gradient_norm, skipped.norm)
+    one = (~is_good).astype(jnp.int32)
+    return is_good, Skipped(skipped.total + one, jnp.where(is_good, 0, skipped.in_a_row + 1), norm)
+
+
+def check_progress(config: GuardConfig, in_a_row: int, step: int, loss: float, gradient_norm: float) -> None:
+    """Raises UserError where too many updates in a row were skipped up to `step`."""
+    if in_a_row < config.stop_after:
+        return
+    met = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {gradient_norm:.3g}"
+    raise UserError(
+        f"the last {in_a_row} updates up to step {step} were skipped, {met}: lower learning_rate or clip_norm and run "
+        "the command again, which goes on from the last checkpoint",
+        may_change=REMEDIES,
+    )

@@ -1,0 +1,185 @@
+"""Kills commands with signal 9 at random moments, runs them again each time, and compares all bytes with an unhurt run.
+
+python benchmarks/kills.py --chain study --kills 50
+
+A chain is run once without kills, which tells how long each of its commands takes. Then it is run again and again, and
+each command killed at moments drawn from that time, start-up included, until each was killed as often as asked. After
+every pass all is compared. Every file has to be the same, but for the time that something took; of checkpoints, every
+array.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from alignment_gap.checkpoints.layout import open_store
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-c", "from alignment_gap.cli.main import main; main()"]
+TINY = (
+    "--gin.T5Config.width=16 --gin.T5Config.encoder_layers=1 --gin.T5Config.decoder_layers=1 --gin.T5Config.heads=2 "
+    "--gin.T5Config.head_size=8 --gin.T5Config.mlp_width=16"
+)
+TRAIN = "train --gin.BATCH_SIZE=16 --gin.WARMUP_STEPS=0 --gin.CHECKPOINT_EVERY=3 --gin.TRAIN_STEPS=12"
+MEASURE = "--judges=golden=golden,proxy=proxy --prompts=32 --kl_prompts=16 --pairs=16 --batch_size=16"
+
+
+def prepare(source: str, vocabulary: str | None) -> str:
+    """The command that prepares the pairs of the chain of jobs."""
+    given = f"--source={source}" + (f" --vocabulary={vocabulary}" if vocabulary else "")
+    lengths = "--prompt_length=64 --response_length=24 --bad_pairs=drop --validation=0.1"
+    return f"data prepare {given} " + ("--posts.pairs=2000" if source == "posts" else lengths) + " --output=prepared"
+
+
+def jobs(source: str, vocabulary: str | None) -> list[str]:
+    """The README's way from pairs to policies, in short."""
+    return [
+        prepare(source, vocabulary),
+        "data compose --datasets=prepared/train --limit=512 --output=pairs",
+        f"{TRAIN} --gin_file=runs/sft.gin --gin.DATASET=pairs {TINY} --workdir=sft"
+        + ("" if vocabulary else " --gin.VOCABULARY_SIZE=136"),
+        f"{TRAIN} --gin_file=runs/preference_model.gin --gin.DATASET=pairs --gin.START=sft --workdir=golden",
+        "data label --dataset=pairs --judge=golden --batch_size=16 --output=golden_pairs",
+        f"{TRAIN} --gin_file=runs/preference_model.gin --gin.DATASET=golden_pairs --gin.START=sft --workdir=proxy",
+        "data generate --prompts=pairs --policies=sft --judge=proxy --limit=64 --batch_size=16 --output=drawn",
+        "data compose --datasets=golden_pairs,drawn --weights=3,1 --output=mixed",
+        f"{TRAIN} --gin_file=runs/offline_ipo.gin --gin.DATASET=mixed --gin.START=sft --workdir=offline",
+        f"{TRAIN} --gin_file=runs/online_ipo.gin --gin.PROMPTS=golden_pairs --gin.START=sft --gin.JUDGE=proxy "
+        "--workdir=online",
+        f"evaluate --run=online --dataset=prepared/validation {MEASURE} --opponents=offline=offline,sft=sft "
+        "--output=measured",
+    ]
+
+
+def main() -> None:
+    """Runs a chain of commands with and without kills and prints what happened."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chain", choices=("prepare", "jobs", "study"), default="jobs")
+    parser.add_argument("--kills", type=int, default=3, help="of each command")
+    parser.add_argument("--processes", type=int, default=1, help="that do each command but prepare together")
+    parser.add_argument("--source", default="posts", help="of the pairs, as of data prepare")
+    parser.add_argument("--vocabulary", help="of the pairs, as of data prepare")
+    parser.add_argument("--config", default="tests/study/nano.py", help="of the study")
+    parser.add_argument("--workdir", type=Path, default=ROOT / ".cache" / "kills", help="removed at the start")
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    paths = [None if path is None else os.path.abspath(path) for path in (flags.source, flags.vocabulary)]
+    source = "posts" if flags.source == "posts" else paths[0]
+    chain = {
+        "prepare": [prepare(source, paths[1])],
+        "jobs": jobs(source, paths[1]),
+        "study": [f"study --config={os.path.abspath(flags.config)} --workdir=study"],
+    }[flags.chain]
+    shutil.rmtree(flags.workdir, ignore_errors=True)
+    unhurt, draw = flags.workdir / "unhurt", random.Random(flags.seed)
+    seconds = [run(command, unhurt, flags.processes)[1] for command in chain]
+    expected = contents(unhurt)
+    killed: collections.Counter[str] = collections.Counter()
+    passes = 0
+    while killed.total() < flags.kills * len(chain):
+        folder, passes = flags.workdir / f"killed{passes}", passes + 1
+        for command, longest in zip(chain, seconds, strict=True):
+            while killed[command] < flags.kills:
+                if run(command, folder, flags.processes, after=draw.uniform(0, longest))[0] != -signal.SIGKILL:
+                    break
+                killed[command] += 1
+            else:
+                run(command, folder, flags.processes)
+        compare(contents(folder), expected)
+        shutil.rmtree(folder)
+    print(f"{killed.total()} kills in {passes} runs of the chain; {len(expected)} files and arrays are the same")
+    print("\n| command | seconds | kills |\n| --- | ---: | ---: |")
+    for command, longest in zip(chain, seconds, strict=True):
+        print(f"| `{command.replace(str(ROOT) + os.sep, '')}` | {longest:.1f} | {killed[command]} |")
+
+
+def run(command: str, folder: Path, processes: int, after: float | None = None) -> tuple[int, float]:
+    """Runs a command in a folder; gives the exit status of its first process and the seconds that it took.
+
+    Where `after` is given, all its processes are killed with signal 9 after so many seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    words = shlex.split(command)
+    count = 1 if words[:2] == ["data", "prepare"] else processes
+    if words[:2] != ["data", "prepare"]:
+        words.append(f"--compilation_cache={ROOT / '.cache' / 'jax-kills'}")
+    devices = f"--xla_force_host_platform_device_count={8 // count} --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": devices, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    together = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}"] if count > 1 else []
+    start, log = time.monotonic(), (folder / "log.txt").open("a")
+    started = [
+        subprocess.Popen(
+            [*COMMAND, *words, *together, *([f"--process={number}"] if together else [])],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+        for number in range(count)
+    ]
+    try:
+        started[0].wait(after)
+    except subprocess.TimeoutExpired:
+        for process in started:
+            process.kill()
+    statuses = [process.wait() for process in started]
+    log.close()
+    if not {*statuses} <= {0, -signal.SIGKILL}:
+        sys.exit(f"{command}: exit status {statuses}:\n" + "\n".join((folder / "log.txt").read_text().splitlines()[-5:]))
+    return statuses[0], time.monotonic() - start
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file without the folder's place and without durations, and of every array of a checkpoint."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir():
+            if path.parent.name == "checkpoints" and path.name.isdigit():
+                for store in ("params", "optimizer", "copies"):
+                    if (path / store).exists():
+                        arrays = open_store(path / store).items()
+                        found |= {f"{name}/{store}/{key}": tensor.read(None).tobytes() for key, tensor in arrays}
+        elif "/checkpoints/" not in name and path.name not in (".lock", "log.txt"):
+            found[name] = without_durations(path.name, path.read_bytes()).replace(str(folder).encode(), b"FOLDER")
+    return found
+
+
+def without_durations(name: str, content: bytes) -> bytes:
+    """A file of a job as it is whenever and however fast it was made."""
+    if name == "done.json":
+        return json.dumps(json.loads(content) | {"seconds": 0}).encode()
+    if name == "metrics.jsonl":
+        lines = [json.loads(line) | {"pairs_per_second": 0} for line in content.decode().splitlines()]
+        return json.dumps(lines).encode()
+    return content
+
+
+def compare(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    """Ends with the first names that only one of two runs has, or that differ."""
+    differing = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+    if differing:
+        sys.exit(f"{len(differing)} of {len(expected)} files and arrays differ, such as {', '.join(differing[:5])}")
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Updates that would ruin the parameters are not made, in a real update step; all others are as without the guard."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_models import MESHES, Unigram, make_batch
+
+from alignment_gap.errors import UserError
+from alignment_gap.sharding import batch_sharding, make_mesh
+from alignment_gap.training import (
+    GuardConfig,
+    abstract_state,
+    create_state,
+    make_update_step,
+    policy_objective,
+)
+from alignment_gap.training import guard as guarding
+
+BATCH = make_batch(8)
+UNIGRAM = Unigram(16)
+OPTIMIZER = optax.adamw(0.1)
+
+
+def loss(chosen_logps, scores):
+    """Ends at minus infinity with its gradient where the first score of a prompt is 0."""
+    return -chosen_logps * jnp.log(scores[:, 0])
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MESHES["data"])
+
+
+@pytest.fixture(scope="module")
+def abstract(mesh):
+    return abstract_state(UNIGRAM.init, OPTIMIZER, mesh)
+
+
+@pytest.fixture(scope="module")
+def step_of(mesh, abstract):
+    """The update step under a guard."""
+    objective = policy_objective(UNIGRAM, loss)
+    return lambda config: make_update_step(objective, OPTIMIZER, mesh, abstract, skip=config)
+
+
+@pytest.fixture(scope="module")
+def update(step_of):
+    return step_of(GuardConfig())
+
+
+def start(abstract):
+    return create_state(UNIGRAM.init, abstract, OPTIMIZER, jax.random.key(0))
+
+
+def batch_of(mesh, score):
+    """A batch whose first prompt has this score."""
+    scores = np.full((8, 2), 0.5, np.float32)
+    scores[0] = score
+    return jax.device_put(dataclasses.replace(BATCH, scores=scores), batch_sharding(mesh))
+
+
+def copied(tree):
+    return jax.tree.map(np.array, jax.device_get(tree))
+
+
+def assert_same(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("score", [0.0, np.nan, -1.0])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(score, update, abstract, mesh):
+    state, metrics = update(start(abstract), batch_of(mesh, 0.5))
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (0, 0)
+    before = copied((state.params, state.optimizer_state))
+    for number in (1, 2):
+        state, metrics = update(state, batch_of(mesh, score))
+        assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (number, number)
+        assert not np.isfinite(metrics["loss"])
+    assert_same(copied((state.params, state.optimizer_state)), before)
+    assert int(state.step) == 3
+    # It goes on from there, as if the bad batches had not been.
+    state, metrics = update(state, batch_of(mesh, 0.25))
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (2, 0)
+    healthy, _ = update(start(abstract), batch_of(mesh, 0.5))
+    healthy, _ = update(healthy, batch_of(mesh, 0.25))
+    assert_same(copied(state.params), copied(healthy.params))
+
+
+def test_a_healthy_step_is_the_same_without_the_guard(update, abstract, mesh, monkeypatch, step_of):
+    """Up to a last bit: the choice keeps XLA from fusing the last multiplication and addition."""
+    monkeypatch.setattr("alignment_gap.training.update.guard", lambda config, skipped, *_: (jnp.bool_(True), skipped))
+    unguarded = step_of(GuardConfig())
+    first, second = (copied(step(start(abstract), batch_of(mesh, 0.25))[0].params) for step in (update, unguarded))
+    np.testing.assert_array_max_ulp(first["logits"], second["logits"], maxulp=1)
+
+
+def test_a_spike_is_skipped_once_the_norm_is_known(monkeypatch):
+    """Norms of 1, of which the mean is 1; 5 times as much is allowed, 5.1 times is not, and leaves the mean alone."""
+    monkeypatch.setattr(guarding, "_LEARNED", 3)
+    config, skipped = GuardConfig(spike=5.0), guarding.nothing_skipped()
+
+    def step(number, norm, memory):
+        return guarding.guard(config, memory, jnp.int32(number), jnp.float32(1), jnp.float32(norm))
+
+    made, memory = step(0, 9.0, skipped)
+    assert made  # Nothing is known yet.
+    np.testing.assert_allclose(memory.norm, 9.0)
+    for number in range(3):
+        made, skipped = step(number, 1.0, skipped)
+        assert made
+    np.testing.assert_allclose(skipped.norm, 1.0, rtol=1e-6)
+    made, after = step(3, 5.1, skipped)
+    assert not made and (int(after.total), int(after.in_a_row)) == (1, 1)
+    np.testing.assert_array_equal(after.norm, skipped.norm)
+    made, after = step(4, 5.0, after)
+    assert made and (int(after.total), int(after.in_a_row)) == (1, 0)
+    np.testing.assert_allclose(after.norm, 0.75 + 0.25 * 5, rtol=1e-6)  # The fourth of four.
+
+
+@pytest.mark.parametrize("settings", [{"stop_after": 0}, {"spike": 1.0}, {"spike": float("nan")}])
+def test_settings_out_of_range(settings):
+    with pytest.raises(UserError, match=next(iter(settings))):
+        GuardConfig(**settings)
+
+
+def test_the_line_of_a_stop_says_what_was_met():
+    config = GuardConfig(stop_after=2)
+    guarding.check_progress(config, 1, 9, float("nan"), 1.0)
+    with pytest.raises(UserError, match="the last 2 updates up to step 9 were skipped, the loss is nan: lower"):
+        guarding.check_progress(config, 2, 9, float("nan"), 1.0)
+    with pytest.raises(UserError, match=r"the gradient norm is 1\.23e\+03: lower"):
+        guarding.check_progress(config, 2, 9, 0.5, 1234.0)
