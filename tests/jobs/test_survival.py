@@ -1,0 +1,123 @@
+"""What a training job survives: a signal in the middle, damage to its last checkpoint, updates that are not finite."""
+
+import dataclasses
+import json
+import shutil
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from job_runs import Bar, assert_equal_runs, metrics, run_job, steps
+
+from alignment_gap.data.records import open_dataset
+from alignment_gap.errors import Interrupted, UserError
+from alignment_gap.interruption import signals_caught
+from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
+from alignment_gap.jobs.folder import DONE, FAILED
+from alignment_gap.judges import JudgeConfig
+from alignment_gap.training import GuardConfig, OptimizerConfig
+
+
+class Signalled(Bar):
+    """A progress bar during which SIGTERM comes once, when so many steps are done."""
+
+    def update(self, count):
+        self.updates.append(count)
+        if sum(self.updates) == self.stop_at and count == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def interrupted(config, folder, after):
+    """Trains until SIGTERM comes after so many steps, and gives the steps that have a checkpoint then."""
+    with signals_caught(), pytest.raises(Interrupted, match=f"saved at step {after} of {config.steps}"):
+        run_job(config, folder, Signalled(after))
+    assert not (folder / DONE).exists() and not (folder / FAILED).exists()
+    return steps(folder)
+
+
+@pytest.fixture(scope="module")
+def online(sft, judge, pairs):
+    """A checkpoint is due at steps 4 and 6 alone."""
+    return JobConfig(
+        source=OnlineConfig(DatasetConfig(str(pairs), batch_size=8), judge=JudgeConfig(str(judge))),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        start=str(sft),
+        steps=6,
+        checkpoint_every=4,
+        log_every=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(online, tmp_path_factory):
+    return run_job(online, tmp_path_factory.mktemp("survival") / "run")
+
+
+def record_files(folder):
+    return {path.name: path.read_bytes() for path in (folder / "record").iterdir() if path.is_file()}
+
+
+def test_signals_leave_no_trace_in_a_finished_job(run, online, tmp_path):
+    """SIGTERM in steps 2, 3 and 5: it goes on from where it stood, and ends with the very same files."""
+    assert interrupted(online, tmp_path, 2) == [2]
+    assert interrupted(online, tmp_path, 3) == [3]
+    assert interrupted(online, tmp_path, 5) == [4, 5]
+    assert_equal_runs(run_job(online, tmp_path), run)
+    assert steps(tmp_path) == [4, 6]
+    assert record_files(tmp_path) == record_files(run)
+
+
+def test_a_damaged_last_checkpoint_costs_its_steps_alone(run, online, tmp_path):
+    """The record after the whole checkpoint is drawn again with it."""
+    longer = dataclasses.replace(online, steps=8)
+    whole = run_job(longer, tmp_path / "whole")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run, damaged)
+    for path in (damaged / "checkpoints" / "6" / "params").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(bytes(content))
+    bar = Bar()
+    run_job(longer, damaged, bar)
+    said = next(line for line in bar.lines if "put aside" in line)
+    assert said.endswith("it is put aside as 6.damaged, and training goes on from step 4")
+    shutil.rmtree(damaged / "checkpoints" / "6.damaged")
+    assert steps(damaged) == [4, 8] == [step for step in steps(whole) if step != 6]
+    assert metrics(damaged) == metrics(whole)
+    ours, theirs = (open_dataset(folder / "record") for folder in (damaged, whole))
+    assert len(ours) == len(theirs) == 64
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(np.concatenate(a.responses), np.concatenate(b.responses))
+
+
+def overflowing(chosen_logps, *, scale=1.0):
+    """A loss whose value is infinite where its setting says so."""
+    return -chosen_logps * jnp.exp(scale)
+
+
+@pytest.fixture(scope="module")
+def diverging(sft_config):
+    """Every update is skipped."""
+    loss = LossConfig("test_survival:overflowing", {"scale": 1000.0})
+    return dataclasses.replace(sft_config, loss=loss, steps=4, guard=GuardConfig(stop_after=3))
+
+
+def test_a_job_that_diverges_may_change_what_its_line_says(diverging, tmp_path):
+    with pytest.raises(UserError, match="the last 3 updates up to step 3 were skipped, the loss is inf: lower"):
+        run_job(diverging, tmp_path)
+    assert "updates up to step 3" in json.loads((tmp_path / FAILED).read_text())["line"]
+    assert [line["skipped"] for line in metrics(tmp_path)] == [1, 2, 3]
+    # Another seed is another job still; a lower learning rate is not.
+    with pytest.raises(UserError, match="seed was 0, now 1"):
+        run_job(dataclasses.replace(diverging, seed=1), tmp_path)
+    slower = dataclasses.replace(
+        diverging, optimizer=OptimizerConfig(learning_rate=1e-3), guard=GuardConfig(stop_after=9)
+    )
+    run_job(slower, tmp_path)
+    assert (tmp_path / DONE).exists() and not (tmp_path / FAILED).exists()
+    assert metrics(tmp_path)[-1]["skipped"] == 4
+    # Once it went on, the learning rate is a part of what the job is again.
+    with pytest.raises(UserError, match=r"learning_rate was 0.001, now 0.01"):
+        run_job(dataclasses.replace(slower, optimizer=OptimizerConfig(learning_rate=1e-2)), tmp_path)
