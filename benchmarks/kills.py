@@ -137,7 +137,9 @@ def run(command: str, folder: Path, processes: int, after: float | None = None) 
     statuses = [process.wait() for process in started]
     log.close()
     if not {*statuses} <= {0, -signal.SIGKILL}:
-        sys.exit(f"{command}: exit status {statuses}:\n" + "\n".join((folder / "log.txt").read_text().splitlines()[-5:]))
+        sys.exit(
+            f"{command}: exit status {statuses}:\n" + "\n".join((folder / "log.txt").read_text().splitlines()[-5:])
+        )
     return statuses[0], time.monotonic() - start
 
 

@@ -15,6 +15,7 @@ from alignment_gap.interruption import signals_caught, was_terminated
 
 COMMANDS = {
     "study": "run the controlled study, or what is left of it, and write its report",
+    "launch": "give a command, or the jobs of a study, to an engine: this machine or Slurm",
     "train": "train a policy or a preference model, online or offline, from gin files",
     "evaluate": "measure the checkpoints of a run: win rates by any judge, KL, accuracy, length",
     "sample": "responses of a policy to prompts from a dataset, a file or the keyboard",

@@ -31,7 +31,7 @@ CONFIG_ERRORS = (AttributeError, ImportError, KeyError, NameError, OSError, Synt
 
 def main(arguments: list[str]) -> None:
     """Runs the study; raises UserError for flags or settings that cannot be used."""
-    parsed = read(arguments, _define, __doc__)
+    parsed = read(arguments, define, __doc__)
     if parsed is None:
         return
     values, settings = parsed
@@ -70,7 +70,8 @@ def main(arguments: list[str]) -> None:
         run_job(job, job.name)
 
 
-def _define(values: flags.FlagValues) -> None:
+def define(values: flags.FlagValues) -> None:
+    """Adds the flags of the command, but for the config."""
     flags.DEFINE_string(
         "workdir", "runs/study", "Folder of the study; one that was stopped goes on there.", flag_values=values
     )

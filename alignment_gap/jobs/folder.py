@@ -107,11 +107,16 @@ class Job:
         return "begun" if (self.folder / JOB).exists() else "ready"
 
     @property
-    def command(self) -> str:
-        """The command that runs it alone."""
+    def words(self) -> tuple[str, ...]:
+        """The words after "alignment-gap" of the command that runs it alone."""
         kind = self.kind
         words = kind.words(self.config) if kind.words else flag_words(self.config, kind.short)
-        return shlex.join(["alignment-gap", *kind.command.split(), *words, f"--{kind.output}={self.folder}"])
+        return (*kind.command.split(), *words, f"--{kind.output}={self.folder}")
+
+    @property
+    def command(self) -> str:
+        """The command that runs it alone."""
+        return shlex.join(["alignment-gap", *self.words])
 
 
 def make(kind: Kind, config: Any, folder: Path, open_bar: OpenBar | None = None) -> bool:

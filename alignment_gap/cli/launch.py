@@ -1,0 +1,125 @@
+"""Give a command to an engine. A study is taken apart into its jobs, which run side by side where they can.
+
+alignment-gap launch study --config=configs/study/tiny.py --workdir=runs/study
+alignment-gap launch --engine=local --local.jobs=2 study --config=configs/study/tiny.py --workdir=runs/study
+alignment-gap launch --engine=slurm --slurm.partition=gpu --slurm.gres=gpu:8 --slurm.time=4:00:00 \\
+    train --gin_file=gin/runs/online_ipo.gin --gin.PROMPTS=pairs --gin.START=sft --gin.JUDGE=proxy --workdir=online
+alignment-gap launch --status study --config=configs/study/tiny.py --workdir=runs/study
+
+What is done is not run again. Flags of the launch come before the command, its own after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from alignment_gap.checks import nearest, one_of
+from alignment_gap.cli.flags import define_config, parse, read_config
+from alignment_gap.errors import UserError
+from alignment_gap.launch.local import LocalConfig, local_text, run_local
+from alignment_gap.launch.slurm import SlurmConfig, slurm_text, submit_slurm
+from alignment_gap.launch.status import status_text
+from alignment_gap.launch.tasks import Task
+
+ENGINES = ("here", "local", "slurm")
+# Commands that fill one folder, and the flag that names it with its default.
+_FOLDERS = {"train": ("workdir", "runs/train"), "evaluate": ("output", None), "data": ("output", None)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """Where jobs are run.
+
+    Attributes:
+      engine: "here" (this process, one job after the other), "local" (processes of this machine) or "slurm".
+      local: settings of the engine local.
+      slurm: settings of the engine slurm.
+    """
+
+    engine: str = "here"
+    local: LocalConfig = LocalConfig()
+    slurm: SlurmConfig = SlurmConfig()
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an engine that there is not."""
+        one_of(self, ENGINES, "engine")
+
+
+def main(arguments: list[str]) -> None:
+    """Launches a command; raises UserError for flags that cannot be used, before anything is run."""
+    first = next((i for i, word in enumerate(arguments[1:], 1) if not word.startswith("-")), len(arguments))
+    parsed = parse(arguments[:first], _define, __doc__)
+    if parsed is None:
+        return
+    values, _ = parsed
+    config, words = read_config(values, LaunchConfig, {}), arguments[first:]
+    if not words:
+        raise UserError("there is nothing to launch: add a command, such as study --config=configs/study/tiny.py")
+    if words[0] not in (*_FOLDERS, "study"):
+        raise UserError(f"cannot launch {words[0]!r}: {nearest(words[0], [*_FOLDERS, 'study'])}")
+    tasks, logs = _tasks(words)
+    if values.status:
+        print(status_text(tasks))
+    elif config.engine == "here":
+        if values.dry_run:
+            print(local_text(tasks, LocalConfig()))
+        else:
+            importlib.import_module(f"alignment_gap.cli.{words[0]}").main([f"alignment-gap {words[0]}", *words[1:]])
+    elif config.engine == "local":
+        print(local_text(tasks, config.local)) if values.dry_run else run_local(tasks, config.local, logs)
+    else:
+        print(slurm_text(tasks, config.slurm, logs)) if values.dry_run else submit_slurm(tasks, config.slurm, logs)
+
+
+def _define(values: flags.FlagValues) -> None:
+    define_config(values, LaunchConfig, {})
+    flags.DEFINE_boolean("dry_run", False, "Print what would be run or submitted, and do nothing.", flag_values=values)
+    flags.DEFINE_boolean("status", False, "Print how far each job is, and do nothing.", flag_values=values)
+
+
+def _tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
+    """The tasks of a command, and the folder for what they print."""
+    if words[0] == "study":
+        return _study_tasks(words)
+    flag, default = _FOLDERS[words[0]]
+    given = [word.partition("=")[2] for word in words if word.lstrip("-").startswith(f"{flag}=")]
+    folder = given[-1] if given else default
+    if folder is None:
+        raise UserError(f"--{flag} is not set: add --{flag}=FOLDER")
+    return [Task(Path(folder).name, tuple(words), Path(folder), processes=words[:2] != ["data", "prepare"])], Path(
+        folder
+    )
+
+
+def _study_tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
+    from alignment_gap.cli import study as command
+
+    parsed = command.read([f"alignment-gap {words[0]}", *words[1:]], command.define, command.__doc__)
+    assert parsed is not None
+    values, settings = parsed
+
+    from alignment_gap.configuration import from_dict
+    from alignment_gap.jobs.prepare import PREPARE
+    from alignment_gap.study.config import StudyConfig
+    from alignment_gap.study.run import open_studies
+
+    config, workdir = from_dict(StudyConfig, settings), Path(values.workdir)
+    tasks: dict[Path | str, Task] = {}
+    sizes = [[f"--config.sizes=({size!r},)"] for size in config.sizes] or [[]]
+    for study, size in zip(open_studies(config, workdir), sizes, strict=True):
+        prefix = f"{study.workdir.name}-" if size else ""
+        for job in study.graph.jobs:
+            # Studies over sizes share folders: the first one's name stands for all.
+            needs = tuple(tasks[need.folder].name for need in job.needs)
+            tasks.setdefault(
+                job.folder, Task(prefix + job.name, job.words, job.folder, needs, processes=job.kind is not PREPARE)
+            )
+        report = (*words, *size, f"--job={command.REPORT}")
+        needs = tuple(tasks[job.folder].name for job in study.graph.jobs)
+        tasks[prefix + command.REPORT] = Task(prefix + command.REPORT, report, None, needs, processes=False)
+    return [*tasks.values()], workdir / "logs"

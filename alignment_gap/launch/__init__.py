@@ -1,0 +1,16 @@
+"""Engines that run a graph of jobs on what people have."""
+
+from alignment_gap.launch.local import LocalConfig, run_local
+from alignment_gap.launch.slurm import SlurmConfig, submit_slurm
+from alignment_gap.launch.status import status_text
+from alignment_gap.launch.tasks import Task, waiting_tasks
+
+__all__ = [
+    "LocalConfig",
+    "SlurmConfig",
+    "Task",
+    "run_local",
+    "status_text",
+    "submit_slurm",
+    "waiting_tasks",
+]

@@ -1,0 +1,169 @@
+"""Runs a graph of jobs on this machine: several at once, each in its own processes, a pod in miniature."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import graphlib
+import shlex
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from alignment_gap import checks
+from alignment_gap.errors import UserError
+from alignment_gap.launch.tasks import COMMAND, Task, waiting_tasks
+
+# Seconds between two looks at the processes of a job, and those that the others get when one has ended in failure.
+_LOOK_EVERY, _GRACE = 0.1, 30.0
+# The exit status of what the user has to mend, where another attempt would meet the same.
+_USER_ERROR = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalConfig:
+    """How jobs are run on this machine.
+
+    Attributes:
+      jobs: how many run at once.
+      processes: of each job that can have several.
+      retries: further attempts of a job whose processes were killed or have crashed.
+    """
+
+    jobs: int = 1
+    processes: int = 1
+    retries: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range."""
+        checks.at_least(self, 1, "jobs", "processes")
+        checks.at_least(self, 0, "retries")
+
+
+class _Processes:
+    """The processes that run now, which all get a signal when the engine is asked to end."""
+
+    def __init__(self) -> None:
+        self.stopped, self._lock, self._running = False, threading.Lock(), set[subprocess.Popen[bytes]]()
+
+    @contextlib.contextmanager
+    def started(self, commands: Sequence[Sequence[str]], log: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+        """Starts processes that write to one log; kills those that are left at the end."""
+        with log.open("ab") as file, self._lock:
+            begun = [] if self.stopped else [subprocess.Popen(each, stdout=file, stderr=file) for each in commands]
+            self._running.update(begun)
+        try:
+            yield begun
+        finally:
+            for process in begun:
+                process.kill()
+                process.wait()
+            with self._lock:
+                self._running.difference_update(begun)
+
+    def stop(self) -> None:
+        """Asks all to save and to end, and starts no others."""
+        with self._lock:
+            self.stopped = True
+            for process in self._running:
+                process.terminate()
+
+
+def run_local(tasks: Sequence[Task], config: LocalConfig, logs: Path, say: Callable[[str], None] = print) -> None:
+    """Runs every task that is not done after those that it needs; one that fails stops only what needs it.
+
+    Args:
+      tasks: of the graph.
+      config: how many at once, and in how many processes each.
+      logs: folder for what each prints.
+      say: prints a line.
+
+    Raises:
+      UserError: where tasks have failed, with the last line of the first.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting = {task.name: task for task in waiting_tasks(tasks)}
+    order = graphlib.TopologicalSorter({name: task.needs for name, task in waiting.items()})
+    order.prepare()
+    failed: dict[str, str] = {}
+    processes, running = _Processes(), dict[concurrent.futures.Future[str], str]()
+    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
+        try:
+            while order.is_active():
+                for name in order.get_ready():
+                    running[pool.submit(_attempt, waiting[name], config, logs, processes, say)] = name
+                if not running:
+                    break  # All that is left needs what has failed.
+                ended, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in ended:
+                    name = running.pop(future)
+                    if line := future.result():
+                        failed[name] = line
+                        say(f"{name}: failed: {line}")
+                    else:
+                        order.done(name)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes.stop()
+    if failed:
+        first, left = next(iter(failed)), len(waiting) - len(failed)
+        raise UserError(
+            f"{len(failed)} of {len(waiting)} jobs failed, first {first}: {failed[first]} (its output is in "
+            f"{logs / waiting[first].file_name}.log; {left} were done or need what failed): mend it and launch again"
+        )
+
+
+def _attempt(task: Task, config: LocalConfig, logs: Path, processes: _Processes, say: Callable[[str], None]) -> str:
+    """Runs a task, again where its processes died; gives the last line of what it printed where it failed."""
+    log = logs / f"{task.file_name}.log"
+    for attempt in range(1 + config.retries):
+        say(f"{task.name}: started" + (f" again, for the {attempt}. time" if attempt else ""))
+        start = time.monotonic()
+        statuses = _run(task, config, log, processes)
+        if not any(statuses):
+            say(f"{task.name}: done in {time.monotonic() - start:.0f} s")
+            return ""
+        if processes.stopped or _USER_ERROR in statuses:
+            break
+        say(f"{task.name}: ended with exit status {', '.join(map(str, statuses))}")
+    return _last_line(log) or f"exit status {', '.join(map(str, statuses))}"
+
+
+def _run(task: Task, config: LocalConfig, log: Path, processes: _Processes) -> list[int]:
+    """Exit statuses of the processes of one attempt; where one ends in failure the others end after it."""
+    count = config.processes if task.processes else 1
+    together = [f"--coordinator=127.0.0.1:{_free_port()}", f"--processes={count}"] if count > 1 else []
+    numbered = [[*together, f"--process={number}"] if together else [] for number in range(count)]
+    deadline = float("inf")
+    with processes.started([[*COMMAND, *task.words, *words] for words in numbered], log) as begun:
+        while None in (statuses := [process.poll() for process in begun]) and time.monotonic() < deadline:
+            if any(statuses) and deadline == float("inf"):
+                deadline = time.monotonic() + _GRACE
+            time.sleep(_LOOK_EVERY)
+    return [process.returncode for process in begun] or [1]
+
+
+def local_text(tasks: Sequence[Task], config: LocalConfig) -> str:
+    """The commands that would be run, those of a job that needs no other first."""
+    lines = []
+    for task in waiting_tasks(tasks):
+        needs = f" after {', '.join(task.needs)}" if task.needs else ""
+        count = config.processes if task.processes else 1
+        lines.append(f"# {task.name}{needs}, in {count} process{'es' if count > 1 else ''}")
+        lines.append(shlex.join(["alignment-gap", *task.words]))
+    return "\n".join(lines) or "all jobs are done"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

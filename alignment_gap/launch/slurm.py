@@ -1,0 +1,169 @@
+"""Gives a graph of jobs to Slurm: a batch script for each, arrays of those alike, dependencies, and requeueing."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from alignment_gap import checks
+from alignment_gap.errors import UserError
+from alignment_gap.launch.tasks import COMMAND, Task, waiting_tasks
+
+# What SIGTERM has ended, see cli.main: the job is put into the queue again.
+_TRY_AGAIN = 75
+
+
+@dataclasses.dataclass(frozen=True)
+class SlurmConfig:
+    """What each job asks of Slurm.
+
+    Attributes:
+      nodes: of each job, with one process on each.
+      processes: on each node; more than one where each is to have its own devices.
+      partition: where jobs run; None for Slurm's default.
+      account: that is charged; None for the user's.
+      time: limit of a job, in Slurm's notation; a job that reaches it goes on in another.
+      gres: devices of each node, such as gpu:8; None for none.
+      cpus: of each process; None for Slurm's default.
+      memory: of each node, such as 64G; None for Slurm's default.
+      grace: seconds before the time limit at which a job is asked to save.
+      setup: a shell command at the start of each job, such as one that activates an environment.
+      at_once: how many jobs of an array run at once; None for as many as there is room for.
+    """
+
+    nodes: int = 1
+    processes: int = 1
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    gres: str | None = None
+    cpus: int | None = None
+    memory: str | None = None
+    grace: int = 120
+    setup: str | None = None
+    at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range."""
+        checks.at_least(self, 1, "nodes", "processes", "cpus", "grace", "at_once")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A job of Slurm: one task, or an array of tasks with the same needs.
+
+    Attributes:
+      name: of the batch.
+      tasks: one for each element of the array.
+      needs: the tasks that have to end well before.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    needs: tuple[str, ...]
+
+
+def batches(tasks: Sequence[Task]) -> list[Batch]:
+    """The tasks that are not done, in an order in which each comes after what it needs; those alike become arrays."""
+    alike: dict[tuple[tuple[str, ...], str, bool], list[Task]] = collections.defaultdict(list)
+    for task in waiting_tasks(tasks):
+        alike[tuple(sorted(task.needs)), task.words[0], task.processes].append(task)
+    made = []
+    for (needs, command, _), group in alike.items():
+        name = group[0].name if len(group) == 1 else f"{command}-{len(group)}-{group[0].name}"
+        made.append(Batch(name, tuple(group), needs))
+    return [*_ordered(made)]
+
+
+def _ordered(made: Sequence[Batch]) -> Iterator[Batch]:
+    left, seen = list(made), set[str]()
+    while left:
+        ready = [batch for batch in left if seen.issuperset(batch.needs)]
+        yield from ready
+        seen.update(task.name for batch in ready for task in batch.tasks)
+        left = [batch for batch in left if batch not in ready]
+
+
+def script(batch: Batch, config: SlurmConfig, logs: Path) -> str:
+    """The batch script, without its dependencies, which Slurm numbers."""
+    is_array, together = len(batch.tasks) > 1, batch.tasks[0].processes
+    nodes, processes = (config.nodes, config.processes) if together else (1, 1)
+    options = {
+        "job-name": batch.name,
+        "output": logs / ("%x-%A_%a.log" if is_array else "%x-%j.log"),
+        "open-mode": "append",
+        "nodes": nodes,
+        "ntasks-per-node": processes,
+        "partition": config.partition,
+        "account": config.account,
+        "time": config.time,
+        "gres": config.gres,
+        "cpus-per-task": config.cpus,
+        "mem": config.memory,
+        # To the steps of the job, which are the processes that save.
+        "signal": f"TERM@{config.grace}",
+    }
+    if is_array:
+        limit = f"%{config.at_once}" if config.at_once else ""
+        options["array"] = f"0-{len(batch.tasks) - 1}{limit}"
+    lines = ["#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None)]
+    lines += ["#SBATCH --requeue", *([config.setup] if config.setup else [])]
+    coordinator = ["--coordinator=auto"] if nodes * processes > 1 else []
+    commands = [
+        shlex.join(["srun", "--kill-on-bad-exit=1", *COMMAND, *task.words, *coordinator]) for task in batch.tasks
+    ]
+    if is_array:
+        cases = [f"{number}) {command} ;;" for number, command in enumerate(commands)]
+        lines += ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
+    else:
+        lines += commands
+    lines += [
+        "status=$?",
+        f"# {_TRY_AGAIN}: it was asked to end, has saved, and goes on when it is run again.",
+        f"if [ $status -eq {_TRY_AGAIN} ]; then scontrol requeue $SLURM_JOB_ID; fi",
+        "exit $status",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def slurm_text(tasks: Sequence[Task], config: SlurmConfig, logs: Path) -> str:
+    """The scripts that would be submitted, each with the line that submits it."""
+    blocks = []
+    for batch in batches(tasks):
+        after = f" --dependency=afterok:{':'.join(f'<{name}>' for name in batch.needs)}" if batch.needs else ""
+        blocks.append(f"# sbatch{after}\n{script(batch, config, logs)}")
+    return "\n".join(blocks) or "all jobs are done"
+
+
+def submit_slurm(tasks: Sequence[Task], config: SlurmConfig, logs: Path, say: Callable[[str], None] = print) -> None:
+    """Submits every task that is not done, after those that it needs.
+
+    Raises:
+      UserError: where Slurm is not installed, or refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "there is no sbatch on this machine: launch from a login node of the cluster, or give --dry_run"
+        )
+    logs.mkdir(parents=True, exist_ok=True)
+    numbers: dict[str, str] = {}
+    for batch in batches(tasks):
+        needed = sorted({numbers[name] for name in batch.needs})
+        # What can never run any more is not left in the queue.
+        after = [f"--dependency=afterok:{':'.join(needed)}", "--kill-on-invalid-dep=yes"] if needed else []
+        done = subprocess.run(
+            ["sbatch", "--parsable", *after],
+            input=script(batch, config, logs.absolute()),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise UserError(f"sbatch refused {batch.name}: {done.stderr.strip().splitlines()[-1]}")
+        number = done.stdout.strip().partition(";")[0]
+        numbers |= {task.name: number for task in batch.tasks}
+        say(f"{number}  {batch.name}" + (f" after {', '.join(needed)}" if needed else ""))

@@ -1,0 +1,64 @@
+"""How far each job of a graph is, from its folder alone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignment_gap.jobs.folder import FAILED, JOB
+from alignment_gap.jobs.train import METRICS
+from alignment_gap.launch.tasks import Task
+
+
+def status_text(tasks: Sequence[Task]) -> str:
+    """A line for every job: done, running with its step, rate and time to go, failed with its line, or waiting."""
+    width = max(len(task.name) for task in tasks)
+    done = {task.name for task in tasks if task.is_done}
+    return "\n".join(f"{task.name:{width}}  {_state(task, done)}" for task in tasks)
+
+
+def _state(task: Task, done: set[str]) -> str:
+    if task.name in done:
+        return "done"
+    missing = [name for name in task.needs if name not in done]
+    if missing:
+        return f"waiting for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+    folder = task.folder
+    if folder is None or not (folder / JOB).exists():
+        return "ready"
+    progress = _progress(folder)
+    if _is_held(folder):
+        return f"running{progress}"
+    if (folder / FAILED).exists():
+        return f"failed: {json.loads((folder / FAILED).read_text())['line']}"
+    return f"stopped{progress}"
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process of this machine, or of a file system that knows locks, works in the folder."""
+    try:
+        with (folder / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _progress(folder: Path) -> str:
+    """Step, rate and time to go of a training job, from its last line of metrics."""
+    path = folder / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    steps = json.loads((folder / JOB).read_text()).get("steps")
+    if not lines or not steps:
+        return ""
+    try:
+        last = json.loads(lines[-1])
+    except ValueError:  # It is being written.
+        return ""
+    rate = last["pairs_per_second"] / last["prompts"]
+    left = (steps - last["step"]) / rate
+    return f", step {last['step']} of {steps}, {rate:.3g} steps/s, {left:.0f} s to go"

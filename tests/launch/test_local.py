@@ -1,0 +1,87 @@
+"""The engine of this machine, with commands that stand for jobs."""
+
+import signal
+import threading
+import time
+
+import pytest
+
+from alignment_gap.errors import UserError
+from alignment_gap.launch import local
+from alignment_gap.launch.local import LocalConfig, local_text, run_local
+
+
+def launch(tasks, folder, **settings):
+    said = []
+    try:
+        run_local(tasks, LocalConfig(**settings), folder / "logs", said.append)
+    except UserError as error:
+        return said, str(error)
+    return said, None
+
+
+def test_jobs_come_after_what_they_need_and_only_once(task_of, attempts, tmp_path):
+    tasks = [task_of("c", "ends", "a", "b"), task_of("b", "ends", "a"), task_of("a"), task_of("d", "ends", "c")]
+    assert launch(tasks, tmp_path, jobs=2)[1] is None
+    assert attempts() == {"a": 1, "b": 1, "c": 1, "d": 1} and list(attempts()) == ["a", "b", "c", "d"]
+    assert launch(tasks, tmp_path, jobs=2) == ([], None)
+    assert sum(attempts().values()) == 4
+
+
+def test_a_job_that_fails_stops_what_needs_it_and_nothing_else(task_of, attempts, tmp_path):
+    tasks = [task_of("a", "fails"), task_of("b", "ends", "a"), task_of("c"), task_of("d", "ends", "c")]
+    said, error = launch(tasks, tmp_path)
+    assert attempts() == {"a": 1, "c": 1, "d": 1}
+    assert error.startswith("1 of 4 jobs failed, first a: error: it fails: mend it (its output is in ")
+    assert "a: failed: error: it fails: mend it" in said
+    assert "error: it fails" in (tmp_path / "logs" / "a.log").read_text()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_job_whose_process_was_killed_is_run_again(processes, task_of, attempts, tmp_path, monkeypatch):
+    """Of two processes the other one waits for the first for ever, and ends with it."""
+    monkeypatch.setattr(local, "_GRACE", 1.0)
+    said, error = launch([task_of("a", "dies")], tmp_path, processes=processes)
+    assert error is None and attempts() == {"a": 2 * processes}
+    assert "a: ended with exit status -9" + (", -9" if processes == 2 else "") in said
+    assert "a: started again, for the 1. time" in said
+
+
+def test_there_is_an_end_to_attempts(task_of, attempts, tmp_path):
+    _, error = launch([task_of("a", "dies")], tmp_path, retries=0)
+    assert "first a: exit status -9" in error and attempts() == {"a": 1}
+
+
+def test_a_command_that_cannot_be_split_has_one_process(task_of, attempts, tmp_path):
+    launch([task_of("a", processes=False), task_of("b")], tmp_path, processes=2)
+    assert attempts() == {"a": 1, "b": 2}
+
+
+def test_an_engine_that_is_interrupted_has_its_jobs_save(task_of, tmp_path):
+    """Ctrl-c reaches the engine alone; the next launch goes on."""
+    folder = tmp_path / "jobs" / "a"
+
+    def interrupt():
+        while not (folder / "job.json").exists():
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        launch([task_of("a", "saves"), task_of("b", "ends", "a")], tmp_path)
+    assert (folder / "saved-0").exists() and not (folder / "done.json").exists()
+    assert not (tmp_path / "jobs" / "b").exists()
+    assert launch([task_of("a", "saves"), task_of("b", "ends", "a")], tmp_path)[1] is None
+
+
+def test_what_would_be_run_is_printed(task_of, tmp_path):
+    text = local_text([task_of("a"), task_of("b", "ends", "a")], LocalConfig(processes=2))
+    assert text.splitlines()[::2] == ["# a, in 2 processes", "# b after a, in 2 processes"]
+    assert text.splitlines()[1] == f"alignment-gap ends {tmp_path / 'jobs' / 'a'}"
+    assert not (tmp_path / "jobs").exists()
+
+
+@pytest.mark.parametrize("settings", [{"jobs": 0}, {"processes": 0}, {"retries": -1}])
+def test_settings_out_of_range(settings):
+    with pytest.raises(UserError, match=f"{next(iter(settings))} is"):
+        LocalConfig(**settings)
