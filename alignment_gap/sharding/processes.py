@@ -25,6 +25,9 @@ Result = TypeVar("Result")
 _LINE = 2048
 # Under this key the first process that fails says why. The others look for it this often, in seconds.
 _FAILURE, _LOOK_EVERY = "alignment_gap/failure", 0.25
+# Under this key and its number each process says that it lives. Of one that has said nothing for so many seconds the
+# process before it says so; jax itself would wait 100 s and end with a stack trace.
+_ALIVE, _BEAT_EVERY, _SILENT = "alignment_gap/alive", 2.0, 30.0
 # Held once this process has a failure to tell, its own or another's; it tells no second one.
 _failure_told = threading.Lock()
 
@@ -120,6 +123,7 @@ def initialize(coordinator: str | None, processes: int, process: int) -> None:
             "processes and the number of this one"
         ) from error
     threading.Thread(target=_end_when_another_fails, daemon=True).start()
+    threading.Thread(target=_tell_when_the_next_is_silent, daemon=True).start()
 
 
 def fail_together(line: str, show: Callable[[], None] = lambda: None) -> None:
@@ -154,6 +158,26 @@ def _end_when_another_fails() -> None:
         # A progress bar may have left its line open.
         print(f"\nerror: process {process}: {line}", file=sys.stderr, flush=True)
         _end()
+
+
+def _tell_when_the_next_is_silent() -> None:
+    """Says that this process lives, and fails for all where the next one, in a ring of them, says so no longer."""
+    state = distributed.global_state
+    client, following = state.client, (state.process_id + 1) % state.num_processes
+    heard, last, beats = time.monotonic(), None, 0
+    while client is not None and following != state.process_id:
+        time.sleep(_BEAT_EVERY)
+        beats += 1
+        try:
+            client.key_value_set(f"{_ALIVE}/{state.process_id}", str(beats), allow_overwrite=True)
+            found = client.key_value_try_get(f"{_ALIVE}/{following}")
+        except Exception:  # The next one has not begun, or the store has gone with its process, which jax tells.
+            continue
+        if found != last:
+            heard, last = time.monotonic(), found
+        elif time.monotonic() - heard > _SILENT:
+            line = f"process {following} has died or hangs: nothing was heard of it for {_SILENT:.0f} s"
+            fail_together(line, lambda: print(f"\nerror: {line}", file=sys.stderr, flush=True))
 
 
 def _end() -> None:
