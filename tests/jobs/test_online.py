@@ -240,9 +240,9 @@ def test_every_loss_of_the_registry_is_served_by_some_source(name, online, hypo)
     assert opened.facts["source.digest"]
 
 
-@pytest.mark.parametrize("name", ["dapo", "dr_grpo", "kto", "raft", "rebel", "reinforce", "rloo"])
+@pytest.mark.parametrize("name", ["dapo", "kto", "rebel"])
 def test_a_loss_trains_on_fresh_samples(name, online, tmp_path):
-    """Those without a test of their own that read more than two log-probs."""
+    """One of each kind that reads more than two log-probs: the sampler's, the batch's others, all pairs of a prompt."""
     config = changed(dataclasses.replace(online, loss=LossConfig(name), steps=1), **SOURCES.get(name, {}))
     (line,) = metrics(run_job(config, tmp_path))
     assert np.isfinite(line["loss"]) and line["gradient_norm"] > 0
@@ -290,11 +290,11 @@ def test_bad_settings_of_an_online_source(settings, message):
         OnlineConfig(**settings)
 
 
-def test_all_layouts_draw_the_same_and_train_alike(run, online, tmp_path):
+def test_layouts_draw_the_same_and_train_alike(run, online, tmp_path):
     """The samples of step 0 are the same tokens; losses agree up to the rounding of sums over devices."""
     assert jax.device_count() == 8
     first = open_dataset(run / "record")[:8]
-    for layout in ("fsdp", "tensor", "fsdp_tensor", "sequence"):
+    for layout in ("fsdp_tensor", "sequence"):  # The first one splits all that "fsdp" and "tensor" do.
         config = dataclasses.replace(online, mesh=dataclasses.replace(online.mesh, layout=layout, model=2), steps=2)
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=2, data=-1))
         folder = run_job(config, tmp_path / layout)
