@@ -63,9 +63,14 @@ def requested(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def was_terminated() -> bool:
-    """Whether what ended the work was SIGTERM, and no ctrl-c."""
-    return signal.SIGINT not in _received
+def from_keyboard() -> bool:
+    """Whether ctrl-c was among the signals that came; of several processes jax may have caught the others itself."""
+    return signal.SIGINT in _received
+
+
+def from_scheduler() -> bool:
+    """Whether SIGTERM was among the signals that came to this process."""
+    return signal.SIGTERM in _received
 
 
 def _several_processes() -> bool:

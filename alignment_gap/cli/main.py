@@ -11,7 +11,7 @@ from collections.abc import Callable
 from alignment_gap import __version__
 from alignment_gap.checks import nearest
 from alignment_gap.errors import Interrupted, UserError
-from alignment_gap.interruption import signals_caught, was_terminated
+from alignment_gap.interruption import from_keyboard, from_scheduler, signals_caught
 
 COMMANDS = {
     "study": "run the controlled study, or what is left of it, and write its report",
@@ -75,7 +75,8 @@ def _status(run: Callable[[], None]) -> int:
         return _failed(str(error))
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"interrupted{f', {error}' if str(error) else ''}: the same command goes on from here", file=sys.stderr)
-        return TRY_AGAIN if was_terminated() else 130
+        asked = isinstance(error, Interrupted) or from_scheduler()
+        return TRY_AGAIN if asked and not from_keyboard() else 130
     except Exception as error:
         if not _disk_full(error):
             _fail_together(f"{type(error).__name__}: {error}", show=lambda: traceback.print_exc())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -177,7 +178,7 @@ def _tell_when_the_next_is_silent() -> None:
             heard, last = time.monotonic(), found
         elif time.monotonic() - heard > _SILENT:
             line = f"process {following} has died or hangs: nothing was heard of it for {_SILENT:.0f} s"
-            fail_together(line, lambda: print(f"\nerror: {line}", file=sys.stderr, flush=True))
+            fail_together(line, functools.partial(print, f"\nerror: {line}", file=sys.stderr, flush=True))
 
 
 def _end() -> None:
