@@ -79,7 +79,13 @@ class Checkpoints:
         self._own_digest = {"network": _digest(self._metadata.get(NETWORK))}
         # Steps of checkpoints to be removed; None before the first save.
         self._interim: set[int] | None = None
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        try:
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        except ValueError as error:
+            raise DamagedCheckpoint(
+                f"{folder} cannot be opened ({first_line(error)}): {METADATA} of one of its steps is damaged, move "
+                "that step away"
+            ) from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -178,8 +184,10 @@ class Checkpoints:
         targets = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in items.items()})
         try:
             restored, reason = self._manager.restore(step, args=targets), ""
-        except (ValueError, KeyError, OSError) as error:
-            restored, reason = None, first_line(error)
+        except jax.errors.JaxRuntimeError:
+            raise  # Of the device, such as no memory left.
+        except Exception as error:  # Orbax raises whatever it stumbles over in a damaged file, a bare Exception too.
+            restored, reason = None, first_line(error) or type(error).__name__
         reason = first_reason(reason) or self._difference(step, {name: restored[name] for name in items})
         if reason:
             raise DamagedCheckpoint(
@@ -253,6 +261,6 @@ def _check_shapes(path: Path, params: Any) -> None:
     """Raises UserError naming the parameters that the checkpoint has not, or has in another shape."""
     try:
         found = shapes_of(ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute())).tree)
-    except (ValueError, KeyError, OSError):
-        return  # Damaged: the restore says how.
+    except Exception:  # Damaged: the restore says how. Orbax raises whatever it stumbles over.
+        return
     check_shapes(str(path), found, shapes_of(params))
