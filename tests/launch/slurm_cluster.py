@@ -109,7 +109,7 @@ def idle_nodes(environment):
     return sum(line.split()[1] == "idle" for line in done.stdout.splitlines())
 
 
-def wait_for(is_there, name, folder, seconds=60):
+def wait_for(is_there, name, folder, seconds=120):
     deadline = time.monotonic() + seconds
     while not is_there():
         if time.monotonic() > deadline:

@@ -100,7 +100,7 @@ def queue():
     return dict(line.split() for line in done.stdout.splitlines())
 
 
-def wait_until(is_so, seconds=90):
+def wait_until(is_so, seconds=180):
     deadline = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < deadline, queue()
