@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, a cache of compiled functions, and the tiny policies that tests share."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -49,6 +50,13 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def abandoned_reads():
+    """For tests of damaged checkpoints: what Orbax leaves unread is collected before the next test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session", params=["t5", "decoder"])

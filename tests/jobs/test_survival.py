@@ -68,6 +68,8 @@ def test_signals_leave_no_trace_in_a_finished_job(run, online, tmp_path):
     assert record_files(tmp_path) == record_files(run)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("abandoned_reads")
 def test_a_damaged_last_checkpoint_costs_its_steps_alone(run, online, tmp_path):
     """The record after the whole checkpoint is drawn again with it."""
     longer = dataclasses.replace(online, steps=8)

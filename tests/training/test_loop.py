@@ -331,6 +331,8 @@ def cut_parameters(folder):
     cut(folder / "params")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("abandoned_reads")
 @pytest.mark.parametrize(
     "damage, reason",
     [
@@ -364,8 +366,8 @@ def large(tmp_path_factory):
     return folder, state
 
 
-# Orbax leaves an event loop behind where it fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("abandoned_reads")
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_byte_is_damaged_no_other_state_is_restored(seed, large, tmp_path):
     """One file of a checkpoint is cut, emptied or has a bit flipped: it is restored as it was, or told."""
@@ -389,6 +391,8 @@ def test_whatever_byte_is_damaged_no_other_state_is_restored(seed, large, tmp_pa
     assert told
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("abandoned_reads")
 def test_a_run_without_a_whole_checkpoint_starts_anew(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     said = []
@@ -463,6 +467,8 @@ def remove(folder):
     shutil.rmtree(folder)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("abandoned_reads")
 @pytest.mark.parametrize("damage", [empty, garble, cut, remove])
 def test_a_damaged_checkpoint_is_one_line(damage, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
