@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -253,7 +254,9 @@ def _recorded(dataset: Dataset, prompts: PreferenceBatch) -> Responses:
 
 
 def load_outcomes(path: Path) -> dict[str, np.ndarray]:
-    """The outcomes of a checkpoint, without its responses."""
+    """The outcomes of a checkpoint, without its responses; raises UserError where the file is damaged."""
+    if not _is_whole(path):
+        raise UserError(f"{path} is missing or damaged: run its job again, which measures this checkpoint anew")
     with np.load(path) as arrays:
         return {name: arrays[name] for name in arrays.files if name not in RESPONSES}
 
@@ -286,7 +289,12 @@ def _cell(row: Mapping[str, str], metric: str) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    return path.exists() and zipfile.is_zipfile(path)
+    """Whether every array of a file has the checksum that it was written with."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError):
+        return False
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -303,4 +311,5 @@ EVALUATE = Kind(
     summary=results_text,
     short={"sampler.": ""},
     may_change=lambda folder: ("batch_size", "vocabulary", *MESH),
+    is_whole=lambda folder: all(map(_is_whole, folder.glob("*.npz"))),
 )

@@ -59,6 +59,7 @@ class Kind:
       may_change: the settings that may differ when a folder that was begun goes on.
       without_effect: settings that change nothing in the result.
       repairs: whether a finished folder is looked through when its command is run again.
+      is_whole: whether the files of a finished folder can be read; the damaged ones are made again.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Kind:
     may_change: Callable[[Path], Collection[str]] = lambda folder: ()
     without_effect: Collection[str] = ()
     repairs: bool = False
+    is_whole: Callable[[Path], bool] = lambda folder: True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +96,8 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether the folder is complete."""
-        return (self.folder / DONE).exists()
+        """Whether the folder is complete, as far as its files say."""
+        return finished_with(self.folder) is not None
 
     @property
     def state(self) -> str:
@@ -135,7 +137,7 @@ def make(kind: Kind, config: Any, folder: Path, open_bar: OpenBar | None = None)
     settings = json.loads(json.dumps({"kind": kind.name} | flatten(to_dict(config)) | dict(opened.facts)))
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(_owned(folder, settings, kind)))
-        finished = bool(first_says(lambda: finished_with(folder) == settings))
+        finished = bool(first_says(lambda: finished_with(folder) == settings and kind.is_whole(folder)))
         if finished and not kind.repairs:
             return False
         start = time.time()
@@ -166,9 +168,11 @@ def _failure_kept(folder: Path) -> Iterator[None]:
 
 
 def finished_with(folder: Path) -> Any:
-    """The settings that a folder was completed with; None where it is not complete."""
-    path = folder / DONE
-    return read_json(path, remedy="remove it, to look at the job again")["settings"] if path.exists() else None
+    """The settings that a folder was completed with; None where it is not complete, or no longer says so."""
+    try:
+        return json.loads((folder / DONE).read_text())["settings"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _remedies(folder: Path) -> list[str]:

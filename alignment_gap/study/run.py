@@ -105,7 +105,7 @@ def run_study(study: Study, *, update: bool = False, say: Say = say_once) -> Pat
 
 def run_job(job: Job, title: str, say: Say = say_once) -> None:
     """Runs one job of a graph, unless it is done, with a progress bar under its title."""
-    if first_says(lambda: job.is_done):
+    if first_says(lambda: job.is_done and job.kind.is_whole(job.folder)):
         say(f"{title}: finished before")
         return
 

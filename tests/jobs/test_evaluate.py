@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -130,6 +131,20 @@ def test_killed_after_a_checkpoint_it_goes_on_and_ends_the_same(config, evaluati
     np.testing.assert_array_equal(ours["responses"], theirs["responses"])
     for name in theirs:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_a_damaged_file_of_a_finished_evaluation_is_measured_anew(config, evaluation, tmp_path):
+    """One bit of one outcome: the checksum sees it, whoever reads it."""
+    folder = tmp_path / "out"
+    shutil.copytree(evaluation, folder)
+    whole = (folder / "4.npz").read_bytes()
+    place = whole.index(b"length.npy") + 200
+    (folder / "4.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(UserError, match=r"4.npz is missing or damaged: run its job again"):
+        load_outcomes(folder / "4.npz")
+    evaluated(config, folder)
+    for name, values in stored(evaluation, 4).items():
+        np.testing.assert_array_equal(stored(folder, 4)[name], values)
 
 
 def test_a_preference_model_is_compared_with_labels_and_with_judges(judge, pairs, tmp_path):

@@ -13,7 +13,7 @@ from job_runs import Bar
 
 from alignment_gap.cli.main import guarded
 from alignment_gap.errors import UserError
-from alignment_gap.jobs.folder import DONE, JOB, Job, Kind, Opened, finished_with, make
+from alignment_gap.jobs.folder import DONE, FAILED, JOB, Job, Kind, Opened, finished_with, make
 from alignment_gap.sharding import MeshConfig
 
 
@@ -103,6 +103,40 @@ def test_a_job_that_fails_is_not_done_and_goes_on_with_what_it_had(tmp_path):
     make(kind_of(run), Config(), tmp_path, Bar())
     assert seen == [[JOB], ["half", JOB]]
     assert finished_with(tmp_path) is not None
+
+
+def test_the_last_failure_is_kept_until_the_next_attempt(tmp_path):
+    """With the settings that its remedy names, which alone may differ then."""
+    lines = ["too fast: lower speed", "a bug\nin two lines"]
+
+    def run(config, folder):
+        if not lines:
+            return
+        line = lines.pop(0)
+        raise UserError(line, may_change=("speed",)) if "speed" in line else RuntimeError(line)
+
+    kind = kind_of(run)
+    with pytest.raises(UserError, match="too fast"):
+        make(kind, Config(speed=9), tmp_path, Bar())
+    assert json.loads((tmp_path / FAILED).read_text()) == {"line": "too fast: lower speed", "may_change": ["speed"]}
+    with pytest.raises(UserError, match="text was a, now b"):
+        make(kind, Config("b", speed=8), tmp_path, Bar())
+    with pytest.raises(RuntimeError, match="a bug"):
+        make(kind, Config(speed=8), tmp_path, Bar())
+    assert json.loads((tmp_path / FAILED).read_text()) == {"line": "a bug", "may_change": []}
+    assert make(kind, Config(speed=8), tmp_path, Bar())
+    assert not (tmp_path / FAILED).exists()
+
+
+def test_a_folder_that_no_longer_says_that_it_is_done_is_made_again(tmp_path):
+    ran = []
+    kind = kind_of(lambda config, folder: ran.append(config))
+    make(kind, Config(), tmp_path, Bar())
+    (tmp_path / DONE).write_text("{")
+    assert not Job("job", kind, Config(), tmp_path).is_done
+    assert make(kind, Config(), tmp_path, Bar()) and len(ran) == 2
+    damaged = dataclasses.replace(kind, is_whole=lambda folder: False)
+    assert make(damaged, Config(), tmp_path, Bar()) and len(ran) == 3
 
 
 def test_what_cannot_be_opened_leaves_no_folder(tmp_path):
