@@ -51,7 +51,8 @@ def parse(
     try:
         rest = values(arguments)[1:]
     except to_mend as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
+        met = "" if isinstance(error, flags.Error) else f"the config file raises {type(error).__name__}: "
+        raise UserError(met + str(error).strip().splitlines()[0]) from error
     if len(rest) > positional:
         raise UserError(f"unexpected argument {rest[positional]!r}: flags are written --flag=value")
     return values, rest

@@ -15,7 +15,8 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,12 @@ def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Se
         _check_required(gin.config_str())
         gin.parse_config(_defaults(gin.config_str(), classes))
         built = to_dict(classes["JobConfig"]())
+    except RecursionError:
+        raise UserError(f"{', '.join(files)}: a gin file includes itself: remove the include") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{', '.join(files)}: a gin file is no text in UTF-8 ({error.reason}): save it as such"
+        ) from None
     except (AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError, TokenError) as error:
         raise UserError(_one_line(error)) from error
     except (OSError, ImportError) as error:
@@ -82,18 +89,18 @@ def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Se
 @functools.cache
 def _register() -> dict[str, Any]:
     """Makes gin know the dataclasses of a job by their names; returns them as gin calls them."""
-    from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
-    from alignment_gap.judges import JudgeConfig
-    from alignment_gap.models import DecoderConfig, T5Config
-    from alignment_gap.sampling import SamplerConfig
-    from alignment_gap.sharding import MeshConfig
-    from alignment_gap.training import OptimizerConfig
+    from alignment_gap.jobs.config import JobConfig
 
-    parts = (
-        *(T5Config, DecoderConfig, LossConfig, DatasetConfig, OnlineConfig, JudgeConfig, SamplerConfig),
-        *(OptimizerConfig, MeshConfig, JobConfig),
-    )
-    return {part.__name__: gin.external_configurable(part) for part in parts}
+    return {part.__name__: gin.external_configurable(part) for part in dict.fromkeys(_parts(JobConfig))}
+
+
+def _parts(cls: Any) -> Iterator[Any]:
+    """A dataclass after all those in it."""
+    for hint in typing.get_type_hints(cls).values():
+        for each in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(each):
+                yield from _parts(each)
+    yield cls
 
 
 def _defaults(config: str, classes: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from alignment_gap.checks import nearest
 from alignment_gap.cli.flags import define_shared, parse, start_jax
@@ -110,6 +110,11 @@ def read(
         raise UserError("no --config: give a study's config file, such as --config=configs/study/tiny.py")
     if not Path(path.partition(":")[0]).is_file():
         raise UserError(f"--config={path}: there is no such file; configs/study/ has some to start from")
+    if not isinstance(values.config, ConfigDict):
+        kind = type(values.config).__name__
+        raise UserError(
+            f"--config={path}: its get_config gives a {kind}: return a ConfigDict, as configs/study/tiny.py"
+        )
     settings = values.config.to_dict()
     for change in changes:
         _change(settings, *change.partition("=")[::2])

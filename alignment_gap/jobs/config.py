@@ -20,6 +20,8 @@ from alignment_gap.training import GuardConfig, KeepConfig, OptimizerConfig
 POLICY = "policy"
 REFERENCE_LOG_PROBS = ("auto", "stored", "each_step")
 AGAINST = ("each_other", "mixture")
+# Steps are counted in int32.
+MOST_STEPS = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +209,8 @@ class JobConfig:
         """Raises UserError where a setting is out of its range, or two do not go together."""
         checks.one_of(self, (POLICY, *KINDS), "kind")
         checks.one_of(self, REFERENCE_LOG_PROBS, "reference_log_probs")
-        checks.at_least(self, 1, "steps", "checkpoint_every", "log_every", "microbatches")
+        checks.within(self, 1, MOST_STEPS, "steps")
+        checks.at_least(self, 1, "checkpoint_every", "log_every", "microbatches")
         checks.at_least(self, 0, "start_step", "reference_step")
         checks.within(self, 0, SEED_LIMIT - 1, "seed")
         if any(step < 1 for step in self.checkpoint_steps):

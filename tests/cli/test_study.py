@@ -111,11 +111,20 @@ def test_a_wrong_flag_or_setting_is_one_line(arguments, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("body", ["1 +", "import nowhere_at_all", "def get_config(): return {}['a']"])
-def test_a_config_file_that_fails_is_one_line(body, tmp_path):
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("1 +", "the config file raises SyntaxError: "),
+        ("import nowhere_at_all", "raises ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("def get_config(): return {}['a']", "the config file raises KeyError: 'a'"),
+        ("def get_config(): return {'a': 1}", "get_config gives a dict: return a ConfigDict"),
+    ],
+)
+def test_a_config_file_that_fails_is_one_line(body, message, tmp_path):
     (tmp_path / "broken.py").write_text(body)
-    with pytest.raises(UserError, match=r"^[^\n]+$"):
+    with pytest.raises(UserError, match=r"^[^\n]+$") as caught:
         settings_of(f"--config={tmp_path / 'broken.py'}")
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

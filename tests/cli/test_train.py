@@ -131,6 +131,27 @@ RUNS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'include "broken.gin"', "a gin file includes itself"),
+        (b"\xff\xfe", "broken.gin: a gin file is no"),
+    ],
+)
+def test_a_gin_file_that_cannot_be_read_is_one_line(content, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.gin").write_bytes(content)
+    with pytest.raises(UserError, match=r"^[^\n]+$") as caught:
+        read_config(["broken.gin"], [])
+    assert message in str(caught.value)
+
+
+def test_every_part_of_a_job_has_its_fields_in_gin():
+    overrides = ["KeepConfig.last=2", "GuardConfig.spike=4.0", "OptimizerConfig.clip_norm=None"]
+    config = read_config(["runs/sft.gin"], ["DATASET=a", *overrides])
+    assert (config.keep.last, config.guard.spike, config.optimizer.clip_norm) == (2, 4.0, None)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_every_online_run_is_a_source(name):
     overrides, expected = RUNS[name]

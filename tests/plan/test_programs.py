@@ -36,8 +36,8 @@ def test_the_state_of_an_update_is_split_by_its_layout(layout, parts, compiled):
     update = compiled("update", layout)
     part = PARAMETERS // parts
     assert update.parameters == part
-    # Parameters and two moments, which the new state takes the place of; steps, counts and metrics are a few bytes.
-    assert 3 * part <= update.state <= 3 * part + 16
+    # Parameters and two moments, which the new state takes the place of; the rest are a few bytes.
+    assert 3 * part <= update.state <= 3 * part + 24
     assert update.aliased == update.state
     batch = 4 * (24 + 2 * (1 + 2 * 16 + 2 + 2 * 16 + 1) + 8) * 1
     assert update.state < update.arguments < update.state + 2 * batch
