@@ -103,7 +103,7 @@ class Rig:
         folder.mkdir(exist_ok=True)
         with Checkpoints(folder / "checkpoints") as checkpoints:
             state = train(
-                self.state(),
+                checkpoints.restore_last(self.abstract, print) or self.state(),
                 update_step or self.update_step,
                 source,
                 checkpoint_steps=CHECKPOINTS,
@@ -127,7 +127,7 @@ class Rig:
 
 
 def recorder(folder):
-    def record(step, batches):
+    def record(step, batches, is_due):
         write_chunk(folder, f"until-{step:08d}", (row for batch in batches for row in examples_of(batch)))
 
     return record
