@@ -334,7 +334,7 @@ def test_the_state_of_a_job_is_read_off_the_folders(graph):
 
     def leave(name, file):
         jobs[name].folder.mkdir(parents=True, exist_ok=True)
-        (jobs[name].folder / file).write_text("{}")
+        (jobs[name].folder / file).write_text('{"settings": {}}')
 
     leave("data", JOB)
     assert (jobs["data"].state, jobs["sft"].state) == ("begun", "waiting")

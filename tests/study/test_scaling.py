@@ -65,7 +65,7 @@ def test_a_finished_size_leaves_the_shared_jobs_to_the_next(config, tmp_path, mo
     def make(kind, settings, folder, open_bar):
         made.append(folder)
         folder.mkdir(parents=True)
-        (folder / "done.json").write_text("{}")
+        (folder / "done.json").write_text('{"settings": {}}')
 
     monkeypatch.setattr(run, "make", make)
     monkeypatch.setattr(run, "write_study_report", lambda study, say: say(f"report of {study.config.name}"))
