@@ -18,16 +18,16 @@ import random
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from alignment_gap.checkpoints.layout import open_store
+from alignment_gap.launch.local import free_port
+from alignment_gap.launch.tasks import COMMAND
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-c", "from alignment_gap.cli.main import main; main()"]
 TINY = (
     "--gin.T5Config.width=16 --gin.T5Config.encoder_layers=1 --gin.T5Config.decoder_layers=1 --gin.T5Config.heads=2 "
     "--gin.T5Config.head_size=8 --gin.T5Config.mlp_width=16"
@@ -174,13 +174,6 @@ def compare(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
     differing = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
     if differing:
         sys.exit(f"{len(differing)} of {len(expected)} files and arrays differ, such as {', '.join(differing[:5])}")
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -73,9 +73,7 @@ def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Se
     except RecursionError:
         raise UserError(f"{', '.join(files)}: a gin file includes itself: remove the include") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{', '.join(files)}: a gin file is no text in UTF-8 ({error.reason}): save it as such"
-        ) from None
+        raise UserError(f"{', '.join(files)}: a gin file is not UTF-8 ({error.reason}): save it as UTF-8") from None
     except (AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError, TokenError) as error:
         raise UserError(_one_line(error)) from error
     except (OSError, ImportError) as error:

@@ -6,7 +6,7 @@ alignment-gap launch --engine=slurm --slurm.partition=gpu --slurm.gres=gpu:8 --s
     train --gin_file=gin/runs/online_ipo.gin --gin.PROMPTS=pairs --gin.START=sft --gin.JUDGE=proxy --workdir=online
 alignment-gap launch --status study --config=configs/study/tiny.py --workdir=runs/study
 
-What is done is not run again. Flags of the launch come before the command, its own after it.
+A finished job is not run again. Write the flags of the launch before the command, and the command's own after it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from absl import flags
 
 from alignment_gap.checks import nearest, one_of
 from alignment_gap.cli.flags import define_config, parse, read_config
+from alignment_gap.cli.train import WORKDIR
 from alignment_gap.errors import UserError
 from alignment_gap.launch.local import LocalConfig, local_text, run_local
 from alignment_gap.launch.slurm import SlurmConfig, slurm_text, submit_slurm
@@ -28,7 +29,7 @@ from alignment_gap.launch.tasks import Task
 
 ENGINES = ("here", "local", "slurm")
 # Commands that fill one folder, and the flag that names it with its default.
-_FOLDERS = {"train": ("workdir", "runs/train"), "evaluate": ("output", None), "data": ("output", None)}
+_FOLDERS = {"train": ("workdir", WORKDIR), "evaluate": ("output", None), "data": ("output", None)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +63,19 @@ def main(arguments: list[str]) -> None:
         raise UserError("there is nothing to launch: add a command, such as study --config=configs/study/tiny.py")
     if words[0] not in (*_FOLDERS, "study"):
         raise UserError(f"cannot launch {words[0]!r}: {nearest(words[0], [*_FOLDERS, 'study'])}")
+    runs_here = config.engine == "here" and not (values.status or values.dry_run)
+    if runs_here or {"--help", "-h"} & {*words}:
+        importlib.import_module(f"alignment_gap.cli.{words[0]}").main([f"alignment-gap {words[0]}", *words[1:]])
+        return
     tasks, logs = _tasks(words)
     if values.status:
         print(status_text(tasks))
-    elif config.engine == "here":
-        if values.dry_run:
-            print(local_text(tasks, LocalConfig()))
-        else:
-            importlib.import_module(f"alignment_gap.cli.{words[0]}").main([f"alignment-gap {words[0]}", *words[1:]])
-    elif config.engine == "local":
-        print(local_text(tasks, config.local)) if values.dry_run else run_local(tasks, config.local, logs)
+    elif values.dry_run:
+        print(slurm_text(tasks, config.slurm, logs) if config.engine == "slurm" else local_text(tasks, config.local))
+    elif config.engine == "slurm":
+        submit_slurm(tasks, config.slurm, logs)
     else:
-        print(slurm_text(tasks, config.slurm, logs)) if values.dry_run else submit_slurm(tasks, config.slurm, logs)
+        run_local(tasks, config.local, logs)
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -91,9 +93,8 @@ def _tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
     folder = given[-1] if given else default
     if folder is None:
         raise UserError(f"--{flag} is not set: add --{flag}=FOLDER")
-    return [Task(Path(folder).name, tuple(words), Path(folder), processes=words[:2] != ["data", "prepare"])], Path(
-        folder
-    )
+    task = Task(Path(folder).name, tuple(words), Path(folder), processes=words[:2] != ["data", "prepare"])
+    return [task], Path(folder)
 
 
 def _study_tasks(words: Sequence[str]) -> tuple[list[Task], Path]:

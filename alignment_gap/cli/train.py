@@ -15,6 +15,8 @@ from alignment_gap.cli import gin_files
 from alignment_gap.cli.flags import define_shared, parse
 from alignment_gap.cli.job import run_job
 
+WORKDIR = "runs/train"
+
 
 def main(arguments: list[str]) -> None:
     """Runs the job; raises UserError for flags or settings that cannot be used."""
@@ -32,5 +34,5 @@ def main(arguments: list[str]) -> None:
 
 def _define(values: flags.FlagValues) -> None:
     gin_files.define_gin(values)
-    flags.DEFINE_string("workdir", "runs/train", "Folder of the job; one that was stopped goes on.", flag_values=values)
+    flags.DEFINE_string("workdir", WORKDIR, "Folder of the job; one that was stopped goes on.", flag_values=values)
     define_shared(values)

@@ -20,7 +20,7 @@ from alignment_gap.launch.tasks import COMMAND, Task, waiting_tasks
 
 # Seconds between two looks at the processes of a job, and those that the others get when one has ended in failure.
 _LOOK_EVERY, _GRACE = 0.1, 30.0
-# The exit status of what the user has to mend, where another attempt would meet the same.
+# The exit status of what the user has to mend: another attempt would meet the same.
 _USER_ERROR = 2
 
 
@@ -123,28 +123,30 @@ def _attempt(task: Task, config: LocalConfig, logs: Path, processes: _Processes,
     for attempt in range(1 + config.retries):
         say(f"{task.name}: started" + (f" again, for the {attempt}. time" if attempt else ""))
         start = time.monotonic()
-        statuses = _run(task, config, log, processes)
-        if not any(statuses):
+        status = _run(task, config, log, processes)
+        if status == 0:
             say(f"{task.name}: done in {time.monotonic() - start:.0f} s")
             return ""
-        if processes.stopped or _USER_ERROR in statuses:
+        if processes.stopped or status == _USER_ERROR:
             break
-        say(f"{task.name}: ended with exit status {', '.join(map(str, statuses))}")
-    return _last_line(log) or f"exit status {', '.join(map(str, statuses))}"
+        say(f"{task.name}: a process ended with exit status {status}")
+    return _last_line(log) or f"exit status {status}"
 
 
-def _run(task: Task, config: LocalConfig, log: Path, processes: _Processes) -> list[int]:
-    """Exit statuses of the processes of one attempt; where one ends in failure the others end after it."""
+def _run(task: Task, config: LocalConfig, log: Path, processes: _Processes) -> int:
+    """Runs one attempt; gives 0, or the exit status of the process that failed first, after which the others end."""
     count = config.processes if task.processes else 1
-    together = [f"--coordinator=127.0.0.1:{_free_port()}", f"--processes={count}"] if count > 1 else []
+    together = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}"] if count > 1 else []
     numbered = [[*together, f"--process={number}"] if together else [] for number in range(count)]
-    deadline = float("inf")
+    failed, deadline = 0, float("inf")
     with processes.started([[*COMMAND, *task.words, *words] for words in numbered], log) as begun:
-        while None in (statuses := [process.poll() for process in begun]) and time.monotonic() < deadline:
-            if any(statuses) and deadline == float("inf"):
-                deadline = time.monotonic() + _GRACE
+        while True:
+            statuses = [process.poll() for process in begun]
+            if not failed and any(statuses):
+                failed, deadline = next(filter(None, statuses)), time.monotonic() + _GRACE
+            if None not in statuses or time.monotonic() > deadline:
+                return failed if begun else 1
             time.sleep(_LOOK_EVERY)
-    return [process.returncode for process in begun] or [1]
 
 
 def local_text(tasks: Sequence[Task], config: LocalConfig) -> str:
@@ -163,7 +165,8 @@ def _last_line(log: Path) -> str:
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -147,9 +147,7 @@ def submit_slurm(tasks: Sequence[Task], config: SlurmConfig, logs: Path, say: Ca
       UserError: where Slurm is not installed, or refuses.
     """
     if shutil.which("sbatch") is None:
-        raise UserError(
-            "there is no sbatch on this machine: launch from a login node of the cluster, or give --dry_run"
-        )
+        raise UserError("this machine has no sbatch: launch from a login node of the cluster, or give --dry_run")
     logs.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, str] = {}
     for batch in batches(tasks):

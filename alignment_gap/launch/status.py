@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from alignment_gap.folders import read_json
 from alignment_gap.jobs.folder import FAILED, JOB
 from alignment_gap.jobs.train import METRICS
 from alignment_gap.launch.tasks import Task
@@ -32,7 +33,7 @@ def _state(task: Task, done: set[str]) -> str:
     if _is_held(folder):
         return f"running{progress}"
     if (folder / FAILED).exists():
-        return f"failed: {json.loads((folder / FAILED).read_text())['line']}"
+        return f"failed: {read_json(folder / FAILED, remedy='remove it')['line']}"
     return f"stopped{progress}"
 
 
@@ -52,7 +53,7 @@ def _progress(folder: Path) -> str:
     """Step, rate and time to go of a training job, from its last line of metrics."""
     path = folder / METRICS
     lines = path.read_text().splitlines() if path.exists() else []
-    steps = json.loads((folder / JOB).read_text()).get("steps")
+    steps = read_json(folder / JOB, remedy="remove the folder").get("steps")
     if not lines or not steps:
         return ""
     try:

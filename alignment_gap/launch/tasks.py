@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignment_gap.jobs.folder import DONE
+from alignment_gap.jobs.folder import finished_with
 
 # This installation's alignment-gap, whatever the PATH of the process that runs it.
 COMMAND = (sys.executable, "-c", "from alignment_gap.cli.main import main; main()")
@@ -35,7 +35,7 @@ class Task:
     @property
     def is_done(self) -> bool:
         """Whether its folder is complete."""
-        return self.folder is not None and (self.folder / DONE).exists()
+        return self.folder is not None and finished_with(self.folder) is not None
 
     @property
     def file_name(self) -> str:

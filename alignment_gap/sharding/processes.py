@@ -172,7 +172,7 @@ def _tell_when_the_next_is_silent() -> None:
         try:
             client.key_value_set(f"{_ALIVE}/{state.process_id}", str(beats), allow_overwrite=True)
             found = client.key_value_try_get(f"{_ALIVE}/{following}")
-        except Exception:  # The next one has not begun, or the store has gone with its process, which jax tells.
+        except Exception:  # The next process has not begun yet, or process 0 has died, which jax itself reports.
             continue
         if found != last:
             heard, last = time.monotonic(), found

@@ -149,7 +149,14 @@ class Checkpoints:
         return TrainState(rest["step"], restored.params, rest["optimizer_state"], copies, rest["skipped"])
 
     def restore_last(self, abstract: TrainState, say: Callable[[str], None]) -> TrainState | None:
-        """The newest state that is whole; damaged ones after it are put aside, with a line; None where there is none.
+        """Restores the newest checkpoint that is whole, and renames the damaged ones after it.
+
+        Args:
+          abstract: the state's shapes and shardings.
+          say: prints a line for each damaged checkpoint.
+
+        Returns:
+          The state; None where no checkpoint is whole.
 
         Raises:
           UserError: the last checkpoint is of another model, or of an earlier version of this library.

@@ -23,7 +23,7 @@ class GuardConfig:
     """Which updates are skipped. One whose loss or gradient is not finite always is.
 
     Attributes:
-      stop_after: skipped updates in a row after which the job stops.
+      stop_after: skipped updates in a row after which the job stops; counted at every line of metrics.
       spike: skip also an update whose gradient norm is more than so many times the running mean; None for no limit.
     """
 

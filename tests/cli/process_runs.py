@@ -3,9 +3,10 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
+
+from alignment_gap.launch.local import free_port
 
 # Commands one after the other; the first joins the processes, which stay together.
 COMMANDS = """
@@ -29,7 +30,7 @@ def run_processes(folder, *commands):
     devices = f"--xla_force_host_platform_device_count={8 // count} --xla_backend_optimization_level=0"
     root = str(pathlib.Path(__file__).parents[2])
     environment = os.environ | {"XLA_FLAGS": devices, "PYTHONPATH": root}
-    flags = ["--compilation_cache=", f"--coordinator=127.0.0.1:{_free_port()}", f"--processes={count}"]
+    flags = ["--compilation_cache=", f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}"]
     started = [
         subprocess.Popen(
             [sys.executable, "-c", COMMANDS, json.dumps(words), *flags, f"--process={number}"],
@@ -47,9 +48,3 @@ def run_processes(folder, *commands):
         for process in started:
             process.kill()
     return [process.returncode for process in started], outputs
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

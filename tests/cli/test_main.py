@@ -1,12 +1,14 @@
 """The `alignment-gap` command: its help, its exit statuses, and one line for a user's mistake."""
 
+import signal
 import sys
 
 import pytest
 
 from alignment_gap import __version__
 from alignment_gap.cli.main import COMMANDS, guarded, main
-from alignment_gap.errors import UserError
+from alignment_gap.errors import Interrupted, UserError
+from alignment_gap.interruption import requested, watching
 
 
 def run(monkeypatch, *words):
@@ -52,3 +54,28 @@ def test_exit_statuses(capsys):
     assert capsys.readouterr().err == (
         "error: the value, the limit, the remedy\ninterrupted: the same command goes on from here\n"
     )
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_decides_the_exit_status(number, status, capsys):
+    """At once where no loop asks for it; at the end of a step where one does, which says where it stands."""
+    before = signal.getsignal(number)
+    assert guarded(lambda: signal.raise_signal(number)) == status
+
+    def loop():
+        with watching():
+            signal.raise_signal(number)
+            assert requested(3)
+            raise Interrupted("saved at step 3 of 5")
+
+    assert guarded(loop) == status
+    assert signal.getsignal(number) is before
+    line = "interrupted, saved at step 3 of 5: the same command goes on from here\n"
+    assert capsys.readouterr().err == "interrupted: the same command goes on from here\n" + line
+
+
+def test_what_jax_caught_of_several_processes_is_a_scheduler_s():
+    def loop():
+        raise Interrupted("saved at step 3 of 5")
+
+    assert guarded(loop) == 75

@@ -135,7 +135,7 @@ RUNS = {
     ("content", "message"),
     [
         (b'include "broken.gin"', "a gin file includes itself"),
-        (b"\xff\xfe", "broken.gin: a gin file is no"),
+        (b"\xff\xfe", "broken.gin: a gin file is not UTF-8"),
     ],
 )
 def test_a_gin_file_that_cannot_be_read_is_one_line(content, message, tmp_path, monkeypatch):

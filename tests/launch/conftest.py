@@ -33,12 +33,15 @@ if behaviour == "dies" and attempt == 0 and number == 0:
     os.kill(os.getpid(), signal.SIGKILL)
 if behaviour == "dies" and attempt == 0:
     time.sleep(600)
+if behaviour == "dies-with-a-line" and attempt == 0:
+    time.sleep(1 + number)
+    os.kill(os.getpid(), signal.SIGKILL) if number == 0 else sys.exit(2)
 if behaviour == "saves" and attempt == 0:
     signal.signal(signal.SIGTERM, save)
     (folder / "job.json").write_text("{}")
     time.sleep(600)
 if number == 0:
-    (folder / "done.json").write_text("{}")
+    (folder / "done.json").write_text('{"settings": {}}')
 """
 
 

@@ -41,7 +41,7 @@ def test_what_needs_the_same_becomes_an_array_in_the_order_of_needs(task_of):
     ]
     # What is done is left out, and so is the need of it.
     tasks[0].folder.mkdir(parents=True)
-    (tasks[0].folder / "done.json").touch()
+    (tasks[0].folder / "done.json").write_text('{"settings": {}}')
     assert words_of(batches(tasks)[0]) == (["sft-0", "sft-1"], [])
 
 
@@ -83,7 +83,7 @@ def test_settings_out_of_range(settings):
 
 def test_no_slurm_is_one_line(task_of, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="there is no sbatch on this machine: launch from a login node"):
+    with pytest.raises(UserError, match="this machine has no sbatch: launch from a login node"):
         submit_slurm([task_of("a")], SlurmConfig(), tmp_path)
 
 
