@@ -142,7 +142,10 @@ def fail_together(line: str, show: Callable[[], None] = lambda: None) -> None:
     show()
     # It raises where another was first, or where the store has gone with its process.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        client.key_value_set(_FAILURE, f"{jax.process_index()} {line}")
+        # What this process only passes on names another already.
+        client.key_value_set(
+            _FAILURE, line if line.startswith("process ") else f"process {jax.process_index()}: {line}"
+        )
     _end()
 
 
@@ -151,13 +154,14 @@ def _end_when_another_fails() -> None:
     while client is not None:
         time.sleep(_LOOK_EVERY)
         try:
-            process, line = client.key_value_try_get(_FAILURE).split(" ", 1)
+            line = client.key_value_try_get(_FAILURE)
         except Exception:  # Nobody has failed, or the store has gone with its process.
             continue
         if not _failure_told.acquire(blocking=False):
             return
-        # A progress bar may have left its line open.
-        print(f"\nerror: process {process}: {line}", file=sys.stderr, flush=True)
+        # A progress bar may have left its line open. Another may have been faster to pass on why this process fails.
+        line = line.removeprefix(f"process {jax.process_index()}: ")
+        print(f"\nerror: {line}", file=sys.stderr, flush=True)
         _end()
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -22,6 +23,14 @@ for words in json.loads(sys.argv[1]):
         if ended.code:
             raise
 """
+
+# Gloo says on standard output that it has connected, from several threads that cut into each other's lines.
+GLOO = re.compile(r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d")
+
+
+def said_by(output):
+    """The lines of standard output that are not Gloo's."""
+    return [line for line in output.splitlines() if GLOO.sub("", line).strip()]
 
 
 def run_processes(folder, *commands):

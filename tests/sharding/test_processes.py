@@ -173,22 +173,22 @@ def test_a_process_that_fails_shows_why_then_tells_the_others_then_ends(ended, m
     with pytest.raises(Ended):
         fail_together("no space left on device", lambda: order.append(dict(store.written)))
     assert order == [{}] and ended == [2]
-    assert store.written == {processes._FAILURE: "0 no space left on device"}
+    assert store.written == {processes._FAILURE: "process 0: no space left on device"}
 
 
 def test_the_first_failure_is_the_one_that_all_are_told(ended, monkeypatch):
     """Not what follows from it, such as a sum that cannot go on without the process that failed."""
     store = Store()
-    store.written[processes._FAILURE] = "1 no space left on device"
+    store.written[processes._FAILURE] = "process 1: no space left on device"
     monkeypatch.setattr(distributed.global_state, "client", store)
     with pytest.raises(Ended):
         fail_together("connection closed by peer")
-    assert store.written == {processes._FAILURE: "1 no space left on device"} and ended == [2]
+    assert store.written == {processes._FAILURE: "process 1: no space left on device"} and ended == [2]
 
 
 def test_a_process_ends_with_the_line_of_another(ended, monkeypatch, capfd):
     """The store raises while nobody has failed."""
-    store = Store(KeyError("none"), RuntimeError("gone"), "1 disk full: free space")
+    store = Store(KeyError("none"), RuntimeError("gone"), "process 1: disk full: free space")
     monkeypatch.setattr(distributed.global_state, "client", store)
     with pytest.raises(Ended):
         processes._end_when_another_fails()
@@ -196,8 +196,25 @@ def test_a_process_ends_with_the_line_of_another(ended, monkeypatch, capfd):
     assert capfd.readouterr().err == "\nerror: process 1: disk full: free space\n"
 
 
+def test_a_failure_that_is_passed_on_names_the_process_it_comes_from(ended, monkeypatch, capfd):
+    """Whoever is faster to tell it, the one that failed included."""
+    store = Store()
+    monkeypatch.setattr(distributed.global_state, "client", store)
+    with pytest.raises(Ended):
+        fail_together("process 1: disk full")
+    assert store.written == {processes._FAILURE: "process 1: disk full"}
+
+    for process, told in ((0, "process 1: disk full"), (1, "disk full")):
+        monkeypatch.setattr(processes, "_failure_told", threading.Lock())
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(distributed.global_state, "client", Store("process 1: disk full"))
+        with pytest.raises(Ended):
+            processes._end_when_another_fails()
+        assert capfd.readouterr().err == f"\nerror: {told}\n"
+
+
 def test_a_process_that_tells_of_its_own_failure_tells_of_no_other(ended, monkeypatch, capfd):
-    monkeypatch.setattr(distributed.global_state, "client", Store("0 what this one said"))
+    monkeypatch.setattr(distributed.global_state, "client", Store("process 0: what this one said"))
     assert processes._failure_told.acquire(blocking=False)
     assert processes._end_when_another_fails() is None
     assert ended == [] and capfd.readouterr().err == ""
