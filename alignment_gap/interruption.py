@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+# The exit status of what SIGTERM has ended, EX_TEMPFAIL of sysexits.h.
+TRY_AGAIN = 75
 # The signals that came, and how many loops ask for them.
 _received: list[int] = []
 _watching = 0

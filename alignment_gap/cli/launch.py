@@ -4,6 +4,8 @@ alignment-gap launch study --config=configs/study/tiny.py --workdir=runs/study
 alignment-gap launch --engine=local --local.jobs=2 study --config=configs/study/tiny.py --workdir=runs/study
 alignment-gap launch --engine=slurm --slurm.partition=gpu --slurm.gres=gpu:8 --slurm.time=4:00:00 \\
     train --gin_file=gin/runs/online_ipo.gin --gin.PROMPTS=pairs --gin.START=sft --gin.JUDGE=proxy --workdir=online
+alignment-gap launch --engine=jobset --jobset.image=IMAGE --jobset.volume=CLAIM --jobset.topology=v5e:4x4 --dry_run \\
+    study --config=configs/study/tiny.py
 alignment-gap launch --status study --config=configs/study/tiny.py --workdir=runs/study
 
 A finished job is not run again. Write the flags of the launch before the command, and the command's own after it.
@@ -22,12 +24,14 @@ from alignment_gap.checks import nearest, one_of
 from alignment_gap.cli.flags import define_config, parse, read_config
 from alignment_gap.cli.train import WORKDIR
 from alignment_gap.errors import UserError
+from alignment_gap.launch.jobset import JobSetConfig, jobset_text, submit_jobset
 from alignment_gap.launch.local import LocalConfig, local_text, run_local
+from alignment_gap.launch.queued import QueuedConfig, queued_text, run_queued
 from alignment_gap.launch.slurm import SlurmConfig, slurm_text, submit_slurm
 from alignment_gap.launch.status import status_text
 from alignment_gap.launch.tasks import Task
 
-ENGINES = ("here", "local", "slurm")
+ENGINES = ("here", "local", "slurm", "jobset", "queued")
 # Commands that fill one folder, and the flag that names it with its default.
 _FOLDERS = {"train": ("workdir", WORKDIR), "evaluate": ("output", None), "data": ("output", None)}
 
@@ -37,14 +41,19 @@ class LaunchConfig:
     """Where jobs are run.
 
     Attributes:
-      engine: "here" (this process, one job after the other), "local" (processes of this machine) or "slurm".
+      engine: "here" (this process, one job after the other), "local" (processes of this machine), "slurm", "jobset"
+        (TPU slices of a Kubernetes cluster) or "queued" (a TPU slice as a queued resource).
       local: settings of the engine local.
       slurm: settings of the engine slurm.
+      jobset: settings of the engine jobset.
+      queued: settings of the engine queued.
     """
 
     engine: str = "here"
     local: LocalConfig = LocalConfig()
     slurm: SlurmConfig = SlurmConfig()
+    jobset: JobSetConfig = JobSetConfig()
+    queued: QueuedConfig = QueuedConfig()
 
     def __post_init__(self) -> None:
         """Raises UserError for an engine that there is not."""
@@ -71,11 +80,32 @@ def main(arguments: list[str]) -> None:
     if values.status:
         print(status_text(tasks))
     elif values.dry_run:
-        print(slurm_text(tasks, config.slurm, logs) if config.engine == "slurm" else local_text(tasks, config.local))
-    elif config.engine == "slurm":
-        submit_slurm(tasks, config.slurm, logs)
+        print(_text(tasks, config, logs))
     else:
-        run_local(tasks, config.local, logs)
+        _run(tasks, config, logs)
+
+
+def _text(tasks: Sequence[Task], config: LaunchConfig, logs: Path) -> str:
+    match config.engine:
+        case "slurm":
+            return slurm_text(tasks, config.slurm, logs)
+        case "jobset":
+            return jobset_text(tasks, config.jobset, logs.absolute().parent.name)
+        case "queued":
+            return queued_text(tasks, config.queued)
+    return local_text(tasks, config.local)
+
+
+def _run(tasks: Sequence[Task], config: LaunchConfig, logs: Path) -> None:
+    match config.engine:
+        case "slurm":
+            submit_slurm(tasks, config.slurm, logs)
+        case "jobset":
+            submit_jobset(tasks, config.jobset, logs.absolute().parent.name)
+        case "queued":
+            run_queued(tasks, config.queued, logs)
+        case _:
+            run_local(tasks, config.local, logs)
 
 
 def _define(values: flags.FlagValues) -> None:

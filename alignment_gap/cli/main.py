@@ -11,11 +11,11 @@ from collections.abc import Callable
 from alignment_gap import __version__
 from alignment_gap.checks import nearest
 from alignment_gap.errors import Interrupted, UserError
-from alignment_gap.interruption import from_keyboard, from_scheduler, signals_caught
+from alignment_gap.interruption import TRY_AGAIN, from_keyboard, from_scheduler, signals_caught
 
 COMMANDS = {
     "study": "run the controlled study, or what is left of it, and write its report",
-    "launch": "give a command, or the jobs of a study, to an engine: this machine or Slurm",
+    "launch": "give a command, or the jobs of a study, to an engine: this machine, Slurm, Kubernetes",
     "train": "train a policy or a preference model, online or offline, from gin files",
     "evaluate": "measure the checkpoints of a run: win rates by any judge, KL, accuracy, length",
     "sample": "responses of a policy to prompts from a dataset, a file or the keyboard",
@@ -25,8 +25,6 @@ COMMANDS = {
     "checkpoint": "checkpoints of other libraries in and out, and what a checkpoint holds",
 }
 
-# The exit status of what SIGTERM has ended, EX_TEMPFAIL of sysexits.h.
-TRY_AGAIN = 75
 # Of another library's message, as much as one line bears.
 LONGEST = 120
 
@@ -61,8 +59,8 @@ def _run(arguments: list[str]) -> None:
 def guarded(run: Callable[[], None]) -> int:
     """Exit status of `run`: 0, or 2 after one line where the user can mend what went wrong, 130 after ctrl-c.
 
-    After SIGTERM it is 75, which asks a scheduler to run the command again. Where one of several processes fails, all
-    end.
+    After SIGTERM it is 75, which asks a scheduler to run the command again. Any other exception is raised, and ends
+    Python with 1. Where one of several processes fails, all end with its status.
     """
     with signals_caught():
         return _status(run)
@@ -79,7 +77,7 @@ def _status(run: Callable[[], None]) -> int:
         return TRY_AGAIN if asked and not from_keyboard() else 130
     except Exception as error:
         if not _disk_full(error):
-            _fail_together(f"{type(error).__name__}: {error}", show=lambda: traceback.print_exc())
+            _fail_together(f"{type(error).__name__}: {error}", traceback.print_exc, status=1)
             raise
         place = getattr(error, "filename", None) or str(error)[:LONGEST].splitlines()[0]
         return _failed(
@@ -92,17 +90,17 @@ def _failed(line: str) -> int:
     def say() -> None:
         print(f"error: {line}", file=sys.stderr)
 
-    _fail_together(line, say)
+    _fail_together(line, say, status=2)
     say()
     return 2
 
 
-def _fail_together(line: str, show: Callable[[], None]) -> None:
+def _fail_together(line: str, show: Callable[[], None], status: int) -> None:
     """Shows what happened and ends all processes of a run, if this is one of several; jax is there then."""
     if "alignment_gap.sharding" in sys.modules and "jax" in sys.modules:
         from alignment_gap.sharding import fail_together
 
-        fail_together(line.splitlines()[0], show)
+        fail_together(line.splitlines()[0], show, status)
 
 
 def _disk_full(error: BaseException | None) -> bool:

@@ -16,12 +16,10 @@ from pathlib import Path
 
 from alignment_gap import checks
 from alignment_gap.errors import UserError
-from alignment_gap.launch.tasks import COMMAND, Task, waiting_tasks
+from alignment_gap.launch.tasks import COMMAND, USER_ERROR, Task, waiting_tasks
 
 # Seconds between two looks at the processes of a job, and those that the others get when one has ended in failure.
 _LOOK_EVERY, _GRACE = 0.1, 30.0
-# The exit status of what the user has to mend: another attempt would meet the same.
-_USER_ERROR = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +125,7 @@ def _attempt(task: Task, config: LocalConfig, logs: Path, processes: _Processes,
         if status == 0:
             say(f"{task.name}: done in {time.monotonic() - start:.0f} s")
             return ""
-        if processes.stopped or status == _USER_ERROR:
+        if processes.stopped or status == USER_ERROR:
             break
         say(f"{task.name}: a process ended with exit status {status}")
     return _last_line(log) or f"exit status {status}"

@@ -12,10 +12,8 @@ from pathlib import Path
 
 from alignment_gap import checks
 from alignment_gap.errors import UserError
-from alignment_gap.launch.tasks import COMMAND, Task, waiting_tasks
-
-# What SIGTERM has ended, see cli.main: the job is put into the queue again.
-_TRY_AGAIN = 75
+from alignment_gap.interruption import TRY_AGAIN
+from alignment_gap.launch.tasks import COMMAND, USER_ERROR, Task, waiting_tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +32,7 @@ class SlurmConfig:
       grace: seconds before the time limit at which a job is asked to save.
       setup: a shell command at the start of each job, such as one that activates an environment.
       at_once: how many jobs of an array run at once; None for as many as there is room for.
+      retries: a job whose processes were killed or crashed is queued again until it was started so many times more.
     """
 
     nodes: int = 1
@@ -47,10 +46,12 @@ class SlurmConfig:
     grace: int = 120
     setup: str | None = None
     at_once: int | None = None
+    retries: int = 2
 
     def __post_init__(self) -> None:
         """Raises UserError where a setting is out of its range."""
         checks.at_least(self, 1, "nodes", "processes", "cpus", "grace", "at_once")
+        checks.at_least(self, 0, "retries")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +125,12 @@ def script(batch: Batch, config: SlurmConfig, logs: Path) -> str:
         lines += commands
     lines += [
         "status=$?",
-        f"# {_TRY_AGAIN}: it was asked to end, has saved, and goes on when it is run again.",
-        f"if [ $status -eq {_TRY_AGAIN} ]; then scontrol requeue $SLURM_JOB_ID; fi",
+        f"# {TRY_AGAIN}: it was asked to end, has saved, and goes on when it is run again.",
+        f"if [ $status -eq {TRY_AGAIN} ]; then scontrol requeue $SLURM_JOB_ID; exit $status; fi",
+        f"# {USER_ERROR}: another attempt would meet the same. Any other status: processes were killed or crashed.",
+        f"if [ $status -ne 0 -a $status -ne {USER_ERROR} -a ${{SLURM_RESTART_COUNT:-0}} -lt {config.retries} ]; then",
+        "    scontrol requeue $SLURM_JOB_ID",
+        "fi",
         "exit $status",
     ]
     return "\n".join(lines) + "\n"

@@ -12,6 +12,8 @@ from alignment_gap.jobs.folder import finished_with
 
 # This installation's alignment-gap, whatever the PATH of the process that runs it.
 COMMAND = (sys.executable, "-c", "from alignment_gap.cli.main import main; main()")
+# The exit status of what the user has to mend: another attempt would meet the same.
+USER_ERROR = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,12 +127,13 @@ def initialize(coordinator: str | None, processes: int, process: int) -> None:
     threading.Thread(target=_tell_when_the_next_is_silent, daemon=True).start()
 
 
-def fail_together(line: str, show: Callable[[], None] = lambda: None) -> None:
-    """Ends every process of a run with status 2 after this one failed; returns where there is one process only.
+def fail_together(line: str, show: Callable[[], None] = lambda: None, status: int = 2) -> None:
+    """Ends every process of a run after this one failed; returns where there is one process only.
 
     Args:
       line: what the others print.
       show: prints what this one has to say.
+      status: exit status of all: 2 for what the user has to mend, 1 for what another attempt may not meet.
     """
     client = distributed.global_state.client
     if client is None or distributed.global_state.num_processes == 1:
@@ -143,10 +144,9 @@ def fail_together(line: str, show: Callable[[], None] = lambda: None) -> None:
     # It raises where another was first, or where the store has gone with its process.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         # What this process only passes on names another already.
-        client.key_value_set(
-            _FAILURE, line if line.startswith("process ") else f"process {jax.process_index()}: {line}"
-        )
-    _end()
+        named = line if line.startswith("process ") else f"process {jax.process_index()}: {line}"
+        client.key_value_set(_FAILURE, f"{status} {named}")
+    _end(status)
 
 
 def _end_when_another_fails() -> None:
@@ -154,7 +154,7 @@ def _end_when_another_fails() -> None:
     while client is not None:
         time.sleep(_LOOK_EVERY)
         try:
-            line = client.key_value_try_get(_FAILURE)
+            status, line = client.key_value_try_get(_FAILURE).split(" ", 1)
         except Exception:  # Nobody has failed, or the store has gone with its process.
             continue
         if not _failure_told.acquire(blocking=False):
@@ -162,7 +162,7 @@ def _end_when_another_fails() -> None:
         # A progress bar may have left its line open. Another may have been faster to pass on why this process fails.
         line = line.removeprefix(f"process {jax.process_index()}: ")
         print(f"\nerror: {line}", file=sys.stderr, flush=True)
-        _end()
+        _end(int(status))
 
 
 def _tell_when_the_next_is_silent() -> None:
@@ -182,15 +182,16 @@ def _tell_when_the_next_is_silent() -> None:
             heard, last = time.monotonic(), found
         elif time.monotonic() - heard > _SILENT:
             line = f"process {following} has died or hangs: nothing was heard of it for {_SILENT:.0f} s"
-            fail_together(line, functools.partial(print, f"\nerror: {line}", file=sys.stderr, flush=True))
+            show = functools.partial(print, f"\nerror: {line}", file=sys.stderr, flush=True)
+            fail_together(line, show, status=1)
 
 
-def _end() -> None:
-    """Ends this process with status 2; the first one last, for jax aborts the others where it finds it gone."""
+def _end(status: int) -> None:
+    """Ends this process; the first one last, for jax aborts the others where it finds it gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep((8 if is_first_process() else 2) * _LOOK_EVERY)
-    os._exit(2)
+    os._exit(status)
 
 
 def is_first_process() -> bool:

@@ -195,7 +195,7 @@ def test_what_one_process_refuses_all_refuse(together):
     )
     label = ["data", "label", "--dataset=pairs", "--judge=failing:judge", "--buckets=1", *MESH, "--output=failed"]
     statuses, outputs = run_processes(folder, [label], [label])
-    assert statuses == [2, 2], outputs
+    assert statuses == [1, 1], outputs
     assert outputs[0][1].strip().splitlines()[-1].startswith("error: process 1: AssertionError: process 1 is out of")
     assert "Traceback" in outputs[1][1] and "Traceback" not in outputs[0][1]
     assert not (folder / "failed" / "done.json").exists()

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from alignment_gap.cli.launch import ENGINES
-from alignment_gap.cli.main import TRY_AGAIN, main
-from alignment_gap.launch import LocalConfig, SlurmConfig
+from alignment_gap.cli.launch import ENGINES, LaunchConfig
+from alignment_gap.cli.main import main
+from alignment_gap.interruption import TRY_AGAIN
 from alignment_gap.sharding.processes import _SILENT
 from alignment_gap.training import GuardConfig, KeepConfig
 
@@ -38,10 +38,10 @@ def test_the_command_of_the_page_is_understood(command, tmp_path, monkeypatch, c
 
 def test_the_page_names_what_the_code_has():
     assert re.findall(r"^\| `(\w+)` \| (?!`)", TEXT, flags=re.MULTILINE) == [*ENGINES]
-    settings = re.findall(r"--(local|slurm)\.(\w+)", TEXT)
-    assert settings
+    settings = re.findall(rf"--({'|'.join(ENGINES)})\.(\w+)", TEXT)
+    assert {engine for engine, _ in settings} == {*ENGINES} - {"here"}
     for engine, name in settings:
-        assert hasattr({"local": LocalConfig, "slurm": SlurmConfig}[engine], name)
+        assert hasattr(getattr(LaunchConfig(), engine), name)
     assert f"| {TRY_AGAIN}: run the command again |" in TEXT and f"after some {_SILENT:.0f} s all others" in TEXT
 
 

@@ -118,7 +118,7 @@ def test_a_graph_runs_in_order_and_a_failure_stops_what_needs_it(environment, ta
     ]
     submit(tasks, tmp_path)
     wait_until(lambda: not queue())
-    assert set(attempts()) == {"first", "left", "right", "after-left"} and next(iter(attempts())) == "first"
+    assert attempts() == {"first": 1, "left": 1, "right": 1, "after-left": 1} and next(iter(attempts())) == "first"
     assert [task.name for task in tasks if not task.is_done] == ["right", "after-right"]
     (log,) = (tmp_path / "logs").glob("right-*.log")
     assert "error: it fails: mend it" in log.read_text()
@@ -134,6 +134,15 @@ def test_an_array_runs_each_of_its_tasks(environment, task_of, attempts, tmp_pat
     assert list(submit(tasks, tmp_path, at_once=2)) == ["ends-4-seed-0"]
     wait_until(lambda: all(task.is_done for task in tasks))
     assert attempts() == {f"seed-{i}": 1 for i in range(4)}
+
+
+@needs_slurm
+def test_a_job_that_dies_is_queued_again_so_often(environment, task_of, attempts, tmp_path):
+    again, never = task_of("again", "dies"), task_of("never", "dies")
+    submit([again], tmp_path)
+    submit([never], tmp_path, retries=0)
+    wait_until(lambda: again.is_done and not queue())
+    assert attempts() == {"again": 2, "never": 1} and not never.is_done
 
 
 @needs_slurm

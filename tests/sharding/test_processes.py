@@ -145,8 +145,8 @@ class Store:
             raise answer
         return answer
 
-    def key_value_set(self, key, value):
-        if key in self.written:
+    def key_value_set(self, key, value, allow_overwrite=False):
+        if key in self.written and not allow_overwrite:
             raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
         self.written[key] = value
 
@@ -173,26 +173,26 @@ def test_a_process_that_fails_shows_why_then_tells_the_others_then_ends(ended, m
     with pytest.raises(Ended):
         fail_together("no space left on device", lambda: order.append(dict(store.written)))
     assert order == [{}] and ended == [2]
-    assert store.written == {processes._FAILURE: "process 0: no space left on device"}
+    assert store.written == {processes._FAILURE: "2 process 0: no space left on device"}
 
 
 def test_the_first_failure_is_the_one_that_all_are_told(ended, monkeypatch):
     """Not what follows from it, such as a sum that cannot go on without the process that failed."""
     store = Store()
-    store.written[processes._FAILURE] = "process 1: no space left on device"
+    store.written[processes._FAILURE] = "2 process 1: no space left on device"
     monkeypatch.setattr(distributed.global_state, "client", store)
     with pytest.raises(Ended):
         fail_together("connection closed by peer")
-    assert store.written == {processes._FAILURE: "process 1: no space left on device"} and ended == [2]
+    assert store.written == {processes._FAILURE: "2 process 1: no space left on device"} and ended == [2]
 
 
 def test_a_process_ends_with_the_line_of_another(ended, monkeypatch, capfd):
     """The store raises while nobody has failed."""
-    store = Store(KeyError("none"), RuntimeError("gone"), "process 1: disk full: free space")
+    store = Store(KeyError("none"), RuntimeError("gone"), "1 process 1: disk full: free space")
     monkeypatch.setattr(distributed.global_state, "client", store)
     with pytest.raises(Ended):
         processes._end_when_another_fails()
-    assert ended == [2] and store.answers == []
+    assert ended == [1] and store.answers == []
     assert capfd.readouterr().err == "\nerror: process 1: disk full: free space\n"
 
 
@@ -202,22 +202,39 @@ def test_a_failure_that_is_passed_on_names_the_process_it_comes_from(ended, monk
     monkeypatch.setattr(distributed.global_state, "client", store)
     with pytest.raises(Ended):
         fail_together("process 1: disk full")
-    assert store.written == {processes._FAILURE: "process 1: disk full"}
+    assert store.written == {processes._FAILURE: "2 process 1: disk full"}
 
     for process, told in ((0, "process 1: disk full"), (1, "disk full")):
         monkeypatch.setattr(processes, "_failure_told", threading.Lock())
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        monkeypatch.setattr(distributed.global_state, "client", Store("process 1: disk full"))
+        monkeypatch.setattr(distributed.global_state, "client", Store("2 process 1: disk full"))
         with pytest.raises(Ended):
             processes._end_when_another_fails()
         assert capfd.readouterr().err == f"\nerror: {told}\n"
 
 
 def test_a_process_that_tells_of_its_own_failure_tells_of_no_other(ended, monkeypatch, capfd):
-    monkeypatch.setattr(distributed.global_state, "client", Store("process 0: what this one said"))
+    monkeypatch.setattr(distributed.global_state, "client", Store("2 process 0: what this one said"))
     assert processes._failure_told.acquire(blocking=False)
     assert processes._end_when_another_fails() is None
     assert ended == [] and capfd.readouterr().err == ""
+
+
+def test_the_next_process_is_silent(ended, monkeypatch, capfd):
+    """It said that it lives until its third beat; engines run a job again that ends with 1."""
+    beats = [KeyError("not yet"), "1", "2", "3", *40 * ["3"]]
+    store, clock = Store(*beats), iter(range(100))
+    monkeypatch.setattr(distributed.global_state, "client", store)
+    monkeypatch.setattr(distributed.global_state, "process_id", 0)
+    monkeypatch.setattr(processes, "_BEAT_EVERY", 0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(Ended):
+        processes._tell_when_the_next_is_silent()
+    line = "process 1 has died or hangs: nothing was heard of it for 30 s"
+    assert ended == [1] and capfd.readouterr().err == f"\nerror: {line}\n"
+    assert store.written[processes._FAILURE] == f"1 {line}"
+    # Of 40 beats 31 were waited for, and this process has said each time that it lives.
+    assert len(store.answers) == 40 - 31 and store.written[f"{processes._ALIVE}/0"] == str(4 + 31)
 
 
 @pytest.mark.parametrize(("process", "waits"), [(0, 8), (1, 2)])

@@ -1,0 +1,253 @@
+"""Gives a graph of jobs to Kubernetes: a JobSet for each, and an Argo workflow that creates them in their order."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from alignment_gap import checks
+from alignment_gap.errors import UserError
+from alignment_gap.launch.slices import Slice, slice_of
+from alignment_gap.launch.tasks import USER_ERROR, Task, waiting_tasks
+
+# Kubernetes takes 63 characters for the name of a pod, which has the JobSet's, "-slice-0-0-" and five of its own.
+_LONGEST_NAME = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class JobSetConfig:
+    """Where in a cluster jobs run.
+
+    Attributes:
+      image: container image with this package; see the Containerfile of this project.
+      topology: of a slice, such as v5e:4x4.
+      slices: of each job, joined by the data-centre network.
+      volume: PersistentVolumeClaim with all folders; every pod can write to it.
+      mount: where pods see the volume; commands run there, so that relative folders are in it.
+      namespace: of Kubernetes; None for kubectl's.
+      queue: Kueue's LocalQueue; None for no queue.
+      service_account: of the pods; None for the namespace's default.
+      spot: whether slices may be taken back at any time.
+      cpus: of the pod of a command that needs no TPU.
+      memory: of that pod, in Kubernetes' notation.
+      grace: seconds that a job has to save after SIGTERM.
+      restarts: further attempts of a job of which a pod was evicted, killed or has crashed.
+      cluster: of xpk's lines in a dry run.
+    """
+
+    image: str | None = None
+    topology: str = "v5e:4x4"
+    slices: int = 1
+    volume: str | None = None
+    mount: str = "/runs"
+    namespace: str | None = None
+    queue: str | None = None
+    service_account: str | None = None
+    spot: bool = False
+    cpus: int = 8
+    memory: str = "32Gi"
+    grace: int = 120
+    restarts: int = 10
+    cluster: str = "CLUSTER"
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range."""
+        checks.at_least(self, 1, "slices", "cpus", "grace")
+        checks.at_least(self, 0, "restarts")
+        if not PurePosixPath(self.mount).is_absolute():
+            raise UserError(f"mount is {self.mount}: give a path from the root, such as /runs")
+        slice_of(self.topology)
+
+
+def object_name(name: str) -> str:
+    """A name as Kubernetes takes it; where it had to be cut or changed, with digits that tell it from others."""
+    allowed = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if allowed == name and len(name) <= _LONGEST_NAME:
+        return name
+    return f"{allowed[: _LONGEST_NAME - 7].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def manifest(task: Task, config: JobSetConfig) -> dict[str, Any]:
+    """The JobSet of a task: one pod for each host of each slice, or one pod without a TPU."""
+    slice_ = slice_of(config.topology)
+    hosts, slices = (slice_.hosts, config.slices) if task.processes else (1, 1)
+    job = {
+        "parallelism": hosts,
+        "completions": hosts,
+        "completionMode": "Indexed",
+        # The first pod that fails ends its job, and all begin again: jobs of several processes go on together.
+        "backoffLimit": 0,
+        "podFailurePolicy": {
+            "rules": [
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"containerName": "job", "operator": "In", "values": [USER_ERROR]},
+                }
+            ]
+        },
+        "template": {"metadata": {"labels": _labels()}, "spec": _pod(task, config, slice_)},
+    }
+    metadata: dict[str, Any] = {"name": object_name(task.name), "labels": _labels()}
+    if config.namespace:
+        metadata["namespace"] = config.namespace
+    if config.queue:
+        metadata["labels"]["kueue.x-k8s.io/queue-name"] = config.queue
+    if task.processes:
+        # Each job of the set gets a slice of its own.
+        metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": metadata,
+        "spec": {
+            "failurePolicy": {
+                "maxRestarts": config.restarts,
+                # What the user has to mend is not tried again; all else is.
+                "rules": [{"name": "userError", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
+            "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": job}}],
+        },
+    }
+
+
+def _labels() -> dict[str, str]:
+    return {"app.kubernetes.io/managed-by": "alignment-gap"}
+
+
+def _command(task: Task, config: JobSetConfig, slice_: Slice) -> list[str]:
+    together = task.processes and slice_.hosts * config.slices > 1
+    return ["alignment-gap", *task.words, *(["--coordinator=auto"] if together else [])]
+
+
+def _pod(task: Task, config: JobSetConfig, slice_: Slice) -> dict[str, Any]:
+    container: dict[str, Any] = {
+        "name": "job",
+        "image": config.image,
+        "command": _command(task, config, slice_),
+        "workingDir": config.mount,
+        "volumeMounts": [{"name": "runs", "mountPath": config.mount}],
+    }
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": config.grace,
+        "containers": [container],
+        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": config.volume}}],
+    }
+    if config.service_account:
+        pod["serviceAccountName"] = config.service_account
+    if not task.processes:
+        asked = {"cpu": str(config.cpus), "memory": config.memory}
+        container["resources"] = {"requests": asked, "limits": asked}
+        container["env"] = [{"name": "JAX_PLATFORMS", "value": "cpu"}]
+        return pod
+    container["resources"] = {"limits": {"google.com/tpu": str(slice_.chips)}}
+    # 8471 is libtpu's, 8482 that of jax's coordinator, 8080 megascale's.
+    container["ports"] = [{"containerPort": port} for port in (8471, 8482, 8080)]
+    pod["nodeSelector"] = {
+        "cloud.google.com/gke-tpu-accelerator": slice_.accelerator,
+        "cloud.google.com/gke-tpu-topology": slice_.shape,
+    }
+    if config.spot:
+        pod["nodeSelector"]["cloud.google.com/gke-spot"] = "true"
+        pod["tolerations"] = [
+            {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+        ]
+    return pod
+
+
+def workflow(tasks: Sequence[Task], config: JobSetConfig, name: str) -> dict[str, Any]:
+    """An Argo workflow that creates the JobSet of each task after those that it needs have completed."""
+    steps, templates = [], []
+    for task in tasks:
+        step = {"name": object_name(task.name), "template": object_name(task.name)}
+        if task.needs:
+            step["depends"] = " && ".join(map(object_name, task.needs))
+        steps.append(step)
+        templates.append(
+            {
+                "name": object_name(task.name),
+                "resource": {
+                    "action": "create",
+                    "setOwnerReference": True,
+                    "manifest": yaml.safe_dump(manifest(task, config), sort_keys=False),
+                    "successCondition": "status.terminalState == Completed",
+                    "failureCondition": "status.terminalState == Failed",
+                },
+            }
+        )
+    metadata = {"generateName": f"{object_name(name)}-", "labels": _labels()}
+    if config.namespace:
+        metadata["namespace"] = config.namespace
+    spec: dict[str, Any] = {
+        "entrypoint": "graph",
+        # A job that fails stops what needs it and nothing else.
+        "templates": [{"name": "graph", "dag": {"failFast": False, "tasks": steps}}, *templates],
+    }
+    if config.service_account:
+        spec["serviceAccountName"] = config.service_account
+    return {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "metadata": metadata, "spec": spec}
+
+
+def _objects(tasks: Sequence[Task], config: JobSetConfig, name: str) -> list[dict[str, Any]]:
+    """What would be created for the tasks that are not done: one JobSet, or a workflow of several."""
+    missing = [setting for setting in ("image", "volume") if getattr(config, setting) is None]
+    if missing:
+        raise UserError(f"jobset.{missing[0]} is not set: add --jobset.{missing[0]}={missing[0].upper()}")
+    waiting = waiting_tasks(tasks)
+    if len(waiting) == 1:
+        return [manifest(waiting[0], config)]
+    return [workflow(waiting, config, name)] if waiting else []
+
+
+def xpk_line(task: Task, config: JobSetConfig) -> str:
+    """The command of xpk that creates the same workload."""
+    slice_ = slice_of(config.topology)
+    # xpk knows no working directory.
+    command = f"cd {shlex.quote(config.mount)} && {shlex.join(_command(task, config, slice_))}"
+    options = {
+        "cluster": config.cluster,
+        "workload": object_name(task.name),
+        "tpu-type": slice_.accelerator_type,
+        "num-slices": config.slices,
+        "docker-image": config.image,
+        "storage": config.volume,
+        "max-restarts": config.restarts,
+        "command": command,
+    }
+    return shlex.join(["xpk", "workload", "create", *(f"--{key}={value}" for key, value in options.items())])
+
+
+def jobset_text(tasks: Sequence[Task], config: JobSetConfig, name: str) -> str:
+    """The manifests that would be created, and for those who have xpk its line for each job on a slice."""
+    made = _objects(tasks, config, name)
+    lines = [f"# {xpk_line(task, config)}" for task in waiting_tasks(tasks) if task.processes]
+    return yaml.safe_dump_all(made, sort_keys=False) + "\n".join(lines) if made else "all jobs are done"
+
+
+def submit_jobset(tasks: Sequence[Task], config: JobSetConfig, name: str, say: Callable[[str], None] = print) -> None:
+    """Creates what runs every task that is not done, with kubectl.
+
+    Raises:
+      UserError: where a setting is missing, kubectl is not installed, or the cluster refuses.
+    """
+    made = _objects(tasks, config, name)
+    if not made:
+        say("all jobs are done")
+        return
+    if shutil.which("kubectl") is None:
+        raise UserError("this machine has no kubectl: install it and its access to the cluster, or give --dry_run")
+    done = subprocess.run(
+        ["kubectl", "create", "--filename=-"], input=yaml.safe_dump_all(made), capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(f"kubectl refused: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
+    say(done.stdout.strip())

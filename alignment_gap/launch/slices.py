@@ -1,0 +1,65 @@
+"""TPU slices by the names that Google's services have for them, and the hosts of which they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from alignment_gap.errors import UserError
+from alignment_gap.plan.chips import Topology, parse_topology
+
+# Name in node selectors of GKE, prefix of accelerator types, what that prefix counts per chip, runtime of TPU VMs.
+# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus and https://cloud.google.com/tpu/docs/runtimes
+_NAMES = {
+    "v4": ("tpu-v4-podslice", "v4", 2, "tpu-ubuntu2204-base"),
+    "v5e": ("tpu-v5-lite-podslice", "v5litepod", 1, "v2-alpha-tpuv5-lite"),
+    "v5p": ("tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5"),
+    "v6e": ("tpu-v6e-slice", "v6e", 1, "v2-alpha-tpuv6e"),
+    # Not offered as a queued resource.
+    "tpu7x": ("tpu7x", "tpu7x", 2, None),
+}
+# Chips of a host in slices of several hosts, and in the largest slice of a single one.
+_CHIPS_OF_A_HOST, _SINGLE_HOST = 4, {"v5e": 8, "v6e": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A TPU slice.
+
+    Attributes:
+      topology: its chips and how they are joined.
+      accelerator: the value of GKE's node selector.
+      accelerator_type: as queued resources and xpk name it, such as v5litepod-16.
+      runtime: software of its TPU VMs; None where there are none.
+      chips: of one host.
+      hosts: with one process each.
+    """
+
+    topology: Topology
+    accelerator: str
+    accelerator_type: str
+    runtime: str | None
+    chips: int
+    hosts: int
+
+    @property
+    def shape(self) -> str:
+        """The topology as GKE writes it, such as 4x4."""
+        return "x".join(map(str, self.topology.shape))
+
+
+def slice_of(topology: str) -> Slice:
+    """The slice of a topology such as v5e:4x4.
+
+    Raises:
+      UserError: for what is no TPU's topology, or has no whole number of hosts.
+    """
+    parsed = parse_topology(topology)
+    if parsed.kind not in _NAMES:
+        raise UserError(f"topology {topology!r} is no TPU slice: give one of {', '.join(_NAMES)}, such as v5e:4x4")
+    accelerator, prefix, counted, runtime = _NAMES[parsed.kind]
+    count = math.prod(parsed.shape)
+    chips = count if count <= _SINGLE_HOST.get(parsed.kind, _CHIPS_OF_A_HOST) else _CHIPS_OF_A_HOST
+    if count % chips:
+        raise UserError(f"topology {topology!r} has {count} chips, which are no multiple of the {chips} of a host")
+    return Slice(parsed, accelerator, f"{prefix}-{count * counted}", runtime, chips, count // chips)
