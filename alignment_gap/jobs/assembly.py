@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from alignment_gap.checkpoints import Network, agreed_model, find_checkpoint, re
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.text import Vocabulary, extra_id
 from alignment_gap.errors import UserError
-from alignment_gap.jobs.config import POLICY, JobConfig, OnlineConfig
+from alignment_gap.jobs.config import POLICY, JobConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.served import (
     REFERENCE_LOG_PROBS,
     SAMPLER_LOG_PROBS,
@@ -32,7 +32,9 @@ from alignment_gap.models.preference import Markers
 from alignment_gap.sampling import Samples, make_generate
 from alignment_gap.sharding import LogicalMesh, batch_sharding, check_batch_size
 from alignment_gap.training import (
+    GuardConfig,
     Objective,
+    OptimizerConfig,
     TrainState,
     UpdateStep,
     abstract_state,
@@ -48,6 +50,8 @@ from alignment_gap.training import (
 SAMPLER = "sampler"
 # Folded into the run's key: what is random beside fresh parameters.
 ORDER_OF_PAIRS, SAMPLES, OPPONENTS = 1, 2, 3
+# Update steps that stay compiled for the next run of this process with the same settings, as a study has many.
+_KEPT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,32 +134,43 @@ class Assembly:
         """Of a policy, with its settings bound."""
         return self.config.loss.function()
 
-    @functools.cached_property
+    @property
     def objective(self) -> Objective:
         """What is minimised."""
-        if self.is_policy:
-            return policy_objective(self.policy, self.loss, rewards=self.facts.rewards)
-        model = self.facts.network.preference_model()
-        return preference_objective(model, self.key(ORDER_OF_PAIRS), rewards=self.facts.rewards)
+        return self._traced.objective
 
-    @functools.cached_property
+    @property
     def optimizer(self) -> Any:
         """The optax transformation."""
-        return make_optimizer(self.config.optimizer)
+        return self._traced.optimizer
 
-    @functools.cached_property
+    @property
     def abstract(self) -> TrainState:
         """Shapes and shardings of the state."""
-        # A sampler that stays at the start needs no copy of it.
-        every = self._refresh_every
-        lags = every > 1 or (every == 0 and self.config.start is None)
-        return abstract_state(self.policy.init, self.optimizer, self.mesh, copies=(SAMPLER,) if lags else ())
+        return self._traced.abstract
+
+    @property
+    def update_step(self) -> UpdateStep:
+        """The one jitted `(state, batch) -> (state, metrics)`; runs with the same settings share it."""
+        return self._traced.update_step
 
     @functools.cached_property
-    def update_step(self) -> UpdateStep:
-        """The one jitted `(state, batch) -> (state, metrics)`."""
-        parts = (self.objective, self.optimizer, self.mesh, self.abstract)
-        return make_update_step(*parts, microbatches=self.config.microbatches, skip=self.config.guard)
+    def _traced(self) -> _Traced:
+        config, network = self.config, self.facts.network
+        # A sampler that stays at the start needs no copy of it.
+        every = self._refresh_every
+        lags = every > 1 or (every == 0 and config.start is None)
+        return _traced_once(
+            dataclasses.replace(network, vocabulary=None, vocabulary_digest=None),
+            config.loss if self.is_policy else None,
+            None if self.is_policy else config.seed,
+            self.facts.rewards,
+            config.optimizer,
+            self.mesh,
+            (SAMPLER,) if lags else (),
+            config.microbatches,
+            config.guard,
+        )
 
     @property
     def score(self) -> Callable[..., Any]:
@@ -187,7 +202,7 @@ class Assembly:
 
     def key(self, use: int) -> jax.Array:
         """The random key of one use; the seed's own is that of fresh parameters."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), use)
+        return _key(self.config.seed, use)
 
     def abstract_batch(self) -> PreferenceBatch:
         """Shapes, dtypes and shardings of the largest batch that the update step takes, one prompt a row."""
@@ -231,6 +246,41 @@ class Assembly:
             reference_log_probs=log_probs if scored else None,
             sampler_log_probs=log_probs if sampled else None,
         )
+
+
+class _Traced(NamedTuple):
+    objective: Objective
+    optimizer: Any
+    abstract: TrainState
+    update_step: UpdateStep
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _traced_once(
+    network: Network,
+    loss: LossConfig | None,
+    seed: int | None,
+    rewards: bool,
+    optimizer: OptimizerConfig,
+    mesh: LogicalMesh,
+    copies: tuple[str, ...],
+    microbatches: int,
+    skip: GuardConfig,
+) -> _Traced:
+    """What is traced and compiled, of a policy with its loss or of a preference model with the seed of its orders."""
+    objective = (
+        policy_objective(network.policy(), loss.function(), rewards=rewards)
+        if loss is not None
+        else preference_objective(network.preference_model(), _key(seed or 0, ORDER_OF_PAIRS), rewards=rewards)
+    )
+    transformation = make_optimizer(optimizer)
+    abstract = abstract_state(network.policy().init, transformation, mesh, copies)
+    step = make_update_step(objective, transformation, mesh, abstract, microbatches=microbatches, skip=skip)
+    return _Traced(objective, transformation, abstract, step)
+
+
+def _key(seed: int, use: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(seed), use)
 
 
 def stored_network(path: str, step: int | None) -> Network | None:

@@ -34,7 +34,8 @@ class LossConfig:
     """
 
     name: str = "ipo"
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # A mapping has no hash; equality still compares it.
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         """Raises UserError for a name or a setting that there is not, or a number that is not finite."""

@@ -1,5 +1,7 @@
 """Policies (T5-style encoder-decoders, PaLM-style decoders) behind one contract, and preference models over them."""
 
+import functools
+
 from alignment_gap.models.decoder import DecoderConfig, DecoderPolicy
 from alignment_gap.models.policy import (
     Output,
@@ -16,8 +18,9 @@ from alignment_gap.models.t5 import T5Config, T5Policy
 ModelConfig = T5Config | DecoderConfig
 
 
+@functools.cache
 def make_policy(config: ModelConfig) -> Policy:
-    """The policy of a config; raises UserError where its sizes cannot be built."""
+    """The policy of a config, the same one each time; raises UserError where its sizes cannot be built."""
     return T5Policy(config) if isinstance(config, T5Config) else DecoderPolicy(config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,12 +43,12 @@ def abstract_state(
     copies: Sequence[str] = (),
 ) -> TrainState:
     """Shapes, dtypes and shardings of a state, with nothing allocated: the target of a restore."""
-    return _abstract(lambda: _build(init(jax.random.key(0)), optimizer, copies), mesh)
+    return _laid_out(jax.eval_shape(lambda params: _build(params, optimizer, copies), _shapes(init)), mesh)
 
 
 def abstract_params(init: Callable[[Array], Any], mesh: LogicalMesh) -> Any:
     """Shapes, dtypes and shardings of a network's parameters, with nothing allocated."""
-    return _abstract(lambda: init(jax.random.key(0)), mesh)
+    return _laid_out(_shapes(init), mesh)
 
 
 def create_state(
@@ -86,8 +87,14 @@ def shardings_like(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def _abstract(build: Callable[[], Any], mesh: LogicalMesh) -> Any:
-    boxed = jax.eval_shape(build)
+# Tracing a network's start takes longer than all else that a state's shapes need; a study opens one network often.
+@functools.lru_cache(maxsize=16)
+def _shapes(init: Callable[[Array], Any]) -> Any:
+    """Shapes and dtypes of parameters, in boxes with their logical axes."""
+    return jax.eval_shape(lambda: init(jax.random.key(0)))
+
+
+def _laid_out(boxed: Any, mesh: LogicalMesh) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         unbox(boxed),

@@ -40,7 +40,8 @@ def test_logits_by_hand():
 
 def test_both_architectures_are_policies_that_equal_configs_make_equal(policy):
     assert isinstance(policy, Policy)
-    again = make_policy(dataclasses.replace(policy.config))
+    again = type(policy)(dataclasses.replace(policy.config))
+    assert again is not policy and make_policy(again.config) is make_policy(policy.config)
     assert again == policy and hash(again) == hash(policy)
     assert make_policy(dataclasses.replace(policy.config, mlp_width=9)) != policy
 

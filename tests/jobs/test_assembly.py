@@ -1,0 +1,48 @@
+"""What is traced and compiled is shared by the runs of a process that have the same settings, and by no others."""
+
+import dataclasses
+
+import pytest
+
+from alignment_gap.jobs.config import LossConfig
+from alignment_gap.jobs.train import TRAIN
+from alignment_gap.training import GuardConfig, OptimizerConfig
+
+
+def update_step(config):
+    assembly, *_ = TRAIN.open(config).run.args
+    return assembly.update_step
+
+
+@pytest.fixture
+def ipo(sft, sft_config):
+    return dataclasses.replace(sft_config, model=None, start=str(sft), loss=LossConfig("ipo", {"beta": 0.1}))
+
+
+@pytest.mark.parametrize("settings", [{"steps": 9, "checkpoint_every": 5}, {"seed": 7}])
+def test_what_alters_no_step_shares_it(ipo, settings):
+    """A policy's seed draws its start and its batches."""
+    assert update_step(dataclasses.replace(ipo, **settings)) is update_step(ipo)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": LossConfig("ipo", {"beta": 0.2})},
+        {"loss": LossConfig("dpo", {"beta": 0.1})},
+        {"optimizer": OptimizerConfig(learning_rate=2e-2)},
+        {"guard": GuardConfig(spike=10.0)},
+        {"microbatches": 2},
+    ],
+)
+def test_what_alters_a_step_has_its_own(ipo, settings):
+    settings = dict(settings)
+    if "microbatches" in settings:
+        settings["source"] = dataclasses.replace(ipo.source, batch_size=16)
+    assert update_step(dataclasses.replace(ipo, **settings)) is not update_step(ipo)
+
+
+def test_the_seed_of_a_preference_model_orders_its_pairs(ipo):
+    model = dataclasses.replace(ipo, kind="pairwise", loss=LossConfig("sft"))
+    assert update_step(model) is update_step(dataclasses.replace(model, steps=9))
+    assert update_step(model) is not update_step(dataclasses.replace(model, seed=7))
