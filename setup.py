@@ -29,6 +29,8 @@ EXTRAS = {
         "importlib_resources",
         "google-crc32c",
     ],
+    # Metrics for TensorBoard.
+    "tensorboard": ["clu>=0.0.12", "tensorboard>=2.20", "tensorflow>=2.21"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda13]>=0.10.2"],
     "notebooks": ["jupyterlab", "nbclient", "ipykernel"],

@@ -26,6 +26,7 @@ from pathlib import Path
 from alignment_gap.checkpoints.layout import open_store
 from alignment_gap.launch.local import free_port
 from alignment_gap.launch.tasks import COMMAND
+from alignment_gap.training.monitor import is_of_the_clock
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -164,7 +165,10 @@ def without_durations(name: str, content: bytes) -> bytes:
     if name == "done.json":
         return json.dumps(json.loads(content) | {"seconds": 0}).encode()
     if name == "metrics.jsonl":
-        lines = [json.loads(line) | {"pairs_per_second": 0} for line in content.decode().splitlines()]
+        lines = [
+            {name: value for name, value in json.loads(line).items() if not is_of_the_clock(name)}
+            for line in content.decode().splitlines()
+        ]
         return json.dumps(lines).encode()
     return content
 

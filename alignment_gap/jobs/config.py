@@ -157,6 +157,33 @@ SourceConfig = DatasetConfig | OnlineConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+    """What is seen of a job while it trains; none of it changes what is trained.
+
+    Attributes:
+      validation: folder of held-out examples, in the vocabulary of the source's; None for none. Loss and diagnostics
+        are means over their whole batches, of the size of the source's.
+      validate_every: steps between two validations; the last step has one too.
+      tensorboard: whether metrics are written for TensorBoard beside JSON lines.
+      profile: the first and the last step, counted from 1, that jax's profiler sees; None for no profile.
+      hang_after: seconds without a step after which the job ends with exit status 1; None for never.
+    """
+
+    validation: str | None = None
+    validate_every: int = 200
+    tensorboard: bool = False
+    profile: tuple[int, int] | None = None
+    hang_after: float | None = 3600.0
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range."""
+        checks.at_least(self, 1, "validate_every")
+        checks.above(self, 0, "hang_after")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[-1]:
+            raise UserError(f"profile is {self.profile}: give the first and the last step, such as (10, 12)")
+
+
+@dataclasses.dataclass(frozen=True)
 class JobConfig:
     """One training job: network, objective, source, reference and optimizer.
 
@@ -174,6 +201,7 @@ class JobConfig:
       checkpoint_steps: further steps that have one.
       keep: which checkpoints stay.
       log_every: steps between two lines of metrics.
+      monitor: what else is seen of the job.
       microbatches: parts in which a step's batch is computed, one after the other, to save memory.
       seed: of fresh parameters, of the order of examples and of samples.
       start: folder of the run whose parameters training starts from; None for fresh ones.
@@ -198,6 +226,7 @@ class JobConfig:
     checkpoint_steps: tuple[int, ...] = ()
     keep: KeepConfig = KeepConfig()
     log_every: int = 20
+    monitor: MonitorConfig = MonitorConfig()
     microbatches: int = 1
     seed: int = 0
     start: str | None = None

@@ -30,6 +30,7 @@ from alignment_gap.sharding import (
     LogicalMesh,
     MeshConfig,
     check_batch_size,
+    first_reason,
     first_says,
     host_rows,
     is_first_process,
@@ -121,7 +122,9 @@ def stored_references(assembly: Assembly, inputs: Inputs, open_bar: OpenBar) -> 
             shared: dict[str, Any] = {"batch_size": size, "buckets": reading.shapes, "progress": bar.update}
             return [store_reference(dataset, *scored, mesh, **shared) for dataset in reading.datasets]
     found = [open_reference(data, reference_identity(data, *scored, reading.shapes)) for data in reading.datasets]
-    return [stored for stored in found if stored] if all(found) else []
+    # One process that does not see them yet, on a slow file system, would wait for the others in another program.
+    is_incomplete = first_reason("" if all(found) else "something is not stored")
+    return [] if is_incomplete else [stored for stored in found if stored]
 
 
 def reference_identity(dataset: Dataset, policy: Policy, params: Any, buckets: Sequence[Bucket]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from alignment_gap.jobs.reading import Reading, on_devices
 from alignment_gap.jobs.served import reads_mismatched
 from alignment_gap.judges import PROBABILITIES, REWARDS, Judge
 from alignment_gap.sampling import Draw, against_each_other, against_opponent, online_source
-from alignment_gap.sharding import is_first_process, on_first_process, put_replicated, to_host
-from alignment_gap.training import Source, TrainState, with_fresh, with_mismatched, with_reference
+from alignment_gap.sharding import is_first_process, on_first_process, put_replicated
+from alignment_gap.training import Source, Times, TrainState, with_fresh, with_mismatched, with_reference
 
 RECORD = "record"
 _CHUNK, _INTERIM = "until-", "interim-until-"
@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
       start: parameters that training starts from; None for fresh ones.
       reference: parameters of the reference policy; None where nothing needs them.
       stored: the reference's log-probs of every dataset, where they are stored.
+      validation: held-out examples, if there are any.
     """
 
     reading: Reading
@@ -42,20 +43,21 @@ class Inputs(NamedTuple):
     start: Any
     reference: Any
     stored: Sequence[ReferenceLogProbs] = ()
+    validation: Reading | None = None
 
 
 @contextlib.contextmanager
-def open_source(assembly: Assembly, inputs: Inputs, steps: int) -> Iterator[Source]:
+def open_source(assembly: Assembly, inputs: Inputs, steps: int, times: Times) -> Iterator[Source]:
     """The source of a job's batches for so many steps; read ahead while the context lasts."""
     config = assembly.config
     with contextlib.ExitStack() as stack:
-        source = _open(stack, assembly, inputs, config.source, inputs.reading, steps, inputs.stored)
+        source = _open(stack, assembly, inputs, config.source, inputs.reading, steps, times, inputs.stored)
         if config.fresh is not None and inputs.fresh is not None:
-            source = with_fresh(source, _open(stack, assembly, inputs, config.fresh, inputs.fresh, steps))
+            source = with_fresh(source, _open(stack, assembly, inputs, config.fresh, inputs.fresh, steps, times))
         if assembly.is_policy and reads_mismatched(assembly.loss):
             source = with_mismatched(source, assembly.mesh)
         if assembly.needs_reference and not _is_all_stored(assembly, inputs):
-            source = with_reference(source, assembly.score, inputs.reference)
+            source = with_reference(source, times.of_devices("reference", assembly.score), inputs.reference)
         yield source
 
 
@@ -71,22 +73,24 @@ def _open(
     source: SourceConfig,
     reading: Reading,
     steps: int,
+    times: Times,
     stored: Sequence[ReferenceLogProbs] = (),
 ) -> Source:
     config, mesh = assembly.config, assembly.mesh
     batches = reading.batches(mesh, config.seed, config.microbatches, stored)
     placed = on_devices(batches, reading.config, mesh, assembly.policy.config.vocabulary_size)
-    ahead = stack.enter_context(Prefetched(placed, reading.config.prefetch, last=steps))
+    ahead = times.of_host("data", stack.enter_context(Prefetched(placed, reading.config.prefetch, last=steps)))
     if not isinstance(source, OnlineConfig):
         return lambda step, state: ahead(step)
     shape = assembly.facts.fresh if source is config.fresh and assembly.facts.fresh else assembly.facts.batch
-    draw = _drawing(assembly, inputs, source, shape.response)
+    draw = times.of_devices("sampling", _drawing(assembly, inputs, source, shape.response))
     score = None
     if inputs.judge is not None and source.against == "mixture":
         opponent = _drawing(assembly, inputs, source, shape.response, opponents=True)
         score = against_opponent(inputs.judge.scores, opponent, mesh)
     elif inputs.judge is not None:
         score = against_each_other(inputs.judge.scores)
+    score = score and times.of_devices("judging", score)
     return online_source(ahead, draw, score, source.keep, mesh)
 
 
@@ -141,8 +145,8 @@ def open_recorder(
     on_first_process(resume)
 
     def record(step: int, batches: list[PreferenceBatch], is_due: bool) -> None:
-        whole = (to_host(batch.fresh if beside else batch) for batch in batches)
-        pending.extend(example for batch in whole for example in examples_of(batch))
+        drawn = (batch.fresh if beside else batch for batch in batches)
+        pending.extend(example for batch in drawn if batch is not None for example in examples_of(batch))
         if is_first_process():
             write_chunk(folder / RECORD, f"{_CHUNK if is_due else _INTERIM}{step:08d}", pending)
         if is_due:

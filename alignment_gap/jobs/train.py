@@ -3,7 +3,7 @@
 FOLDER/
   job.json, done.json        see `jobs.folder`
   checkpoints/STEP/          complete or absent
-  metrics.jsonl              a line per `log_every` steps
+  metrics.jsonl              a line per `log_every` steps, and what else `training.monitor` writes
   record/                    the stream of an online source, as a dataset
 """
 
@@ -32,8 +32,16 @@ from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.records.card import find_vocabulary, vocabulary_place
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.assembly import Assembly, BatchShape, Facts, gives_rewards, samples_kept, trained_network
-from alignment_gap.jobs.config import POLICY, JobConfig, OnlineConfig, SourceConfig, recorded
+from alignment_gap.jobs.config import (
+    POLICY,
+    JobConfig,
+    MonitorConfig,
+    OnlineConfig,
+    SourceConfig,
+    recorded,
+)
 from alignment_gap.jobs.folder import MESH, Kind, Opened
+from alignment_gap.jobs.monitor import open_monitor, open_validation
 from alignment_gap.jobs.reading import Reading, open_reading
 from alignment_gap.jobs.reference import stored_references
 from alignment_gap.jobs.sources import Inputs, close_record, open_recorder, open_source
@@ -44,12 +52,12 @@ from alignment_gap.sharding import make_mesh, on_every_process, on_first_process
 from alignment_gap.training import Checkpoints, TrainState, create_state, state_from_params, train
 from alignment_gap.training.digest import params_digest
 
-METRICS = "metrics.jsonl"
 _SOURCES = ("source", "source.prompts", "fresh", "fresh.prompts")
 # What a resumed run may change: none of it alters the steps that were taken.
 _MAY_CHANGE = (
     *("steps", "microbatches", "checkpoint_every", "checkpoint_steps", "log_every", "guard.stop_after"),
     *("keep.last", "keep.every"),
+    *(_MONITOR := tuple(f"monitor.{field.name}" for field in dataclasses.fields(MonitorConfig))),
     *(f"{source}.{name}" for source in _SOURCES for name in ("epochs", "packing", "prefetch", "vocabulary")),
     *MESH,
 )
@@ -75,7 +83,7 @@ def open_training(config: JobConfig) -> Opened:
     reference = start
     if config.reference is not None:
         reference = _params(config.reference, config.reference_step, assembly)
-    inputs = Inputs(reading, fresh, judge, start, reference)
+    inputs = Inputs(reading, fresh, judge, start, reference, validation=open_validation(assembly, reading))
     facts = {"source.digest": reading.digest} | ({"fresh.digest": fresh.digest} if fresh else {})
     for name, params, path in (("start", start, config.start), ("reference", reference, config.reference)):
         facts |= {f"{name}.digest": params_digest(params)} if path is not None else {}
@@ -162,13 +170,14 @@ def _run(assembly: Assembly, inputs: Inputs, folder: Path, open_bar: OpenBar) ->
         bar = stack.enter_context(open_bar(steps, folder.name, " steps"))
         bar.write(_summary(assembly, inputs.reading))
         state = checkpoints.restore_last(assembly.abstract, bar.write) or _first_state(assembly, inputs)
+        monitor = open_monitor(assembly, inputs, folder)
         train(
             state,
             assembly.update_step,
-            stack.enter_context(open_source(assembly, inputs, steps)),
+            stack.enter_context(open_source(assembly, inputs, steps, monitor.times)),
             checkpoint_steps=_checkpoint_steps(config, steps),
             checkpoints=checkpoints,
-            metrics_path=folder / METRICS,
+            monitor=monitor,
             log_every=config.log_every,
             skip=config.guard,
             refresh=assembly.refresh,
@@ -219,6 +228,7 @@ TRAIN = Kind(
         "log_every",
         "keep.last",
         "keep.every",
+        *_MONITOR,
         *(f"{source}.prefetch" for source in _SOURCES),
     ),
 )

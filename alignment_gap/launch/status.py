@@ -9,8 +9,8 @@ from pathlib import Path
 
 from alignment_gap.folders import read_json
 from alignment_gap.jobs.folder import FAILED, JOB
-from alignment_gap.jobs.train import METRICS
 from alignment_gap.launch.tasks import Task
+from alignment_gap.training.monitor import METRICS
 
 
 def status_text(tasks: Sequence[Task]) -> str:
@@ -60,6 +60,8 @@ def _progress(folder: Path) -> str:
         last = json.loads(lines[-1])
     except ValueError:  # It is being written.
         return ""
+    if "pairs_per_second" not in last:
+        return f", step {last['step']} of {steps}"
     rate = last["pairs_per_second"] / last["prompts"]
     left = (steps - last["step"]) / rate
     return f", step {last['step']} of {steps}, {rate:.3g} steps/s, {left:.0f} s to go"

@@ -187,5 +187,8 @@ class StudyConfig:
         """Raises UserError where a setting is out of its range."""
         checks.at_least(self, 0, "seed")
         checks.at_least(self, 1, "seeds", "checkpoint_every", "microbatches")
+        for name, seed in (("task.seed", self.task.seed), ("task.source.posts.seed", self.task.source.posts.seed)):
+            if seed:
+                raise UserError(f"{name} is {seed}: a study prepares its data with its own seeds, so set seed instead")
         if self.policy is None and self.sft.start is None:
             raise UserError("policy and sft.start are not set: give one of them")

@@ -17,9 +17,12 @@ from alignment_gap.data.tasks.prepare import TRAIN, VALIDATION, vocabulary_place
 from alignment_gap.data.text import load_vocabulary, open_source
 from alignment_gap.errors import UserError
 from alignment_gap.folders import claim, locked, write_json
+from alignment_gap.jobs.config import POLICY, JobConfig
 from alignment_gap.jobs.evaluate import named
 from alignment_gap.jobs.folder import Job, make
 from alignment_gap.jobs.prepare import PREPARE
+from alignment_gap.jobs.served import REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS, check_served
+from alignment_gap.jobs.sources import RECORD
 from alignment_gap.judges import JudgeConfig, is_model
 from alignment_gap.judges.preference_model import judge_network
 from alignment_gap.judges.rubric import RUBRIC
@@ -143,14 +146,28 @@ def list_text(graph: StudyGraph, report: str) -> str:
 
 def checked_graph(config: StudyConfig, root: Path) -> StudyGraph:
     """The graph of a study; raises UserError for the first setting that cannot be run here, before any work."""
+    if "," in str(root):
+        raise UserError(f"the folder {root.parent} has a comma, which separates folders in settings: give another")
     graph = study_graph(config, root)
     devices = jax.device_count()
     data, fsdp, _ = config.mesh.shape(devices)
     for name in ("sft", "golden", "proxy", "arms", "evaluation"):
         microbatches = 1 if name == "evaluation" else config.microbatches
         check_batch_size(f"{name}.batch_size", getattr(config, name).batch_size, data * fsdp, microbatches)
+    for job in graph.jobs:
+        if isinstance(job.config, JobConfig) and job.config.kind == POLICY:
+            _check_loss(job.name, job.config)
     on_every_process(lambda: _check_inputs(config, graph))
     return graph
+
+
+def _check_loss(name: str, config: JobConfig) -> None:
+    """Raises UserError where the source of an arm does not serve its loss; a recorded stream has all that was drawn."""
+    is_stream = Path(str(config.recorded.folder)).name == RECORD
+    try:
+        check_served(config, config.loss.function(), (REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS) if is_stream else ())
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:

@@ -3,6 +3,7 @@
 from alignment_gap.training.checkpoints import Checkpoints, KeepConfig, load_policy, load_preference_model
 from alignment_gap.training.guard import GuardConfig
 from alignment_gap.training.loop import train
+from alignment_gap.training.monitor import Monitor, Times
 from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
 from alignment_gap.training.sources import Source, make_score, with_fresh, with_mismatched, with_reference
 from alignment_gap.training.state import (
@@ -18,6 +19,7 @@ from alignment_gap.training.update import (
     UpdateStep,
     loss_inputs,
     make_update_step,
+    make_validation_step,
     policy_objective,
     preference_objective,
 )
@@ -26,9 +28,11 @@ __all__ = [
     "Checkpoints",
     "GuardConfig",
     "KeepConfig",
+    "Monitor",
     "Objective",
     "OptimizerConfig",
     "Source",
+    "Times",
     "TrainState",
     "UpdateStep",
     "abstract_params",
@@ -41,6 +45,7 @@ __all__ = [
     "make_refresh",
     "make_score",
     "make_update_step",
+    "make_validation_step",
     "policy_objective",
     "preference_objective",
     "state_from_params",

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import jax
 
@@ -15,12 +11,16 @@ from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.errors import Interrupted
 from alignment_gap.interruption import requested, watching
 from alignment_gap.progress import NO_BAR, Bar
-from alignment_gap.sharding import is_first_process
+from alignment_gap.sharding import to_host
 from alignment_gap.training.checkpoints import Checkpoints
 from alignment_gap.training.guard import GuardConfig, check_progress
+from alignment_gap.training.monitor import Monitor
 from alignment_gap.training.sources import Source
 from alignment_gap.training.state import TrainState
 from alignment_gap.training.update import Metrics, UpdateStep
+
+# Metrics of a step that are told a second too, and as what.
+_RATES = (("prompts", "pairs"), ("tokens", "tokens"))
 
 
 def train(
@@ -30,7 +30,7 @@ def train(
     *,
     checkpoint_steps: Sequence[int],
     checkpoints: Checkpoints,
-    metrics_path: Path,
+    monitor: Monitor,
     log_every: int = 20,
     skip: GuardConfig = GuardConfig(),
     refresh: Callable[[int, TrainState], TrainState] | None = None,
@@ -47,12 +47,12 @@ def train(
       source: the batches.
       checkpoint_steps: increasing; the state is saved after each.
       checkpoints: where to.
-      metrics_path: JSON lines, one per `log_every` steps.
+      monitor: writes metrics, and what else is seen of the run.
       log_every: steps between two lines of metrics.
       skip: after how many skipped updates in a row to stop.
       refresh: changes the state's copies before a step, from `make_refresh`.
-      record: is given the step, the batches since the last checkpoint, and whether the next one is due or an interim
-        one; before it is saved.
+      record: is given the step, the whole batches since the last checkpoint as numpy arrays, and whether the next one
+        is due or an interim one; before it is saved.
       bar: shows the steps that are done, those of an earlier run included, and the loss.
 
     Raises:
@@ -60,65 +60,58 @@ def train(
       Interrupted: where a signal asked for it; the state is saved at the step where it stood.
     """
     start = int(jax.device_get(state.step))
-    if is_first_process():
-        truncate_metrics(metrics_path, start)
     bar.update(start)
+    update_step, save = monitor.times.of_devices("update", update_step), monitor.times.of_host("save", checkpoints.save)
     recorded: list[PreferenceBatch] = []
+    drawn: PreferenceBatch | None = None
     last_step, clock, clocked = checkpoint_steps[-1], time.perf_counter(), start
-    with watching():
+    with watching(), monitor.running(start):
         for step in range(start, last_step):
+            done = step + 1
+            is_logged = done % log_every == 0 or done == last_step
+            # The first step compiles: its times are no step's.
+            monitor.begin(done, state, is_logged=is_logged and step > start)
             with jax.transfer_guard("disallow"):
                 state = refresh(step, state) if refresh else state
                 batch = source(step, state)
                 state, metrics = update_step(state, batch)
             if record:
-                recorded.append(batch)
+                # A step late, so that the next one was begun before this process waits for the batch of the last.
+                if drawn is not None:
+                    recorded.append(to_host(drawn))
+                drawn = batch
             if step == start:
-                bar.unpause()  # The rate counts from here: what came before was compiling.
+                # Rates and times count from here: what came before was compiling.
+                jax.block_until_ready(metrics)
+                bar.unpause()
+                monitor.times.forget()
+                clock, clocked = time.perf_counter(), done
             bar.update(1)
-            done = step + 1
-            if done % log_every == 0 or done == last_step:
-                line = metrics_line(metrics)
-                rate = line["prompts"] * (done - clocked) / (time.perf_counter() - clock)
-                append_metrics(metrics_path, {"step": done} | line | {"pairs_per_second": rate})
+            if is_logged:
+                line, steps = metrics_line(metrics), done - clocked
+                monitor.write(done, line | _rates(line, steps, time.perf_counter() - clock) | monitor.times.line(steps))
                 bar.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
                 check_progress(skip, int(line["skipped_in_a_row"]), done, line["loss"], line["gradient_norm"])
                 clock, clocked = time.perf_counter(), done
+            monitor.end(done, state, is_last=done == last_step)
             is_due, is_asked = done in checkpoint_steps, requested(done)
             if is_due or is_asked:
                 if record:
-                    record(done, recorded, is_due)
-                    recorded = []
-                checkpoints.save(state, interim=not is_due)
+                    assert drawn is not None
+                    record(done, [*recorded, to_host(drawn)], is_due)
+                    recorded, drawn = [], None
+                save(state, interim=not is_due)
             if is_asked and done < last_step:
                 raise Interrupted(f"saved at step {done} of {last_step}")
     return state
 
 
+def _rates(line: Mapping[str, float], steps: int, seconds: float) -> dict[str, float]:
+    """How many prompts and tokens were trained on a second; nothing where no step was timed."""
+    there = [(name, what) for name, what in _RATES if name in line and steps]
+    return {f"{what}_per_second": line[name] * steps / seconds for name, what in there}
+
+
 def metrics_line(metrics: Metrics) -> dict[str, float]:
     """The metrics of a step as numbers; waits for the step."""
     return {name: float(value) for name, value in jax.device_get(metrics).items()}
-
-
-def append_metrics(path: Path, line: Mapping[str, float]) -> None:
-    """Adds a line in the first process; what is not finite becomes null, which JSON can hold."""
-    if is_first_process():
-        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
-        with path.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines after `step`, which a resumed run writes again; a line that a kill cut short goes with them."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
-    shortened = path.with_suffix(".partial")
-    shortened.write_text("".join(kept))
-    os.replace(shortened, path)

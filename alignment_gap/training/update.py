@@ -65,8 +65,8 @@ def make_update_step(
 
     Returns:
       The step. Its metrics are means over the batch's prompts, in float32: "loss" and the objective's own; further
-      "gradient_norm"; "prompts", how many there are; "padding", the share of padding in the batch's tokens; "skipped"
-      and "skipped_in_a_row", how many updates were not made so far and how many of them last.
+      "gradient_norm"; "prompts" and "tokens", how many there are; "padding", the share of the batch that is padding;
+      "skipped" and "skipped_in_a_row", how many updates were not made so far and how many of them last.
     """
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -102,6 +102,23 @@ def make_update_step(
     )
 
 
+def make_validation_step(
+    objective: Objective, mesh: LogicalMesh, abstract: TrainState
+) -> Callable[[Any, PreferenceBatch], Metrics]:
+    """A jitted `(params, batch) -> metrics`: what the update step would report of the objective, without an update."""
+
+    def validate(params: Any, batch: PreferenceBatch) -> Metrics:
+        # A preference model's pairs are in the same order each time.
+        loss, found = objective(params, batch, jnp.int32(0))
+        weights = _weights(batch)
+        return {name: _mean(value, weights) for name, value in ({"loss": loss} | found).items()}
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    return jax.jit(
+        within(mesh, validate), in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh)
+    )
+
+
 def _weights(batch: PreferenceBatch) -> Float[Array, "B *S"]:
     """What each prompt's loss is multiplied by in a mean over prompts and empty slots: 1 where there are none."""
     there = (batch.prompt_lengths > 0).astype(jnp.float32)
@@ -115,7 +132,7 @@ def _mean(values: Float[Array, "N *K"], weights: Float[Array, "B *S"]) -> Float[
 def _sizes(batch: PreferenceBatch) -> Metrics:
     tokens = jnp.sum(batch.prompt_lengths) + jnp.sum(batch.response_lengths)
     padding = 1 - tokens / (batch.prompts.size + batch.responses.size)
-    return {"prompts": jnp.sum(batch.prompt_lengths > 0), "padding": padding}
+    return {"prompts": jnp.sum(batch.prompt_lengths > 0), "tokens": tokens, "padding": padding}
 
 
 def _mean_over(

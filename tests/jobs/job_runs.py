@@ -10,6 +10,7 @@ from alignment_gap.checkpoints.layout import open_store
 from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.models import T5Config
+from alignment_gap.training.monitor import is_of_the_clock
 
 MODEL = T5Config(vocabulary_size=136, width=16, encoder_layers=1, decoder_layers=1, heads=2, head_size=8, mlp_width=16)
 
@@ -69,7 +70,7 @@ def run_and_stop(config, folder, after):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "pairs_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if not is_of_the_clock(name)} for line in lines]
 
 
 def steps(folder):

@@ -24,12 +24,14 @@ from job_runs import (
 from alignment_gap.data.records import open_dataset, write_dataset
 from alignment_gap.data.text import load_vocabulary
 from alignment_gap.errors import UserError
-from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
+from alignment_gap.jobs.config import DatasetConfig, LossConfig, MonitorConfig, OnlineConfig
 from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.train import TRAIN
+from alignment_gap.judges import JudgeConfig
 from alignment_gap.models import DecoderConfig
 from alignment_gap.sharding import MeshConfig, make_mesh
 from alignment_gap.training import OptimizerConfig, load_policy, load_preference_model
+from alignment_gap.training.monitor import is_of_the_clock
 
 BETA = 0.1
 
@@ -354,3 +356,78 @@ def test_a_start_of_another_vocabulary_is_refused(pairs, sft, sft_config, tmp_pa
     with pytest.raises(UserError, match=r"other was prepared with .* another, .*sft was trained with \w{12}:"):
         run_job(dataclasses.replace(sft_config, source=source, start=str(sft)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# What is seen of a job while it trains.
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """Two batches of 8, and three examples that make no whole one."""
+    folder = tmp_path_factory.mktemp("held-out") / "pairs"
+    write_posts(folder, 19, seed=1)
+    return folder
+
+
+def test_validation_is_what_training_on_it_would_report_and_changes_nothing(sft, sft_config, held_out, tmp_path):
+    config = dataclasses.replace(
+        sft_config, model=None, start=str(sft), loss=LossConfig("ipo"), steps=3, checkpoint_every=3
+    )
+    plain = run_job(config, tmp_path / "plain")
+    monitor = MonitorConfig(str(held_out), validate_every=2, tensorboard=True)
+    watched = run_job(dataclasses.replace(config, monitor=monitor), tmp_path / "watched")
+    assert_equal_runs(watched, plain)
+    found = [json.loads(line) for line in (watched / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in found] == [2, 3]
+
+    # The same reference, the same parameters, and each of the two batches as the first one of a job.
+    source = DatasetConfig(str(held_out), batch_size=8, order="recorded")
+    trained = dataclasses.replace(config, start=str(watched), reference=str(sft), source=source, steps=2, log_every=1)
+    trained = dataclasses.replace(trained, optimizer=OptimizerConfig("sgd", learning_rate=1e-30))
+    expected = metrics(run_job(trained, tmp_path / "trained"))
+    for name in ("loss", "accuracy", "margin", "length", "log_prob"):
+        mean = sum(line[name] for line in expected) / 2
+        np.testing.assert_allclose(found[-1][name], mean, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_times_of_a_step_are_told(sft, sft_config, judge, tmp_path):
+    source = OnlineConfig(sft_config.source, judge=JudgeConfig(str(judge)))
+    config = dataclasses.replace(sft_config, model=None, start=str(sft), loss=LossConfig("ipo"), source=source, steps=2)
+    folder = run_job(config, tmp_path)
+    first, second = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    assert not [name for name in first if is_of_the_clock(name)]
+    parts = {name for name in second if name.startswith("seconds_")}
+    assert parts == {f"seconds_{name}" for name in ("data", "sampling", "judging", "reference", "update")}
+    assert second["tokens_per_second"] > second["pairs_per_second"] > 0
+    assert second["tokens"] == pytest.approx(second["tokens_per_second"] / second["pairs_per_second"] * 8)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "message"),
+    [
+        ({"validation": "nowhere"}, "nowhere is no finished dataset"),
+        ({"profile": (5, 2)}, r"profile is \(5, 2\): give the first and the last step"),
+        ({"validate_every": 0}, "validate_every is 0"),
+        ({"hang_after": 0.0}, "hang_after is 0.0"),
+    ],
+)
+def test_what_cannot_be_seen_is_told_before_the_first_step(monitor, message, sft_config, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run_job(dataclasses.replace(sft_config, monitor=MonitorConfig(**monitor)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_examples_that_do_not_go_with_the_job(sft, sft_config, held_out, tmp_path):
+    few = dataclasses.replace(sft_config.source, batch_size=24)
+    with pytest.raises(UserError, match=r"monitor\.validation has 19 examples, under batch_size=24: give more"):
+        run_job(dataclasses.replace(sft_config, source=few, monitor=MonitorConfig(str(held_out))), tmp_path / "run")
+    hypo = dataclasses.replace(
+        sft_config,
+        model=None,
+        start=str(sft),
+        loss=LossConfig("hypo"),
+        fresh=OnlineConfig(sft_config.source, samples=1),
+        monitor=MonitorConfig(str(held_out)),
+    )
+    with pytest.raises(UserError, match=r"monitor\.validation: the loss asks for fresh_logps"):
+        run_job(hypo, tmp_path / "run")

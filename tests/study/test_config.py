@@ -54,6 +54,7 @@ SETTINGS = {
     "arms.beta": (0.0, "config.arms.beta is 0.0: it must be above 0"),
     "evaluation.pairs": (0, "config.evaluation.pairs is 0: it must be at least 1"),
     "evaluation.shown": (-1, "config.evaluation.shown is -1: it must be at least 0"),
+    "task.seed": (3, "config.task.seed is 3: a study prepares its data with its own seeds, so set seed instead"),
     "task.validation": (1.0, "config.task.validation is 1.0"),
 }
 # By the graph and by what is there: jobs of later hours.
@@ -87,6 +88,20 @@ def test_a_setting_out_of_its_range(config, path, tmp_path):
 def test_what_a_later_job_would_refuse(config, path, tmp_path):
     value, message = INPUTS[path]
     assert message in refused(config, path, value, tmp_path)
+
+
+def test_a_loss_that_the_source_of_an_arm_does_not_serve(config, tmp_path):
+    """Recorded pairs have no log-probs of a sampler; the record of the online arm, which another arm shuffles, has."""
+    message = refused(config, "arms.losses", ("grpo",), tmp_path)
+    assert message.startswith("seed0-offline-grpo-beta0.1-lr0.01: the loss grpo is for samples of the policy with")
+    arms = dataclasses.replace(config.arms, losses=("grpo",), names=("online", "shuffled"))
+    open_studies(dataclasses.replace(config, arms=arms), tmp_path)
+
+
+def test_a_folder_with_a_comma(config, tmp_path):
+    """Settings that list folders have commas between them."""
+    with pytest.raises(UserError, match="a,b has a comma, which separates folders in settings: give another"):
+        open_studies(config, tmp_path / "a,b")
 
 
 def test_a_study_over_sizes_needs_a_policy_for_its_vocabulary(config, tmp_path):

@@ -18,7 +18,7 @@ from tiny_models import make_batch
 from alignment_gap.errors import Interrupted, UserError
 from alignment_gap.interruption import signals_caught
 from alignment_gap.training import Checkpoints, GuardConfig, KeepConfig, TrainState, make_refresh, train
-from alignment_gap.training.loop import truncate_metrics
+from alignment_gap.training.monitor import Monitor, truncate_metrics
 
 BATCH = make_batch(4)
 ALL = KeepConfig()
@@ -51,7 +51,17 @@ def abstract_of(state):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
 
 
-def run(folder, update_step=None, *, source=lambda step, state: BATCH, start=fresh, said=None, keep=ALL, **settings):
+def run(
+    folder,
+    update_step=None,
+    *,
+    source=lambda step, state: BATCH,
+    start=fresh,
+    said=None,
+    keep=ALL,
+    watched=None,
+    **settings,
+):
     said = [] if said is None else said
     with Checkpoints(folder / "checkpoints", keep=keep) as checkpoints:
         return train(
@@ -60,7 +70,7 @@ def run(folder, update_step=None, *, source=lambda step, state: BATCH, start=fre
             source,
             **{"checkpoint_steps": (2, 5), "log_every": 3} | settings,
             checkpoints=checkpoints,
-            metrics_path=folder / "metrics.jsonl",
+            monitor=Monitor(folder, **watched or {}),
         )
 
 

@@ -20,6 +20,7 @@ from alignment_gap.sampling import SamplerConfig, against_each_other, make_gener
 from alignment_gap.sharding import batch_sharding, make_mesh, replicated
 from alignment_gap.training import (
     Checkpoints,
+    Monitor,
     OptimizerConfig,
     abstract_state,
     make_optimizer,
@@ -33,6 +34,7 @@ from alignment_gap.training import (
     with_mismatched,
     with_reference,
 )
+from alignment_gap.training.monitor import is_of_the_clock
 
 STEPS, CHECKPOINTS, BATCH_SIZE, PROMPT, RESPONSE = 6, (2, 4, 6), 8, 6, 5
 SAMPLER = "sampler"
@@ -108,7 +110,7 @@ class Rig:
                 source,
                 checkpoint_steps=CHECKPOINTS,
                 checkpoints=checkpoints,
-                metrics_path=folder / "metrics.jsonl",
+                monitor=Monitor(folder),
                 log_every=2,
                 record=record,
                 refresh=refresh,
@@ -139,7 +141,7 @@ def close(folder):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "pairs_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if not is_of_the_clock(name)} for line in lines]
 
 
 def assert_identical(first, second):

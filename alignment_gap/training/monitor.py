@@ -1,0 +1,229 @@
+"""What is seen of a run while it trains: metrics, times, validation, a profile, and a watchdog. It changes no result.
+
+FOLDER/
+  metrics.jsonl      a line per `log_every` steps
+  validation.jsonl   a line per validation
+  tensorboard/       the same for TensorBoard, where that is asked for
+  profile/           what jax's profiler saw, where that is asked for
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from alignment_gap.sharding import fail_together, is_first_process
+from alignment_gap.training.state import TrainState
+
+METRICS, VALIDATION, TENSORBOARD, PROFILE = "metrics.jsonl", "validation.jsonl", "tensorboard", "profile"
+# What a line says of the clock, which no two runs have alike.
+_CLOCK = ("seconds_", "_per_second")
+
+
+def is_of_the_clock(name: str) -> bool:
+    """Whether a metric tells times, and not what was trained."""
+    return name.startswith(_CLOCK[0]) or name.endswith(_CLOCK[1])
+
+
+class Writer(Protocol):
+    """What clu's writers of metrics have."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """The metrics of a step."""
+
+    def close(self) -> None:
+        """Writes what is left."""
+
+
+class Times:
+    """Seconds a step by what they go to.
+
+    What the host waits for is summed over all steps. What devices do is measured on one step between two lines of
+    metrics, for which they are waited for before and after; all other steps are begun while the last still runs.
+    """
+
+    def __init__(self) -> None:
+        self.measures = False
+        self._measured: dict[str, float] = {}
+        self._waited: dict[str, float] = {}
+
+    def of_devices(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose time counts where a step is measured."""
+
+        def timed(*arguments: Any) -> Any:
+            if not self.measures:
+                return function(*arguments)
+            start = time.perf_counter()
+            result = jax.block_until_ready(function(*arguments))
+            self._measured[name] = self._measured.get(name, 0.0) + time.perf_counter() - start
+            return result
+
+        return timed
+
+    def of_host(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose time counts in every step."""
+
+        def timed(*arguments: Any, **settings: Any) -> Any:
+            with self.waiting(name):
+                return function(*arguments, **settings)
+
+        return timed
+
+    @contextlib.contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """What is done inside counts in every step."""
+        start = time.perf_counter()
+        yield
+        self._waited[name] = self._waited.get(name, 0.0) + time.perf_counter() - start
+
+    def line(self, steps: int) -> dict[str, float]:
+        """Seconds a step over so many steps since the last line, and begins anew; nothing where there are none."""
+        waited = {name: seconds / steps for name, seconds in self._waited.items() if steps}
+        found = {f"seconds_{name}": seconds for name, seconds in (waited | self._measured).items()}
+        self.forget()
+        return found
+
+    def forget(self) -> None:
+        """Begins anew."""
+        self._measured, self._waited, self.measures = {}, {}, False
+
+
+class Monitor:
+    """Writes what is seen of a run into its folder; does nothing in other processes than the first."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        times: Times | None = None,
+        tensorboard: bool = False,
+        profile: tuple[int, int] | None = None,
+        validate: Callable[[TrainState], Mapping[str, float]] | None = None,
+        validate_every: int = 1,
+        hang_after: float | None = None,
+    ) -> None:
+        """Takes what is to be seen.
+
+        Args:
+          folder: of the run.
+          times: what parts of a step take; the source that is timed has the same.
+          tensorboard: whether lines are written for TensorBoard too.
+          profile: the first and the last step, counted from 1, that jax's profiler sees.
+          validate: metrics of a state on held-out examples; every process calls it.
+          validate_every: steps between two validations; the last step has one too.
+          hang_after: seconds without a step after which the watchdog ends the run; None for never.
+        """
+        self.folder, self.times = folder, times or Times()
+        self._profile, self._validate, self._every, self._hang_after = profile, validate, validate_every, hang_after
+        self._wants_tensorboard = tensorboard
+        self._writer: Writer | None = None
+        self._is_profiled = False
+        self._last, self._alive = 0, time.monotonic()
+
+    @contextlib.contextmanager
+    def running(self, start: int) -> Iterator[None]:
+        """While the run goes on from step `start`; lines of later steps, which a kill left, are dropped."""
+        self._last, self._alive = start, time.monotonic()
+        if is_first_process():
+            for name in (METRICS, VALIDATION):
+                truncate_metrics(self.folder / name, start)
+            if self._wants_tensorboard:
+                from alignment_gap.training.tensorboard import open_writer
+
+                self._writer = open_writer(self.folder / TENSORBOARD)
+        ended = threading.Event()
+        if self._hang_after is not None:
+            threading.Thread(target=self._watch, args=(ended, self._hang_after), daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            self._stop_profile()
+            if self._writer:
+                self._writer.close()
+
+    def begin(self, step: int, state: TrainState, *, is_logged: bool) -> None:
+        """Before the step of this number, counted from 1."""
+        if is_logged:
+            jax.block_until_ready(state)
+            self.times.measures = True
+        if self._profile and step == self._profile[0]:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self.folder / PROFILE)
+            self._is_profiled = True
+
+    def end(self, step: int, state: TrainState, *, is_last: bool) -> None:
+        """After the step, when all that belongs to it is done but its checkpoint."""
+        self._last, self._alive = step, time.monotonic()
+        if self._is_profiled and self._profile and (step == self._profile[1] or is_last):
+            jax.block_until_ready(state)
+            self._stop_profile()
+        if self._validate and (step % self._every == 0 or is_last):
+            with self.times.waiting("validation"):
+                found = self._validate(state)
+            self._append(VALIDATION, step, found)
+            self._alive = time.monotonic()
+
+    def write(self, step: int, line: Mapping[str, float]) -> None:
+        """A line of metrics."""
+        self._append(METRICS, step, line)
+
+    def _append(self, name: str, step: int, line: Mapping[str, float]) -> None:
+        if not is_first_process():
+            return
+        # What is not finite becomes null, which JSON can hold.
+        finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
+        with (self.folder / name).open("a") as file:
+            file.write(json.dumps({"step": step} | finite) + "\n")
+        if self._writer:
+            group = "validation/" if name == VALIDATION else ""
+            self._writer.write_scalars(step, {group + key: value for key, value in line.items()})
+
+    def _stop_profile(self) -> None:
+        if self._is_profiled:
+            jax.profiler.stop_trace()
+            self._is_profiled = False
+
+    def _watch(self, ended: threading.Event, limit: float) -> None:
+        look_every, looked = min(limit / 10, 5.0), time.monotonic()
+        while not ended.wait(look_every):
+            now, before, looked = time.monotonic(), looked, time.monotonic()
+            if now - before > limit / 2:
+                self._alive = now  # All of this process stood still, as a laptop that slept.
+            if now - self._alive > limit:
+                line = f"no step was done for {limit:g} s after step {self._last}: see above where each thread waits"
+
+                def show(line: str = line) -> None:
+                    faulthandler.dump_traceback(all_threads=True)
+                    print(f"\nerror: {line}", file=sys.stderr, flush=True)
+
+                fail_together(line, show, status=1)
+                show()
+                os._exit(1)
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drops the lines after `step`, which a resumed run writes again; a line that a kill cut short goes with them."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    shortened = path.with_suffix(".partial")
+    shortened.write_text("".join(kept))
+    os.replace(shortened, path)
