@@ -15,23 +15,26 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
 
+from alignment_gap import launch
 from alignment_gap.checks import nearest, one_of
 from alignment_gap.cli.flags import define_config, parse, read_config
 from alignment_gap.cli.train import WORKDIR
 from alignment_gap.errors import UserError
-from alignment_gap.launch.jobset import JobSetConfig, jobset_text, submit_jobset
-from alignment_gap.launch.local import LocalConfig, local_text, run_local
-from alignment_gap.launch.queued import QueuedConfig, queued_text, run_queued
-from alignment_gap.launch.slurm import SlurmConfig, slurm_text, submit_slurm
-from alignment_gap.launch.status import status_text
-from alignment_gap.launch.tasks import Task
+from alignment_gap.launch import JobSetConfig, LocalConfig, QueuedConfig, SlurmConfig, Task
 
-ENGINES = ("here", "local", "slurm", "jobset", "queued")
+# What would be run, as a text, and what runs it.
+_FUNCTIONS: dict[str, tuple[Callable[..., str], Callable[..., None]]] = {
+    "local": (launch.local_text, launch.run_local),
+    "slurm": (launch.slurm_text, launch.submit_slurm),
+    "jobset": (launch.jobset_text, launch.submit_jobset),
+    "queued": (launch.queued_text, launch.run_queued),
+}
+ENGINES = ("here", *_FUNCTIONS)
 # Commands that fill one folder, and the flag that names it with its default.
 _FOLDERS = {"train": ("workdir", WORKDIR), "evaluate": ("output", None), "data": ("output", None)}
 
@@ -78,34 +81,16 @@ def main(arguments: list[str]) -> None:
         return
     tasks, logs = _tasks(words)
     if values.status:
-        print(status_text(tasks))
-    elif values.dry_run:
-        print(_text(tasks, config, logs))
+        print(launch.status_text(tasks))
+        return
+    # What this process would do is what "local" would, one job after the other.
+    engine = "local" if config.engine == "here" else config.engine
+    text, run = _FUNCTIONS[engine]
+    settings = getattr(config, engine)
+    if values.dry_run:
+        print(text(tasks, settings, logs))
     else:
-        _run(tasks, config, logs)
-
-
-def _text(tasks: Sequence[Task], config: LaunchConfig, logs: Path) -> str:
-    match config.engine:
-        case "slurm":
-            return slurm_text(tasks, config.slurm, logs)
-        case "jobset":
-            return jobset_text(tasks, config.jobset, logs.absolute().parent.name)
-        case "queued":
-            return queued_text(tasks, config.queued)
-    return local_text(tasks, config.local)
-
-
-def _run(tasks: Sequence[Task], config: LaunchConfig, logs: Path) -> None:
-    match config.engine:
-        case "slurm":
-            submit_slurm(tasks, config.slurm, logs)
-        case "jobset":
-            submit_jobset(tasks, config.jobset, logs.absolute().parent.name)
-        case "queued":
-            run_queued(tasks, config.queued, logs)
-        case _:
-            run_local(tasks, config.local, logs)
+        run(tasks, settings, logs)
 
 
 def _define(values: flags.FlagValues) -> None:

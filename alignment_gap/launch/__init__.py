@@ -1,9 +1,13 @@
-"""Engines that run a graph of jobs on what people have."""
+"""Engines that run a graph of jobs on what people have.
 
-from alignment_gap.launch.jobset import JobSetConfig, submit_jobset
-from alignment_gap.launch.local import LocalConfig, run_local
-from alignment_gap.launch.queued import QueuedConfig, run_queued
-from alignment_gap.launch.slurm import SlurmConfig, submit_slurm
+An engine is a config and two functions of `(tasks, config, logs)`: one gives the text of what would be run, the other
+runs or submits it.
+"""
+
+from alignment_gap.launch.jobset import JobSetConfig, jobset_text, submit_jobset
+from alignment_gap.launch.local import LocalConfig, local_text, run_local
+from alignment_gap.launch.queued import QueuedConfig, queued_text, run_queued
+from alignment_gap.launch.slurm import SlurmConfig, slurm_text, submit_slurm
 from alignment_gap.launch.status import status_text
 from alignment_gap.launch.tasks import Task, waiting_tasks
 
@@ -13,8 +17,12 @@ __all__ = [
     "QueuedConfig",
     "SlurmConfig",
     "Task",
+    "jobset_text",
+    "local_text",
+    "queued_text",
     "run_local",
     "run_queued",
+    "slurm_text",
     "status_text",
     "submit_jobset",
     "submit_slurm",

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -197,15 +197,15 @@ def workflow(tasks: Sequence[Task], config: JobSetConfig, name: str) -> dict[str
     return {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "metadata": metadata, "spec": spec}
 
 
-def _objects(tasks: Sequence[Task], config: JobSetConfig, name: str) -> list[dict[str, Any]]:
-    """What would be created for the tasks that are not done: one JobSet, or a workflow of several."""
+def _objects(tasks: Sequence[Task], config: JobSetConfig, logs: Path) -> list[dict[str, Any]]:
+    """What would be created for the tasks that are not done: one JobSet, or a workflow named after their folder."""
     missing = [setting for setting in ("image", "volume") if getattr(config, setting) is None]
     if missing:
         raise UserError(f"jobset.{missing[0]} is not set: add --jobset.{missing[0]}={missing[0].upper()}")
     waiting = waiting_tasks(tasks)
     if len(waiting) == 1:
         return [manifest(waiting[0], config)]
-    return [workflow(waiting, config, name)] if waiting else []
+    return [workflow(waiting, config, logs.absolute().parent.name)] if waiting else []
 
 
 def xpk_line(task: Task, config: JobSetConfig) -> str:
@@ -226,20 +226,20 @@ def xpk_line(task: Task, config: JobSetConfig) -> str:
     return shlex.join(["xpk", "workload", "create", *(f"--{key}={value}" for key, value in options.items())])
 
 
-def jobset_text(tasks: Sequence[Task], config: JobSetConfig, name: str) -> str:
+def jobset_text(tasks: Sequence[Task], config: JobSetConfig, logs: Path) -> str:
     """The manifests that would be created, and for those who have xpk its line for each job on a slice."""
-    made = _objects(tasks, config, name)
+    made = _objects(tasks, config, logs)
     lines = [f"# {xpk_line(task, config)}" for task in waiting_tasks(tasks) if task.processes]
     return yaml.safe_dump_all(made, sort_keys=False) + "\n".join(lines) if made else "all jobs are done"
 
 
-def submit_jobset(tasks: Sequence[Task], config: JobSetConfig, name: str, say: Callable[[str], None] = print) -> None:
-    """Creates what runs every task that is not done, with kubectl.
+def submit_jobset(tasks: Sequence[Task], config: JobSetConfig, logs: Path, say: Callable[[str], None] = print) -> None:
+    """Creates what runs every task that is not done, with kubectl; Kubernetes keeps the logs.
 
     Raises:
       UserError: where a setting is missing, kubectl is not installed, or the cluster refuses.
     """
-    made = _objects(tasks, config, name)
+    made = _objects(tasks, config, logs)
     if not made:
         say("all jobs are done")
         return

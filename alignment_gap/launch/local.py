@@ -147,7 +147,7 @@ def _run(task: Task, config: LocalConfig, log: Path, processes: _Processes) -> i
             time.sleep(_LOOK_EVERY)
 
 
-def local_text(tasks: Sequence[Task], config: LocalConfig) -> str:
+def local_text(tasks: Sequence[Task], config: LocalConfig, logs: Path) -> str:
     """The commands that would be run, those of a job that needs no other first."""
     lines = []
     for task in waiting_tasks(tasks):

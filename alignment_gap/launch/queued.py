@@ -9,7 +9,7 @@ import dataclasses
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from alignment_gap import checks
@@ -103,7 +103,7 @@ class QueuedConfig:
             raise UserError(f"topology {self.topology!r} cannot be had as a queued resource: use the engine jobset")
 
 
-def queued_text(tasks: Sequence[Task], config: QueuedConfig) -> str:
+def queued_text(tasks: Sequence[Task], config: QueuedConfig, logs: Path) -> str:
     """The script that would be run."""
     waiting = waiting_tasks(tasks)
     if not waiting:
@@ -145,15 +145,15 @@ def _run(task: Task, config: QueuedConfig, hosts: int) -> str:
     return shlex.join(words)
 
 
-def run_queued(tasks: Sequence[Task], config: QueuedConfig, logs: Path) -> None:
+def run_queued(tasks: Sequence[Task], config: QueuedConfig, logs: Path, say: Callable[[str], None] = print) -> None:
     """Runs the script, which is kept beside the logs.
 
     Raises:
       UserError: where a setting is missing, gcloud is not installed, or the script fails.
     """
-    text = queued_text(tasks, config)
+    text = queued_text(tasks, config, logs)
     if not waiting_tasks(tasks):
-        print(text)
+        say(text)
         return
     if shutil.which("gcloud") is None:
         raise UserError("this machine has no gcloud: install it and log in, or give --dry_run")

@@ -1,5 +1,7 @@
 """JobSets and workflows: what the published schemas take, and what a slice's hosts need."""
 
+import pathlib
+
 import kubernetes_validate
 import pytest
 import yaml
@@ -12,6 +14,8 @@ from alignment_gap.launch.jobset import jobset_text, manifest, object_name, work
 from alignment_gap.launch.slices import slice_of
 
 CONFIG = JobSetConfig(image="registry.example/alignment-gap:1", volume="runs")
+
+LOGS = pathlib.Path("study", "logs")
 
 
 def assert_within(made, found):
@@ -133,16 +137,16 @@ def test_xpk_gets_the_same_workload(task_of):
 
 
 def test_what_would_be_created_is_printed(task_of):
-    one = [*yaml.safe_load_all(jobset_text([task_of("a")], CONFIG, "study"))]
+    one = [*yaml.safe_load_all(jobset_text([task_of("a")], CONFIG, LOGS))]
     assert [made["kind"] for made in one] == ["JobSet"]
-    text = jobset_text([task_of("a"), task_of("b", "ends", "a", processes=False)], CONFIG, "study")
+    text = jobset_text([task_of("a"), task_of("b", "ends", "a", processes=False)], CONFIG, LOGS)
     assert [made["kind"] for made in yaml.safe_load_all(text)] == ["Workflow"]
     # A command that needs no slice is no workload of xpk.
     assert text.count("# xpk workload create") == 1
     done = task_of("c")
     done.folder.mkdir(parents=True)
     (done.folder / "done.json").write_text('{"settings": {}}')
-    assert jobset_text([done], CONFIG, "study") == "all jobs are done"
+    assert jobset_text([done], CONFIG, LOGS) == "all jobs are done"
 
 
 @pytest.mark.parametrize(
@@ -161,12 +165,12 @@ def test_settings_out_of_range(settings, message):
 
 def test_what_is_missing_is_one_line(task_of, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"jobset\.image is not set: add --jobset\.image=IMAGE"):
-        jobset_text([task_of("a")], JobSetConfig(volume="runs"), "study")
+        jobset_text([task_of("a")], JobSetConfig(volume="runs"), LOGS)
     with pytest.raises(UserError, match=r"jobset\.volume is not set"):
-        submit_jobset([task_of("a")], JobSetConfig(image="image"), "study")
+        submit_jobset([task_of("a")], JobSetConfig(image="image"), LOGS)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="this machine has no kubectl"):
-        submit_jobset([task_of("a")], CONFIG, "study")
+        submit_jobset([task_of("a")], CONFIG, LOGS)
 
 
 @pytest.mark.parametrize("refuses", [False, True])
@@ -181,8 +185,8 @@ def test_kubectl_gets_the_manifest(task_of, tmp_path, monkeypatch, refuses):
     said = []
     if refuses:
         with pytest.raises(UserError, match=r"^kubectl refused: Error: forbidden$"):
-            submit_jobset([task_of("a")], CONFIG, "study", said.append)
+            submit_jobset([task_of("a")], CONFIG, LOGS, said.append)
         return
-    submit_jobset([task_of("a")], CONFIG, "study", said.append)
+    submit_jobset([task_of("a")], CONFIG, LOGS, said.append)
     assert said == ["jobset/a created"]
     assert yaml.safe_load((tmp_path / "given").read_text()) == manifest(task_of("a"), CONFIG)

@@ -82,7 +82,7 @@ def test_an_engine_that_is_interrupted_has_its_jobs_save(task_of, tmp_path):
 
 
 def test_what_would_be_run_is_printed(task_of, tmp_path):
-    text = local_text([task_of("a"), task_of("b", "ends", "a")], LocalConfig(processes=2))
+    text = local_text([task_of("a"), task_of("b", "ends", "a")], LocalConfig(processes=2), tmp_path)
     assert text.splitlines()[::2] == ["# a, in 2 processes", "# b after a, in 2 processes"]
     assert text.splitlines()[1] == f"alignment-gap ends {tmp_path / 'jobs' / 'a'}"
     assert not (tmp_path / "jobs").exists()

@@ -123,7 +123,7 @@ def test_settings_out_of_range(settings, message):
 
 def test_what_is_missing_is_one_line(task_of, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"queued\.folder is not set: add --queued\.folder=FOLDER"):
-        queued_text([task_of("a")], QueuedConfig())
+        queued_text([task_of("a")], QueuedConfig(), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="this machine has no gcloud"):
         run_queued([task_of("a")], config(tmp_path), tmp_path / "logs")
@@ -131,5 +131,5 @@ def test_what_is_missing_is_one_line(task_of, tmp_path, monkeypatch):
 
 def test_the_script_is_sound(task_of, tmp_path):
     path = tmp_path / "script.sh"
-    path.write_text(queued_text([task_of("a")], config(tmp_path)))
+    path.write_text(queued_text([task_of("a")], config(tmp_path), tmp_path))
     assert subprocess.run(["bash", "-n", path]).returncode == 0 and pathlib.Path(path).read_text()[:2] == "#!"
