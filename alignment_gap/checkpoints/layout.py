@@ -23,12 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
+from alignment_gap.checkpoints.digest import TensorsDigest, json_digest
 from alignment_gap.checkpoints.network import Network, from_json, to_json
 from alignment_gap.checkpoints.tensors import SHOWN, STACK, Tensor
 from alignment_gap.errors import UserError
 
 CHECKPOINTS, PARAMS, NETWORK, TOKENIZER = "checkpoints", "params", "network", "tokenizer"
 METADATA = "_CHECKPOINT_METADATA"
+# Under this name a checkpoint says what it holds, to be compared with what is read.
+DIGESTS = "digests"
 # Of another library's message, as much as one line bears.
 LONGEST = 160
 # Bytes of the largest chunk of an array: what a device that restores its part reads at least.
@@ -125,8 +128,13 @@ def write_checkpoint(run: Path, step: int, network: Network, tensors: Mapping[st
     # By this name Orbax knows an unfinished checkpoint.
     partial = folder.with_name(f"{step}.orbax-checkpoint-tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    write_store(partial / PARAMS, tensors)
-    metadata = {"item_handlers": {PARAMS: _HANDLER}, "custom_metadata": {NETWORK: to_json(network)}}
+    digest, holds = TensorsDigest(tensors), to_json(network)
+    write_store(partial / PARAMS, digest.tensors)
+    digests = {PARAMS: digest.value(), NETWORK: json_digest(holds)}
+    metadata: dict[str, Any] = {
+        "item_handlers": {PARAMS: _HANDLER},
+        "custom_metadata": {NETWORK: holds, DIGESTS: digests},
+    }
     metadata |= {"metrics": {}, "performance_metrics": {}}
     (partial / METADATA).write_text(json.dumps(metadata))
     os.replace(partial, folder)

@@ -24,6 +24,7 @@ import numpy as np
 
 from alignment_gap import checks
 from alignment_gap.checkpoints import find_checkpoint, known_network
+from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.batches.order import SEED_LIMIT
 from alignment_gap.data.records import Dataset
@@ -45,7 +46,6 @@ from alignment_gap.models import Policy
 from alignment_gap.progress import OpenBar
 from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig, first_says, make_mesh, on_every_process, on_first_process
-from alignment_gap.training.digest import params_digest
 
 RESULTS, FIGURE = "results.csv", "figure.png"
 # Arrays of a checkpoint's file that are no outcomes.

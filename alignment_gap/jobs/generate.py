@@ -14,6 +14,7 @@ import numpy as np
 
 from alignment_gap import checks
 from alignment_gap.checkpoints import Network, check_vocabulary, find_checkpoint, known_network
+from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.data.batches import PreferenceBatch, choose_buckets
 from alignment_gap.data.batches.order import SEED_LIMIT
 from alignment_gap.data.records import Dataset, Example, lengths_of
@@ -31,7 +32,6 @@ from alignment_gap.progress import OpenBar
 from alignment_gap.sampling import SamplerConfig, Samples, make_generate
 from alignment_gap.sharding import LogicalMesh, MeshConfig, make_mesh, on_every_process, put_replicated
 from alignment_gap.training import load_policy
-from alignment_gap.training.digest import params_digest
 
 # (prompt_ids, prompts, prompt_lengths) -> samples, on the devices.
 DrawRows = Callable[..., Samples]

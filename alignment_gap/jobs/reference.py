@@ -14,6 +14,7 @@ import numpy as np
 
 from alignment_gap import checks
 from alignment_gap.checkpoints import check_vocabulary, find_checkpoint, known_network
+from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.configuration import to_dict
 from alignment_gap.data.batches import Bucket, PreferenceBatch, Prefetched, offline_source
 from alignment_gap.data.records import Dataset
@@ -40,7 +41,6 @@ from alignment_gap.sharding import (
     to_host,
 )
 from alignment_gap.training import load_policy, make_score
-from alignment_gap.training.digest import params_digest
 
 # Fields of a model's config that change how gradients are computed and how layers are compiled, not what they compute.
 _OF_TRAINING = ("remat", "scan_unroll")

@@ -28,6 +28,7 @@ from alignment_gap.checkpoints import (
     read_network,
     tokenizer_of,
 )
+from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.records.card import find_vocabulary, vocabulary_place
 from alignment_gap.errors import UserError
@@ -50,7 +51,6 @@ from alignment_gap.judges import open_judge
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import make_mesh, on_every_process, on_first_process
 from alignment_gap.training import Checkpoints, TrainState, create_state, state_from_params, train
-from alignment_gap.training.digest import params_digest
 
 _SOURCES = ("source", "source.prompts", "fresh", "fresh.prompts")
 # What a resumed run may change: none of it alters the steps that were taken.

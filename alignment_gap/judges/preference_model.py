@@ -11,13 +11,13 @@ import jax
 from jaxtyping import Array, Float
 
 from alignment_gap.checkpoints import Network, check_vocabulary, find_checkpoint, known_network
+from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.data.records import Dataset
 from alignment_gap.errors import UserError
 from alignment_gap.judges.contract import PROBABILITIES, REWARDS, Judge, JudgeConfig
 from alignment_gap.models import PreferenceModel
 from alignment_gap.sharding import LogicalMesh, batch_sharding, on_every_process, within
 from alignment_gap.training.checkpoints import load_preference_model
-from alignment_gap.training.digest import params_digest
 
 
 def accepts(name: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -19,16 +18,16 @@ from etils import epath
 
 from alignment_gap import checks
 from alignment_gap.checkpoints import Network, check_shapes, find_checkpoint, known_network
-from alignment_gap.checkpoints.layout import METADATA, NETWORK, PARAMS, first_line
+from alignment_gap.checkpoints.digest import json_digest, params_digest
+from alignment_gap.checkpoints.layout import DIGESTS, METADATA, NETWORK, PARAMS, first_line
 from alignment_gap.checkpoints.network import to_json
 from alignment_gap.checkpoints.tensors import shapes_of
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, PreferenceModel
 from alignment_gap.sharding import LogicalMesh, first_reason, first_says, on_every_process, on_first_process
-from alignment_gap.training.digest import params_digest
 from alignment_gap.training.state import TrainState, abstract_params
 
-DIGESTS, INTERIM, DAMAGED = "digests", "interim", ".damaged"
+OPTIMIZER, INTERIM, DAMAGED = "optimizer", "interim", ".damaged"
 # Among so many of the last checkpoints a kill may have left interim ones.
 _LEFT = 3
 
@@ -76,7 +75,7 @@ class Checkpoints:
         )
         self.folder = folder
         self._metadata = {NETWORK: to_json(network)} if network else {}
-        self._own_digest = {"network": _digest(self._metadata.get(NETWORK))}
+        self._own_digest = {NETWORK: json_digest(self._metadata.get(NETWORK))}
         # Steps of checkpoints to be removed; None before the first save.
         self._interim: set[int] | None = None
         try:
@@ -136,13 +135,13 @@ class Checkpoints:
 
         Raises:
           DamagedCheckpoint: it cannot be read, or is not what was saved.
-          UserError: it is of an earlier version of this library.
+          UserError: it was imported, or is of an earlier version of this library.
         """
         said = self._said(step)
-        if said is not None and DIGESTS not in said:
+        if said is not None and OPTIMIZER not in said.get(DIGESTS, {}):
             raise UserError(
-                f"{self.folder}/{step} was saved by an earlier version, which kept less of a run: give another folder, "
-                "and this one as its start"
+                f"{self.folder}/{step} was imported, or saved by an earlier version, and has no whole state of a run: "
+                "give another folder, and this one as its start"
             )
         restored = self._restore(step, _items(abstract))
         rest, copies = restored.optimizer, restored.copies if abstract.copies else {}
@@ -208,7 +207,8 @@ class Checkpoints:
         if said is None:
             return f"{METADATA} cannot be read"
         wanted = said.get(DIGESTS, {})
-        found = {"network": _digest(said.get(NETWORK))} | {name: params_digest(tree) for name, tree in items.items()}
+        found = {name: params_digest(tree) for name, tree in items.items()}
+        found |= {NETWORK: json_digest(said.get(NETWORK))}
         changed = [name for name, digest in found.items() if wanted.get(name, digest) != digest]
         return f"{' and '.join(changed)} are not what was saved" if changed else ""
 
@@ -223,11 +223,7 @@ class Checkpoints:
 def _items(state: TrainState) -> dict[str, Any]:
     """The parts of a checkpoint, each readable on its own."""
     rest = {"step": state.step, "optimizer_state": state.optimizer_state, "skipped": state.skipped}
-    return {"params": state.params, "optimizer": rest} | ({"copies": state.copies} if state.copies else {})
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return {PARAMS: state.params, OPTIMIZER: rest} | ({"copies": state.copies} if state.copies else {})
 
 
 def _put_aside(folder: Path) -> None:

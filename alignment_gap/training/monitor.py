@@ -100,13 +100,17 @@ class Times:
 
 
 class Monitor:
-    """Writes what is seen of a run into its folder; does nothing in other processes than the first."""
+    """Writes what is seen of a run into its folder, from the first process.
+
+    Attributes:
+      folder: of the run.
+      times: what parts of a step take; the source's functions are timed by it too.
+    """
 
     def __init__(
         self,
         folder: Path,
         *,
-        times: Times | None = None,
         tensorboard: bool = False,
         profile: tuple[int, int] | None = None,
         validate: Callable[[TrainState], Mapping[str, float]] | None = None,
@@ -117,14 +121,13 @@ class Monitor:
 
         Args:
           folder: of the run.
-          times: what parts of a step take; the source that is timed has the same.
           tensorboard: whether lines are written for TensorBoard too.
           profile: the first and the last step, counted from 1, that jax's profiler sees.
           validate: metrics of a state on held-out examples; every process calls it.
           validate_every: steps between two validations; the last step has one too.
           hang_after: seconds without a step after which the watchdog ends the run; None for never.
         """
-        self.folder, self.times = folder, times or Times()
+        self.folder, self.times = folder, Times()
         self._profile, self._validate, self._every, self._hang_after = profile, validate, validate_every, hang_after
         self._wants_tensorboard = tensorboard
         self._writer: Writer | None = None

@@ -13,6 +13,7 @@ from job_runs import MODEL, assert_equal_runs, run_job
 from random_examples import make_random_examples
 from tiny_models import EVEN_CONFIGS, MESHES, random_params, texts
 
+from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.cli.main import main
 from alignment_gap.data.batches import collate
 from alignment_gap.data.records import lengths_of, open_dataset, write_dataset
@@ -24,7 +25,6 @@ from alignment_gap.jobs.reference import reference_identity, store_reference
 from alignment_gap.models import make_policy, score
 from alignment_gap.sharding import make_mesh, shardings_of
 from alignment_gap.training import OptimizerConfig, load_policy
-from alignment_gap.training.digest import params_digest
 
 
 @pytest.fixture(scope="module")

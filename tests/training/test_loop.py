@@ -418,7 +418,9 @@ def test_a_checkpoint_without_digests_is_of_an_earlier_version(finished, tmp_pat
     content = json.loads(path.read_text())
     del content["custom_metadata"]["digests"]
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="saved by an earlier version, which kept less of a run"):
+    with pytest.raises(
+        UserError, match="was imported, or saved by an earlier version, and has no whole state of a run"
+    ):
         run(tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         np.testing.assert_array_equal(checkpoints.restore_params(ABSTRACT, 5)["w"], 6.0)

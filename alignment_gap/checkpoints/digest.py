@@ -1,0 +1,113 @@
+"""A digest of parameters: the same bits give the same digest, on any mesh, in arrays or read tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt
+
+from alignment_gap.checkpoints.tensors import Tensor
+
+# Elements that are hashed at once in numpy.
+_AT_ONCE = 2**20
+
+
+def json_digest(values: Any) -> str:
+    """SHA-256 in hexadecimal of what JSON can hold."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def params_digest(params: Any) -> str:
+    """SHA-256 in hexadecimal of every parameter's name, shape, dtype and bits, whatever mesh they are laid out on.
+
+    The bits enter by two checksums of 32 bits each, sums of a hash of each element with its place; sums of integers
+    do not depend on their order, so that no device needs the whole of a parameter.
+    """
+    checksums = jax.device_get(_checksums(params))
+    return _digest_of(
+        [
+            [jax.tree_util.keystr(name), list(leaf.shape), str(leaf.dtype), checksum.tolist()]
+            for (name, leaf), checksum in zip(
+                jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(checksums), strict=True
+            )
+        ]
+    )
+
+
+class TensorsDigest:
+    """The `params_digest` of tensors that are read one by one, from what is read of them.
+
+    Attributes:
+      tensors: the same ones, of which floating ones are read as float32; each part has to be read once.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._checksums = {name: np.zeros(2, np.uint32) for name in tensors}
+        self.tensors = {name: self._watched(name, tensor) for name, tensor in tensors.items()}
+
+    def value(self) -> str:
+        """The digest, once all is read."""
+        return _digest_of(
+            [
+                ["".join(f"['{key}']" for key in name.split(".")), list(each.shape), each.dtype, total.tolist()]
+                for (name, each), total in zip(self.tensors.items(), self._checksums.values(), strict=True)
+            ]
+        )
+
+    def _watched(self, name: str, tensor: Tensor) -> Tensor:
+        dtype = "float32" if jnp.issubdtype(tensor.dtype, jnp.floating) else tensor.dtype
+
+        def read(layer: int | None) -> np.ndarray:
+            values = tensor.read(layer).astype(dtype)
+            self._checksums[name] += checksum_of(values, (layer or 0) * values.size)
+            return values
+
+        return tensor._replace(dtype=dtype, read=read)
+
+
+def checksum_of(values: np.ndarray, first: int = 0) -> np.ndarray:
+    """The two checksums of an array whose elements have the places from `first` on in the whole one."""
+    flat = np.ascontiguousarray(values).reshape(-1)
+    bits, total = flat.view(f"uint{8 * flat.dtype.itemsize}"), np.zeros(2, np.uint32)
+    for start in range(0, flat.size, _AT_ONCE):
+        part = bits[start : start + _AT_ONCE].astype(np.uint32)
+        # Places count modulo 2**32, as uint32 does on devices.
+        place = (np.arange(len(part), dtype=np.uint64) + np.uint64(first + start)).astype(np.uint32)
+        total += np.array([each.sum(dtype=np.uint32) for each in _hashed(place, part)], np.uint32)
+    return total
+
+
+def _digest_of(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(sorted(content)).encode()).hexdigest()
+
+
+# One function for all calls, which is traced once for each network.
+@jax.jit
+def _checksums(params: Any) -> Any:
+    return jax.tree.map(_checksum, params)
+
+
+def _checksum(x: Array) -> UInt[Array, "2"]:
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.stack([hashed.sum(dtype=jnp.uint32) for hashed in _hashed(place, bits)])
+
+
+def _hashed(place: Any, bits: Any) -> list[Any]:
+    """Two hashes of each element with its place, of numpy's or jax's uint32."""
+    # Multipliers of MurmurHash3's finaliser and of the golden ratio.
+    return [_mix(_mix(place * np.uint32(0x9E3779B9) + np.uint32(seed)) ^ bits) for seed in (1, 2)]
+
+
+def _mix(x: Any) -> Any:
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
