@@ -14,7 +14,7 @@ from jaxtyping import Array, UInt
 
 from alignment_gap.checkpoints.tensors import Tensor
 
-# Elements that are hashed at once in numpy.
+# Elements of a tensor on the host that are hashed at once.
 _AT_ONCE = 2**20
 
 
@@ -77,10 +77,18 @@ def checksum_of(values: np.ndarray, first: int = 0) -> np.ndarray:
     bits, total = flat.view(f"uint{8 * flat.dtype.itemsize}"), np.zeros(2, np.uint32)
     for start in range(0, flat.size, _AT_ONCE):
         part = bits[start : start + _AT_ONCE].astype(np.uint32)
-        # Places count modulo 2**32, as uint32 does on devices.
-        place = (np.arange(len(part), dtype=np.uint64) + np.uint64(first + start)).astype(np.uint32)
-        total += np.array([each.sum(dtype=np.uint32) for each in _hashed(place, part)], np.uint32)
+        whole = np.pad(part, (0, _AT_ONCE - len(part)))
+        # Places count modulo 2**32.
+        place = np.uint32((first + start) % 2**32)
+        total += jax.device_get(_checksum_of_part(whole, place, np.uint32(len(part))))
     return total
+
+
+@jax.jit
+def _checksum_of_part(bits: UInt[Array, "N"], first: UInt[Array, ""], count: UInt[Array, ""]) -> UInt[Array, "2"]:
+    index = jax.lax.iota(jnp.uint32, bits.shape[0])
+    hashed = _hashed(first + index, bits)
+    return jnp.stack([jnp.where(index < count, each, np.uint32(0)).sum(dtype=jnp.uint32) for each in hashed])
 
 
 def _digest_of(content: list[Any]) -> str:
@@ -102,7 +110,7 @@ def _checksum(x: Array) -> UInt[Array, "2"]:
 
 
 def _hashed(place: Any, bits: Any) -> list[Any]:
-    """Two hashes of each element with its place, of numpy's or jax's uint32."""
+    """Two hashes of each element with its place, all of uint32."""
     # Multipliers of MurmurHash3's finaliser and of the golden ratio.
     return [_mix(_mix(place * np.uint32(0x9E3779B9) + np.uint32(seed)) ^ bits) for seed in (1, 2)]
 
