@@ -191,6 +191,8 @@ def test_the_jobs_are_what_docs_jobs_says(ran):
     assert jobs["semi_online"].source.refresh_every == 16
     assert (jobs["ipo_md"].source.mixture, jobs["ipo_md"].source.against) == (0.25, "each_other")
     assert jobs["nash_md"].source.against == "mixture"
+    watched = jobs["watched"].monitor
+    assert (watched.validation, watched.profile) == ("runs/prepared/validation", (10, 12))
     assert jobs["hypo"].fresh.samples == 1 and jobs["hypo"].source.folder == "runs/golden_pairs"
 
 
