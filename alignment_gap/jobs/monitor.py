@@ -1,4 +1,4 @@
-"""What is seen of a training job: its held-out examples, and what writes into its folder."""
+"""Opens the monitor of a training job, and the held-out examples that it measures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.jobs.reading import Reading, on_devices, open_reading
 from alignment_gap.jobs.sources import Inputs
-from alignment_gap.training import Monitor, TrainState, make_validation_step, with_reference
+from alignment_gap.training import Monitor, TrainState, Validation, make_validation_step, with_reference
 from alignment_gap.training.loop import metrics_line
 from alignment_gap.training.tensorboard import check_tensorboard
 
@@ -47,19 +47,18 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
 
 
 def open_monitor(assembly: Assembly, inputs: Inputs, folder: Path) -> Monitor:
-    """What writes metrics and the like of a job into its folder."""
-    config = assembly.config.monitor
+    """The monitor that writes into a job's folder."""
+    config, held_out = assembly.config.monitor, inputs.validation
     return Monitor(
         folder,
         tensorboard=config.tensorboard,
         profile=config.profile,
-        validate=_validate(assembly, inputs, inputs.validation) if inputs.validation else None,
-        validate_every=config.validate_every,
+        validation=Validation(config.validate_every, _measure(assembly, inputs, held_out)) if held_out else None,
         hang_after=config.hang_after,
     )
 
 
-def _validate(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[TrainState], Mapping[str, float]]:
+def _measure(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[TrainState], Mapping[str, float]]:
     """Means of the loss and of its diagnostics over the whole batches of held-out examples."""
     mesh, vocabulary_size = assembly.mesh, assembly.policy.config.vocabulary_size
     placed = on_devices(reading.batches(mesh, 0), reading.config, mesh, vocabulary_size)
@@ -71,8 +70,8 @@ def _validate(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[
     count = len(reading.examples) // reading.config.batch_size
     step = make_validation_step(assembly.objective, mesh, assembly.abstract)
 
-    def validate(state: TrainState) -> Mapping[str, float]:
+    def measure(state: TrainState) -> Mapping[str, float]:
         lines = [metrics_line(step(state.params, batches(number, state))) for number in range(count)]
         return {name: sum(line[name] for line in lines) / count for name in lines[0]}
 
-    return validate
+    return measure

@@ -19,7 +19,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.launch.slices import Slice, slice_of
 from alignment_gap.launch.tasks import USER_ERROR, Task, waiting_tasks
 
-# Kubernetes takes 63 characters for the name of a pod, which has the JobSet's, "-slice-0-0-" and five of its own.
+# A pod's name has at most 63 characters: the JobSet's name, "-slice-0-0-" and five of its own.
 _LONGEST_NAME = 40
 
 
@@ -69,8 +69,10 @@ class JobSetConfig:
 
 
 def object_name(name: str) -> str:
-    """A name as Kubernetes takes it; where it had to be cut or changed, with digits that tell it from others."""
+    """A name that Kubernetes accepts. A name that has to change gets digits that keep it apart from others."""
     allowed = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not allowed[:1].isalpha():
+        allowed = f"job-{allowed}"
     if allowed == name and len(name) <= _LONGEST_NAME:
         return name
     return f"{allowed[: _LONGEST_NAME - 7].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
@@ -111,7 +113,7 @@ def manifest(task: Task, config: JobSetConfig) -> dict[str, Any]:
         "spec": {
             "failurePolicy": {
                 "maxRestarts": config.restarts,
-                # What the user has to mend is not tried again; all else is.
+                # An error that the user has to mend fails the set; any other begins it again.
                 "rules": [{"name": "userError", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
             },
             "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": job}}],
@@ -209,9 +211,9 @@ def _objects(tasks: Sequence[Task], config: JobSetConfig, logs: Path) -> list[di
 
 
 def xpk_line(task: Task, config: JobSetConfig) -> str:
-    """The command of xpk that creates the same workload."""
+    """The command of xpk for a workload with the same image, slice and command; a storage of xpk has the folders."""
     slice_ = slice_of(config.topology)
-    # xpk knows no working directory.
+    # xpk does not set a working directory.
     command = f"cd {shlex.quote(config.mount)} && {shlex.join(_command(task, config, slice_))}"
     options = {
         "cluster": config.cluster,

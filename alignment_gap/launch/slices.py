@@ -1,4 +1,4 @@
-"""TPU slices by the names that Google's services have for them, and the hosts of which they are made."""
+"""TPU slices: the names that Google's services give them, and their hosts."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def slice_of(topology: str) -> Slice:
     """The slice of a topology such as v5e:4x4.
 
     Raises:
-      UserError: for what is no TPU's topology, or has no whole number of hosts.
+      UserError: the topology is not a TPU's, or its chips do not fill whole hosts.
     """
     parsed = parse_topology(topology)
     if parsed.kind not in _NAMES:
-        raise UserError(f"topology {topology!r} is no TPU slice: give one of {', '.join(_NAMES)}, such as v5e:4x4")
+        raise UserError(f"topology {topology!r} is not a TPU slice: give one of {', '.join(_NAMES)}, such as v5e:4x4")
     accelerator, prefix, counted, runtime = _NAMES[parsed.kind]
     count = math.prod(parsed.shape)
     chips = count if count <= _SINGLE_HOST.get(parsed.kind, _CHIPS_OF_A_HOST) else _CHIPS_OF_A_HOST
     if count % chips:
-        raise UserError(f"topology {topology!r} has {count} chips, which are no multiple of the {chips} of a host")
+        raise UserError(f"topology {topology!r} has {count} chips, but a host has {chips}: give a multiple of that")
     return Slice(parsed, accelerator, f"{prefix}-{count * counted}", runtime, chips, count // chips)

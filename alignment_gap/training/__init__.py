@@ -3,7 +3,7 @@
 from alignment_gap.training.checkpoints import Checkpoints, KeepConfig, load_policy, load_preference_model
 from alignment_gap.training.guard import GuardConfig
 from alignment_gap.training.loop import train
-from alignment_gap.training.monitor import Monitor, Times
+from alignment_gap.training.monitor import Monitor, Times, Validation
 from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
 from alignment_gap.training.sources import Source, make_score, with_fresh, with_mismatched, with_reference
 from alignment_gap.training.state import (
@@ -35,6 +35,7 @@ __all__ = [
     "Times",
     "TrainState",
     "UpdateStep",
+    "Validation",
     "abstract_params",
     "abstract_state",
     "create_state",

@@ -69,14 +69,14 @@ def train(
         for step in range(start, last_step):
             done = step + 1
             is_logged = done % log_every == 0 or done == last_step
-            # The first step compiles: its times are no step's.
+            # The first step compiles, so it is not timed.
             monitor.begin(done, state, is_logged=is_logged and step > start)
             with jax.transfer_guard("disallow"):
                 state = refresh(step, state) if refresh else state
                 batch = source(step, state)
                 state, metrics = update_step(state, batch)
             if record:
-                # A step late, so that the next one was begun before this process waits for the batch of the last.
+                # One step late: the devices already run the next step while this process fetches the batch.
                 if drawn is not None:
                     recorded.append(to_host(drawn))
                 drawn = batch

@@ -1,10 +1,10 @@
-"""What is seen of a run while it trains: metrics, times, validation, a profile, and a watchdog. It changes no result.
+"""Observes a run while it trains: metrics, times, validation, a profile, and a watchdog. It changes no result.
 
 FOLDER/
   metrics.jsonl      a line per `log_every` steps
   validation.jsonl   a line per validation
   tensorboard/       the same for TensorBoard, where that is asked for
-  profile/           what jax's profiler saw, where that is asked for
+  profile/           the trace of jax's profiler, where that is asked for
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -27,12 +27,12 @@ from alignment_gap.sharding import fail_together, is_first_process
 from alignment_gap.training.state import TrainState
 
 METRICS, VALIDATION, TENSORBOARD, PROFILE = "metrics.jsonl", "validation.jsonl", "tensorboard", "profile"
-# What a line says of the clock, which no two runs have alike.
+# Names of metrics that tell times. These differ between two runs of one job.
 _CLOCK = ("seconds_", "_per_second")
 
 
 def is_of_the_clock(name: str) -> bool:
-    """Whether a metric tells times, and not what was trained."""
+    """Whether a metric tells times."""
     return name.startswith(_CLOCK[0]) or name.endswith(_CLOCK[1])
 
 
@@ -46,11 +46,23 @@ class Writer(Protocol):
         """Writes what is left."""
 
 
+class Validation(NamedTuple):
+    """Metrics of a run on held-out examples.
+
+    Attributes:
+      every: steps between two validations; the last step has one too.
+      measure: gives the metrics of a state; every process calls it.
+    """
+
+    every: int
+    measure: Callable[[TrainState], Mapping[str, float]]
+
+
 class Times:
     """Seconds a step by what they go to.
 
-    What the host waits for is summed over all steps. What devices do is measured on one step between two lines of
-    metrics, for which they are waited for before and after; all other steps are begun while the last still runs.
+    The host's waits are summed over all steps. The devices' times are measured on one step for each line of metrics:
+    this process waits for the devices before and after that step. All other steps start while the last still runs.
     """
 
     def __init__(self) -> None:
@@ -100,7 +112,7 @@ class Times:
 
 
 class Monitor:
-    """Writes what is seen of a run into its folder, from the first process.
+    """Observes a run, and writes into its folder from the first process.
 
     Attributes:
       folder: of the run.
@@ -113,22 +125,20 @@ class Monitor:
         *,
         tensorboard: bool = False,
         profile: tuple[int, int] | None = None,
-        validate: Callable[[TrainState], Mapping[str, float]] | None = None,
-        validate_every: int = 1,
+        validation: Validation | None = None,
         hang_after: float | None = None,
     ) -> None:
-        """Takes what is to be seen.
+        """Takes what to observe.
 
         Args:
           folder: of the run.
           tensorboard: whether lines are written for TensorBoard too.
           profile: the first and the last step, counted from 1, that jax's profiler sees.
-          validate: metrics of a state on held-out examples; every process calls it.
-          validate_every: steps between two validations; the last step has one too.
+          validation: on held-out examples; None for none.
           hang_after: seconds without a step after which the watchdog ends the run; None for never.
         """
         self.folder, self.times = folder, Times()
-        self._profile, self._validate, self._every, self._hang_after = profile, validate, validate_every, hang_after
+        self._profile, self._validation, self._hang_after = profile, validation, hang_after
         self._wants_tensorboard = tensorboard
         self._writer: Writer | None = None
         self._is_profiled = False
@@ -172,9 +182,9 @@ class Monitor:
         if self._is_profiled and self._profile and (step == self._profile[1] or is_last):
             jax.block_until_ready(state)
             self._stop_profile()
-        if self._validate and (step % self._every == 0 or is_last):
+        if self._validation and (step % self._validation.every == 0 or is_last):
             with self.times.waiting("validation"):
-                found = self._validate(state)
+                found = self._validation.measure(state)
             self._append(VALIDATION, step, found)
             self._alive = time.monotonic()
 

@@ -30,7 +30,7 @@ BAD = {
     "argument": (["prepare", "x"], "unexpected argument 'x'"),
     "no output": (["prepare", "--source=PAIRS", "--vocabulary=bytes"], "--output is not set"),
     "no folder": (["show"], "data show needs the folder of a dataset"),
-    "no dataset": (["show", "nowhere"], "nowhere is no finished dataset"),
+    "no dataset": (["show", "nowhere"], "nowhere is not a finished dataset"),
     "no vocabulary of it": (["show", "PAIRS"], "does not say where its vocabulary is: give --vocabulary"),
     "other vocabulary": (["show", "PAIRS", "--vocabulary=bytes"], "was encoded with the vocabulary v, bytes is"),
     "window": (["compose", "--datasets=PAIRS", "--output=x", "--order=window", "--window=0"], "--window is 0"),

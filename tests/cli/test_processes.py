@@ -184,8 +184,8 @@ def test_what_one_process_refuses_all_refuse(together):
     statuses, outputs = run_processes(folder, *([[*score_one, f"--dataset={name}"]] for name in ("pairs", "nowhere")))
     assert statuses == [2, 2], outputs
     errors = [error.strip().splitlines()[-1] for _, error in outputs]
-    assert errors[1].startswith("error: nowhere is no finished dataset")
-    assert errors[0].startswith("error: process 1: nowhere is no finished dataset")
+    assert errors[1].startswith("error: nowhere is not a finished dataset")
+    assert errors[0].startswith("error: process 1: nowhere is not a finished dataset")
 
     (folder / "failing.py").write_text(
         "import jax\n"

@@ -10,6 +10,7 @@ import pytest
 from alignment_gap.cli.launch import ENGINES, LaunchConfig
 from alignment_gap.cli.main import main
 from alignment_gap.interruption import TRY_AGAIN
+from alignment_gap.jobs.config import MonitorConfig
 from alignment_gap.sharding.processes import _SILENT
 from alignment_gap.training import GuardConfig, KeepConfig
 
@@ -48,4 +49,7 @@ def test_the_page_names_what_the_code_has():
 def test_defaults_that_docs_jobs_states():
     text = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
     assert "After ten in a row (`GuardConfig.stop_after`)" in text and GuardConfig().stop_after == 10
+    monitor = MonitorConfig()
+    assert f"between two validations, {monitor.validate_every} |" in text
+    assert f"seconds without a step, {monitor.hang_after:.0f}, after which" in text
     assert "All stay, unless `KeepConfig.last`" in text and KeepConfig().last is None

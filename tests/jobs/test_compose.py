@@ -78,7 +78,7 @@ def test_rewards_stay_rewards_and_are_not_mixed_with_probabilities(pairs, tmp_pa
 
 BAD = {
     "none": ((), {}, "datasets is not set"),
-    "missing": (("nowhere",), {}, "nowhere is no finished dataset"),
+    "missing": (("nowhere",), {}, "nowhere is not a finished dataset"),
     "window": (("PAIRS",), {"order": "window", "window": 0}, "window is 0: it must be at least 1"),
     "weights": (("PAIRS",), {"weights": (1.0, 2.0)}, "2 for 1 datasets"),
     "a weight": (("PAIRS", "PAIRS"), {"weights": (1.0, 0.0)}, "each must be above 0"),

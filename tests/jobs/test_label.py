@@ -132,7 +132,7 @@ def test_a_record_file_that_was_damaged_is_made_again(pairs, judge, tmp_path, mo
     ("changes", "message"),
     [
         ({"dataset": None}, "dataset is not set"),
-        ({"dataset": "nowhere"}, "nowhere is no finished dataset"),
+        ({"dataset": "nowhere"}, "nowhere is not a finished dataset"),
         ({"judge": JudgeConfig()}, "judge"),
         ({"judge": JudgeConfig("nowhere")}, "nowhere"),
         ({"judge": JudgeConfig("no.module:judge")}, "no.module"),

@@ -162,7 +162,7 @@ def test_reference_log_probs_of_the_dataset_are_used(pairs, sft_config, tmp_path
 
 BAD = {
     "no dataset": ({"source": DatasetConfig()}, "source.folder is not set"),
-    "missing dataset": ({"source": at("nowhere")}, "nowhere is no finished dataset"),
+    "missing dataset": ({"source": at("nowhere")}, "nowhere is not a finished dataset"),
     "loss without its reference": ({"loss": LossConfig("ipo")}, "ipo needs a reference policy: set start or reference"),
     "loss that does not run": (
         {"loss": LossConfig("raft", {"keep": 3})},
@@ -212,7 +212,7 @@ def test_a_loss_that_says_wrongly_what_it_reads():
 
 BAD_DATA = {
     "length": ({"response_length": 2}, "source.response_length is 2"),
-    "second dataset": ({"folder": "PAIRS,nowhere"}, "nowhere is no finished dataset"),
+    "second dataset": ({"folder": "PAIRS,nowhere"}, "nowhere is not a finished dataset"),
     "weights": ({"weights": (1.0, 2.0)}, "2 for 1"),
     "too few epochs": ({"epochs": 1, "batch_size": 16}, "1 epochs of 48 examples have 3 batches of 16"),
 }
@@ -405,7 +405,7 @@ def test_times_of_a_step_are_told(sft, sft_config, judge, tmp_path):
 @pytest.mark.parametrize(
     ("monitor", "message"),
     [
-        ({"validation": "nowhere"}, "nowhere is no finished dataset"),
+        ({"validation": "nowhere"}, "nowhere is not a finished dataset"),
         ({"profile": (5, 2)}, r"profile is \(5, 2\): give the first and the last step"),
         ({"validate_every": 0}, "validate_every is 0"),
         ({"hang_after": 0.0}, "hang_after is 0.0"),

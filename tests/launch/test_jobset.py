@@ -123,10 +123,20 @@ def test_a_workflow_keeps_the_order_of_a_graph(task_of):
 
 
 def test_names_are_kubernetes_own():
-    names = ["sft", "seed0-offline-ipo-beta0.1-lr0.001", "seed0-offline-ipo-beta0.1-lr0-001", "A" * 90, "A" * 91, "a_b"]
+    names = [
+        "sft",
+        "seed0-offline-ipo-beta0.1-lr0.001",
+        "seed0-offline-ipo-beta0.1-lr0-001",
+        "A" * 90,
+        "A" * 91,
+        "a_b",
+        "",
+        "2024-run",
+    ]
     made = [object_name(name) for name in names]
     assert made[0] == "sft" and len(set(made)) == len(made)
-    assert all(len(name) <= 40 and name.strip("-") == name for name in made)
+    # JobSet names a service after itself, whose name begins with a letter.
+    assert all(len(name) <= 40 and name[0].isalpha() and name.strip("-") == name for name in made)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for name in made)
 
 
@@ -141,7 +151,7 @@ def test_what_would_be_created_is_printed(task_of):
     assert [made["kind"] for made in one] == ["JobSet"]
     text = jobset_text([task_of("a"), task_of("b", "ends", "a", processes=False)], CONFIG, LOGS)
     assert [made["kind"] for made in yaml.safe_load_all(text)] == ["Workflow"]
-    # A command that needs no slice is no workload of xpk.
+    # xpk gets only the commands that need a slice.
     assert text.count("# xpk workload create") == 1
     done = task_of("c")
     done.folder.mkdir(parents=True)
@@ -152,8 +162,8 @@ def test_what_would_be_created_is_printed(task_of):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"topology": "v5e:3x5"}, "has 15 chips, which are no multiple of the 4 of a host"),
-        ({"topology": "cuda:8"}, "topology 'cuda:8' is no TPU slice: give one of v4, v5e"),
+        ({"topology": "v5e:3x5"}, "has 15 chips, but a host has 4: give a multiple of that"),
+        ({"topology": "cuda:8"}, "topology 'cuda:8' is not a TPU slice: give one of v4, v5e"),
         ({"slices": 0}, "slices is 0"),
         ({"mount": "runs"}, "mount is runs: give a path from the root"),
     ],

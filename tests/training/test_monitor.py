@@ -1,4 +1,4 @@
-"""What is seen of a run: times, a profile, TensorBoard's files, validation lines, and a watchdog."""
+"""The monitor of a run: times, a profile, TensorBoard's files, validation lines, and a watchdog."""
 
 import json
 import pathlib
@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from alignment_gap.training import TrainState
-from alignment_gap.training.monitor import Monitor, Times, is_of_the_clock
-from alignment_gap.training.tensorboard import open_writer
+from alignment_gap.training.monitor import Monitor, Times, Validation, is_of_the_clock
 
 ROOT = str(pathlib.Path(__file__).parents[2])
 
@@ -59,7 +58,7 @@ def test_validation_every_few_steps_and_at_the_end(tmp_path):
     """A run that goes on from step 3 drops the lines of later steps."""
     (tmp_path / "validation.jsonl").write_text('{"step": 2, "loss": 9.0}\n{"step": 4, "loss": 9.0}\n')
     monitor = Monitor(
-        tmp_path, validate=lambda state: {"loss": float(state.step), "accuracy": float("nan")}, validate_every=2
+        tmp_path, validation=Validation(2, lambda state: {"loss": float(state.step), "accuracy": float("nan")})
     )
     with monitor.running(3):
         for step in range(4, 8):
@@ -92,7 +91,7 @@ def test_a_run_that_ends_within_its_profile_writes_it(tmp_path):
 def test_tensorboard_reads_what_is_written(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monitor = Monitor(tmp_path, tensorboard=True, validate=lambda state: {"loss": 0.5})
+    monitor = Monitor(tmp_path, tensorboard=True, validation=Validation(1, lambda state: {"loss": 0.5}))
     with monitor.running(0):
         for step in (1, 2):
             monitor.write(step, {"loss": 1.0 / step})
@@ -107,7 +106,6 @@ def test_without_clu_tensorboard_is_refused_in_one_line(without_tensorflow):
     program = "from alignment_gap.training.tensorboard import check_tensorboard; check_tensorboard()"
     done = subprocess.run([sys.executable, "-c", program], env=without_tensorflow, capture_output=True, text=True)
     assert "UserError: TensorBoard's files cannot be written (No module named" in done.stderr.splitlines()[-1]
-    assert callable(open_writer)
 
 
 def test_a_process_that_stood_still_itself_goes_on(tmp_path):

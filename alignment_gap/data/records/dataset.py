@@ -268,7 +268,7 @@ def open_dataset(folder: _Path) -> Dataset:
     """The dataset in `folder`, after a check of its card and of its files' sizes and counts.
 
     Raises:
-      UserError: the folder is no finished dataset, is of another format, or was changed since its card was written.
+      UserError: the folder is not a finished dataset, is of another format, or was changed since its card was written.
     """
     folder = pathlib.Path(folder)
     dataset = Dataset(folder, _read_card(folder / CARD))
@@ -524,7 +524,7 @@ def _read_card(path: pathlib.Path) -> Card:
         return card
     except OSError as error:
         raise UserError(
-            f"{path.parent} is no finished dataset ({CARD}: {error.strerror}): give a prepared dataset's folder, "
+            f"{path.parent} is not a finished dataset ({CARD}: {error.strerror}): give a prepared dataset's folder, "
             "or run the job that writes it again"
         ) from None
     except UserError as error:

@@ -197,7 +197,7 @@ def test_chunks_of_another_form_are_refused(tmp_path, make_examples):
 
 
 def test_an_unfinished_or_unknown_dataset_is_refused(tmp_path, make_examples, unchecked):
-    with pytest.raises(UserError, match=r"none is no finished dataset \(card.json: No such file"):
+    with pytest.raises(UserError, match=r"none is not a finished dataset \(card.json: No such file"):
         open_dataset(tmp_path / "none")
     write_dataset(tmp_path, make_examples(2), **ABOUT)
     card = json.loads((tmp_path / "card.json").read_text())
