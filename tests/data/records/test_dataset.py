@@ -149,7 +149,7 @@ write_chunk({str(tmp_path)!r}, "a", killed())
     done = subprocess.run([sys.executable, "-c", script], input=pickle.dumps(examples[:2]), check=False)
     assert done.returncode == -signal.SIGKILL
     assert "a.partial" in os.listdir(tmp_path)
-    with pytest.raises(UserError, match="no finished dataset"):
+    with pytest.raises(UserError, match="not a finished dataset"):
         open_dataset(tmp_path)
     close_dataset(tmp_path, **ABOUT)
     assert [plain(e) for e in open_dataset(tmp_path)] == [plain(e) for e in examples + examples[:2]]
@@ -362,5 +362,5 @@ def test_unwanted_chunks_go_with_the_card_that_names_them(tmp_path, make_example
     assert open_dataset(tmp_path).card == card
     discard_chunks(tmp_path, lambda name: name > "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a.array_record"]
-    with pytest.raises(UserError, match="no finished dataset"):
+    with pytest.raises(UserError, match="not a finished dataset"):
         open_dataset(tmp_path)
