@@ -48,6 +48,8 @@ CONFIGS = {
     "t5 tied": dataclasses.replace(T5, tied_embeddings=True, relative_position_buckets=8),
     "llama": decoder("llama", norm_epsilon=1e-5, rope_base=5e5, **LLAMA3),
     "llama tied": decoder("llama", tied_embeddings=True, **LINEAR),
+    "mistral": decoder("mistral", window=3, full_attention_every=4),
+    "mistral without a window": decoder("mistral", norm_epsilon=1e-5),
     "qwen2": decoder("qwen2", rope_base=1e6),
     "qwen3": decoder("qwen3", tied_embeddings=True, window=3, full_attention_every=4),
     "gemma": decoder("gemma", tied_embeddings=True, kv_heads=1),

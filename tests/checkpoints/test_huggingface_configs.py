@@ -41,7 +41,8 @@ def decoders(draw, family):
         settings["query_pre_attention_scalar"] = None if scalar == settings["head_size"] else scalar
     if "sliding_window" in fields and draw(strategies.booleans()):
         # Beyond the depth no layer is without a window.
-        every = draw(strategies.integers(2, settings["layers"] + 1))
+        first = settings["layers"] + 1 if fields.get("sliding_window_pattern", 1) is None else 2
+        every = draw(strategies.integers(first, settings["layers"] + 1))
         settings |= {"window": draw(SIZES), "full_attention_every": every}
         if "rope_local_base_freq" in fields:
             settings["rope_local_base"] = draw(strategies.sampled_from([10.0, 100.0]))
@@ -87,6 +88,7 @@ LEAST = {
 # What transformers takes where a field is absent: head size, key heads, tied, window, every, base, local base, caps.
 DEFAULTS = {
     "llama": (6, 4, False, None, 1, 1e4, None, None, None),
+    "mistral": (6, 4, False, 4096, 7, 1e4, None, None, None),
     "qwen2": (6, 4, False, None, 1, 1e4, None, None, None),
     "qwen3": (128, 4, False, None, 1, 1e4, None, None, None),
     "gemma": (256, 4, True, None, 1, 1e4, None, None, None),
@@ -225,6 +227,18 @@ def test_windows_of_qwen(change, found):
     for family in ("qwen2", "qwen3"):
         model = read_config(LEAST | {"model_type": family} | change, "config.json")
         assert (model.window, model.full_attention_every) == found
+
+
+def test_mistral_has_a_window_in_all_layers_or_in_none():
+    values = LEAST | {"model_type": "mistral", "sliding_window": None}
+    assert read_config(values, "config.json").window is None
+    written = write_config(read_config(values, "config.json"), {"model_type": "mistral"})
+    assert written["sliding_window"] is None and "layer_types" not in written
+    windows = read_config(values | {"sliding_window": 8}, "config.json")
+    assert (windows.window, windows.full_attention_every) == (8, 7)
+    some = dataclasses.replace(windows, full_attention_every=2)
+    with pytest.raises(UserError, match=r"no architecture .* differs in .*full_attention_every \(2 here, 7 there\)"):
+        write_config(some, {"model_type": "mistral"})
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

@@ -90,6 +90,8 @@ CASES = {
     "llama_tied": ("Llama", {**DECODER, "tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": None}),
     "llama3_scaling": ("Llama", {**DECODER, "rope_parameters": LLAMA3}),
     "llama_linear": ("Llama", {**DECODER, "rope_parameters": LINEAR}),
+    "mistral": ("Mistral", {**DECODER, "sliding_window": None}),
+    "mistral_windows": ("Mistral", {**DECODER, "sliding_window": 5}),
     "qwen2": ("Qwen2", {**DECODER, "head_dim": 6, "tie_word_embeddings": True}),
     "qwen2_untied": ("Qwen2", {**DECODER, "head_dim": 6}),
     "qwen3": ("Qwen3", DECODER),

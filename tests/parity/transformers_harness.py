@@ -14,6 +14,7 @@ CLASSES = {
     "Gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
     "Gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     "Llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "Mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "Qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "Qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
 }

@@ -43,6 +43,8 @@ _CAUSAL: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, Fal
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _SERIAL, {}, {**_SILU, **_NO_BIAS, "mlp_bias": (False,)}),
+    # A window in every layer, or in none: there is no list of layers.
+    "mistral": Family("MistralForCausalLM", _SERIAL, {"sliding_window": 4096, "sliding_window_pattern": None}, _SILU),
     "qwen2": Family("Qwen2ForCausalLM", {**_SERIAL, "query_key_value_bias": True}, _QWEN_WINDOW, _SILU),
     "qwen3": Family(
         "Qwen3ForCausalLM",
@@ -268,7 +270,7 @@ def _read_windows(fields: _Fields, family: Family, depth: int) -> dict[str, Any]
         default = [SLIDING if layer >= first else FULL for layer in range(depth)]
     else:
         every = fields.get("sliding_window_pattern", int, family.optional["sliding_window_pattern"])
-        default = _layer_types(depth, every)
+        default = _layer_types(depth, every or depth + 1)
     kinds = fields.get("layer_types", list, default) or default
     if not window or set(kinds) == {FULL}:
         return {}
@@ -320,6 +322,7 @@ def _write_decoder(model: DecoderConfig, model_type: str) -> dict[str, Any]:
     if model.rope_scaling == "llama3":
         scaling |= {name: getattr(model, field) for name, field in _LLAMA3.items()}
     windowed = model.window is not None and model.full_attention_every > 1
+    lists_layers = family.optional.get("sliding_window_pattern", 1) is not None
     scalar = model.query_pre_attention_scalar or float(model.head_size)
     optional = {
         "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
@@ -327,9 +330,9 @@ def _write_decoder(model: DecoderConfig, model_type: str) -> dict[str, Any]:
         "attn_logit_softcapping": model.attention_soft_cap,
         "use_sliding_window": windowed,
         "max_window_layers": 0,
-        # transformers wants a width even where no layer has a window.
-        "sliding_window": model.window or family.optional.get("sliding_window"),
-        "sliding_window_pattern": model.full_attention_every,
+        # Where the layers are listed, transformers wants a width even if none has a window.
+        "sliding_window": model.window or (family.optional.get("sliding_window") if lists_layers else None),
+        "sliding_window_pattern": model.full_attention_every if lists_layers else None,
         "rope_local_base_freq": model.rope_local_base or model.rope_base,
     }
     values = {
@@ -350,7 +353,7 @@ def _write_decoder(model: DecoderConfig, model_type: str) -> dict[str, Any]:
     }
     values |= {name: allowed[0] for name, allowed in family.only.items() if allowed[0] is not None}
     values |= {name: value for name, value in optional.items() if name in family.optional}
-    if "sliding_window" in family.optional:
+    if "sliding_window" in family.optional and lists_layers:
         values["layer_types"] = _layer_types(model.layers, model.full_attention_every if windowed else 1)
     return values
 
