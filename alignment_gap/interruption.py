@@ -1,6 +1,7 @@
 """Signals that ask a command to end: ctrl-c, and the SIGTERM of a scheduler that takes the machine back.
 
-A loop of steps asks `requested` after each of them, saves and raises `Interrupted`. All other work ends at once.
+A loop of steps asks `requested` after each of them, saves and raises `Interrupted`. All other work ends at once, or in
+a thread beside the main one at the next update of its progress bar.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
 # The exit status of what SIGTERM has ended, EX_TEMPFAIL of sysexits.h.
 TRY_AGAIN = 75
-# The signals that came, and how many loops ask for them.
+# The signals that came, how many loops ask for them, and whether one does in this thread.
 _received: list[int] = []
 _watching = 0
+_lock, _asks = threading.Lock(), threading.local()
 
 
 @contextlib.contextmanager
@@ -45,12 +48,19 @@ def signals_caught() -> Iterator[None]:
 @contextlib.contextmanager
 def watching() -> Iterator[None]:
     """For a loop that asks `requested`: until it ends, the first signal does not."""
-    global _watching
-    _watching += 1
+    _count(1)
+    _asks.here = True
     try:
         yield
     finally:
-        _watching -= 1
+        _asks.here = False
+        _count(-1)
+
+
+def _count(change: int) -> None:
+    global _watching
+    with _lock:
+        _watching += change
 
 
 def requested(step: int) -> bool:
@@ -63,6 +73,15 @@ def requested(step: int) -> bool:
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(step)
+
+
+def check_not_requested() -> None:
+    """Raises KeyboardInterrupt where a signal came and no loop of this thread asks for it.
+
+    A signal interrupts the main thread alone. Work in other threads ends here.
+    """
+    if _received and not getattr(_asks, "here", False):
+        raise KeyboardInterrupt
 
 
 def from_keyboard() -> bool:

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
+from alignment_gap.interruption import check_not_requested
+
 
 @runtime_checkable
 class Bar(Protocol):
@@ -34,6 +36,15 @@ class Bar(Protocol):
 OpenBar = Callable[[int | None, str, str], Bar]
 
 
+class _Bar(tqdm):
+    """Where work that a signal asked to end ends, if it is in a thread that no signal interrupts."""
+
+    def update(self, n: float = 1) -> Any:
+        """So much more is done."""
+        check_not_requested()
+        return super().update(n)
+
+
 class _NoBar(tqdm):
     """Says nothing; tqdm's own prints lines even where it is disabled."""
 
@@ -52,4 +63,4 @@ def progress_bar(total: int | None, title: str, unit: str = "it", *, silent: boo
     if silent:
         return NO_BAR
     every = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, desc=title, unit=unit, mininterval=every, maxinterval=max(every, 10.0))
+    return _Bar(total=total, desc=title, unit=unit, mininterval=every, maxinterval=max(every, 10.0))

@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> None:
     from alignment_gap.study.config import StudyConfig
     from alignment_gap.study.run import (
         check_done,
+        default_at_once,
         list_text,
         open_studies,
         owned,
@@ -57,8 +58,9 @@ def main(arguments: list[str]) -> None:
         for study, size in zip(studies, sizes, strict=True):
             say_once(list_text(study.graph, shlex.join([*_alone(arguments), *size, f"--job={REPORT}"])))
     elif values.job is None:
+        at_once = default_at_once() if values.at_once is None else values.at_once
         for study in studies:
-            run_study(study, update=values.update)
+            run_study(study, update=values.update, at_once=at_once)
     elif len(studies) > 1:
         raise UserError(f'--job={values.job}: name one of the sizes, such as --config.sizes="({config.sizes[0]!r},)"')
     elif values.job == REPORT:
@@ -77,6 +79,13 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_boolean("list", False, "Print the jobs, and run none.", flag_values=values)
     flags.DEFINE_string("job", None, "Run this job alone, or the report of finished jobs.", flag_values=values)
+    flags.DEFINE_integer(
+        "at_once",
+        None,
+        "How many jobs run at the same time; changes no result. By default 2 on the CPU of one process, else 1.",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_boolean(
         "update", False, "Allow the folder of another config; redo only what the change affects.", flag_values=values
     )

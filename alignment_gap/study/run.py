@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
@@ -84,26 +86,57 @@ def of_size(config: StudyConfig, name: str) -> StudyConfig:
     return dataclasses.replace(config, name=f"{config.name} {name}", policy=policy, sizes=())
 
 
-def run_study(study: Study, *, update: bool = False, say: Say = say_once) -> Path:
+def default_at_once() -> int:
+    """How many jobs run at once: 2 on the CPU of one process, of which one job seldom uses all cores; else 1."""
+    fits = jax.default_backend() == "cpu" and jax.process_count() == 1
+    return min(2, os.cpu_count() or 1) if fits else 1
+
+
+def run_study(study: Study, *, update: bool = False, at_once: int = 1, say: Say = say_once) -> Path:
     """Runs every job that is not done yet and writes report.html, results.csv and figures/ into the study's folder.
 
     Args:
       study: as from `open_studies`.
       update: allows a folder that holds another config's study; what does not depend on the change is kept.
+      at_once: how many jobs run at the same time, in threads that share what is compiled; changes no result.
       say: prints a line.
 
     Returns:
       The report's path.
 
     Raises:
-      UserError: where a setting or an input cannot be used, or the folder is another study's or in use.
+      UserError: where a setting or an input cannot be used, the folder is another study's or in use, or `at_once` is
+        above 1 in one of several processes, which have to run the jobs in the same order.
     """
-    jobs = study.graph.jobs
+    if at_once > 1 and jax.process_count() > 1:
+        raise UserError(f"at_once is {at_once}, but {jax.process_count()} processes do each job together: set it to 1")
     with owned(study, update=update):
-        for number, job in enumerate(jobs, 1):
-            run_job(job, f"[{number}/{len(jobs)}] {job.name}", say)
+        run_jobs(study.graph.jobs, at_once, say)
         on_first_process(lambda: write_study_report(study, say))
     return study.workdir / "report.html"
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, say: Say) -> None:
+    """Runs jobs that are not done, `at_once` at the same time, each after those that it needs.
+
+    Once one has failed no other is started, and what it raised is raised when those that run have ended.
+    """
+    titles = {job.name: f"[{number}/{len(jobs)}] {job.name}" for number, job in enumerate(jobs, 1)}
+    if at_once == 1:
+        for job in jobs:
+            run_job(job, titles[job.name], say)
+        return
+    left, running = list(jobs), dict[Future[None], Job]()
+    with ThreadPoolExecutor(at_once) as pool:
+        while left or running:
+            unfinished = {job.name for job in (*left, *running.values())}
+            ready = [job for job in left if unfinished.isdisjoint(need.name for need in job.needs)]
+            for job in ready[: at_once - len(running)]:
+                left.remove(job)
+                running[pool.submit(run_job, job, titles[job.name], say)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                future.result()
 
 
 def run_job(job: Job, title: str, say: Say = say_once) -> None:

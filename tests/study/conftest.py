@@ -29,11 +29,11 @@ def graph(config, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(config, tmp_path_factory):
-    """A finished study, whose pictures are placeholders."""
+    """A finished study, whose pictures are placeholders; two of its jobs ran at a time."""
     (study,) = open_studies(config, tmp_path_factory.mktemp("study"))
     with pytest.MonkeyPatch.context() as patch:
         do_not_draw(patch)
-        run_study(study, say=lambda line: None)
+        run_study(study, at_once=2, say=lambda line: None)
     return study
 
 
