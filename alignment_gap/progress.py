@@ -62,5 +62,8 @@ def progress_bar(total: int | None, title: str, unit: str = "it", *, silent: boo
     """
     if silent:
         return NO_BAR
-    every = 0.5 if sys.stderr.isatty() else 30.0
-    return _Bar(total=total, desc=title, unit=unit, mininterval=every, maxinterval=max(every, 10.0))
+    shown = sys.stderr.isatty()
+    every = 0.5 if shown else 30.0
+    # Of several bars at the same time each has a line of its own on a terminal. Elsewhere nothing moves the cursor.
+    position = None if shown else 0
+    return _Bar(total=total, desc=title, unit=unit, mininterval=every, maxinterval=max(every, 10.0), position=position)

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from alignment_gap import __version__
+from alignment_gap import __version__, freed_memory
 from alignment_gap.checks import nearest
 from alignment_gap.errors import Interrupted, UserError
 from alignment_gap.interruption import TRY_AGAIN, from_keyboard, from_scheduler, signals_caught
@@ -53,6 +53,7 @@ def _run(arguments: list[str]) -> None:
     name = arguments[0]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: {nearest(name, COMMANDS)}")
+    freed_memory.keep_on_cpu()
     importlib.import_module(f"alignment_gap.cli.{name}").main(["alignment-gap " + name, *arguments[1:]])
 
 
