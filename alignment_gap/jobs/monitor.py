@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from alignment_gap.data.batches import PreferenceBatch
@@ -14,6 +15,7 @@ from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.jobs.reading import Reading, on_devices, open_reading
 from alignment_gap.jobs.sources import Inputs
+from alignment_gap.sharding.chips import peak_flops
 from alignment_gap.training import Monitor, TrainState, Validation, make_validation_step, with_reference
 from alignment_gap.training.loop import metrics_line
 from alignment_gap.training.tensorboard import check_tensorboard
@@ -55,7 +57,24 @@ def open_monitor(assembly: Assembly, inputs: Inputs, folder: Path) -> Monitor:
         profile=config.profile,
         validation=Validation(config.validate_every, _measure(assembly, inputs, held_out)) if held_out else None,
         hang_after=config.hang_after,
+        least_seconds=_least_seconds(assembly),
     )
+
+
+def _least_seconds(assembly: Assembly) -> Callable[[PreferenceBatch], float] | None:
+    """How long the mesh takes for a batch's update at its peak; None where a device is not in the table of chips."""
+    peak = peak_flops(assembly.mesh.devices.devices.flat)
+    if peak is None:
+        return None
+    known: dict[tuple[tuple[int, ...], ...], float] = {}
+
+    def seconds(batch: PreferenceBatch) -> float:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in known:
+            known[shapes] = assembly.update_flops(batch)[1] / peak
+        return known[shapes]
+
+    return seconds
 
 
 def _measure(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[TrainState], Mapping[str, float]]:

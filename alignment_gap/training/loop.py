@@ -89,7 +89,8 @@ def train(
             bar.update(1)
             if is_logged:
                 line, steps = metrics_line(metrics), done - clocked
-                monitor.write(done, line | _rates(line, steps, time.perf_counter() - clock) | monitor.times.line(steps))
+                line |= _rates(line, steps, time.perf_counter() - clock) | monitor.times.line(steps)
+                monitor.write(done, line | monitor.utilisation(batch, line))
                 bar.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
                 check_progress(skip, int(line["skipped_in_a_row"]), done, line["loss"], line["gradient_norm"])
                 clock, clocked = time.perf_counter(), done

@@ -30,6 +30,7 @@ from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.models import DecoderConfig
 from alignment_gap.sharding import MeshConfig, make_mesh
+from alignment_gap.sharding.chips import DEVICE_KINDS
 from alignment_gap.training import OptimizerConfig, load_policy, load_preference_model
 from alignment_gap.training.monitor import is_of_the_clock
 
@@ -400,6 +401,25 @@ def test_times_of_a_step_are_told(sft, sft_config, judge, tmp_path):
     assert parts == {f"seconds_{name}" for name in ("data", "sampling", "judging", "reference", "update")}
     assert second["tokens_per_second"] > second["pairs_per_second"] > 0
     assert second["tokens"] == pytest.approx(second["tokens_per_second"] / second["pairs_per_second"] * 8)
+    # The table of chips has no CPU.
+    assert "mfu" not in second
+
+
+def test_mfu_is_three_forward_passes_by_hand_over_what_the_devices_could_do(sft_config, tmp_path, monkeypatch):
+    """On eight devices that the table has with 0.1 TFLOP/s each; width, heads and MLP are 16 wide."""
+    monkeypatch.setitem(DEVICE_KINDS, jax.devices()[0].device_kind, "cpu")
+    source = dataclasses.replace(sft_config.source, prompt_length=64, response_length=48)
+    folder = run_job(dataclasses.replace(sft_config, source=source, steps=2), tmp_path)
+    prompts, responses, matrix = 8 * 64, 8 * 2 * 48, 2 * 16 * 16
+    # Four projections and three matrices of the MLP; the decoder's attention to the prompt has four projections more.
+    encoder = prompts * (4 + 3) * matrix
+    decoder = responses * (4 + 2 + 3) * matrix + prompts * 2 * matrix
+    attention = 2 * 2 * 16 * (prompts * 64 + responses * (48 + 64))
+    logits = responses * 2 * 16 * 136
+    first, second = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    assert "mfu" not in first
+    found = second["mfu"] * second["seconds_update"] * 8 * 0.1e12
+    assert found == pytest.approx(3 * (encoder + decoder + attention + logits), rel=1e-9)
 
 
 @pytest.mark.parametrize(

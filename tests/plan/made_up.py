@@ -6,9 +6,9 @@ from planning import config_of, program_of, replaced
 
 from alignment_gap.jobs.config import OnlineConfig
 from alignment_gap.models import T5Config
-from alignment_gap.plan.chips import GIB, parse_topology
 from alignment_gap.plan.plan import make_plan
 from alignment_gap.plan.programs import Compiled
+from alignment_gap.sharding.chips import GIB, parse_topology
 
 POLICY = T5Config(vocabulary_size=256, dtype="bfloat16", remat="full")
 JUDGE = dataclasses.replace(POLICY, width=32)

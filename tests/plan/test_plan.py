@@ -10,9 +10,9 @@ from planning import CPU, DECODER, T5, config_of, program_of, replaced
 
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig
-from alignment_gap.plan.chips import GIB, parse_topology
 from alignment_gap.plan.plan import cache_bytes, make_plan
 from alignment_gap.plan.programs import Compiled
+from alignment_gap.sharding.chips import GIB, parse_topology
 from alignment_gap.training import OptimizerConfig
 
 
