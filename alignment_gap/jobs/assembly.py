@@ -232,16 +232,21 @@ class Assembly:
         forward = jax.jit(plain.objective).trace(plain.abstract.params, batch, plain.abstract.step)
         return done, min(3 * count_flops(forward.jaxpr), done)
 
-    def check_loss(self, batch: PreferenceBatch) -> None:
-        """Traces the objective on the shapes of a batch; raises UserError where the loss does not run on it."""
+    def check_loss(self, batch: PreferenceBatch) -> list[str]:
+        """Traces the objective on the shapes of a batch, and gives the names of its metrics.
+
+        Raises:
+          UserError: the loss does not run on the batch.
+        """
         loss = self.config.loss
         try:
-            jax.eval_shape(self.objective, self.abstract.params, batch, self.abstract.step)
+            _, found = jax.eval_shape(self.objective, self.abstract.params, batch, self.abstract.step)
         except UserError:
             raise
         except (AssertionError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the loss {loss.name} with {dict(loss.settings)} does not run: {reason}") from error
+        return ["loss", *found]
 
     def texts(self, shape: BatchShape) -> PreferenceBatch:
         """Abstract prompts and responses, laid out over the mesh, without log-probs."""

@@ -26,7 +26,8 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
 
     Raises:
       UserError: the loss does not run on them, they are fewer than a batch, or of another vocabulary than the source's;
-        or TensorBoard's files are asked for and what writes them is not installed.
+        they do not give the metric by which the best checkpoints are told; or TensorBoard's files are asked for and
+        what writes them is not installed.
     """
     monitor, size = assembly.config.monitor, reading.config.batch_size
     if monitor.tensorboard:
@@ -42,9 +43,14 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
     if assembly.needs_reference:
         batch = dataclasses.replace(batch, reference_log_probs=jnp.zeros(batch.responses.shape))
     try:
-        assembly.check_loss(batch)
+        names = assembly.check_loss(batch)
     except UserError as error:
         raise UserError(f"monitor.validation: {error}") from error
+    keep = assembly.config.keep
+    if keep.best is not None and keep.metric not in names:
+        raise UserError(
+            f"keep.metric is {keep.metric!r}, which the validation of this job does not have: set it to 'loss'"
+        )
     return found
 
 
@@ -55,7 +61,7 @@ def open_monitor(assembly: Assembly, inputs: Inputs, folder: Path) -> Monitor:
         folder,
         tensorboard=config.tensorboard,
         profile=config.profile,
-        validation=Validation(config.validate_every, _measure(assembly, inputs, held_out)) if held_out else None,
+        validation=_validation(assembly, inputs, held_out) if held_out else None,
         hang_after=config.hang_after,
         least_seconds=_least_seconds(assembly),
     )
@@ -75,6 +81,12 @@ def _least_seconds(assembly: Assembly) -> Callable[[PreferenceBatch], float] | N
         return known[shapes]
 
     return seconds
+
+
+def _validation(assembly: Assembly, inputs: Inputs, held_out: Reading) -> Validation:
+    config = assembly.config
+    measure = _measure(assembly, inputs, held_out)
+    return Validation(config.monitor.validate_every, measure, at_checkpoints=config.keep.best is not None)
 
 
 def _measure(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[TrainState], Mapping[str, float]]:

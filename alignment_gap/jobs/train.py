@@ -50,13 +50,13 @@ from alignment_gap.jobs.words import gin_words
 from alignment_gap.judges import open_judge
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import make_mesh, on_every_process, on_first_process
-from alignment_gap.training import Checkpoints, TrainState, create_state, state_from_params, train
+from alignment_gap.training import Checkpoints, KeepConfig, TrainState, create_state, state_from_params, train
 
 _SOURCES = ("source", "source.prompts", "fresh", "fresh.prompts")
 # What a resumed run may change: none of it alters the steps that were taken.
 _MAY_CHANGE = (
     *("steps", "microbatches", "checkpoint_every", "checkpoint_steps", "log_every", "guard.stop_after"),
-    *("keep.last", "keep.every"),
+    *(_KEEP := tuple(f"keep.{field.name}" for field in dataclasses.fields(KeepConfig))),
     *(_MONITOR := tuple(f"monitor.{field.name}" for field in dataclasses.fields(MonitorConfig))),
     *(f"{source}.{name}" for source in _SOURCES for name in ("epochs", "packing", "prefetch", "vocabulary")),
     *MESH,
@@ -226,8 +226,7 @@ TRAIN = Kind(
     without_effect=(
         "checkpoint_every",
         "log_every",
-        "keep.last",
-        "keep.every",
+        *_KEEP,
         *_MONITOR,
         *(f"{source}.prefetch" for source in _SOURCES),
     ),

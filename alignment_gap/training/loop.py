@@ -94,14 +94,15 @@ def train(
                 bar.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
                 check_progress(skip, int(line["skipped_in_a_row"]), done, line["loss"], line["gradient_norm"])
                 clock, clocked = time.perf_counter(), done
-            monitor.end(done, state, is_last=done == last_step)
-            is_due, is_asked = done in checkpoint_steps, requested(done)
+            is_due = done in checkpoint_steps
+            validated = monitor.end(done, state, is_last=done == last_step, is_due=is_due)
+            is_asked = requested(done)
             if is_due or is_asked:
                 if record:
                     assert drawn is not None
                     record(done, [*recorded, to_host(drawn)], is_due)
                     recorded, drawn = [], None
-                save(state, interim=not is_due)
+                save(state, interim=not is_due, metrics=validated)
             if is_asked and done < last_step:
                 raise Interrupted(f"saved at step {done} of {last_step}")
     return state

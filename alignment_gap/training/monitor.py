@@ -55,10 +55,12 @@ class Validation(NamedTuple):
     Attributes:
       every: steps between two validations; the last step has one too.
       measure: gives the metrics of a state; every process calls it.
+      at_checkpoints: whether a step that a checkpoint is due at has one too.
     """
 
     every: int
     measure: Callable[[TrainState], Mapping[str, float]]
+    at_checkpoints: bool = False
 
 
 class Times:
@@ -181,17 +183,32 @@ class Monitor:
             jax.profiler.start_trace(self.folder / PROFILE)
             self._is_profiled = True
 
-    def end(self, step: int, state: TrainState, *, is_last: bool) -> None:
-        """After the step, when all that belongs to it is done but its checkpoint."""
+    def end(self, step: int, state: TrainState, *, is_last: bool, is_due: bool = False) -> Mapping[str, float] | None:
+        """After the step, when all that belongs to it is done but its checkpoint.
+
+        Args:
+          step: that was done.
+          state: after it.
+          is_last: whether the run ends with it.
+          is_due: whether a checkpoint does.
+
+        Returns:
+          The metrics of the validation, where there was one.
+        """
         self._last, self._alive = step, time.monotonic()
         if self._is_profiled and self._profile and (step == self._profile[1] or is_last):
             jax.block_until_ready(state)
             self._stop_profile()
-        if self._validation and (step % self._validation.every == 0 or is_last):
-            with self.times.waiting("validation"):
-                found = self._validation.measure(state)
-            self._append(VALIDATION, step, found)
-            self._alive = time.monotonic()
+        validation = self._validation
+        if validation is None or not (
+            is_last or step % validation.every == 0 or (is_due and validation.at_checkpoints)
+        ):
+            return None
+        with self.times.waiting("validation"):
+            found = validation.measure(state)
+        self._append(VALIDATION, step, found)
+        self._alive = time.monotonic()
+        return found
 
     def utilisation(self, batch: PreferenceBatch, line: Mapping[str, float]) -> dict[str, float]:
         """MFU of the update of a batch whose line has its time; nothing where either is not known."""

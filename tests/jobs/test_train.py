@@ -31,7 +31,7 @@ from alignment_gap.judges import JudgeConfig
 from alignment_gap.models import DecoderConfig
 from alignment_gap.sharding import MeshConfig, make_mesh
 from alignment_gap.sharding.chips import DEVICE_KINDS
-from alignment_gap.training import OptimizerConfig, load_policy, load_preference_model
+from alignment_gap.training import KeepConfig, OptimizerConfig, load_policy, load_preference_model
 from alignment_gap.training.monitor import is_of_the_clock
 
 BETA = 0.1
@@ -311,6 +311,10 @@ def test_a_preference_model_starts_from_a_policy_and_says_what_it_is(kind, sft, 
         ({"reference_log_probs": "cached"}, "choose one of auto, stored, each_step"),
         ({"checkpoint_steps": (0, 2)}, "steps count from 1"),
         ({"seed": 2**32}, "seed is 4294967296: it must be from 0"),
+        (
+            {"keep": KeepConfig(last=1, best=1)},
+            "keep.best is 1, but monitor.validation is not set: set it to the folder",
+        ),
     ],
 )
 def test_settings_out_of_range(changes, message, sft_config):
@@ -420,6 +424,42 @@ def test_mfu_is_three_forward_passes_by_hand_over_what_the_devices_could_do(sft_
     assert "mfu" not in first
     found = second["mfu"] * second["seconds_update"] * 8 * 0.1e12
     assert found == pytest.approx(3 * (encoder + decoder + attention + logits), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"last": 0}, "last is 0: it must be at least 1"),
+        ({"every": 2}, "keep.every is 2, but keep.last is not set: set it, as to 1"),
+        ({"best": 2}, "keep.best is 2, but keep.last is not set: set it, as to 1"),
+        ({"last": 1, "best": 0}, "best is 0: it must be at least 1"),
+        ({"last": 1, "best": 1, "metric": "acuracy"}, "metric is 'acuracy': did you mean accuracy"),
+    ],
+)
+def test_checkpoints_that_cannot_be_kept(settings, message):
+    with pytest.raises(UserError, match=message):
+        KeepConfig(**settings)
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(sft_config, held_out, tmp_path):
+    """At a rate that ruins the policy. Every checkpoint is validated, though no validation is due but the last."""
+    config = dataclasses.replace(
+        sft_config,
+        optimizer=OptimizerConfig(learning_rate=1.0),
+        monitor=MonitorConfig(str(held_out)),
+        keep=KeepConfig(last=1, best=1),
+        checkpoint_every=1,
+        steps=3,
+    )
+    folder = run_job(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    best = min(lines, key=lambda line: line["loss"])["step"]
+    assert best < 3 and steps(folder) == [best, 3]
+    with pytest.raises(UserError, match=r"keep\.metric is 'accuracy', which the validation of this job does not have"):
+        keep = KeepConfig(last=1, best=1, metric="accuracy")
+        run_job(dataclasses.replace(config, keep=keep), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

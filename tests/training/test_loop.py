@@ -18,7 +18,7 @@ from tiny_models import make_batch
 from alignment_gap.errors import Interrupted, UserError
 from alignment_gap.interruption import signals_caught
 from alignment_gap.training import Checkpoints, GuardConfig, KeepConfig, TrainState, make_refresh, train
-from alignment_gap.training.monitor import Monitor, truncate_metrics
+from alignment_gap.training.monitor import Monitor, Validation, truncate_metrics
 
 BATCH = make_batch(4)
 ALL = KeepConfig()
@@ -304,6 +304,68 @@ def test_the_checkpoints_that_are_kept(keep, left, tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps() == left
         np.testing.assert_array_equal(checkpoints.restore_params(ABSTRACT, left[0])["w"], left[0] + 1)
+
+
+def test_an_interim_checkpoint_takes_no_place_of_those_that_are_kept(tmp_path):
+    """SIGTERM during step 4. Without it the last two of 2, 3 and 5 are 3 and 5."""
+    settings = {"checkpoint_steps": (2, 3, 5), "keep": KeepConfig(last=2)}
+    with signals_caught(), pytest.raises(Interrupted):
+        run(tmp_path, source=interrupted(3), **settings)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [2, 3, 4]
+    run(tmp_path, **settings)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [3, 5]
+
+
+# What the validation of each step gives, for the loss and for the accuracy both.
+MEASURED = [0.0, 0.5, 0.1, 0.4, float("nan"), 0.3]
+VALIDATED = {
+    "validation": Validation(
+        100, lambda state: dict.fromkeys(("loss", "accuracy"), MEASURED[int(state.step)]), at_checkpoints=True
+    )
+}
+
+
+@pytest.mark.parametrize(
+    "keep, left",
+    [
+        (KeepConfig(last=1, best=1), [2, 5]),
+        (KeepConfig(last=1, best=3), [2, 3, 5]),
+        (KeepConfig(last=1, best=4), [1, 2, 3, 5]),
+        (KeepConfig(last=1, best=1, metric="accuracy"), [1, 5]),
+        (KeepConfig(last=1, every=4, best=1), [2, 4, 5]),
+    ],
+)
+def test_the_best_checkpoints_stay_however_often_the_run_is_stopped(keep, left, tmp_path):
+    """Whole; then ended after step 3 and by a signal in step 4, which has an interim checkpoint without metrics."""
+    settings = {"keep": keep, "watched": VALIDATED}
+    run(tmp_path / "whole", checkpoint_steps=(1, 2, 3, 4, 5), **settings)
+    run(tmp_path / "stopped", checkpoint_steps=(1, 2, 3), **settings)
+    with signals_caught(), pytest.raises(Interrupted, match="saved at step 4"):
+        run(tmp_path / "stopped", checkpoint_steps=(5,), source=interrupted(3), **settings)
+    run(tmp_path / "stopped", checkpoint_steps=(5,), **settings)
+    with Checkpoints(tmp_path / "whole" / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == left
+        np.testing.assert_array_equal(checkpoints.restore_params(ABSTRACT, left[0])["w"], left[0] + 1)
+    with Checkpoints(tmp_path / "stopped" / "checkpoints") as checkpoints:
+        # No checkpoint was due at step 4.
+        assert checkpoints.steps() == [step for step in left if step != 4]
+
+
+def test_damaged_metrics_of_a_checkpoint_are_one_line(tmp_path):
+    keep = KeepConfig(last=1, best=1)
+    run(tmp_path, checkpoint_steps=(1,), watched=VALIDATED, keep=keep)
+    (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text("{")
+    with pytest.raises(UserError, match="or metrics of one of its steps are damaged, move that step away"):
+        run(tmp_path, checkpoint_steps=(2,), watched=VALIDATED, keep=keep)
+
+
+def test_a_checkpoint_that_was_saved_before_the_best_were_asked_for_is_none_of_them(tmp_path):
+    run(tmp_path, checkpoint_steps=(1, 2), watched=VALIDATED)
+    run(tmp_path, checkpoint_steps=(3, 4, 5), watched=VALIDATED, keep=KeepConfig(last=1, best=2))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [3, 5]
 
 
 def changed_weight(folder):
