@@ -47,7 +47,7 @@ class Part:
     @property
     def working(self) -> int:
         """Bytes that it needs beside the networks and the code that stay in memory."""
-        held = self.compiled.state or self.compiled.parameters
+        held = self.compiled.state or self.compiled.networks * self.compiled.parameters
         return max(self.compiled.peak - self.compiled.code - held, 0)
 
 

@@ -57,6 +57,7 @@ class Compiled:
     Attributes:
       parameters: bytes of the network's parameters among the arguments.
       state: bytes of those and of the optimizer's state, in an update step; 0 in other programs.
+      networks: whose parameters are among the arguments, each of so many bytes.
       flops: of one call, over all devices.
       model_flops: those of them that the model needs: without what a backward pass computes again.
       arguments, outputs, aliased, temporaries, code: bytes; aliased bytes are among arguments and outputs both.
@@ -70,6 +71,7 @@ class Compiled:
 
     parameters: int
     state: int = 0
+    networks: int = 1
     flops: int = 0
     model_flops: int = 0
     arguments: int = 0
@@ -195,7 +197,9 @@ def compile_here(config: PlanConfig, program: Program) -> Compiled:
     mesh = make_mesh(job.mesh, devices_of(topology))
     function, arguments, params = build(program, job, mesh)
     state = _shard_bytes(arguments[0]) if program.kind == "update" else 0
-    base = Compiled(_shard_bytes(params), state, *_flops(program, job, mesh))
+    # The reference's parameters are those of a second network of the same shapes.
+    networks = max(sum(each is params for each in arguments), 1)
+    base = Compiled(_shard_bytes(params), state, networks, *_flops(program, job, mesh))
     platform = "tpu" if topology.kind in TPUS else topology.kind
     lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
     try:

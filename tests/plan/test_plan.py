@@ -79,6 +79,14 @@ def test_a_cache_is_keys_and_values_of_prompts_and_samples(model, heads, dtype, 
     assert keys_and_values <= cache_bytes(sample) <= keys_and_values + 8 * 24
 
 
+def test_both_networks_of_a_divergence_count_once():
+    """Two networks and two programs' code stay; the larger program works in 0.05 GiB a prompt beside them."""
+    programs = (program_of("sample", POLICY, holds=True), program_of("divergence", POLICY, holds=True))
+    plan = plan_of(update_config(batch=64, programs=programs))
+    assert plan.working == int(0.05 * GIB * 64)
+    assert plan.needed == pytest.approx((2 * 1 + 2 * 0.25 + 64 * 0.05) * GIB)
+
+
 @pytest.mark.parametrize("batch", [8, 64, 512])
 def test_the_largest_batch_is_found_from_either_side(batch):
     # 3 + 0.25 GiB stay: (15.75 - 3.25) / 0.1 = 125 prompts, of which the compiler refuses more than 120.

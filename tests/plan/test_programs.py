@@ -95,6 +95,18 @@ def test_a_sampler_holds_no_state_and_returns_tokens_and_log_probs():
     assert (found.state, found.parameters) == (0, PARAMETERS)
 
 
+@pytest.mark.parametrize(
+    ("kind", "source", "networks"),
+    [("score", None, 1), ("divergence", None, 2), ("sample", OnlineConfig(mixture=0.5), 2)],
+)
+def test_the_networks_among_the_arguments_are_counted(kind, source, networks):
+    program = replaced(program_of(kind), samples=1)
+    found = compile_here(config_of(program, layout="data", **({"source": source} if source else {})), program)
+    assert found.networks == networks
+    # Beside them are a batch's texts and keys, a few bytes.
+    assert networks * PARAMETERS < found.arguments < networks * PARAMETERS + 4096
+
+
 def arguments_of(program, **job):
     _, arguments, params = build(program, config_of(program, **job).job, make_mesh(MeshConfig()))
     return arguments, params
