@@ -11,6 +11,7 @@ from alignment_gap.data.batches import PreferenceBatch, Prefetched, examples_of
 from alignment_gap.data.records import Example, close_dataset, derived, write_chunk
 from alignment_gap.data.records.dataset import chunk_path, discard_chunks, read_chunk
 from alignment_gap.data.records.log_probs import ReferenceLogProbs
+from alignment_gap.errors import UserError
 from alignment_gap.jobs.assembly import OPPONENTS, SAMPLER, SAMPLES, Assembly, gives_rewards
 from alignment_gap.jobs.config import OnlineConfig, SourceConfig
 from alignment_gap.jobs.reading import Reading, on_devices
@@ -21,7 +22,10 @@ from alignment_gap.sharding import is_first_process, on_first_process, put_repli
 from alignment_gap.training import Source, Times, TrainState, with_fresh, with_mismatched, with_reference
 
 RECORD = "record"
-_CHUNK, _INTERIM = "until-", "interim-until-"
+_CHUNK = "until-"
+# A record file holds the samples of so many steps, whenever checkpoints are saved: a record's digest follows from its
+# samples alone.
+_CHUNK_STEPS = 200
 
 
 class Inputs(NamedTuple):
@@ -121,44 +125,65 @@ def _sampler(assembly: Assembly, inputs: Inputs, online: OnlineConfig) -> Callab
 
 def open_recorder(
     assembly: Assembly, folder: Path, last_step: int
-) -> Callable[[int, list[PreferenceBatch], bool], None] | None:
-    """What records the stream of fresh samples, chunk by chunk, after the step of the last checkpoint.
+) -> Callable[[int, list[PreferenceBatch]], None] | None:
+    """What records the stream of fresh samples after the step of the last checkpoint.
 
-    A chunk up to an interim checkpoint becomes a part of the next one, so that an interruption leaves no trace.
+    At every checkpoint the last record file is written anew, with the samples since, until it is full.
 
     Returns:
-      `(step, batches since the last checkpoint, whether a checkpoint is due) -> None`; None where nothing is to be
-      recorded.
+      `(step, batches since the last checkpoint) -> None`; None where nothing is to be recorded.
     """
     online = assembly.config.online
     if online is None or not online.record:
         return None
-    beside = online is assembly.config.fresh
+    beside, record = online is assembly.config.fresh, folder / RECORD
     pending: list[Example] = []
+    on_first_process(lambda: pending.extend(_resume_record(record, last_step)))
 
-    def resume() -> None:
-        record = folder / RECORD
-        if chunk_path(record, f"{_INTERIM}{last_step:08d}").exists():
-            pending.extend(read_chunk(record, f"{_INTERIM}{last_step:08d}"))
-        discard_chunks(record, lambda name: _until(name) > last_step)
+    def write(step: int, batches: list[PreferenceBatch]) -> None:
+        if not is_first_process():
+            return
+        for done, batch in enumerate(batches, start=step - len(batches) + 1):
+            drawn = batch.fresh if beside else batch
+            assert drawn is not None
+            pending.extend(examples_of(drawn))
+            if done == step or done % _CHUNK_STEPS == 0:
+                _write_chunk(record, done, pending)
+            if done % _CHUNK_STEPS == 0:
+                pending.clear()
 
-    on_first_process(resume)
+    return write
 
-    def record(step: int, batches: list[PreferenceBatch], is_due: bool) -> None:
-        drawn = (batch.fresh if beside else batch for batch in batches)
-        pending.extend(example for batch in drawn if batch is not None for example in examples_of(batch))
-        if is_first_process():
-            write_chunk(folder / RECORD, f"{_CHUNK if is_due else _INTERIM}{step:08d}", pending)
-        if is_due:
-            pending.clear()
 
-    return record
+def _resume_record(record: Path, step: int) -> list[Example]:
+    """The samples up to a step of the file that was not full by then; the samples after it are removed."""
+    first, pending = _full_until(step), list[Example]()
+    if first < step:
+        there = sorted(_until(path.stem) for path in record.glob(chunk_path(record, f"{_CHUNK}*").name))
+        until = next((each for each in there if step <= each <= first + _CHUNK_STEPS), None)
+        if until is None:
+            raise UserError(f"{record} lacks samples before step {step}: give another folder")
+        examples = read_chunk(record, f"{_CHUNK}{until:08d}")
+        pending = examples[: len(examples) // (until - first) * (step - first)]
+        _write_chunk(record, step, pending)
+    discard_chunks(record, lambda name: _until(name) > step)
+    return pending
+
+
+def _write_chunk(record: Path, step: int, examples: Sequence[Example]) -> None:
+    """Writes the file with the samples up to a step, and removes the shorter ones that it takes the place of."""
+    write_chunk(record, f"{_CHUNK}{step:08d}", examples)
+    discard_chunks(record, lambda name: _full_until(step - 1) < _until(name) < step)
+
+
+def _full_until(step: int) -> int:
+    """The step up to which record files are full when `step` steps are done."""
+    return step - step % _CHUNK_STEPS
 
 
 def close_record(assembly: Assembly, inputs: Inputs, folder: Path) -> None:
     """Completes the recorded stream as a dataset, whose card says what it was drawn from and labelled by."""
     config, network = assembly.config, assembly.facts.network
-    discard_chunks(folder / RECORD, lambda name: name.startswith(_INTERIM))
     reading, online = inputs.fresh if config.online is config.fresh else inputs.reading, config.online
     assert reading is not None and online is not None
     roles = ["prompts"] if len(reading.datasets) == 1 else [f"prompts {i}" for i in range(len(reading.datasets))]

@@ -34,7 +34,7 @@ def train(
     log_every: int = 20,
     skip: GuardConfig = GuardConfig(),
     refresh: Callable[[int, TrainState], TrainState] | None = None,
-    record: Callable[[int, list[PreferenceBatch], bool], None] | None = None,
+    record: Callable[[int, list[PreferenceBatch]], None] | None = None,
     bar: Bar = NO_BAR,
 ) -> TrainState:
     """Trains from the state's step up to the last of `checkpoint_steps`.
@@ -51,8 +51,8 @@ def train(
       log_every: steps between two lines of metrics.
       skip: after how many skipped updates in a row to stop.
       refresh: changes the state's copies before a step, from `make_refresh`.
-      record: is given the step, the whole batches since the last checkpoint as numpy arrays, and whether the next one
-        is due or an interim one; before it is saved.
+      record: is given the step and the whole batches since the last checkpoint as numpy arrays, before the next one is
+        saved.
       bar: shows the steps that are done, those of an earlier run included, and the loss.
 
     Raises:
@@ -100,7 +100,7 @@ def train(
             if is_due or is_asked:
                 if record:
                     assert drawn is not None
-                    record(done, [*recorded, to_host(drawn)], is_due)
+                    record(done, [*recorded, to_host(drawn)])
                     recorded, drawn = [], None
                 save(state, interim=not is_due, metrics=validated)
             if is_asked and done < last_step:

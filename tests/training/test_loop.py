@@ -94,8 +94,7 @@ def numbered(step, state):
 def test_the_recorder_gets_every_batch_once_before_its_checkpoint(tmp_path):
     seen = []
 
-    def record(step, batches, is_due):
-        assert is_due
+    def record(step, batches):
         with Checkpoints(tmp_path / "checkpoints") as checkpoints:
             steps = [int(batch.prompt_ids[0]) for batch in batches]
             seen.append((step, steps, [float(batch.scores[0, 0]) for batch in batches]))
@@ -257,8 +256,8 @@ def test_a_signal_saves_where_the_run_stands_and_leaves_no_trace(tmp_path):
     """SIGTERM during step 4 of 5, none of which has a checkpoint; the interim one goes with the next."""
     seen = []
 
-    def record(step, batches, is_due):
-        seen.append((step, len(batches), is_due))
+    def record(step, batches):
+        seen.append((step, len(batches)))
 
     with signals_caught(), pytest.raises(Interrupted, match="saved at step 4 of 5"):
         run(tmp_path, checkpoint_steps=(5,), source=interrupted(3), record=record)
@@ -266,7 +265,7 @@ def test_a_signal_saves_where_the_run_stands_and_leaves_no_trace(tmp_path):
         assert checkpoints.steps() == [4]
     state = run(tmp_path, checkpoint_steps=(5,), record=record)
     np.testing.assert_array_equal(state.params["w"], 6.0)
-    assert seen == [(4, 4, False), (5, 1, True)]
+    assert seen == [(4, 4), (5, 1)]
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [5]
 
