@@ -16,7 +16,7 @@ from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.jobs.reading import Reading, on_devices, open_reading
 from alignment_gap.jobs.sources import Inputs
 from alignment_gap.sharding.chips import peak_flops
-from alignment_gap.training import Monitor, TrainState, Validation, make_validation_step, with_reference
+from alignment_gap.training import Monitor, Source, TrainState, Validation, make_validation_step, with_reference
 from alignment_gap.training.loop import metrics_line
 from alignment_gap.training.tensorboard import check_tensorboard
 
@@ -97,7 +97,10 @@ def _measure(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[
     def source(number: int, state: TrainState) -> PreferenceBatch:
         return placed(number)
 
-    batches = with_reference(source, assembly.score, inputs.reference) if assembly.needs_reference else source
+    batches: Source = source
+    if assembly.needs_reference:
+        assert inputs.reference is not None
+        batches = with_reference(source, assembly.score, inputs.reference.read())
     count = len(reading.examples) // reading.config.batch_size
     step = make_validation_step(assembly.objective, mesh, assembly.abstract)
 

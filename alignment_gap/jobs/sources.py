@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.data.batches import PreferenceBatch, Prefetched, examples_of
 from alignment_gap.data.records import Example, close_dataset, derived, write_chunk
 from alignment_gap.data.records.dataset import chunk_path, discard_chunks, read_chunk
@@ -28,6 +30,24 @@ _CHUNK = "until-"
 _CHUNK_STEPS = 200
 
 
+class Parameters:
+    """The parameters of another run's checkpoint, read when they are first needed; a job that goes on may need none.
+
+    Attributes:
+      read: gives the parameters on the mesh; raises UserError where they are damaged or of another model. Every process
+        calls it.
+    """
+
+    def __init__(self, load: Callable[[], Any], said: str | None = None) -> None:
+        """Takes how to read them, and the digest that the checkpoint says, with which what is read is compared."""
+        self.read, self._said = functools.cache(load), said
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Their `params_digest`."""
+        return self._said or params_digest(self.read())
+
+
 class Inputs(NamedTuple):
     """What a training job reads and is started with.
 
@@ -44,8 +64,8 @@ class Inputs(NamedTuple):
     reading: Reading
     fresh: Reading | None
     judge: Judge | None
-    start: Any
-    reference: Any
+    start: Parameters | None
+    reference: Parameters | None
     stored: Sequence[ReferenceLogProbs] = ()
     validation: Reading | None = None
 
@@ -61,7 +81,8 @@ def open_source(assembly: Assembly, inputs: Inputs, steps: int, times: Times) ->
         if assembly.is_policy and reads_mismatched(assembly.loss):
             source = with_mismatched(source, assembly.mesh)
         if assembly.needs_reference and not _is_all_stored(assembly, inputs):
-            source = with_reference(source, times.of_devices("reference", assembly.score), inputs.reference)
+            assert inputs.reference is not None
+            source = with_reference(source, times.of_devices("reference", assembly.score), inputs.reference.read())
         yield source
 
 
@@ -105,7 +126,7 @@ def _drawing(
     generate = assembly.generate(online, response, opponents=opponents)
     key = put_replicated(assembly.key(OPPONENTS if opponents else SAMPLES), assembly.mesh)
     params_of = _sampler(assembly, inputs, online)
-    reference = (inputs.reference,) if online.mixture is not None else ()
+    reference = (inputs.reference.read(),) if online.mixture is not None and inputs.reference is not None else ()
 
     def draw(state: TrainState, batch: PreferenceBatch) -> Any:
         texts = (batch.prompt_ids, batch.prompts, batch.prompt_lengths)
@@ -120,7 +141,9 @@ def _sampler(assembly: Assembly, inputs: Inputs, online: OnlineConfig) -> Callab
         return lambda state: state.params
     if SAMPLER in assembly.abstract.copies:
         return lambda state: state.copies[SAMPLER]
-    return lambda state: inputs.start
+    assert inputs.start is not None
+    start = inputs.start.read()
+    return lambda state: start
 
 
 def open_recorder(

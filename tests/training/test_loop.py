@@ -339,6 +339,8 @@ VALIDATED = {
 def test_the_best_checkpoints_stay_however_often_the_run_is_stopped(keep, left, tmp_path):
     """Whole; then ended after step 3 and by a signal in step 4, which has an interim checkpoint without metrics."""
     settings = {"keep": keep, "watched": VALIDATED}
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
     run(tmp_path / "whole", checkpoint_steps=(1, 2, 3, 4, 5), **settings)
     run(tmp_path / "stopped", checkpoint_steps=(1, 2, 3), **settings)
     with signals_caught(), pytest.raises(Interrupted, match="saved at step 4"):
