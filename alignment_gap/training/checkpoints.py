@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from alignment_gap.checkpoints.digest import json_digest, params_digest
 from alignment_gap.checkpoints.layout import DIGESTS, METADATA, NETWORK, PARAMS, first_line
 from alignment_gap.checkpoints.network import to_json
 from alignment_gap.checkpoints.tensors import shapes_of
-from alignment_gap.errors import UserError
+from alignment_gap.errors import UserError, is_disk_full
 from alignment_gap.models import Policy, PreferenceModel
 from alignment_gap.sharding import LogicalMesh, first_reason, first_says, on_every_process, on_first_process
 from alignment_gap.training.state import TrainState, abstract_params
@@ -33,6 +35,8 @@ OPTIMIZER, INTERIM, DAMAGED = "optimizer", "interim", ".damaged"
 _LEFT = 3
 # Metrics that the best checkpoints are told by: by what a value is multiplied so that the highest is the best.
 _SIGNS = {"loss": -1.0, "accuracy": 1.0}
+# Each of Orbax's threads logs what a save raises, with a traceback, before the save raises it and it is told.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class DamagedCheckpoint(UserError):
@@ -149,20 +153,39 @@ class Checkpoints:
           state: of the run.
           interim: whether no checkpoint is due.
           metrics: of the validation of this state, by which the best are told; None where it was not validated.
+
+        Raises:
+          UserError: the disk is full, now or when the checkpoint before it was written.
         """
         self._finish()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._told_when_full():
+            self.folder.mkdir(parents=True, exist_ok=True)
         if self._interim is None:
             self._interim = {*first_says(self._find_interim).tolist()} - {-1}
         step, items = int(jax.device_get(state.step)), _items(state)
         digests = self._own_digest | {name: params_digest(tree) for name, tree in items.items()}
         self._interim |= {step} if interim else set()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()}),
-            metrics=dict(metrics or {}),
-            custom_metadata=self._metadata | {DIGESTS: digests} | ({INTERIM: True} if interim else {}),
-        )
+        with self._told_when_full():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()}),
+                metrics=dict(metrics or {}),
+                custom_metadata=self._metadata | {DIGESTS: digests} | ({INTERIM: True} if interim else {}),
+            )
+
+    @contextlib.contextmanager
+    def _told_when_full(self) -> Iterator[None]:
+        """Turns what a full disk raises into one line. What was saved before stays."""
+        try:
+            yield
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            last = f"step {self.steps()[-1]}" if self.steps() else "the start"
+            raise UserError(
+                f"no space is left for a checkpoint in {self.folder}: free some and run the same command again, which "
+                f"goes on from {last}"
+            ) from error
 
     def _find_interim(self) -> np.ndarray:
         """The steps of interim checkpoints that an earlier process left, and -1 up to the size that all are given."""
@@ -172,7 +195,8 @@ class Checkpoints:
 
     def _finish(self) -> None:
         """Waits until what was saved is on the disk, then removes the interim checkpoints before it."""
-        self._manager.wait_until_finished()
+        with self._told_when_full():
+            self._manager.wait_until_finished()
         if self._interim:
             there = self.steps()
             for step in self._interim.intersection(there[:-1]):
