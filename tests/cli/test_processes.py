@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import shutil
 import sys
 
 import jax
@@ -180,8 +181,11 @@ def test_online_is_resumed_bit_for_bit_by_as_many_processes_and_closely_by_more(
     lines = [json.loads(line) for line in (folder / "best" / "validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert steps(folder / "best") == sorted({4, min(lines, key=lambda line: line["loss"])["step"]})
-    statuses, outputs = run_processes(folder, *4 * [[ONLINE("four", TRAIN_STEPS=4)]])
+    shutil.copytree(folder / "four", folder / "again")
+    statuses, outputs = run_processes(folder, *4 * [[ONLINE(name, TRAIN_STEPS=4) for name in ("four", "again")]])
     assert statuses == [0] * 4, outputs
+    assert metrics(folder / "again") == metrics(folder / "four")
+    assert_equal_checkpoints(folder / "again", folder / "four")
     assert_close_runs(folder / "four", folder / "online")
     drawn = [[plain(e)[2] for e in open_dataset(folder / name / "record")] for name in ("four", "online")]
     assert drawn[0] == drawn[1]

@@ -25,9 +25,11 @@ from alignment_gap.data.records import open_dataset, write_dataset
 from alignment_gap.data.text import load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig, LossConfig, MonitorConfig, OnlineConfig
-from alignment_gap.jobs.folder import make
+from alignment_gap.jobs.folder import Job, make
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
+from alignment_gap.launch.local import LocalConfig, run_local
+from alignment_gap.launch.tasks import Task
 from alignment_gap.models import DecoderConfig
 from alignment_gap.sharding import MeshConfig, make_mesh
 from alignment_gap.sharding.chips import DEVICE_KINDS
@@ -59,6 +61,14 @@ def test_continues_after_a_stop_bit_for_bit(sft, sft_config, tmp_path):
     run_job(sft_config, tmp_path, bar)
     assert_equal_runs(tmp_path, sft)
     assert bar.updates == [4, 1, 1]
+
+
+def test_the_same_job_gives_the_same_bits_again_and_by_an_engine(sft, sft_config, tmp_path):
+    """The engine runs the job's command in a process of its own."""
+    assert_equal_runs(run_job(sft_config, tmp_path / "again"), sft)
+    job = Job("sft", TRAIN, sft_config, tmp_path / "started")
+    run_local([Task(job.name, job.words, job.folder)], LocalConfig(), tmp_path / "logs", print)
+    assert_equal_runs(job.folder, sft)
 
 
 def test_a_finished_job_is_not_run_again(sft, sft_config):
