@@ -1,5 +1,6 @@
 """The exceptions that end a command with one line."""
 
+import errno
 from collections.abc import Sequence
 
 
@@ -18,3 +19,12 @@ class UserError(ValueError):
 
 class Interrupted(Exception):
     """A job was asked to end and has saved where it stood; the same command goes on from there."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether this or what caused it is a full disk; tensorstore reports that in the text of another error."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -111,9 +111,9 @@ def counts(layers: int) -> dict[str, float]:
     from alignment_gap.jobs.assembly import Assembly, BatchShape, Facts
     from alignment_gap.jobs.config import JobConfig, LossConfig
     from alignment_gap.models import DecoderConfig
-    from alignment_gap.plan.flops import count_flops
     from alignment_gap.plan.hlo import hbm_traffic, parse
     from alignment_gap.sharding import MeshConfig, make_mesh
+    from alignment_gap.training.flops import count_flops
 
     model = DecoderConfig(vocabulary_size=512, width=256, layers=layers, head_size=64, mlp_width=1024)
     facts = Facts(Network(model=model), BatchShape(8, 64, 2, 32))

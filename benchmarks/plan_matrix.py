@@ -27,11 +27,11 @@ import vl_convert
 
 from alignment_gap.cli.plan import read_config
 from alignment_gap.errors import UserError
-from alignment_gap.plan.chips import GIB
 from alignment_gap.plan.plan import make_plan
 from alignment_gap.plan.programs import Compiled, compile_program
 from alignment_gap.plan.report import as_json
 from alignment_gap.plan.steps import PlanConfig, Program
+from alignment_gap.sharding.chips import GIB
 
 RESULTS = Path(__file__).parent / "results" / "plan"
 CACHE = Path(".cache/plan")

@@ -79,12 +79,21 @@ def tokenizer_of(folder: Path) -> Path | None:
 
 def read_network(folder: Path) -> Network | None:
     """What the checkpoint of a step says of its network; None for one written before checkpoints did."""
+    values = _said(folder, NETWORK)
+    return from_json(values) if values else None
+
+
+def read_digest(folder: Path) -> str | None:
+    """The `params_digest` that the checkpoint of a step says it has; None for one written before checkpoints did."""
+    return (_said(folder, DIGESTS) or {}).get(PARAMS)
+
+
+def _said(folder: Path, name: str) -> Any:
     path = folder / METADATA
     try:
-        values = json.loads(path.read_text())["custom_metadata"].get(NETWORK)
+        return json.loads(path.read_text())["custom_metadata"].get(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): the checkpoint is damaged, take another") from error
-    return from_json(values) if values else None
 
 
 def known_network(folder: Path) -> Network:

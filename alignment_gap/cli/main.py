@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import importlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from alignment_gap import __version__, freed_memory
 from alignment_gap.checks import nearest
-from alignment_gap.errors import Interrupted, UserError
+from alignment_gap.errors import Interrupted, UserError, is_disk_full
 from alignment_gap.interruption import TRY_AGAIN, from_keyboard, from_scheduler, signals_caught
 
 COMMANDS = {
@@ -63,8 +64,24 @@ def guarded(run: Callable[[], None]) -> int:
     After SIGTERM it is 75, which asks a scheduler to run the command again. Any other exception is raised, and ends
     Python with 1. Where one of several processes fails, all end with its status.
     """
-    with signals_caught():
+    with signals_caught(), _late_callbacks_ignored():
         return _status(run)
+
+
+@contextlib.contextmanager
+def _late_callbacks_ignored() -> Iterator[None]:
+    """Once a read or a save has failed, what else of it ends calls Orbax's event loop, which is closed by then."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _status(run: Callable[[], None]) -> int:
@@ -77,7 +94,7 @@ def _status(run: Callable[[], None]) -> int:
         asked = isinstance(error, Interrupted) or from_scheduler()
         return TRY_AGAIN if asked and not from_keyboard() else 130
     except Exception as error:
-        if not _disk_full(error):
+        if not is_disk_full(error):
             _fail_together(f"{type(error).__name__}: {error}", traceback.print_exc, status=1)
             raise
         place = getattr(error, "filename", None) or str(error)[:LONGEST].splitlines()[0]
@@ -102,12 +119,3 @@ def _fail_together(line: str, show: Callable[[], None], status: int) -> None:
         from alignment_gap.sharding import fail_together
 
         fail_together(line.splitlines()[0], show, status)
-
-
-def _disk_full(error: BaseException | None) -> bool:
-    """Whether this or what caused it is a full disk; tensorstore reports that in the text of another error."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

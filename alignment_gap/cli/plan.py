@@ -72,9 +72,9 @@ def read_config(arguments: Sequence[str]) -> tuple[PlanConfig, flags.FlagValues]
     Raises:
       UserError: for what they cannot mean, before anything is compiled.
     """
-    from alignment_gap.plan.chips import parse_topology
     from alignment_gap.plan.known import Known, Overrides
     from alignment_gap.plan.steps import PlanConfig, programs_of
+    from alignment_gap.sharding.chips import parse_topology
 
     rest, bindings = gin_files.split_overrides(arguments)
     from_study = any(word.startswith("--config") for word in rest)

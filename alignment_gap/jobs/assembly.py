@@ -45,6 +45,7 @@ from alignment_gap.training import (
     policy_objective,
     preference_objective,
 )
+from alignment_gap.training.flops import count_flops
 
 # The copy of the parameters that a sampler which lags behind draws from, in a `TrainState`.
 SAMPLER = "sampler"
@@ -90,6 +91,11 @@ class Facts:
     fields: tuple[str, ...] = ()
     rewards: bool = False
     eos_id: int = 1
+
+    def with_plain_attention(self) -> Facts:
+        """The same with XLA's attention, whose products are in a traced program; those of a fused kernel are not."""
+        model = dataclasses.replace(self.network.model, attention="xla")
+        return dataclasses.replace(self, network=dataclasses.replace(self.network, model=model))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,16 +220,33 @@ class Assembly:
             batch = dataclasses.replace(batch, mismatched=self._abstract_batch(self.facts.batch, sampled=False))
         return batch
 
-    def check_loss(self, batch: PreferenceBatch) -> None:
-        """Traces the objective on the shapes of a batch; raises UserError where the loss does not run on it."""
+    def update_flops(self, batch: PreferenceBatch) -> tuple[int, int]:
+        """FLOPs of the update step on a batch of these shapes, over all devices, and those that the model needs.
+
+        The model needs three forward passes, or all FLOPs where these are fewer. What remat computes again is not
+        among them. Both are counted as `count_flops` says.
+        """
+        plain = dataclasses.replace(self, facts=self.facts.with_plain_attention())
+        update: Any = plain.update_step
+        done = count_flops(update.trace(plain.abstract, batch).jaxpr)
+        forward = jax.jit(plain.objective).trace(plain.abstract.params, batch, plain.abstract.step)
+        return done, min(3 * count_flops(forward.jaxpr), done)
+
+    def check_loss(self, batch: PreferenceBatch) -> list[str]:
+        """Traces the objective on the shapes of a batch, and gives the names of its metrics.
+
+        Raises:
+          UserError: the loss does not run on the batch.
+        """
         loss = self.config.loss
         try:
-            jax.eval_shape(self.objective, self.abstract.params, batch, self.abstract.step)
+            _, found = jax.eval_shape(self.objective, self.abstract.params, batch, self.abstract.step)
         except UserError:
             raise
         except (AssertionError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the loss {loss.name} with {dict(loss.settings)} does not run: {reason}") from error
+        return ["loss", *found]
 
     def texts(self, shape: BatchShape) -> PreferenceBatch:
         """Abstract prompts and responses, laid out over the mesh, without log-probs."""

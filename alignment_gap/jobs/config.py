@@ -245,6 +245,11 @@ class JobConfig:
         checks.within(self, 0, SEED_LIMIT - 1, "seed")
         if any(step < 1 for step in self.checkpoint_steps):
             raise UserError(f"checkpoint_steps is {self.checkpoint_steps}: steps count from 1")
+        if self.keep.best is not None and self.monitor.validation is None:
+            raise UserError(
+                f"keep.best is {self.keep.best}, but monitor.validation is not set: set it to the folder of held-out "
+                "examples"
+            )
         if self.kind != POLICY and self.reference is not None:
             raise UserError(f"reference is {self.reference!r}: a preference model has none, leave it out")
         if self.kind != POLICY and (isinstance(self.source, OnlineConfig) or self.fresh is not None):

@@ -37,10 +37,12 @@ class Opened(NamedTuple):
     Attributes:
       facts: what the inputs are, beside their names, as JSON values; another folder of the same name is told by them.
       run: `(folder, open_bar) -> None` fills the folder, going on with what it finds there.
+      read_first: reads what a run in this folder begins with, before anything is written there.
     """
 
     facts: Mapping[str, Any]
     run: Callable[[Path, OpenBar], None]
+    read_first: Callable[[Path], None] = lambda folder: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,7 @@ def make(kind: Kind, config: Any, folder: Path, open_bar: OpenBar | None = None)
       UserError: where a setting or an input cannot be used, or the folder is another job's or in use.
     """
     opened = kind.open(config)
+    opened.read_first(folder)
     settings = json.loads(json.dumps({"kind": kind.name} | flatten(to_dict(config)) | dict(opened.facts)))
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(_owned(folder, settings, kind)))

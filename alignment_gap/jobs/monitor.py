@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from alignment_gap.data.batches import PreferenceBatch
@@ -14,7 +15,8 @@ from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.jobs.reading import Reading, on_devices, open_reading
 from alignment_gap.jobs.sources import Inputs
-from alignment_gap.training import Monitor, TrainState, Validation, make_validation_step, with_reference
+from alignment_gap.sharding.chips import peak_flops
+from alignment_gap.training import Monitor, Source, TrainState, Validation, make_validation_step, with_reference
 from alignment_gap.training.loop import metrics_line
 from alignment_gap.training.tensorboard import check_tensorboard
 
@@ -24,7 +26,8 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
 
     Raises:
       UserError: the loss does not run on them, they are fewer than a batch, or of another vocabulary than the source's;
-        or TensorBoard's files are asked for and what writes them is not installed.
+        they do not give the metric by which the best checkpoints are told; or TensorBoard's files are asked for and
+        what writes them is not installed.
     """
     monitor, size = assembly.config.monitor, reading.config.batch_size
     if monitor.tensorboard:
@@ -40,9 +43,14 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
     if assembly.needs_reference:
         batch = dataclasses.replace(batch, reference_log_probs=jnp.zeros(batch.responses.shape))
     try:
-        assembly.check_loss(batch)
+        names = assembly.check_loss(batch)
     except UserError as error:
         raise UserError(f"monitor.validation: {error}") from error
+    keep = assembly.config.keep
+    if keep.best is not None and keep.metric not in names:
+        raise UserError(
+            f"keep.metric is {keep.metric!r}, which the validation of this job does not have: set it to 'loss'"
+        )
     return found
 
 
@@ -53,9 +61,32 @@ def open_monitor(assembly: Assembly, inputs: Inputs, folder: Path) -> Monitor:
         folder,
         tensorboard=config.tensorboard,
         profile=config.profile,
-        validation=Validation(config.validate_every, _measure(assembly, inputs, held_out)) if held_out else None,
+        validation=_validation(assembly, inputs, held_out) if held_out else None,
         hang_after=config.hang_after,
+        least_seconds=_least_seconds(assembly),
     )
+
+
+def _least_seconds(assembly: Assembly) -> Callable[[PreferenceBatch], float] | None:
+    """How long the mesh takes for a batch's update at its peak; None where a device is not in the table of chips."""
+    peak = peak_flops(assembly.mesh.devices.devices.flat)
+    if peak is None:
+        return None
+    known: dict[tuple[tuple[int, ...], ...], float] = {}
+
+    def seconds(batch: PreferenceBatch) -> float:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in known:
+            known[shapes] = assembly.update_flops(batch)[1] / peak
+        return known[shapes]
+
+    return seconds
+
+
+def _validation(assembly: Assembly, inputs: Inputs, held_out: Reading) -> Validation:
+    config = assembly.config
+    measure = _measure(assembly, inputs, held_out)
+    return Validation(config.monitor.validate_every, measure, at_checkpoints=config.keep.best is not None)
 
 
 def _measure(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[TrainState], Mapping[str, float]]:
@@ -66,7 +97,10 @@ def _measure(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[
     def source(number: int, state: TrainState) -> PreferenceBatch:
         return placed(number)
 
-    batches = with_reference(source, assembly.score, inputs.reference) if assembly.needs_reference else source
+    batches: Source = source
+    if assembly.needs_reference:
+        assert inputs.reference is not None
+        batches = with_reference(source, assembly.score, inputs.reference.read())
     count = len(reading.examples) // reading.config.batch_size
     step = make_validation_step(assembly.objective, mesh, assembly.abstract)
 

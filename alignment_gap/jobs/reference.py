@@ -14,7 +14,6 @@ import numpy as np
 
 from alignment_gap import checks
 from alignment_gap.checkpoints import check_vocabulary, find_checkpoint, known_network
-from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.configuration import to_dict
 from alignment_gap.data.batches import Bucket, PreferenceBatch, Prefetched, offline_source
 from alignment_gap.data.records import Dataset
@@ -24,7 +23,7 @@ from alignment_gap.folders import locked
 from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import DatasetConfig, OnlineConfig
 from alignment_gap.jobs.reading import on_devices, open_reading
-from alignment_gap.jobs.sources import Inputs
+from alignment_gap.jobs.sources import Inputs, Parameters
 from alignment_gap.models import Policy, make_policy
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import (
@@ -101,7 +100,7 @@ def compute_reference(config: ReferenceConfig, open_bar: OpenBar) -> list[Datase
             store_reference(
                 dataset,
                 policy,
-                params,
+                Parameters(lambda: params),
                 mesh,
                 batch_size=config.batch_size,
                 buckets=reading.shapes,
@@ -115,23 +114,25 @@ def stored_references(assembly: Assembly, inputs: Inputs, open_bar: OpenBar) -> 
     config, reading, mesh = assembly.config, inputs.reading, assembly.mesh
     if config.reference_log_probs == "each_step" or isinstance(config.source, OnlineConfig):
         return []
-    scored = (assembly.policy, inputs.reference)
+    policy, reference = assembly.policy, inputs.reference
+    assert reference is not None
     if config.reference_log_probs == "stored":
         size = reading.config.batch_size
         with open_bar(len(reading.examples), "scoring", " examples") as bar:
             shared: dict[str, Any] = {"batch_size": size, "buckets": reading.shapes, "progress": bar.update}
-            return [store_reference(dataset, *scored, mesh, **shared) for dataset in reading.datasets]
-    found = [open_reference(data, reference_identity(data, *scored, reading.shapes)) for data in reading.datasets]
+            return [store_reference(dataset, policy, reference, mesh, **shared) for dataset in reading.datasets]
+    identities = [reference_identity(data, policy, reference.digest, reading.shapes) for data in reading.datasets]
+    found = [open_reference(*each) for each in zip(reading.datasets, identities, strict=True)]
     # One process that does not see them yet, on a slow file system, would wait for the others in another program.
     is_incomplete = first_reason("" if all(found) else "something is not stored")
     return [] if is_incomplete else [stored for stored in found if stored]
 
 
-def reference_identity(dataset: Dataset, policy: Policy, params: Any, buckets: Sequence[Bucket]) -> dict[str, Any]:
-    """What decides a dataset's log-probs: the dataset, the checkpoint, the lengths and the precision."""
+def reference_identity(dataset: Dataset, policy: Policy, digest: str, buckets: Sequence[Bucket]) -> dict[str, Any]:
+    """What decides a dataset's log-probs: the dataset, the digest of the parameters, the lengths and the precision."""
     return {
         "dataset": dataset.card.digest,
-        "checkpoint": params_digest(params),
+        "checkpoint": digest,
         "model": {name: value for name, value in to_dict(policy.config).items() if name not in _OF_TRAINING},
         "lengths": [list(bucket) for bucket in buckets],
         "precision": {"compute": policy.config.dtype, "matmul": jax.config.values["jax_default_matmul_precision"]},
@@ -141,7 +142,7 @@ def reference_identity(dataset: Dataset, policy: Policy, params: Any, buckets: S
 def store_reference(
     dataset: Dataset,
     policy: Policy,
-    params: Any,
+    params: Parameters,
     mesh: LogicalMesh,
     *,
     batch_size: int,
@@ -155,7 +156,7 @@ def store_reference(
     Args:
       dataset: what is scored.
       policy: the reference policy.
-      params: its parameters, on the mesh.
+      params: its parameters, which are read only where something is to be scored.
       mesh: the device mesh.
       batch_size: examples that are scored at once, over all devices.
       buckets: the shapes (P, R) that batches are padded to, the last one of the longest lengths.
@@ -165,7 +166,7 @@ def store_reference(
       UserError: what is stored is of another version of the dataset or was changed, or a token id is outside of the
         policy's vocabulary.
     """
-    identity = reference_identity(dataset, policy, params, buckets)
+    identity = reference_identity(dataset, policy, params.digest, buckets)
     if stored := on_every_process(lambda: open_reference(dataset, identity)):
         return stored
     batches = offline_source(
@@ -191,7 +192,7 @@ def store_reference(
         done = int(first_says(lambda: writer.done if writer else 0))
         progress(min(done * batch_size, len(dataset)))
         steps = range(done, -(-len(dataset) // batch_size))
-        for step, log_probs in _scored(placed, make_score(policy, mesh), params, steps):
+        for step, log_probs in _scored(placed, make_score(policy, mesh), params.read(), steps):
             if writer:
                 writer.write(batches.numbers(step), log_probs)
             progress(min(batch_size, len(dataset) - step * batch_size))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.data.batches import PreferenceBatch, Prefetched, examples_of
 from alignment_gap.data.records import Example, close_dataset, derived, write_chunk
 from alignment_gap.data.records.dataset import chunk_path, discard_chunks, read_chunk
 from alignment_gap.data.records.log_probs import ReferenceLogProbs
+from alignment_gap.errors import UserError
 from alignment_gap.jobs.assembly import OPPONENTS, SAMPLER, SAMPLES, Assembly, gives_rewards
 from alignment_gap.jobs.config import OnlineConfig, SourceConfig
 from alignment_gap.jobs.reading import Reading, on_devices
@@ -21,7 +24,28 @@ from alignment_gap.sharding import is_first_process, on_first_process, put_repli
 from alignment_gap.training import Source, Times, TrainState, with_fresh, with_mismatched, with_reference
 
 RECORD = "record"
-_CHUNK, _INTERIM = "until-", "interim-until-"
+_CHUNK = "until-"
+# A record file holds the samples of so many steps, whenever checkpoints are saved: a record's digest follows from its
+# samples alone.
+_CHUNK_STEPS = 200
+
+
+class Parameters:
+    """The parameters of another run's checkpoint, read when they are first needed; a job that goes on may need none.
+
+    Attributes:
+      read: gives the parameters on the mesh; raises UserError where they are damaged or of another model. Every process
+        calls it.
+    """
+
+    def __init__(self, load: Callable[[], Any], said: str | None = None) -> None:
+        """Takes how to read them, and the digest that the checkpoint says, with which what is read is compared."""
+        self.read, self._said = functools.cache(load), said
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Their `params_digest`."""
+        return self._said or params_digest(self.read())
 
 
 class Inputs(NamedTuple):
@@ -40,8 +64,8 @@ class Inputs(NamedTuple):
     reading: Reading
     fresh: Reading | None
     judge: Judge | None
-    start: Any
-    reference: Any
+    start: Parameters | None
+    reference: Parameters | None
     stored: Sequence[ReferenceLogProbs] = ()
     validation: Reading | None = None
 
@@ -57,7 +81,8 @@ def open_source(assembly: Assembly, inputs: Inputs, steps: int, times: Times) ->
         if assembly.is_policy and reads_mismatched(assembly.loss):
             source = with_mismatched(source, assembly.mesh)
         if assembly.needs_reference and not _is_all_stored(assembly, inputs):
-            source = with_reference(source, times.of_devices("reference", assembly.score), inputs.reference)
+            assert inputs.reference is not None
+            source = with_reference(source, times.of_devices("reference", assembly.score), inputs.reference.read())
         yield source
 
 
@@ -101,7 +126,7 @@ def _drawing(
     generate = assembly.generate(online, response, opponents=opponents)
     key = put_replicated(assembly.key(OPPONENTS if opponents else SAMPLES), assembly.mesh)
     params_of = _sampler(assembly, inputs, online)
-    reference = (inputs.reference,) if online.mixture is not None else ()
+    reference = (inputs.reference.read(),) if online.mixture is not None and inputs.reference is not None else ()
 
     def draw(state: TrainState, batch: PreferenceBatch) -> Any:
         texts = (batch.prompt_ids, batch.prompts, batch.prompt_lengths)
@@ -116,49 +141,72 @@ def _sampler(assembly: Assembly, inputs: Inputs, online: OnlineConfig) -> Callab
         return lambda state: state.params
     if SAMPLER in assembly.abstract.copies:
         return lambda state: state.copies[SAMPLER]
-    return lambda state: inputs.start
+    assert inputs.start is not None
+    start = inputs.start.read()
+    return lambda state: start
 
 
 def open_recorder(
     assembly: Assembly, folder: Path, last_step: int
-) -> Callable[[int, list[PreferenceBatch], bool], None] | None:
-    """What records the stream of fresh samples, chunk by chunk, after the step of the last checkpoint.
+) -> Callable[[int, list[PreferenceBatch]], None] | None:
+    """What records the stream of fresh samples after the step of the last checkpoint.
 
-    A chunk up to an interim checkpoint becomes a part of the next one, so that an interruption leaves no trace.
+    At every checkpoint the last record file is written anew, with the samples since, until it is full.
 
     Returns:
-      `(step, batches since the last checkpoint, whether a checkpoint is due) -> None`; None where nothing is to be
-      recorded.
+      `(step, batches since the last checkpoint) -> None`; None where nothing is to be recorded.
     """
     online = assembly.config.online
     if online is None or not online.record:
         return None
-    beside = online is assembly.config.fresh
+    beside, record = online is assembly.config.fresh, folder / RECORD
     pending: list[Example] = []
+    on_first_process(lambda: pending.extend(_resume_record(record, last_step)))
 
-    def resume() -> None:
-        record = folder / RECORD
-        if chunk_path(record, f"{_INTERIM}{last_step:08d}").exists():
-            pending.extend(read_chunk(record, f"{_INTERIM}{last_step:08d}"))
-        discard_chunks(record, lambda name: _until(name) > last_step)
+    def write(step: int, batches: list[PreferenceBatch]) -> None:
+        if not is_first_process():
+            return
+        for done, batch in enumerate(batches, start=step - len(batches) + 1):
+            drawn = batch.fresh if beside else batch
+            assert drawn is not None
+            pending.extend(examples_of(drawn))
+            if done == step or done % _CHUNK_STEPS == 0:
+                _write_chunk(record, done, pending)
+            if done % _CHUNK_STEPS == 0:
+                pending.clear()
 
-    on_first_process(resume)
+    return write
 
-    def record(step: int, batches: list[PreferenceBatch], is_due: bool) -> None:
-        drawn = (batch.fresh if beside else batch for batch in batches)
-        pending.extend(example for batch in drawn if batch is not None for example in examples_of(batch))
-        if is_first_process():
-            write_chunk(folder / RECORD, f"{_CHUNK if is_due else _INTERIM}{step:08d}", pending)
-        if is_due:
-            pending.clear()
 
-    return record
+def _resume_record(record: Path, step: int) -> list[Example]:
+    """The samples up to a step of the file that was not full by then; the samples after it are removed."""
+    first, pending = _full_until(step), list[Example]()
+    if first < step:
+        there = sorted(_until(path.stem) for path in record.glob(chunk_path(record, f"{_CHUNK}*").name))
+        until = next((each for each in there if step <= each <= first + _CHUNK_STEPS), None)
+        if until is None:
+            raise UserError(f"{record} lacks samples before step {step}: give another folder")
+        examples = read_chunk(record, f"{_CHUNK}{until:08d}")
+        pending = examples[: len(examples) // (until - first) * (step - first)]
+        _write_chunk(record, step, pending)
+    discard_chunks(record, lambda name: _until(name) > step)
+    return pending
+
+
+def _write_chunk(record: Path, step: int, examples: Sequence[Example]) -> None:
+    """Writes the file with the samples up to a step, and removes the shorter ones that it takes the place of."""
+    write_chunk(record, f"{_CHUNK}{step:08d}", examples)
+    discard_chunks(record, lambda name: _full_until(step - 1) < _until(name) < step)
+
+
+def _full_until(step: int) -> int:
+    """The step up to which record files are full when `step` steps are done."""
+    return step - step % _CHUNK_STEPS
 
 
 def close_record(assembly: Assembly, inputs: Inputs, folder: Path) -> None:
     """Completes the recorded stream as a dataset, whose card says what it was drawn from and labelled by."""
     config, network = assembly.config, assembly.facts.network
-    discard_chunks(folder / RECORD, lambda name: name.startswith(_INTERIM))
     reading, online = inputs.fresh if config.online is config.fresh else inputs.reading, config.online
     assert reading is not None and online is not None
     roles = ["prompts"] if len(reading.datasets) == 1 else [f"prompts {i}" for i in range(len(reading.datasets))]

@@ -25,10 +25,10 @@ from alignment_gap.checkpoints import (
     agreed_model,
     check_vocabulary,
     find_checkpoint,
+    read_digest,
     read_network,
     tokenizer_of,
 )
-from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.records.card import find_vocabulary, vocabulary_place
 from alignment_gap.errors import UserError
@@ -45,18 +45,18 @@ from alignment_gap.jobs.folder import MESH, Kind, Opened
 from alignment_gap.jobs.monitor import open_monitor, open_validation
 from alignment_gap.jobs.reading import Reading, open_reading
 from alignment_gap.jobs.reference import stored_references
-from alignment_gap.jobs.sources import Inputs, close_record, open_recorder, open_source
+from alignment_gap.jobs.sources import Inputs, Parameters, close_record, open_recorder, open_source
 from alignment_gap.jobs.words import gin_words
 from alignment_gap.judges import open_judge
 from alignment_gap.progress import OpenBar
-from alignment_gap.sharding import make_mesh, on_every_process, on_first_process
-from alignment_gap.training import Checkpoints, TrainState, create_state, state_from_params, train
+from alignment_gap.sharding import first_says, make_mesh, on_every_process, on_first_process
+from alignment_gap.training import Checkpoints, KeepConfig, TrainState, create_state, state_from_params, train
 
 _SOURCES = ("source", "source.prompts", "fresh", "fresh.prompts")
 # What a resumed run may change: none of it alters the steps that were taken.
 _MAY_CHANGE = (
     *("steps", "microbatches", "checkpoint_every", "checkpoint_steps", "log_every", "guard.stop_after"),
-    *("keep.last", "keep.every"),
+    *(_KEEP := tuple(f"keep.{field.name}" for field in dataclasses.fields(KeepConfig))),
     *(_MONITOR := tuple(f"monitor.{field.name}" for field in dataclasses.fields(MonitorConfig))),
     *(f"{source}.{name}" for source in _SOURCES for name in ("epochs", "packing", "prefetch", "vocabulary")),
     *MESH,
@@ -86,8 +86,9 @@ def open_training(config: JobConfig) -> Opened:
     inputs = Inputs(reading, fresh, judge, start, reference, validation=open_validation(assembly, reading))
     facts = {"source.digest": reading.digest} | ({"fresh.digest": fresh.digest} if fresh else {})
     for name, params, path in (("start", start, config.start), ("reference", reference, config.reference)):
-        facts |= {f"{name}.digest": params_digest(params)} if path is not None else {}
-    return Opened(facts | dict(judge.facts if judge else {}), functools.partial(_run, assembly, inputs))
+        facts |= {f"{name}.digest": params.digest} if params is not None and path is not None else {}
+    facts |= dict(judge.facts if judge else {})
+    return Opened(facts, functools.partial(_run, assembly, inputs), functools.partial(_read_first, inputs))
 
 
 def _check_fresh(reading: Reading, fresh: Reading | None) -> None:
@@ -140,7 +141,7 @@ def _example_batch(assembly: Assembly, reading: Reading) -> PreferenceBatch:
     return batch
 
 
-def _params(path: str | None, step: int | None, assembly: Assembly) -> Any:
+def _params(path: str | None, step: int | None, assembly: Assembly) -> Parameters | None:
     """The parameters of another run's checkpoint; raises UserError where it is of another network or vocabulary."""
     if path is None:
         return None
@@ -149,8 +150,22 @@ def _params(path: str | None, step: int | None, assembly: Assembly) -> Any:
     if network is not None:
         agreed_model(wanted.model, network, path)
         check_vocabulary(network, wanted.vocabulary_digest, path, str(assembly.config.recorded.folder))
-    with Checkpoints(folder.parent) as checkpoints:
-        return checkpoints.restore_params(assembly.abstract.params, int(folder.name))
+
+    def load() -> Any:
+        with Checkpoints(folder.parent) as checkpoints:
+            return checkpoints.restore_params(assembly.abstract.params, int(folder.name))
+
+    return Parameters(load, read_digest(folder))
+
+
+def _read_first(inputs: Inputs, folder: Path) -> None:
+    """Reads the parameters that a job without a checkpoint begins with, so that damaged ones are told first."""
+    there = folder / CHECKPOINTS
+    if first_says(lambda: there.is_dir() and any(path.name.isdigit() for path in there.iterdir())):
+        return
+    for params in (inputs.start, inputs.reference):
+        if params is not None:
+            params.read()
 
 
 def _run(assembly: Assembly, inputs: Inputs, folder: Path, open_bar: OpenBar) -> None:
@@ -190,7 +205,7 @@ def _run(assembly: Assembly, inputs: Inputs, folder: Path, open_bar: OpenBar) ->
 
 def _first_state(assembly: Assembly, inputs: Inputs) -> TrainState:
     if inputs.start is not None:
-        return state_from_params(inputs.start, assembly.abstract, assembly.optimizer)
+        return state_from_params(inputs.start.read(), assembly.abstract, assembly.optimizer)
     key = jax.random.key(assembly.config.seed)
     return create_state(assembly.policy.init, assembly.abstract, assembly.optimizer, key)
 
@@ -226,8 +241,7 @@ TRAIN = Kind(
     without_effect=(
         "checkpoint_every",
         "log_every",
-        "keep.last",
-        "keep.every",
+        *_KEEP,
         *_MONITOR,
         *(f"{source}.prefetch" for source in _SOURCES),
     ),

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from alignment_gap.errors import UserError
-from alignment_gap.plan.chips import Topology, parse_topology
+from alignment_gap.sharding.chips import Topology, parse_topology
 
 # Name in node selectors of GKE, prefix of accelerator types, what that prefix counts per chip, runtime of TPU VMs.
 # https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus and https://cloud.google.com/tpu/docs/runtimes

@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import jax
 
-from alignment_gap.plan.chips import GIB, TPUS, Topology
 from alignment_gap.plan.programs import Compiled, compile_program
 from alignment_gap.plan.roofline import Times, times
 from alignment_gap.plan.steps import SAMPLES, PlanConfig, Program
 from alignment_gap.sharding import check_batch_size, unbox
+from alignment_gap.sharding.chips import GIB, TPUS, Topology
 
 _CONFIRMATIONS = 3
 
@@ -47,7 +47,7 @@ class Part:
     @property
     def working(self) -> int:
         """Bytes that it needs beside the networks and the code that stay in memory."""
-        held = self.compiled.state or self.compiled.parameters
+        held = self.compiled.state or self.compiled.networks * self.compiled.parameters
         return max(self.compiled.peak - self.compiled.code - held, 0)
 
 

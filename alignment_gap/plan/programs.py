@@ -30,12 +30,12 @@ from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import JobConfig
 from alignment_gap.judges.preference_model import make_scores
 from alignment_gap.plan import hlo
-from alignment_gap.plan.chips import TPUS, Topology
-from alignment_gap.plan.flops import count_flops
 from alignment_gap.plan.roofline import Moved, describe
 from alignment_gap.plan.steps import SAMPLES, PlanConfig, Program
 from alignment_gap.sharding import LogicalMesh, make_mesh, replicated
+from alignment_gap.sharding.chips import TPUS, Topology
 from alignment_gap.training import abstract_params
+from alignment_gap.training.flops import count_flops
 
 # With these nothing looks for a TPU or asks the network; without the last, two processes cannot both load libtpu.
 TPU_VARIABLES = {
@@ -57,6 +57,7 @@ class Compiled:
     Attributes:
       parameters: bytes of the network's parameters among the arguments.
       state: bytes of those and of the optimizer's state, in an update step; 0 in other programs.
+      networks: whose parameters are among the arguments, each of so many bytes.
       flops: of one call, over all devices.
       model_flops: those of them that the model needs: without what a backward pass computes again.
       arguments, outputs, aliased, temporaries, code: bytes; aliased bytes are among arguments and outputs both.
@@ -70,6 +71,7 @@ class Compiled:
 
     parameters: int
     state: int = 0
+    networks: int = 1
     flops: int = 0
     model_flops: int = 0
     arguments: int = 0
@@ -168,11 +170,9 @@ def devices_of(topology: Topology) -> Sequence[Any]:
 def build(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[Any, tuple[Any, ...], Any]:
     """The jitted function that a run calls, its abstract arguments, and the network's parameters among them."""
     assembly = Assembly(job, program.facts, mesh)
-    if program.kind in ("update", "forward"):
-        state, batch = assembly.abstract, assembly.abstract_batch()
-        if program.kind == "update":
-            return assembly.update_step, (state, batch), state.params
-        return jax.jit(assembly.objective), (state.params, batch, state.step), state.params
+    if program.kind == "update":
+        state = assembly.abstract
+        return assembly.update_step, (state, assembly.abstract_batch()), state.params
     params = abstract_params(assembly.policy.init, mesh)
     batch = assembly.texts(program.batch)
     prompts, texts = (batch.prompts, batch.prompt_lengths), (batch.responses, batch.response_lengths)
@@ -197,7 +197,9 @@ def compile_here(config: PlanConfig, program: Program) -> Compiled:
     mesh = make_mesh(job.mesh, devices_of(topology))
     function, arguments, params = build(program, job, mesh)
     state = _shard_bytes(arguments[0]) if program.kind == "update" else 0
-    base = Compiled(_shard_bytes(params), state, *_flops(program, job, mesh))
+    # The reference's parameters are those of a second network of the same shapes.
+    networks = max(sum(each is params for each in arguments), 1)
+    base = Compiled(_shard_bytes(params), state, networks, *_flops(program, job, mesh))
     platform = "tpu" if topology.kind in TPUS else topology.kind
     lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
     try:
@@ -223,18 +225,14 @@ def compile_here(config: PlanConfig, program: Program) -> Compiled:
 
 
 def _flops(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[int, int]:
-    """FLOPs of a call, and those that the model needs: of an update three forward passes, or all where that is less."""
-    # The products of a fused attention kernel are not in the trace; the plain form has them.
-    network = program.facts.network
-    network = dataclasses.replace(network, model=dataclasses.replace(network.model, attention="xla"))
-    facts = dataclasses.replace(program.facts, network=network)
-
-    def count(kind: str) -> int:
-        function, arguments, _ = build(dataclasses.replace(program, kind=kind, facts=facts), job, mesh)
-        return count_flops(function.trace(*arguments).jaxpr)
-
-    flops = count(program.kind)
-    return flops, min(3 * count("forward"), flops) if program.kind == "update" else flops
+    """FLOPs of a call, and those that the model needs: of an update without what its backward pass computes again."""
+    if program.kind == "update":
+        assembly = Assembly(job, program.facts, mesh)
+        return assembly.update_flops(assembly.abstract_batch())
+    facts = program.facts.with_plain_attention()
+    function, arguments, _ = build(dataclasses.replace(program, facts=facts), job, mesh)
+    flops = count_flops(function.trace(*arguments).jaxpr)
+    return flops, flops
 
 
 def _shard_bytes(tree: Any) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 
 from alignment_gap.evaluation.results import text_table
 from alignment_gap.models import count_parameters
-from alignment_gap.plan.chips import GIB
 from alignment_gap.plan.plan import Plan
+from alignment_gap.sharding.chips import GIB
 
 _BOUNDS = {"compute": "arithmetic", "hbm": "HBM", "interconnect": "interconnect"}
 

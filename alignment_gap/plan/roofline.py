@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from alignment_gap.plan.chips import Chip, Topology
 from alignment_gap.plan.hlo import Collective
+from alignment_gap.sharding.chips import Chip, Topology
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from alignment_gap.jobs.label import LabelConfig
 from alignment_gap.jobs.served import check_served, needs_reference, reads_mismatched
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.models import ModelConfig
-from alignment_gap.plan.chips import Topology
 from alignment_gap.plan.known import Known
+from alignment_gap.sharding.chips import Topology
 
 # Kinds of programs that draw tokens one after another.
 SAMPLES = ("sample", "opponents")
@@ -28,7 +28,7 @@ class Program:
 
     Attributes:
       name: such as "judge golden".
-      kind: "update", its "forward" pass alone, "score", "sample", "opponents", "judge" or "divergence".
+      kind: "update", "score", "sample", "opponents", "judge" or "divergence".
       facts: the network that it runs, and the shape of the batches that it is called with.
       holds: whether its parameters are others than the policy's, and stay in memory beside them.
       labels: what a judge gives.

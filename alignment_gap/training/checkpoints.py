@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from alignment_gap.checkpoints.digest import json_digest, params_digest
 from alignment_gap.checkpoints.layout import DIGESTS, METADATA, NETWORK, PARAMS, first_line
 from alignment_gap.checkpoints.network import to_json
 from alignment_gap.checkpoints.tensors import shapes_of
-from alignment_gap.errors import UserError
+from alignment_gap.errors import UserError, is_disk_full
 from alignment_gap.models import Policy, PreferenceModel
 from alignment_gap.sharding import LogicalMesh, first_reason, first_says, on_every_process, on_first_process
 from alignment_gap.training.state import TrainState, abstract_params
@@ -30,6 +33,10 @@ from alignment_gap.training.state import TrainState, abstract_params
 OPTIMIZER, INTERIM, DAMAGED = "optimizer", "interim", ".damaged"
 # Among so many of the last checkpoints a kill may have left interim ones.
 _LEFT = 3
+# Metrics that the best checkpoints are told by: by what a value is multiplied so that the highest is the best.
+_SIGNS = {"loss": -1.0, "accuracy": 1.0}
+# Each of Orbax's threads logs what a save raises, with a traceback, before the save raises it and it is told.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class DamagedCheckpoint(UserError):
@@ -38,21 +45,60 @@ class DamagedCheckpoint(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class KeepConfig:
-    """Which checkpoints stay. The last one always does; without either setting all do.
+    """Which checkpoints stay. The last one always does; without any setting all do.
 
     Attributes:
       last: how many of the last ones.
       every: beside these, the ones at the multiples of so many steps.
+      best: beside these, so many that are the best by `metric`; of equal ones the later.
+      metric: of the validation: "loss", the lower the better, or "accuracy", the higher the better.
     """
 
     last: int | None = None
     every: int | None = None
+    best: int | None = None
+    metric: str = "loss"
 
     def __post_init__(self) -> None:
         """Raises UserError where a setting is out of its range, or two do not go together."""
-        checks.at_least(self, 1, "last", "every")
-        if self.every is not None and self.last is None:
-            raise UserError(f"keep.every is {self.every}, but keep.last is not set: set it, as to 1")
+        checks.at_least(self, 1, "last", "every", "best")
+        checks.one_of(self, _SIGNS, "metric")
+        for name in ("every", "best"):
+            if getattr(self, name) is not None and self.last is None:
+                raise UserError(f"keep.{name} is {getattr(self, name)}, but keep.last is not set: set it, as to 1")
+
+    def policy(self) -> Any:
+        """Orbax's policy of which checkpoints are preserved."""
+        policies: list[Any] = [ocp.checkpoint_managers.LatestN(self.last)]
+        policies += [ocp.checkpoint_managers.EveryNSteps(self.every)] if self.every else []
+        if self.best:
+            # A checkpoint without metrics was saved before the best were asked for.
+            policies.append(
+                ocp.checkpoint_managers.BestN(
+                    get_metric_fn=self.goodness, n=self.best, keep_checkpoints_without_metrics=False
+                )
+            )
+        return ocp.checkpoint_managers.AnyPreservationPolicy(policies)
+
+    def goodness(self, metrics: Mapping[str, float]) -> float:
+        """The higher the better; the lowest where there is no metric or it is not finite."""
+        value = _SIGNS[self.metric] * metrics.get(self.metric, math.nan)
+        return value if math.isfinite(value) else -math.inf
+
+
+@dataclasses.dataclass
+class _OfThoseDue:
+    """What a policy preserves of the checkpoints that were due. Interim ones are removed by `Checkpoints` itself."""
+
+    policy: Any
+    interim: Callable[[], Collection[int]]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Whether each of the checkpoints stays."""
+        interim = self.interim()
+        due = [each for each in checkpoints if each.step not in interim]
+        kept = iter(self.policy.should_preserve(due, context=context))
+        return [each.step in interim or next(kept) for each in checkpoints]
 
 
 class Checkpoints:
@@ -68,10 +114,11 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, network: Network | None = None, keep: KeepConfig = KeepConfig()) -> None:
-        policies: list[Any] = [ocp.checkpoint_managers.LatestN(keep.last)]
-        policies += [ocp.checkpoint_managers.EveryNSteps(keep.every)] if keep.every else []
         options = ocp.CheckpointManagerOptions(
-            create=False, preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies)
+            create=False,
+            # With it Orbax keeps the metrics of a checkpoint beside it.
+            best_fn=keep.goodness if keep.best else None,
+            preservation_policy=_OfThoseDue(keep.policy(), lambda: self._interim or ()),
         )
         self.folder = folder
         self._metadata = {NETWORK: to_json(network)} if network else {}
@@ -82,8 +129,8 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         except ValueError as error:
             raise DamagedCheckpoint(
-                f"{folder} cannot be opened ({first_line(error)}): {METADATA} of one of its steps is damaged, move "
-                "that step away"
+                f"{folder} cannot be opened ({first_line(error)}): {METADATA} or metrics of one of its steps are "
+                "damaged, move that step away"
             ) from error
 
     def __enter__(self) -> Checkpoints:
@@ -97,23 +144,48 @@ class Checkpoints:
         """Steps with a complete checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, *, interim: bool = False) -> None:
+    def save(self, state: TrainState, *, interim: bool = False, metrics: Mapping[str, float] | None = None) -> None:
         """Writes the state under its step; returns when it is copied to the host, and writes on meanwhile.
 
         An interim one is for a run that ends before its next checkpoint is due: the save after it removes it.
+
+        Args:
+          state: of the run.
+          interim: whether no checkpoint is due.
+          metrics: of the validation of this state, by which the best are told; None where it was not validated.
+
+        Raises:
+          UserError: the disk is full, now or when the checkpoint before it was written.
         """
         self._finish()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._told_when_full():
+            self.folder.mkdir(parents=True, exist_ok=True)
         if self._interim is None:
             self._interim = {*first_says(self._find_interim).tolist()} - {-1}
         step, items = int(jax.device_get(state.step)), _items(state)
         digests = self._own_digest | {name: params_digest(tree) for name, tree in items.items()}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()}),
-            custom_metadata=self._metadata | {DIGESTS: digests} | ({INTERIM: True} if interim else {}),
-        )
         self._interim |= {step} if interim else set()
+        with self._told_when_full():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()}),
+                metrics=dict(metrics or {}),
+                custom_metadata=self._metadata | {DIGESTS: digests} | ({INTERIM: True} if interim else {}),
+            )
+
+    @contextlib.contextmanager
+    def _told_when_full(self) -> Iterator[None]:
+        """Turns what a full disk raises into one line. What was saved before stays."""
+        try:
+            yield
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            last = f"step {self.steps()[-1]}" if self.steps() else "the start"
+            raise UserError(
+                f"no space is left for a checkpoint in {self.folder}: free some and run the same command again, which "
+                f"goes on from {last}"
+            ) from error
 
     def _find_interim(self) -> np.ndarray:
         """The steps of interim checkpoints that an earlier process left, and -1 up to the size that all are given."""
@@ -123,12 +195,13 @@ class Checkpoints:
 
     def _finish(self) -> None:
         """Waits until what was saved is on the disk, then removes the interim checkpoints before it."""
-        self._manager.wait_until_finished()
+        with self._told_when_full():
+            self._manager.wait_until_finished()
         if self._interim:
-            last = self.steps()[-1]
-            for step in sorted(self._interim - {last}):
+            there = self.steps()
+            for step in self._interim.intersection(there[:-1]):
                 self._manager.delete(step)
-            self._interim &= {last}
+            self._interim.intersection_update(there[-1:])
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """The whole state of a step, laid out as `abstract` says.

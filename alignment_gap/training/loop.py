@@ -34,7 +34,7 @@ def train(
     log_every: int = 20,
     skip: GuardConfig = GuardConfig(),
     refresh: Callable[[int, TrainState], TrainState] | None = None,
-    record: Callable[[int, list[PreferenceBatch], bool], None] | None = None,
+    record: Callable[[int, list[PreferenceBatch]], None] | None = None,
     bar: Bar = NO_BAR,
 ) -> TrainState:
     """Trains from the state's step up to the last of `checkpoint_steps`.
@@ -51,8 +51,8 @@ def train(
       log_every: steps between two lines of metrics.
       skip: after how many skipped updates in a row to stop.
       refresh: changes the state's copies before a step, from `make_refresh`.
-      record: is given the step, the whole batches since the last checkpoint as numpy arrays, and whether the next one
-        is due or an interim one; before it is saved.
+      record: is given the step and the whole batches since the last checkpoint as numpy arrays, before the next one is
+        saved.
       bar: shows the steps that are done, those of an earlier run included, and the loss.
 
     Raises:
@@ -89,18 +89,20 @@ def train(
             bar.update(1)
             if is_logged:
                 line, steps = metrics_line(metrics), done - clocked
-                monitor.write(done, line | _rates(line, steps, time.perf_counter() - clock) | monitor.times.line(steps))
+                line |= _rates(line, steps, time.perf_counter() - clock) | monitor.times.line(steps)
+                monitor.write(done, line | monitor.utilisation(batch, line))
                 bar.set_postfix(loss=f"{line['loss']:.4g}", refresh=False)
                 check_progress(skip, int(line["skipped_in_a_row"]), done, line["loss"], line["gradient_norm"])
                 clock, clocked = time.perf_counter(), done
-            monitor.end(done, state, is_last=done == last_step)
-            is_due, is_asked = done in checkpoint_steps, requested(done)
+            is_due = done in checkpoint_steps
+            validated = monitor.end(done, state, is_last=done == last_step, is_due=is_due)
+            is_asked = requested(done)
             if is_due or is_asked:
                 if record:
                     assert drawn is not None
-                    record(done, [*recorded, to_host(drawn)], is_due)
+                    record(done, [*recorded, to_host(drawn)])
                     recorded, drawn = [], None
-                save(state, interim=not is_due)
+                save(state, interim=not is_due, metrics=validated)
             if is_asked and done < last_step:
                 raise Interrupted(f"saved at step {done} of {last_step}")
     return state

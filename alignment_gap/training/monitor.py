@@ -23,17 +23,20 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.sharding import fail_together, is_first_process
 from alignment_gap.training.state import TrainState
 
 METRICS, VALIDATION, TENSORBOARD, PROFILE = "metrics.jsonl", "validation.jsonl", "tensorboard", "profile"
+# Model FLOPs utilisation of the update step, and the time that it follows from.
+MFU, _UPDATE = "mfu", "seconds_update"
 # Names of metrics that tell times. These differ between two runs of one job.
 _CLOCK = ("seconds_", "_per_second")
 
 
 def is_of_the_clock(name: str) -> bool:
     """Whether a metric tells times."""
-    return name.startswith(_CLOCK[0]) or name.endswith(_CLOCK[1])
+    return name.startswith(_CLOCK[0]) or name.endswith(_CLOCK[1]) or name == MFU
 
 
 class Writer(Protocol):
@@ -52,10 +55,12 @@ class Validation(NamedTuple):
     Attributes:
       every: steps between two validations; the last step has one too.
       measure: gives the metrics of a state; every process calls it.
+      at_checkpoints: whether a step that a checkpoint is due at has one too.
     """
 
     every: int
     measure: Callable[[TrainState], Mapping[str, float]]
+    at_checkpoints: bool = False
 
 
 class Times:
@@ -127,6 +132,7 @@ class Monitor:
         profile: tuple[int, int] | None = None,
         validation: Validation | None = None,
         hang_after: float | None = None,
+        least_seconds: Callable[[PreferenceBatch], float] | None = None,
     ) -> None:
         """Takes what to observe.
 
@@ -136,10 +142,11 @@ class Monitor:
           profile: the first and the last step, counted from 1, that jax's profiler sees.
           validation: on held-out examples; None for none.
           hang_after: seconds without a step after which the watchdog ends the run; None for never.
+          least_seconds: how long the devices take for a batch's update at their peak; None where that is not known.
         """
         self.folder, self.times = folder, Times()
         self._profile, self._validation, self._hang_after = profile, validation, hang_after
-        self._wants_tensorboard = tensorboard
+        self._wants_tensorboard, self._least_seconds = tensorboard, least_seconds
         self._writer: Writer | None = None
         self._is_profiled = False
         self._last, self._alive = 0, time.monotonic()
@@ -176,17 +183,38 @@ class Monitor:
             jax.profiler.start_trace(self.folder / PROFILE)
             self._is_profiled = True
 
-    def end(self, step: int, state: TrainState, *, is_last: bool) -> None:
-        """After the step, when all that belongs to it is done but its checkpoint."""
+    def end(self, step: int, state: TrainState, *, is_last: bool, is_due: bool = False) -> Mapping[str, float] | None:
+        """After the step, when all that belongs to it is done but its checkpoint.
+
+        Args:
+          step: that was done.
+          state: after it.
+          is_last: whether the run ends with it.
+          is_due: whether a checkpoint does.
+
+        Returns:
+          The metrics of the validation, where there was one.
+        """
         self._last, self._alive = step, time.monotonic()
         if self._is_profiled and self._profile and (step == self._profile[1] or is_last):
             jax.block_until_ready(state)
             self._stop_profile()
-        if self._validation and (step % self._validation.every == 0 or is_last):
-            with self.times.waiting("validation"):
-                found = self._validation.measure(state)
-            self._append(VALIDATION, step, found)
-            self._alive = time.monotonic()
+        validation = self._validation
+        if validation is None or not (
+            is_last or step % validation.every == 0 or (is_due and validation.at_checkpoints)
+        ):
+            return None
+        with self.times.waiting("validation"):
+            found = validation.measure(state)
+        self._append(VALIDATION, step, found)
+        self._alive = time.monotonic()
+        return found
+
+    def utilisation(self, batch: PreferenceBatch, line: Mapping[str, float]) -> dict[str, float]:
+        """MFU of the update of a batch whose line has its time; nothing where either is not known."""
+        if self._least_seconds is None or _UPDATE not in line:
+            return {}
+        return {MFU: self._least_seconds(batch) / line[_UPDATE]}
 
     def write(self, step: int, line: Mapping[str, float]) -> None:
         """A line of metrics."""

@@ -36,6 +36,26 @@ def test_every_command_shows_an_example(name, monkeypatch, capsys):
     assert f"\nalignment-gap {name}" in capsys.readouterr().out
 
 
+def test_what_ends_after_a_failed_save_says_nothing(capsys, monkeypatch):
+    """Tensorstore's callbacks cannot raise, so that Python prints what they meet; anything else it still prints."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
+
+    class Callback:
+        def __init__(self, line):
+            self.line = line
+
+        def __del__(self):
+            raise RuntimeError(self.line)
+
+    def run():
+        for line in ("Event loop is closed", "something else"):
+            Callback(line)
+
+    assert guarded(run) == 0
+    assert told == ["something else"]
+
+
 def test_an_unknown_command(monkeypatch, capsys):
     assert run(monkeypatch, "trian") == 2
     assert capsys.readouterr().err == "error: unknown command 'trian': did you mean train?\n"

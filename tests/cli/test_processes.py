@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import shutil
 import sys
 
 import jax
@@ -50,6 +51,15 @@ def train(name, workdir, **settings):
 
 SFT = train("sft", "sft", DATASET="pairs", TRAIN_STEPS=4, **MODEL)
 JUDGE = train("preference_model", "judge", DATASET="pairs", START="sft", TRAIN_STEPS=4)
+# At a rate that ruins the policy, so that the best checkpoint is not the last.
+BEST = MODEL | {
+    "DATASET": "pairs",
+    "LEARNING_RATE": 1.0,
+    "CHECKPOINT_EVERY": 1,
+    "MonitorConfig.validation": "pairs",
+    "KeepConfig.last": 1,
+    "KeepConfig.best": 1,
+}
 ONLINE = functools.partial(train, "online_ipo", PROMPTS="pairs", START="sft", JUDGE="judge", RESPONSE_LENGTH=6)
 EVALUATE = [
     *("evaluate", "--run=online", "--dataset=pairs", "--judges=judge,rubric", "--opponents=sft,drawn"),
@@ -158,16 +168,24 @@ def test_the_first_alone_speaks(together):
 
 
 def test_online_is_resumed_bit_for_bit_by_as_many_processes_and_closely_by_more(together):
-    """Two that stop half way and go on; and four that go on from there."""
+    """Two that stop half way and go on, the best checkpoint kept; and four that go on from there."""
     folder, _ = together
     two = [ONLINE("two", TRAIN_STEPS=2), ONLINE("two", TRAIN_STEPS=4)]
     half = [ONLINE("four", TRAIN_STEPS=2)]
-    statuses, outputs = run_processes(folder, two + half, two + half)
+    best = [train("sft", "best", **BEST, TRAIN_STEPS=steps) for steps in (2, 4)]
+    commands = two + half + best
+    statuses, outputs = run_processes(folder, commands, commands)
     assert statuses == [0, 0], outputs
     assert metrics(folder / "two") == metrics(folder / "online")
     assert_equal_checkpoints(folder / "two", folder / "online")
-    statuses, outputs = run_processes(folder, *4 * [[ONLINE("four", TRAIN_STEPS=4)]])
+    lines = [json.loads(line) for line in (folder / "best" / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert steps(folder / "best") == sorted({4, min(lines, key=lambda line: line["loss"])["step"]})
+    shutil.copytree(folder / "four", folder / "again")
+    statuses, outputs = run_processes(folder, *4 * [[ONLINE(name, TRAIN_STEPS=4) for name in ("four", "again")]])
     assert statuses == [0] * 4, outputs
+    assert metrics(folder / "again") == metrics(folder / "four")
+    assert_equal_checkpoints(folder / "again", folder / "four")
     assert_close_runs(folder / "four", folder / "online")
     drawn = [[plain(e)[2] for e in open_dataset(folder / name / "record")] for name in ("four", "online")]
     assert drawn[0] == drawn[1]

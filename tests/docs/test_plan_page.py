@@ -11,8 +11,8 @@ import pytest
 
 from alignment_gap.cli import plan
 from alignment_gap.cli.main import main
-from alignment_gap.plan.chips import CHIPS, parse_topology
 from alignment_gap.plan.known import Overrides
+from alignment_gap.sharding.chips import CHIPS, parse_topology
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ from job_runs import arrays, assert_equal_checkpoints, assert_equal_runs, metric
 from alignment_gap import losses
 from alignment_gap.data.records import open_dataset
 from alignment_gap.errors import UserError
+from alignment_gap.jobs import sources
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
@@ -91,6 +92,43 @@ def test_other_checkpoints_when_it_goes_on_lose_no_batch_of_the_record(run, onli
     # A longer run goes on with the record, too.
     longer = run_job(dataclasses.replace(online, steps=8), tmp_path)
     assert len(open_dataset(longer / "record")) == 64
+
+
+def test_the_digest_of_the_record_follows_from_its_samples_alone(run, online, tmp_path, monkeypatch):
+    """However often it is saved, stopped in a file and after it, and made longer."""
+
+    def saved(name, **settings):
+        return run_job(dataclasses.replace(online, **settings), tmp_path / name)
+
+    digest = open_dataset(run / "record").card.digest
+    assert open_dataset(saved("three", checkpoint_every=3) / "record").card.digest == digest
+    # In files of four steps.
+    monkeypatch.setattr(sources, "_CHUNK_STEPS", 4)
+    whole = saved("whole")
+    assert [chunk.name for chunk in open_dataset(whole / "record").card.files] == [
+        "until-00000004.array_record",
+        "until-00000006.array_record",
+    ]
+    for after in (3, 5):
+        run_and_stop(dataclasses.replace(online, checkpoint_every=1), tmp_path / f"stopped_{after}", after)
+        assert_same_files(saved(f"stopped_{after}", checkpoint_every=5), whole)
+    saved("longer", steps=2)
+    assert_same_files(saved("longer", checkpoint_every=6), whole)
+
+
+def assert_same_files(first, second):
+    """Of the two records; their cards tell the same story."""
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in (folder / "record").iterdir()} for folder in (first, second)
+    )
+    assert ours == theirs
+
+
+def test_a_record_that_lost_a_file_is_not_gone_on_with(online, tmp_path):
+    run_and_stop(online, tmp_path, after=3)
+    (tmp_path / "record" / "until-00000002.array_record").unlink()
+    with pytest.raises(UserError, match="record lacks samples before step 2: give another folder"):
+        run_job(online, tmp_path)
 
 
 def same_record(first, second):

@@ -22,6 +22,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig
 from alignment_gap.jobs.reading import open_reading
 from alignment_gap.jobs.reference import reference_identity, store_reference
+from alignment_gap.jobs.sources import Parameters
 from alignment_gap.models import make_policy, score
 from alignment_gap.sharding import make_mesh, shardings_of
 from alignment_gap.training import OptimizerConfig, load_policy
@@ -47,7 +48,9 @@ SHAPES = ((6, 5), (9, 5))
 
 
 def store(dataset, policy, params, mesh, **changes):
-    return store_reference(dataset, policy, params, mesh, **{"batch_size": 8, "buckets": SHAPES} | changes)
+    return store_reference(
+        dataset, policy, Parameters(lambda: params), mesh, **{"batch_size": 8, "buckets": SHAPES} | changes
+    )
 
 
 def test_stored_log_probs_are_those_of_the_examples(dataset, policy, params, mesh):
@@ -68,7 +71,7 @@ def test_stored_log_probs_are_those_of_the_examples(dataset, policy, params, mes
 
 
 def test_killed_half_way_it_goes_on_and_ends_the_same(dataset, policy, params, mesh, monkeypatch):
-    identity = reference_identity(dataset, policy, params, SHAPES)
+    identity = reference_identity(dataset, policy, params_digest(params), SHAPES)
     store(dataset, policy, params, mesh)
     values = storage.reference_folder(dataset, identity) / "log_probs.npy"
     whole = values.read_bytes()
@@ -92,15 +95,15 @@ def test_killed_half_way_it_goes_on_and_ends_the_same(dataset, policy, params, m
 
 
 def test_they_are_found_by_what_they_are_of(dataset, policy, params, mesh):
-    identity = reference_identity(dataset, policy, params, SHAPES)
+    identity = reference_identity(dataset, policy, params_digest(params), SHAPES)
     assert storage.open_reference(dataset, identity) is None
     store(dataset, policy, params, mesh)
     assert storage.open_reference(dataset, identity) is not None
     others = {
-        "checkpoint": reference_identity(dataset, policy, random_params(policy, 1), SHAPES),
-        "lengths": reference_identity(dataset, policy, params, SHAPES[1:]),
+        "checkpoint": reference_identity(dataset, policy, params_digest(random_params(policy, 1)), SHAPES),
+        "lengths": reference_identity(dataset, policy, params_digest(params), SHAPES[1:]),
         "precision": reference_identity(
-            dataset, make_policy(dataclasses.replace(policy.config, dtype="bfloat16")), params, SHAPES
+            dataset, make_policy(dataclasses.replace(policy.config, dtype="bfloat16")), params_digest(params), SHAPES
         ),
     }
     for name, other in others.items():
@@ -185,7 +188,7 @@ def test_the_command_stores_what_a_job_of_its_settings_looks_for(runs, mesh, mon
     settings = dataclasses.replace(config.source, buckets=2)
     reading = open_reading(settings, "source")
     for dataset in reading.datasets:
-        identity = reference_identity(dataset, job, params, reading.shapes)
+        identity = reference_identity(dataset, job, params_digest(params), reading.shapes)
         assert storage.open_reference(dataset, identity) is not None
 
 

@@ -8,7 +8,7 @@ import signal
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from job_runs import Bar, assert_equal_runs, metrics, run_job, steps
+from job_runs import Bar, assert_equal_runs, metrics, run_and_stop, run_job, steps
 
 from alignment_gap.data.records import open_dataset
 from alignment_gap.errors import Interrupted, UserError
@@ -92,6 +92,33 @@ def test_a_damaged_last_checkpoint_costs_its_steps_alone(run, online, tmp_path):
     assert len(ours) == len(theirs) == 64
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(np.concatenate(a.responses), np.concatenate(b.responses))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("abandoned_reads")
+@pytest.mark.parametrize("loss", ["sft", "ipo"])
+def test_a_job_that_goes_on_reads_its_start_no_more(loss, sft, sft_config, pairs, tmp_path):
+    """The start is damaged meanwhile. It is the reference of ipo, whose log-probs are stored."""
+    shutil.copytree(sft, tmp_path / "start")
+    shutil.copytree(pairs, tmp_path / "pairs")
+    config = dataclasses.replace(
+        sft_config,
+        model=None,
+        loss=LossConfig(loss),
+        source=DatasetConfig(str(tmp_path / "pairs"), batch_size=8),
+        reference_log_probs="stored",
+        start=str(tmp_path / "start"),
+        steps=4,
+    )
+    whole = run_job(config, tmp_path / "whole")
+    run_and_stop(config, tmp_path / "stopped", after=3)
+    for path in (tmp_path / "start" / "checkpoints" / "6" / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    assert_equal_runs(run_job(config, tmp_path / "stopped"), whole)
+    with pytest.raises(UserError, match=r"start/checkpoints/6 cannot be restored \("):
+        run_job(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def overflowing(chosen_logps, *, scale=1.0):

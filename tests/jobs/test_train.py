@@ -25,12 +25,15 @@ from alignment_gap.data.records import open_dataset, write_dataset
 from alignment_gap.data.text import load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig, LossConfig, MonitorConfig, OnlineConfig
-from alignment_gap.jobs.folder import make
+from alignment_gap.jobs.folder import Job, make
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
+from alignment_gap.launch.local import LocalConfig, run_local
+from alignment_gap.launch.tasks import Task
 from alignment_gap.models import DecoderConfig
 from alignment_gap.sharding import MeshConfig, make_mesh
-from alignment_gap.training import OptimizerConfig, load_policy, load_preference_model
+from alignment_gap.sharding.chips import DEVICE_KINDS
+from alignment_gap.training import KeepConfig, OptimizerConfig, load_policy, load_preference_model
 from alignment_gap.training.monitor import is_of_the_clock
 
 BETA = 0.1
@@ -58,6 +61,14 @@ def test_continues_after_a_stop_bit_for_bit(sft, sft_config, tmp_path):
     run_job(sft_config, tmp_path, bar)
     assert_equal_runs(tmp_path, sft)
     assert bar.updates == [4, 1, 1]
+
+
+def test_the_same_job_gives_the_same_bits_again_and_by_an_engine(sft, sft_config, tmp_path):
+    """The engine runs the job's command in a process of its own."""
+    assert_equal_runs(run_job(sft_config, tmp_path / "again"), sft)
+    job = Job("sft", TRAIN, sft_config, tmp_path / "started")
+    run_local([Task(job.name, job.words, job.folder)], LocalConfig(), tmp_path / "logs", print)
+    assert_equal_runs(job.folder, sft)
 
 
 def test_a_finished_job_is_not_run_again(sft, sft_config):
@@ -310,6 +321,10 @@ def test_a_preference_model_starts_from_a_policy_and_says_what_it_is(kind, sft, 
         ({"reference_log_probs": "cached"}, "choose one of auto, stored, each_step"),
         ({"checkpoint_steps": (0, 2)}, "steps count from 1"),
         ({"seed": 2**32}, "seed is 4294967296: it must be from 0"),
+        (
+            {"keep": KeepConfig(last=1, best=1)},
+            "keep.best is 1, but monitor.validation is not set: set it to the folder",
+        ),
     ],
 )
 def test_settings_out_of_range(changes, message, sft_config):
@@ -400,6 +415,61 @@ def test_times_of_a_step_are_told(sft, sft_config, judge, tmp_path):
     assert parts == {f"seconds_{name}" for name in ("data", "sampling", "judging", "reference", "update")}
     assert second["tokens_per_second"] > second["pairs_per_second"] > 0
     assert second["tokens"] == pytest.approx(second["tokens_per_second"] / second["pairs_per_second"] * 8)
+    # The table of chips has no CPU.
+    assert "mfu" not in second
+
+
+def test_mfu_is_three_forward_passes_by_hand_over_what_the_devices_could_do(sft_config, tmp_path, monkeypatch):
+    """On eight devices that the table has with 0.1 TFLOP/s each; width, heads and MLP are 16 wide."""
+    monkeypatch.setitem(DEVICE_KINDS, jax.devices()[0].device_kind, "cpu")
+    source = dataclasses.replace(sft_config.source, prompt_length=64, response_length=48)
+    folder = run_job(dataclasses.replace(sft_config, source=source, steps=2), tmp_path)
+    prompts, responses, matrix = 8 * 64, 8 * 2 * 48, 2 * 16 * 16
+    # Four projections and three matrices of the MLP; the decoder's attention to the prompt has four projections more.
+    encoder = prompts * (4 + 3) * matrix
+    decoder = responses * (4 + 2 + 3) * matrix + prompts * 2 * matrix
+    attention = 2 * 2 * 16 * (prompts * 64 + responses * (48 + 64))
+    logits = responses * 2 * 16 * 136
+    first, second = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    assert "mfu" not in first
+    found = second["mfu"] * second["seconds_update"] * 8 * 0.1e12
+    assert found == pytest.approx(3 * (encoder + decoder + attention + logits), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"last": 0}, "last is 0: it must be at least 1"),
+        ({"every": 2}, "keep.every is 2, but keep.last is not set: set it, as to 1"),
+        ({"best": 2}, "keep.best is 2, but keep.last is not set: set it, as to 1"),
+        ({"last": 1, "best": 0}, "best is 0: it must be at least 1"),
+        ({"last": 1, "best": 1, "metric": "acuracy"}, "metric is 'acuracy': did you mean accuracy"),
+    ],
+)
+def test_checkpoints_that_cannot_be_kept(settings, message):
+    with pytest.raises(UserError, match=message):
+        KeepConfig(**settings)
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(sft_config, held_out, tmp_path):
+    """At a rate that ruins the policy. Every checkpoint is validated, though no validation is due but the last."""
+    config = dataclasses.replace(
+        sft_config,
+        optimizer=OptimizerConfig(learning_rate=1.0),
+        monitor=MonitorConfig(str(held_out)),
+        keep=KeepConfig(last=1, best=1),
+        checkpoint_every=1,
+        steps=3,
+    )
+    folder = run_job(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    best = min(lines, key=lambda line: line["loss"])["step"]
+    assert best < 3 and steps(folder) == [best, 3]
+    with pytest.raises(UserError, match=r"keep\.metric is 'accuracy', which the validation of this job does not have"):
+        keep = KeepConfig(last=1, best=1, metric="accuracy")
+        run_job(dataclasses.replace(config, keep=keep), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from planning import config_of, program_of, replaced
 
 from alignment_gap.jobs.config import OnlineConfig
 from alignment_gap.models import T5Config
-from alignment_gap.plan.chips import GIB, parse_topology
 from alignment_gap.plan.plan import make_plan
 from alignment_gap.plan.programs import Compiled
+from alignment_gap.sharding.chips import GIB, parse_topology
 
 POLICY = T5Config(vocabulary_size=256, dtype="bfloat16", remat="full")
 JUDGE = dataclasses.replace(POLICY, width=32)
@@ -27,14 +27,15 @@ def compile_(config, program):
     update = program.kind == "update"
     parameters = int(PARAMETERS.get(program.model.width, 8) * GIB)
     state = 3 * parameters if update else 0
+    networks = 2 if program.kind == "divergence" else 1
     temporaries = int((0.1 if update else 0.05) * GIB * program.batch.batch)
     flops = int(0.5 * 197e12) * config.topology.devices
-    counted = Compiled(parameters, state, flops, int(0.75 * flops) if update else flops)
+    counted = Compiled(parameters, state, networks, flops, int(0.75 * flops) if update else flops)
     if temporaries > 12 * GIB:
         return dataclasses.replace(counted, exceeded=(state or parameters) + temporaries)
     return dataclasses.replace(
         counted,
-        arguments=state or parameters,
+        arguments=state or networks * parameters,
         outputs=state,
         aliased=state,
         temporaries=temporaries,

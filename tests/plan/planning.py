@@ -9,10 +9,10 @@ from alignment_gap.checkpoints.tensors import from_array
 from alignment_gap.jobs.assembly import BatchShape, Facts
 from alignment_gap.jobs.config import JobConfig
 from alignment_gap.models import DecoderConfig, T5Config
-from alignment_gap.plan.chips import parse_topology
 from alignment_gap.plan.known import MARKERS
 from alignment_gap.plan.steps import PlanConfig, Program
 from alignment_gap.sharding import MeshConfig
+from alignment_gap.sharding.chips import parse_topology
 
 # Every size is a multiple of 8, so that eight devices split it.
 T5 = T5Config(vocabulary_size=256, width=64, encoder_layers=2, decoder_layers=2, heads=8, head_size=16, mlp_width=96)

@@ -10,9 +10,9 @@ from planning import CPU, DECODER, T5, config_of, program_of, replaced
 
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig
-from alignment_gap.plan.chips import GIB, parse_topology
 from alignment_gap.plan.plan import cache_bytes, make_plan
 from alignment_gap.plan.programs import Compiled
+from alignment_gap.sharding.chips import GIB, parse_topology
 from alignment_gap.training import OptimizerConfig
 
 
@@ -77,6 +77,14 @@ def test_a_cache_is_keys_and_values_of_prompts_and_samples(model, heads, dtype, 
     keys_and_values = 2 * 2 * heads * 16 * (8 * 24 + 16 * 16) * width
     # And a few bytes a prompt that say how long it is.
     assert keys_and_values <= cache_bytes(sample) <= keys_and_values + 8 * 24
+
+
+def test_both_networks_of_a_divergence_count_once():
+    """Two networks and two programs' code stay; the larger program works in 0.05 GiB a prompt beside them."""
+    programs = (program_of("sample", POLICY, holds=True), program_of("divergence", POLICY, holds=True))
+    plan = plan_of(update_config(batch=64, programs=programs))
+    assert plan.working == int(0.05 * GIB * 64)
+    assert plan.needed == pytest.approx((2 * 1 + 2 * 0.25 + 64 * 0.05) * GIB)
 
 
 @pytest.mark.parametrize("batch", [8, 64, 512])

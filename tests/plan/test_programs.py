@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import os
 import pickle
 import subprocess
+import sys
 
 import jax
 import pytest
@@ -13,10 +15,10 @@ from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import LossConfig, OnlineConfig
 from alignment_gap.models import count_parameters, make_policy
 from alignment_gap.plan import programs
-from alignment_gap.plan.chips import GIB, parse_topology
 from alignment_gap.plan.programs import build, compile_here, compile_program, environment, exceeded_bytes
 from alignment_gap.plan.steps import Program
 from alignment_gap.sharding import MeshConfig, make_mesh
+from alignment_gap.sharding.chips import GIB, TPUS, parse_topology
 from alignment_gap.training import OptimizerConfig
 
 PARAMETERS = 4 * count_parameters(make_policy(DECODER))
@@ -91,6 +93,18 @@ def test_a_sampler_holds_no_state_and_returns_tokens_and_log_probs():
     # A device draws two responses: tokens, two log-probs each, and lengths.
     assert found.outputs == 2 * (16 + 2 * 16 + 1) * 4 + 4 * 8
     assert (found.state, found.parameters) == (0, PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "networks"),
+    [("score", None, 1), ("divergence", None, 2), ("sample", OnlineConfig(mixture=0.5), 2)],
+)
+def test_the_networks_among_the_arguments_are_counted(kind, source, networks):
+    program = replaced(program_of(kind), samples=1)
+    found = compile_here(config_of(program, layout="data", **({"source": source} if source else {})), program)
+    assert found.networks == networks
+    # Beside them are a batch's texts and keys, a few bytes.
+    assert networks * PARAMETERS < found.arguments < networks * PARAMETERS + 4096
 
 
 def arguments_of(program, **job):
@@ -180,6 +194,20 @@ def test_a_tpu_without_a_tpu(libtpu):
     assert found.code > 0
     assert found.traffic > found.state
     assert "fsdp" in axes_of(found)
+
+
+def test_the_table_of_chips_knows_a_tpus_devices_by_the_name_that_jax_has_for_them(libtpu):
+    program = (
+        "from alignment_gap.plan.programs import devices_of\n"
+        "from alignment_gap.sharding.chips import CHIPS, DEVICE_KINDS, TPUS, parse_topology\n"
+        "for kind in TPUS:\n"
+        "    (name,) = {each.device_kind for each in devices_of(parse_topology(f'{kind}:{CHIPS[kind].shape}'))}\n"
+        "    assert DEVICE_KINDS[name] == kind, (name, kind)\n"
+        "print('all', *TPUS)\n"
+    )
+    variables = os.environ | environment(V5E) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
+    assert done.stdout.split() == ["all", *TPUS], done.stderr
 
 
 def test_what_a_tpu_has_no_room_for(libtpu):

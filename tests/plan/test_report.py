@@ -7,10 +7,10 @@ import pytest
 from made_up import POLICY, compile_, online_config, plan_of, update_config
 
 from alignment_gap.models import count_parameters, make_policy
-from alignment_gap.plan.chips import GIB, parse_topology
 from alignment_gap.plan.plan import make_plan
 from alignment_gap.plan.report import as_json, as_text
 from alignment_gap.plan.roofline import Moved
+from alignment_gap.sharding.chips import GIB, parse_topology
 
 
 def lines_of(plan, start):

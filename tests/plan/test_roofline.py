@@ -6,8 +6,8 @@ import pytest
 from jax.sharding import AxisType
 
 from alignment_gap.plan import hlo
-from alignment_gap.plan.chips import Topology, parse_topology
 from alignment_gap.plan.roofline import Moved, describe, seconds, times
+from alignment_gap.sharding.chips import Topology, parse_topology
 
 
 class Mesh16:

@@ -15,11 +15,11 @@ from alignment_gap.jobs.evaluate import EvaluateConfig
 from alignment_gap.jobs.generate import GenerateConfig
 from alignment_gap.jobs.label import LabelConfig
 from alignment_gap.judges import JudgeConfig
-from alignment_gap.plan.chips import parse_topology
 from alignment_gap.plan.known import MARKERS, Known, Overrides
 from alignment_gap.plan.steps import Program, programs_of
 from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig
+from alignment_gap.sharding.chips import parse_topology
 
 # Nothing of these is there: lengths and sizes are the user's.
 KNOWN = Known(given=Overrides(judge="t5_small", prompt_length=40, response_length=20))

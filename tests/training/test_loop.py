@@ -18,7 +18,7 @@ from tiny_models import make_batch
 from alignment_gap.errors import Interrupted, UserError
 from alignment_gap.interruption import signals_caught
 from alignment_gap.training import Checkpoints, GuardConfig, KeepConfig, TrainState, make_refresh, train
-from alignment_gap.training.monitor import Monitor, truncate_metrics
+from alignment_gap.training.monitor import Monitor, Validation, truncate_metrics
 
 BATCH = make_batch(4)
 ALL = KeepConfig()
@@ -94,8 +94,7 @@ def numbered(step, state):
 def test_the_recorder_gets_every_batch_once_before_its_checkpoint(tmp_path):
     seen = []
 
-    def record(step, batches, is_due):
-        assert is_due
+    def record(step, batches):
         with Checkpoints(tmp_path / "checkpoints") as checkpoints:
             steps = [int(batch.prompt_ids[0]) for batch in batches]
             seen.append((step, steps, [float(batch.scores[0, 0]) for batch in batches]))
@@ -257,8 +256,8 @@ def test_a_signal_saves_where_the_run_stands_and_leaves_no_trace(tmp_path):
     """SIGTERM during step 4 of 5, none of which has a checkpoint; the interim one goes with the next."""
     seen = []
 
-    def record(step, batches, is_due):
-        seen.append((step, len(batches), is_due))
+    def record(step, batches):
+        seen.append((step, len(batches)))
 
     with signals_caught(), pytest.raises(Interrupted, match="saved at step 4 of 5"):
         run(tmp_path, checkpoint_steps=(5,), source=interrupted(3), record=record)
@@ -266,7 +265,7 @@ def test_a_signal_saves_where_the_run_stands_and_leaves_no_trace(tmp_path):
         assert checkpoints.steps() == [4]
     state = run(tmp_path, checkpoint_steps=(5,), record=record)
     np.testing.assert_array_equal(state.params["w"], 6.0)
-    assert seen == [(4, 4, False), (5, 1, True)]
+    assert seen == [(4, 4), (5, 1)]
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [5]
 
@@ -304,6 +303,70 @@ def test_the_checkpoints_that_are_kept(keep, left, tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps() == left
         np.testing.assert_array_equal(checkpoints.restore_params(ABSTRACT, left[0])["w"], left[0] + 1)
+
+
+def test_an_interim_checkpoint_takes_no_place_of_those_that_are_kept(tmp_path):
+    """SIGTERM during step 4. Without it the last two of 2, 3 and 5 are 3 and 5."""
+    settings = {"checkpoint_steps": (2, 3, 5), "keep": KeepConfig(last=2)}
+    with signals_caught(), pytest.raises(Interrupted):
+        run(tmp_path, source=interrupted(3), **settings)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [2, 3, 4]
+    run(tmp_path, **settings)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [3, 5]
+
+
+# What the validation of each step gives, for the loss and for the accuracy both.
+MEASURED = [0.0, 0.5, 0.1, 0.4, float("nan"), 0.3]
+VALIDATED = {
+    "validation": Validation(
+        100, lambda state: dict.fromkeys(("loss", "accuracy"), MEASURED[int(state.step)]), at_checkpoints=True
+    )
+}
+
+
+@pytest.mark.parametrize(
+    "keep, left",
+    [
+        (KeepConfig(last=1, best=1), [2, 5]),
+        (KeepConfig(last=1, best=3), [2, 3, 5]),
+        (KeepConfig(last=1, best=4), [1, 2, 3, 5]),
+        (KeepConfig(last=1, best=1, metric="accuracy"), [1, 5]),
+        (KeepConfig(last=1, every=4, best=1), [2, 4, 5]),
+    ],
+)
+def test_the_best_checkpoints_stay_however_often_the_run_is_stopped(keep, left, tmp_path):
+    """Whole; then ended after step 3 and by a signal in step 4, which has an interim checkpoint without metrics."""
+    settings = {"keep": keep, "watched": VALIDATED}
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    run(tmp_path / "whole", checkpoint_steps=(1, 2, 3, 4, 5), **settings)
+    run(tmp_path / "stopped", checkpoint_steps=(1, 2, 3), **settings)
+    with signals_caught(), pytest.raises(Interrupted, match="saved at step 4"):
+        run(tmp_path / "stopped", checkpoint_steps=(5,), source=interrupted(3), **settings)
+    run(tmp_path / "stopped", checkpoint_steps=(5,), **settings)
+    with Checkpoints(tmp_path / "whole" / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == left
+        np.testing.assert_array_equal(checkpoints.restore_params(ABSTRACT, left[0])["w"], left[0] + 1)
+    with Checkpoints(tmp_path / "stopped" / "checkpoints") as checkpoints:
+        # No checkpoint was due at step 4.
+        assert checkpoints.steps() == [step for step in left if step != 4]
+
+
+def test_damaged_metrics_of_a_checkpoint_are_one_line(tmp_path):
+    keep = KeepConfig(last=1, best=1)
+    run(tmp_path, checkpoint_steps=(1,), watched=VALIDATED, keep=keep)
+    (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text("{")
+    with pytest.raises(UserError, match="or metrics of one of its steps are damaged, move that step away"):
+        run(tmp_path, checkpoint_steps=(2,), watched=VALIDATED, keep=keep)
+
+
+def test_a_checkpoint_that_was_saved_before_the_best_were_asked_for_is_none_of_them(tmp_path):
+    run(tmp_path, checkpoint_steps=(1, 2), watched=VALIDATED)
+    run(tmp_path, checkpoint_steps=(3, 4, 5), watched=VALIDATED, keep=KeepConfig(last=1, best=2))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [3, 5]
 
 
 def changed_weight(folder):

@@ -9,10 +9,12 @@ import time
 
 import jax.numpy as jnp
 import pytest
+from tiny_models import make_batch
 
 from alignment_gap.training import TrainState
 from alignment_gap.training.monitor import Monitor, Times, Validation, is_of_the_clock
 
+BATCH = make_batch(4)
 ROOT = str(pathlib.Path(__file__).parents[2])
 
 
@@ -49,9 +51,19 @@ def test_what_compiling_took_is_forgotten():
     assert times.line(1) == {}
 
 
-@pytest.mark.parametrize(("name", "expected"), [("pairs_per_second", True), ("seconds_data", True), ("loss", False)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("pairs_per_second", True), ("seconds_data", True), ("mfu", True), ("loss", False)]
+)
 def test_names_that_tell_times(name, expected):
     assert is_of_the_clock(name) == expected
+
+
+def test_utilisation_is_the_least_time_of_the_update_over_what_it_took(tmp_path):
+    """10^12 model FLOPs on two devices of 100 * 10^12 FLOP/s take 5 ms at least; they took 20 ms."""
+    monitor = Monitor(tmp_path, least_seconds=lambda batch: 1e12 / 200e12)
+    assert monitor.utilisation(BATCH, {"loss": 1.0, "seconds_update": 0.02}) == {"mfu": pytest.approx(0.25)}
+    assert monitor.utilisation(BATCH, {"loss": 1.0}) == {}
+    assert Monitor(tmp_path).utilisation(BATCH, {"seconds_update": 0.02}) == {}
 
 
 def test_validation_every_few_steps_and_at_the_end(tmp_path):

@@ -129,7 +129,7 @@ class Rig:
 
 
 def recorder(folder):
-    def record(step, batches, is_due):
+    def record(step, batches):
         write_chunk(folder, f"until-{step:08d}", (row for batch in batches for row in examples_of(batch)))
 
     return record

@@ -1,9 +1,12 @@
 """Topologies by name, and what is said of wrong ones."""
 
+import types
+
+import jax
 import pytest
 
 from alignment_gap.errors import UserError
-from alignment_gap.plan.chips import CHIPS, TPUS, Topology, parse_topology
+from alignment_gap.sharding.chips import CHIPS, DEVICE_KINDS, TPUS, Topology, parse_topology, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -42,3 +45,22 @@ def test_a_chip_has_the_vendors_bandwidth_over_all_its_links(kind):
     chip = CHIPS[kind]
     assert chip.devices * chip.link_bandwidth * 2 * 2 * chip.dimensions == both_ways * 1e9
     assert parse_topology(f"{kind}:{chip.shape}") == Topology(kind, tuple(map(int, chip.shape.split("x"))))
+
+
+def kinds(*names):
+    return [types.SimpleNamespace(device_kind=name) for name in names]
+
+
+def test_the_peak_of_devices_is_the_sum_of_the_vendors_figures():
+    assert peak_flops(kinds(*256 * ["TPU v5 lite"])) == 256 * 197e12
+    # Of a TPU7x jax sees two devices a chip.
+    assert peak_flops(kinds("TPU7x", "TPU7x")) == 2307e12
+
+
+def test_devices_that_the_table_lacks_have_no_peak():
+    assert peak_flops(jax.devices()) is None
+    assert peak_flops(kinds("TPU v4", "TPU v9")) is None
+
+
+def test_every_chip_but_the_made_up_one_is_known_by_its_device():
+    assert {*DEVICE_KINDS.values()} == {*CHIPS} - {"cpu"}

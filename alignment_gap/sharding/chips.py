@@ -1,5 +1,7 @@
 """What accelerators have: memory, arithmetic, bandwidths; and topologies by name.
 
+`plan` computes with this table, and a training job's model FLOPs utilisation is measured against it.
+
 Figures are those of the vendor's public pages, per device as XLA sees it (of TPU7x two a chip):
 https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. A page's bidirectional interconnect bandwidth is that
 of all links of a chip, both directions; a link's one-way bandwidth is that over two, over the number of links.
@@ -10,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 from alignment_gap.errors import UserError
 
@@ -61,6 +65,24 @@ CHIPS: dict[str, Chip] = {
     "cuda": Chip(74 * GIB, 989 * TERA, 3350 * GIGA, 450 * GIGA, 0, 1, 50 * GIGA, "8"),
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.dimensions)
+# What jax calls these devices. A CPU's figures are those of no real one, so that it is not among them.
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "cuda",
+}
+
+
+def peak_flops(devices: Iterable[Any]) -> float | None:
+    """Dense bfloat16 products of all these devices of jax together, FLOP/s; None where the table lacks one of them."""
+    kinds = [DEVICE_KINDS.get(device.device_kind) for device in devices]
+    return None if None in kinds else math.fsum(CHIPS[kind].flops for kind in kinds if kind)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""A disk that fills up while a checkpoint is written: one line, what was saved stays, and the same command goes on."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from built_in import write_posts
+from job_runs import assert_equal_runs, steps
+
+from alignment_gap.cli.main import main
+
+SIZES = {
+    "VOCABULARY_SIZE": 136,
+    "T5Config.width": 64,
+    "T5Config.encoder_layers": 1,
+    "T5Config.decoder_layers": 1,
+    "T5Config.heads": 2,
+    "T5Config.head_size": 8,
+    "T5Config.mlp_width": 16,
+    "BATCH_SIZE": 8,
+    "CHECKPOINT_EVERY": 1,
+    "JobConfig.log_every": 1,
+}
+ENOUGH = 32 * 2**20
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A function that gives a disk of its own, made for the test, so many bytes; and the disk's folder."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def resize(size, words=("-o", "remount")):
+        command = ["mount", *words, "-o", f"size={size}", folder]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    made = resize(ENOUGH, ("-t", "tmpfs", "tmpfs"))
+    if made.returncode:
+        pytest.skip(f"no disk of a given size can be made here: {made.stderr.strip()}")
+    yield folder, resize
+    subprocess.run(["umount", folder], check=True)
+
+
+def train(patch, pairs, workdir, count):
+    words = [f"--gin.{key}={value}" for key, value in (SIZES | {"DATASET": pairs, "TRAIN_STEPS": count}).items()]
+    words = ["train", "--gin_file=runs/sft.gin", *words, f"--workdir={workdir}", "--compilation_cache="]
+    patch.setattr(sys, "argv", ["alignment-gap", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def used(folder):
+    disk = os.statvfs(folder)
+    return (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(small, tmp_path, monkeypatch, capfd, caplog):
+    folder, resize = small
+    write_posts(tmp_path / "pairs", 32)
+    assert train(monkeypatch, tmp_path / "pairs", folder / "run", 1) == 0
+    # The second checkpoint finds room for half of itself.
+    assert not resize(used(folder) * 3 // 2).returncode
+    capfd.readouterr()
+    assert train(monkeypatch, tmp_path / "pairs", folder / "run", 4) == 2
+    said = capfd.readouterr().err
+    place = folder / "run" / "checkpoints"
+    assert said.splitlines()[-1] == (
+        f"error: no space is left for a checkpoint in {place}: free some and run the same command again, which goes "
+        "on from step 1"
+    )
+    assert said.count("\n") <= 2 and not caplog.records  # The bar's line is the other.
+    assert not resize(ENOUGH).returncode
+    assert (place / "1").is_dir() and not (place / "2").is_dir()
+    assert train(monkeypatch, tmp_path / "pairs", folder / "run", 4) == 0
+    assert train(monkeypatch, tmp_path / "pairs", tmp_path / "whole", 4) == 0
+    assert steps(folder / "run") == [1, 2, 3, 4]
+    assert_equal_runs(folder / "run", tmp_path / "whole")
