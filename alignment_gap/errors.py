@@ -18,3 +18,16 @@ class UserError(ValueError):
 
 class Interrupted(Exception):
     """A job was asked to end and has saved where it stood; the same command goes on from there."""
+
+
+class StorageError(Exception):
+    """A bucket that refuses or does not answer: shown as one line, without a traceback.
+
+    Args:
+      line: says where, what is wrong, and the remedy.
+      status: the command's exit status: 2 where the user has to mend something, 1 where another attempt may do.
+    """
+
+    def __init__(self, line: str, status: int) -> None:
+        super().__init__(line)
+        self.status = status

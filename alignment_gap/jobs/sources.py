@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignment_gap.data.batches import PreferenceBatch, Prefetched, examples_of
 from alignment_gap.data.records import Example, close_dataset, derived, write_chunk
 from alignment_gap.data.records.dataset import chunk_path, discard_chunks, read_chunk
 from alignment_gap.data.records.log_probs import ReferenceLogProbs
+from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.assembly import OPPONENTS, SAMPLER, SAMPLES, Assembly, gives_rewards
 from alignment_gap.jobs.config import OnlineConfig, SourceConfig
 from alignment_gap.jobs.reading import Reading, on_devices
@@ -120,7 +120,7 @@ def _sampler(assembly: Assembly, inputs: Inputs, online: OnlineConfig) -> Callab
 
 
 def open_recorder(
-    assembly: Assembly, folder: Path, last_step: int
+    assembly: Assembly, folder: AnyPath, last_step: int
 ) -> Callable[[int, list[PreferenceBatch], bool], None] | None:
     """What records the stream of fresh samples, chunk by chunk, after the step of the last checkpoint.
 
@@ -155,7 +155,7 @@ def open_recorder(
     return record
 
 
-def close_record(assembly: Assembly, inputs: Inputs, folder: Path) -> None:
+def close_record(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> None:
     """Completes the recorded stream as a dataset, whose card says what it was drawn from and labelled by."""
     config, network = assembly.config, assembly.facts.network
     discard_chunks(folder / RECORD, lambda name: name.startswith(_INTERIM))
