@@ -38,17 +38,13 @@ _LOOK_EVERY = 1.0
 _LONGEST = 160
 # What the store's message has, what the line says, and the exit status: engines try again what ends with 1.
 _REASONS = (
+    ("retry attempts failed", "the store does not answer: run the same command again, which goes on from here", 1),
     ("NoSuchBucket", "there is no such bucket: make it, or give another place", 2),
     ("bucket does not exist", "there is no such bucket: make it, or give another place", 2),
     ("Invalid S3 bucket name", "this is no bucket's name: write s3://BUCKET/FOLDER", 2),
-    (
-        "credentials",
-        "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
-        2,
-    ),
-    ("PERMISSION_DENIED", "access is denied: set other credentials, or grant these access to the bucket", 2),
+    ("Failed to get credentials", "there are no credentials: set AWS_ACCESS_KEY_ID and the like, or a profile", 2),
     ("UNAUTHENTICATED", "there are no credentials: run gcloud auth application-default login, or use a role", 2),
-    ("retry attempts failed", "the store does not answer: run the same command again, which goes on from here", 1),
+    ("PERMISSION_DENIED", "access is denied: set other credentials, or grant these access to the bucket", 2),
 )
 
 
@@ -88,12 +84,12 @@ class Url(PurePosixPath):
     def iterdir(self) -> Iterator[Url]:
         """What a listing of this folder has, in order."""
         depth = len(self.parts)
-        yield from dict.fromkeys(Url(*file.parts[: depth + 1]) for file in self.files())
+        yield from sorted({Url(*file.parts[: depth + 1]) for file in self.files()})
 
     def glob(self, pattern: str) -> Iterator[Url]:
         """The files and folders whose names below this one match, in order; each part of the pattern is one name."""
         depth, wanted = len(self.parts), PurePosixPath(pattern).parts
-        for found in dict.fromkeys(Url(*file.parts[: depth + len(wanted)]) for file in self.files()):
+        for found in sorted({Url(*file.parts[: depth + len(wanted)]) for file in self.files()}):
             names = found.parts[depth:]
             if len(names) == len(wanted) and all(map(fnmatch.fnmatchcase, names, wanted)):
                 yield found
