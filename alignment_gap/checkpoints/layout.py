@@ -235,7 +235,8 @@ def _check_parts(folder: AnyPath, keys: list[str], arrays: Mapping[str, Any]) ->
 def zarr_spec(folder: AnyPath, name: str) -> dict[str, Any]:
     """Tensorstore's description of the array of a dotted name in a tree."""
     if isinstance(folder, Url):
-        return {"driver": "zarr", "kvstore": (folder / name).spec()}
+        # Each array is read or written once: what tensorstore kept of it would only take memory.
+        return {"driver": "zarr", "kvstore": (folder / name).spec(), "cache_pool": {"total_bytes_limit": 0}}
     return {"driver": "zarr", "kvstore": _kvstore(folder) | {"path": name + "/"}}
 
 

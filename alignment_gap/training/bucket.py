@@ -40,6 +40,7 @@ class BucketManager:
     def __init__(self, folder: Url, last: int | None, every: int | None) -> None:
         self._folder, self._last, self._every = folder, last, every
         self._writer = GlobalAsyncCheckpointManager(_PATIENCE)
+        self._has_failed = False
         self.reload()
 
     def reload(self) -> None:
@@ -64,8 +65,14 @@ class BucketManager:
         self._calling(lambda: self._writer.serialize(arrays, specs, on_commit_callback=commit))
 
     def wait_until_finished(self) -> None:
-        """Waits until what was saved is complete; raises StorageError where the store refuses it."""
-        self._calling(self._writer.wait_until_finished)
+        """Waits until what was saved is complete; raises StorageError where the store refuses it.
+
+        After a failure there is nothing to wait for: the other processes will not come.
+        """
+        if not self._has_failed:
+            self._has_failed = True
+            self._calling(self._writer.wait_until_finished)
+            self._has_failed = False
 
     def restore(self, step: int, args: ocp.args.Composite) -> ocp.args.Composite:
         """The parts of a checkpoint, laid out as the abstract arrays are."""

@@ -127,9 +127,10 @@ def open_reference(dataset: Dataset, identity: Mapping[str, Any]) -> ReferenceLo
     differing = sorted(name for name in wanted.keys() | card["of"].keys() if wanted.get(name) != card["of"].get(name))
     if differing:
         raise UserError(f"{folder} has the log-probs of another {', '.join(differing)} than its name says: remove it")
-    if not (folder / VALUES).exists() or _sha256(folder / VALUES) != card["sha256"]:
+    values = copy_here(folder / VALUES, card["sha256"]) if (folder / VALUES).exists() else None
+    if values is None or _sha256(values) != card["sha256"]:
         raise UserError(f"{folder / VALUES} was changed since it was stored: remove {folder}, to compute it again")
-    return ReferenceLogProbs(dataset, np.load(copy_here(folder / VALUES, card["sha256"]), mmap_mode="r"))
+    return ReferenceLogProbs(dataset, np.load(values, mmap_mode="r"))
 
 
 def _read_card(path: AnyPath) -> dict[str, Any]:
