@@ -1,7 +1,10 @@
 """Buckets as folders, on a real S3 server and a real GCS emulator, with faults on the way there."""
 
 import json
+import pathlib
 import pickle
+import subprocess
+import sys
 import threading
 import time
 
@@ -148,6 +151,24 @@ def test_a_slow_answer_is_waited_for(bucket):
     assert (folder / "object").read_bytes() == b"1" and time.monotonic() - start > 3
 
 
+STALLED = """
+import sys
+from alignment_gap import storage
+storage._STALLED = 1
+print(storage.Url(sys.argv[1]).read_bytes().decode())
+"""
+
+
+def test_a_connection_that_falls_silent_is_given_up_and_tried_again(s3_folder, s3):
+    (s3_folder / "object").write_bytes(b"content")
+    s3.faults = [Fault("slow", "GET", "object", seconds=100)]
+    command = [sys.executable, "-c", STALLED, f"{s3_folder}/object"]
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "content\n", done.stderr
+    assert s3.faults[0].times == 0
+
+
 def test_what_a_user_has_to_mend_is_one_line(s3_folder, monkeypatch):
     with pytest.raises(StorageError, match=r"s3://elsewhere/a: there is no such bucket: make it") as told:
         Url("s3://elsewhere/a").write_bytes(b"")
@@ -239,6 +260,50 @@ def test_a_lease_that_a_dead_process_of_this_machine_left_is_taken_at_once(bucke
     with locked(folder):
         assert json.loads((folder / ".lock").read_text())["owner"] != "dead"
     assert time.monotonic() - start < 5
+
+
+HOLD = """
+import sys
+from alignment_gap.folders import at, locked
+with locked(at(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_refused_until_its_owner_is_killed(s3_folder):
+    root = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, "-c", HOLD, str(s3_folder)]
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"{s3_folder} is in use by another run"), locked(s3_folder):
+            pass
+        owner.kill()
+    assert json.loads((s3_folder / ".lock").read_text())["process"] == owner.pid
+    start = time.monotonic()
+    with locked(s3_folder):
+        assert time.monotonic() - start < 30
+
+
+def test_one_of_two_machines_takes_a_stale_lease_over(bucket, quick):
+    folder, _ = bucket
+    lease_of_another_machine(folder)
+    ended = []
+
+    def take(machine):
+        try:
+            ended.append(storage._taken(folder / ".lock", {"owner": machine, "machine": machine, "host": machine}))
+        except UserError as error:
+            ended.append(str(error))
+
+    contenders = [threading.Thread(target=take, args=(machine,)) for machine in ("a", "b")]
+    for contender in contenders:
+        contender.start()
+    for contender in contenders:
+        contender.join()
+    refused = [line for line in ended if isinstance(line, str)]
+    owner = json.loads((folder / ".lock").read_text())["owner"]
+    assert len(refused) == 1 and f"is in use by another run ({owner}, process" in refused[0]
 
 
 def test_a_lease_that_another_machine_renews_is_refused(bucket, quick):
