@@ -43,8 +43,8 @@ COMPILE := $(TEST_VENV)/bin/uv pip compile setup.py --python-version 3.11 --no-e
 
 lock:
 	$(COMPILE) --extra study --output-file requirements.lock
-	$(COMPILE) --extra study --extra dev --extra data --extra huggingface --extra tpu --constraint requirements.lock \
-	    --output-file requirements-test.lock
+	$(COMPILE) --extra study --extra dev --extra data --extra huggingface --extra tensorboard --extra tpu \
+	    --constraint requirements.lock --output-file requirements-test.lock
 
 clean:
 	rm -rf $(VENV) $(TEST_VENV) runs .cache

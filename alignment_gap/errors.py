@@ -21,6 +21,19 @@ class Interrupted(Exception):
     """A job was asked to end and has saved where it stood; the same command goes on from there."""
 
 
+class StorageError(Exception):
+    """A bucket that refuses or does not answer: shown as one line, without a traceback.
+
+    Args:
+      line: says where, what is wrong, and the remedy.
+      status: the command's exit status: 2 where the user has to mend something, 1 where another attempt may do.
+    """
+
+    def __init__(self, line: str, status: int) -> None:
+        super().__init__(line)
+        self.status = status
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether this or what caused it is a full disk; tensorstore reports that in the text of another error."""
     while error is not None:

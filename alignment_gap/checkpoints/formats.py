@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +32,10 @@ from alignment_gap.checkpoints.network import Network
 from alignment_gap.checkpoints.tensors import Entries, Tensor, check_entries, check_shapes, imported, shapes_of
 from alignment_gap.configuration import to_dict
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath, copy_files
 from alignment_gap.models import ModelConfig, make_policy
 from alignment_gap.sharding import unbox
+from alignment_gap.storage import Url
 
 FORMATS = {
     "huggingface": "alignment_gap.checkpoints.huggingface",
@@ -95,7 +98,7 @@ def import_checkpoint(
 
 
 def export_checkpoint(
-    path: Path, output: Path, name: str, step: int | None = None, companions: Path | None = None
+    path: AnyPath, output: Path, name: str, step: int | None = None, companions: Path | None = None
 ) -> None:
     """Writes the policy of a checkpoint of ours in another format, tensor by tensor; `output` appears when complete.
 
@@ -122,7 +125,11 @@ def export_checkpoint(
     output.parent.mkdir(parents=True, exist_ok=True)
     if partial.is_dir():
         shutil.rmtree(partial)
-    module.write(partial, model, stored.tensors, companions or tokenizer_of(folder))
+    with tempfile.TemporaryDirectory() as made_in:
+        tokenizer = tokenizer_of(folder)
+        if isinstance(tokenizer, Url):
+            copy_files(tokenizer, tokenizer := Path(made_in))
+        module.write(partial, model, stored.tensors, companions or tokenizer)
     os.replace(partial, output)
 
 
@@ -142,14 +149,14 @@ def open_foreign(path: Path, name: str | None = None) -> Foreign:
     return source
 
 
-def describe(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+def describe(path: AnyPath) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """What a checkpoint of ours or of another format says of itself, and its tensors, in its own names.
 
     Raises:
       UserError: where it is neither, or is damaged.
     """
-    names = [name for name in FORMATS if _module(name).recognises(path)]
-    if names:
+    names = [name for name in FORMATS if isinstance(path, Path) and _module(name).recognises(path)]
+    if names and isinstance(path, Path):
         source = open_foreign(path, names[0])
         return {"format": names[0], "model": to_dict(source.model)}, source.tensors
     stored = open_checkpoint(path)

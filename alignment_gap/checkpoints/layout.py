@@ -5,6 +5,8 @@ RUN/checkpoints/STEP/
   params/                what `Checkpoints` keeps of the parameters: an OCDBT store of zarr arrays, one for each
   optimizer/             of a training run only
   _CHECKPOINT_METADATA   Orbax's, with the network as custom metadata
+
+In a bucket each array is a zarr store of its own, and the metadata are written last: a step is complete with them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from alignment_gap.checkpoints.digest import TensorsDigest, json_digest
 from alignment_gap.checkpoints.network import Network, from_json, to_json
 from alignment_gap.checkpoints.tensors import SHOWN, STACK, Tensor
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath
+from alignment_gap.storage import Url, explained, is_of_the_store
 
 CHECKPOINTS, PARAMS, NETWORK, TOKENIZER = "checkpoints", "params", "network", "tokenizer"
 METADATA = "_CHECKPOINT_METADATA"
@@ -48,12 +52,12 @@ class Stored(NamedTuple):
       tensors: its parameters by dotted names.
     """
 
-    folder: Path
+    folder: AnyPath
     network: Network | None
     tensors: dict[str, Tensor]
 
 
-def find_checkpoint(path: Path, step: int | None = None) -> Path:
+def find_checkpoint(path: AnyPath, step: int | None = None) -> AnyPath:
     """The folder of a step, or of the last one, in a run's folder, its checkpoints/ or the step's folder itself.
 
     Raises:
@@ -62,7 +66,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     if (path / PARAMS).is_dir():
         return path
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    steps = complete_steps(folder)
     if not steps:
         raise UserError(f"{path} has no complete checkpoint: give the folder of a training job or of an import")
     if step is not None and step not in steps:
@@ -71,24 +75,31 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     return folder / str(steps[-1] if step is None else step)
 
 
-def tokenizer_of(folder: Path) -> Path | None:
+def complete_steps(folder: AnyPath) -> list[int]:
+    """The steps of the checkpoints in a run's checkpoints/, in order; none where it is not there."""
+    if isinstance(folder, Url):
+        return sorted(int(path.parent.name) for path in folder.glob(f"*/{METADATA}") if path.parent.name.isdigit())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def tokenizer_of(folder: AnyPath) -> AnyPath | None:
     """Where the files are that came with the parameters of a step's folder, in its run; None where there are none."""
     tokenizer = folder.parent.parent / TOKENIZER
     return tokenizer if tokenizer.is_dir() else None
 
 
-def read_network(folder: Path) -> Network | None:
+def read_network(folder: AnyPath) -> Network | None:
     """What the checkpoint of a step says of its network; None for one written before checkpoints did."""
     values = _said(folder, NETWORK)
     return from_json(values) if values else None
 
 
-def read_digest(folder: Path) -> str | None:
+def read_digest(folder: AnyPath) -> str | None:
     """The `params_digest` that the checkpoint of a step says it has; None for one written before checkpoints did."""
     return (_said(folder, DIGESTS) or {}).get(PARAMS)
 
 
-def _said(folder: Path, name: str) -> Any:
+def _said(folder: AnyPath, name: str) -> Any:
     path = folder / METADATA
     try:
         return json.loads(path.read_text())["custom_metadata"].get(name)
@@ -96,7 +107,7 @@ def _said(folder: Path, name: str) -> Any:
         raise UserError(f"{path} cannot be read ({error}): the checkpoint is damaged, take another") from error
 
 
-def known_network(folder: Path) -> Network:
+def known_network(folder: AnyPath) -> Network:
     """As `read_network`; raises UserError where the checkpoint does not say."""
     network = read_network(folder)
     if network is None:
@@ -107,7 +118,7 @@ def known_network(folder: Path) -> Network:
     return network
 
 
-def open_checkpoint(path: Path, step: int | None = None) -> Stored:
+def open_checkpoint(path: AnyPath, step: int | None = None) -> Stored:
     """A checkpoint's network and parameters, to be read one by one; `path` and `step` as of `find_checkpoint`."""
     folder = find_checkpoint(path, step)
     return Stored(folder, read_network(folder), open_store(folder / PARAMS))
@@ -158,7 +169,7 @@ def write_store(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         chunks = _chunk_shape(tensor, stored.itemsize)
         metadata = {"compressor": {"id": "zstd", "level": 1}, "chunks": chunks}
         array = ts.open(
-            _spec(folder, name) | {"metadata": metadata, "create": True, "store_data_equal_to_fill_value": True},
+            zarr_spec(folder, name) | {"metadata": metadata, "create": True, "store_data_equal_to_fill_value": True},
             dtype=ts.dtype(stored.name),
             shape=tensor.shape,
         ).result()
@@ -170,7 +181,7 @@ def write_store(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     (folder / "_METADATA").write_text(json.dumps(_tree_metadata(tensors)))
 
 
-def open_store(folder: Path) -> dict[str, Tensor]:
+def open_store(folder: AnyPath) -> dict[str, Tensor]:
     """The tensors of an Orbax tree by dotted names, of which nothing is read yet.
 
     Raises:
@@ -179,9 +190,11 @@ def open_store(folder: Path) -> dict[str, Tensor]:
     try:
         keys = [key.decode() for key in ts.KvStore.open(_kvstore(folder)).result().list().result()]
         names = sorted(key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray"))
-        opening = [ts.open(_spec(folder, name), open=True, read=True) for name in names]
+        opening = [ts.open(zarr_spec(folder, name), open=True, read=True) for name in names]
         arrays = {name: array.result() for name, array in zip(names, opening, strict=True)}
     except (ValueError, OSError) as error:
+        if isinstance(folder, Url) and is_of_the_store(error):
+            raise explained(folder, error) from error
         raise UserError(f"{folder} cannot be read ({first_line(error)}): it is damaged or no checkpoint") from error
     if not arrays:
         raise UserError(f"{folder} holds no tensors: it is no checkpoint of Orbax, or it is damaged")
@@ -222,18 +235,24 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:LONGEST]
 
 
-def _check_parts(folder: Path, keys: list[str], arrays: Mapping[str, Any]) -> None:
+def _check_parts(folder: AnyPath, keys: list[str], arrays: Mapping[str, Any]) -> None:
     there = collections.Counter(key.rpartition("/")[0] for key in keys)
     # Each array has its .zarray beside its parts.
     check_parts(str(folder), {name: (there[name] - 1, parts_of(array)) for name, array in arrays.items()})
 
 
-def _kvstore(folder: Path) -> dict[str, Any]:
-    return {"driver": "ocdbt", "base": folder.absolute().as_uri() + "/"}
-
-
-def _spec(folder: Path, name: str) -> dict[str, Any]:
+def zarr_spec(folder: AnyPath, name: str) -> dict[str, Any]:
+    """Tensorstore's description of the array of a dotted name in a tree."""
+    if isinstance(folder, Url):
+        # Each array is read or written once: what tensorstore kept of it would only take memory.
+        return {"driver": "zarr", "kvstore": (folder / name).spec(), "cache_pool": {"total_bytes_limit": 0}}
     return {"driver": "zarr", "kvstore": _kvstore(folder) | {"path": name + "/"}}
+
+
+def _kvstore(folder: AnyPath) -> dict[str, Any]:
+    if isinstance(folder, Url):
+        return folder.spec()
+    return {"driver": "ocdbt", "base": folder.absolute().as_uri() + "/"}
 
 
 def _chunk_shape(tensor: Tensor, itemsize: int) -> list[int]:

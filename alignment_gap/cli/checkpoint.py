@@ -18,6 +18,7 @@ from absl import flags
 
 from alignment_gap.cli.flags import parse, require, run_subcommand
 from alignment_gap.errors import UserError
+from alignment_gap.folders import at, here
 
 
 def main(arguments: list[str]) -> None:
@@ -37,7 +38,7 @@ def import_(arguments: list[str]) -> None:
     if parsed is None:
         return
     values, _ = parsed
-    source, output = Path(require(values, "from")), Path(require(values, "output"))
+    source, output = (here(require(values, flag), "what is imported") for flag in ("from", "output"))
     from alignment_gap.checkpoints.formats import import_checkpoint
     from alignment_gap.data.text.vocabulary_loading import tokenizer_digest
 
@@ -65,7 +66,7 @@ def export(arguments: list[str]) -> None:
     from alignment_gap.checkpoints.formats import export_checkpoint
 
     tokenizer = Path(values.tokenizer) if values.tokenizer else None
-    export_checkpoint(Path(checkpoint), Path(output), name, values.step, tokenizer)
+    export_checkpoint(at(checkpoint), here(output, "another library's checkpoint"), name, values.step, tokenizer)
     print(output)
 
 
@@ -80,7 +81,7 @@ def show(arguments: list[str]) -> None:
     from alignment_gap.checkpoints.formats import describe
     from alignment_gap.configuration import flatten
 
-    facts, tensors = describe(Path(paths[0]))
+    facts, tensors = describe(at(paths[0]))
     for key, value in flatten(facts).items():
         print(f"{key:40}{value}")
     print(f"{'tensors':40}{_summary(tensors)}")

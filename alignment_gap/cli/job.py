@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
 from alignment_gap.cli.flags import define_config, define_shared, parse, read_config, require, start_jax
+from alignment_gap.folders import AnyPath, at
 from alignment_gap.jobs.folder import Kind, make
 
 
@@ -24,10 +24,10 @@ def run_command(kind: Kind, arguments: Sequence[str], help_text: str | None) -> 
         return
     values, _ = parsed
     config: object = read_config(values, kind.config, kind.short)
-    run_job(kind, config, Path(require(values, kind.output)), values)
+    run_job(kind, config, at(require(values, kind.output)), values)
 
 
-def run_job(kind: Kind, config: object, folder: Path, values: flags.FlagValues) -> None:
+def run_job(kind: Kind, config: object, folder: AnyPath, values: flags.FlagValues) -> None:
     """Runs a job with the shared flags, and says what its folder holds."""
     start_jax(values)
     make(kind, config, folder)

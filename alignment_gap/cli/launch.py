@@ -25,6 +25,7 @@ from alignment_gap.checks import nearest, one_of
 from alignment_gap.cli.flags import define_config, parse, read_config
 from alignment_gap.cli.train import WORKDIR
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath, at
 from alignment_gap.launch import JobSetConfig, LocalConfig, QueuedConfig, SlurmConfig, Task
 
 # What would be run, as a text, and what runs it.
@@ -108,8 +109,14 @@ def _tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
     folder = given[-1] if given else default
     if folder is None:
         raise UserError(f"--{flag} is not set: add --{flag}=FOLDER")
-    task = Task(Path(folder).name, tuple(words), Path(folder), processes=words[:2] != ["data", "prepare"])
-    return [task], Path(folder)
+    path = at(folder)
+    task = Task(path.name, tuple(words), path, processes=words[:2] != ["data", "prepare"])
+    return [task], _logs(path)
+
+
+def _logs(folder: AnyPath, *names: str) -> Path:
+    """The folder for what jobs print: on this machine, by these names in `folder` where that is here too."""
+    return folder.joinpath(*names) if isinstance(folder, Path) else Path("logs", folder.name)
 
 
 def _study_tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
@@ -124,8 +131,8 @@ def _study_tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
     from alignment_gap.study.config import StudyConfig
     from alignment_gap.study.run import open_studies
 
-    config, workdir = from_dict(StudyConfig, settings), Path(values.workdir)
-    tasks: dict[Path | str, Task] = {}
+    config, workdir = from_dict(StudyConfig, settings), at(values.workdir)
+    tasks: dict[AnyPath | str, Task] = {}
     sizes = [[f"--config.sizes=({size!r},)"] for size in config.sizes] or [[]]
     for study, size in zip(open_studies(config, workdir), sizes, strict=True):
         prefix = f"{study.workdir.name}-" if size else ""
@@ -138,4 +145,4 @@ def _study_tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
         report = (*words, *size, f"--job={command.REPORT}")
         needs = tuple(tasks[job.folder].name for job in study.graph.jobs)
         tasks[prefix + command.REPORT] = Task(prefix + command.REPORT, report, None, needs, processes=False)
-    return [*tasks.values()], workdir / "logs"
+    return [*tasks.values()], _logs(workdir, "logs")

@@ -11,7 +11,7 @@ from typing import Any
 
 from alignment_gap import __version__, freed_memory
 from alignment_gap.checks import nearest
-from alignment_gap.errors import Interrupted, UserError, is_disk_full
+from alignment_gap.errors import Interrupted, StorageError, UserError, is_disk_full
 from alignment_gap.interruption import TRY_AGAIN, from_keyboard, from_scheduler, signals_caught
 
 COMMANDS = {
@@ -89,6 +89,8 @@ def _status(run: Callable[[], None]) -> int:
         run()
     except UserError as error:
         return _failed(str(error))
+    except StorageError as error:
+        return _failed(str(error), error.status)
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"interrupted{f', {error}' if str(error) else ''}: the same command goes on from here", file=sys.stderr)
         asked = isinstance(error, Interrupted) or from_scheduler()
@@ -104,13 +106,13 @@ def _status(run: Callable[[], None]) -> int:
     return 0
 
 
-def _failed(line: str) -> int:
+def _failed(line: str, status: int = 2) -> int:
     def say() -> None:
         print(f"error: {line}", file=sys.stderr)
 
-    _fail_together(line, say, status=2)
+    _fail_together(line, say, status)
     say()
-    return 2
+    return status
 
 
 def _fail_together(line: str, show: Callable[[], None], status: int) -> None:

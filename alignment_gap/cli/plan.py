@@ -52,14 +52,14 @@ def main(arguments: list[str]) -> None:
         return
     config, values = parsed
 
-    from alignment_gap.folders import write_bytes
+    from alignment_gap.folders import at, write_bytes
     from alignment_gap.plan.plan import make_plan
     from alignment_gap.plan.report import as_json, as_text
 
     plan = make_plan(config, say=lambda line: print(line, file=sys.stderr))
     print(as_text(plan))
     if values.json is not None:
-        path = Path(values.json)
+        path = at(values.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, json.dumps(as_json(plan), indent=1).encode())
     if not plan.fits:

@@ -22,6 +22,7 @@ from alignment_gap.checks import nearest
 from alignment_gap.cli.flags import define_shared, parse, start_jax
 from alignment_gap.configuration import flatten, from_dict
 from alignment_gap.errors import UserError
+from alignment_gap.folders import at
 
 OVERRIDE = "--config."
 REPORT = "report"
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> None:
 
     config = from_dict(StudyConfig, settings)
     start_jax(values)
-    studies = open_studies(config, Path(values.workdir))
+    studies = open_studies(config, at(values.workdir))
     if values.list:
         sizes = [[f"--config.sizes=({size!r},)"] for size in config.sizes] or [[]]
         for study, size in zip(studies, sizes, strict=True):

@@ -7,13 +7,12 @@ alignment-gap train --gin_file=gin/runs/online_ipo.gin --gin.PROMPTS=pairs --gin
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 
 from alignment_gap.cli import gin_files
 from alignment_gap.cli.flags import define_shared, parse
 from alignment_gap.cli.job import run_job
+from alignment_gap.folders import at
 
 WORKDIR = "runs/train"
 
@@ -29,7 +28,7 @@ def main(arguments: list[str]) -> None:
 
     from alignment_gap.jobs.train import TRAIN
 
-    run_job(TRAIN, config, Path(values.workdir), values)
+    run_job(TRAIN, config, at(values.workdir), values)
 
 
 def _define(values: flags.FlagValues) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from alignment_gap.checkpoints import Network, agreed_model, find_checkpoint, re
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.text import Vocabulary, extra_id
 from alignment_gap.errors import UserError
+from alignment_gap.folders import at
 from alignment_gap.jobs.config import POLICY, JobConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.served import (
     REFERENCE_LOG_PROBS,
@@ -308,7 +308,7 @@ def _key(seed: int, use: int) -> jax.Array:
 
 def stored_network(path: str, step: int | None) -> Network | None:
     """What the checkpoint of a run's folder holds; None where it does not say."""
-    return read_network(find_checkpoint(Path(path), step))
+    return read_network(find_checkpoint(at(path), step))
 
 
 def trained_network(

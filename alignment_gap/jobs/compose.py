@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from alignment_gap.data.batches import Examples
 from alignment_gap.data.batches.order import ORDERS, SEED_LIMIT, Order, draws_of
 from alignment_gap.data.records import Dataset, Example
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.folder import Kind, Opened
 from alignment_gap.jobs.label import open_checked
 from alignment_gap.jobs.parts import dataset_summary, write_parts
@@ -66,7 +66,7 @@ def open_composition(config: ComposeConfig) -> Opened:
     roles = ["pairs"] if len(datasets) == 1 else [f"pairs {i}" for i in range(len(datasets))]
     facts = {"weights": config.weights, "order": config.order, "window": config.window, "seed": config.seed}
 
-    def run(folder: Path, open_bar: OpenBar) -> None:
+    def run(folder: AnyPath, open_bar: OpenBar) -> None:
         numbers = order.epoch(0)[: config.limit]
         ends = np.cumsum(sizes)
 

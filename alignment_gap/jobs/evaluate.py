@@ -16,14 +16,14 @@ import io
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
 import numpy as np
 
 from alignment_gap import checks
-from alignment_gap.checkpoints import find_checkpoint, known_network
+from alignment_gap.checkpoints import complete_steps, find_checkpoint, known_network
 from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.batches.order import SEED_LIMIT
@@ -35,7 +35,7 @@ from alignment_gap.evaluation.batching import Batching
 from alignment_gap.evaluation.figure import kl_picture
 from alignment_gap.evaluation.measures import Responses, agreed, classified, diverged, judged
 from alignment_gap.evaluation.results import csv_text, means, text_table
-from alignment_gap.folders import read_json, write_bytes
+from alignment_gap.folders import AnyPath, at, read_json, write_bytes
 from alignment_gap.jobs.compose import distinct_prompts
 from alignment_gap.jobs.config import POLICY
 from alignment_gap.jobs.folder import JOB, MESH, Kind, Opened
@@ -108,7 +108,7 @@ class EvaluateConfig:
 def named(text: str) -> tuple[str, str]:
     """The name and the value of NAME=VALUE; a value alone is named after its last part."""
     name, equals, value = text.partition("=")
-    return (name, value) if equals else (Path(text).name.split(":")[-1], text)
+    return (name, value) if equals else (PurePath(text).name.split(":")[-1], text)
 
 
 def open_evaluation(config: EvaluateConfig) -> Opened:
@@ -117,7 +117,7 @@ def open_evaluation(config: EvaluateConfig) -> Opened:
         raise UserError("run is not set: give the folder of a training job")
     dataset, mesh = open_checked(config.dataset, "dataset"), make_mesh(config.mesh)
     steps = on_every_process(lambda: _steps(str(config.run), config.steps))
-    network = on_every_process(lambda: known_network(find_checkpoint(Path(str(config.run)), steps[0])))
+    network = on_every_process(lambda: known_network(find_checkpoint(at(str(config.run)), steps[0])))
     responses = dataset.card.responses_per_prompt
     if responses != 2 and (config.pairs or network.kind != POLICY):
         raise UserError(
@@ -134,7 +134,7 @@ def open_evaluation(config: EvaluateConfig) -> Opened:
     return Opened(facts, functools.partial(_run, config, steps, measure))
 
 
-def _run(config: EvaluateConfig, steps: Sequence[int], measure: Measure, folder: Path, open_bar: OpenBar) -> None:
+def _run(config: EvaluateConfig, steps: Sequence[int], measure: Measure, folder: AnyPath, open_bar: OpenBar) -> None:
     missing = first_says(lambda: np.array([not _is_whole(folder / f"{step}.npz") for step in steps]))
     with open_bar(len(steps), folder.name, " checkpoints") as bar:
         for step, is_missing in zip(steps, missing, strict=True):
@@ -172,7 +172,7 @@ def _measure_policy(
     digests["run.digest"] = params_digest(open_policy(str(config.run), dataset, mesh, last)[1])
     recorded: dict[str, Responses] = {}
     for name, folder in map(named, config.opponents):
-        if (Path(folder) / CARD).exists():
+        if (at(folder) / CARD).exists():
             answers = open_checked(folder, "opponents")
             recorded[name], digest = _recorded(answers, prompts), answers.card.digest
         else:
@@ -219,16 +219,15 @@ def _measure_judge(
 def _steps(run: str, asked: Sequence[int] | None) -> list[int]:
     """The steps of a run's checkpoints that are measured; raises UserError where there is none."""
     if asked is not None:
-        return [int(find_checkpoint(Path(run), step).name) for step in asked]
-    last = find_checkpoint(Path(run))
-    return sorted(int(path.name) for path in last.parent.iterdir() if path.name.isdigit())
+        return [int(find_checkpoint(at(run), step).name) for step in asked]
+    return complete_steps(find_checkpoint(at(run)).parent)
 
 
 def _reference(config: EvaluateConfig) -> tuple[str, int | None]:
     """Folder and step of the reference: the one asked for, or the one that the run was trained with."""
     if config.reference is not None:
         return config.reference, None
-    path = Path(str(config.run)) / JOB
+    path = at(str(config.run)) / JOB
     settings = read_json(path, remedy="set reference") if path.exists() else {}
     for name in ("reference", "start"):
         if settings.get(name) is not None:
@@ -253,15 +252,15 @@ def _recorded(dataset: Dataset, prompts: PreferenceBatch) -> Responses:
     return tokens, np.array([*map(len, answers)], np.int32)
 
 
-def load_outcomes(path: Path) -> dict[str, np.ndarray]:
+def load_outcomes(path: AnyPath) -> dict[str, np.ndarray]:
     """The outcomes of a checkpoint, without its responses; raises UserError where the file is damaged."""
     if not _is_whole(path):
         raise UserError(f"{path} is missing or damaged: run its job again, which measures this checkpoint anew")
-    with np.load(path) as arrays:
+    with np.load(io.BytesIO(path.read_bytes())) as arrays:
         return {name: arrays[name] for name in arrays.files if name not in RESPONSES}
 
 
-def _write_results(config: EvaluateConfig, steps: Sequence[int], folder: Path) -> None:
+def _write_results(config: EvaluateConfig, steps: Sequence[int], folder: AnyPath) -> None:
     outcomes = {step: load_outcomes(folder / f"{step}.npz") for step in steps}
     metrics = list(dict.fromkeys(name for each in outcomes.values() for name in each))
     rows = [{"run": config.run, "step": step} | means(each, metrics) for step, each in outcomes.items()]
@@ -271,10 +270,9 @@ def _write_results(config: EvaluateConfig, steps: Sequence[int], folder: Path) -
         write_bytes(folder / FIGURE, picture)
 
 
-def results_text(folder: Path) -> str:
+def results_text(folder: AnyPath) -> str:
     """The means of a finished evaluation with their intervals, for the terminal."""
-    with (folder / RESULTS).open(newline="") as file:
-        rows = [*csv.DictReader(file)]
+    rows = [*csv.DictReader(io.StringIO((folder / RESULTS).read_text()))]
     metrics = [name for name in rows[0] if f"{name}_low" in rows[0]]
     cells = [[metric, *(_cell(row, metric) for row in rows)] for metric in metrics]
     headers = ["mean (95 % interval)", *(f"step {row['step']}" for row in rows)]
@@ -288,16 +286,16 @@ def _cell(row: Mapping[str, str], metric: str) -> str:
     return f"{value} ({low} to {high})"
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: AnyPath) -> bool:
     """Whether every array of a file has the checksum that it was written with."""
     try:
-        with zipfile.ZipFile(path) as file:
+        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as file:
             return file.testzip() is None
     except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError):
         return False
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def _save_arrays(path: AnyPath, arrays: Mapping[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_bytes(path, buffer.getvalue())

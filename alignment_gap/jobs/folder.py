@@ -15,13 +15,12 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignment_gap import __version__
 from alignment_gap.configuration import flatten, to_dict
-from alignment_gap.errors import Interrupted
-from alignment_gap.folders import claim, locked, read_json, write_json
+from alignment_gap.errors import Interrupted, StorageError
+from alignment_gap.folders import AnyPath, claim, discard_last, locked, read_json, write_json, write_last
 from alignment_gap.jobs.words import flag_words
 from alignment_gap.progress import OpenBar, progress_bar
 from alignment_gap.sharding import MeshConfig, first_says, is_first_process, on_first_process
@@ -41,8 +40,8 @@ class Opened(NamedTuple):
     """
 
     facts: Mapping[str, Any]
-    run: Callable[[Path, OpenBar], None]
-    read_first: Callable[[Path], None] = lambda folder: None
+    run: Callable[[AnyPath, OpenBar], None]
+    read_first: Callable[[AnyPath], None] = lambda folder: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +67,14 @@ class Kind:
     command: str
     config: type
     open: Callable[[Any], Opened]
-    summary: Callable[[Path], str]
+    summary: Callable[[AnyPath], str]
     output: str = "output"
     short: Mapping[str, str] = dataclasses.field(default_factory=dict)
     words: Callable[[Any], list[str]] | None = None
-    may_change: Callable[[Path], Collection[str]] = lambda folder: ()
+    may_change: Callable[[AnyPath], Collection[str]] = lambda folder: ()
     without_effect: Collection[str] = ()
     repairs: bool = False
-    is_whole: Callable[[Path], bool] = lambda folder: True
+    is_whole: Callable[[AnyPath], bool] = lambda folder: True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Job:
     name: str
     kind: Kind
     config: Any
-    folder: Path
+    folder: AnyPath
     needs: tuple[Job, ...] = ()
 
     @property
@@ -123,7 +122,7 @@ class Job:
         return shlex.join(["alignment-gap", *self.words])
 
 
-def make(kind: Kind, config: Any, folder: Path, open_bar: OpenBar | None = None) -> bool:
+def make(kind: Kind, config: Any, folder: AnyPath, open_bar: OpenBar | None = None) -> bool:
     """Runs a job in its folder, from where it was stopped; returns whether there was anything to do.
 
     Args:
@@ -143,18 +142,20 @@ def make(kind: Kind, config: Any, folder: Path, open_bar: OpenBar | None = None)
         finished = bool(first_says(lambda: finished_with(folder) == settings and kind.is_whole(folder)))
         if finished and not kind.repairs:
             return False
+        if not finished:
+            on_first_process(lambda: discard_last(folder / DONE))
         start = time.time()
         with _failure_kept(folder):
             opened.run(folder, open_bar or functools.partial(progress_bar, silent=not is_first_process()))
         seconds = round(time.time() - start, 1)
         if not finished:
             done = {"settings": settings, "seconds": seconds, "version": __version__}
-            on_first_process(lambda: write_json(folder / DONE, done))
+            on_first_process(lambda: write_last(folder / DONE, done))
     return not finished
 
 
 @contextlib.contextmanager
-def _failure_kept(folder: Path) -> Iterator[None]:
+def _failure_kept(folder: AnyPath) -> Iterator[None]:
     """Leaves the line of what went wrong in the folder, for whoever looks at a graph of jobs."""
     if is_first_process():
         (folder / FAILED).unlink(missing_ok=True)
@@ -165,12 +166,12 @@ def _failure_kept(folder: Path) -> Iterator[None]:
     except Exception as error:
         if is_first_process():
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            with contextlib.suppress(OSError):  # A full disk is told by what met it.
+            with contextlib.suppress(OSError, StorageError):  # A full disk is told by what met it.
                 write_json(folder / FAILED, {"line": line, "may_change": getattr(error, "may_change", ())})
         raise
 
 
-def finished_with(folder: Path) -> Any:
+def finished_with(folder: AnyPath) -> Any:
     """The settings that a folder was completed with; None where it is not complete, or no longer says so."""
     try:
         return json.loads((folder / DONE).read_text())["settings"]
@@ -178,14 +179,14 @@ def finished_with(folder: Path) -> Any:
         return None
 
 
-def _remedies(folder: Path) -> list[str]:
+def _remedies(folder: AnyPath) -> list[str]:
     """The settings that the last failure in a folder asked to change."""
     path = folder / FAILED
     return read_json(path, remedy="remove it")["may_change"] if path.exists() else []
 
 
 @contextlib.contextmanager
-def _owned(folder: Path, settings: Mapping[str, Any], kind: Kind) -> Iterator[None]:
+def _owned(folder: AnyPath, settings: Mapping[str, Any], kind: Kind) -> Iterator[None]:
     with locked(folder):
         may_change = {*kind.may_change(folder), *_remedies(folder)}
         claim(folder / JOB, settings, remedy="give another folder, or these settings", may_change=may_change)

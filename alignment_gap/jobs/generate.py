@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from alignment_gap.data.records import Dataset, Example, lengths_of
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
+from alignment_gap.folders import AnyPath, at
 from alignment_gap.jobs.compose import distinct_prompts
 from alignment_gap.jobs.config import POLICY
 from alignment_gap.jobs.folder import MESH, Kind, Opened
@@ -108,7 +108,7 @@ def open_generation(config: GenerateConfig) -> Opened:
     judge = open_judge(config.judge, dataset, mesh) if config.judge.judge is not None else None
     facts |= judge.facts if judge else {}
 
-    def run(folder: Path, open_bar: OpenBar) -> None:
+    def run(folder: AnyPath, open_bar: OpenBar) -> None:
         def make(start: int, stop: int) -> Iterator[Example]:
             sampled = sample_examples((dataset[int(i)] for i in numbers[start:stop]), draws, batching)
             return label(sampled, judge, batching) if judge else sampled
@@ -136,7 +136,7 @@ def open_policy(folder: str, dataset: Dataset, mesh: LogicalMesh, step: int | No
 
 def policy_network(folder: str, step: int | None) -> Network:
     """What a policy's checkpoint says of itself; raises UserError where the folder holds none."""
-    network = on_every_process(lambda: known_network(find_checkpoint(Path(folder), step)))
+    network = on_every_process(lambda: known_network(find_checkpoint(at(folder), step)))
     if network.kind != POLICY:
         raise UserError(f"{folder} holds a preference model: give the folder of a policy")
     return network

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from alignment_gap.data.batches import PreferenceBatch, choose_buckets
 from alignment_gap.data.records import Dataset, Example, lengths_of, open_dataset, verify_dataset
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
+from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.folder import MESH, Kind, Opened
 from alignment_gap.jobs.parts import dataset_summary, write_parts
 from alignment_gap.judges import Judge, JudgeConfig, open_judge
@@ -54,7 +54,7 @@ def open_labelling(config: LabelConfig) -> Opened:
     # The number of buckets alters the rounding.
     facts = {"labels": config.judge.labels, "buckets": config.buckets, **judge.facts}
 
-    def run(folder: Path, open_bar: OpenBar) -> None:
+    def run(folder: AnyPath, open_bar: OpenBar) -> None:
         def make(start: int, stop: int) -> Iterator[Example]:
             return label(itertools.islice(dataset, start, stop), judge, batching)
 

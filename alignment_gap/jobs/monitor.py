@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.jobs.reading import Reading, on_devices, open_reading
@@ -54,7 +54,7 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
     return found
 
 
-def open_monitor(assembly: Assembly, inputs: Inputs, folder: Path) -> Monitor:
+def open_monitor(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> Monitor:
     """The monitor that writes into a job's folder."""
     config, held_out = assembly.config.monitor, inputs.validation
     return Monitor(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alignment_gap.data.records import Card, Dataset, Example, close_dataset, derived, open_dataset, write_chunk
 from alignment_gap.data.records.dataset import CARD, chunk_path, discard_damaged, part_size
+from alignment_gap.folders import AnyPath
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import first_says, is_first_process, on_first_process
 
 
 def write_parts(
-    folder: Path,
+    folder: AnyPath,
     count: int,
     make: Callable[[int, int], Iterable[Example]],
     *,
@@ -67,12 +67,12 @@ def _name(part: int) -> str:
     return f"part-{part:05d}"
 
 
-def _discard(folder: Path) -> None:
+def _discard(folder: AnyPath) -> None:
     if (folder / CARD).exists():
         discard_damaged(folder)
 
 
-def dataset_summary(folder: Path) -> str:
+def dataset_summary(folder: AnyPath) -> str:
     """What a finished dataset holds, in a line."""
     card = open_dataset(folder).card
     return f"{folder}: {card.count:,} examples, digest {card.digest[:12]}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from alignment_gap import __version__
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import lengths_text
 from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import PREVIEW, PrepareConfig, may_change, open_preparation
+from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.folder import JOB, Kind, Opened
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import on_first_process
@@ -22,14 +21,14 @@ def open_preparing(config: PrepareConfig) -> Opened:
     """Opens the source and the vocabulary; raises UserError where one of them cannot be used."""
     preparation = open_preparation(config)
 
-    def run(folder: Path, open_bar: OpenBar) -> None:
+    def run(folder: AnyPath, open_bar: OpenBar) -> None:
         # The first of several processes prepares, with workers of its own.
         on_first_process(lambda: preparation.write(folder, open_bar=open_bar))
 
     return Opened({**preparation.digests, "version": __version__}, run)
 
 
-def _summary(folder: Path) -> str:
+def _summary(folder: AnyPath) -> str:
     lines = []
     for card_path in sorted(folder.glob(f"*/{CARD}")):
         card = open_dataset(card_path.parent).card

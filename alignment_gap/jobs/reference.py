@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from alignment_gap.data.batches import Bucket, PreferenceBatch, Prefetched, offl
 from alignment_gap.data.records import Dataset
 from alignment_gap.data.records.log_probs import ReferenceLogProbs, ReferenceWriter, open_reference, reference_folder
 from alignment_gap.errors import UserError
-from alignment_gap.folders import locked
+from alignment_gap.folders import at, locked
 from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import DatasetConfig, OnlineConfig
 from alignment_gap.jobs.reading import on_devices, open_reading
@@ -90,7 +89,7 @@ def compute_reference(config: ReferenceConfig, open_bar: OpenBar) -> list[Datase
     reading = open_reading(DatasetConfig(config.dataset, **lengths), "dataset")
     mesh, digest = make_mesh(config.mesh), reading.datasets[0].card.vocabulary_digest
     check_batch_size("batch_size", config.batch_size, mesh.batch_parts)
-    network = on_every_process(lambda: known_network(find_checkpoint(Path(str(config.checkpoint)), config.step)))
+    network = on_every_process(lambda: known_network(find_checkpoint(at(str(config.checkpoint)), config.step)))
     check_vocabulary(network, digest, config.checkpoint, str(config.dataset))
     policy, params = load_policy(config.checkpoint, mesh, config.step)
     changes = {name: value for name in ("dtype", "attention") if (value := getattr(config, name)) is not None}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from alignment_gap.data.tasks.prepare import prompt_id
 from alignment_gap.data.text import Vocabulary, load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
+from alignment_gap.folders import AnyPath, at
 from alignment_gap.jobs.generate import drawing, policy_network
 from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig, first_says, is_first_process, make_mesh, on_every_process
@@ -117,7 +118,7 @@ def _rows(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _vocabulary(config: SampleConfig, network: Network) -> Vocabulary:
-    if config.vocabulary is None and config.prompts is not None and (Path(config.prompts) / CARD).exists():
+    if config.vocabulary is None and config.prompts is not None and (at(config.prompts) / CARD).exists():
         vocabulary = find_vocabulary(open_dataset(config.prompts))
     elif (place := config.vocabulary or network.vocabulary) is not None:
         vocabulary = load_vocabulary(place)
@@ -135,28 +136,27 @@ def _prompts(place: str | None, vocabulary: Vocabulary) -> Iterator[np.ndarray]:
     """The prompts as token ids."""
     if place is None:
         yield from map(functools.partial(_encode, vocabulary), _typed())
-    elif (Path(place) / CARD).exists():
+    elif (at(place) / CARD).exists():
         yield from (example.prompt for example in open_dataset(place))
-    elif not Path(place).is_file():
+    elif not at(place).is_file():
         raise UserError(
             f"prompts is {place!r}: give a dataset's folder or a file of prompts, or leave it out to type them"
         )
     else:
-        yield from map(functools.partial(_encode, vocabulary), _lines(Path(place)))
+        yield from map(functools.partial(_encode, vocabulary), _lines(at(place)))
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            if path.suffix != ".jsonl":
-                yield line.rstrip("\n")
-                continue
-            try:
-                yield json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f'{path}:{number} is no record with a prompt: write {{"prompt": ...}}') from None
+def _lines(path: AnyPath) -> Iterator[str]:
+    for number, line in enumerate(io.StringIO(path.read_text(encoding="utf-8")), 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            yield line.rstrip("\n")
+            continue
+        try:
+            yield json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{path}:{number} is no record with a prompt: write {{"prompt": ...}}') from None
 
 
 def _typed() -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignment_gap.checkpoints.digest import params_digest
@@ -14,6 +13,7 @@ from alignment_gap.data.records import Example, close_dataset, derived, write_ch
 from alignment_gap.data.records.dataset import chunk_path, discard_chunks, read_chunk
 from alignment_gap.data.records.log_probs import ReferenceLogProbs
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.assembly import OPPONENTS, SAMPLER, SAMPLES, Assembly, gives_rewards
 from alignment_gap.jobs.config import OnlineConfig, SourceConfig
 from alignment_gap.jobs.reading import Reading, on_devices
@@ -147,7 +147,7 @@ def _sampler(assembly: Assembly, inputs: Inputs, online: OnlineConfig) -> Callab
 
 
 def open_recorder(
-    assembly: Assembly, folder: Path, last_step: int
+    assembly: Assembly, folder: AnyPath, last_step: int
 ) -> Callable[[int, list[PreferenceBatch]], None] | None:
     """What records the stream of fresh samples after the step of the last checkpoint.
 
@@ -178,7 +178,7 @@ def open_recorder(
     return write
 
 
-def _resume_record(record: Path, step: int) -> list[Example]:
+def _resume_record(record: AnyPath, step: int) -> list[Example]:
     """The samples up to a step of the file that was not full by then; the samples after it are removed."""
     first, pending = _full_until(step), list[Example]()
     if first < step:
@@ -193,7 +193,7 @@ def _resume_record(record: Path, step: int) -> list[Example]:
     return pending
 
 
-def _write_chunk(record: Path, step: int, examples: Sequence[Example]) -> None:
+def _write_chunk(record: AnyPath, step: int, examples: Sequence[Example]) -> None:
     """Writes the file with the samples up to a step, and removes the shorter ones that it takes the place of."""
     write_chunk(record, f"{_CHUNK}{step:08d}", examples)
     discard_chunks(record, lambda name: _full_until(step - 1) < _until(name) < step)
@@ -204,7 +204,7 @@ def _full_until(step: int) -> int:
     return step - step % _CHUNK_STEPS
 
 
-def close_record(assembly: Assembly, inputs: Inputs, folder: Path) -> None:
+def close_record(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> None:
     """Completes the recorded stream as a dataset, whose card says what it was drawn from and labelled by."""
     config, network = assembly.config, assembly.facts.network
     reading, online = inputs.fresh if config.online is config.fresh else inputs.reading, config.online

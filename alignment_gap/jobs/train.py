@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import shutil
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +30,7 @@ from alignment_gap.checkpoints import (
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.records.card import find_vocabulary, vocabulary_place
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath, at, copy_files
 from alignment_gap.jobs.assembly import Assembly, BatchShape, Facts, gives_rewards, samples_kept, trained_network
 from alignment_gap.jobs.config import (
     POLICY,
@@ -145,7 +144,7 @@ def _params(path: str | None, step: int | None, assembly: Assembly) -> Parameter
     """The parameters of another run's checkpoint; raises UserError where it is of another network or vocabulary."""
     if path is None:
         return None
-    folder, wanted = find_checkpoint(Path(path), step), assembly.facts.network
+    folder, wanted = find_checkpoint(at(path), step), assembly.facts.network
     network = read_network(folder)
     if network is not None:
         agreed_model(wanted.model, network, path)
@@ -158,7 +157,7 @@ def _params(path: str | None, step: int | None, assembly: Assembly) -> Parameter
     return Parameters(load, read_digest(folder))
 
 
-def _read_first(inputs: Inputs, folder: Path) -> None:
+def _read_first(inputs: Inputs, folder: AnyPath) -> None:
     """Reads the parameters that a job without a checkpoint begins with, so that damaged ones are told first."""
     there = folder / CHECKPOINTS
     if first_says(lambda: there.is_dir() and any(path.name.isdigit() for path in there.iterdir())):
@@ -168,7 +167,7 @@ def _read_first(inputs: Inputs, folder: Path) -> None:
             params.read()
 
 
-def _run(assembly: Assembly, inputs: Inputs, folder: Path, open_bar: OpenBar) -> None:
+def _run(assembly: Assembly, inputs: Inputs, folder: AnyPath, open_bar: OpenBar) -> None:
     """Trains up to the job's last step in `folder`, from its last complete checkpoint where there is one."""
     config, steps = assembly.config, assembly.config.steps or 0
     with contextlib.ExitStack() as stack:
@@ -222,11 +221,11 @@ def _summary(assembly: Assembly, reading: Reading) -> str:
     return f"{line}; {padding:.1%} of the tokens in batches is padding"
 
 
-def _carry_tokenizer(config: JobConfig, folder: Path) -> None:
+def _carry_tokenizer(config: JobConfig, folder: AnyPath) -> None:
     """Copies the files that came with the start's parameters, so that they can leave with the trained ones."""
-    tokenizer = tokenizer_of(find_checkpoint(Path(config.start), config.start_step)) if config.start else None
+    tokenizer = tokenizer_of(find_checkpoint(at(config.start), config.start_step)) if config.start else None
     if tokenizer:
-        shutil.copytree(tokenizer, folder / TOKENIZER, dirs_exist_ok=True)
+        copy_files(tokenizer, folder / TOKENIZER)
 
 
 TRAIN = Kind(

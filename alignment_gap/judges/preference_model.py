@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from alignment_gap.checkpoints import Network, check_vocabulary, find_checkpoint
 from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.data.records import Dataset
 from alignment_gap.errors import UserError
+from alignment_gap.folders import at
 from alignment_gap.judges.contract import PROBABILITIES, REWARDS, Judge, JudgeConfig
 from alignment_gap.models import PreferenceModel
 from alignment_gap.sharding import LogicalMesh, batch_sharding, on_every_process, within
@@ -50,7 +50,7 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judg
 def judge_network(config: JudgeConfig) -> Network:
     """What the folder of a judge holds, from its metadata alone; raises UserError where it cannot be this judge."""
     folder = str(config.judge)
-    network = known_network(find_checkpoint(Path(folder), config.step))
+    network = known_network(find_checkpoint(at(folder), config.step))
     if network.kind == "policy":
         raise UserError(f"the judge {folder} is a policy: give the folder of a preference model")
     if config.labels == REWARDS and network.kind != "bradley_terry":

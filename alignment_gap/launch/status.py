@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from alignment_gap.folders import read_json
+from alignment_gap.folders import AnyPath, is_held, read_json
 from alignment_gap.jobs.folder import FAILED, JOB
 from alignment_gap.launch.tasks import Task
 from alignment_gap.training.monitor import METRICS
@@ -30,26 +28,14 @@ def _state(task: Task, done: set[str]) -> str:
     if folder is None or not (folder / JOB).exists():
         return "ready"
     progress = _progress(folder)
-    if _is_held(folder):
+    if is_held(folder):
         return f"running{progress}"
     if (folder / FAILED).exists():
         return f"failed: {read_json(folder / FAILED, remedy='remove it')['line']}"
     return f"stopped{progress}"
 
 
-def _is_held(folder: Path) -> bool:
-    """Whether a process of this machine, or of a file system that knows locks, works in the folder."""
-    try:
-        with (folder / ".lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
-def _progress(folder: Path) -> str:
+def _progress(folder: AnyPath) -> str:
     """Step, rate and time to go of a training job, from its last line of metrics."""
     path = folder / METRICS
     lines = path.read_text().splitlines() if path.exists() else []

@@ -6,8 +6,8 @@ import dataclasses
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.folder import finished_with
 
 # This installation's alignment-gap, whatever the PATH of the process that runs it.
@@ -30,7 +30,7 @@ class Task:
 
     name: str
     words: tuple[str, ...]
-    folder: Path | None = None
+    folder: AnyPath | None = None
     needs: tuple[str, ...] = ()
     processes: bool = True
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from alignment_gap import checks
@@ -13,6 +12,7 @@ from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import PrepareConfig
 from alignment_gap.errors import UserError
+from alignment_gap.folders import at
 from alignment_gap.jobs.assembly import BatchShape, samples_kept
 from alignment_gap.jobs.config import POLICY, JobConfig, OnlineConfig, SourceConfig, recorded
 from alignment_gap.jobs.folder import Job
@@ -145,8 +145,8 @@ class Known:
             return self._trained(job, size)
         if size is not None:
             return self._computed(usual, size)
-        if Path(path).exists():
-            return self._computed(known_network(find_checkpoint(Path(path), step)), None)
+        if at(path).exists():
+            return self._computed(known_network(find_checkpoint(at(path), step)), None)
         raise UserError(f"{path} is not there yet, so its network is not known: give {flag}")
 
     def _computed(self, network: Network, model: ModelConfig | str | None) -> Network:
@@ -157,7 +157,7 @@ class Known:
         return dataclasses.replace(network, model=model)
 
     def _contents(self, path: str) -> Contents:
-        if (Path(path) / CARD).exists():
+        if (at(path) / CARD).exists():
             card = open_dataset(path).card
             return Contents(card.max_prompt_length, card.responses_per_prompt, card.max_response_length, card.fields)
         made = next(

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from alignment_gap.checks import nearest
 from alignment_gap.configuration import load_named
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.config import DatasetConfig, OnlineConfig, SourceConfig
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.sampling import SamplerConfig
@@ -34,21 +34,21 @@ class Branch:
       runs: of the arms that come before, by name; of an arm that is swept, the first.
     """
 
-    golden: Path
-    proxy: Path
-    sft: Path
-    golden_pairs: Path
+    golden: AnyPath
+    proxy: AnyPath
+    sft: AnyPath
+    golden_pairs: AnyPath
     batch_size: int
     sampler: SamplerConfig
-    runs: Mapping[str, Path]
+    runs: Mapping[str, AnyPath]
 
-    def run_of(self, arm: str) -> Path:
+    def run_of(self, arm: str) -> AnyPath:
         """The run of another arm under the same loss; raises UserError where none comes before this one."""
         if arm not in self.runs:
             raise UserError(f"arms.names has an arm that reads the run of {arm!r}: name that one, and before it")
         return self.runs[arm]
 
-    def dataset(self, folder: Path) -> DatasetConfig:
+    def dataset(self, folder: AnyPath) -> DatasetConfig:
         """Batches of recorded pairs."""
         return DatasetConfig(str(folder), batch_size=self.batch_size)
 

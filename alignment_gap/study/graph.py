@@ -12,12 +12,12 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from alignment_gap.checks import nearest
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath, at
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, SourceConfig
 from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig
 from alignment_gap.jobs.folder import Job, Kind
@@ -71,7 +71,7 @@ class SeedJobs:
     """
 
     seed: int
-    golden_pairs: Path
+    golden_pairs: AnyPath
     judges: Mapping[str, Job]
     runs: tuple[Run, ...]
 
@@ -91,7 +91,7 @@ class StudyGraph:
         return names[name]
 
 
-def study_graph(config: StudyConfig, root: Path) -> StudyGraph:
+def study_graph(config: StudyConfig, root: AnyPath) -> StudyGraph:
     """The graph of a study whose jobs' folders are in `root`; nothing is run, and no file is read.
 
     Raises:
@@ -110,7 +110,7 @@ def takes_beta(loss: str) -> bool:
 class _Seed:
     """Builds the jobs of one seed, in order."""
 
-    def __init__(self, config: StudyConfig, seed: int, root: Path) -> None:
+    def __init__(self, config: StudyConfig, seed: int, root: AnyPath) -> None:
         self.config, self.seed, self.root = config, seed, root
         self.jobs: list[Job] = []
         self.human = self._prepared()
@@ -156,10 +156,10 @@ class _Seed:
         self.jobs.append(job)
         return job
 
-    def _prepared(self) -> Path:
+    def _prepared(self) -> AnyPath:
         """The folder of the human pairs, with train/ and validation/."""
         if self.config.prepared is not None:
-            return Path(self.config.prepared)
+            return at(self.config.prepared)
         source = self.config.task.source
         posts = dataclasses.replace(source.posts, seed=self.seed)
         task = dataclasses.replace(self.config.task, seed=self.seed, source=dataclasses.replace(source, posts=posts))
@@ -177,14 +177,14 @@ class _Seed:
         )
         return self._add(name, TRAIN, job)
 
-    def _sft(self) -> Path:
+    def _sft(self) -> AnyPath:
         """The policy that every arm starts from and is measured against: both responses of every pair are targets."""
         sft, pooled = self.config.sft, (self.human / "train", *self.config.sft.also)
         source = DatasetConfig(",".join(map(str, pooled)), weights=sft.weights, batch_size=sft.batch_size)
         settings = {"steps": sft.steps, "model": self.config.policy, "start": sft.start, "loss": LossConfig("sft")}
         return self._train("sft", source, sft.optimizer, **settings).folder
 
-    def _preference_model(self, name: str, model: PreferenceModelConfig, pairs: Path) -> Path:
+    def _preference_model(self, name: str, model: PreferenceModelConfig, pairs: AnyPath) -> AnyPath:
         if model.start == ORIGIN and model.model not in (None, self.config.policy):
             raise UserError(
                 f"{name}.model differs from the policy, so it cannot start from the SFT policy: leave it out, or set "
@@ -195,7 +195,7 @@ class _Seed:
         settings = {"kind": model.kind, "model": model.model, "start": start, "steps": model.steps}
         return self._train(name, source, model.optimizer, **settings).folder
 
-    def _labelled(self, split: str) -> Path:
+    def _labelled(self, split: str) -> AnyPath:
         """D_golden: human pairs with the golden model's hard labels; a tie is a tie."""
         config = LabelConfig(
             str(self.human / split),
@@ -212,7 +212,7 @@ class _Seed:
         one = (arms.beta if has_beta else math.nan, arms.optimizer.learning_rate)
         betas = arms.offline_betas if has_beta else (math.nan,)
         sweep = [(beta, rate) for beta in betas for rate in arms.offline_learning_rates]
-        runs: dict[str, Path] = {}
+        runs: dict[str, AnyPath] = {}
         trained = []
         for arm in arms_of(arms.names):
             for beta, rate in sweep if arm.swept else [one]:
@@ -221,7 +221,7 @@ class _Seed:
                 runs.setdefault(arm.name, job.folder)
         return trained
 
-    def _train_arm(self, arm: Arm, loss: str, beta: float, rate: float, runs: Mapping[str, Path]) -> Job:
+    def _train_arm(self, arm: Arm, loss: str, beta: float, rate: float, runs: Mapping[str, AnyPath]) -> Job:
         """Online and offline alike: SFT is the start and the reference, the source is all that differs."""
         arms, settings = self.config.arms, {} if math.isnan(beta) else {"beta": beta}
         name = "-".join([arm.name, file_word(loss), *(f"beta{value:g}" for value in settings.values()), f"lr{rate:g}"])
@@ -229,7 +229,7 @@ class _Seed:
         branch = Branch(self.golden, self.proxy, self.sft, self.golden_pairs, arms.batch_size, sampler, runs)
         source = arm.source(branch)
         # The recorded samples of a run have the log-probs of its reference with them.
-        is_record = isinstance(source, DatasetConfig) and Path(source.folder or "").parent in runs.values()
+        is_record = isinstance(source, DatasetConfig) and at(source.folder or "").parent in runs.values()
         return self._train(
             name,
             source,
@@ -242,7 +242,7 @@ class _Seed:
             checkpoint_steps=steps,
         )
 
-    def _opponent(self, name: str, run: Path) -> Path:
+    def _opponent(self, name: str, run: AnyPath) -> AnyPath:
         """One response of a policy to every evaluation prompt, for all checkpoints to play against."""
         config, evaluation = self.config, self.config.evaluation
         generate = GenerateConfig(
@@ -258,7 +258,7 @@ class _Seed:
         )
         return self._add(f"opponent-{name}", GENERATE, generate).folder
 
-    def _evaluate_policy(self, name: str, run: Path, steps: tuple[int, ...], opponents: tuple[str, ...]) -> Job:
+    def _evaluate_policy(self, name: str, run: AnyPath, steps: tuple[int, ...], opponents: tuple[str, ...]) -> Job:
         """Every checkpoint of a run, measured on the first prompts and the last pairs of D_golden."""
         evaluation = self.config.evaluation
         return self._evaluate(
@@ -276,12 +276,12 @@ class _Seed:
             seed=self.number(f"evaluation {name}"),
         )
 
-    def _evaluate_judge(self, name: str, run: Path, model: PreferenceModelConfig, pairs: Path) -> Job:
+    def _evaluate_judge(self, name: str, run: AnyPath, model: PreferenceModelConfig, pairs: AnyPath) -> Job:
         """How often a judge agrees with labels, and with the further judges."""
         judges = self.config.evaluation.judges
         return self._evaluate(f"judge-{name}", run, (model.steps,), pairs, judges=judges, pairs=JUDGED_PAIRS)
 
-    def _evaluate(self, name: str, run: Path, steps: tuple[int, ...], dataset: Path, **settings: Any) -> Job:
+    def _evaluate(self, name: str, run: AnyPath, steps: tuple[int, ...], dataset: AnyPath, **settings: Any) -> Job:
         config = EvaluateConfig(
             str(run),
             steps,

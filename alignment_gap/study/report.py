@@ -7,14 +7,13 @@ import datetime
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation import charts
 from alignment_gap.evaluation.results import csv_text, text_table
-from alignment_gap.folders import write_bytes
+from alignment_gap.folders import AnyPath, write_bytes
 from alignment_gap.study import analysis, figures, findings
 from alignment_gap.study.analysis import ORIGIN, CheckpointResult, Comparison, loss_name
 from alignment_gap.study.arms import GOLDEN, Arm, arms_of
@@ -73,7 +72,7 @@ class ReportContext:
     notes: Sequence[str] = ()
 
 
-def write_report(folder: Path, results: Sequence[CheckpointResult], context: ReportContext) -> Path:
+def write_report(folder: AnyPath, results: Sequence[CheckpointResult], context: ReportContext) -> AnyPath:
     """Writes report.html, results.csv and figures/*.png; each file appears complete or not at all, the page last.
 
     Returns:

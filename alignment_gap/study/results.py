@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import io
 import math
 import platform
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,7 @@ def _samples(config: StudyConfig, seed: SeedJobs) -> dict[str, list[dict[str, An
     samples: dict[str, list[dict[str, Any]]] = {decode(prompt): [] for prompt in prompts}
     for run in seed.runs:
         step = run.evaluation.config.steps[-1]
-        with np.load(run.evaluation.folder / f"{step}.npz") as arrays:
+        with np.load(io.BytesIO((run.evaluation.folder / f"{step}.npz").read_bytes())) as arrays:
             rows = zip(arrays["responses"], arrays["lengths"], strict=True)
             responses = [row[:length].tolist() for row, length in rows]
         for prompt, response in zip(prompts, responses, strict=False):

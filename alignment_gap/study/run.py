@@ -7,7 +7,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 
 import jax
 
@@ -18,7 +17,7 @@ from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.tasks.prepare import TRAIN, VALIDATION, vocabulary_place
 from alignment_gap.data.text import load_vocabulary, open_source
 from alignment_gap.errors import UserError
-from alignment_gap.folders import claim, locked, write_json
+from alignment_gap.folders import AnyPath, at, claim, locked, write_json
 from alignment_gap.jobs.config import POLICY, JobConfig
 from alignment_gap.jobs.evaluate import named
 from alignment_gap.jobs.folder import Job, make
@@ -51,7 +50,7 @@ class Study:
     """
 
     config: StudyConfig
-    workdir: Path
+    workdir: AnyPath
     graph: StudyGraph
 
 
@@ -64,7 +63,7 @@ def say_once(line: str) -> None:
 Say = Callable[[str], None]
 
 
-def open_studies(config: StudyConfig, workdir: Path) -> list[Study]:
+def open_studies(config: StudyConfig, workdir: AnyPath) -> list[Study]:
     """The study of a config in `workdir`, or, over sizes, one for each of them in `workdir`/SIZE.
 
     Jobs are in `workdir`/jobs. Studies over sizes share those that do not depend on the policy: the data, and judges
@@ -92,7 +91,7 @@ def default_at_once() -> int:
     return min(2, os.cpu_count() or 1) if fits else 1
 
 
-def run_study(study: Study, *, update: bool = False, at_once: int = 1, say: Say = say_once) -> Path:
+def run_study(study: Study, *, update: bool = False, at_once: int = 1, say: Say = say_once) -> AnyPath:
     """Runs every job that is not done yet and writes report.html, results.csv and figures/ into the study's folder.
 
     Args:
@@ -177,7 +176,7 @@ def list_text(graph: StudyGraph, report: str) -> str:
     return "\n".join([*blocks, f"report\n  needs   all jobs\n  {report}"])
 
 
-def checked_graph(config: StudyConfig, root: Path) -> StudyGraph:
+def checked_graph(config: StudyConfig, root: AnyPath) -> StudyGraph:
     """The graph of a study; raises UserError for the first setting that cannot be run here, before any work."""
     if "," in str(root):
         raise UserError(f"the folder {root.parent} has a comma, which separates folders in settings: give another")
@@ -196,7 +195,7 @@ def checked_graph(config: StudyConfig, root: Path) -> StudyGraph:
 
 def _check_loss(name: str, config: JobConfig) -> None:
     """Raises UserError where the source of an arm does not serve its loss; a recorded stream has all that was drawn."""
-    is_stream = Path(str(config.recorded.folder)).name == RECORD
+    is_stream = at(str(config.recorded.folder)).name == RECORD
     try:
         check_served(config, config.loss.function(), (REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS) if is_stream else ())
     except UserError as error:
@@ -207,7 +206,7 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
     """Raises UserError where what a late job reads is not there, or a network cannot be or has too few ids."""
     for start in (config.sft.start, config.golden.start, config.proxy.start, config.arms.start):
         if start not in (None, ORIGIN):
-            find_checkpoint(Path(start))
+            find_checkpoint(at(start))
     for _, judge in map(named, config.evaluation.judges):
         if is_model(judge):
             judge_network(JudgeConfig(judge))
@@ -220,7 +219,7 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
         open_source(config.task.source)
         vocabulary = load_vocabulary(vocabulary_place(config.task))
     else:
-        folder = preparing[0].folder if preparing else Path(str(config.prepared))
+        folder = preparing[0].folder if preparing else at(str(config.prepared))
         training, _ = (open_dataset(folder / split) for split in (TRAIN, VALIDATION))
         vocabulary = find_vocabulary(training)
     networks = {"policy": config.policy, "golden": config.golden.model, "proxy": config.proxy.model}

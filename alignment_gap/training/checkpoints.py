@@ -9,9 +9,7 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,12 +20,15 @@ from etils import epath
 from alignment_gap import checks
 from alignment_gap.checkpoints import Network, check_shapes, find_checkpoint, known_network
 from alignment_gap.checkpoints.digest import json_digest, params_digest
-from alignment_gap.checkpoints.layout import DIGESTS, METADATA, NETWORK, PARAMS, first_line
+from alignment_gap.checkpoints.layout import DIGESTS, METADATA, NETWORK, PARAMS, first_line, open_store
 from alignment_gap.checkpoints.network import to_json
 from alignment_gap.checkpoints.tensors import shapes_of
-from alignment_gap.errors import UserError, is_disk_full
+from alignment_gap.errors import StorageError, UserError, is_disk_full
+from alignment_gap.folders import AnyPath, at, remove_folder
 from alignment_gap.models import Policy, PreferenceModel
 from alignment_gap.sharding import LogicalMesh, first_reason, first_says, on_every_process, on_first_process
+from alignment_gap.storage import Url
+from alignment_gap.training.bucket import BucketManager
 from alignment_gap.training.state import TrainState, abstract_params
 
 OPTIMIZER, INTERIM, DAMAGED = "optimizer", "interim", ".damaged"
@@ -105,7 +106,8 @@ class Checkpoints:
     """The checkpoints in a folder, one per step, written by Orbax; use as a context manager.
 
     A checkpoint appears under its name only when all of it is on disk, so one that a kill cut short is never restored.
-    It holds a digest of each of its parts, which is compared when it is restored.
+    It holds a digest of each of its parts, which is compared when it is restored. Checkpoints of a folder in a bucket
+    are written by `BucketManager`.
 
     Args:
       folder: of the checkpoints; made by the first save.
@@ -113,25 +115,13 @@ class Checkpoints:
       keep: which ones stay.
     """
 
-    def __init__(self, folder: Path, network: Network | None = None, keep: KeepConfig = KeepConfig()) -> None:
-        options = ocp.CheckpointManagerOptions(
-            create=False,
-            # With it Orbax keeps the metrics of a checkpoint beside it.
-            best_fn=keep.goodness if keep.best else None,
-            preservation_policy=_OfThoseDue(keep.policy(), lambda: self._interim or ()),
-        )
+    def __init__(self, folder: AnyPath, network: Network | None = None, keep: KeepConfig = KeepConfig()) -> None:
         self.folder = folder
         self._metadata = {NETWORK: to_json(network)} if network else {}
         self._own_digest = {NETWORK: json_digest(self._metadata.get(NETWORK))}
         # Steps of checkpoints to be removed; None before the first save.
         self._interim: set[int] | None = None
-        try:
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-        except ValueError as error:
-            raise DamagedCheckpoint(
-                f"{folder} cannot be opened ({first_line(error)}): {METADATA} or metrics of one of its steps are "
-                "damaged, move that step away"
-            ) from error
+        self._manager: Any = _open_manager(folder, keep, lambda: self._interim or ())
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -238,10 +228,11 @@ class Checkpoints:
             try:
                 return self.restore(abstract, last)
             except DamagedCheckpoint as error:
-                on_first_process(functools.partial(_put_aside, self.folder / str(last)))
+                folder = self.folder / str(last)
+                on_first_process(functools.partial(_put_aside, folder))
                 self._manager.reload()
                 before = f"step {self.steps()[-1]}" if self.steps() else "the start"
-                say(f"{error}; it is put aside as {last}{DAMAGED}, and training goes on from {before}")
+                say(f"{error}; it is put aside as {_aside(folder).name}, and training goes on from {before}")
         return None
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
@@ -263,8 +254,8 @@ class Checkpoints:
         targets = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in items.items()})
         try:
             restored, reason = self._manager.restore(step, args=targets), ""
-        except jax.errors.JaxRuntimeError:
-            raise  # Of the device, such as no memory left.
+        except (jax.errors.JaxRuntimeError, StorageError):
+            raise  # Of the device, such as no memory left, or of the way to a bucket.
         except Exception as error:  # Orbax raises whatever it stumbles over in a damaged file, a bare Exception too.
             restored, reason = None, first_line(error) or type(error).__name__
         reason = first_reason(reason) or self._difference(step, {name: restored[name] for name in items})
@@ -293,19 +284,47 @@ class Checkpoints:
             return None
 
 
+def _open_manager(folder: AnyPath, keep: KeepConfig, interim: Callable[[], Collection[int]]) -> Any:
+    preserved = _OfThoseDue(keep.policy(), interim)
+    if isinstance(folder, Url):
+        return BucketManager(folder, preserved)
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        # With it Orbax keeps the metrics of a checkpoint beside it.
+        best_fn=keep.goodness if keep.best else None,
+        preservation_policy=preserved,
+    )
+    try:
+        return ocp.CheckpointManager(folder.absolute(), options=options)
+    except ValueError as error:
+        raise DamagedCheckpoint(
+            f"{folder} cannot be opened ({first_line(error)}): {METADATA} or metrics of one of its steps are damaged, "
+            "move that step away"
+        ) from error
+
+
 def _items(state: TrainState) -> dict[str, Any]:
     """The parts of a checkpoint, each readable on its own."""
     rest = {"step": state.step, "optimizer_state": state.optimizer_state, "skipped": state.skipped}
     return {PARAMS: state.params, OPTIMIZER: rest} | ({"copies": state.copies} if state.copies else {})
 
 
-def _put_aside(folder: Path) -> None:
-    aside = folder.with_name(folder.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
+def _aside(folder: AnyPath) -> AnyPath:
+    """The name that a damaged checkpoint gets; in a bucket that of its metadata, without which it is no checkpoint."""
+    return folder / (METADATA + DAMAGED) if isinstance(folder, Url) else folder.with_name(folder.name + DAMAGED)
 
 
-def load_policy(path: str | Path, mesh: LogicalMesh, step: int | None = None) -> tuple[Policy, Any]:
+def _put_aside(folder: AnyPath) -> None:
+    aside = _aside(folder)
+    if isinstance(folder, Url):
+        aside.write_bytes((folder / METADATA).read_bytes())
+        (folder / METADATA).unlink()
+    else:
+        remove_folder(aside)
+        os.replace(folder, aside)
+
+
+def load_policy(path: str | AnyPath, mesh: LogicalMesh, step: int | None = None) -> tuple[Policy, Any]:
     """The policy that a checkpoint holds and its parameters, laid out over the mesh.
 
     Args:
@@ -316,27 +335,34 @@ def load_policy(path: str | Path, mesh: LogicalMesh, step: int | None = None) ->
     Raises:
       UserError: where there is none, it is damaged, or it does not say what network it holds.
     """
-    folder = find_checkpoint(Path(path), step)
+    folder = find_checkpoint(at(path), step)
     policy = known_network(folder).policy()
     return policy, _load(folder, policy, mesh)
 
 
-def load_preference_model(path: str | Path, mesh: LogicalMesh, step: int | None = None) -> tuple[PreferenceModel, Any]:
+def load_preference_model(
+    path: str | AnyPath, mesh: LogicalMesh, step: int | None = None
+) -> tuple[PreferenceModel, Any]:
     """The preference model that a checkpoint holds and its parameters; see `load_policy`."""
-    folder = find_checkpoint(Path(path), step)
+    folder = find_checkpoint(at(path), step)
     model = known_network(folder).preference_model()
     return model, _load(folder, model.policy, mesh)
 
 
-def _load(folder: Path, policy: Policy, mesh: LogicalMesh) -> Any:
+def _load(folder: AnyPath, policy: Policy, mesh: LogicalMesh) -> Any:
     with Checkpoints(folder.parent) as checkpoints:
         return checkpoints.restore_params(abstract_params(policy.init, mesh), int(folder.name))
 
 
-def _check_shapes(path: Path, params: Any) -> None:
+def _check_shapes(path: AnyPath, params: Any) -> None:
     """Raises UserError naming the parameters that the checkpoint has not, or has in another shape."""
     try:
-        found = shapes_of(ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute())).tree)
+        if isinstance(path, Url):
+            found = {name: tensor.shape for name, tensor in open_store(path).items()}
+        else:
+            found = shapes_of(ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute())).tree)
+    except StorageError:
+        raise
     except Exception:  # Damaged: the restore says how. Orbax raises whatever it stumbles over.
         return
     check_shapes(str(path), found, shapes_of(params))

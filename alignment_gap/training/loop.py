@@ -103,6 +103,7 @@ def train(
                     record(done, [*recorded, to_host(drawn)])
                     recorded, drawn = [], None
                 save(state, interim=not is_due, metrics=validated)
+                monitor.saved()
             if is_asked and done < last_step:
                 raise Interrupted(f"saved at step {done} of {last_step}")
     return state

@@ -5,6 +5,8 @@ FOLDER/
   validation.jsonl   a line per validation
   tensorboard/       the same for TensorBoard, where that is asked for
   profile/           the trace of jax's profiler, where that is asked for
+
+Of a folder in a bucket these files are on this machine; they are copied there when the run is saved, and at its end.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from alignment_gap.data.batches import PreferenceBatch
+from alignment_gap.folders import AnyPath, Outbox
 from alignment_gap.sharding import fail_together, is_first_process
 from alignment_gap.training.state import TrainState
 
@@ -120,13 +123,13 @@ class Monitor:
     """Observes a run, and writes into its folder from the first process.
 
     Attributes:
-      folder: of the run.
+      folder: of the run, or the one on this machine for what is on its way there.
       times: what parts of a step take; the source's functions are timed by it too.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: AnyPath,
         *,
         tensorboard: bool = False,
         profile: tuple[int, int] | None = None,
@@ -144,7 +147,8 @@ class Monitor:
           hang_after: seconds without a step after which the watchdog ends the run; None for never.
           least_seconds: how long the devices take for a batch's update at their peak; None where that is not known.
         """
-        self.folder, self.times = folder, Times()
+        self._outbox, self.times = Outbox(folder), Times()
+        self.folder = self._outbox.folder
         self._profile, self._validation, self._hang_after = profile, validation, hang_after
         self._wants_tensorboard, self._least_seconds = tensorboard, least_seconds
         self._writer: Writer | None = None
@@ -156,6 +160,7 @@ class Monitor:
         """While the run goes on from step `start`; lines of later steps, which a kill left, are dropped."""
         self._last, self._alive = start, time.monotonic()
         if is_first_process():
+            self._outbox.fetch(METRICS, VALIDATION)
             for name in (METRICS, VALIDATION):
                 truncate_metrics(self.folder / name, start)
             if self._wants_tensorboard:
@@ -172,6 +177,12 @@ class Monitor:
             self._stop_profile()
             if self._writer:
                 self._writer.close()
+            self.saved()
+
+    def saved(self) -> None:
+        """When the state was saved: a folder in a bucket gets what was written since."""
+        if is_first_process():
+            self._outbox.send()
 
     def begin(self, step: int, state: TrainState, *, is_logged: bool) -> None:
         """Before the step of this number, counted from 1."""

@@ -33,8 +33,11 @@ def said_by(output):
     return [line for line in output.splitlines() if GLOO.sub("", line).strip()]
 
 
-def run_processes(folder, *commands):
-    """Exit statuses and outputs of one process for each list of commands, started in `folder`."""
+def run_processes(folder, *commands, caches=False):
+    """Exit statuses and outputs of one process for each list of commands, started in `folder`.
+
+    With `caches` each has a cache folder of its own, as it has on a machine of its own.
+    """
     count = len(commands)
     devices = f"--xla_force_host_platform_device_count={8 // count} --xla_backend_optimization_level=0"
     root = str(pathlib.Path(__file__).parents[2])
@@ -44,7 +47,7 @@ def run_processes(folder, *commands):
         subprocess.Popen(
             [sys.executable, "-c", COMMANDS, json.dumps(words), *flags, f"--process={number}"],
             cwd=folder,
-            env=environment,
+            env=environment | ({"ALIGNMENT_GAP_CACHE": f"{folder}/cache{number}"} if caches else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -21,7 +21,7 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex, overload
 
@@ -32,7 +32,8 @@ from alignment_gap import checks
 from alignment_gap.data.records.example import TOKEN_FIELDS, Example, check_form, decode, encode
 from alignment_gap.data.records.summary import summarise_lengths
 from alignment_gap.errors import UserError
-from alignment_gap.folders import sync, write_bytes
+from alignment_gap.folders import AnyPath, at, remove_folder, sync, write_bytes
+from alignment_gap.storage import Url, fetched
 
 FORMAT_VERSION = 2
 CARD, CHUNKS = "card.json", ".chunks"
@@ -120,11 +121,12 @@ class Dataset(Sequence[Example]):
       card: what it is.
     """
 
-    def __init__(self, folder: pathlib.Path, card: Card):
+    def __init__(self, folder: AnyPath, card: Card):
         """Use `open_dataset`, which checks the folder."""
         self.folder = folder
         self.card = card
-        self._readers = [_open_records(folder / chunk.name) for chunk in card.files]
+        self._files = [_copy_here(folder / chunk.name, chunk.sha256) for chunk in card.files]
+        self._readers = [_open_records(file) for file in self._files]
         self._ends = list(itertools.accumulate(chunk.count for chunk in card.files))
 
     def __len__(self) -> int:
@@ -186,7 +188,7 @@ def write_dataset(
       UserError: there is no example, examples differ in form, or the disk is full or cannot be written.
     """
     write_chunk(folder, name, examples)
-    path = pathlib.Path(folder)
+    path = at(folder)
     return _write_card(path, [_summary(chunk_path(path, name))], vocabulary_digest, provenance, scores)
 
 
@@ -199,19 +201,37 @@ def write_chunk(folder: _Path, name: str, examples: Iterable[Example]) -> Chunk:
       UserError: there is no example, examples differ in form, or the disk is full or cannot be written.
     """
     path = chunk_path(folder, name)
-    partial = path.with_suffix(".partial")
     summary = _Summary(str(path))
-    try:
-        _write_records(partial, path, summary.watch(examples))
-        chunk = summary.chunk(path.name, partial)
-        with _writing(path):
-            _keep_summary(path, chunk, summary)
-            os.replace(partial, path)
-            sync(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    with _made_in(path.parent) as made_in:
+        partial = made_in / path.with_suffix(".partial").name
+        try:
+            _write_records(partial, path, summary.watch(examples))
+            chunk = summary.chunk(path.name, partial)
+            with _writing(path):
+                _keep_summary(path, chunk, summary)
+                _put(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
     return chunk
+
+
+@contextlib.contextmanager
+def _made_in(folder: AnyPath) -> Iterator[pathlib.Path]:
+    """A folder of this machine for a file that is to be in `folder`: that one, if it is on this machine."""
+    if isinstance(folder, Url):
+        with tempfile.TemporaryDirectory() as made_in:
+            yield pathlib.Path(made_in)
+    else:
+        yield folder
+
+
+def _put(partial: pathlib.Path, path: AnyPath) -> None:
+    if isinstance(path, Url):
+        path.write_bytes(partial.read_bytes())
+    else:
+        os.replace(partial, path)
+        sync(path.parent)
 
 
 def part_size(count: int) -> int:
@@ -219,9 +239,9 @@ def part_size(count: int) -> int:
     return max(_PART, -(-count // _FILES))
 
 
-def chunk_path(folder: _Path, name: str) -> pathlib.Path:
+def chunk_path(folder: _Path, name: str) -> AnyPath:
     """The record file of a chunk; it is there when the chunk is whole."""
-    return pathlib.Path(folder) / f"{name}{_SUFFIX}"
+    return at(folder) / f"{name}{_SUFFIX}"
 
 
 def close_dataset(
@@ -236,8 +256,9 @@ def close_dataset(
     Raises:
       UserError: there is no chunk, a chunk is damaged or of another form, or the disk is full or cannot be written.
     """
-    folder = pathlib.Path(folder)
-    summaries = [_summary(path) for path in sorted(folder.glob(f"*{_SUFFIX}"))]
+    folder = at(folder)
+    paths: list[AnyPath] = [*folder.glob(f"*{_SUFFIX}")]
+    summaries = [_summary(path) for path in sorted(paths)]
     if not summaries:
         raise UserError(f"no dataset can be closed in {folder}: it holds no *{_SUFFIX} file; write a chunk first")
     return _write_card(folder, summaries, vocabulary_digest, provenance, scores)
@@ -270,10 +291,10 @@ def open_dataset(folder: _Path) -> Dataset:
     Raises:
       UserError: the folder is not a finished dataset, is of another format, or was changed since its card was written.
     """
-    folder = pathlib.Path(folder)
+    folder = at(folder)
     dataset = Dataset(folder, _read_card(folder / CARD))
-    for chunk, reader in zip(dataset.card.files, dataset._readers, strict=True):
-        size, count = (folder / chunk.name).stat().st_size, reader.num_records()
+    for chunk, file, reader in zip(dataset.card.files, dataset._files, dataset._readers, strict=True):
+        size, count = file.stat().st_size, reader.num_records()
         if (size, count) != (chunk.bytes, chunk.count):
             raise UserError(
                 f"{folder / chunk.name} has {count} records in {size} bytes, its card says {chunk.count} in "
@@ -284,9 +305,9 @@ def open_dataset(folder: _Path) -> Dataset:
 
 def verify_dataset(dataset: Dataset) -> None:
     """Reads every file; raises UserError where one is not what the card says, naming the record that is damaged."""
-    for chunk in dataset.card.files:
+    for chunk, file in zip(dataset.card.files, dataset._files, strict=True):
         path = dataset.folder / chunk.name
-        if _sha256(path) != chunk.sha256:
+        if _sha256(file) != chunk.sha256:
             collections.deque(_read_all(path), maxlen=0)
             raise UserError(f"{path} was changed since its card was written: prepare the dataset again")
 
@@ -296,7 +317,7 @@ def discard_damaged(folder: _Path) -> list[str]:
 
     A card that cannot be read is removed itself: the files that are there are read again when the dataset is closed.
     """
-    path = pathlib.Path(folder)
+    path = at(folder)
     try:
         files = _read_card(path / CARD).files
     except UserError:
@@ -315,13 +336,13 @@ def read_chunk(folder: _Path, name: str) -> list[Example]:
 
 def discard_chunks(folder: _Path, unwanted: Callable[[str], bool]) -> None:
     """Removes the chunks of a folder whose names are unwanted, and the card with them: it says what is there."""
-    path = pathlib.Path(folder)
+    path = at(folder)
     for chunk in [each for each in path.glob(f"*{_SUFFIX}") if unwanted(each.stem)]:
         (path / CARD).unlink(missing_ok=True)
         chunk.unlink()
 
 
-def is_intact(path: pathlib.Path, sha256: str) -> bool:
+def is_intact(path: AnyPath, sha256: str) -> bool:
     """Whether a file is there with the content that it was written with."""
     return path.is_file() and _sha256(path) == sha256
 
@@ -369,7 +390,7 @@ class _Known(NamedTuple):
     response_lengths: Mapping[int, int]
 
 
-def _keep_summary(path: pathlib.Path, chunk: Chunk, summary: _Summary) -> None:
+def _keep_summary(path: AnyPath, chunk: Chunk, summary: _Summary) -> None:
     """Before the chunk has its name: a summary that no file fits does no harm."""
     lengths = [sorted(counts.items()) for counts in (summary.prompt_lengths, summary.response_lengths)]
     kept = path.parent / CHUNKS / f"{path.stem}.json"
@@ -377,7 +398,7 @@ def _keep_summary(path: pathlib.Path, chunk: Chunk, summary: _Summary) -> None:
     write_bytes(kept, json.dumps([dataclasses.asdict(chunk), *lengths]).encode())
 
 
-def _summary(path: pathlib.Path) -> _Known:
+def _summary(path: AnyPath) -> _Known:
     """What was kept of a chunk, or, where nothing was or the file has changed since, what reading it gives."""
     kept = path.parent / CHUNKS / f"{path.stem}.json"
     if kept.exists():
@@ -386,10 +407,10 @@ def _summary(path: pathlib.Path) -> _Known:
             return _Known(Chunk(**chunk), dict(prompts), dict(responses))
     summary = _Summary(str(path))
     collections.deque(summary.watch(_read_all(path)), maxlen=0)
-    return _Known(summary.chunk(path.name, path), summary.prompt_lengths, summary.response_lengths)
+    return _Known(summary.chunk(path.name, _copy_here(path)), summary.prompt_lengths, summary.response_lengths)
 
 
-def _write_records(partial: pathlib.Path, path: pathlib.Path, examples: Iterable[Example]) -> None:
+def _write_records(partial: pathlib.Path, path: AnyPath, examples: Iterable[Example]) -> None:
     """Writes the file `partial`, which is to become `path`; what `examples` raises passes through as it is."""
     with _writing(path):
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -408,8 +429,8 @@ def _write_records(partial: pathlib.Path, path: pathlib.Path, examples: Iterable
         sync(partial)
 
 
-def _read_all(path: pathlib.Path) -> Iterator[Example]:
-    reader = _open_records(path)
+def _read_all(path: AnyPath) -> Iterator[Example]:
+    reader = _open_records(_copy_here(path))
     for row in range(reader.num_records()):
         try:
             example = decode(reader.read([row])[0])
@@ -418,9 +439,19 @@ def _read_all(path: pathlib.Path) -> Iterator[Example]:
         yield example
 
 
+def _copy_here(path: AnyPath, sha256: str | None = None) -> pathlib.Path:
+    """A record file, or this machine's copy of one in a bucket, whose digest is computed where it is not known."""
+    if not isinstance(path, Url):
+        return path
+    try:
+        return fetched(path, sha256 or _sha256(path))
+    except FileNotFoundError:
+        raise _missing(path) from None
+
+
 def _open_records(path: pathlib.Path) -> ArrayRecordReader:
     if not path.is_file():
-        raise UserError(f"{path} is missing, though the card names it: prepare the dataset again")
+        raise _missing(path)
     try:
         reader = ArrayRecordReader(str(path))
         if reader.num_records():
@@ -438,12 +469,16 @@ def _open_records(path: pathlib.Path) -> ArrayRecordReader:
 _DAMAGE = (RuntimeError, ValueError, KeyError, TypeError, msgpack.UnpackException)
 
 
-def _damaged(path: pathlib.Path, row: int, error: Exception) -> UserError:
+def _missing(path: AnyPath) -> UserError:
+    return UserError(f"{path} is missing, though the card names it: prepare the dataset again")
+
+
+def _damaged(path: AnyPath, row: int, error: Exception) -> UserError:
     return UserError(f"record {row} of {path} cannot be read ({_first_clause(error)}): prepare the dataset again")
 
 
 @contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
+def _writing(path: AnyPath) -> Iterator[None]:
     """Turns what a full or unwritable disk raises into one line."""
     try:
         yield
@@ -454,7 +489,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
         raise _unwritable(path, _first_clause(error), os.strerror(errno.ENOSPC) in str(error)) from None
 
 
-def _unwritable(path: pathlib.Path, reason: str, full: bool) -> UserError:
+def _unwritable(path: AnyPath, reason: str, full: bool) -> UserError:
     remedy = "free space on its disk and run again" if full else "give a folder that can be written"
     return UserError(f"cannot write {path} ({reason}): {remedy}; what was finished before is intact")
 
@@ -464,7 +499,7 @@ def _first_clause(error: Exception) -> str:
 
 
 def _write_card(
-    folder: pathlib.Path, known: Sequence[_Known], vocabulary_digest: str, provenance: Mapping[str, Any], scores: str
+    folder: AnyPath, known: Sequence[_Known], vocabulary_digest: str, provenance: Mapping[str, Any], scores: str
 ) -> Card:
     chunks = [part.chunk for part in known]
     _check_chunks(folder, chunks)
@@ -484,11 +519,11 @@ def _write_card(
     )
     with _writing(folder / CARD):
         write_bytes(folder / CARD, (json.dumps(dataclasses.asdict(card), indent=2) + "\n").encode())
-        shutil.rmtree(folder / CHUNKS, ignore_errors=True)
+        remove_folder(folder / CHUNKS)
     return card
 
 
-def _check_chunks(folder: pathlib.Path, chunks: Sequence[Chunk]) -> None:
+def _check_chunks(folder: AnyPath, chunks: Sequence[Chunk]) -> None:
     """Raises UserError unless the examples of all chunks have one form."""
     first = chunks[0]
     for chunk in chunks:
@@ -508,7 +543,7 @@ def _add_up(counts: Iterable[Mapping[int, int]]) -> dict[str, Any]:
     return summarise_lengths(sum(map(collections.Counter, counts), collections.Counter()))
 
 
-def _read_card(path: pathlib.Path) -> Card:
+def _read_card(path: AnyPath) -> Card:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format_version"]
@@ -543,6 +578,6 @@ def _totals(chunks: Sequence[Chunk]) -> dict[str, Any]:
     }
 
 
-def _sha256(path: pathlib.Path) -> str:
+def _sha256(path: AnyPath) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

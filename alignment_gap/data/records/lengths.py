@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
-import pathlib
 import secrets
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +13,9 @@ import numpy as np
 
 from alignment_gap.data.records.dataset import Dataset
 from alignment_gap.data.records.example import Example
+from alignment_gap.errors import StorageError
+from alignment_gap.folders import AnyPath
+from alignment_gap.storage import Url
 
 _BLOCK = 4096  # Records read at once.
 
@@ -28,16 +31,23 @@ def lengths_of(dataset: Sequence[Example]) -> np.ndarray:
     path = dataset.folder / f"lengths-{dataset.card.digest[:16]}.npy"
     shape = (len(dataset), 1 + dataset.card.responses_per_prompt)
     with contextlib.suppress(OSError, ValueError, EOFError):
-        found = np.load(path)
+        found = np.load(io.BytesIO(path.read_bytes()))
         if found.shape == shape and found.dtype == np.int32:
             return found
     lengths = np.fromiter(_lengths_on_disk(dataset), np.dtype((np.int32, shape[1:])), shape[0])
-    with contextlib.suppress(OSError):  # Where the folder cannot be written, the records are read again next time.
+    with contextlib.suppress(
+        OSError, StorageError
+    ):  # Where the folder cannot be written, the records are read again next time.
         _save(path, lengths)
     return lengths
 
 
-def _save(path: pathlib.Path, lengths: np.ndarray) -> None:
+def _save(path: AnyPath, lengths: np.ndarray) -> None:
+    if isinstance(path, Url):
+        content = io.BytesIO()
+        np.save(content, lengths)
+        path.write_bytes(content.getvalue())
+        return
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")  # Several processes may write at once.
     try:
         with partial.open("xb") as file:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +23,7 @@ import numpy as np
 from alignment_gap.data.records.dataset import Dataset
 from alignment_gap.data.records.lengths import lengths_of
 from alignment_gap.errors import UserError
-from alignment_gap.folders import write_json
+from alignment_gap.folders import AnyPath, Outbox, copy_here, write_json
 
 FOLDER, CARD, VALUES, PROGRESS = "reference", "reference.json", "log_probs.npy", "progress.json"
 SAVE_EVERY = 60.0  # Seconds of work that a kill may cost.
@@ -55,7 +54,9 @@ class ReferenceWriter:
     """
 
     def __init__(self, dataset: Dataset, identity: Mapping[str, Any], batch_size: int):
-        self._folder, self._identity = reference_folder(dataset, identity), dict(identity)
+        self._place, self._identity = reference_folder(dataset, identity), dict(identity)
+        self._outbox = Outbox(self._place)
+        self._folder = self._outbox.folder
         self._batch_size = batch_size
         self._lengths = lengths_of(dataset)[:, 1:]
         self._starts = _starts(self._lengths)
@@ -87,11 +88,13 @@ class ReferenceWriter:
     def close(self) -> None:
         """Completes the log-probs, which can be opened from now on."""
         self._save()
-        write_json(self._folder / CARD, {"of": self._identity, "sha256": _sha256(self._folder / VALUES)})
-        (self._folder / PROGRESS).unlink()
+        self._outbox.send()
+        write_json(self._place / CARD, {"of": self._identity, "sha256": _sha256(self._folder / VALUES)})
+        (self._place / PROGRESS).unlink()
+        self._outbox.empty()
 
 
-def reference_folder(dataset: Dataset, identity: Mapping[str, Any]) -> pathlib.Path:
+def reference_folder(dataset: Dataset, identity: Mapping[str, Any]) -> AnyPath:
     """Where log-probs of this identity are kept."""
     digest = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
     return dataset.folder / FOLDER / digest[:16]
@@ -108,7 +111,8 @@ def open_reference(dataset: Dataset, identity: Mapping[str, Any]) -> ReferenceLo
       UserError: what is stored is of another version of the dataset, is of something else than its name says, or was
         changed since it was stored.
     """
-    for path in sorted((dataset.folder / FOLDER).glob(f"*/{CARD}")):
+    cards: list[AnyPath] = [*(dataset.folder / FOLDER).glob(f"*/{CARD}")]
+    for path in sorted(cards):
         found = _read_card(path)["of"]
         if found.get("dataset") != dataset.card.digest:
             raise UserError(
@@ -123,12 +127,13 @@ def open_reference(dataset: Dataset, identity: Mapping[str, Any]) -> ReferenceLo
     differing = sorted(name for name in wanted.keys() | card["of"].keys() if wanted.get(name) != card["of"].get(name))
     if differing:
         raise UserError(f"{folder} has the log-probs of another {', '.join(differing)} than its name says: remove it")
-    if not (folder / VALUES).exists() or _sha256(folder / VALUES) != card["sha256"]:
+    values = copy_here(folder / VALUES, card["sha256"]) if (folder / VALUES).exists() else None
+    if values is None or _sha256(values) != card["sha256"]:
         raise UserError(f"{folder / VALUES} was changed since it was stored: remove {folder}, to compute it again")
-    return ReferenceLogProbs(dataset, np.load(folder / VALUES, mmap_mode="r"))
+    return ReferenceLogProbs(dataset, np.load(values, mmap_mode="r"))
 
 
-def _read_card(path: pathlib.Path) -> dict[str, Any]:
+def _read_card(path: AnyPath) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text())
         return {"of": dict(card["of"]), "sha256": card["sha256"]}
@@ -149,6 +154,6 @@ def _places(starts: np.ndarray, lengths: np.ndarray, response_length: int) -> tu
     return each[..., None] + tokens, tokens < lengths[..., None]
 
 
-def _sha256(path: pathlib.Path) -> str:
+def _sha256(path: AnyPath) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

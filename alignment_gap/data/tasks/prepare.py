@@ -29,7 +29,7 @@ import shlex
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -38,6 +38,7 @@ import numpy as np
 from alignment_gap import __version__, checks
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.records.dataset import (
+    CARD,
     Card,
     close_dataset,
     is_intact,
@@ -62,8 +63,9 @@ from alignment_gap.data.text import (
 from alignment_gap.data.text.vocabulary import POSTS, Vocabulary
 from alignment_gap.data.text.vocabulary_loading import load_vocabulary
 from alignment_gap.errors import UserError
-from alignment_gap.folders import read_json, write_bytes, write_json
+from alignment_gap.folders import AnyPath, Outbox, read_json, remove_folder, write_bytes, write_json
 from alignment_gap.progress import OpenBar, progress_bar
+from alignment_gap.storage import Url
 
 TRAIN, VALIDATION = "train", "validation"
 PREVIEW, PICTURE = "preview.txt", "lengths.png"
@@ -185,7 +187,7 @@ class Preparation:
     digests: Mapping[str, str]
 
     def write(
-        self, output: Path, *, open_bar: OpenBar = progress_bar, say: Callable[[str], None] = print
+        self, output: AnyPath, *, open_bar: OpenBar = progress_bar, say: Callable[[str], None] = print
     ) -> dict[str, Card]:
         """Prepares the source in the folder `output`, from its finished parts where an earlier run was stopped.
 
@@ -203,6 +205,8 @@ class Preparation:
           UserError: a record of the source cannot be used, no pair is left, or the disk is full; the parts that are
             finished are kept.
         """
+        if isinstance(output, Url):
+            return self._write_in_bucket(output, open_bar, say)
         work = _Work(self.config, self.source, output, self.part_size)
         _await_processes(output)
         if (output / PARTS).exists() and not (output / _PARTS).exists() and not _reopen(work, say):
@@ -212,6 +216,23 @@ class Preparation:
             _survey(work, run, open_bar)
             _write_parts(work, run, open_bar)
         return _finish(work, self.digests, say)
+
+    def _write_in_bucket(self, output: Url, open_bar: OpenBar, say: Callable[[str], None]) -> dict[str, Card]:
+        """Prepares in a folder of this machine, then copies: record files before the cards, the digests last."""
+        if (output / PARTS).exists():
+            found = _finished(output)
+            if not isinstance(found, str):
+                return found
+            say(f"{output}: {found}: making them again")
+            (output / PARTS).unlink()
+        settings = json.dumps([to_dict(self.config), dict(self.digests), __version__], sort_keys=True)
+        outbox = Outbox(output, settings)
+        cards = self.write(outbox.folder, open_bar=open_bar, say=say)
+        for name in (TRAIN, VALIDATION):
+            remove_folder(output / name)
+        outbox.send(last=(CARD, PARTS))
+        outbox.empty()
+        return cards
 
 
 def open_preparation(config: PrepareConfig) -> Preparation:
@@ -226,7 +247,7 @@ def open_preparation(config: PrepareConfig) -> Preparation:
     return Preparation(config, source, size, digests)
 
 
-def may_change(output: Path, settings: Path) -> list[str]:
+def may_change(output: AnyPath, settings: AnyPath) -> list[str]:
     """The settings that may differ when a folder is prepared further.
 
     What refused nothing so far may drop or cut from now on, for no finished part is affected. Where no part is finished
@@ -241,7 +262,7 @@ def may_change(output: Path, settings: Path) -> list[str]:
             raise UserError(f"{output} holds {TRAIN} or {VALIDATION} of something else: give another folder")
     elif not (output / PARTS).exists() and not list(parts.glob("*.json")):
         for name in (_PARTS, TRAIN, VALIDATION):
-            shutil.rmtree(output / name, ignore_errors=True)
+            remove_folder(output / name)
         settings.unlink()
     else:
         found = read_json(settings, remedy="give another folder, these settings, or remove it")
@@ -271,11 +292,7 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
 def _reopen(work: _Work, say: Callable[[str], None]) -> bool:
     """Whether a finished folder had to be opened again, with those parts finished whose files are whole."""
     known = read_json(work.output / PARTS, remedy="remove the folder") if (work.output / PARTS).exists() else []
-    whole = [
-        part
-        for part, one in enumerate(known)
-        if all(is_intact(work.output / name, digest) for name, digest in one["files"].items())
-    ]
+    whole = _whole_parts(work.output, known)
     reason = f"files of {work.parts - len(whole)} of {work.parts} parts were changed"
     if len(whole) == work.parts:
         try:
@@ -291,6 +308,26 @@ def _reopen(work: _Work, say: Callable[[str], None]) -> bool:
         write_json(partial / _known(work, part).name, known[part])
     partial.rename(work.output / _PARTS)
     return True
+
+
+def _whole_parts(output: AnyPath, known: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The parts whose files have the content that they were written with."""
+    return [
+        part
+        for part, one in enumerate(known)
+        if all(is_intact(output / name, digest) for name, digest in one["files"].items())
+    ]
+
+
+def _finished(output: Url) -> dict[str, Card] | str:
+    """The cards of a finished folder, or why it has to be made again."""
+    known = read_json(output / PARTS, remedy="remove the folder")
+    if damaged := len(known) - len(_whole_parts(output, known)):
+        return f"files of {damaged} of {len(known)} parts were changed"
+    try:
+        return {path.parent.name: open_dataset(path.parent).card for path in output.glob(f"*/{CARD}")}
+    except UserError as error:
+        return str(error)
 
 
 class _PartSurvey(NamedTuple):

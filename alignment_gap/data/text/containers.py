@@ -13,6 +13,7 @@ from alignment_gap.data.text.columnar import HuggingFace, Parquet, hugging_face_
 from alignment_gap.data.text.json_lines import SUFFIXES, JsonLines
 from alignment_gap.data.text.pair import Record
 from alignment_gap.errors import UserError
+from alignment_gap.folders import here
 
 _SPLITS = {"train": "train", "training": "train"} | dict.fromkeys(
     ("validation", "valid", "valid1", "valid2", "dev", "test", "eval"), "validation"
@@ -102,7 +103,7 @@ def _parts(location: str) -> list[Records]:
     if location.startswith("hub:"):
         name, _, split = location.removeprefix("hub:").partition(":")
         return _hugging_face(f"hub:{name}", split or None)
-    path = pathlib.Path(location)
+    path = here(location, "a source of texts")
     folder, separator, split = location.rpartition(":")
     if not path.exists() and separator and pathlib.Path(folder).is_dir():
         return _folder(pathlib.Path(folder), split or None)

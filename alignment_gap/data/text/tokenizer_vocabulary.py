@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, SupportsIndex
 
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath, at
 
 _CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
 
@@ -22,9 +22,9 @@ class TokenizerVocabulary:
     the begin token where the tokenizer's own post-processing puts it there.
     """
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | AnyPath):
         """Raises UserError where `path` is missing or no tokenizer, or has no end token."""
-        self.path = pathlib.Path(path)
+        self.path = at(path)
         content = self._read()
         self._tokenizer = _parse(content, self.path)
         named = _special_tokens(self.path.parent)
@@ -80,7 +80,7 @@ class TokenizerVocabulary:
             ) from None
 
 
-def _parse(content: bytes, path: pathlib.Path) -> Any:
+def _parse(content: bytes, path: AnyPath) -> Any:
     try:
         import tokenizers
     except ImportError:
@@ -95,7 +95,7 @@ def _parse(content: bytes, path: pathlib.Path) -> Any:
     return tokenizer
 
 
-def _special_tokens(folder: pathlib.Path) -> dict[str, str]:
+def _special_tokens(folder: AnyPath) -> dict[str, str]:
     """{"eos_token": "</s>", ...}; the later file of `_CONFIGS` wins."""
     named: dict[str, str] = {}
     for name in _CONFIGS:

@@ -6,13 +6,13 @@ import functools
 import hashlib
 import itertools
 import json
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol, SupportsIndex, runtime_checkable
 
 import sentencepiece
 
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath, at
 
 BYTES = "bytes"
 POSTS = "posts"
@@ -154,11 +154,11 @@ class SentencePieceVocabulary:
     A begin id that the model has is what its prompts begin with, as Gemma's do; T5's model has none.
     """
 
-    def __init__(self, path: str | pathlib.Path, extra_ids: int | None = None):
+    def __init__(self, path: str | AnyPath, extra_ids: int | None = None):
         """`extra_ids` is 100 without a begin id, as in T5, and 0 with one, where not given.
 
         Raises UserError where `path` is missing, is no SentencePiece model, or has no pad or end id."""
-        self.path = pathlib.Path(path)
+        self.path = at(path)
         content = read_bytes(self.path)
         self._model = _parse_model(content, self.path)
         self.pad_id = self._special("pad", self._model.pad_id())
@@ -196,7 +196,7 @@ class SentencePieceVocabulary:
         return index
 
 
-def read_bytes(path: pathlib.Path) -> bytes:
+def read_bytes(path: AnyPath) -> bytes:
     """The content of a vocabulary's file; raises UserError where it cannot be read."""
     try:
         return path.read_bytes()
@@ -204,7 +204,7 @@ def read_bytes(path: pathlib.Path) -> bytes:
         raise UserError(f"cannot read the vocabulary {path} ({error.strerror}): give {KINDS}") from None
 
 
-def _parse_model(content: bytes, path: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
+def _parse_model(content: bytes, path: AnyPath) -> sentencepiece.SentencePieceProcessor:
     problem = UserError(f"{path} is not a SentencePiece model: give one, such as T5's spiece.model")
     if not content:
         raise problem

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
-
 from alignment_gap.data.text import posts
 from alignment_gap.data.text.vocabulary import (
     BYTES,
@@ -16,9 +14,10 @@ from alignment_gap.data.text.vocabulary import (
     read_bytes,
 )
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath, at
 
 
-def load_vocabulary(path: str | pathlib.Path, extra_ids: int | None = None) -> Vocabulary:
+def load_vocabulary(path: str | AnyPath, extra_ids: int | None = None) -> Vocabulary:
     """The vocabulary of a file, of a folder, or of a name.
 
     Args:
@@ -34,7 +33,7 @@ def load_vocabulary(path: str | pathlib.Path, extra_ids: int | None = None) -> V
         return ByteVocabulary()
     if str(path) == POSTS:
         return posts.vocabulary()
-    path = pathlib.Path(path)
+    path = at(path)
     path = _in_folder(path) if path.is_dir() else path
     if path.suffix == ".model":
         return SentencePieceVocabulary(path, extra_ids)
@@ -50,7 +49,7 @@ def load_vocabulary(path: str | pathlib.Path, extra_ids: int | None = None) -> V
     raise UserError(f"{path} is no vocabulary that is known here: give {KINDS}")
 
 
-def tokenizer_digest(folder: pathlib.Path) -> str | None:
+def tokenizer_digest(folder: AnyPath) -> str | None:
     """The digest of the vocabulary in a folder of tokenizer files; None where there is none that can be used."""
     try:
         return load_vocabulary(folder).digest
@@ -58,11 +57,11 @@ def tokenizer_digest(folder: pathlib.Path) -> str | None:
         return None
 
 
-def _in_folder(folder: pathlib.Path) -> pathlib.Path:
+def _in_folder(folder: AnyPath) -> AnyPath:
     for name in ("tokenizer.json", "tokenizer.model", "spiece.model"):
         if (folder / name).exists():
             return folder / name
-    models = sorted(folder.glob("*.model"))
+    models: list[AnyPath] = [*folder.glob("*.model")]
     if len(models) != 1:
         raise UserError(f"{folder} holds no vocabulary: give {KINDS}")
     return models[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import pathlib
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
@@ -13,7 +12,7 @@ from alignment_gap.checks import nearest
 from alignment_gap.data.text import Dropped, TextSourceConfig, open_source
 from alignment_gap.data.text.vocabulary import SentencePieceVocabulary
 from alignment_gap.errors import UserError
-from alignment_gap.folders import write_bytes
+from alignment_gap.folders import AnyPath, at, write_bytes
 
 # SentencePiece leaves out longer lines silently; it splits at blank space anyway.
 _LONGEST = 4096
@@ -22,7 +21,7 @@ _MODELS = ("unigram", "bpe")
 
 def train_vocabulary(
     texts: Iterable[str],
-    output: str | pathlib.Path,
+    output: str | AnyPath,
     size: int,
     *,
     model: str = "unigram",
@@ -43,7 +42,7 @@ def train_vocabulary(
     Raises:
       UserError: `output` has another ending, the texts are too few for `size`, or the file cannot be written.
     """
-    output = pathlib.Path(output)
+    output = at(output)
     if output.suffix != ".model":
         raise UserError(f"{output} is no name of a SentencePiece model: let it end in .model")
     if model not in _MODELS:
