@@ -44,6 +44,27 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 optax.tree.bias_correction = jax.numpy_dtype_promotion("standard")(optax.tree.bias_correction)
 
 
+TESTS = pathlib.Path(__file__).parent
+# The folders whose tests take longest, the longest first: begun last, one would leave other workers idle.
+HEAVY = ("jobs", "cli", "models", "training", "study", "docs", "sampling", "plan")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config, items):
+    """The tests of a folder run in one worker, where they share runs, datasets and compiled functions."""
+
+    def folder(item):
+        return item.path.relative_to(TESTS).parts[0]
+
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(folder(item)))
+    result = yield
+    # After pytest has put tests with the same parameter of a session next to each other.
+    items.sort(key=lambda item: HEAVY.index(folder(item)) if folder(item) in HEAVY else len(HEAVY))
+    return result
+
+
 @pytest.fixture
 def unchecked():
     """Without the checks of types: for what the package itself says of wrong arguments."""
