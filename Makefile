@@ -13,7 +13,7 @@ study: $(VENV)/installed
 	$(VENV)/bin/alignment-gap study --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
 
 test: $(TEST_VENV)/installed
-	$(TEST_VENV)/bin/python -m pytest -n auto --dist loadfile $(FLAGS)
+	$(TEST_VENV)/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(FLAGS)
 
 # Not part of `make test`: torch (the CPU build), TRL and transformers never meet the library's own pins.
 parity: $(PARITY)/installed

@@ -6,6 +6,7 @@ from alignment_gap.models.decoder import DecoderConfig, DecoderPolicy
 from alignment_gap.models.policy import (
     Output,
     Policy,
+    abstract_parameters,
     compute_params,
     count_parameters,
     response_hidden,
@@ -33,6 +34,7 @@ __all__ = [
     "PreferenceModel",
     "T5Config",
     "T5Policy",
+    "abstract_parameters",
     "compute_params",
     "count_parameters",
     "make_policy",

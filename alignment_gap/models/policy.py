@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -171,10 +172,16 @@ def compute_params(policy: Policy, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
+# Tracing a network's start takes longer than all else that a state's shapes need; a study opens one network often.
+@functools.lru_cache(maxsize=16)
+def abstract_parameters(init: Callable[[Array], Any]) -> Any:
+    """Shapes and dtypes of the parameters that a policy's `init` makes, in boxes with their logical axes."""
+    return jax.eval_shape(lambda: init(jax.random.key(0)))
+
+
 def count_parameters(policy: Policy) -> int:
     """Number of parameters, without allocating them."""
-    abstract = jax.eval_shape(policy.init, jax.random.key(0))
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(policy.init)))
 
 
 def check_sizes(config: Any) -> None:

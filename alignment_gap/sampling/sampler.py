@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from alignment_gap import checks, losses
 from alignment_gap.errors import UserError
-from alignment_gap.models import Policy, compute_params
+from alignment_gap.models import Policy, abstract_parameters, compute_params
 from alignment_gap.sharding import constrain, constrain_like, decoding
 
 # Tokens of a block in `draw`: about the square root of a vocabulary's size.
@@ -105,7 +105,7 @@ def sample(
     caches = [policy.prefill(each, prompts, prompt_lengths, samples, max_length) for each in networks]
     start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None], (batch, samples))
     with decoding():
-        boxed = jax.eval_shape(policy.init, jax.random.key(0))
+        boxed = abstract_parameters(policy.init)
         networks = [constrain_like(boxed, each) for each in networks]
         start, keys = (constrain(x, "cache_batch", None) for x in (start, keys))
         draw_from = functools.partial(_distribution, config=config, weight=mixture.weight if mixture else None)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
+from alignment_gap.models import abstract_parameters
 from alignment_gap.sharding import LogicalMesh, shardings_of, unbox
 from alignment_gap.training.guard import Skipped, nothing_skipped
+
+# Functions that make the first state of a run and stay compiled.
+_KEPT = 4
 
 
 @jax.tree_util.register_dataclass
@@ -43,30 +47,24 @@ def abstract_state(
     copies: Sequence[str] = (),
 ) -> TrainState:
     """Shapes, dtypes and shardings of a state, with nothing allocated: the target of a restore."""
-    return _laid_out(jax.eval_shape(lambda params: _build(params, optimizer, copies), _shapes(init)), mesh)
+    return _laid_out(jax.eval_shape(lambda params: _build(params, optimizer, copies), abstract_parameters(init)), mesh)
 
 
 def abstract_params(init: Callable[[Array], Any], mesh: LogicalMesh) -> Any:
     """Shapes, dtypes and shardings of a network's parameters, with nothing allocated."""
-    return _laid_out(_shapes(init), mesh)
+    return _laid_out(abstract_parameters(init), mesh)
 
 
 def create_state(
     init: Callable[[Array], Any], abstract: TrainState, optimizer: optax.GradientTransformation, key: Key[Array, ""]
 ) -> TrainState:
     """Fresh parameters and optimizer state, laid out as `abstract` says; each device makes only its own part."""
-    build = jax.jit(
-        lambda key: unbox(_build(init(key), optimizer, tuple(abstract.copies))), out_shardings=shardings_like(abstract)
-    )
-    return build(key)
+    return _creating(init, optimizer, _Layout.of(abstract))(key)
 
 
 def state_from_params(params: Any, abstract: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0 from given parameters, which are copied: the update step overwrites its state in place."""
-    build = jax.jit(
-        lambda params: _build(_copy(params), optimizer, tuple(abstract.copies)), out_shardings=shardings_like(abstract)
-    )
-    return build(params)
+    return _copying(optimizer, _Layout.of(abstract))(params)
 
 
 def make_refresh(name: str, every: int, abstract: TrainState) -> Callable[[int, TrainState], TrainState]:
@@ -87,11 +85,32 @@ def shardings_like(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-# Tracing a network's start takes longer than all else that a state's shapes need; a study opens one network often.
-@functools.lru_cache(maxsize=16)
-def _shapes(init: Callable[[Array], Any]) -> Any:
-    """Shapes and dtypes of parameters, in boxes with their logical axes."""
-    return jax.eval_shape(lambda: init(jax.random.key(0)))
+class _Layout(NamedTuple):
+    """Where the parts of a state lie, as a key of functions that make one."""
+
+    copies: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    tree: Any
+
+    @classmethod
+    def of(cls, abstract: TrainState) -> _Layout:
+        leaves, tree = jax.tree.flatten(shardings_like(abstract))
+        return cls(tuple(abstract.copies), tuple(leaves), tree)
+
+    @property
+    def shardings(self) -> Any:
+        return jax.tree.unflatten(self.tree, self.leaves)
+
+
+# A study starts many runs of one network, which share these functions.
+@functools.lru_cache(maxsize=_KEPT)
+def _creating(init: Callable[[Array], Any], optimizer: optax.GradientTransformation, layout: _Layout) -> Any:
+    return jax.jit(lambda key: unbox(_build(init(key), optimizer, layout.copies)), out_shardings=layout.shardings)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _copying(optimizer: optax.GradientTransformation, layout: _Layout) -> Any:
+    return jax.jit(lambda params: _build(_copy(params), optimizer, layout.copies), out_shardings=layout.shardings)
 
 
 def _laid_out(boxed: Any, mesh: LogicalMesh) -> Any:

@@ -149,6 +149,9 @@ def _mean_over(
         parts = jnp.swapaxes(array.reshape(-1, microbatches, *array.shape[1:]), 0, 1)
         return constrain(parts, None, "batch", *[None] * (parts.ndim - 2))
 
+    # Jitted, its trace for the shapes is that of the loop too.
+    gradients_of = jax.jit(gradients_of)
+
     def add(total: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradients_of(part)), None
 

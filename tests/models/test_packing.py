@@ -1,6 +1,7 @@
 """Packed rows: places by hand, and the very scores and gradients of the rows they are made of."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import hypothesis
@@ -141,16 +142,23 @@ def one_by_one(log_probs):
     return rows[SLOTS, :, :5]
 
 
+@functools.cache
+def unpacked(config):
+    return value_and_gradient(make_policy(config), BATCH, lambda x: x)
+
+
 def assert_equal_to_unpacked(config):
-    plain = value_and_gradient(make_policy(dataclasses.replace(config, attention="xla")), BATCH, lambda x: x)
+    plain = unpacked(dataclasses.replace(config, attention="xla"))
     packed = value_and_gradient(make_policy(config), PACKED, one_by_one)
     np.testing.assert_allclose(packed[0], plain[0], rtol=1e-4, atol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), packed[1], plain[1])
 
 
-@pytest.mark.parametrize("name", ["t5", "decoder", "gemma2", "gemma3", "llama3"])
+# Packing changes masks and positions. Of the decoder's settings, windows and rotary bases read them: Gemma 3 has a
+# window and two bases.
+@pytest.mark.parametrize("name", ["t5", "decoder", "gemma3"])
 def test_packed_rows_have_the_scores_and_gradients_of_their_prompts(name):
-    """Gemma 2 and 3 have windows that are shorter than a prompt with its response."""
+    """Gemma 3 has windows that are shorter than a prompt with its response."""
     assert_equal_to_unpacked({**CONFIGS, **SETTINGS}[name])
 
 

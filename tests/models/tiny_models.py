@@ -80,14 +80,22 @@ MESHES = {
 
 
 @functools.cache
+def initial_params(policy):
+    """A jitted `key -> params`, compiled once for all seeds."""
+    return jax.jit(lambda key: unbox(policy.init(key)))
+
+
+@functools.cache
 def random_params(policy, seed=0):
     """Parameters of which none keeps an initial value that hides it, such as a norm's scale of one."""
-    params = unbox(jax.jit(policy.init)(jax.random.key(seed)))
-    leaves, tree = jax.tree.flatten(params)
+    params = initial_params(policy)(jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(
-        tree, [leaf + jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
-    )
+
+    def moved(leaf):
+        # By numpy, which compiles nothing for each shape.
+        return jnp.asarray(np.asarray(leaf) + (0.2 * rng.standard_normal(leaf.shape)).astype(leaf.dtype))
+
+    return jax.tree.map(moved, params)
 
 
 def make_batch(prompts, *, responses=2, prompt_length=6, response_length=5, vocabulary_size=13, seed=0):

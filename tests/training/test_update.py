@@ -1,10 +1,12 @@
 """The update step: the same on every mesh, any loss by the names of its arrays, and what is true at the reference."""
 
 import dataclasses
+import functools
 import inspect
 import math
 import re
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from alignment_gap.models import DecoderConfig, make_policy, score
 from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh
 from alignment_gap.training import (
     OptimizerConfig,
+    TrainState,
     abstract_state,
     create_state,
     loss_inputs,
@@ -47,38 +50,57 @@ def fresh_state(policy, mesh, seed=0, copies=()):
     return create_state(policy.init, abstract, OPTIMIZER, jax.random.key(seed))
 
 
-def two_steps(policy, params, mesh, microbatches, batch=LARGE_BATCH):
-    """Metrics and parameters after two steps on the mesh."""
+class Steps(NamedTuple):
+    """The layout of a state, the state itself before and after two steps, and the metrics of both."""
+
+    abstract: TrainState
+    before: TrainState
+    after: TrainState
+    metrics: list
+
+    @property
+    def params(self):
+        return jax.device_get(self.after.params)
+
+
+def two_steps(policy, mesh, microbatches, batch=LARGE_BATCH):
+    """Two steps on the mesh from random parameters."""
     abstract = abstract_state(policy.init, OPTIMIZER, mesh)
-    state = state_from_params(params, abstract, OPTIMIZER)
+    before = state = state_from_params(random_params(policy), abstract, OPTIMIZER)
     objective = policy_objective(policy, losses.get("cpo"))
     step = make_update_step(objective, OPTIMIZER, mesh, abstract, microbatches=microbatches)
-    batch = jax.device_put(batch, batch_sharding(mesh))
+    # From the host, where an array is cut into parts without a program for each.
+    batch = jax.device_put(jax.tree.map(np.asarray, batch), batch_sharding(mesh))
     values = []
     for _ in range(2):
         state, metrics = step(state, batch)
         values.append(jax.device_get(metrics))
-    return values, jax.device_get(state.params)
+    return Steps(abstract, before, state, values)
+
+
+@functools.cache
+def steps_on(policy, name, microbatches):
+    """Those on one of `MESHES`, which several tests look at."""
+    return two_steps(policy, make_mesh(MESHES[name]), microbatches)
 
 
 @pytest.fixture(scope="module")
 def alone(even_policy):
-    params = random_params(even_policy)
-    return params, two_steps(even_policy, params, single_device_mesh(), 1)
+    return two_steps(even_policy, single_device_mesh(), 1)
 
 
+# Each axis of the mesh alone and with the others, with microbatches and without. "two_by_four" is left out: "all"
+# splits more, and the sampler's tests have both.
 @pytest.mark.parametrize(
-    ("name", "microbatches"),
-    [*((name, 1) for name in MESHES), ("data", 4), ("all", 4)],
+    ("name", "microbatches"), [("fsdp", 1), ("model", 1), ("sequence", 1), ("data", 4), ("all", 4)]
 )
 def test_every_mesh_takes_the_same_steps(name, microbatches, even_policy, alone):
     """Sums are taken in another order: differences in the last bits of float32, which Adam's division can enlarge."""
-    params, (values, expected) = alone
-    other_values, other = two_steps(even_policy, params, make_mesh(MESHES[name]), microbatches)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5), other_values, values)
+    other = steps_on(even_policy, name, microbatches)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5), other.metrics, alone.metrics)
     # The learning rate is 1e-3: a step in another direction would show as 1e-3.
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), other, expected)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, expected)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), other.params, alone.params)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), random_params(even_policy), alone.params)
     assert min(jax.tree.leaves(moved)) > 5e-4
 
 
@@ -91,23 +113,23 @@ def packed(batch, multiple):
     return jax.tree.map(jnp.asarray, rows.pack(jax.tree.map(lambda leaf: leaf[order], batch), found[order]))
 
 
-@pytest.mark.parametrize(("name", "microbatches"), [("data", 1), ("all", 4), ("sequence", 1)])
+@pytest.mark.parametrize(("name", "microbatches"), [("all", 4), ("sequence", 1)])
 def test_packed_rows_take_the_same_steps(name, microbatches, even_policy, alone):
     """Whatever rows have empty slots, and however many prompts fall to a device or a microbatch."""
-    params, (values, expected) = alone
     mesh = make_mesh(MESHES[name])
     batch = packed(LARGE_BATCH, mesh.batch_parts * microbatches)
     assert len(batch.prompts) < 32
     assert (batch.prompt_lengths == 0).any() and len(set(np.sum(batch.prompt_lengths > 0, axis=1).tolist())) > 1
-    other_values, other = two_steps(even_policy, params, mesh, microbatches, batch)
-    assert other_values[0].pop("padding") < values[0]["padding"]
-    for name, value in other_values[0].items():
-        np.testing.assert_allclose(value, values[0][name], rtol=2e-5, err_msg=name)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), other, expected)
+    other = two_steps(even_policy, mesh, microbatches, batch)
+    first, expected = other.metrics[0], alone.metrics[0]
+    assert first.pop("padding") < expected["padding"]
+    for name, value in first.items():
+        np.testing.assert_allclose(value, expected[name], rtol=2e-5, err_msg=name)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), other.params, alone.params)
 
 
 def test_padding_and_prompts_are_counted(alone):
-    metrics = alone[1][0][0]
+    metrics = alone.metrics[0]
     tokens = int(LARGE_BATCH.prompt_lengths.sum() + LARGE_BATCH.response_lengths.sum())
     np.testing.assert_allclose(metrics["padding"], 1 - tokens / (32 * (6 + 2 * 5)), rtol=1e-6)
     assert metrics["prompts"] == 32
@@ -208,20 +230,15 @@ def is_adam(part):
 
 
 def test_shardings_outlive_a_step_and_the_old_state_is_reused(even_policy):
-    mesh = make_mesh(MESHES["all"])
-    params = random_params(even_policy)
-    abstract = abstract_state(even_policy.init, OPTIMIZER, mesh)
-    before = state_from_params(params, abstract, OPTIMIZER)
-    step = make_update_step(policy_objective(even_policy, losses.get("cpo")), OPTIMIZER, mesh, abstract)
-    after, _ = step(before, jax.device_put(BATCH, batch_sharding(mesh)))
+    steps = steps_on(even_policy, "all", 4)
     kept = jax.tree.map(
-        lambda leaf, target: leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim), after, abstract
+        lambda leaf, target: leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim), steps.after, steps.abstract
     )
     assert all(jax.tree.leaves(kept))
-    assert int(after.step) == 1
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+    assert int(steps.after.step) == 2
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(steps.before.params))
     # The parameters that it was made from were copied.
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(random_params(even_policy)))
 
 
 def test_a_fresh_state_is_the_policys_own(even_policy):
