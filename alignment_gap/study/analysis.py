@@ -35,6 +35,9 @@ Expectation = Literal["ahead", "level"]
 ORIGIN, OPPONENT = "sft", "golden"
 """The policies of a study that are no arm: where all of them start, and whom the win rate is against."""
 
+PROXY: Method = ("proxy", "preference")
+"""The proxy preference model among the results: a classifier beside the policies, and no arm."""
+
 IDENTITY = ("arm", "loss", "beta", "learning_rate", "seed", "step")
 
 
@@ -63,6 +66,9 @@ METRICS = {
     "proxy_win_rate": Metric("win rate by the proxy", "win_rate.proxy.golden"),
     "rubric": Metric("rubric score", "reward.rubric", "", ".3f", is_share=False),
     "accuracy": Metric("accuracy on D_golden", "accuracy"),
+    "heldout_accuracy": Metric("accuracy on held-out pairs of D_golden", "accuracy.heldout"),
+    "stream_accuracy": Metric("accuracy on D_online", "accuracy.stream"),
+    "own_accuracy": Metric("accuracy on own samples", "accuracy.own"),
     "chosen_log_ratio": Metric("winner's log-ratio to SFT", "chosen_log_ratio", " nats", ".2f", is_share=False),
     "rejected_log_ratio": Metric("loser's log-ratio to SFT", "rejected_log_ratio", " nats", ".2f", is_share=False),
     "length": Metric("length", "length", " tokens", ".1f", is_share=False),
@@ -70,6 +76,7 @@ METRICS = {
 COLUMNS = (*IDENTITY, *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")))
 LOSS_NAMES = {"ipo": "IPO", "dpo": "DPO", "best_of_n": "Best-of-n", "sft": "SFT"}
 _SPLITS = 8
+_NO_ARMS = (ORIGIN, OPPONENT, PROXY[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,6 +92,9 @@ class CheckpointResult:
       step: gradient steps taken.
       outcomes: an array of per-example values for each metric; a metric that was not measured is absent. Win rates
         and accuracy are 1, 0.5 or 0, `kl` and the log ratios are nats summed over the response, `length` is tokens.
+      size: name of the policy's size, where it is another one than the study's own; results of other sizes are not
+        pooled with those of the study's.
+      parameters: numbers that the policy is made of; 0 where they were not counted.
     """
 
     arm: str
@@ -94,6 +104,8 @@ class CheckpointResult:
     seed: int
     step: int
     outcomes: dict[str, np.ndarray]
+    size: str = ""
+    parameters: int = 0
 
     @property
     def method(self) -> Method:
@@ -130,7 +142,8 @@ class Comparison:
       gap: their difference at each budget.
       mean_gap: the difference averaged over the budgets; the verdict rests on it.
       peak_gap: the difference of the best at any KL.
-      seed_gaps: the mean gap of every seed.
+      mean_gaps: for every seed the mean gap (first) and its bootstrap replicates; empty without budgets.
+      peak_gaps: the same of the gap of the peaks.
       paper: what the paper saw of the two; None where it did not measure them.
       figure: the paper's figure that shows it.
     """
@@ -147,9 +160,15 @@ class Comparison:
     gap: Band
     mean_gap: Interval
     peak_gap: Interval
-    seed_gaps: tuple[float, ...]
+    mean_gaps: tuple[Float[np.ndarray, "R"], ...]
+    peak_gaps: tuple[Float[np.ndarray, "R"], ...]
     paper: Expectation | None = None
     figure: str = ""
+
+    @property
+    def seed_gaps(self) -> tuple[float, ...]:
+        """The mean gap of every seed."""
+        return tuple(float(replicates[0]) for replicates in self.mean_gaps)
 
     @property
     def better(self) -> str:
@@ -220,12 +239,12 @@ def methods(results: Iterable[CheckpointResult]) -> list[Method]:
 
 def trained_arms(results: Iterable[CheckpointResult], loss: str) -> list[str]:
     """The arms that were trained under a loss, in order of appearance."""
-    return [arm for arm, of in methods(results) if of == loss and arm not in (ORIGIN, OPPONENT)]
+    return [arm for arm, of in methods(results) if of == loss and arm not in _NO_ARMS]
 
 
 def losses_of(results: Iterable[CheckpointResult]) -> list[str]:
     """The losses of the trained arms, IPO first."""
-    losses = dict.fromkeys(loss for arm, loss in methods(results) if arm not in (ORIGIN, OPPONENT))
+    losses = dict.fromkeys(loss for arm, loss in methods(results) if arm not in _NO_ARMS)
     return sorted(losses, key=lambda loss: loss != "ipo")
 
 
@@ -304,7 +323,8 @@ def compare(
         gap=_budgeted(gap),
         mean_gap=over_seeds(averages).within(low - high, high - low) if averages else none,
         peak_gap=gap.at(-1),
-        seed_gaps=tuple(float(replicates[0]) for replicates in averages),
+        mean_gaps=tuple(averages),
+        peak_gaps=tuple(replicates[:, -1] for replicates in gaps),
     )
 
 
