@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -28,9 +28,6 @@ Method = tuple[str, str]
 
 Runs = list[list["CheckpointResult"]]
 """The runs of one method in one seed, each a list of checkpoints by step."""
-
-Expectation = Literal["ahead", "level"]
-"""What the paper saw of two arms at equal KL: the first ahead of the second, or both level."""
 
 ORIGIN, OPPONENT = "sft", "golden"
 """The policies of a study that are no arm: where all of them start, and whom the win rate is against."""
@@ -144,8 +141,6 @@ class Comparison:
       peak_gap: the difference of the best at any KL.
       mean_gaps: for every seed the mean gap (first) and its bootstrap replicates; empty without budgets.
       peak_gaps: the same of the gap of the peaks.
-      paper: what the paper saw of the two; None where it did not measure them.
-      figure: the paper's figure that shows it.
     """
 
     first: Method
@@ -162,8 +157,6 @@ class Comparison:
     peak_gap: Interval
     mean_gaps: tuple[Float[np.ndarray, "R"], ...]
     peak_gaps: tuple[Float[np.ndarray, "R"], ...]
-    paper: Expectation | None = None
-    figure: str = ""
 
     @property
     def seed_gaps(self) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""The table of arms: what each reads, what the paper expects of it, and how it is drawn.
+"""The table of arms: what each reads, what it is compared with, and how it is drawn.
 
 An arm is one entry. `StudyConfig.arms.names` lists those of a study by name, or as "module:object" for an arm of your
 own. The graph, the findings, the figures and the report know arms from here alone.
@@ -17,7 +17,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig, OnlineConfig, SourceConfig
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.sampling import SamplerConfig
-from alignment_gap.study.analysis import OPPONENT, ORIGIN, Expectation
+from alignment_gap.study.analysis import OPPONENT, ORIGIN, PROXY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +59,15 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """A question about two arms: at equal KL, is this arm better than another?
+    """A question about two arms: at equal KL, is this arm better than another? `claims` says what the paper saw.
 
     Attributes:
       other: the other arm.
-      paper: what the paper saw (2405.08448), by loss; a loss that is not named was not measured there.
-      figure: the paper's figure that shows it.
+      loss: of the other arm; empty for the loss of this one.
     """
 
     other: str
-    paper: Mapping[str, Expectation]
-    figure: str
+    loss: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +102,7 @@ ARMS = (
         name="online",
         reads="two fresh samples of the policy, labelled by the proxy preference model",
         source=lambda branch: branch.online(JudgeConfig(str(branch.proxy))),
-        contrasts=(
-            Contrast("offline", {"ipo": "ahead", "best_of_n": "ahead"}, figure="1"),
-            Contrast("shuffled", {"ipo": "ahead", "best_of_n": "level"}, figure="4"),
-        ),
+        contrasts=(Contrast("offline"), Contrast("shuffled")),
         colour="#0072B2",
         shape="circle",
     ),
@@ -115,7 +110,7 @@ ARMS = (
         name="shuffled",
         reads="the pairs of an online run, D_online, in random order",
         source=lambda branch: branch.dataset(branch.run_of("online") / "record"),
-        contrasts=(Contrast("offline", {"ipo": "level", "best_of_n": "ahead"}, figure="4"),),
+        contrasts=(Contrast("offline"),),
         colour="#009E73",
         shape="triangle-up",
     ),
@@ -141,7 +136,7 @@ GOLDEN = Arm(
 
 def arms_of(names: Sequence[str]) -> tuple[Arm, ...]:
     """The arms of these names; raises UserError for one that there is not, or that has another's name."""
-    table, taken = {arm.name: arm for arm in ARMS}, {ORIGIN, OPPONENT}
+    table, taken = {arm.name: arm for arm in ARMS}, {ORIGIN, OPPONENT, PROXY[0]}
     arms = []
     for name in names:
         arm = load_named(name, "arm") if ":" in name else table.get(name)

@@ -14,6 +14,7 @@ from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig
 from alignment_gap.study.analysis import ORIGIN
 from alignment_gap.study.arms import arms_of
+from alignment_gap.study.claims import claims_of
 from alignment_gap.training import OptimizerConfig
 
 
@@ -161,6 +162,7 @@ class StudyConfig:
       arms: the arms.
       sampler: how policies are sampled, online and in evaluation.
       evaluation: how checkpoints are measured.
+      claims: of one's own beside those of the paper, as "module:object".
       checkpoint_every: steps of SFT and of the judges after which a killed run can be taken up; changes no result.
       microbatches: parts in which the batch of a training step is computed, one after the other, to save memory.
       mesh: the device mesh.
@@ -179,12 +181,14 @@ class StudyConfig:
     arms: ArmsConfig = ArmsConfig()
     sampler: SamplerConfig = SamplerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    claims: tuple[str, ...] = ()
     checkpoint_every: int = 250
     microbatches: int = 1
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
         """Raises UserError where a setting is out of its range."""
+        claims_of(self.claims)
         checks.at_least(self, 0, "seed")
         checks.at_least(self, 1, "seeds", "checkpoint_every", "microbatches")
         for name, seed in (("task.seed", self.task.seed), ("task.source.posts.seed", self.task.source.posts.seed)):

@@ -54,7 +54,7 @@ class Evidence:
 
     def __init__(self, results: Sequence[CheckpointResult]) -> None:
         """Takes the checkpoints of all policies; estimates read those of the study's own size."""
-        self._all = results
+        self.everything = results
         self.results = [result for result in results if not result.size]
         self.compared = functools.cache(self._compare)
 
@@ -66,7 +66,7 @@ class Evidence:
     @functools.cached_property
     def sizes(self) -> list[Evidence]:
         """The study's own size and every other one, each as evidence of its own, by the number of parameters."""
-        counts = {result.size: result.parameters for result in self._all if result.arm == ORIGIN}
+        counts = {result.size: result.parameters for result in self.everything if result.arm == ORIGIN}
         return [self._of_size(size) for size, _ in sorted(counts.items(), key=lambda each: each[1])]
 
     def runs(self, method: Method, metric: str) -> dict[int, Runs]:
@@ -92,7 +92,7 @@ class Evidence:
         return compare(self.results, first, second, metric)
 
     def _of_size(self, size: str) -> Evidence:
-        chosen = (result for result in self._all if result.size == size)
+        chosen = (result for result in self.everything if result.size == size)
         return Evidence([dataclasses.replace(result, size="") for result in chosen])
 
 

@@ -1,6 +1,7 @@
 """The figures of the controlled study: one Vega-Lite specification each, for the page and for the PNG.
 
-A figure carries the sentences that its numbers support; a figure whose arms or metrics are missing says so instead.
+A figure carries the claims of the paper that stand in it, with their answers, and sentences computed from its numbers.
+A figure whose arms or metrics are missing says so instead.
 Colours and shapes belong to arms and are the same in every figure; they keep apart for colour-blind eyes.
 """
 
@@ -19,7 +20,8 @@ from alignment_gap.evaluation.intervals import Band, Interval
 from alignment_gap.study import analysis, findings
 from alignment_gap.study.analysis import METRICS, OPPONENT, ORIGIN, CheckpointResult, Comparison, Method, loss_name
 from alignment_gap.study.arms import GOLDEN, Arm, file_word
-from alignment_gap.study.findings import Finding
+from alignment_gap.study.claims import Answer
+from alignment_gap.study.estimates import Evidence
 
 # Colour and shape of the SFT policy, where every run starts.
 _ORIGIN_STYLE = ("#5A5A5A", "cross")
@@ -34,14 +36,16 @@ class Figure:
     Attributes:
       name: stem of the PNG's file name.
       title: what is plotted, with the number of the figure in the paper.
-      findings: what it shows and whether that agrees with the paper.
+      answers: what the study says of the claims that stand in it.
+      sentences: what else it shows.
       spec: Vega-Lite with its data inside; empty where the figure cannot be drawn.
       missing: why it cannot be drawn.
     """
 
     name: str
     title: str
-    findings: tuple[Finding, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    sentences: tuple[str, ...] = ()
     spec: dict[str, Any] = dataclasses.field(default_factory=dict)
     missing: str = ""
 
@@ -51,23 +55,29 @@ class Figure:
 
 
 def study_figures(
-    results: Sequence[CheckpointResult], table: Sequence[Row], comparisons: Sequence[Comparison], arms: Sequence[Arm]
+    evidence: Evidence,
+    table: Sequence[Row],
+    comparisons: Sequence[Comparison],
+    answers: Sequence[Answer],
+    arms: Sequence[Arm],
 ) -> list[Figure]:
     """All figures, in the order of the report; those that lack their numbers come with a reason instead of a drawing.
 
     Args:
-      results: every checkpoint of the study.
-      table: their rows, as from `analysis.results_table`.
+      evidence: the checkpoints of the study.
+      table: a row for each of them, as from `analysis.results_table`.
       comparisons: as from `findings.study_comparisons`.
+      answers: as from `claims.answers`.
       arms: of the study.
     """
-    rows = [_row(result, means) for result, means in zip(results, table, strict=True)]
-    study = _Study(results, rows, comparisons, arms)
-    losses = analysis.losses_of(results)
+    every = zip(evidence.everything, table, strict=True)
+    rows = [_row(result, means) for result, means in every if not result.size]
+    study = _Study(evidence, rows, comparisons, answers, arms)
+    losses = analysis.losses_of(evidence.results)
     lead = losses[0] if losses else "ipo"
     figures = [_budget_figure(study, loss) for loss in losses or [lead]]
     figures += [
-        _kl_figure(study, "figure_4", "Figures 1 and 4", lead, "win_rate"),
+        _kl_figure(study, "figure_4", "Figures 1 and 4", lead, "win_rate", ("1", "4")),
         _kl_figure(study, "figure_4_rubric", "As figure 4, true quality", lead, "rubric"),
         _accuracy_figure(study, losses),
         *(_training_figure(study, loss) for loss in losses),
@@ -75,7 +85,7 @@ def study_figures(
     for loss in losses[1:]:
         name = f"figure_9_{file_word(loss)}"
         figures += [
-            _kl_figure(study, name, "Figure 9", loss, "win_rate", behind=lead),
+            _kl_figure(study, name, "Figure 9", loss, "win_rate", ("9",) if loss == "best_of_n" else (), behind=lead),
             _kl_figure(study, f"{name}_rubric", "As figure 9, true quality", loss, "rubric", behind=lead),
         ]
     return figures
@@ -86,12 +96,17 @@ def study_figures(
 
 @dataclasses.dataclass(frozen=True)
 class _Study:
-    """What every figure draws from: the checkpoints, a chart row for each, the comparisons at equal KL, the arms."""
+    """What every figure draws from: the checkpoints, a chart row for each, comparisons, answers to claims, the arms."""
 
-    results: Sequence[CheckpointResult]
+    evidence: Evidence
     rows: Sequence[Row]
     comparisons: Sequence[Comparison]
+    answers: Sequence[Answer]
     arms: Sequence[Arm]
+
+    def claims(self, *figures: str) -> tuple[Answer, ...]:
+        """The answers to the claims that stand in these figures of the paper."""
+        return tuple(answer for answer in self.answers if answer.claim.figure in figures)
 
     def select(self, loss: str, metrics: Sequence[str], *, origins: bool = True) -> list[Row]:
         """Rows that have all the metrics: of a loss, and by default of the origin and of the golden policy."""
@@ -199,7 +214,9 @@ def _level(value: float) -> alt.Chart:
 # Figures.
 
 
-def _kl_figure(study: _Study, name: str, number: str, loss: str, metric: str, behind: str = "") -> Figure:
+def _kl_figure(
+    study: _Study, name: str, number: str, loss: str, metric: str, claims: Sequence[str] = (), behind: str = ""
+) -> Figure:
     """A metric over KL to SFT for the arms of one loss, those of another behind it in lighter marks."""
     title = f"{number}: {METRICS[metric].words} over KL to SFT, {loss_name(loss)}"
     if reason := study.lacking(loss, ("kl", metric)):
@@ -212,31 +229,32 @@ def _kl_figure(study: _Study, name: str, number: str, loss: str, metric: str, be
     if metric == "win_rate":
         layers.insert(0, _level(0.5).encode(_axis(alt.Y, metric)))
     chart = alt.layer(*layers, data=alt.Data(values=_with_starts(rows))).properties(width=760, height=420)
-    return Figure(name, title, _kl_findings(study, loss, metric), charts.finish(chart))
+    return Figure(name, title, study.claims(*claims), _kl_sentences(study, loss, metric), charts.finish(chart))
 
 
-def _kl_findings(study: _Study, loss: str, metric: str) -> tuple[Finding, ...]:
+def _kl_sentences(study: _Study, loss: str, metric: str) -> tuple[str, ...]:
     """What the figure shows beyond the win rates of online and offline at equal KL, which have their own figure."""
-    apart = findings.answers(study.comparisons, study.arms)
+    apart = findings.asked(study.comparisons, study.arms)
     shown = [c for c in study.comparisons if c.metric == metric and c.first[1] == loss and c not in apart]
-    branches: list[Method] = [(arm, loss) for arm in findings.question(study.arms)]
-    found = [*map(findings.equal_kl_finding, shown), findings.fall_finding(study.results, branches, metric)]
+    found = [f"{findings.equal_kl_headline(c)} {findings.equal_kl_detail(c)}" for c in shown]
     if metric == "rubric":
-        found += [findings.over_optimisation_finding(study.results, branch) for branch in branches]
-    return tuple(finding for finding in found if finding)
+        branches: list[Method] = [(arm, loss) for arm in findings.question(study.arms)]
+        found += [findings.over_optimisation(study.evidence, branch) for branch in branches]
+    return tuple(filter(None, found))
 
 
 def _budget_figure(study: _Study, loss: str) -> Figure:
     """The best win rate of online and of offline within each KL budget, and their gap."""
     name, title = f"equal_kl_{file_word(loss)}", f"The question: best win rate within a KL budget, {loss_name(loss)}"
-    comparison = next((c for c in findings.answers(study.comparisons, study.arms) if c.first[1] == loss), None)
+    comparison = next((c for c in findings.asked(study.comparisons, study.arms) if c.first[1] == loss), None)
     if comparison is None:
         needed = ", of ".join((*findings.question(study.arms), "SFT"))
         return Figure(name, title, missing=f"it needs checkpoints of {needed}, with KL and win rate")
     first, second = findings.question(study.arms)
-    said = (findings.equal_kl_finding(comparison),)
+    said = (f"{findings.equal_kl_headline(comparison)} {findings.equal_kl_detail(comparison)}",)
     if len(comparison.budgets) < 2:
-        return Figure(name, title, said, missing=f"the checkpoints of {first} and of {second} share no range of KL")
+        missing = f"the checkpoints of {first} and of {second} share no range of KL"
+        return Figure(name, title, sentences=said, missing=missing)
     frontiers = [
         *_band_rows(comparison, comparison.first_frontier, first),
         *_band_rows(comparison, comparison.second_frontier, second),
@@ -249,7 +267,7 @@ def _budget_figure(study: _Study, loss: str) -> Figure:
     gap = _band_chart(_band_rows(comparison, comparison.gap, minus), x, f"Gap, {minus} (percentage points)")
     right = alt.layer(_level(0.0), gap.encode(color=alt.value(charts.INK)))
     chart = alt.hconcat(*(side.properties(width=375, height=300) for side in (left, right)))
-    return Figure(name, title, said, charts.finish(chart))
+    return Figure(name, title, sentences=said, spec=charts.finish(chart))
 
 
 def _band_rows(comparison: Comparison, band: Band, arm: str) -> list[Row]:
@@ -284,9 +302,7 @@ def _accuracy_figure(study: _Study, losses: Sequence[str]) -> Figure:
         ).properties(width=375, height=320, title=loss_name(loss))
         for loss, rows in selected.items()
     ]
-    swept = [arm.name for arm in study.arms if arm.swept]
-    found = tuple(findings.prediction_finding(study.results, (arm, loss)) for loss in drawn for arm in swept)
-    return Figure(name, title, found, charts.finish(alt.concat(*panels, columns=2)))
+    return Figure(name, title, study.claims("7"), spec=charts.finish(alt.concat(*panels, columns=2)))
 
 
 def _training_figure(study: _Study, loss: str) -> Figure:
@@ -298,6 +314,6 @@ def _training_figure(study: _Study, loss: str) -> Figure:
     rows = [row for row in study.select(loss, metrics) if row["arm"] != OPPONENT]
     x = alt.X("step:Q", title="Gradient steps", scale=alt.Scale(zero=False, nice=False, padding=12))
     panels = [alt.layer(*_scatter(study, rows, x, metric)).properties(width=235, height=260) for metric in metrics]
-    found = (findings.final_accuracy_finding(study.results, loss), findings.log_ratio_finding(study.results, loss))
+    claims = study.claims("8") if loss == "ipo" else ()
     chart = alt.hconcat(*panels, data=alt.Data(values=_with_starts(rows)))
-    return Figure(name, title, tuple(finding for finding in found if finding), charts.finish(chart))
+    return Figure(name, title, claims, spec=charts.finish(chart))

@@ -13,12 +13,15 @@ from typing import Any
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation import charts
+from alignment_gap.evaluation.intervals import Interval
 from alignment_gap.evaluation.results import csv_text, text_table
 from alignment_gap.folders import write_bytes
 from alignment_gap.study import analysis, figures, findings
 from alignment_gap.study.analysis import ORIGIN, CheckpointResult, Comparison, loss_name
 from alignment_gap.study.arms import GOLDEN, Arm, arms_of
+from alignment_gap.study.claims import Answer, answers, claims_of
 from alignment_gap.study.config import StudyConfig
+from alignment_gap.study.estimates import Estimate, Evidence
 from alignment_gap.study.figures import Figure
 from alignment_gap.study.findings import MINUS, nats
 
@@ -33,6 +36,10 @@ _TEMPLATE = "report.html.jinja"
 _DARK = {"white": "#16191d", charts.INK: "#b9c0c8", charts.GRID: "#2d333a", charts.LINE: "#6b737d"}
 _NONE = "\u2013"
 _OWN_FIGURES = ("figure_*.png", "equal_kl_*.png")
+CLAIM_COLUMNS = (
+    *("claim", "hypothesis", "figure", "paper", "estimate", "holds_above", "holds_below", "verdict"),
+    *("reason", "value", "low", "high", "seeds", "p_value", "p_adjusted", "detectable"),
+)
 Row = dict[str, str]
 """A row of a table: its cells by their headers."""
 
@@ -74,7 +81,7 @@ class ReportContext:
 
 
 def write_report(folder: Path, results: Sequence[CheckpointResult], context: ReportContext) -> Path:
-    """Writes report.html, results.csv and figures/*.png; each file appears complete or not at all, the page last.
+    """Writes report.html, results.csv, claims.csv, figures/*.png; each appears complete or not at all, the page last.
 
     Returns:
       The path of report.html.
@@ -84,10 +91,13 @@ def write_report(folder: Path, results: Sequence[CheckpointResult], context: Rep
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     table = analysis.results_table(results)
     arms = arms_of(context.config.arms.names)
-    comparisons = findings.study_comparisons(results, arms)
-    drawn = figures.study_figures(results, table, comparisons, arms)
-    page = _page(results, context, arms, comparisons, drawn)
+    evidence = Evidence(results)
+    comparisons = findings.study_comparisons(evidence, arms)
+    answered = answers(evidence, claims_of(context.config.claims))
+    drawn = figures.study_figures(evidence, table, comparisons, answered, arms)
+    page = _page(results, context, arms, comparisons, answered, drawn)
     write_bytes(folder / "results.csv", csv_text(table, analysis.COLUMNS).encode())
+    write_bytes(folder / "claims.csv", csv_text(map(_claim_record, answered), CLAIM_COLUMNS).encode())
     pictures = {folder / "figures" / f"{figure.name}.png": figure for figure in drawn if not figure.missing}
     for path, figure in pictures.items():
         write_bytes(path, figure.png())
@@ -112,6 +122,7 @@ def _page(
     context: ReportContext,
     arms: Sequence[Arm],
     comparisons: Sequence[Comparison],
+    answered: Sequence[Answer],
     drawn: Sequence[Figure],
 ) -> str:
     environment = jinja2.Environment(
@@ -123,13 +134,11 @@ def _page(
         name=context.config.name,
         seeds=seeds,
         count=len(results),
+        claims=[_claim_row(answer) for answer in answered],
+        verdicts={answer.claim.name: answer.verdict for answer in answered},
         answers=[
-            (
-                findings.equal_kl_headline(c),
-                f"{findings.equal_kl_detail(c)} {findings.seed_gaps_sentence(c)}",
-                findings.equal_kl_finding(c).agreement,
-            )
-            for c in findings.answers(comparisons, arms)
+            (findings.equal_kl_headline(c), f"{findings.equal_kl_detail(c)} {findings.seed_gaps_sentence(c)}")
+            for c in findings.asked(comparisons, arms)
         ],
         coverage=findings.coverage_sentence(len(seeds)),
         notes=context.notes,
@@ -156,6 +165,45 @@ def _json(value: object) -> markupsafe.Markup:
     return markupsafe.Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
+def _claim_row(answer: Answer) -> Row:
+    """A claim as a row of the first table of the page."""
+    claim, numbers = answer.claim, (_NONE, _NONE)
+    if answer.interval is not None:
+        numbers = findings.estimated(claim.estimate, answer.interval)
+    return {
+        "Claim": claim.name,
+        "The paper": claim.paper,
+        "Figure": claim.figure,
+        "Here": answer.verdict,
+        "Measured": str(claim.estimate),
+        "Agrees if": _range(claim.estimate, claim.holds),
+        "Value": numbers[0],
+        "95 % interval": numbers[1],
+        "Seeds": str(len(answer.seeds)),
+        "Could see": _NONE if answer.interval is None else findings.distance(claim.estimate, answer.detectable),
+        "Why not told": answer.reason,
+    }
+
+
+def _range(estimate: Estimate, holds: tuple[float, float]) -> str:
+    """The range in which an estimate agrees with the paper, in its unit."""
+    low, high = (findings.bare(estimate, end) for end in holds)
+    if math.isinf(holds[0]):
+        return f"below {high}"
+    return f"above {low}" if math.isinf(holds[1]) else f"{low} to {high}"
+
+
+def _claim_record(answer: Answer) -> dict[str, object]:
+    """A claim as a row of claims.csv, in the unit of the estimate."""
+    claim, interval = answer.claim, answer.interval or Interval(math.nan, math.nan, math.nan)
+    values = (
+        *(claim.name, claim.hypothesis, claim.figure, claim.paper, str(claim.estimate), *claim.holds, answer.verdict),
+        *(answer.reason, interval.value, interval.low, interval.high, len(answer.seeds)),
+        *(answer.p_value, answer.adjusted, answer.detectable),
+    )
+    return dict(zip(CLAIM_COLUMNS, values, strict=True))
+
+
 def _comparison_row(comparison: Comparison) -> Row:
     budgets, metric = comparison.budgets, comparison.metric
     return {
@@ -166,7 +214,6 @@ def _comparison_row(comparison: Comparison) -> Row:
         "Mean gap": findings.in_table(comparison.mean_gap, metric) if len(budgets) else _NONE,
         "Peak gap": findings.in_table(comparison.peak_gap, metric),
         "Better at equal KL": _better(comparison),
-        "Paper": f"{comparison.paper}, figure {comparison.figure}" if comparison.paper else _NONE,
     }
 
 

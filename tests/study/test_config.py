@@ -52,6 +52,7 @@ SETTINGS = {
     "arms.offline_learning_rates": ((), "config.arms.offline_learning_rates is (): give one or more numbers"),
     "arms.checkpoint_steps": ((4, 2), "config.arms.checkpoint_steps is (4, 2): it must be increasing"),
     "arms.beta": (0.0, "config.arms.beta is 0.0: it must be above 0"),
+    "claims": (("own",), "config.claims has 'own', which is no claim: write module:object"),
     "evaluation.pairs": (0, "config.evaluation.pairs is 0: it must be at least 1"),
     "evaluation.shown": (-1, "config.evaluation.shown is -1: it must be at least 0"),
     "task.seed": (3, "config.task.seed is 3: a study prepares its data with its own seeds, so set seed instead"),
@@ -127,16 +128,11 @@ def test_the_arms_of_the_table_by_name():
     assert GOLDEN.name == OPPONENT and ORIGIN not in [arm.name for arm in ARMS]
 
 
-def test_every_contrast_is_with_an_arm_of_the_table_and_says_what_the_paper_saw():
+def test_every_contrast_is_with_another_arm_of_the_table():
     names = [arm.name for arm in ARMS]
-    contrasts = [(arm.name, contrast) for arm in ARMS for contrast in arm.contrasts]
-    assert all(contrast.other in names and contrast.other != name for name, contrast in contrasts)
-    expected = {(name, contrast.other): dict(contrast.paper) for name, contrast in contrasts}
-    assert expected == {
-        ("online", "offline"): {"ipo": "ahead", "best_of_n": "ahead"},
-        ("online", "shuffled"): {"ipo": "ahead", "best_of_n": "level"},
-        ("shuffled", "offline"): {"ipo": "level", "best_of_n": "ahead"},
-    }
+    contrasts = [(arm.name, contrast.other) for arm in ARMS for contrast in arm.contrasts]
+    assert all(other in names and other != name for name, other in contrasts)
+    assert contrasts[0] == ("online", "offline")
 
 
 def test_no_two_arms_look_alike():

@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 from job_runs import assert_equal_checkpoints
-from outside import REPLAYED
+from outside import AS_ONLINE, REPLAYED
 from studies import copied, newly_run, rows, run
 
 from alignment_gap.study.arms import arms_of
+from alignment_gap.study.estimates import Evidence
 from alignment_gap.study.findings import study_comparisons
 from alignment_gap.study.graph import study_graph
 from alignment_gap.study.results import study_results
@@ -25,6 +26,7 @@ def replayed(finished, config, tmp_path_factory):
     """A finished study with one more arm, and the jobs that it had to run."""
     folder = copied(finished, tmp_path_factory.mktemp("outside") / "study")
     names = (*config.arms.names, "outside:REPLAYED")
+    config = dataclasses.replace(config, claims=("outside:AS_ONLINE",))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("alignment_gap.evaluation.charts.png", lambda spec, scale=2.0: b"PNG")
         study, lines = run(with_arms(config, names=names), folder, update=True)
@@ -55,13 +57,11 @@ def test_the_arm_is_in_the_results_beside_unchanged_others(replayed, finished):
 def test_the_arm_is_in_the_findings_and_in_every_figure(replayed):
     study, _ = replayed
     results, arms = study_results(study.graph), arms_of(study.config.arms.names)
-    comparisons = study_comparisons(results, arms)
-    assert [(c.metric, c.paper, c.figure) for c in comparisons if c.first[0] == "replayed"] == [
-        ("win_rate", "level", "3"),
-        ("rubric", None, ""),
-    ]
+    comparisons = study_comparisons(Evidence(results), arms)
+    assert [c.metric for c in comparisons if c.first[0] == "replayed"] == ["win_rate", "rubric"]
     page = (study.workdir / "report.html").read_text()
     assert f"<b>replayed</b>: {REPLAYED.reads}." in page
+    assert AS_ONLINE.paper in page
     assert "at equal KL" in page and "replayed \u2212 online" in page
     (specs,) = (part.partition("</script>")[0] for part in page.split('type="application/json">')[1:])
     for name, spec in json.loads(specs).items():
