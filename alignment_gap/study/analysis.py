@@ -35,7 +35,7 @@ ORIGIN, OPPONENT = "sft", "golden"
 PROXY: Method = ("proxy", "preference")
 """The proxy preference model among the results: a classifier beside the policies, and no arm."""
 
-IDENTITY = ("arm", "loss", "beta", "learning_rate", "seed", "step")
+IDENTITY = ("arm", "loss", "beta", "learning_rate", "steps_factor", "size", "parameters", "seed", "step")
 
 
 class Metric(NamedTuple):
@@ -71,7 +71,7 @@ METRICS = {
     "length": Metric("length", "length", " tokens", ".1f", is_share=False),
 }
 COLUMNS = (*IDENTITY, *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")))
-LOSS_NAMES = {"ipo": "IPO", "dpo": "DPO", "best_of_n": "Best-of-n", "sft": "SFT"}
+LOSS_NAMES = {"ipo": "IPO", "dpo": "DPO", "slic": "SLiC", "best_of_n": "Best-of-n", "sft": "SFT"}
 _SPLITS = 8
 _NO_ARMS = (ORIGIN, OPPONENT, PROXY[0])
 
@@ -91,6 +91,7 @@ class CheckpointResult:
         and accuracy are 1, 0.5 or 0, `kl` and the log ratios are nats summed over the response, `length` is tokens.
       size: name of the policy's size, where it is another one than the study's own; results of other sizes are not
         pooled with those of the study's.
+      steps_factor: how many times the steps of an online run this run has.
       parameters: numbers that the policy is made of; 0 where they were not counted.
     """
 
@@ -102,6 +103,7 @@ class CheckpointResult:
     step: int
     outcomes: dict[str, np.ndarray]
     size: str = ""
+    steps_factor: int = 1
     parameters: int = 0
 
     @property
@@ -111,9 +113,10 @@ class CheckpointResult:
 
     @property
     def setting(self) -> str:
-        """Beta and learning rate in words, equal for the runs of one setting; empty for the SFT origin."""
+        """Beta, learning rate and steps in words, equal for the runs of one setting; empty for the SFT origin."""
         settings = {"beta": self.beta, "lr": self.learning_rate}
-        return ", ".join(f"{name} {value:g}" for name, value in settings.items() if not math.isnan(value))
+        words = [f"{name} {value:g}" for name, value in settings.items() if not math.isnan(value)]
+        return ", ".join([*words, f"{self.steps_factor}x steps"] if self.steps_factor > 1 else words)
 
     def mean(self, metric: str) -> float:
         """Mean of a metric over its examples, nan where it was not measured."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from alignment_gap import checks
+from alignment_gap.checks import nearest
 from alignment_gap.data.tasks.prepare import PrepareConfig
 from alignment_gap.data.text import TextSourceConfig
 from alignment_gap.errors import UserError
@@ -13,9 +14,12 @@ from alignment_gap.models.preference import KINDS
 from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig
 from alignment_gap.study.analysis import ORIGIN
-from alignment_gap.study.arms import arms_of
+from alignment_gap.study.arms import ARMS, arms_of
 from alignment_gap.study.claims import claims_of
 from alignment_gap.training import OptimizerConfig
+
+# What policies may classify beside pairs of D_golden.
+HELDOUT, STREAM, OWN = CLASSIFIED = ("heldout", "stream", "own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +79,13 @@ class PreferenceModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ArmsConfig:
-    """The arms: one online setting, and a sweep offline, with the same number of steps and the same batch.
+    """The arms: one setting online, and a sweep offline, with the same batch.
 
     Attributes:
       names: of the table of arms, or "module:object" for one of one's own; each after those whose runs it reads.
-      losses: by name, or "module:function" for one of one's own.
+      further: arms that are trained under the first loss alone, after the others.
+      losses: by name, or "module:function" for one of one's own. An arm with a loss of its own is trained under that.
+      swept: the arms that are trained at every setting of the offline sweep, and not at the online one alone.
       start: folder of the run that arms start from; None for the SFT policy, which is the reference always.
       checkpoint_steps: increasing; every one is evaluated, the last is the number of steps.
       batch_size: prompts, with two responses each.
@@ -87,10 +93,14 @@ class ArmsConfig:
       beta: regularisation of the online arms and of the golden policy.
       offline_betas: swept offline.
       offline_learning_rates: swept offline.
+      offline_steps: swept offline under the first loss, as multiples of the online steps; under the others the first
+        counts alone. Checkpoints are as many times further apart.
     """
 
     names: tuple[str, ...] = ("online", "shuffled", "offline")
+    further: tuple[str, ...] = ()
     losses: tuple[str, ...] = ("ipo", "best_of_n")
+    swept: tuple[str, ...] = ("offline",)
     start: str | None = None
     checkpoint_steps: tuple[int, ...] = (50, 100, 200, 400)
     batch_size: int = 64
@@ -98,19 +108,23 @@ class ArmsConfig:
     beta: float = 0.1
     offline_betas: tuple[float, ...] = (0.1,)
     offline_learning_rates: tuple[float, ...] = (1e-3,)
+    offline_steps: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         """Raises UserError where a setting is unknown or out of its range."""
-        arms_of(self.names)
+        names = [arm.name for arm in arms_of((*self.names, *self.further))]
+        for name in self.swept:
+            if name not in names and not any(name == arm.name for arm in ARMS):
+                raise UserError(f"swept has {name!r}, which is no arm: {nearest(name, names)}")
         steps = self.checkpoint_steps
         if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
             raise UserError(f"checkpoint_steps is {steps}: it must be increasing and positive, such as (50, 100)")
         checks.at_least(self, 1, "batch_size")
         checks.above(self, 0, "beta")
-        for name in ("offline_betas", "offline_learning_rates"):
+        for name in ("offline_betas", "offline_learning_rates", "offline_steps"):
             if not all(0 < value < float("inf") for value in getattr(self, name)) or not getattr(self, name):
                 raise UserError(f"{name} is {getattr(self, name)}: give one or more numbers, all above 0 and finite")
-        for name in ("losses", "offline_betas", "offline_learning_rates"):
+        for name in ("losses", "offline_betas", "offline_learning_rates", "offline_steps"):
             values = getattr(self, name)
             # As the names of jobs have them.
             if len({value if isinstance(value, str) else f"{value:g}" for value in values}) < len(values):
@@ -126,6 +140,8 @@ class EvaluationConfig:
       kl_prompts: those of them whose samples measure KL.
       pairs: pairs of D_golden to classify.
       judges: further judges beside golden and proxy, as NAME=JUDGE; "rubric" is true quality in the built-in task.
+      classified: what policies classify beside pairs of D_golden that they may have trained on, by the golden model's
+        labels: "heldout" pairs of D_golden, the "stream" of the online arm, and two "own" samples for each prompt.
       batch_size: of the measurement.
       shown: sampled responses that the report shows.
     """
@@ -134,6 +150,7 @@ class EvaluationConfig:
     kl_prompts: int = 256
     pairs: int = 256
     judges: tuple[str, ...] = ()
+    classified: tuple[str, ...] = ()
     batch_size: int = 128
     shown: int = 4
 
@@ -141,6 +158,9 @@ class EvaluationConfig:
         """Raises UserError where a setting is out of its range."""
         checks.at_least(self, 1, "prompts", "kl_prompts", "pairs", "batch_size")
         checks.at_least(self, 0, "shown")
+        for name in self.classified:
+            if name not in CLASSIFIED:
+                raise UserError(f"classified has {name!r}: {nearest(name, CLASSIFIED)}")
 
 
 @dataclasses.dataclass(frozen=True)

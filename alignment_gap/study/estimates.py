@@ -88,6 +88,12 @@ class Evidence:
             ends.setdefault(seed, []).append(result)
         return ends
 
+    def with_shared_settings(self, first: Method, second: Method) -> Evidence:
+        """The evidence without the runs of two methods whose settings the other has not."""
+        settings = [{r.setting for r in self.results if r.method == method} for method in (first, second)]
+        shared = settings[0] & settings[1]
+        return Evidence([r for r in self.results if r.method not in (first, second) or r.setting in shared])
+
     def _compare(self, first: Method, second: Method, metric: str = "win_rate") -> Comparison | None:
         return compare(self.results, first, second, metric)
 
@@ -98,15 +104,21 @@ class Evidence:
 
 @dataclasses.dataclass(frozen=True)
 class EqualKl:
-    """The gap at equal KL, first minus second, averaged over the budgets that both methods reach."""
+    """The gap at equal KL, first minus second, averaged over the budgets that both methods reach.
+
+    With `settings` "shared" only runs at settings that both methods have count: a sweep has more tries than one run.
+    """
 
     first: Method
     second: Method
     metric: str = "win_rate"
+    settings: str = "all"
     is_gap: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> BySeed:
         """Raises NotMeasured where a method is missing, or the range of KL that both reach is none or narrow."""
+        if self.settings == "shared":
+            evidence = evidence.with_shared_settings(self.first, self.second)
         comparison = _comparison(evidence, self.first, self.second, self.metric)
         budgets = comparison.budgets
         if not len(budgets):
@@ -116,7 +128,8 @@ class EqualKl:
         return dict(zip(comparison.seeds, comparison.mean_gaps, strict=True))
 
     def __str__(self) -> str:
-        return f"{_minus(self.first, self.second)}, {METRICS[self.metric].words}, at equal KL"
+        shared = " and settings" if self.settings == "shared" else ""
+        return f"{_minus(self.first, self.second)}, {METRICS[self.metric].words}, at equal KL{shared}"
 
 
 @dataclasses.dataclass(frozen=True)

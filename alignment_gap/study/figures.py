@@ -10,7 +10,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import altair as alt
@@ -18,8 +19,17 @@ import altair as alt
 from alignment_gap.evaluation import charts
 from alignment_gap.evaluation.intervals import Band, Interval
 from alignment_gap.study import analysis, findings
-from alignment_gap.study.analysis import METRICS, OPPONENT, ORIGIN, CheckpointResult, Comparison, Method, loss_name
-from alignment_gap.study.arms import GOLDEN, Arm, file_word
+from alignment_gap.study.analysis import (
+    METRICS,
+    OPPONENT,
+    ORIGIN,
+    PROXY,
+    CheckpointResult,
+    Comparison,
+    Method,
+    loss_name,
+)
+from alignment_gap.study.arms import GOLDEN, MAIN, Arm, file_word
 from alignment_gap.study.claims import Answer
 from alignment_gap.study.estimates import Evidence
 
@@ -73,14 +83,16 @@ def study_figures(
     every = zip(evidence.everything, table, strict=True)
     rows = [_row(result, means) for result, means in every if not result.size]
     study = _Study(evidence, rows, comparisons, answers, arms)
-    losses = analysis.losses_of(evidence.results)
+    trained = {*analysis.methods(evidence.results)}
+    losses = [loss for loss in analysis.losses_of(evidence.results) if trained & {(arm, loss) for arm in study.main}]
     lead = losses[0] if losses else "ipo"
-    figures = [_budget_figure(study, loss) for loss in losses or [lead]]
+    figures: list[Figure | None] = [_budget_figure(study, loss) for loss in losses or [lead]]
     figures += [
         _kl_figure(study, "figure_4", "Figures 1 and 4", lead, "win_rate", ("1", "4")),
         _kl_figure(study, "figure_4_rubric", "As figure 4, true quality", lead, "rubric"),
         _accuracy_figure(study, losses),
         *(_training_figure(study, loss) for loss in losses),
+        *([_online_data_figure(study, lead)] if any("stream_accuracy" in row for row in study.rows) else []),
     ]
     for loss in losses[1:]:
         name = f"figure_9_{file_word(loss)}"
@@ -88,7 +100,11 @@ def study_figures(
             _kl_figure(study, name, "Figure 9", loss, "win_rate", ("9",) if loss == "best_of_n" else (), behind=lead),
             _kl_figure(study, f"{name}_rubric", "As figure 9, true quality", loss, "rubric", behind=lead),
         ]
-    return figures
+    if len(losses) > 2:
+        figures.append(_gaps_figure(study))
+    panels = dict.fromkeys(arm.panel for arm in arms if arm.panel != MAIN)
+    figures += [_panel_figure(study, panel, metric) for panel in panels for metric in ("win_rate", "rubric")]
+    return [figure for figure in figures if figure is not None]
 
 
 # Data.
@@ -108,10 +124,24 @@ class _Study:
         """The answers to the claims that stand in these figures of the paper."""
         return tuple(answer for answer in self.answers if answer.claim.figure in figures)
 
+    @property
+    def main(self) -> list[str]:
+        """The arms of the main figures."""
+        return [arm.name for arm in self.arms if arm.panel == MAIN]
+
     def select(self, loss: str, metrics: Sequence[str], *, origins: bool = True) -> list[Row]:
-        """Rows that have all the metrics: of a loss, and by default of the origin and of the golden policy."""
+        """Rows with all the metrics: of the main arms under a loss, by default of origin and golden policy too."""
+        methods = {(arm, loss_name(loss)) for arm in self.main}
+        return self.of_methods(methods, metrics, origins=origins)
+
+    def of_methods(
+        self, methods: Collection[tuple[str, str]], metrics: Sequence[str], *, origins: bool = True
+    ) -> list[Row]:
+        """Rows of methods, each an arm and the words of a loss, that have all the metrics."""
         measured = [row for row in self.rows if all(metric in row for metric in metrics)]
-        return [row for row in measured if (origins if row["arm"] in _UNTRAINED else row["loss"] == loss_name(loss))]
+        return [
+            row for row in measured if (origins if row["arm"] in _UNTRAINED else (row["arm"], row["loss"]) in methods)
+        ]
 
     def lacking(self, loss: str, metrics: Sequence[str]) -> str:
         """Why a figure of a loss and these metrics cannot be drawn; empty where it can."""
@@ -235,12 +265,76 @@ def _kl_figure(
 def _kl_sentences(study: _Study, loss: str, metric: str) -> tuple[str, ...]:
     """What the figure shows beyond the win rates of online and offline at equal KL, which have their own figure."""
     apart = findings.asked(study.comparisons, study.arms)
-    shown = [c for c in study.comparisons if c.metric == metric and c.first[1] == loss and c not in apart]
-    found = [f"{findings.equal_kl_headline(c)} {findings.equal_kl_detail(c)}" for c in shown]
+    of_loss = [c for c in study.comparisons if c.metric == metric and c.first[1] == loss and c not in apart]
+    found = [_equal_kl(c) for c in of_loss if c.first[0] in study.main]
     if metric == "rubric":
         branches: list[Method] = [(arm, loss) for arm in findings.question(study.arms)]
         found += [findings.over_optimisation(study.evidence, branch) for branch in branches]
     return tuple(filter(None, found))
+
+
+def _equal_kl(comparison: Comparison) -> str:
+    return f"{findings.equal_kl_headline(comparison)} {findings.equal_kl_detail(comparison)}"
+
+
+def _panel_figure(study: _Study, panel: str, metric: str) -> Figure | None:
+    """A metric over KL for the arms of a panel and those that they are compared with; None without a rubric."""
+    word = re.sub(r"\W+", "_", panel.lower()).removeprefix("figures_").removeprefix("figure_")
+    name = f"figure_{word}" + ("" if metric == "win_rate" else f"_{metric}")
+    title = f"{panel}: {METRICS[metric].words} over KL to SFT"
+    arms = {arm.name: arm for arm in study.arms if arm.panel == panel}
+    methods = {(r.arm, r.loss) for r in study.evidence.results if r.arm in arms}
+    others = {(c.other, c.loss or loss) for arm, loss in methods for c in arms[arm].contrasts}
+    drawn = {(arm, loss_name(loss)) for arm, loss in methods | others}
+    rows = study.of_methods(drawn, ("kl", metric))
+    if not any(row["arm"] in arms for row in rows):
+        return None if metric == "rubric" else Figure(name, title, missing=f"not measured: {', '.join(arms)}")
+    layers = _scatter(study, rows, charts.kl_axis(max(row["kl"] for row in rows)), metric)
+    chart = alt.layer(*layers, data=alt.Data(values=_with_starts(rows))).properties(width=760, height=420)
+    said = [_equal_kl(c) for c in study.comparisons if c.metric == metric and c.first[0] in arms]
+    claims = study.claims(*re.findall(r"\d+", panel)) if metric == "win_rate" else ()
+    return Figure(name, title, claims, tuple(said), charts.finish(chart))
+
+
+def _gaps_figure(study: _Study) -> Figure:
+    """The gap of the study's question at equal KL, a mark for each loss."""
+    name, title = "figure_losses", "Is it the loss? The gap at equal KL, by loss"
+    asked = [c for c in findings.asked(study.comparisons, study.arms) if len(c.budgets)]
+    if not asked:
+        return Figure(name, title, missing="no loss has arms that share a range of KL")
+    values = [
+        {"loss": loss_name(c.first[1]), "gap": 100 * gap.value, "low": 100 * gap.low, "high": 100 * gap.high}
+        for c in asked
+        for gap in [c.mean_gap]
+    ]
+    base = alt.Chart(alt.Data(values=values)).encode(alt.Y("loss:N", title=None, sort=None))
+    words = f"{asked[0].first[0]} minus {asked[0].second[0]}, win rate (percentage points)"
+    x = alt.X("gap:Q", title=words)
+    bars = base.mark_rule(strokeWidth=1.5).encode(alt.X("low:Q", title=words), alt.X2("high:Q"))
+    marks = base.mark_point(filled=True, size=70).encode(x, tooltip=["loss:N", "gap:Q", "low:Q", "high:Q"])
+    zero = alt.Chart(alt.Data(values=[{"gap": 0}])).mark_rule(strokeDash=[4, 4], color=charts.LINE)
+    chart = alt.layer(zero.encode(alt.X("gap:Q")), bars, marks).properties(width=620, height=34 * len(values))
+    return Figure(name, title, sentences=tuple(map(_equal_kl, asked)), spec=charts.finish(chart))
+
+
+def _online_data_figure(study: _Study, loss: str) -> Figure:
+    """Accuracy along training on D_online, on held-out pairs and on own samples; the proxy's as a line."""
+    name, title = "figure_6", f"Figure 6: classification of other pairs along training, {loss_name(loss)}"
+    names = ("stream_accuracy", "heldout_accuracy", "own_accuracy")
+    metrics = [metric for metric in names if any(metric in row for row in study.rows)]
+    rows = [row for row in study.select(loss, metrics) if row["arm"] != OPPONENT]
+    x = alt.X("step:Q", title="Gradient steps", scale=alt.Scale(zero=False, nice=False, padding=12))
+    panels = []
+    for metric in metrics:
+        proxy = [row for row in study.rows if row["arm"] == PROXY[0] and metric in row]
+        line = alt.Chart(alt.Data(values=proxy)).mark_rule(strokeDash=[6, 3], color=charts.INK)
+        layers = _scatter(study, rows, x, metric)
+        if proxy:
+            layers.append(line.encode(_axis(alt.Y, metric), tooltip=_tooltip(proxy)))
+        panels.append(alt.layer(*layers).properties(width=235, height=260))
+    chart = alt.hconcat(*panels, data=alt.Data(values=_with_starts(rows)))
+    said = ("The dashed line is the proxy preference model.",)
+    return Figure(name, title, study.claims("6"), said, charts.finish(chart))
 
 
 def _budget_figure(study: _Study, loss: str) -> Figure:
@@ -251,7 +345,7 @@ def _budget_figure(study: _Study, loss: str) -> Figure:
         needed = ", of ".join((*findings.question(study.arms), "SFT"))
         return Figure(name, title, missing=f"it needs checkpoints of {needed}, with KL and win rate")
     first, second = findings.question(study.arms)
-    said = (f"{findings.equal_kl_headline(comparison)} {findings.equal_kl_detail(comparison)}",)
+    said = (_equal_kl(comparison),)
     if len(comparison.budgets) < 2:
         missing = f"the checkpoints of {first} and of {second} share no range of KL"
         return Figure(name, title, sentences=said, missing=missing)

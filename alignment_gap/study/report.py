@@ -90,7 +90,7 @@ def write_report(folder: Path, results: Sequence[CheckpointResult], context: Rep
         raise UserError("there are no evaluated checkpoints to report: run the study's evaluation first")
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     table = analysis.results_table(results)
-    arms = arms_of(context.config.arms.names)
+    arms = arms_of((*context.config.arms.names, *context.config.arms.further))
     evidence = Evidence(results)
     comparisons = findings.study_comparisons(evidence, arms)
     answered = answers(evidence, claims_of(context.config.claims))

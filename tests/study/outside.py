@@ -14,7 +14,7 @@ def _replayed(branch):
 
 
 REPLAYED = Arm(
-    name="replayed",
+    name="mirrored",
     reads="the pairs of an online run in the order in which it saw them",
     source=_replayed,
     contrasts=(Contrast("online"),),
@@ -22,11 +22,11 @@ REPLAYED = Arm(
     shape="triangle-left",
 )
 AS_ONLINE = Claim(
-    name="replayed-is-online",
+    name="mirrored-is-online",
     paper="In its order the stream gives the online run again.",
     figure="3",
     hypothesis=1,
-    estimate=EqualKl(("replayed", "ipo"), ("online", "ipo")),
+    estimate=EqualKl(("mirrored", "ipo"), ("online", "ipo")),
     holds=LEVEL,
 )
 # A second arm of the same name, one of a name that no folder can have, and something that is no arm.

@@ -38,7 +38,8 @@ def test_table_has_the_promised_columns_and_the_means():
     metrics += ["accuracy", "heldout_accuracy", "stream_accuracy", "own_accuracy"]
     metrics += ["chosen_log_ratio", "rejected_log_ratio", "length"]
     columns = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
-    assert list(row) == ["arm", "loss", "beta", "learning_rate", "seed", "step", *columns] == [*analysis.COLUMNS]
+    identity = ["arm", "loss", "beta", "learning_rate", "steps_factor", "size", "parameters", "seed", "step"]
+    assert list(row) == [*identity, *columns] == [*analysis.COLUMNS]
     assert (row["arm"], row["step"], row["kl"], row["win_rate"], row["length_high"]) == ("online", 3, 1.5, 0.75, 7.0)
     assert math.isnan(row["rubric"])
 

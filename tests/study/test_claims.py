@@ -149,6 +149,15 @@ def test_gaps_rises_and_falls_by_hand():
     assert estimate(Fall(OFFLINE), results) == {0: 0.0}
 
 
+def test_at_shared_settings_a_sweep_has_no_more_tries_than_one_run():
+    results = [*two_runs(), checkpoint("offline", 1, beta=0.5, kl=1.0, win_rate=0.95)]
+    assert estimate(EqualKl(ONLINE, OFFLINE, settings="shared"), results) == {0: 0.1}
+    assert estimate(EqualKl(ONLINE, OFFLINE), results)[0].expected < 0
+    apart = [dataclasses.replace(r, beta=0.5) if r.arm == "offline" else r for r in two_runs()]
+    with pytest.raises(NotMeasured):
+        EqualKl(ONLINE, OFFLINE, settings="shared")(Evidence(apart))
+
+
 def test_ends_are_the_last_checkpoints_averaged_over_the_runs():
     results = [
         checkpoint("online", 1, accuracy=0.9, chosen_log_ratio=0.0),

@@ -11,7 +11,7 @@ from alignment_gap.configuration import from_dict, to_dict
 from alignment_gap.data.text import load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.study.analysis import OPPONENT, ORIGIN
-from alignment_gap.study.arms import ARMS, GOLDEN, Arm, arms_of, file_word
+from alignment_gap.study.arms import ARMS, GOLDEN, MAIN, Arm, arms_of, file_word
 from alignment_gap.study.config import StudyConfig
 from alignment_gap.study.run import open_studies
 
@@ -47,6 +47,9 @@ SETTINGS = {
     "golden.kind": ("triple", "config.golden.kind is 'triple': choose one of pairwise, bradley_terry"),
     "proxy.start": (None, "config.proxy.model and start are not set"),
     "arms.names": (("onlin",), "config.arms.names has 'onlin', which is no arm: did you mean online?"),
+    "arms.swept": (("ofline",), "config.arms.swept has 'ofline', which is no arm: did you mean offline?"),
+    "arms.further": (("online",), "config.arms.names has 'online', but there is a 'online' already"),
+    "evaluation.classified": (("held",), "config.evaluation.classified has 'held': did you mean heldout?"),
     "arms.losses": (("ipo", "ipo"), "config.arms.losses is ('ipo', 'ipo'): give each value once"),
     "arms.offline_betas": ((0.1, -1.0), "config.arms.offline_betas is (0.1, -1.0): give one or more numbers"),
     "arms.offline_learning_rates": ((), "config.arms.offline_learning_rates is (): give one or more numbers"),
@@ -124,7 +127,7 @@ def test_a_judge_with_too_few_ids_is_named(config, tmp_path):
 
 def test_the_arms_of_the_table_by_name():
     assert arms_of(("offline", "online")) == (ARMS[2], ARMS[0])
-    assert [arm.name for arm in ARMS] == ["online", "shuffled", "offline"]
+    assert [arm.name for arm in ARMS][:3] == ["online", "shuffled", "offline"]
     assert GOLDEN.name == OPPONENT and ORIGIN not in [arm.name for arm in ARMS]
 
 
@@ -135,16 +138,17 @@ def test_every_contrast_is_with_another_arm_of_the_table():
     assert contrasts[0] == ("online", "offline")
 
 
-def test_no_two_arms_look_alike():
-    drawn = [*ARMS, GOLDEN]
-    assert len({arm.colour for arm in drawn}) == len({arm.shape for arm in drawn}) == len(drawn)
+def test_no_two_arms_of_a_figure_look_alike():
+    for panel in {arm.panel for arm in ARMS}:
+        drawn = [GOLDEN, *(arm for arm in ARMS if arm.panel in (panel, MAIN))]
+        assert len({arm.colour for arm in drawn}) == len({arm.shape for arm in drawn}) == len(drawn), panel
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (("online", "online"), "names has 'online', but there is a 'online' already"),
-        (("outside:REPLAYED", "outside:TWIN"), "names has 'outside:TWIN', but there is a 'replayed' already"),
+        (("outside:REPLAYED", "outside:TWIN"), "names has 'outside:TWIN', but there is a 'mirrored' already"),
         (("outside:NO_ARM",), "names has 'outside:NO_ARM', which is no arm"),
         (("outside:REPLAYD",), "has no 'REPLAYD': did you mean REPLAYED"),
         (("nowhere:ARM",), "cannot import nowhere"),
@@ -186,7 +190,7 @@ def test_the_configs_of_the_library_are_studies(name):
     spec.loader.exec_module(module)
     study = from_dict(StudyConfig, module.get_config().to_dict())
     assert study.name == name
-    assert study.arms.names == tuple(arm.name for arm in ARMS)
+    assert study.arms.names == ("online", "shuffled", "offline")
     assert study.sizes == (("palm_10m", "palm_30m", "palm_100m") if name == "scaling" else ())
     if name != "hh":
         assert study.policy.vocabulary_size == load_vocabulary("posts").size

@@ -48,7 +48,7 @@ def test_an_arm_is_compared_with_another_under_another_loss():
 def test_the_question_is_the_first_contrast_and_its_answers_are_by_win_rate():
     assert findings.question(ARMS) == ("online", "offline")
     assert findings.question(ARMS[1:]) == ("shuffled", "offline")
-    assert findings.question(ARMS[2:]) == ()
+    assert findings.question(ARMS[2:3]) == ()
     comparisons = [
         with_gaps((0, 0, 0), (0, 0, 0)),
         with_gaps((0, 0, 0), (0, 0, 0), metric="rubric"),
@@ -56,7 +56,7 @@ def test_the_question_is_the_first_contrast_and_its_answers_are_by_win_rate():
         with_gaps((0, 0, 0), (0, 0, 0), first=("online", "dpo"), second=("offline", "dpo")),
     ]
     assert findings.asked(comparisons, ARMS) == [comparisons[0], comparisons[3]]
-    assert findings.asked(comparisons, ARMS[2:]) == []
+    assert findings.asked(comparisons, ARMS[2:3]) == []
 
 
 # Equal KL.
