@@ -46,6 +46,7 @@ def main(arguments: list[str]) -> None:
         run_job,
         run_study,
         say_once,
+        write_sizes_report,
         write_study_report,
     )
 
@@ -59,6 +60,8 @@ def main(arguments: list[str]) -> None:
     elif values.job is None:
         for study in studies:
             run_study(study, update=values.update)
+        if len(studies) > 1:
+            on_first_process(lambda: write_sizes_report(config, studies, Path(values.workdir)))
     elif len(studies) > 1:
         raise UserError(f'--job={values.job}: name one of the sizes, such as --config.sizes="({config.sizes[0]!r},)"')
     elif values.job == REPORT:

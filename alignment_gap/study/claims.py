@@ -187,9 +187,9 @@ CLAIMS = (
         ABOVE_ZERO,
     ),
     Claim("online-rises", "With KL the win rate of online first rises.", "1", 0, Rise(_ONLINE), ABOVE_ZERO),
-    Claim("online-falls", "Then it falls: over-optimisation.", "1", 0, Fall(_ONLINE), ABOVE_ZERO),
-    Claim("offline-rises", "The win rate of offline first rises, too.", "1", 0, Rise(_OFFLINE), ABOVE_ZERO),
-    Claim("offline-falls", "Then it falls, too.", "1", 0, Fall(_OFFLINE), ABOVE_ZERO),
+    Claim("online-falls", "With more KL the win rate of online falls again.", "1", 0, Fall(_ONLINE), ABOVE_ZERO),
+    Claim("offline-rises", "With KL the win rate of offline first rises.", "1", 0, Rise(_OFFLINE), ABOVE_ZERO),
+    Claim("offline-falls", "With more KL the win rate of offline falls again.", "1", 0, Fall(_OFFLINE), ABOVE_ZERO),
     Claim(
         "replay-is-online",
         "D_online replayed in its order is the online run.",
@@ -288,7 +288,7 @@ CLAIMS = (
     ),
     Claim(
         "winners-fall-most-offline",
-        "It falls most for offline.",
+        "The winner's log-probability falls most for offline.",
         "8",
         3,
         EndGap(_ONLINE, _OFFLINE, "chosen_log_ratio"),
@@ -336,7 +336,7 @@ CLAIMS = (
     ),
     Claim(
         "scale-narrows-offline-less",
-        "The gap between online and offline narrows more slowly.",
+        "The gap between online and offline narrows more slowly than the one to shuffled.",
         "11",
         5,
         Difference(Narrowing(_ONLINE, _SHUFFLED), Narrowing(_ONLINE, _OFFLINE)),
@@ -352,7 +352,7 @@ CLAIMS = (
     ),
     Claim(
         "sft-side-beats-contrast",
-        "They teach more than the contrast of an early and the final online policy.",
+        "Pairs with one side of SFT teach more than the contrast of an early and the final online policy.",
         "12",
         6,
         EqualKl(_SFT_EARLY, _EARLY_FINAL, settings="shared"),

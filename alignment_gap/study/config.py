@@ -50,13 +50,38 @@ class SftConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BaseConfig:
+    """A network that is fine-tuned as the policy is, for the golden policy and the judges to start from.
+
+    Attributes:
+      model: the network; None for the one of its start.
+      start: folder of the run that its fine-tuning starts from; None for fresh parameters.
+      batch_size: prompts of a step of the golden policy; None for that of the arms.
+      learning_rate: of the golden policy; None for that of the arms.
+    """
+
+    model: T5Config | DecoderConfig | None = T5Config()
+    start: str | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range, or there is no network."""
+        checks.at_least(self, 1, "batch_size")
+        checks.above(self, 0, "learning_rate")
+        if self.model is None and self.start is None:
+            raise UserError("model and start are not set: give one of them")
+
+
+@dataclasses.dataclass(frozen=True)
 class PreferenceModelConfig:
     """A preference model: the golden one, trained on human labels, or the proxy, trained on the golden one's.
 
     Attributes:
       model: its network; None for the one of its start.
       kind: "pairwise" (both responses in context) or "bradley_terry".
-      start: "sft", the policy after supervised fine-tuning; the folder of a run; or None for fresh parameters.
+      start: "sft", the policy (or the study's `base`) after supervised fine-tuning; the folder of a run; or None for
+        fresh parameters.
       steps: gradient steps.
       batch_size: pairs.
       optimizer: its settings.
@@ -175,7 +200,11 @@ class StudyConfig:
       prepared: folder of a prepared dataset with its train/ and validation/; None to prepare `task`.
       task: what is prepared, once for each seed.
       policy: the network that all arms train; None for the one that SFT starts from.
-      sizes: names of `models.sizes`: a scaling study, which is one study for each with its shape for the policy's.
+      sizes: names of `models.sizes`: a scaling study, which is one study for each with its shape for the policy's, and
+        a report over all of them. In `sft.start`, "{size}" stands for the name.
+      size_batches: prompts of a step of the arms, for each of `sizes`; empty for `arms.batch_size`.
+      size_rates: what the learning rates of the arms are multiplied by, for each of `sizes`; empty for 1.
+      base: what the golden policy and the judges start from, one for all sizes; None for the SFT of the policy.
       golden: the preference model that stands for the human.
       proxy: the preference model that online arms are trained against.
       sft: supervised fine-tuning.
@@ -195,6 +224,9 @@ class StudyConfig:
     task: PrepareConfig = PrepareConfig(TextSourceConfig(location="posts"))
     policy: T5Config | DecoderConfig | None = T5Config()
     sizes: tuple[str, ...] = ()
+    size_batches: tuple[int, ...] = ()
+    size_rates: tuple[float, ...] = ()
+    base: BaseConfig | None = None
     golden: PreferenceModelConfig = PreferenceModelConfig()
     proxy: PreferenceModelConfig = PreferenceModelConfig()
     sft: SftConfig = SftConfig()
@@ -214,5 +246,8 @@ class StudyConfig:
         for name, seed in (("task.seed", self.task.seed), ("task.source.posts.seed", self.task.source.posts.seed)):
             if seed:
                 raise UserError(f"{name} is {seed}: a study prepares its data with its own seeds, so set seed instead")
+        for name in ("size_batches", "size_rates"):
+            if len(values := getattr(self, name)) not in (0, len(self.sizes)) or not all(each > 0 for each in values):
+                raise UserError(f"{name} is {values}: give one above 0 for each of sizes, or none")
         if self.policy is None and self.sft.start is None:
             raise UserError("policy and sft.start are not set: give one of them")

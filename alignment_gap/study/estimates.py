@@ -89,9 +89,11 @@ class Evidence:
         return ends
 
     def with_shared_settings(self, first: Method, second: Method) -> Evidence:
-        """The evidence without the runs of two methods whose settings the other has not."""
+        """The evidence without runs of two methods at settings that the other lacks; raises NotMeasured without any."""
         settings = [{r.setting for r in self.results if r.method == method} for method in (first, second)]
         shared = settings[0] & settings[1]
+        if not shared:
+            raise NotMeasured(f"{in_words(first)} and {in_words(second)} were trained at no setting that both have")
         return Evidence([r for r in self.results if r.method not in (first, second) or r.setting in shared])
 
     def _compare(self, first: Method, second: Method, metric: str = "win_rate") -> Comparison | None:
@@ -117,6 +119,8 @@ class EqualKl:
 
     def __call__(self, evidence: Evidence) -> BySeed:
         """Raises NotMeasured where a method is missing, or the range of KL that both reach is none or narrow."""
+        for method in (self.first, self.second):
+            evidence.runs(method, self.metric)  # Raises where there are none, whatever their settings.
         if self.settings == "shared":
             evidence = evidence.with_shared_settings(self.first, self.second)
         comparison = _comparison(evidence, self.first, self.second, self.metric)

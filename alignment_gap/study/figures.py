@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import altair as alt
+import numpy as np
 
 from alignment_gap.evaluation import charts
 from alignment_gap.evaluation.intervals import Band, Interval
@@ -100,11 +102,18 @@ def study_figures(
             _kl_figure(study, name, "Figure 9", loss, "win_rate", ("9",) if loss == "best_of_n" else (), behind=lead),
             _kl_figure(study, f"{name}_rubric", "As figure 9, true quality", loss, "rubric", behind=lead),
         ]
+    if len(evidence.sizes) > 1:
+        figures.append(_scale_figure(study, lead))
     if len(losses) > 2:
         figures.append(_gaps_figure(study))
     panels = dict.fromkeys(arm.panel for arm in arms if arm.panel != MAIN)
     figures += [_panel_figure(study, panel, metric) for panel in panels for metric in ("win_rate", "rubric")]
     return [figure for figure in figures if figure is not None]
+
+
+def main_arms(arms: Sequence[Arm]) -> list[str]:
+    """The names of the arms of the main figures."""
+    return [arm.name for arm in arms if arm.panel == MAIN]
 
 
 # Data.
@@ -127,7 +136,7 @@ class _Study:
     @property
     def main(self) -> list[str]:
         """The arms of the main figures."""
-        return [arm.name for arm in self.arms if arm.panel == MAIN]
+        return main_arms(self.arms)
 
     def select(self, loss: str, metrics: Sequence[str], *, origins: bool = True) -> list[Row]:
         """Rows with all the metrics: of the main arms under a loss, by default of origin and golden policy too."""
@@ -315,6 +324,42 @@ def _gaps_figure(study: _Study) -> Figure:
     zero = alt.Chart(alt.Data(values=[{"gap": 0}])).mark_rule(strokeDash=[4, 4], color=charts.LINE)
     chart = alt.layer(zero.encode(alt.X("gap:Q")), bars, marks).properties(width=620, height=34 * len(values))
     return Figure(name, title, sentences=tuple(map(_equal_kl, asked)), spec=charts.finish(chart))
+
+
+def _scale_figure(study: _Study, loss: str) -> Figure:
+    """The best performance of every arm over the number of parameters, absolute and relative to online."""
+    name, title = "figure_11", f"Figures 11 and 14: best performance over the size of the policy, {loss_name(loss)}"
+    values = [row for size in study.evidence.sizes for row in _best_rows(study, size, loss)]
+    if not values:
+        return Figure(name, title, missing="no arm has win rates at several sizes")
+    x = alt.X("parameters:Q", title="Parameters (logarithmic)", scale=alt.Scale(type="log", base=2, nice=False))
+    colour, shape = _styles(values, study.arms)
+    sides = []
+    for field, words in (("best", "90 % quantile of the win rate"), ("relative", "The same, relative to online's")):
+        base = alt.Chart(alt.Data(values=values)).transform_filter(f"isValid(datum.{field})").encode(x)
+        y = alt.Y(f"{field}:Q", title=words, scale=alt.Scale(zero=False))
+        marks = base.mark_point(filled=True, size=55).encode(
+            y, colour, shape, tooltip=["arm:N", "seed:N", f"{field}:Q"]
+        )
+        line = base.mark_line(strokeWidth=1.5).encode(alt.Y(f"mean({field}):Q", title=words), colour)
+        sides.append(alt.layer(line, marks).properties(width=375, height=300))
+    said = ("A mark is a seed: the 90 % quantile over all checkpoints of all runs of the arm at that size.",)
+    return Figure(name, title, study.claims("10", "11", "14"), said, charts.finish(alt.hconcat(*sides)))
+
+
+def _best_rows(study: _Study, size: Evidence, loss: str) -> list[Row]:
+    """A row for each arm and seed of a size: the 90 % quantile of the win rate, and its ratio to that of online."""
+    best: dict[tuple[str, int], float] = {}
+    for arm, seed in itertools.product(study.main, size.seeds):
+        measured = [r for r in size.results if r.method == (arm, loss) and r.seed == seed and "win_rate" in r.outcomes]
+        if measured:
+            best[arm, seed] = float(np.quantile([result.mean("win_rate") for result in measured], 0.9))
+    parameters = max(result.parameters for result in size.results)
+    return [
+        {"arm": arm, "seed": seed, "parameters": parameters, "best": value}
+        | ({"relative": value / best["online", seed]} if best.get(("online", seed)) else {})
+        for (arm, seed), value in best.items()
+    ]
 
 
 def _online_data_figure(study: _Study, loss: str) -> Figure:

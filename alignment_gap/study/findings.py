@@ -9,12 +9,15 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
-from alignment_gap.evaluation.intervals import Interval
+from alignment_gap.evaluation.fits import fit
+from alignment_gap.evaluation.intervals import Interval, over_groups
 from alignment_gap.study.analysis import (
     METRICS,
     Comparison,
     Method,
+    Runs,
     furthest,
     joint_means,
     loss_name,
@@ -24,6 +27,8 @@ from alignment_gap.study.analysis import (
 from alignment_gap.study.arms import Arm
 from alignment_gap.study.estimates import CORRELATION, Estimate, Evidence, NotMeasured
 
+FITTED = ("win_rate", "proxy_win_rate", "rubric")
+"""The scores whose over-optimisation is fitted."""
 MINUS, PERCENT = "\u2212", "\u00a0%"
 
 
@@ -140,6 +145,38 @@ def over_optimisation(evidence: Evidence, method: Method) -> str:
         f"{loss_name(method[1])} {method[0]} at its largest KL, {nats(kl)} nats, against SFT: "
         f"golden win rate {change(judged, 'win_rate')}, rubric {change(true, 'rubric')}; {reading}."
     )
+
+
+def over_optimisation_fits(
+    evidence: Evidence, arms: Sequence[str]
+) -> list[tuple[Method, str, str, tuple[Interval, Interval]]]:
+    """The curves of Gao et al. (2210.10760) through the checkpoints of each arm: method, score, curve, and a and b.
+
+    The scores are the win rates by the golden judge and by the proxy and, where there is one, the rubric, each minus
+    that of SFT. Best-of-n is fitted to its own curve, all other losses to that of reinforcement learning.
+    """
+    found = []
+    for loss, arm, metric in itertools.product(losses_of(evidence.results), arms, FITTED):
+        try:
+            runs = evidence.runs((arm, loss), metric)
+        except NotMeasured:
+            continue
+        curve = "best_of_n" if loss == "best_of_n" else "rl"
+        seeds = [_fit(each, metric, curve) for each in runs.values()]
+        if all(coefficients is not None for coefficients in seeds):
+            band = over_groups([coefficients for coefficients in seeds if coefficients is not None])
+            found.append(((arm, loss), metric, curve, (band.at(0), band.at(1))))
+    return found
+
+
+def _fit(runs: Runs, metric: str, curve: str) -> Float[np.ndarray, "R 2"] | None:
+    """The coefficients on the examples (first) and on resamples of them; None where the KLs are too few."""
+    checkpoints = [runs[0][0], *(result for run in runs for result in run[1:])]
+    means = joint_means(checkpoints, metric)
+    try:
+        return fit(np.array([result.mean("kl") for result in checkpoints]), means - means[:, :1], curve)
+    except ValueError:
+        return None
 
 
 # Numbers in words.

@@ -30,6 +30,7 @@ from alignment_gap.jobs.prepare import PREPARE
 from alignment_gap.jobs.sources import RECORD
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
+from alignment_gap.models import DecoderConfig, T5Config
 from alignment_gap.study.analysis import ORIGIN
 from alignment_gap.study.arms import GOLDEN, Arm, Branch, arms_of, file_word
 from alignment_gap.study.config import HELDOUT, OWN, STREAM, PreferenceModelConfig, StudyConfig
@@ -134,7 +135,9 @@ class _Seed:
         self.config, self.seed, self.root = config, seed, root
         self.jobs: list[Job] = []
         self.human = self._prepared()
-        self.sft = self._sft()
+        base, own = config.base, (config.policy, config.sft.start)
+        self.base = self._sft("base", base.model, base.start) if base else self._sft("sft", *own)
+        self.sft = self.base if base is None or (base.model, base.start) == own else self._sft("sft", *own)
         self.golden = self._preference_model("golden", config.golden, self.human / "train")
         # D_golden: the human pairs, relabelled.
         self.golden_pairs, self.golden_validation = (
@@ -151,7 +154,8 @@ class _Seed:
             "proxy, its training pairs": self._evaluate_judge("proxy-train", *proxy_model, self.golden_pairs),
             "proxy, held-out pairs": self._evaluate_judge("proxy-validation", *proxy_model, self.golden_validation),
         }
-        setting = Setting("ipo", arms.beta, arms.optimizer.learning_rate)
+        rate = config.base and config.base.learning_rate
+        setting = Setting("ipo", arms.beta, rate or arms.optimizer.learning_rate)
         golden = self._train_arm(GOLDEN, setting, {})
         opponents = (f"golden={self._opponent('golden', golden.folder)}", f"sft={self._opponent('sft', self.sft)}")
         trained = [(GOLDEN, setting, golden)]
@@ -164,11 +168,12 @@ class _Seed:
             classified.append(f"{STREAM}={stream}")
             proxy[STREAM] = self._evaluate_judge("proxy-stream", *proxy_model, stream)
         against = opponents, tuple(classified)
-        origin = self._evaluate_policy("sft", self.sft, (config.sft.steps,), *against)
+        origin = self._evaluate_policy("sft", self.sft, (config.sft.steps,), self.sft, *against)
         runs = [Run(ORIGIN, "sft", math.nan, math.nan, 1, origin)]
         for arm, (loss, beta, rate, factor), job in trained:
             name = job.name.removeprefix(f"seed{self.seed}-")
-            evaluation = self._evaluate_policy(name, job.folder, job.config.checkpoint_steps, *against)
+            sft = self.base if arm is GOLDEN else self.sft
+            evaluation = self._evaluate_policy(name, job.folder, job.config.checkpoint_steps, sft, *against)
             runs.append(Run(arm.name, loss, beta, rate, factor, evaluation))
         return SeedJobs(self.seed, self.golden_pairs, judges, tuple(runs), proxy)
 
@@ -209,21 +214,23 @@ class _Seed:
         )
         return self._add(name, TRAIN, job)
 
-    def _sft(self) -> Path:
-        """The policy that every arm starts from and is measured against: both responses of every pair are targets."""
+    def _sft(self, name: str, model: T5Config | DecoderConfig | None, start: str | None) -> Path:
+        """The policy that arms start from and are measured against: both responses of every pair are targets."""
         sft, pooled = self.config.sft, (self.human / "train", *self.config.sft.also)
         source = DatasetConfig(",".join(map(str, pooled)), weights=sft.weights, batch_size=sft.batch_size)
-        settings = {"steps": sft.steps, "model": self.config.policy, "start": sft.start, "loss": LossConfig("sft")}
-        return self._train("sft", source, sft.optimizer, **settings).folder
+        settings = {"steps": sft.steps, "model": model, "start": start, "loss": LossConfig("sft")}
+        return self._train(name, source, sft.optimizer, **settings).folder
 
     def _preference_model(self, name: str, model: PreferenceModelConfig, pairs: Path) -> Path:
-        if model.start == ORIGIN and model.model not in (None, self.config.policy):
+        network = self.config.base.model if self.config.base else self.config.policy
+        if model.start == ORIGIN and model.model not in (None, network):
+            whose = "base" if self.config.base else "policy"
             raise UserError(
-                f"{name}.model differs from the policy, so it cannot start from the SFT policy: leave it out, or set "
+                f"{name}.model differs from the {whose}, so it cannot start from the SFT {whose}: leave it out, or set "
                 f"{name}.start to None"
             )
         source = DatasetConfig(str(pairs), batch_size=model.batch_size)
-        start = str(self.sft) if model.start == ORIGIN else model.start
+        start = str(self.base) if model.start == ORIGIN else model.start
         settings = {"kind": model.kind, "model": model.model, "start": start, "steps": model.steps}
         return self._train(name, source, model.optimizer, **settings).folder
 
@@ -267,18 +274,22 @@ class _Seed:
         words = [arm.name, file_word(loss), *(f"beta{value:g}" for value in settings.values()), f"lr{rate:g}"]
         name = "-".join([*words, f"steps{factor}x"] if factor > 1 else words)
         steps = tuple(factor * step for step in arms.checkpoint_steps)
+        sft, batch_size = self.sft, arms.batch_size
+        if arm is GOLDEN and self.config.base is not None:
+            sft, batch_size = self.base, self.config.base.batch_size or batch_size
         branch = Branch(
             golden=self.golden,
             proxy=self.proxy,
-            sft=self.sft,
+            sft=sft,
             golden_pairs=self.golden_pairs,
-            batch_size=arms.batch_size,
+            batch_size=batch_size,
             sampler=self.config.sampler,
             checkpoint_steps=arms.checkpoint_steps,
             runs=runs,
             pairs=functools.partial(self._sampled_pairs, loss),
         )
         source = arm.source(branch)
+        start = arms.start if arm is not GOLDEN or self.config.base is None else None
         # The recorded samples of a run have the log-probs of its reference with them.
         is_record = isinstance(source, DatasetConfig) and Path(source.folder or "").parent in runs.values()
         return self._train(
@@ -287,8 +298,8 @@ class _Seed:
             dataclasses.replace(arms.optimizer, learning_rate=rate),
             fresh=arm.fresh(branch) if arm.fresh else None,
             loss=LossConfig(loss, settings),
-            start=arms.start or str(self.sft),
-            reference=str(self.sft) if arms.start and not is_record else None,
+            start=start or str(sft),
+            reference=str(sft) if start and not is_record else None,
             steps=steps[-1],
             checkpoint_every=steps[-1],
             checkpoint_steps=steps,
@@ -337,7 +348,13 @@ class _Seed:
         return self._label("stream-relabelled", chosen.folder)
 
     def _evaluate_policy(
-        self, name: str, run: Path, steps: tuple[int, ...], opponents: tuple[str, ...], classified: tuple[str, ...]
+        self,
+        name: str,
+        run: Path,
+        steps: tuple[int, ...],
+        reference: Path,
+        opponents: tuple[str, ...],
+        classified: tuple[str, ...],
     ) -> Job:
         """Every checkpoint of a run, measured on the first prompts and the last pairs of D_golden."""
         evaluation = self.config.evaluation
@@ -350,7 +367,7 @@ class _Seed:
             opponents=opponents,
             classified=classified,
             own_labels=str(self.golden) if OWN in evaluation.classified else None,
-            reference=str(self.sft),
+            reference=str(reference),
             prompts=evaluation.prompts,
             kl_prompts=evaluation.kl_prompts,
             pairs=evaluation.pairs,

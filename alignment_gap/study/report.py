@@ -17,7 +17,7 @@ from alignment_gap.evaluation.intervals import Interval
 from alignment_gap.evaluation.results import csv_text, text_table
 from alignment_gap.folders import write_bytes
 from alignment_gap.study import analysis, figures, findings
-from alignment_gap.study.analysis import ORIGIN, CheckpointResult, Comparison, loss_name
+from alignment_gap.study.analysis import METRICS, ORIGIN, CheckpointResult, Comparison, Method, loss_name
 from alignment_gap.study.arms import GOLDEN, Arm, arms_of
 from alignment_gap.study.claims import Answer, answers, claims_of
 from alignment_gap.study.config import StudyConfig
@@ -70,6 +70,7 @@ class ReportContext:
       samples: responses to a prompt, with the keys arm, loss, step, response and rubric (None without one), as text.
       wall_time: of each job.
       notes: what the numbers can bear, in sentences.
+      diagrams: drawings of the graph, before the other figures.
     """
 
     config: StudyConfig
@@ -78,6 +79,7 @@ class ReportContext:
     samples: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     wall_time: Mapping[str, datetime.timedelta] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
+    diagrams: Sequence[Figure] = ()
 
 
 def write_report(folder: Path, results: Sequence[CheckpointResult], context: ReportContext) -> Path:
@@ -94,8 +96,8 @@ def write_report(folder: Path, results: Sequence[CheckpointResult], context: Rep
     evidence = Evidence(results)
     comparisons = findings.study_comparisons(evidence, arms)
     answered = answers(evidence, claims_of(context.config.claims))
-    drawn = figures.study_figures(evidence, table, comparisons, answered, arms)
-    page = _page(results, context, arms, comparisons, answered, drawn)
+    drawn = [*context.diagrams, *figures.study_figures(evidence, table, comparisons, answered, arms)]
+    page = _page(evidence, context, arms, comparisons, answered, drawn)
     write_bytes(folder / "results.csv", csv_text(table, analysis.COLUMNS).encode())
     write_bytes(folder / "claims.csv", csv_text(map(_claim_record, answered), CLAIM_COLUMNS).encode())
     pictures = {folder / "figures" / f"{figure.name}.png": figure for figure in drawn if not figure.missing}
@@ -118,7 +120,7 @@ def peaks_text(results: Sequence[CheckpointResult]) -> str:
 
 
 def _page(
-    results: Sequence[CheckpointResult],
+    evidence: Evidence,
     context: ReportContext,
     arms: Sequence[Arm],
     comparisons: Sequence[Comparison],
@@ -128,7 +130,7 @@ def _page(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("alignment_gap.study", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    seeds = analysis.seeds_of(results)
+    seeds, results = evidence.seeds, evidence.everything
     settings = flatten(to_dict(context.config)).items()
     return environment.get_template(_TEMPLATE).render(
         name=context.config.name,
@@ -146,6 +148,7 @@ def _page(
         arms_read=[(arm.name, arm.reads) for arm in (*arms, GOLDEN)],
         has_rubric=any("rubric" in result.outcomes for result in results),
         figures=drawn,
+        fits=[_fit_row(*each) for each in findings.over_optimisation_fits(evidence, figures.main_arms(arms))],
         peaks=_peaks_table(results),
         judges=[_judge_row(facts) for facts in context.judges],
         runs=_runs_table(results),
@@ -221,6 +224,20 @@ def _better(comparison: Comparison) -> str:
     if not len(comparison.budgets):
         return "cannot be compared"
     return "neither beats SFT" if findings.both_at_origin(comparison) else comparison.better or "no claim"
+
+
+def _fit_row(method: Method, metric: str, curve: str, coefficients: Sequence[Interval]) -> Row:
+    """A fitted curve of over-optimisation; shares in points per root nat."""
+    a, b = (findings.in_table(each, metric) for each in coefficients)
+    form = {"best_of_n": "d(a − b d)", "rl": "d(a − b log d)"}[curve]
+    return {
+        "Loss": loss_name(method[1]),
+        "Arm": method[0],
+        "Score": METRICS[metric].words,
+        "Curve": form,
+        "a": a,
+        "b": b,
+    }
 
 
 def _peaks_table(results: Sequence[CheckpointResult]) -> list[Row]:

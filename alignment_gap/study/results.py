@@ -21,6 +21,7 @@ from alignment_gap.jobs.evaluate import load_outcomes
 from alignment_gap.jobs.folder import DONE, Job
 from alignment_gap.study.analysis import METRICS, ORIGIN, PROXY, CheckpointResult, loss_name
 from alignment_gap.study.config import StudyConfig
+from alignment_gap.study.diagrams import diagram_figures
 from alignment_gap.study.graph import GOLDEN_HELD_OUT, SeedJobs, StudyGraph
 from alignment_gap.study.report import JudgeFacts, ReportContext
 
@@ -64,6 +65,7 @@ def report_context(config: StudyConfig, graph: StudyGraph) -> ReportContext:
         samples=_samples(config, graph.seeds[0]),
         wall_time={job.name: _wall_time(job) for job in graph.jobs},
         notes=_notes(config, judges),
+        diagrams=diagram_figures(graph),
     )
 
 

@@ -154,8 +154,10 @@ def test_at_shared_settings_a_sweep_has_no_more_tries_than_one_run():
     assert estimate(EqualKl(ONLINE, OFFLINE, settings="shared"), results) == {0: 0.1}
     assert estimate(EqualKl(ONLINE, OFFLINE), results)[0].expected < 0
     apart = [dataclasses.replace(r, beta=0.5) if r.arm == "offline" else r for r in two_runs()]
-    with pytest.raises(NotMeasured):
+    with pytest.raises(NotMeasured, match="online IPO and offline IPO were trained at no setting that both have"):
         EqualKl(ONLINE, OFFLINE, settings="shared")(Evidence(apart))
+    with pytest.raises(NotMeasured, match="offline IPO was not trained"):
+        EqualKl(ONLINE, OFFLINE, settings="shared")(Evidence([r for r in apart if r.arm != "offline"]))
 
 
 def test_ends_are_the_last_checkpoints_averaged_over_the_runs():

@@ -1,5 +1,6 @@
 """The figures: what is drawn, what is left out with a reason, and that the drawing comes out."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -201,6 +202,20 @@ def test_other_pairs_are_classified_with_the_proxy_as_a_line():
     assert axes(figure) == {"Accuracy on D_online", "Accuracy on held-out pairs of D_golden", "Accuracy on own samples"}
     assert {answer.claim.figure for answer in figure.answers} == {"6"}
     assert figure.png().startswith(b"\x89PNG")
+
+
+def test_the_best_of_every_size_is_drawn_over_its_parameters():
+    sizes = [dataclasses.replace(result, parameters=10) for result in study(losses=("ipo",))]
+    results = [*sizes, *(dataclasses.replace(result, size="large", parameters=80) for result in sizes)]
+    assert "figure_11" not in draw(sizes)
+    figure = draw(results)["figure_11"]
+    data = [row for row in rows(figure) if row["arm"] == "offline"]
+    wins = [result.mean("win_rate") for result in sizes if result.arm == "offline"]
+    online = [result.mean("win_rate") for result in sizes if result.arm == "online"]
+    assert {row["parameters"] for row in data} == {10, 80}
+    assert {row["best"] for row in data} == {pytest.approx(np.quantile(wins, 0.9))}
+    assert {row["relative"] for row in data} == {pytest.approx(np.quantile(wins, 0.9) / np.quantile(online, 0.9))}
+    assert {answer.claim.figure for answer in figure.answers} == {"11"}
 
 
 def test_an_unknown_loss_is_drawn():

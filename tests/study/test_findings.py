@@ -109,6 +109,18 @@ def test_over_optimisation_without_a_rubric_says_nothing():
     assert findings.over_optimisation(Evidence(two_runs()), ONLINE) == ""
 
 
+def test_fits_are_of_every_arm_and_score_and_find_the_curve():
+    """Win rates on d(a - b log d) above SFT's, d = sqrt(KL), with a = 0.1 and b = 0.02."""
+    d = np.array([0.5, 1.0, 2.0, 3.0])
+    wins = 0.2 + d * (0.1 - 0.02 * np.log(d))
+    points = enumerate(zip((d**2).tolist(), wins.tolist(), strict=True), 1)
+    results = [origin(), *(checkpoint("online", step, kl=kl, win_rate=win) for step, (kl, win) in points)]
+    ((method, metric, curve, (a, b)),) = findings.over_optimisation_fits(Evidence(results), ["online", "offline"])
+    assert (method, metric, curve) == (ONLINE, "win_rate", "rl")
+    assert (a.value, b.value) == (pytest.approx(0.1), pytest.approx(0.02))
+    assert findings.over_optimisation_fits(Evidence(results[:2]), ["online"]) == []
+
+
 # Numbers in words.
 
 

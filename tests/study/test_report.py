@@ -29,7 +29,7 @@ FACTS = [
     "sft0:00:12",
     "arms1:07:00",
     "onlineIPObeta 0.1, lr 0.001",
-    "offline: the fixed dataset D_golden, labelled by the golden model, swept over settings.",
+    "offline: the fixed dataset D_golden, labelled by the golden model. golden:",
     "golden: two fresh samples of the policy, labelled by the golden model itself",
     "At equal KL online is better than offline.",
     "online minus offline, win rate against the golden policy, at equal KL",
@@ -119,7 +119,8 @@ def test_every_claim_is_a_row_of_a_table(folder, page):
     row = found["online-beats-offline"]
     assert (row["figure"], row["holds_above"], row["holds_below"], row["seeds"]) == ("1", "0.0", "inf", "1")
     assert row["verdict"] == "cannot be told" and row["reason"].startswith("one seed")
-    assert float(row["low"]) < float(row["value"]) < float(row["high"]) and float(row["detectable"]) > 0
+    # Both arms have the same draws, so the gap is nothing at all.
+    assert {row[name] for name in ("value", "low", "high", "detectable")} == {"0.0"}
     assert row["p_adjusted"] == "" and found["replay-is-online"]["value"] == ""
     assert all(claim.paper in page.text for claim in CLAIMS)
     assert page.text.index("The paper's claims") < page.text.index("The answer")
@@ -151,6 +152,10 @@ def test_the_answer_comes_first_with_its_caveats(page):
     assert "95\u00a0% interval" in page.text
     assert "not another training run" in page.text
     assert "A micro size" in page.text
+
+
+def test_over_optimisation_is_fitted(page):
+    assert "4 fits" in page.text and "d(a \u2212 b log d)" in page.text
 
 
 def test_missing_figures_say_why(page):

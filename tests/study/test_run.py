@@ -63,7 +63,7 @@ def test_the_report_lies_beside_the_jobs(finished):
     page = (finished.workdir / "report.html").read_text()
     assert "http-equiv" in page and "<script src" not in page
     assert {path.stem for path in (finished.workdir / "figures").iterdir()} == {
-        *("equal_kl_ipo", "figure_4", "figure_4_rubric", "figure_7", "figure_8_ipo")
+        *("equal_kl_ipo", "figure_2", "figure_3", "figure_4", "figure_4_rubric", "figure_7", "figure_8_ipo")
     }
     for job in finished.graph.jobs:
         assert job.state == "done" and job.name in page
