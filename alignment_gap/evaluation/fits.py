@@ -31,8 +31,3 @@ def fit(kl: Float[np.ndarray, "C"], gains: Float[np.ndarray, "R C"], curve: str)
     d = np.sqrt(kl[apart])
     design = np.stack([d, -CURVES[curve](d)], axis=1)
     return gains[:, apart] @ np.linalg.pinv(design).T
-
-
-def best_of_n_kl(n: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-    """KL of the best of n samples to their policy, in nats: log n - (n - 1) / n, an upper bound (2210.10760)."""
-    return np.log(n) - (n - 1) / n

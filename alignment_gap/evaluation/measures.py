@@ -72,9 +72,10 @@ def classified_own(
 ) -> Outcomes:
     """How a policy classifies pairs of its own samples by a judge's labels, for the first prompts, as accuracy.own."""
     count = len(samples[0][0])
-    texts: tuple[Any, ...] = (prompts.prompts[:count], prompts.prompt_lengths[:count], *_side_by_side(*samples))
-    scores = batching.run(judge.scores, texts)
-    pairs = PreferenceBatch(prompts.prompt_ids[:count], *texts, scores=scores)
+    asked = prompts.prompts[:count], prompts.prompt_lengths[:count]
+    answered: tuple[Any, Any] = _side_by_side(*samples)
+    scores = batching.run(judge.scores, (*asked, *answered))
+    pairs = PreferenceBatch(prompts.prompt_ids[:count], *asked, *answered, scores=scores)
     return {"accuracy.own": classified(policy, params, reference, batching, pairs)["accuracy"]}
 
 

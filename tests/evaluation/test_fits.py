@@ -1,9 +1,9 @@
-"""The fits recover the coefficients of curves that they were drawn from, and best-of-n's KL is that of its formula."""
+"""The fits recover the coefficients of curves that they were drawn from."""
 
 import numpy as np
 import pytest
 
-from alignment_gap.evaluation.fits import best_of_n_kl, fit
+from alignment_gap.evaluation.fits import fit
 
 KL = np.array([0.0, 0.25, 1.0, 4.0, 9.0])
 
@@ -27,11 +27,3 @@ def test_scatter_is_averaged():
 def test_one_distance_leaves_the_coefficients_open():
     with pytest.raises(ValueError, match="two distances"):
         fit(np.array([0.0, 1.0, 1.0]), np.zeros((1, 3)), "rl")
-
-
-def test_the_kl_of_the_best_of_n():
-    """By enumeration: over n equally likely ranks of a large pool, the best of two has density 2 r."""
-    np.testing.assert_allclose(best_of_n_kl(np.array([1.0, 2.0, 4.0])), [0.0, np.log(2) - 0.5, np.log(4) - 0.75])
-    ranks = (np.arange(100_000) + 0.5) / 100_000
-    density = 2 * ranks
-    assert np.mean(density * np.log(density)) == pytest.approx(best_of_n_kl(np.array(2.0)), abs=1e-4)
