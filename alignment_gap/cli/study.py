@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> None:
         run_job,
         run_study,
         say_once,
+        write_sizes_report,
         write_study_report,
     )
 
@@ -62,6 +63,8 @@ def main(arguments: list[str]) -> None:
         at_once = default_at_once() if values.at_once is None else values.at_once
         for study in studies:
             run_study(study, update=values.update, at_once=at_once)
+        if len(studies) > 1:
+            on_first_process(lambda: write_sizes_report(config, studies, at(values.workdir)))
     elif len(studies) > 1:
         raise UserError(f'--job={values.job}: name one of the sizes, such as --config.sizes="({config.sizes[0]!r},)"')
     elif values.job == REPORT:

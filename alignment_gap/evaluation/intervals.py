@@ -6,13 +6,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
 CONFIDENCE = 0.95
+POWER = 0.8
 RESAMPLES = 1000
+_TAIL = (1 - CONFIDENCE) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,15 +138,75 @@ def over_groups(replicates: Sequence[Float[np.ndarray, "R G"]]) -> Band:
     Returns:
       G estimates with their intervals.
     """
+    mean, half_width, error = _errors(replicates)
+    if len(replicates) > 1:
+        half_width = np.maximum(half_width, stats.t.ppf(1 - _TAIL, len(replicates) - 1) * error)
+    # Rounded, so that two equal means do not differ by the last bit of their sums; + 0.0 drops the sign of a zero.
+    value, half_width = np.round(mean, 12) + 0.0, np.round(half_width, 12)
+    return Band(value, value - half_width, value + half_width)
+
+
+class Spread(NamedTuple):
+    """A mean over groups with its two standard errors; the wider of them counts, as in `over_groups`.
+
+    Attributes:
+      value: the mean, in the unit of what was estimated.
+      examples: its error over another draw of every group's examples.
+      between: its error over other groups; 0 where there is one group.
+      groups: how many there are.
+    """
+
+    value: float
+    examples: float
+    between: float
+    groups: int
+
+    @property
+    def interval(self) -> Interval:
+        """The 95 % interval, which is that of `over_groups`."""
+        half_width = self._quantile(1 - _TAIL)
+        return Interval(self.value, self.value - half_width, self.value + half_width)
+
+    @property
+    def detectable(self) -> float:
+        """The distance from a limit at which the interval excludes the limit with a probability of 80 %."""
+        return max(
+            self.examples * (stats.norm.ppf(1 - _TAIL) + stats.norm.ppf(POWER)),
+            self.between * (stats.t.ppf(1 - _TAIL, self._freedom) + stats.t.ppf(POWER, self._freedom)),
+        )
+
+    def p_value(self, limit: float) -> float:
+        """1 minus the largest confidence at which the two-sided interval excludes a limit: below 0.05 where it does."""
+        distance = abs(self.value - limit)
+        if distance == 0:
+            return 1.0
+        tails = [0.0]
+        if self.examples > 0:
+            tails.append(float(stats.norm.sf(distance / self.examples)))
+        if self.between > 0:
+            tails.append(float(stats.t.sf(distance / self.between, self._freedom)))
+        return 2 * max(tails)
+
+    @property
+    def _freedom(self) -> int:
+        return max(self.groups - 1, 1)
+
+    def _quantile(self, probability: float) -> float:
+        return max(self.examples * stats.norm.ppf(probability), self.between * stats.t.ppf(probability, self._freedom))
+
+
+def spread_over_groups(replicates: Sequence[Float[np.ndarray, "R"]]) -> Spread:
+    """The mean over groups (seeds) of one estimate, each group with the estimate (first) and its replicates."""
+    mean, half_width, error = (np.round(values, 12) + 0.0 for values in _errors([each[:, None] for each in replicates]))
+    examples = float(half_width[0]) / float(stats.norm.ppf(1 - _TAIL))
+    return Spread(float(mean[0]), examples, float(error[0]), len(replicates))
+
+
+def _errors(replicates: Sequence[Float[np.ndarray, "R G"]]) -> tuple[Float[np.ndarray, "G"], ...]:
+    """Means over the groups, half widths of their bootstrap intervals, and standard errors between the groups."""
     stacked = np.stack(replicates)
     mean = stacked.mean(axis=0)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.nanquantile(mean[1:], [tail, 1 - tail], axis=0)
-    half_width = (high - low) / 2
+    low, high = np.nanquantile(mean[1:], [_TAIL, 1 - _TAIL], axis=0)
     groups = len(stacked)
-    if groups > 1:
-        error = stacked[:, 0].std(axis=0, ddof=1) / math.sqrt(groups)
-        half_width = np.maximum(half_width, stats.t.ppf(1 - tail, groups - 1) * error)
-    # Rounded, so that two equal means do not differ by the last bit of their sums; + 0.0 drops the sign of a zero.
-    value, half_width = np.round(mean[0], 12) + 0.0, np.round(half_width, 12)
-    return Band(value, value - half_width, value + half_width)
+    error = stacked[:, 0].std(axis=0, ddof=1) / math.sqrt(groups) if groups > 1 else np.zeros_like(mean[0])
+    return mean[0], (high - low) / 2, error

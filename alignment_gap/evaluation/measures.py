@@ -61,6 +61,24 @@ def classified(policy: Policy, params: Any, reference: Any, batching: Batching, 
     return classification(ours, theirs, np.asarray(pairs.scores))
 
 
+def classified_own(
+    policy: Policy,
+    params: Any,
+    reference: Any,
+    judge: Judge,
+    batching: Batching,
+    prompts: PreferenceBatch,
+    samples: tuple[Responses, Responses],
+) -> Outcomes:
+    """How a policy classifies pairs of its own samples by a judge's labels, for the first prompts, as accuracy.own."""
+    count = len(samples[0][0])
+    asked = prompts.prompts[:count], prompts.prompt_lengths[:count]
+    answered: tuple[Any, Any] = _side_by_side(*samples)
+    scores = batching.run(judge.scores, (*asked, *answered))
+    pairs = PreferenceBatch(prompts.prompt_ids[:count], *asked, *answered, scores=scores)
+    return {"accuracy.own": classified(policy, params, reference, batching, pairs)["accuracy"]}
+
+
 def agreed(
     judge: Judge, others: Mapping[str, Judge], batching: Batching, pairs: PreferenceBatch, labels: str
 ) -> Outcomes:

@@ -33,7 +33,7 @@ from alignment_gap.data.records.dataset import CARD
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
 from alignment_gap.evaluation.figure import kl_picture
-from alignment_gap.evaluation.measures import Responses, agreed, classified, diverged, judged
+from alignment_gap.evaluation.measures import Responses, agreed, classified, classified_own, diverged, judged
 from alignment_gap.evaluation.results import csv_text, means, text_table
 from alignment_gap.folders import AnyPath, at, read_json, write_bytes
 from alignment_gap.jobs.compose import distinct_prompts
@@ -50,6 +50,8 @@ from alignment_gap.sharding import MeshConfig, first_says, make_mesh, on_every_p
 RESULTS, FIGURE = "results.csv", "figure.png"
 # Arrays of a checkpoint's file that are no outcomes.
 RESPONSES = ("responses", "lengths")
+# Added to a step in the key of the second samples of its policy.
+_SECOND = 2**30
 # The arrays of a step's checkpoint.
 Measure = Callable[[int], dict[str, np.ndarray]]
 
@@ -64,6 +66,8 @@ class EvaluateConfig:
       dataset: whose prompts are answered, and whose pairs are classified.
       judges: NAME=JUDGE, with commas between; a judge is what `JudgeConfig.judge` takes.
       opponents: NAME=FOLDER, with commas between; a folder is a policy's run, or a dataset of responses to the prompts.
+      classified: NAME=FOLDER, with commas between: further datasets whose last pairs a policy classifies.
+      own_labels: a judge; a policy classifies two samples of its own to each prompt by these labels. None for not.
       reference: folder of the policy that KL and log-ratios are measured to; None for the run's own.
       prompts: prompts that are answered, the first of the dataset.
       kl_prompts: those of them whose responses measure KL.
@@ -81,6 +85,8 @@ class EvaluateConfig:
     dataset: str | None = None
     judges: tuple[str, ...] = ()
     opponents: tuple[str, ...] = ()
+    classified: tuple[str, ...] = ()
+    own_labels: str | None = None
     reference: str | None = None
     prompts: int = 512
     kl_prompts: int = 256
@@ -99,7 +105,7 @@ class EvaluateConfig:
         checks.within(self, 0, SEED_LIMIT - 1, "seed")
         if self.kl_prompts > self.prompts:
             raise UserError(f"kl_prompts is {self.kl_prompts}, over prompts={self.prompts}: lower it")
-        for name in ("judges", "opponents"):
+        for name in ("judges", "opponents", "classified"):
             names = [named(text)[0] for text in getattr(self, name)]
             if len(set(names)) < len(names):
                 raise UserError(f"{name} has a name twice among {', '.join(names)}: write NAME=VALUE")
@@ -152,6 +158,9 @@ def _measure_policy(
     mesh = batching.mesh
     prompts = batching.collate([dataset[int(i)] for i in distinct_prompts(dataset, config.prompts)])
     pairs = batching.collate(dataset[-config.pairs :]) if config.pairs else None
+    further, own_labels = _further_pairs(config, batching), None
+    if config.own_labels is not None:
+        own_labels = open_judge(by_itself(config.own_labels), dataset, mesh)
     settings = {
         "samples": 1,
         "max_length": config.response_length or dataset.card.max_response_length,
@@ -170,6 +179,8 @@ def _measure_policy(
     _, reference = open_policy(place, dataset, mesh, reference_step)
     digests = {"reference.digest": params_digest(reference)}
     digests["run.digest"] = params_digest(open_policy(str(config.run), dataset, mesh, last)[1])
+    digests |= {f"classified {name}.digest": digest for name, (_, digest) in further.items()}
+    digests |= {f"own_labels.{key}": value for key, value in (own_labels.facts if own_labels else {}).items()}
     recorded: dict[str, Responses] = {}
     for name, folder in map(named, config.opponents):
         if (at(folder) / CARD).exists():
@@ -197,9 +208,26 @@ def _measure_policy(
             **diverged(policy, params, reference, batching, prompts, few),
             **(classified(policy, params, reference, batching, pairs) if pairs is not None else {}),
         }
+        for name, (each, _) in further.items():
+            outcomes[f"accuracy.{name}"] = classified(policy, params, reference, batching, each)["accuracy"]
+        if own_labels is not None:
+            tokens, lengths = answer(policy, params, _SECOND + step)
+            second = tokens[: config.kl_prompts], lengths[: config.kl_prompts]
+            outcomes |= classified_own(policy, params, reference, own_labels, batching, prompts, (few, second))
         return outcomes | dict(zip(RESPONSES, responses, strict=True))
 
     return digests, measure
+
+
+def _further_pairs(config: EvaluateConfig, batching: Batching) -> dict[str, tuple[PreferenceBatch, str]]:
+    """The last pairs of each further dataset, with its digest; raises UserError where one holds no pairs that fit."""
+    found = {}
+    for name, folder in map(named, config.classified):
+        dataset = open_checked(folder, "classified")
+        if dataset.card.responses_per_prompt != 2 or not config.pairs:
+            raise UserError(f"classified has {folder}: give datasets of pairs, and set pairs to 1 or more")
+        found[name] = (batching.collate(dataset[-config.pairs :]), dataset.card.digest)
+    return found
 
 
 def _measure_judge(

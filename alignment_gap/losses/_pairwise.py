@@ -162,7 +162,7 @@ def ipo_md(
     return jnp.square(chosen - rejected - (2.0 * p - 1.0) / (2.0 * beta))
 
 
-@register()
+@register(aliases={"exponential": {"f": "exponential"}})
 def gpo(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -29,13 +29,13 @@ Method = tuple[str, str]
 Runs = list[list["CheckpointResult"]]
 """The runs of one method in one seed, each a list of checkpoints by step."""
 
-Expectation = Literal["ahead", "level"]
-"""What the paper saw of two arms at equal KL: the first ahead of the second, or both level."""
-
 ORIGIN, OPPONENT = "sft", "golden"
 """The policies of a study that are no arm: where all of them start, and whom the win rate is against."""
 
-IDENTITY = ("arm", "loss", "beta", "learning_rate", "seed", "step")
+PROXY: Method = ("proxy", "preference")
+"""The proxy preference model among the results: a classifier beside the policies, and no arm."""
+
+IDENTITY = ("arm", "loss", "beta", "learning_rate", "steps_factor", "size", "parameters", "seed", "step")
 
 
 class Metric(NamedTuple):
@@ -63,13 +63,17 @@ METRICS = {
     "proxy_win_rate": Metric("win rate by the proxy", "win_rate.proxy.golden"),
     "rubric": Metric("rubric score", "reward.rubric", "", ".3f", is_share=False),
     "accuracy": Metric("accuracy on D_golden", "accuracy"),
+    "heldout_accuracy": Metric("accuracy on held-out pairs of D_golden", "accuracy.heldout"),
+    "stream_accuracy": Metric("accuracy on D_online", "accuracy.stream"),
+    "own_accuracy": Metric("accuracy on own samples", "accuracy.own"),
     "chosen_log_ratio": Metric("winner's log-ratio to SFT", "chosen_log_ratio", " nats", ".2f", is_share=False),
     "rejected_log_ratio": Metric("loser's log-ratio to SFT", "rejected_log_ratio", " nats", ".2f", is_share=False),
     "length": Metric("length", "length", " tokens", ".1f", is_share=False),
 }
 COLUMNS = (*IDENTITY, *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")))
-LOSS_NAMES = {"ipo": "IPO", "dpo": "DPO", "best_of_n": "Best-of-n", "sft": "SFT"}
+LOSS_NAMES = {"ipo": "IPO", "dpo": "DPO", "slic": "SLiC", "best_of_n": "Best-of-n", "sft": "SFT"}
 _SPLITS = 8
+_NO_ARMS = (ORIGIN, OPPONENT, PROXY[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,6 +89,10 @@ class CheckpointResult:
       step: gradient steps taken.
       outcomes: an array of per-example values for each metric; a metric that was not measured is absent. Win rates
         and accuracy are 1, 0.5 or 0, `kl` and the log ratios are nats summed over the response, `length` is tokens.
+      size: name of the policy's size, where it is another one than the study's own; results of other sizes are not
+        pooled with those of the study's.
+      steps_factor: how many times the steps of an online run this run has.
+      parameters: numbers that the policy is made of; 0 where they were not counted.
     """
 
     arm: str
@@ -94,6 +102,9 @@ class CheckpointResult:
     seed: int
     step: int
     outcomes: dict[str, np.ndarray]
+    size: str = ""
+    steps_factor: int = 1
+    parameters: int = 0
 
     @property
     def method(self) -> Method:
@@ -102,9 +113,10 @@ class CheckpointResult:
 
     @property
     def setting(self) -> str:
-        """Beta and learning rate in words, equal for the runs of one setting; empty for the SFT origin."""
+        """Beta, learning rate and steps in words, equal for the runs of one setting; empty for the SFT origin."""
         settings = {"beta": self.beta, "lr": self.learning_rate}
-        return ", ".join(f"{name} {value:g}" for name, value in settings.items() if not math.isnan(value))
+        words = [f"{name} {value:g}" for name, value in settings.items() if not math.isnan(value)]
+        return ", ".join([*words, f"{self.steps_factor}x steps"] if self.steps_factor > 1 else words)
 
     def mean(self, metric: str) -> float:
         """Mean of a metric over its examples, nan where it was not measured."""
@@ -130,9 +142,8 @@ class Comparison:
       gap: their difference at each budget.
       mean_gap: the difference averaged over the budgets; the verdict rests on it.
       peak_gap: the difference of the best at any KL.
-      seed_gaps: the mean gap of every seed.
-      paper: what the paper saw of the two; None where it did not measure them.
-      figure: the paper's figure that shows it.
+      mean_gaps: for every seed the mean gap (first) and its bootstrap replicates; empty without budgets.
+      peak_gaps: the same of the gap of the peaks.
     """
 
     first: Method
@@ -147,9 +158,13 @@ class Comparison:
     gap: Band
     mean_gap: Interval
     peak_gap: Interval
-    seed_gaps: tuple[float, ...]
-    paper: Expectation | None = None
-    figure: str = ""
+    mean_gaps: tuple[Float[np.ndarray, "R"], ...]
+    peak_gaps: tuple[Float[np.ndarray, "R"], ...]
+
+    @property
+    def seed_gaps(self) -> tuple[float, ...]:
+        """The mean gap of every seed."""
+        return tuple(float(replicates[0]) for replicates in self.mean_gaps)
 
     @property
     def better(self) -> str:
@@ -220,12 +235,12 @@ def methods(results: Iterable[CheckpointResult]) -> list[Method]:
 
 def trained_arms(results: Iterable[CheckpointResult], loss: str) -> list[str]:
     """The arms that were trained under a loss, in order of appearance."""
-    return [arm for arm, of in methods(results) if of == loss and arm not in (ORIGIN, OPPONENT)]
+    return [arm for arm, of in methods(results) if of == loss and arm not in _NO_ARMS]
 
 
 def losses_of(results: Iterable[CheckpointResult]) -> list[str]:
     """The losses of the trained arms, IPO first."""
-    losses = dict.fromkeys(loss for arm, loss in methods(results) if arm not in (ORIGIN, OPPONENT))
+    losses = dict.fromkeys(loss for arm, loss in methods(results) if arm not in _NO_ARMS)
     return sorted(losses, key=lambda loss: loss != "ipo")
 
 
@@ -304,7 +319,8 @@ def compare(
         gap=_budgeted(gap),
         mean_gap=over_seeds(averages).within(low - high, high - low) if averages else none,
         peak_gap=gap.at(-1),
-        seed_gaps=tuple(float(replicates[0]) for replicates in averages),
+        mean_gaps=tuple(averages),
+        peak_gaps=tuple(replicates[:, -1] for replicates in gaps),
     )
 
 

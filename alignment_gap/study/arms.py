@@ -1,23 +1,34 @@
-"""The table of arms: what each reads, what the paper expects of it, and how it is drawn.
+"""The table of arms: what each reads, what it is compared with, and how it is drawn.
 
-An arm is one entry. `StudyConfig.arms.names` lists those of a study by name, or as "module:object" for an arm of your
-own. The graph, the findings, the figures and the report know arms from here alone.
+An arm is one entry. `StudyConfig.arms` lists those of a study by name, or as "module:object" for an arm of your own.
+The graph, the figures and the report know arms from here alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from alignment_gap.checkpoints import CHECKPOINTS
 from alignment_gap.checks import nearest
 from alignment_gap.configuration import load_named
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.config import DatasetConfig, OnlineConfig, SourceConfig
+from alignment_gap.jobs.sources import RECORD
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.sampling import SamplerConfig
-from alignment_gap.study.analysis import OPPONENT, ORIGIN, Expectation
+from alignment_gap.study.analysis import OPPONENT, ORIGIN, PROXY
+
+# The figures that arms are drawn in, beside those that they are compared with.
+MAIN, WINDOWS, DATASETS = "Figures 1 and 4", "Figure 13", "Figures 5 and 12"
+REFRESH, BEST_OF_N, BEST_VS_WORST = "Semi-online", "Best-of-n", "Best against worst of n"
+OBJECTIVES, SELF_PLAY = "Offline objectives", "Self-play"
+# b of the mixture pi^(1 - b) ref^b of Nash-MD and IPO-MD.
+MIXTURE = 0.125
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +42,10 @@ class Branch:
       golden_pairs: the dataset D_golden: the human pairs with the golden model's labels.
       batch_size: prompts of a step, which all arms have.
       sampler: how fresh pairs are sampled.
+      checkpoint_steps: those of an arm; the last is the number of its steps.
       runs: of the arms that come before, by name; of an arm that is swept, the first.
+      pairs: `(name, policies) -> dataset` adds a job that samples pairs to the prompts of D_golden, labelled by the
+        golden model: one response of each of two policies, or two of one. The same name is the same job.
     """
 
     golden: AnyPath
@@ -40,7 +54,9 @@ class Branch:
     golden_pairs: AnyPath
     batch_size: int
     sampler: SamplerConfig
+    checkpoint_steps: tuple[int, ...]
     runs: Mapping[str, AnyPath]
+    pairs: Callable[[str, Sequence[AnyPath]], AnyPath]
 
     def run_of(self, arm: str) -> AnyPath:
         """The run of another arm under the same loss; raises UserError where none comes before this one."""
@@ -48,28 +64,38 @@ class Branch:
             raise UserError(f"arms.names has an arm that reads the run of {arm!r}: name that one, and before it")
         return self.runs[arm]
 
-    def dataset(self, folder: AnyPath) -> DatasetConfig:
-        """Batches of recorded pairs."""
-        return DatasetConfig(str(folder), batch_size=self.batch_size)
+    def early_of(self, arm: str) -> AnyPath:
+        """Another arm's checkpoint nearest to a fifth of its steps, as the paper's step 800 of 4,000."""
+        fifth = self.checkpoint_steps[-1] / 5
+        step = min(self.checkpoint_steps, key=lambda step: abs(step - fifth))
+        return self.run_of(arm) / CHECKPOINTS / str(step)
 
-    def online(self, judge: JudgeConfig) -> OnlineConfig:
-        """Fresh pairs to the prompts of D_golden, labelled by a judge and recorded."""
-        return OnlineConfig(self.dataset(self.golden_pairs), judge=judge, sampler=self.sampler)
+    def dataset(self, folder: AnyPath, **settings: Any) -> DatasetConfig:
+        """Batches of recorded pairs, with other settings than the defaults."""
+        return DatasetConfig(str(folder), batch_size=self.batch_size, **settings)
+
+    def stream(self, share: int) -> DatasetConfig:
+        """D_online, shuffled within windows of one `share`-th of the run's steps, but of two batches at least."""
+        window = max(2, self.checkpoint_steps[-1] // share)
+        return self.dataset(self.run_of("online") / RECORD, order="window", window=window)
+
+    def online(self, labels: str = "hard", **settings: Any) -> OnlineConfig:
+        """Fresh samples to the prompts of D_golden, labelled by the proxy and recorded."""
+        judge = JudgeConfig(str(self.proxy), labels=labels)
+        return OnlineConfig(self.dataset(self.golden_pairs), judge=judge, sampler=self.sampler, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """A question about two arms: at equal KL, is this arm better than another?
+    """A question about two arms: at equal KL, is this arm better than another? `claims` says what the paper saw.
 
     Attributes:
       other: the other arm.
-      paper: what the paper saw (2405.08448), by loss; a loss that is not named was not measured there.
-      figure: the paper's figure that shows it.
+      loss: of the other arm; empty for the loss of this one.
     """
 
     other: str
-    paper: Mapping[str, Expectation]
-    figure: str
+    loss: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +106,20 @@ class Arm:
       name: of the arm.
       reads: what it trains on, in one sentence that goes on after its name.
       source: the batches that it trains on.
-      swept: whether it is trained at every beta and learning rate of the sweep, and not at the online setting alone.
+      fresh: a second source beside it, for a loss that reads both; None for none.
+      loss: its own loss, in the place of those of the study; empty for those of the study.
       contrasts: with arms before or after it in the table.
+      panel: the figure that it is drawn in.
       colour, shape: of its marks in every figure.
     """
 
     name: str
     reads: str
     source: Callable[[Branch], SourceConfig]
-    swept: bool = False
+    fresh: Callable[[Branch], SourceConfig] | None = None
+    loss: str = ""
     contrasts: tuple[Contrast, ...] = ()
+    panel: str = MAIN
     colour: str = "#CC79A7"
     shape: str = "triangle-down"
 
@@ -103,29 +133,171 @@ ARMS = (
     Arm(
         name="online",
         reads="two fresh samples of the policy, labelled by the proxy preference model",
-        source=lambda branch: branch.online(JudgeConfig(str(branch.proxy))),
-        contrasts=(
-            Contrast("offline", {"ipo": "ahead", "best_of_n": "ahead"}, figure="1"),
-            Contrast("shuffled", {"ipo": "ahead", "best_of_n": "level"}, figure="4"),
-        ),
+        source=lambda branch: branch.online(),
+        contrasts=(Contrast("offline"), Contrast("shuffled")),
         colour="#0072B2",
         shape="circle",
     ),
     Arm(
         name="shuffled",
         reads="the pairs of an online run, D_online, in random order",
-        source=lambda branch: branch.dataset(branch.run_of("online") / "record"),
-        contrasts=(Contrast("offline", {"ipo": "level", "best_of_n": "ahead"}, figure="4"),),
+        source=lambda branch: branch.dataset(branch.run_of("online") / RECORD),
+        contrasts=(Contrast("offline"),),
         colour="#009E73",
         shape="triangle-up",
     ),
     Arm(
         name="offline",
-        reads="the fixed dataset D_golden, labelled by the golden model, swept over settings",
+        reads="the fixed dataset D_golden, labelled by the golden model",
         source=lambda branch: branch.dataset(branch.golden_pairs),
-        swept=True,
         colour="#E69F00",
         shape="square",
+    ),
+    # Figure 13: how much shuffling hurts.
+    Arm(
+        name="replayed",
+        reads="D_online in its order",
+        source=lambda branch: branch.dataset(branch.run_of("online") / RECORD, order="recorded"),
+        contrasts=(Contrast("online"),),
+        panel=WINDOWS,
+        colour="#56B4E9",
+        shape="triangle-down",
+    ),
+    Arm(
+        name="small_windows",
+        reads="D_online, shuffled within windows of a thousandth of the run's steps (4 of 4,000 in the paper)",
+        source=lambda branch: branch.stream(1000),
+        contrasts=(Contrast("online"),),
+        panel=WINDOWS,
+        colour="#CC79A7",
+        shape="triangle-right",
+    ),
+    Arm(
+        name="large_windows",
+        reads="D_online, shuffled within windows of an eighth of the run's steps (500 of 4,000 in the paper)",
+        source=lambda branch: branch.stream(8),
+        contrasts=(Contrast("online"), Contrast("shuffled")),
+        panel=WINDOWS,
+        colour="#D55E00",
+        shape="triangle-left",
+    ),
+    # Figures 5 and 12: what makes offline pairs good.
+    Arm(
+        name="final_vs_final",
+        reads="pairs of the final online policy, labelled by the golden model (4k vs 4k in the paper)",
+        source=lambda branch: branch.dataset(branch.pairs("final_vs_final", [branch.run_of("online")])),
+        contrasts=(Contrast("offline"),),
+        panel=DATASETS,
+        colour="#CC79A7",
+        shape="triangle-right",
+    ),
+    Arm(
+        name="sft_vs_early",
+        reads="a response of SFT against one of an early online policy, labelled by the golden model (sft vs 800)",
+        source=lambda branch: branch.dataset(branch.pairs("sft_vs_early", [branch.sft, branch.early_of("online")])),
+        contrasts=(Contrast("offline"), Contrast("final_vs_final"), Contrast("early_vs_final")),
+        panel=DATASETS,
+        colour="#56B4E9",
+        shape="triangle-down",
+    ),
+    Arm(
+        name="early_vs_final",
+        reads="a response of an early online policy against one of the final one, labelled by the golden model "
+        "(800 vs 4k)",
+        source=lambda branch: branch.dataset(
+            branch.pairs("early_vs_final", [branch.early_of("online"), branch.run_of("online")])
+        ),
+        contrasts=(Contrast("offline"), Contrast("final_vs_final")),
+        panel=DATASETS,
+        colour="#D55E00",
+        shape="triangle-left",
+    ),
+    # Beyond the paper: how fresh samples have to be (arXiv 2506.21495).
+    *(
+        Arm(
+            name=f"refresh_{every}" if every else "refresh_never",
+            reads=f"two samples of the policy as it was up to {every} steps ago, labelled by the proxy"
+            if every
+            else "two samples of SFT, labelled by the proxy",
+            source=functools.partial(Branch.online, refresh_every=every),
+            contrasts=(Contrast("online"), Contrast("offline")),
+            panel=REFRESH,
+            colour=colour,
+            shape=shape,
+        )
+        for every, colour, shape in (
+            *((4, "#56B4E9", "triangle-down"), (16, "#CC79A7", "triangle-right")),
+            *((64, "#D55E00", "triangle-left"), (0, "#7B4FA3", "wedge")),
+        )
+    ),
+    # Beyond the paper: more samples for a prompt, of which the best, or the best and the worst (arXiv 2405.07863).
+    *(
+        Arm(
+            name=f"best_of_{samples}",
+            reads=f"the winner of {samples} fresh samples of the policy under the proxy",
+            source=functools.partial(Branch.online, samples=samples),
+            loss="best_of_n",
+            contrasts=(Contrast("online"),),
+            panel=BEST_OF_N,
+            colour=colour,
+            shape=shape,
+        )
+        for samples, colour, shape in ((4, "#56B4E9", "triangle-down"), (8, "#CC79A7", "triangle-right"))
+    ),
+    *(
+        Arm(
+            name=f"best_vs_worst_{samples}",
+            reads=f"the best and the worst of {samples} fresh samples of the policy under the proxy",
+            source=functools.partial(Branch.online, samples=samples, keep="best_and_worst"),
+            contrasts=(Contrast("online"),),
+            panel=BEST_VS_WORST,
+            colour=colour,
+            shape=shape,
+        )
+        for samples, colour, shape in ((4, "#56B4E9", "triangle-down"), (8, "#CC79A7", "triangle-right"))
+    ),
+    # Beyond the paper: other objectives.
+    Arm(
+        name="hypo",
+        reads="D_golden by DPO, and the KL to SFT on fresh samples of the policy (arXiv 2406.01462)",
+        source=lambda branch: branch.dataset(branch.golden_pairs),
+        fresh=lambda branch: OnlineConfig(branch.dataset(branch.golden_pairs), sampler=branch.sampler, record=False),
+        loss="hypo",
+        contrasts=(Contrast("offline", loss="dpo"),),
+        panel=OBJECTIVES,
+        colour="#56B4E9",
+        shape="triangle-down",
+    ),
+    Arm(
+        name="chi_po",
+        reads="D_golden by chi-PO, which bounds over-optimisation (arXiv 2407.13399)",
+        source=lambda branch: branch.dataset(branch.golden_pairs),
+        loss="chi_po",
+        contrasts=(Contrast("offline", loss="dpo"),),
+        panel=OBJECTIVES,
+        colour="#CC79A7",
+        shape="triangle-right",
+    ),
+    Arm(
+        name="nash_md",
+        reads="two fresh samples of the policy, each labelled by the proxy against a sample of the mixture with SFT "
+        "(arXiv 2312.00886)",
+        source=functools.partial(Branch.online, labels="soft", against="mixture", mixture=MIXTURE),
+        loss="nash_md",
+        contrasts=(Contrast("online", loss="ipo"),),
+        panel=SELF_PLAY,
+        colour="#56B4E9",
+        shape="triangle-down",
+    ),
+    Arm(
+        name="ipo_md",
+        reads="two fresh samples of the policy's mixture with SFT, labelled by the proxy (arXiv 2403.08635)",
+        source=functools.partial(Branch.online, labels="soft", mixture=MIXTURE),
+        loss="ipo_md",
+        contrasts=(Contrast("online", loss="ipo"),),
+        panel=SELF_PLAY,
+        colour="#CC79A7",
+        shape="triangle-right",
     ),
 )
 
@@ -133,7 +305,7 @@ ARMS = (
 GOLDEN = Arm(
     name=OPPONENT,
     reads="two fresh samples of the policy, labelled by the golden model itself: the opponent of the win rate",
-    source=lambda branch: branch.online(JudgeConfig(str(branch.golden))),
+    source=lambda branch: dataclasses.replace(branch.online(), judge=JudgeConfig(str(branch.golden))),
     colour="#8C8C8C",
     shape="diamond",
 )
@@ -141,7 +313,7 @@ GOLDEN = Arm(
 
 def arms_of(names: Sequence[str]) -> tuple[Arm, ...]:
     """The arms of these names; raises UserError for one that there is not, or that has another's name."""
-    table, taken = {arm.name: arm for arm in ARMS}, {ORIGIN, OPPONENT}
+    table, taken = {arm.name: arm for arm in ARMS}, {ORIGIN, OPPONENT, PROXY[0]}
     arms = []
     for name in names:
         arm = load_named(name, "arm") if ":" in name else table.get(name)

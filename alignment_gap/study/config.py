@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from alignment_gap import checks
+from alignment_gap.checks import nearest
 from alignment_gap.data.tasks.prepare import PrepareConfig
 from alignment_gap.data.text import TextSourceConfig
 from alignment_gap.errors import UserError
@@ -13,8 +14,12 @@ from alignment_gap.models.preference import KINDS
 from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig
 from alignment_gap.study.analysis import ORIGIN
-from alignment_gap.study.arms import arms_of
+from alignment_gap.study.arms import ARMS, arms_of
+from alignment_gap.study.claims import claims_of
 from alignment_gap.training import OptimizerConfig
+
+# What policies may classify beside pairs of D_golden.
+HELDOUT, STREAM, OWN = CLASSIFIED = ("heldout", "stream", "own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +50,38 @@ class SftConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BaseConfig:
+    """A network that is fine-tuned as the policy is, for the golden policy and the judges to start from.
+
+    Attributes:
+      model: the network; None for the one of its start.
+      start: folder of the run that its fine-tuning starts from; None for fresh parameters.
+      batch_size: prompts of a step of the golden policy; None for that of the arms.
+      learning_rate: of the golden policy; None for that of the arms.
+    """
+
+    model: T5Config | DecoderConfig | None = T5Config()
+    start: str | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range, or there is no network."""
+        checks.at_least(self, 1, "batch_size")
+        checks.above(self, 0, "learning_rate")
+        if self.model is None and self.start is None:
+            raise UserError("model and start are not set: give one of them")
+
+
+@dataclasses.dataclass(frozen=True)
 class PreferenceModelConfig:
     """A preference model: the golden one, trained on human labels, or the proxy, trained on the golden one's.
 
     Attributes:
       model: its network; None for the one of its start.
       kind: "pairwise" (both responses in context) or "bradley_terry".
-      start: "sft", the policy after supervised fine-tuning; the folder of a run; or None for fresh parameters.
+      start: "sft", the policy (or the study's `base`) after supervised fine-tuning; the folder of a run; or None for
+        fresh parameters.
       steps: gradient steps.
       batch_size: pairs.
       optimizer: its settings.
@@ -74,11 +104,13 @@ class PreferenceModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ArmsConfig:
-    """The arms: one online setting, and a sweep offline, with the same number of steps and the same batch.
+    """The arms: one setting online, and a sweep offline, with the same batch.
 
     Attributes:
       names: of the table of arms, or "module:object" for one of one's own; each after those whose runs it reads.
-      losses: by name, or "module:function" for one of one's own.
+      further: arms that are trained under the first loss alone, after the others.
+      losses: by name, or "module:function" for one of one's own. An arm with a loss of its own is trained under that.
+      swept: the arms that are trained at every setting of the offline sweep, and not at the online one alone.
       start: folder of the run that arms start from; None for the SFT policy, which is the reference always.
       checkpoint_steps: increasing; every one is evaluated, the last is the number of steps.
       batch_size: prompts, with two responses each.
@@ -86,10 +118,14 @@ class ArmsConfig:
       beta: regularisation of the online arms and of the golden policy.
       offline_betas: swept offline.
       offline_learning_rates: swept offline.
+      offline_steps: swept offline under the first loss, as multiples of the online steps; under the others the first
+        counts alone. Checkpoints are as many times further apart.
     """
 
     names: tuple[str, ...] = ("online", "shuffled", "offline")
+    further: tuple[str, ...] = ()
     losses: tuple[str, ...] = ("ipo", "best_of_n")
+    swept: tuple[str, ...] = ("offline",)
     start: str | None = None
     checkpoint_steps: tuple[int, ...] = (50, 100, 200, 400)
     batch_size: int = 64
@@ -97,19 +133,23 @@ class ArmsConfig:
     beta: float = 0.1
     offline_betas: tuple[float, ...] = (0.1,)
     offline_learning_rates: tuple[float, ...] = (1e-3,)
+    offline_steps: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         """Raises UserError where a setting is unknown or out of its range."""
-        arms_of(self.names)
+        names = [arm.name for arm in arms_of((*self.names, *self.further))]
+        for name in self.swept:
+            if name not in names and not any(name == arm.name for arm in ARMS):
+                raise UserError(f"swept has {name!r}, which is no arm: {nearest(name, names)}")
         steps = self.checkpoint_steps
         if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
             raise UserError(f"checkpoint_steps is {steps}: it must be increasing and positive, such as (50, 100)")
         checks.at_least(self, 1, "batch_size")
         checks.above(self, 0, "beta")
-        for name in ("offline_betas", "offline_learning_rates"):
+        for name in ("offline_betas", "offline_learning_rates", "offline_steps"):
             if not all(0 < value < float("inf") for value in getattr(self, name)) or not getattr(self, name):
                 raise UserError(f"{name} is {getattr(self, name)}: give one or more numbers, all above 0 and finite")
-        for name in ("losses", "offline_betas", "offline_learning_rates"):
+        for name in ("losses", "offline_betas", "offline_learning_rates", "offline_steps"):
             values = getattr(self, name)
             # As the names of jobs have them.
             if len({value if isinstance(value, str) else f"{value:g}" for value in values}) < len(values):
@@ -125,6 +165,8 @@ class EvaluationConfig:
       kl_prompts: those of them whose samples measure KL.
       pairs: pairs of D_golden to classify.
       judges: further judges beside golden and proxy, as NAME=JUDGE; "rubric" is true quality in the built-in task.
+      classified: what policies classify beside pairs of D_golden that they may have trained on, by the golden model's
+        labels: "heldout" pairs of D_golden, the "stream" of the online arm, and two "own" samples for each prompt.
       batch_size: of the measurement.
       shown: sampled responses that the report shows.
     """
@@ -133,6 +175,7 @@ class EvaluationConfig:
     kl_prompts: int = 256
     pairs: int = 256
     judges: tuple[str, ...] = ()
+    classified: tuple[str, ...] = ()
     batch_size: int = 128
     shown: int = 4
 
@@ -140,6 +183,9 @@ class EvaluationConfig:
         """Raises UserError where a setting is out of its range."""
         checks.at_least(self, 1, "prompts", "kl_prompts", "pairs", "batch_size")
         checks.at_least(self, 0, "shown")
+        for name in self.classified:
+            if name not in CLASSIFIED:
+                raise UserError(f"classified has {name!r}: {nearest(name, CLASSIFIED)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +200,18 @@ class StudyConfig:
       prepared: folder of a prepared dataset with its train/ and validation/; None to prepare `task`.
       task: what is prepared, once for each seed.
       policy: the network that all arms train; None for the one that SFT starts from.
-      sizes: names of `models.sizes`: a scaling study, which is one study for each with its shape for the policy's.
+      sizes: names of `models.sizes`: a scaling study, which is one study for each with its shape for the policy's, and
+        a report over all of them. In `sft.start`, "{size}" stands for the name.
+      size_batches: prompts of a step of the arms, for each of `sizes`; empty for `arms.batch_size`.
+      size_rates: what the learning rates of the arms are multiplied by, for each of `sizes`; empty for 1.
+      base: what the golden policy and the judges start from, one for all sizes; None for the SFT of the policy.
       golden: the preference model that stands for the human.
       proxy: the preference model that online arms are trained against.
       sft: supervised fine-tuning.
       arms: the arms.
       sampler: how policies are sampled, online and in evaluation.
       evaluation: how checkpoints are measured.
+      claims: of one's own beside those of the paper, as "module:object".
       checkpoint_every: steps of SFT and of the judges after which a killed run can be taken up; changes no result.
       microbatches: parts in which the batch of a training step is computed, one after the other, to save memory.
       mesh: the device mesh.
@@ -173,22 +224,30 @@ class StudyConfig:
     task: PrepareConfig = PrepareConfig(TextSourceConfig(location="posts"))
     policy: T5Config | DecoderConfig | None = T5Config()
     sizes: tuple[str, ...] = ()
+    size_batches: tuple[int, ...] = ()
+    size_rates: tuple[float, ...] = ()
+    base: BaseConfig | None = None
     golden: PreferenceModelConfig = PreferenceModelConfig()
     proxy: PreferenceModelConfig = PreferenceModelConfig()
     sft: SftConfig = SftConfig()
     arms: ArmsConfig = ArmsConfig()
     sampler: SamplerConfig = SamplerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    claims: tuple[str, ...] = ()
     checkpoint_every: int = 250
     microbatches: int = 1
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
         """Raises UserError where a setting is out of its range."""
+        claims_of(self.claims)
         checks.at_least(self, 0, "seed")
         checks.at_least(self, 1, "seeds", "checkpoint_every", "microbatches")
         for name, seed in (("task.seed", self.task.seed), ("task.source.posts.seed", self.task.source.posts.seed)):
             if seed:
                 raise UserError(f"{name} is {seed}: a study prepares its data with its own seeds, so set seed instead")
+        for name in ("size_batches", "size_rates"):
+            if len(values := getattr(self, name)) not in (0, len(self.sizes)) or not all(each > 0 for each in values):
+                raise UserError(f"{name} is {values}: give one above 0 for each of sizes, or none")
         if self.policy is None and self.sft.start is None:
             raise UserError("policy and sft.start are not set: give one of them")

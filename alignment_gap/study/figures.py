@@ -1,6 +1,7 @@
 """The figures of the controlled study: one Vega-Lite specification each, for the page and for the PNG.
 
-A figure carries the sentences that its numbers support; a figure whose arms or metrics are missing says so instead.
+A figure carries the claims of the paper that stand in it, with their answers, and sentences computed from its numbers.
+A figure whose arms or metrics are missing says so instead.
 Colours and shapes belong to arms and are the same in every figure; they keep apart for colour-blind eyes.
 """
 
@@ -8,18 +9,31 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import altair as alt
+import numpy as np
 
 from alignment_gap.evaluation import charts
 from alignment_gap.evaluation.intervals import Band, Interval
 from alignment_gap.study import analysis, findings
-from alignment_gap.study.analysis import METRICS, OPPONENT, ORIGIN, CheckpointResult, Comparison, Method, loss_name
-from alignment_gap.study.arms import GOLDEN, Arm, file_word
-from alignment_gap.study.findings import Finding
+from alignment_gap.study.analysis import (
+    METRICS,
+    OPPONENT,
+    ORIGIN,
+    PROXY,
+    CheckpointResult,
+    Comparison,
+    Method,
+    loss_name,
+)
+from alignment_gap.study.arms import GOLDEN, MAIN, Arm, file_word
+from alignment_gap.study.claims import Answer
+from alignment_gap.study.estimates import Evidence
 
 # Colour and shape of the SFT policy, where every run starts.
 _ORIGIN_STYLE = ("#5A5A5A", "cross")
@@ -34,14 +48,16 @@ class Figure:
     Attributes:
       name: stem of the PNG's file name.
       title: what is plotted, with the number of the figure in the paper.
-      findings: what it shows and whether that agrees with the paper.
+      answers: what the study says of the claims that stand in it.
+      sentences: what else it shows.
       spec: Vega-Lite with its data inside; empty where the figure cannot be drawn.
       missing: why it cannot be drawn.
     """
 
     name: str
     title: str
-    findings: tuple[Finding, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    sentences: tuple[str, ...] = ()
     spec: dict[str, Any] = dataclasses.field(default_factory=dict)
     missing: str = ""
 
@@ -51,34 +67,53 @@ class Figure:
 
 
 def study_figures(
-    results: Sequence[CheckpointResult], table: Sequence[Row], comparisons: Sequence[Comparison], arms: Sequence[Arm]
+    evidence: Evidence,
+    table: Sequence[Row],
+    comparisons: Sequence[Comparison],
+    answers: Sequence[Answer],
+    arms: Sequence[Arm],
 ) -> list[Figure]:
     """All figures, in the order of the report; those that lack their numbers come with a reason instead of a drawing.
 
     Args:
-      results: every checkpoint of the study.
-      table: their rows, as from `analysis.results_table`.
+      evidence: the checkpoints of the study.
+      table: a row for each of them, as from `analysis.results_table`.
       comparisons: as from `findings.study_comparisons`.
+      answers: as from `claims.answers`.
       arms: of the study.
     """
-    rows = [_row(result, means) for result, means in zip(results, table, strict=True)]
-    study = _Study(results, rows, comparisons, arms)
-    losses = analysis.losses_of(results)
+    every = zip(evidence.everything, table, strict=True)
+    rows = [_row(result, means) for result, means in every if not result.size]
+    study = _Study(evidence, rows, comparisons, answers, arms)
+    trained = {*analysis.methods(evidence.results)}
+    losses = [loss for loss in analysis.losses_of(evidence.results) if trained & {(arm, loss) for arm in study.main}]
     lead = losses[0] if losses else "ipo"
-    figures = [_budget_figure(study, loss) for loss in losses or [lead]]
+    figures: list[Figure | None] = [_budget_figure(study, loss) for loss in losses or [lead]]
     figures += [
-        _kl_figure(study, "figure_4", "Figures 1 and 4", lead, "win_rate"),
+        _kl_figure(study, "figure_4", "Figures 1 and 4", lead, "win_rate", ("1", "4")),
         _kl_figure(study, "figure_4_rubric", "As figure 4, true quality", lead, "rubric"),
         _accuracy_figure(study, losses),
         *(_training_figure(study, loss) for loss in losses),
+        *([_online_data_figure(study, lead)] if any("stream_accuracy" in row for row in study.rows) else []),
     ]
     for loss in losses[1:]:
         name = f"figure_9_{file_word(loss)}"
         figures += [
-            _kl_figure(study, name, "Figure 9", loss, "win_rate", behind=lead),
+            _kl_figure(study, name, "Figure 9", loss, "win_rate", ("9",) if loss == "best_of_n" else (), behind=lead),
             _kl_figure(study, f"{name}_rubric", "As figure 9, true quality", loss, "rubric", behind=lead),
         ]
-    return figures
+    if len(evidence.sizes) > 1:
+        figures.append(_scale_figure(study, lead))
+    if len(losses) > 2:
+        figures.append(_gaps_figure(study))
+    panels = dict.fromkeys(arm.panel for arm in arms if arm.panel != MAIN)
+    figures += [_panel_figure(study, panel, metric) for panel in panels for metric in ("win_rate", "rubric")]
+    return [figure for figure in figures if figure is not None]
+
+
+def main_arms(arms: Sequence[Arm]) -> list[str]:
+    """The names of the arms of the main figures."""
+    return [arm.name for arm in arms if arm.panel == MAIN]
 
 
 # Data.
@@ -86,17 +121,36 @@ def study_figures(
 
 @dataclasses.dataclass(frozen=True)
 class _Study:
-    """What every figure draws from: the checkpoints, a chart row for each, the comparisons at equal KL, the arms."""
+    """What every figure draws from: the checkpoints, a chart row for each, comparisons, answers to claims, the arms."""
 
-    results: Sequence[CheckpointResult]
+    evidence: Evidence
     rows: Sequence[Row]
     comparisons: Sequence[Comparison]
+    answers: Sequence[Answer]
     arms: Sequence[Arm]
 
+    def claims(self, *figures: str) -> tuple[Answer, ...]:
+        """The answers to the claims that stand in these figures of the paper."""
+        return tuple(answer for answer in self.answers if answer.claim.figure in figures)
+
+    @property
+    def main(self) -> list[str]:
+        """The arms of the main figures."""
+        return main_arms(self.arms)
+
     def select(self, loss: str, metrics: Sequence[str], *, origins: bool = True) -> list[Row]:
-        """Rows that have all the metrics: of a loss, and by default of the origin and of the golden policy."""
+        """Rows with all the metrics: of the main arms under a loss, by default of origin and golden policy too."""
+        methods = {(arm, loss_name(loss)) for arm in self.main}
+        return self.of_methods(methods, metrics, origins=origins)
+
+    def of_methods(
+        self, methods: Collection[tuple[str, str]], metrics: Sequence[str], *, origins: bool = True
+    ) -> list[Row]:
+        """Rows of methods, each an arm and the words of a loss, that have all the metrics."""
         measured = [row for row in self.rows if all(metric in row for metric in metrics)]
-        return [row for row in measured if (origins if row["arm"] in _UNTRAINED else row["loss"] == loss_name(loss))]
+        return [
+            row for row in measured if (origins if row["arm"] in _UNTRAINED else (row["arm"], row["loss"]) in methods)
+        ]
 
     def lacking(self, loss: str, metrics: Sequence[str]) -> str:
         """Why a figure of a loss and these metrics cannot be drawn; empty where it can."""
@@ -199,7 +253,9 @@ def _level(value: float) -> alt.Chart:
 # Figures.
 
 
-def _kl_figure(study: _Study, name: str, number: str, loss: str, metric: str, behind: str = "") -> Figure:
+def _kl_figure(
+    study: _Study, name: str, number: str, loss: str, metric: str, claims: Sequence[str] = (), behind: str = ""
+) -> Figure:
     """A metric over KL to SFT for the arms of one loss, those of another behind it in lighter marks."""
     title = f"{number}: {METRICS[metric].words} over KL to SFT, {loss_name(loss)}"
     if reason := study.lacking(loss, ("kl", metric)):
@@ -212,31 +268,132 @@ def _kl_figure(study: _Study, name: str, number: str, loss: str, metric: str, be
     if metric == "win_rate":
         layers.insert(0, _level(0.5).encode(_axis(alt.Y, metric)))
     chart = alt.layer(*layers, data=alt.Data(values=_with_starts(rows))).properties(width=760, height=420)
-    return Figure(name, title, _kl_findings(study, loss, metric), charts.finish(chart))
+    return Figure(name, title, study.claims(*claims), _kl_sentences(study, loss, metric), charts.finish(chart))
 
 
-def _kl_findings(study: _Study, loss: str, metric: str) -> tuple[Finding, ...]:
+def _kl_sentences(study: _Study, loss: str, metric: str) -> tuple[str, ...]:
     """What the figure shows beyond the win rates of online and offline at equal KL, which have their own figure."""
-    apart = findings.answers(study.comparisons, study.arms)
-    shown = [c for c in study.comparisons if c.metric == metric and c.first[1] == loss and c not in apart]
-    branches: list[Method] = [(arm, loss) for arm in findings.question(study.arms)]
-    found = [*map(findings.equal_kl_finding, shown), findings.fall_finding(study.results, branches, metric)]
+    apart = findings.asked(study.comparisons, study.arms)
+    of_loss = [c for c in study.comparisons if c.metric == metric and c.first[1] == loss and c not in apart]
+    found = [_equal_kl(c) for c in of_loss if c.first[0] in study.main]
     if metric == "rubric":
-        found += [findings.over_optimisation_finding(study.results, branch) for branch in branches]
-    return tuple(finding for finding in found if finding)
+        branches: list[Method] = [(arm, loss) for arm in findings.question(study.arms)]
+        found += [findings.over_optimisation(study.evidence, branch) for branch in branches]
+    return tuple(filter(None, found))
+
+
+def _equal_kl(comparison: Comparison) -> str:
+    return f"{findings.equal_kl_headline(comparison)} {findings.equal_kl_detail(comparison)}"
+
+
+def _panel_figure(study: _Study, panel: str, metric: str) -> Figure | None:
+    """A metric over KL for the arms of a panel and those that they are compared with; None without a rubric."""
+    word = re.sub(r"\W+", "_", panel.lower()).removeprefix("figures_").removeprefix("figure_")
+    name = f"figure_{word}" + ("" if metric == "win_rate" else f"_{metric}")
+    title = f"{panel}: {METRICS[metric].words} over KL to SFT"
+    arms = {arm.name: arm for arm in study.arms if arm.panel == panel}
+    methods = {(r.arm, r.loss) for r in study.evidence.results if r.arm in arms}
+    others = {(c.other, c.loss or loss) for arm, loss in methods for c in arms[arm].contrasts}
+    drawn = {(arm, loss_name(loss)) for arm, loss in methods | others}
+    rows = study.of_methods(drawn, ("kl", metric))
+    if not any(row["arm"] in arms for row in rows):
+        return None if metric == "rubric" else Figure(name, title, missing=f"not measured: {', '.join(arms)}")
+    layers = _scatter(study, rows, charts.kl_axis(max(row["kl"] for row in rows)), metric)
+    chart = alt.layer(*layers, data=alt.Data(values=_with_starts(rows))).properties(width=760, height=420)
+    said = [_equal_kl(c) for c in study.comparisons if c.metric == metric and c.first[0] in arms]
+    claims = study.claims(*re.findall(r"\d+", panel)) if metric == "win_rate" else ()
+    return Figure(name, title, claims, tuple(said), charts.finish(chart))
+
+
+def _gaps_figure(study: _Study) -> Figure:
+    """The gap of the study's question at equal KL, a mark for each loss."""
+    name, title = "figure_losses", "Is it the loss? The gap at equal KL, by loss"
+    asked = [c for c in findings.asked(study.comparisons, study.arms) if len(c.budgets)]
+    if not asked:
+        return Figure(name, title, missing="no loss has arms that share a range of KL")
+    values = [
+        {"loss": loss_name(c.first[1]), "gap": 100 * gap.value, "low": 100 * gap.low, "high": 100 * gap.high}
+        for c in asked
+        for gap in [c.mean_gap]
+    ]
+    base = alt.Chart(alt.Data(values=values)).encode(alt.Y("loss:N", title=None, sort=None))
+    words = f"{asked[0].first[0]} minus {asked[0].second[0]}, win rate (percentage points)"
+    x = alt.X("gap:Q", title=words)
+    bars = base.mark_rule(strokeWidth=1.5).encode(alt.X("low:Q", title=words), alt.X2("high:Q"))
+    marks = base.mark_point(filled=True, size=70).encode(x, tooltip=["loss:N", "gap:Q", "low:Q", "high:Q"])
+    zero = alt.Chart(alt.Data(values=[{"gap": 0}])).mark_rule(strokeDash=[4, 4], color=charts.LINE)
+    chart = alt.layer(zero.encode(alt.X("gap:Q")), bars, marks).properties(width=620, height=34 * len(values))
+    return Figure(name, title, sentences=tuple(map(_equal_kl, asked)), spec=charts.finish(chart))
+
+
+def _scale_figure(study: _Study, loss: str) -> Figure:
+    """The best performance of every arm over the number of parameters, absolute and relative to online."""
+    name, title = "figure_11", f"Figures 11 and 14: best performance over the size of the policy, {loss_name(loss)}"
+    values = [row for size in study.evidence.sizes for row in _best_rows(study, size, loss)]
+    if not values:
+        return Figure(name, title, missing="no arm has win rates at several sizes")
+    x = alt.X("parameters:Q", title="Parameters (logarithmic)", scale=alt.Scale(type="log", base=2, nice=False))
+    colour, shape = _styles(values, study.arms)
+    sides = []
+    for field, words in (("best", "90 % quantile of the win rate"), ("relative", "The same, relative to online's")):
+        base = alt.Chart(alt.Data(values=values)).transform_filter(f"isValid(datum.{field})").encode(x)
+        y = alt.Y(f"{field}:Q", title=words, scale=alt.Scale(zero=False))
+        marks = base.mark_point(filled=True, size=55).encode(
+            y, colour, shape, tooltip=["arm:N", "seed:N", f"{field}:Q"]
+        )
+        line = base.mark_line(strokeWidth=1.5).encode(alt.Y(f"mean({field}):Q", title=words), colour)
+        sides.append(alt.layer(line, marks).properties(width=375, height=300))
+    said = ("A mark is a seed: the 90 % quantile over all checkpoints of all runs of the arm at that size.",)
+    return Figure(name, title, study.claims("10", "11", "14"), said, charts.finish(alt.hconcat(*sides)))
+
+
+def _best_rows(study: _Study, size: Evidence, loss: str) -> list[Row]:
+    """A row for each arm and seed of a size: the 90 % quantile of the win rate, and its ratio to that of online."""
+    best: dict[tuple[str, int], float] = {}
+    for arm, seed in itertools.product(study.main, size.seeds):
+        measured = [r for r in size.results if r.method == (arm, loss) and r.seed == seed and "win_rate" in r.outcomes]
+        if measured:
+            best[arm, seed] = float(np.quantile([result.mean("win_rate") for result in measured], 0.9))
+    parameters = max(result.parameters for result in size.results)
+    return [
+        {"arm": arm, "seed": seed, "parameters": parameters, "best": value}
+        | ({"relative": value / best["online", seed]} if best.get(("online", seed)) else {})
+        for (arm, seed), value in best.items()
+    ]
+
+
+def _online_data_figure(study: _Study, loss: str) -> Figure:
+    """Accuracy along training on D_online, on held-out pairs and on own samples; the proxy's as a line."""
+    name, title = "figure_6", f"Figure 6: classification of other pairs along training, {loss_name(loss)}"
+    names = ("stream_accuracy", "heldout_accuracy", "own_accuracy")
+    metrics = [metric for metric in names if any(metric in row for row in study.rows)]
+    rows = [row for row in study.select(loss, metrics) if row["arm"] != OPPONENT]
+    x = alt.X("step:Q", title="Gradient steps", scale=alt.Scale(zero=False, nice=False, padding=12))
+    panels = []
+    for metric in metrics:
+        proxy = [row for row in study.rows if row["arm"] == PROXY[0] and metric in row]
+        line = alt.Chart(alt.Data(values=proxy)).mark_rule(strokeDash=[6, 3], color=charts.INK)
+        layers = _scatter(study, rows, x, metric)
+        if proxy:
+            layers.append(line.encode(_axis(alt.Y, metric), tooltip=_tooltip(proxy)))
+        panels.append(alt.layer(*layers).properties(width=235, height=260))
+    chart = alt.hconcat(*panels, data=alt.Data(values=_with_starts(rows)))
+    said = ("The dashed line is the proxy preference model.",)
+    return Figure(name, title, study.claims("6"), said, charts.finish(chart))
 
 
 def _budget_figure(study: _Study, loss: str) -> Figure:
     """The best win rate of online and of offline within each KL budget, and their gap."""
     name, title = f"equal_kl_{file_word(loss)}", f"The question: best win rate within a KL budget, {loss_name(loss)}"
-    comparison = next((c for c in findings.answers(study.comparisons, study.arms) if c.first[1] == loss), None)
+    comparison = next((c for c in findings.asked(study.comparisons, study.arms) if c.first[1] == loss), None)
     if comparison is None:
         needed = ", of ".join((*findings.question(study.arms), "SFT"))
         return Figure(name, title, missing=f"it needs checkpoints of {needed}, with KL and win rate")
     first, second = findings.question(study.arms)
-    said = (findings.equal_kl_finding(comparison),)
+    said = (_equal_kl(comparison),)
     if len(comparison.budgets) < 2:
-        return Figure(name, title, said, missing=f"the checkpoints of {first} and of {second} share no range of KL")
+        missing = f"the checkpoints of {first} and of {second} share no range of KL"
+        return Figure(name, title, sentences=said, missing=missing)
     frontiers = [
         *_band_rows(comparison, comparison.first_frontier, first),
         *_band_rows(comparison, comparison.second_frontier, second),
@@ -249,7 +406,7 @@ def _budget_figure(study: _Study, loss: str) -> Figure:
     gap = _band_chart(_band_rows(comparison, comparison.gap, minus), x, f"Gap, {minus} (percentage points)")
     right = alt.layer(_level(0.0), gap.encode(color=alt.value(charts.INK)))
     chart = alt.hconcat(*(side.properties(width=375, height=300) for side in (left, right)))
-    return Figure(name, title, said, charts.finish(chart))
+    return Figure(name, title, sentences=said, spec=charts.finish(chart))
 
 
 def _band_rows(comparison: Comparison, band: Band, arm: str) -> list[Row]:
@@ -284,9 +441,7 @@ def _accuracy_figure(study: _Study, losses: Sequence[str]) -> Figure:
         ).properties(width=375, height=320, title=loss_name(loss))
         for loss, rows in selected.items()
     ]
-    swept = [arm.name for arm in study.arms if arm.swept]
-    found = tuple(findings.prediction_finding(study.results, (arm, loss)) for loss in drawn for arm in swept)
-    return Figure(name, title, found, charts.finish(alt.concat(*panels, columns=2)))
+    return Figure(name, title, study.claims("7"), spec=charts.finish(alt.concat(*panels, columns=2)))
 
 
 def _training_figure(study: _Study, loss: str) -> Figure:
@@ -298,6 +453,6 @@ def _training_figure(study: _Study, loss: str) -> Figure:
     rows = [row for row in study.select(loss, metrics) if row["arm"] != OPPONENT]
     x = alt.X("step:Q", title="Gradient steps", scale=alt.Scale(zero=False, nice=False, padding=12))
     panels = [alt.layer(*_scatter(study, rows, x, metric)).properties(width=235, height=260) for metric in metrics]
-    found = (findings.final_accuracy_finding(study.results, loss), findings.log_ratio_finding(study.results, loss))
+    claims = study.claims("8") if loss == "ipo" else ()
     chart = alt.hconcat(*panels, data=alt.Data(values=_with_starts(rows)))
-    return Figure(name, title, tuple(finding for finding in found if finding), charts.finish(chart))
+    return Figure(name, title, claims, spec=charts.finish(chart))

@@ -6,29 +6,34 @@ For every seed: prepare -> SFT -> golden model -> D_golden -> proxy -> arms -> o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from alignment_gap.checks import nearest
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at
+from alignment_gap.jobs.compose import COMPOSE, ComposeConfig
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, SourceConfig
 from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig
 from alignment_gap.jobs.folder import Job, Kind
 from alignment_gap.jobs.generate import GENERATE, GenerateConfig
 from alignment_gap.jobs.label import LABEL, LabelConfig
 from alignment_gap.jobs.prepare import PREPARE
+from alignment_gap.jobs.sources import RECORD
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
+from alignment_gap.models import DecoderConfig, T5Config
 from alignment_gap.study.analysis import ORIGIN
 from alignment_gap.study.arms import GOLDEN, Arm, Branch, arms_of, file_word
-from alignment_gap.study.config import PreferenceModelConfig, StudyConfig
+from alignment_gap.study.config import HELDOUT, OWN, STREAM, PreferenceModelConfig, StudyConfig
 from alignment_gap.training import OptimizerConfig
 
 JOBS = "jobs"
@@ -49,6 +54,7 @@ class Run:
       loss: name of the loss.
       beta: regularisation; nan where the loss has none.
       learning_rate: of the run.
+      steps_factor: how many times the steps of an online run it has.
       evaluation: the job that measures its checkpoints.
     """
 
@@ -56,6 +62,7 @@ class Run:
     loss: str
     beta: float
     learning_rate: float
+    steps_factor: int
     evaluation: Job
 
 
@@ -68,12 +75,14 @@ class SeedJobs:
       golden_pairs: the dataset D_golden, training pairs.
       judges: the jobs that measure golden and proxy, by what is measured.
       runs: the SFT policy, the golden policy, and all arms.
+      proxy: the jobs that measure the proxy as a classifier, by what it classifies, where policies classify it too.
     """
 
     seed: int
     golden_pairs: AnyPath
     judges: Mapping[str, Job]
     runs: tuple[Run, ...]
+    proxy: Mapping[str, Job]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +116,18 @@ def takes_beta(loss: str) -> bool:
     return "beta" in inspect.signature(LossConfig(loss).function()).parameters
 
 
+class Setting(NamedTuple):
+    """What an arm is trained at: its loss, beta (nan where the loss has none), learning rate, multiple of the steps."""
+
+    loss: str
+    beta: float
+    learning_rate: float
+    steps_factor: int = 1
+
+
+Trained = tuple[Arm, Setting, Job]
+
+
 class _Seed:
     """Builds the jobs of one seed, in order."""
 
@@ -114,9 +135,14 @@ class _Seed:
         self.config, self.seed, self.root = config, seed, root
         self.jobs: list[Job] = []
         self.human = self._prepared()
-        self.sft = self._sft()
+        base, own = config.base, (config.policy, config.sft.start)
+        self.base = self._sft("base", base.model, base.start) if base else self._sft("sft", *own)
+        self.sft = self.base if base is None or (base.model, base.start) == own else self._sft("sft", *own)
         self.golden = self._preference_model("golden", config.golden, self.human / "train")
-        self.golden_pairs, self.golden_validation = (self._labelled(split) for split in ("train", "validation"))
+        # D_golden: the human pairs, relabelled.
+        self.golden_pairs, self.golden_validation = (
+            self._label(f"relabelled-{split}", self.human / split) for split in ("train", "validation")
+        )
         self.proxy = self._preference_model("proxy", config.proxy, self.golden_pairs)
 
     def build(self) -> SeedJobs:
@@ -128,17 +154,28 @@ class _Seed:
             "proxy, its training pairs": self._evaluate_judge("proxy-train", *proxy_model, self.golden_pairs),
             "proxy, held-out pairs": self._evaluate_judge("proxy-validation", *proxy_model, self.golden_validation),
         }
-        setting = ("ipo", arms.beta, arms.optimizer.learning_rate)
-        golden = self._train_arm(GOLDEN, *setting, {})
+        rate = config.base and config.base.learning_rate
+        setting = Setting("ipo", arms.beta, rate or arms.optimizer.learning_rate)
+        golden = self._train_arm(GOLDEN, setting, {})
         opponents = (f"golden={self._opponent('golden', golden.folder)}", f"sft={self._opponent('sft', self.sft)}")
-        origin = self._evaluate_policy("sft", self.sft, (config.sft.steps,), opponents)
-        trained = [(GOLDEN, *setting, golden), *(each for loss in arms.losses for each in self._train_arms(loss))]
-        runs = [Run(ORIGIN, "sft", math.nan, math.nan, origin)]
-        for arm, loss, beta, rate, job in trained:
+        trained = [(GOLDEN, setting, golden)]
+        for number, loss in enumerate(arms.losses):
+            trained += self._train_arms(loss, arms_of((*arms.names, *arms.further) if number == 0 else arms.names))
+        proxy = {HELDOUT: judges["proxy, held-out pairs"]} if HELDOUT in config.evaluation.classified else {}
+        classified = [f"{HELDOUT}={self.golden_validation}"] * len(proxy)
+        if STREAM in config.evaluation.classified:
+            stream = self._stream(trained)
+            classified.append(f"{STREAM}={stream}")
+            proxy[STREAM] = self._evaluate_judge("proxy-stream", *proxy_model, stream)
+        against = opponents, tuple(classified)
+        origin = self._evaluate_policy("sft", self.sft, (config.sft.steps,), self.sft, *against)
+        runs = [Run(ORIGIN, "sft", math.nan, math.nan, 1, origin)]
+        for arm, (loss, beta, rate, factor), job in trained:
             name = job.name.removeprefix(f"seed{self.seed}-")
-            evaluation = self._evaluate_policy(name, job.folder, arms.checkpoint_steps, opponents)
-            runs.append(Run(arm.name, loss, beta, rate, evaluation))
-        return SeedJobs(self.seed, self.golden_pairs, judges, tuple(runs))
+            sft = self.base if arm is GOLDEN else self.sft
+            evaluation = self._evaluate_policy(name, job.folder, job.config.checkpoint_steps, sft, *against)
+            runs.append(Run(arm.name, loss, beta, rate, factor, evaluation))
+        return SeedJobs(self.seed, self.golden_pairs, judges, tuple(runs), proxy)
 
     def number(self, name: str) -> int:
         """A seed below 2**32 for the job of this name."""
@@ -177,88 +214,148 @@ class _Seed:
         )
         return self._add(name, TRAIN, job)
 
-    def _sft(self) -> AnyPath:
-        """The policy that every arm starts from and is measured against: both responses of every pair are targets."""
+    def _sft(self, name: str, model: T5Config | DecoderConfig | None, start: str | None) -> AnyPath:
+        """The policy that arms start from and are measured against: both responses of every pair are targets."""
         sft, pooled = self.config.sft, (self.human / "train", *self.config.sft.also)
         source = DatasetConfig(",".join(map(str, pooled)), weights=sft.weights, batch_size=sft.batch_size)
-        settings = {"steps": sft.steps, "model": self.config.policy, "start": sft.start, "loss": LossConfig("sft")}
-        return self._train("sft", source, sft.optimizer, **settings).folder
+        settings = {"steps": sft.steps, "model": model, "start": start, "loss": LossConfig("sft")}
+        return self._train(name, source, sft.optimizer, **settings).folder
 
     def _preference_model(self, name: str, model: PreferenceModelConfig, pairs: AnyPath) -> AnyPath:
-        if model.start == ORIGIN and model.model not in (None, self.config.policy):
+        network = self.config.base.model if self.config.base else self.config.policy
+        if model.start == ORIGIN and model.model not in (None, network):
+            whose = "base" if self.config.base else "policy"
             raise UserError(
-                f"{name}.model differs from the policy, so it cannot start from the SFT policy: leave it out, or set "
+                f"{name}.model differs from the {whose}, so it cannot start from the SFT {whose}: leave it out, or set "
                 f"{name}.start to None"
             )
         source = DatasetConfig(str(pairs), batch_size=model.batch_size)
-        start = str(self.sft) if model.start == ORIGIN else model.start
+        start = str(self.base) if model.start == ORIGIN else model.start
         settings = {"kind": model.kind, "model": model.model, "start": start, "steps": model.steps}
         return self._train(name, source, model.optimizer, **settings).folder
 
-    def _labelled(self, split: str) -> AnyPath:
-        """D_golden: human pairs with the golden model's hard labels; a tie is a tie."""
+    def _label(self, name: str, pairs: AnyPath) -> AnyPath:
+        """Pairs with the golden model's hard labels; a tie is a tie."""
         config = LabelConfig(
-            str(self.human / split),
+            str(pairs),
             JudgeConfig(str(self.golden)),
             buckets=1,
             batch_size=self.config.evaluation.batch_size,
             mesh=self.config.mesh,
         )
-        return self._add(f"relabelled-{split}", LABEL, config).folder
+        return self._add(name, LABEL, config).folder
 
-    def _train_arms(self, loss: str) -> list[tuple[Arm, str, float, float, Job]]:
-        """The runs of all arms under a loss, each after the arms whose runs it reads."""
-        arms, has_beta = self.config.arms, takes_beta(loss)
-        one = (arms.beta if has_beta else math.nan, arms.optimizer.learning_rate)
-        betas = arms.offline_betas if has_beta else (math.nan,)
-        sweep = [(beta, rate) for beta in betas for rate in arms.offline_learning_rates]
+    def _train_arms(self, loss: str, arms: Sequence[Arm]) -> list[Trained]:
+        """The runs of the arms under a loss, each after the arms whose runs it reads."""
         runs: dict[str, AnyPath] = {}
-        trained = []
-        for arm in arms_of(arms.names):
-            for beta, rate in sweep if arm.swept else [one]:
-                job = self._train_arm(arm, loss, beta, rate, runs)
-                trained.append((arm, loss, beta, rate, job))
+        trained: list[Trained] = []
+        # An arm with a loss of its own is trained once, with those of the first loss.
+        for arm in (arm for arm in arms if not arm.loss or loss == self.config.arms.losses[0]):
+            for setting in self._settings(arm.loss or loss, is_swept=arm.name in self.config.arms.swept):
+                job = self._train_arm(arm, setting, runs)
+                trained.append((arm, setting, job))
                 runs.setdefault(arm.name, job.folder)
         return trained
 
-    def _train_arm(self, arm: Arm, loss: str, beta: float, rate: float, runs: Mapping[str, AnyPath]) -> Job:
+    def _settings(self, loss: str, *, is_swept: bool) -> list[Setting]:
+        """The settings that an arm is trained at under a loss."""
+        arms, has_beta = self.config.arms, takes_beta(loss)
+        if not is_swept:
+            return [Setting(loss, arms.beta if has_beta else math.nan, arms.optimizer.learning_rate)]
+        betas = arms.offline_betas if has_beta else (math.nan,)
+        factors = arms.offline_steps if loss == arms.losses[0] else arms.offline_steps[:1]
+        swept = itertools.product(betas, arms.offline_learning_rates, factors)
+        return [Setting(loss, *each) for each in swept]
+
+    def _train_arm(self, arm: Arm, setting: Setting, runs: Mapping[str, AnyPath]) -> Job:
         """Online and offline alike: SFT is the start and the reference, the source is all that differs."""
-        arms, settings = self.config.arms, {} if math.isnan(beta) else {"beta": beta}
-        name = "-".join([arm.name, file_word(loss), *(f"beta{value:g}" for value in settings.values()), f"lr{rate:g}"])
-        steps, sampler = arms.checkpoint_steps, self.config.sampler
-        branch = Branch(self.golden, self.proxy, self.sft, self.golden_pairs, arms.batch_size, sampler, runs)
+        arms, (loss, beta, rate, factor) = self.config.arms, setting
+        settings = {} if math.isnan(beta) else {"beta": beta}
+        words = [arm.name, file_word(loss), *(f"beta{value:g}" for value in settings.values()), f"lr{rate:g}"]
+        name = "-".join([*words, f"steps{factor}x"] if factor > 1 else words)
+        steps = tuple(factor * step for step in arms.checkpoint_steps)
+        sft, batch_size = self.sft, arms.batch_size
+        if arm is GOLDEN and self.config.base is not None:
+            sft, batch_size = self.base, self.config.base.batch_size or batch_size
+        branch = Branch(
+            golden=self.golden,
+            proxy=self.proxy,
+            sft=sft,
+            golden_pairs=self.golden_pairs,
+            batch_size=batch_size,
+            sampler=self.config.sampler,
+            checkpoint_steps=arms.checkpoint_steps,
+            runs=runs,
+            pairs=functools.partial(self._sampled_pairs, loss),
+        )
         source = arm.source(branch)
+        start = arms.start if arm is not GOLDEN or self.config.base is None else None
         # The recorded samples of a run have the log-probs of its reference with them.
         is_record = isinstance(source, DatasetConfig) and at(source.folder or "").parent in runs.values()
         return self._train(
             name,
             source,
             dataclasses.replace(arms.optimizer, learning_rate=rate),
+            fresh=arm.fresh(branch) if arm.fresh else None,
             loss=LossConfig(loss, settings),
-            start=arms.start or str(self.sft),
-            reference=str(self.sft) if arms.start and not is_record else None,
+            start=start or str(sft),
+            reference=str(sft) if start and not is_record else None,
             steps=steps[-1],
             checkpoint_every=steps[-1],
             checkpoint_steps=steps,
         )
 
+    def _sampled_pairs(self, loss: str, name: str, policies: Sequence[AnyPath]) -> AnyPath:
+        """Pairs of policies to as many prompts as an arm trains on, labelled by the golden model; made once."""
+        arms, name = self.config.arms, f"pairs-{name}-{file_word(loss)}"
+        made = [job for job in self.jobs if job.name == f"seed{self.seed}-{name}"]
+        if made:
+            return made[0].folder
+        return self._generate(
+            name,
+            policies,
+            samples=2 if len(policies) == 1 else 1,
+            judge=JudgeConfig(str(self.golden)),
+            limit=arms.batch_size * arms.checkpoint_steps[-1],
+            seed=self.number(name),
+        )
+
     def _opponent(self, name: str, run: AnyPath) -> AnyPath:
         """One response of a policy to every evaluation prompt, for all checkpoints to play against."""
-        config, evaluation = self.config, self.config.evaluation
-        generate = GenerateConfig(
-            str(self.golden_pairs),
-            (str(run),),
-            samples=1,
-            limit=evaluation.prompts,
-            sampler=config.sampler,
-            seed=self.number(f"opponent {name}"),
-            buckets=1,
-            batch_size=evaluation.batch_size,
-            mesh=config.mesh,
-        )
-        return self._add(f"opponent-{name}", GENERATE, generate).folder
+        prompts, seed = self.config.evaluation.prompts, self.number(f"opponent {name}")
+        return self._generate(f"opponent-{name}", [run], samples=1, limit=prompts, seed=seed)
 
-    def _evaluate_policy(self, name: str, run: AnyPath, steps: tuple[int, ...], opponents: tuple[str, ...]) -> Job:
+    def _generate(self, name: str, policies: Sequence[AnyPath], **settings: Any) -> AnyPath:
+        """Responses of policies to the first prompts of D_golden."""
+        config = GenerateConfig(
+            str(self.golden_pairs),
+            tuple(map(str, policies)),
+            sampler=self.config.sampler,
+            buckets=1,
+            batch_size=self.config.evaluation.batch_size,
+            mesh=self.config.mesh,
+            **settings,
+        )
+        return self._add(name, GENERATE, config).folder
+
+    def _stream(self, trained: Sequence[Trained]) -> AnyPath:
+        """Some pairs of D_online from all over the run, under the first loss, with the golden model's labels."""
+        online = next((job for arm, _, job in trained if arm.name == "online"), None)
+        if online is None:
+            raise UserError(f"evaluation.classified has {STREAM!r}, but no arm is named 'online': add it to arms.names")
+        size, seed = self.config.evaluation.pairs, self.number("stream")
+        chosen = self._add("stream", COMPOSE, ComposeConfig((str(online.folder / RECORD),), limit=size, seed=seed))
+        return self._label("stream-relabelled", chosen.folder)
+
+    def _evaluate_policy(
+        self,
+        name: str,
+        run: AnyPath,
+        steps: tuple[int, ...],
+        reference: AnyPath,
+        opponents: tuple[str, ...],
+        classified: tuple[str, ...],
+    ) -> Job:
         """Every checkpoint of a run, measured on the first prompts and the last pairs of D_golden."""
         evaluation = self.config.evaluation
         return self._evaluate(
@@ -268,7 +365,9 @@ class _Seed:
             self.golden_pairs,
             judges=(f"golden={self.golden}", f"proxy={self.proxy}", *evaluation.judges),
             opponents=opponents,
-            reference=str(self.sft),
+            classified=classified,
+            own_labels=str(self.golden) if OWN in evaluation.classified else None,
+            reference=str(reference),
             prompts=evaluation.prompts,
             kl_prompts=evaluation.kl_prompts,
             pairs=evaluation.pairs,

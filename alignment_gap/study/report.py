@@ -12,12 +12,15 @@ from typing import Any
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation import charts
+from alignment_gap.evaluation.intervals import Interval
 from alignment_gap.evaluation.results import csv_text, text_table
 from alignment_gap.folders import AnyPath, write_bytes
 from alignment_gap.study import analysis, figures, findings
-from alignment_gap.study.analysis import ORIGIN, CheckpointResult, Comparison, loss_name
+from alignment_gap.study.analysis import METRICS, ORIGIN, CheckpointResult, Comparison, Method, loss_name
 from alignment_gap.study.arms import GOLDEN, Arm, arms_of
+from alignment_gap.study.claims import Answer, answers, claims_of
 from alignment_gap.study.config import StudyConfig
+from alignment_gap.study.estimates import Estimate, Evidence
 from alignment_gap.study.figures import Figure
 from alignment_gap.study.findings import MINUS, nats
 
@@ -32,6 +35,10 @@ _TEMPLATE = "report.html.jinja"
 _DARK = {"white": "#16191d", charts.INK: "#b9c0c8", charts.GRID: "#2d333a", charts.LINE: "#6b737d"}
 _NONE = "\u2013"
 _OWN_FIGURES = ("figure_*.png", "equal_kl_*.png")
+CLAIM_COLUMNS = (
+    *("claim", "hypothesis", "figure", "paper", "estimate", "holds_above", "holds_below", "verdict"),
+    *("reason", "value", "low", "high", "seeds", "p_value", "p_adjusted", "detectable"),
+)
 Row = dict[str, str]
 """A row of a table: its cells by their headers."""
 
@@ -62,6 +69,7 @@ class ReportContext:
       samples: responses to a prompt, with the keys arm, loss, step, response and rubric (None without one), as text.
       wall_time: of each job.
       notes: what the numbers can bear, in sentences.
+      diagrams: drawings of the graph, before the other figures.
     """
 
     config: StudyConfig
@@ -70,10 +78,11 @@ class ReportContext:
     samples: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
     wall_time: Mapping[str, datetime.timedelta] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
+    diagrams: Sequence[Figure] = ()
 
 
 def write_report(folder: AnyPath, results: Sequence[CheckpointResult], context: ReportContext) -> AnyPath:
-    """Writes report.html, results.csv and figures/*.png; each file appears complete or not at all, the page last.
+    """Writes report.html, results.csv, claims.csv, figures/*.png; each appears complete or not at all, the page last.
 
     Returns:
       The path of report.html.
@@ -82,11 +91,14 @@ def write_report(folder: AnyPath, results: Sequence[CheckpointResult], context: 
         raise UserError("there are no evaluated checkpoints to report: run the study's evaluation first")
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     table = analysis.results_table(results)
-    arms = arms_of(context.config.arms.names)
-    comparisons = findings.study_comparisons(results, arms)
-    drawn = figures.study_figures(results, table, comparisons, arms)
-    page = _page(results, context, arms, comparisons, drawn)
+    arms = arms_of((*context.config.arms.names, *context.config.arms.further))
+    evidence = Evidence(results)
+    comparisons = findings.study_comparisons(evidence, arms)
+    answered = answers(evidence, claims_of(context.config.claims))
+    drawn = [*context.diagrams, *figures.study_figures(evidence, table, comparisons, answered, arms)]
+    page = _page(evidence, context, arms, comparisons, answered, drawn)
     write_bytes(folder / "results.csv", csv_text(table, analysis.COLUMNS).encode())
+    write_bytes(folder / "claims.csv", csv_text(map(_claim_record, answered), CLAIM_COLUMNS).encode())
     pictures = {folder / "figures" / f"{figure.name}.png": figure for figure in drawn if not figure.missing}
     for path, figure in pictures.items():
         write_bytes(path, figure.png())
@@ -107,28 +119,27 @@ def peaks_text(results: Sequence[CheckpointResult]) -> str:
 
 
 def _page(
-    results: Sequence[CheckpointResult],
+    evidence: Evidence,
     context: ReportContext,
     arms: Sequence[Arm],
     comparisons: Sequence[Comparison],
+    answered: Sequence[Answer],
     drawn: Sequence[Figure],
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("alignment_gap.study", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    seeds = analysis.seeds_of(results)
+    seeds, results = evidence.seeds, evidence.everything
     settings = flatten(to_dict(context.config)).items()
     return environment.get_template(_TEMPLATE).render(
         name=context.config.name,
         seeds=seeds,
         count=len(results),
+        claims=[_claim_row(answer) for answer in answered],
+        verdicts={answer.claim.name: answer.verdict for answer in answered},
         answers=[
-            (
-                findings.equal_kl_headline(c),
-                f"{findings.equal_kl_detail(c)} {findings.seed_gaps_sentence(c)}",
-                findings.equal_kl_finding(c).agreement,
-            )
-            for c in findings.answers(comparisons, arms)
+            (findings.equal_kl_headline(c), f"{findings.equal_kl_detail(c)} {findings.seed_gaps_sentence(c)}")
+            for c in findings.asked(comparisons, arms)
         ],
         coverage=findings.coverage_sentence(len(seeds)),
         notes=context.notes,
@@ -136,6 +147,7 @@ def _page(
         arms_read=[(arm.name, arm.reads) for arm in (*arms, GOLDEN)],
         has_rubric=any("rubric" in result.outcomes for result in results),
         figures=drawn,
+        fits=[_fit_row(*each) for each in findings.over_optimisation_fits(evidence, figures.main_arms(arms))],
         peaks=_peaks_table(results),
         judges=[_judge_row(facts) for facts in context.judges],
         runs=_runs_table(results),
@@ -155,6 +167,45 @@ def _json(value: object) -> markupsafe.Markup:
     return markupsafe.Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
+def _claim_row(answer: Answer) -> Row:
+    """A claim as a row of the first table of the page."""
+    claim, numbers = answer.claim, (_NONE, _NONE)
+    if answer.interval is not None:
+        numbers = findings.estimated(claim.estimate, answer.interval)
+    return {
+        "Claim": claim.name,
+        "The paper": claim.paper,
+        "Figure": claim.figure,
+        "Here": answer.verdict,
+        "Measured": str(claim.estimate),
+        "Agrees if": _range(claim.estimate, claim.holds),
+        "Value": numbers[0],
+        "95 % interval": numbers[1],
+        "Seeds": str(len(answer.seeds)),
+        "Could see": _NONE if answer.interval is None else findings.distance(claim.estimate, answer.detectable),
+        "Why not told": answer.reason,
+    }
+
+
+def _range(estimate: Estimate, holds: tuple[float, float]) -> str:
+    """The range in which an estimate agrees with the paper, in its unit."""
+    low, high = (findings.bare(estimate, end) for end in holds)
+    if math.isinf(holds[0]):
+        return f"below {high}"
+    return f"above {low}" if math.isinf(holds[1]) else f"{low} to {high}"
+
+
+def _claim_record(answer: Answer) -> dict[str, object]:
+    """A claim as a row of claims.csv, in the unit of the estimate."""
+    claim, interval = answer.claim, answer.interval or Interval(math.nan, math.nan, math.nan)
+    values = (
+        *(claim.name, claim.hypothesis, claim.figure, claim.paper, str(claim.estimate), *claim.holds, answer.verdict),
+        *(answer.reason, interval.value, interval.low, interval.high, len(answer.seeds)),
+        *(answer.p_value, answer.adjusted, answer.detectable),
+    )
+    return dict(zip(CLAIM_COLUMNS, values, strict=True))
+
+
 def _comparison_row(comparison: Comparison) -> Row:
     budgets, metric = comparison.budgets, comparison.metric
     return {
@@ -165,7 +216,6 @@ def _comparison_row(comparison: Comparison) -> Row:
         "Mean gap": findings.in_table(comparison.mean_gap, metric) if len(budgets) else _NONE,
         "Peak gap": findings.in_table(comparison.peak_gap, metric),
         "Better at equal KL": _better(comparison),
-        "Paper": f"{comparison.paper}, figure {comparison.figure}" if comparison.paper else _NONE,
     }
 
 
@@ -173,6 +223,20 @@ def _better(comparison: Comparison) -> str:
     if not len(comparison.budgets):
         return "cannot be compared"
     return "neither beats SFT" if findings.both_at_origin(comparison) else comparison.better or "no claim"
+
+
+def _fit_row(method: Method, metric: str, curve: str, coefficients: Sequence[Interval]) -> Row:
+    """A fitted curve of over-optimisation; shares in points per root nat."""
+    a, b = (findings.in_table(each, metric) for each in coefficients)
+    form = {"best_of_n": "d(a − b d)", "rl": "d(a − b log d)"}[curve]
+    return {
+        "Loss": loss_name(method[1]),
+        "Arm": method[0],
+        "Score": METRICS[metric].words,
+        "Curve": form,
+        "a": a,
+        "b": b,
+    }
 
 
 def _peaks_table(results: Sequence[CheckpointResult]) -> list[Row]:

@@ -20,8 +20,9 @@ from alignment_gap.folders import read_json
 from alignment_gap.jobs.compose import distinct_prompts
 from alignment_gap.jobs.evaluate import load_outcomes
 from alignment_gap.jobs.folder import DONE, Job
-from alignment_gap.study.analysis import METRICS, ORIGIN, CheckpointResult, loss_name
+from alignment_gap.study.analysis import METRICS, ORIGIN, PROXY, CheckpointResult, loss_name
 from alignment_gap.study.config import StudyConfig
+from alignment_gap.study.diagrams import diagram_figures
 from alignment_gap.study.graph import GOLDEN_HELD_OUT, SeedJobs, StudyGraph
 from alignment_gap.study.report import JudgeFacts, ReportContext
 
@@ -41,7 +42,17 @@ def _seed_results(seed: SeedJobs) -> Iterator[CheckpointResult]:
             measured = load_outcomes(run.evaluation.folder / f"{step}.npz")
             outcomes = {name: measured[each.outcome] for name, each in METRICS.items() if each.outcome in measured}
             taken = 0 if run.arm == ORIGIN else step
-            yield CheckpointResult(run.arm, run.loss, run.beta, run.learning_rate, seed.seed, taken, outcomes)
+            setting = (run.beta, run.learning_rate, seed.seed, taken, outcomes)
+            yield CheckpointResult(run.arm, run.loss, *setting, steps_factor=run.steps_factor)
+    if seed.proxy:
+        (step,) = next(iter(seed.proxy.values())).config.steps
+        # The last ones of the pairs that it was measured on are those that the policies classify.
+        pairs = seed.runs[0].evaluation.config.pairs
+        outcomes = {
+            f"{name}_accuracy": load_outcomes(job.folder / f"{step}.npz")["accuracy"][-pairs:]
+            for name, job in seed.proxy.items()
+        }
+        yield CheckpointResult(*PROXY, math.nan, math.nan, seed.seed, step, outcomes)
 
 
 def report_context(config: StudyConfig, graph: StudyGraph) -> ReportContext:
@@ -55,6 +66,7 @@ def report_context(config: StudyConfig, graph: StudyGraph) -> ReportContext:
         samples=_samples(config, graph.seeds[0]),
         wall_time={job.name: _wall_time(job) for job in graph.jobs},
         notes=_notes(config, judges),
+        diagrams=diagram_figures(graph),
     )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import jax
 
@@ -27,10 +28,10 @@ from alignment_gap.jobs.sources import RECORD
 from alignment_gap.judges import JudgeConfig, is_model
 from alignment_gap.judges.preference_model import judge_network
 from alignment_gap.judges.rubric import RUBRIC
-from alignment_gap.models import make_policy, sizes
+from alignment_gap.models import count_parameters, make_policy, sizes
 from alignment_gap.progress import Bar, progress_bar
 from alignment_gap.sharding import check_batch_size, first_says, is_first_process, on_every_process, on_first_process
-from alignment_gap.study.analysis import ORIGIN
+from alignment_gap.study.analysis import ORIGIN, CheckpointResult
 from alignment_gap.study.config import StudyConfig
 from alignment_gap.study.graph import JOBS, StudyGraph, study_graph
 from alignment_gap.study.report import peaks_text, write_report
@@ -77,12 +78,29 @@ def open_studies(config: StudyConfig, workdir: AnyPath) -> list[Study]:
 
 
 def of_size(config: StudyConfig, name: str) -> StudyConfig:
-    """The study of one size: its shape, with the vocabulary and the settings of the computation of the policy."""
+    """The study of one size: its shape, batch and learning rates, and what else it has from the study over sizes."""
     if config.policy is None:
         raise UserError("policy is not set: a study over sizes takes the vocabulary and the dtype from it")
     kept = ("vocabulary_size", "dtype", "remat", "scan_unroll")
     policy = sizes.get(name, **{field: getattr(config.policy, field) for field in kept})
-    return dataclasses.replace(config, name=f"{config.name} {name}", policy=policy, sizes=())
+    place, arms = config.sizes.index(name), config.arms
+    rate = config.size_rates[place] if config.size_rates else 1.0
+    arms = dataclasses.replace(
+        arms,
+        batch_size=config.size_batches[place] if config.size_batches else arms.batch_size,
+        optimizer=dataclasses.replace(arms.optimizer, learning_rate=rate * arms.optimizer.learning_rate),
+        offline_learning_rates=tuple(rate * each for each in arms.offline_learning_rates),
+    )
+    start = config.sft.start and config.sft.start.replace("{size}", name)
+    base = config.base
+    if base is not None:
+        batch_size, base_rate = config.arms.batch_size, config.arms.optimizer.learning_rate
+        base = dataclasses.replace(
+            base, batch_size=base.batch_size or batch_size, learning_rate=base.learning_rate or base_rate
+        )
+    alone: dict[str, Any] = {"base": base, "sizes": (), "size_batches": (), "size_rates": ()}
+    sft = dataclasses.replace(config.sft, start=start)
+    return dataclasses.replace(config, name=f"{config.name} {name}", policy=policy, arms=arms, sft=sft, **alone)
 
 
 def default_at_once() -> int:
@@ -167,6 +185,27 @@ def write_study_report(study: Study, say: Say = say_once) -> None:
     say(f"report: {report}")
 
 
+def write_sizes_report(config: StudyConfig, studies: Sequence[Study], workdir: AnyPath, say: Say = say_once) -> None:
+    """Writes the report over several sizes; raises UserError where a job is not done.
+
+    The first size is the study's own, of which the claims are told; claims on scale and the figure of it read all.
+    """
+    for study in studies:
+        check_done(study)
+    results = [result for study, name in zip(studies, config.sizes, strict=True) for result in _of_size(study, name)]
+    own = [dataclasses.replace(r, size="") if r.size == config.sizes[0] else r for r in results]
+    with locked(workdir):
+        context = report_context(studies[0].config, studies[0].graph)
+        report = write_report(workdir, own, dataclasses.replace(context, config=config))
+    say(f"report over {len(studies)} sizes: {report}")
+
+
+def _of_size(study: Study, name: str) -> list[CheckpointResult]:
+    """The results of a study as those of a size."""
+    parameters = count_parameters(make_policy(study.config.policy)) if study.config.policy else 0
+    return [dataclasses.replace(r, size=name, parameters=parameters) for r in study_results(study.graph)]
+
+
 def list_text(graph: StudyGraph, report: str) -> str:
     """Every job with its state, its folder, its inputs and the command that runs it alone; the report comes last."""
     blocks = []
@@ -222,7 +261,12 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
         folder = preparing[0].folder if preparing else at(str(config.prepared))
         training, _ = (open_dataset(folder / split) for split in (TRAIN, VALIDATION))
         vocabulary = find_vocabulary(training)
-    networks = {"policy": config.policy, "golden": config.golden.model, "proxy": config.proxy.model}
+    networks = {
+        "policy": config.policy,
+        "base": config.base.model if config.base else None,
+        "golden": config.golden.model,
+        "proxy": config.proxy.model,
+    }
     for name, model in networks.items():
         if model is None:
             continue

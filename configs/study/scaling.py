@@ -1,4 +1,4 @@
-"""The study on the built-in task over policies of several sizes, with the same data and the same judges.
+"""The study on the built-in task over policies of several sizes, with one golden policy and one pair of judges.
 
 alignment-gap study --config=configs/study/scaling.py --config.sizes="('palm_10m', 'palm_30m')" --workdir=runs/scaling
 """
@@ -19,11 +19,9 @@ _spec.loader.exec_module(tiny)
 
 def get_config() -> ConfigDict:
     config = tiny.get_config().to_dict()
-    # Judges of one network, whatever the policy's; none starts from an SFT policy.
-    judge = {"model": config["policy"], "start": None}
+    # Judges and golden policy have the network of the small study, whatever the policy's.
+    base = {"model": config["policy"], "start": None}
     policy = to_dict(sizes.get("palm_10m", vocabulary_size=load_vocabulary("posts").size))
     return ConfigDict(
-        config
-        | {"name": "scaling", "sizes": ("palm_10m", "palm_30m", "palm_100m"), "policy": policy}
-        | {name: config[name] | judge for name in ("golden", "proxy")}
+        config | {"name": "scaling", "sizes": ("palm_10m", "palm_30m", "palm_100m"), "policy": policy, "base": base}
     )

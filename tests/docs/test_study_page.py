@@ -105,8 +105,10 @@ def test_the_arm_is_semi_online(run, folder):
 
 
 def test_the_tables_are_those_of_the_code():
-    assert re.findall(r"^\| `(\w+)` \| (?:fresh|D_)", TEXT, flags=re.MULTILINE) == [
-        arm.name for arm in sorted(ARMS, key=lambda arm: ["online", "shuffled", "offline"].index(arm.name))
+    arms = TEXT[TEXT.index("| arm | its pairs |") : TEXT.index("Two policies are no arms")]
+    assert re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", arms, flags=re.MULTILINE)
+    assert re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", arms, flags=re.MULTILINE))) == [
+        arm.name for arm in ARMS
     ]
     columns = TEXT[TEXT.index("| column |") : TEXT.index("The prompts are the first")]
     named = re.findall(r"`(\w+)` \*", columns)

@@ -1,11 +1,19 @@
 """The bootstrap of a mean against the normal interval, its coverage, and the arrays that break a bootstrap."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from alignment_gap.evaluation.intervals import Band, Interval, mean_interval, over_groups, resampled_means
+from alignment_gap.evaluation.intervals import (
+    Band,
+    Interval,
+    mean_interval,
+    over_groups,
+    resampled_means,
+    spread_over_groups,
+)
 
 
 def test_matches_the_normal_interval_of_a_large_sample():
@@ -169,3 +177,41 @@ def test_the_interval_of_a_mean_covers_as_often_in_small_samples(size):
         interval = mean_interval(rng.exponential(size=size), resamples=300, seed=trial)
         covered += interval.low <= 1.0 <= interval.high
     assert (258 if size == 20 else 270) <= covered <= 297
+
+
+# Spreads over groups.
+
+
+def replicates(groups, size=400, seed=0):
+    """For every group an estimate and replicates that scatter about it with an error of 0.1."""
+    rng = np.random.default_rng(seed)
+    return [np.concatenate([[value], rng.normal(value, 0.1, size)]) for value in groups]
+
+
+@pytest.mark.parametrize("groups", [(0.5,), (0.1, 0.9), (0.5, 0.51, 0.52)])
+def test_the_interval_of_a_spread_is_that_over_groups(groups):
+    arrays = replicates(groups)
+    band = over_groups([each[:, None] for each in arrays]).at(0)
+    assert dataclasses.astuple(spread_over_groups(arrays).interval) == pytest.approx(dataclasses.astuple(band))
+
+
+@pytest.mark.parametrize("groups", [(0.5,), (0.1, 0.9), (0.5, 0.51, 0.52)])
+def test_a_p_value_below_one_in_twenty_is_an_interval_that_excludes_the_limit(groups):
+    spread = spread_over_groups(replicates(groups))
+    low, high = spread.interval.low, spread.interval.high
+    for end, outwards in ((low, -1e-6), (high, 1e-6)):
+        assert spread.p_value(end) == pytest.approx(0.05)
+        assert spread.p_value(end + outwards) < 0.05 < spread.p_value(end - outwards)
+    assert spread.p_value(spread.value) == 1.0
+
+
+def test_an_estimate_without_any_error_excludes_all_but_itself():
+    spread = spread_over_groups([np.full(9, 0.5)] * 3)
+    assert (spread.p_value(0.5), spread.p_value(0.4), spread.detectable) == (1.0, 0.0, 0.0)
+
+
+def test_what_is_detectable_is_found_four_times_out_of_five():
+    rng = np.random.default_rng(1)
+    detectable = spread_over_groups(replicates((0.0,))).detectable
+    found = [spread_over_groups(replicates((rng.normal(detectable, 0.1),))).p_value(0.0) < 0.05 for _ in range(400)]
+    assert 0.7 < np.mean(found) < 0.9

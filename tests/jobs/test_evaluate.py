@@ -88,6 +88,27 @@ def test_every_judge_meets_every_opponent_and_every_checkpoint_is_measured(evalu
         assert {value for name in pairs for value in outcomes[name]} <= {0.0, 0.5, 1.0}
 
 
+def test_a_policy_classifies_further_pairs_and_samples_of_its_own(config, evaluation, pairs, tmp_path):
+    """The first of two own samples is the response that is measured; the second is another."""
+    few = tmp_path / "few"
+    make(COMPOSE, ComposeConfig((str(pairs),), order="recorded", limit=12), few, Bar())
+    further = (f"same={pairs}", f"few={few}")
+    changed = dataclasses.replace(config, classified=further, own_labels="rubric", steps=(4,))
+    found, before = stored(evaluated(changed, tmp_path / "out"), 4), stored(evaluation, 4)
+    assert found.keys() - before.keys() == {"accuracy.same", "accuracy.few", "accuracy.own"}
+    for name in before:
+        np.testing.assert_array_equal(found[name], before[name], err_msg=name)
+    np.testing.assert_array_equal(found["accuracy.same"], found["accuracy"])
+    assert len(found["accuracy.few"]) == 12 and len(found["accuracy.own"]) == 8
+    assert set(found["accuracy.own"]) <= {0.0, 0.5, 1.0} and set(found["accuracy.own"]) != {0.5}
+
+
+def test_further_pairs_are_pairs(config, answers, tmp_path):
+    changed = dataclasses.replace(config, classified=(f"answers={answers}",))
+    with pytest.raises(UserError, match=r"classified has .*answers: give datasets of pairs"):
+        evaluated(changed, tmp_path / "out")
+
+
 def test_the_policy_leaves_its_reference(evaluation, run):
     kl = [load_outcomes(evaluation / f"{step}.npz")["kl"].mean() for step in (2, 4, 6)]
     assert 0 < kl[0] < kl[1] < kl[2]

@@ -1,10 +1,12 @@
-"""What a user may add to a study without a change to the package: an arm, a loss, a judge."""
+"""What a user may add to a study without a change to the package: an arm, a claim, a loss, a judge."""
 
 import dataclasses
 
 import jax
 
 from alignment_gap.study.arms import Arm, Contrast
+from alignment_gap.study.claims import LEVEL, Claim
+from alignment_gap.study.estimates import EqualKl
 
 
 def _replayed(branch):
@@ -12,12 +14,20 @@ def _replayed(branch):
 
 
 REPLAYED = Arm(
-    name="replayed",
+    name="mirrored",
     reads="the pairs of an online run in the order in which it saw them",
     source=_replayed,
-    contrasts=(Contrast("online", {"ipo": "level"}, figure="3"),),
+    contrasts=(Contrast("online"),),
     colour="#123456",
     shape="triangle-left",
+)
+AS_ONLINE = Claim(
+    name="mirrored-is-online",
+    paper="In its order the stream gives the online run again.",
+    figure="3",
+    hypothesis=1,
+    estimate=EqualKl(("mirrored", "ipo"), ("online", "ipo")),
+    holds=LEVEL,
 )
 # A second arm of the same name, one of a name that no folder can have, and something that is no arm.
 TWIN = dataclasses.replace(REPLAYED)

@@ -34,9 +34,12 @@ def noisy_study(trial, gap, *, settings=4, size=256):
 def test_table_has_the_promised_columns_and_the_means():
     results = [checkpoint("online", 3, kl=1.5, win_rate=0.75, length=7.0)]
     (row,) = analysis.results_table(results)
-    metrics = "kl win_rate win_rate_sft proxy_win_rate rubric accuracy chosen_log_ratio rejected_log_ratio length"
-    columns = [f"{metric}{end}" for metric in metrics.split() for end in ("", "_low", "_high")]
-    assert list(row) == ["arm", "loss", "beta", "learning_rate", "seed", "step", *columns] == [*analysis.COLUMNS]
+    metrics = ["kl", "win_rate", "win_rate_sft", "proxy_win_rate", "rubric"]
+    metrics += ["accuracy", "heldout_accuracy", "stream_accuracy", "own_accuracy"]
+    metrics += ["chosen_log_ratio", "rejected_log_ratio", "length"]
+    columns = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
+    identity = ["arm", "loss", "beta", "learning_rate", "steps_factor", "size", "parameters", "seed", "step"]
+    assert list(row) == [*identity, *columns] == [*analysis.COLUMNS]
     assert (row["arm"], row["step"], row["kl"], row["win_rate"], row["length_high"]) == ("online", 3, 1.5, 0.75, 7.0)
     assert math.isnan(row["rubric"])
 

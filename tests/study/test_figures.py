@@ -13,9 +13,14 @@ from outside import REPLAYED
 from alignment_gap.errors import UserError
 from alignment_gap.study import analysis, figures, findings
 from alignment_gap.study.analysis import CheckpointResult
-from alignment_gap.study.arms import ARMS, GOLDEN
+from alignment_gap.study.arms import ARMS, GOLDEN, MAIN, OBJECTIVES, WINDOWS
+from alignment_gap.study.claims import CLAIMS, answers
+from alignment_gap.study.estimates import Evidence
 
 ALL = ("win_rate", "rubric", "accuracy", "chosen_log_ratio", "rejected_log_ratio")
+
+
+MAIN_ARMS = [arm for arm in ARMS if arm.panel == MAIN]
 
 
 def run(arm, loss="ipo", *, beta=0.1, steps=(1, 2), seed=0, metrics=ALL, start=1.0):
@@ -37,9 +42,10 @@ def study(arms=("online", "offline", "shuffled"), losses=("ipo", "best_of_n"), s
     return results
 
 
-def draw(results, arms=ARMS):
-    table, comparisons = analysis.results_table(results), findings.study_comparisons(results, arms)
-    return {figure.name: figure for figure in figures.study_figures(results, table, comparisons, arms)}
+def draw(results, arms=MAIN_ARMS):
+    evidence, table = Evidence(results), analysis.results_table(results)
+    comparisons, answered = findings.study_comparisons(evidence, arms), answers(evidence, CLAIMS)
+    return {each.name: each for each in figures.study_figures(evidence, table, comparisons, answered, arms)}
 
 
 def rows(figure):
@@ -72,10 +78,20 @@ def test_the_papers_figures_are_there_in_order(drawn):
     assert not any(figure.missing for figure in drawn.values())
 
 
-def test_every_figure_says_something_with_an_agreement(drawn):
-    for figure in drawn.values():
-        assert figure.findings
-        assert all(finding.sentence.endswith(".") and finding.agreement for finding in figure.findings)
+def test_every_figure_says_something(drawn):
+    for name, figure in drawn.items():
+        assert figure.answers or figure.sentences or name == "figure_8_best_of_n"
+        assert all(sentence.endswith(".") for sentence in figure.sentences)
+
+
+def test_a_claim_stands_in_its_figure(drawn):
+    found = {name: {answer.claim.figure for answer in figure.answers} for name, figure in drawn.items()}
+    assert {name: figures for name, figures in found.items() if figures} == {
+        "figure_4": {"1", "4"},
+        "figure_7": {"7"},
+        "figure_8_ipo": {"8"},
+        "figure_9_best_of_n": {"9"},
+    }
 
 
 def test_specifications_are_strict_json_and_carry_their_data(drawn):
@@ -120,7 +136,7 @@ def scale(figure):
 
 
 def test_an_arm_has_the_colour_of_the_table_everywhere(drawn):
-    table = {arm.name: arm.colour for arm in (*ARMS, GOLDEN)}
+    table = {arm.name: arm.colour for arm in (*MAIN_ARMS, GOLDEN)}
     for figure in drawn.values():
         for arm, colour in scale(figure).items():
             assert colour == table.get(arm, "#5A5A5A")
@@ -128,28 +144,80 @@ def test_an_arm_has_the_colour_of_the_table_everywhere(drawn):
 
 
 def test_an_arm_of_another_table_is_drawn_beside_the_known_ones():
-    found = draw(study(arms=("online", "offline", "replayed"), losses=("ipo",)), arms=(*ARMS, REPLAYED))
+    found = draw(study(arms=("online", "offline", "mirrored"), losses=("ipo",)), arms=(*MAIN_ARMS, REPLAYED))
     colours = scale(found["figure_4"])
-    assert colours["replayed"] == REPLAYED.colour
+    assert colours["mirrored"] == REPLAYED.colour
     assert len(set(colours.values())) == len(colours) == 5
 
 
 def test_the_question_is_that_of_the_arms():
     """The first contrast of the arms gives the first figure, whatever they are called."""
-    found = draw(study(arms=("online", "replayed"), losses=("ipo",)), arms=(REPLAYED, *ARMS))
-    assert "replayed beats" in str(found["equal_kl_ipo"].findings) or "replayed and online" in str(
-        found["equal_kl_ipo"].findings
-    )
-    assert set(scale(found["equal_kl_ipo"])) == {"replayed", "online"}
+    found = draw(study(arms=("online", "mirrored"), losses=("ipo",)), arms=(REPLAYED, *MAIN_ARMS))
+    (said,) = found["equal_kl_ipo"].sentences
+    assert "mirrored beats" in said or "mirrored and online" in said or "online beats mirrored" in said
+    assert set(scale(found["equal_kl_ipo"])) == {"mirrored", "online"}
 
 
-def test_accuracy_predicts_within_the_arms_that_are_swept():
-    swept = [arm for arm in ARMS if arm.swept]
-    found = draw(study(losses=("ipo",)), arms=[dataclasses.replace(arm, swept=True) for arm in ARMS])
-    assert [arm.name for arm in swept] == ["offline"]
-    assert [finding.sentence.split(":")[0] for finding in found["figure_7"].findings] == [
-        f"IPO {arm.name}" for arm in ARMS
-    ]
+def test_the_arms_of_a_panel_are_drawn_with_those_that_they_are_compared_with():
+    """Under the first loss; no other figure has them."""
+    windows = ("replayed", "small_windows", "large_windows")
+    results = [*study(), *(result for arm in windows for result in run(arm))]
+    found = draw(results, arms=[arm for arm in ARMS if arm.panel in (MAIN, WINDOWS)])
+    assert list(found)[-2:] == ["figure_13", "figure_13_rubric"]
+    assert set(scale(found["figure_13"])) == {"sft", "golden", "online", "shuffled", *windows}
+    assert set(scale(found["figure_4"])) == {"sft", "golden", "online", "shuffled", "offline"}
+    marks = [row for row in rows(found["figure_13"]) if row.get("arm") in ("online", *windows)]
+    assert {row["loss"] for row in marks if not row.get("start")} == {"IPO"}
+    assert {answer.claim.figure for answer in found["figure_13"].answers} == {"13"}
+    assert all("windows" in said or "replayed" in said for said in found["figure_13"].sentences)
+    assert found["figure_13"].png().startswith(b"\x89PNG")
+
+
+def test_an_arm_with_a_loss_of_its_own_gives_no_figures_for_that_loss():
+    results = [*study(losses=("ipo", "dpo")), *run("hypo", "hypo"), *run("chi_po", "chi_po")]
+    found = draw(results, arms=[arm for arm in ARMS if arm.panel in (MAIN, OBJECTIVES)])
+    assert [name for name in found if "hypo" in name or "chi_po" in name] == []
+    drawn = {(row["arm"], row["loss"]) for row in rows(found["figure_offline_objectives"]) if "arm" in row}
+    assert {("hypo", "hypo"), ("chi_po", "chi_po"), ("offline", "DPO")} < drawn and ("offline", "IPO") not in drawn
+
+
+def test_a_panel_whose_arms_were_not_measured_says_so():
+    found = draw(study(), arms=[arm for arm in ARMS if arm.panel in (MAIN, WINDOWS)])
+    assert found["figure_13"].missing == "not measured: replayed, small_windows, large_windows"
+
+
+def test_the_gap_by_loss_is_drawn_for_three_losses_or_more():
+    assert "figure_losses" not in draw(study())
+    figure = draw(study(losses=("ipo", "dpo", "slic")))["figure_losses"]
+    assert list(dict.fromkeys(row["loss"] for row in rows(figure) if "loss" in row)) == ["IPO", "DPO", "SLiC"]
+    assert len(figure.sentences) == 3 and figure.png().startswith(b"\x89PNG")
+
+
+def test_other_pairs_are_classified_with_the_proxy_as_a_line():
+    accuracies = ("stream_accuracy", "heldout_accuracy", "own_accuracy")
+    results = study(losses=("ipo",), metrics=(*ALL, *accuracies))
+    proxy = CheckpointResult("proxy", "preference", math.nan, math.nan, 0, 4, {accuracies[0]: np.full(24, 0.9)})
+    figure = draw([*results, proxy])["figure_6"]
+    assert [row["stream_accuracy"] for row in rows(figure) if row.get("arm") == "proxy"] == [0.9]
+    assert axes(figure) == {"Accuracy on D_online", "Accuracy on held-out pairs of D_golden", "Accuracy on own samples"}
+    assert {answer.claim.figure for answer in figure.answers} == {"6"}
+    assert figure.png().startswith(b"\x89PNG")
+
+
+def test_the_best_of_every_size_is_drawn_over_its_parameters():
+    sizes = [dataclasses.replace(result, parameters=10) for result in study(losses=("ipo",))]
+    results = [*sizes, *(dataclasses.replace(result, size="large", parameters=80) for result in sizes)]
+    assert "figure_11" not in draw(sizes)
+    figure = draw(results)["figure_11"]
+    data = [row for row in rows(figure) if row["arm"] == "offline"]
+    wins = [result.mean("win_rate") for result in sizes if result.arm == "offline"]
+    online = [result.mean("win_rate") for result in sizes if result.arm == "online"]
+    assert {row["parameters"] for row in data} == {10, 80}
+    best = np.quantile(wins, 0.9)
+    for row in data:
+        assert row["best"] == pytest.approx(best)
+        assert row["relative"] == pytest.approx(best / np.quantile(online, 0.9))
+    assert {answer.claim.figure for answer in figure.answers} == {"11"}
 
 
 def test_an_unknown_loss_is_drawn():
@@ -180,7 +248,7 @@ def test_arms_that_share_no_kl_are_not_drawn_at_equal_kl():
     far = run("online", start=9.0)
     found = draw([*study(arms=("offline",), losses=("ipo",)), *far])
     assert "share no range of KL" in found["equal_kl_ipo"].missing
-    assert "cannot be compared" in found["equal_kl_ipo"].findings[0].sentence
+    assert "cannot be compared" in found["equal_kl_ipo"].sentences[0]
     assert not found["figure_4"].missing
 
 

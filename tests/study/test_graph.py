@@ -20,6 +20,8 @@ from alignment_gap.jobs.generate import GENERATE
 from alignment_gap.jobs.label import LABEL
 from alignment_gap.jobs.prepare import PREPARE
 from alignment_gap.jobs.train import TRAIN
+from alignment_gap.sampling import SamplerConfig
+from alignment_gap.study.arms import ARMS, Branch
 from alignment_gap.study.graph import study_graph, takes_beta
 
 ROOT = Path("somewhere/jobs")
@@ -243,7 +245,143 @@ def test_the_report_reads_every_run(config):
     ]
 
 
+# Every arm of the table.
+
+FURTHER = tuple(arm.name for arm in ARMS if arm.name not in ("online", "shuffled", "offline"))
+
+
+@pytest.fixture
+def every(config):
+    """The jobs of a study with every arm of the table, two losses, and all that policies may classify."""
+    arms = {"further": FURTHER, "losses": ("ipo", "best_of_n"), "checkpoint_steps": (2, 4, 40)}
+    return jobs_of(build(changed(config, arms=arms, evaluation={"classified": ("heldout", "stream", "own")})))
+
+
+def test_further_arms_are_trained_once_under_the_first_loss_or_their_own(every):
+    own = {arm.name: arm.loss for arm in ARMS if arm.loss}
+    losses = {
+        name: sorted(job.config.loss.name for job in every.values() if job.name.startswith(f"seed0-{name}-"))
+        for name in FURTHER
+    }
+    assert losses == {name: [own.get(name, "ipo")] for name in FURTHER}
+    assert {"online-best_of_n-lr0.01", "shuffled-best_of_n-lr0.01", "offline-best_of_n-lr0.01"} < every.keys()
+
+
+def test_the_stream_is_replayed_in_its_order_and_shuffled_within_windows(every):
+    orders = {}
+    for name in ("replayed", "small_windows", "large_windows", "shuffled"):
+        source = every[f"{name}-ipo-beta0.1-lr0.01"].config.source
+        assert source.folder == str(every["online-ipo-beta0.1-lr0.01"].folder / "record")
+        orders[name] = (source.order, source.window)
+    assert orders == {
+        "replayed": ("recorded", None),
+        "small_windows": ("window", 2),
+        "large_windows": ("window", 5),
+        "shuffled": ("shuffle", None),
+    }
+    folders = (Path("golden"), Path("proxy"), Path("sft"), Path("pairs"))
+    branch = Branch(*folders, 32, SamplerConfig(), (800, 4000), {"online": Path("run")}, lambda name, policies: Path())
+    assert (branch.stream(1000).window, branch.stream(8).window) == (4, 500)
+    assert branch.early_of("online") == Path("run/checkpoints/800")
+
+
+def test_pairs_of_policies_are_sampled_once_and_labelled_by_the_golden_model(every):
+    online, sft = str(every["online-ipo-beta0.1-lr0.01"].folder), str(every["sft"].folder)
+    early = f"{online}/checkpoints/4"
+    policies = {"final_vs_final": (online,), "sft_vs_early": (sft, early), "early_vs_final": (early, online)}
+    for name, expected in policies.items():
+        job, arm = every[f"pairs-{name}-ipo"], every[f"{name}-ipo-beta0.1-lr0.01"]
+        assert job.kind is GENERATE and job.config.policies == expected
+        assert (job.config.judge.judge, job.config.judge.labels) == (str(every["golden"].folder), "hard")
+        assert (job.config.limit, job.config.each * len(expected)) == (40 * 8, 2)
+        assert arm.config.source == DatasetConfig(str(job.folder), batch_size=8)
+        assert {short(need) for need in arm.needs} == {"sft", f"pairs-{name}-ipo"}
+
+
+def test_pairs_of_policies_serve_every_setting_of_a_sweep(config):
+    arms = {"further": ("sft_vs_early",), "swept": ("sft_vs_early",), "offline_betas": (0.1, 0.5)}
+    jobs = jobs_of(build(changed(config, arms=arms)))
+    assert [name for name in jobs if name.startswith("pairs-")] == ["pairs-sft_vs_early-ipo"]
+    assert {jobs[f"sft_vs_early-ipo-beta{beta}-lr0.01"].config.source.folder for beta in (0.1, 0.5)} == {
+        str(jobs["pairs-sft_vs_early-ipo"].folder)
+    }
+
+
+def test_fresh_samples_by_how_many_how_old_and_against_whom(every):
+    online = every["online-ipo-beta0.1-lr0.01"].config.source
+    changes = {
+        "refresh_4-ipo-beta0.1": {"refresh_every": 4},
+        "refresh_16-ipo-beta0.1": {"refresh_every": 16},
+        "refresh_64-ipo-beta0.1": {"refresh_every": 64},
+        "refresh_never-ipo-beta0.1": {"refresh_every": 0},
+        "best_of_4-best_of_n": {"samples": 4},
+        "best_of_8-best_of_n": {"samples": 8},
+        "best_vs_worst_4-ipo-beta0.1": {"samples": 4, "keep": "best_and_worst"},
+        "best_vs_worst_8-ipo-beta0.1": {"samples": 8, "keep": "best_and_worst"},
+    }
+    for name, change in changes.items():
+        assert every[f"{name}-lr0.01"].config.source == dataclasses.replace(online, **change), name
+    soft = dataclasses.replace(online, judge=dataclasses.replace(online.judge, labels="soft"), mixture=0.125)
+    assert every["ipo_md-ipo_md-beta0.1-lr0.01"].config.source == soft
+    assert every["nash_md-nash_md-beta0.1-lr0.01"].config.source == dataclasses.replace(soft, against="mixture")
+
+
+def test_offline_objectives_read_golden_pairs_and_hypo_fresh_samples_beside_them(every):
+    pairs = DatasetConfig(str(every["relabelled-train"].folder), batch_size=8)
+    hypo, chi_po = (every[f"{name}-{name}-beta0.1-lr0.01"].config for name in ("hypo", "chi_po"))
+    assert hypo.source == chi_po.source == hypo.fresh.prompts == pairs
+    assert chi_po.fresh is None and hypo.fresh.judge.judge is None and not hypo.fresh.record
+
+
+def test_policies_and_the_proxy_classify_the_same_pairs(every):
+    stream = every["stream-relabelled"]
+    assert {short(need) for need in stream.needs} == {"stream", "golden"}
+    assert every["stream"].config.datasets == (str(every["online-ipo-beta0.1-lr0.01"].folder / "record"),)
+    assert every["stream"].config.limit == 8
+    for name in ("evaluation-sft", "evaluation-golden-ipo-beta0.1-lr0.01", "evaluation-hypo-hypo-beta0.1-lr0.01"):
+        assert every[name].config.classified == (
+            f"heldout={every['relabelled-validation'].folder}",
+            f"stream={stream.folder}",
+        )
+        assert every[name].config.own_labels == str(every["golden"].folder)
+    assert every["judge-proxy-stream"].config.dataset == str(stream.folder)
+    assert every["judge-proxy-validation"].config.dataset == str(every["relabelled-validation"].folder)
+
+
+def test_the_stream_needs_an_online_arm(config):
+    settings = {"arms": {"names": ("offline",)}, "evaluation": {"classified": ("stream",)}}
+    with pytest.raises(UserError, match="classified has 'stream', but no arm is named 'online'"):
+        build(changed(config, **settings))
+
+
+def test_nothing_is_made_twice(config, every):
+    """No two jobs have the same settings, and no two the same folder."""
+    seen = {}
+    for name, job in every.items():
+        settings = repr(dataclasses.replace(job.config, seed=0) if hasattr(job.config, "seed") else job.config)
+        assert seen.setdefault((job.kind.name, settings), name) == name
+    assert len({job.folder for job in every.values()}) == len(every)
+
+
 # Settings.
+
+
+def test_the_steps_of_the_sweep_are_multiples_of_the_online_steps(config):
+    graph = build(changed(config, arms={"offline_steps": (1, 5)}))
+    jobs = jobs_of(graph)
+    one, five = (jobs[f"offline-ipo-beta0.1-lr0.01{end}"].config for end in ("", "-steps5x"))
+    assert (one.steps, one.checkpoint_steps) == (4, (2, 4))
+    assert (five.steps, five.checkpoint_steps) == (20, (10, 20))
+    assert jobs["evaluation-offline-ipo-beta0.1-lr0.01-steps5x"].config.steps == (10, 20)
+    runs = {(run.arm, run.steps_factor) for run in graph.seeds[0].runs}
+    assert {("offline", 1), ("offline", 5), ("online", 1)} < runs and ("online", 5) not in runs
+
+
+def test_any_arm_may_be_swept(config):
+    swept = {"swept": ("offline", "shuffled"), "offline_betas": (0.1, 0.5)}
+    names = jobs_of(build(changed(config, arms=swept))).keys()
+    assert {f"{arm}-ipo-beta{beta}-lr0.01" for arm in ("offline", "shuffled") for beta in (0.1, 0.5)} < names
+    assert "online-ipo-beta0.5-lr0.01" not in names
 
 
 def test_a_sweep_is_of_the_arms_that_are_swept_and_of_a_beta_only_where_the_loss_has_one(config):

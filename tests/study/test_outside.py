@@ -6,10 +6,12 @@ import json
 import numpy as np
 import pytest
 from job_runs import assert_equal_checkpoints
-from outside import REPLAYED
+from outside import AS_ONLINE, REPLAYED
 from studies import copied, newly_run, rows, run
 
+from alignment_gap.data.records import open_dataset
 from alignment_gap.study.arms import arms_of
+from alignment_gap.study.estimates import Evidence
 from alignment_gap.study.findings import study_comparisons
 from alignment_gap.study.graph import study_graph
 from alignment_gap.study.results import study_results
@@ -25,6 +27,7 @@ def replayed(finished, config, tmp_path_factory):
     """A finished study with one more arm, and the jobs that it had to run."""
     folder = copied(finished, tmp_path_factory.mktemp("outside") / "study")
     names = (*config.arms.names, "outside:REPLAYED")
+    config = dataclasses.replace(config, claims=("outside:AS_ONLINE",))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("alignment_gap.evaluation.charts.png", lambda spec, scale=2.0: b"PNG")
         study, lines = run(with_arms(config, names=names), folder, update=True)
@@ -33,7 +36,7 @@ def replayed(finished, config, tmp_path_factory):
 
 def test_an_arm_adds_its_two_jobs_and_no_other(replayed):
     study, new = replayed
-    assert new == ["replayed-ipo-beta0.1-lr0.01", "evaluation-replayed-ipo-beta0.1-lr0.01"]
+    assert new == ["mirrored-ipo-beta0.1-lr0.01", "evaluation-mirrored-ipo-beta0.1-lr0.01"]
     needs = [job.name.removeprefix("seed0-") for job in study.graph.job(f"seed0-{new[0]}").needs]
     assert needs == ["sft", "online-ipo-beta0.1-lr0.01"]
 
@@ -48,24 +51,22 @@ def test_the_stream_of_an_online_run_in_its_order_is_the_online_run(replayed):
 
 def test_the_arm_is_in_the_results_beside_unchanged_others(replayed, finished):
     found = rows(replayed[0])
-    assert [row["step"] for row in found if row["arm"] == "replayed"] == ["2", "4"]
-    assert [row for row in found if row["arm"] != "replayed"] == rows(finished)
+    assert [row["step"] for row in found if row["arm"] == "mirrored"] == ["2", "4"]
+    assert [row for row in found if row["arm"] != "mirrored"] == rows(finished)
 
 
 def test_the_arm_is_in_the_findings_and_in_every_figure(replayed):
     study, _ = replayed
     results, arms = study_results(study.graph), arms_of(study.config.arms.names)
-    comparisons = study_comparisons(results, arms)
-    assert [(c.metric, c.paper, c.figure) for c in comparisons if c.first[0] == "replayed"] == [
-        ("win_rate", "level", "3"),
-        ("rubric", None, ""),
-    ]
+    comparisons = study_comparisons(Evidence(results), arms)
+    assert [c.metric for c in comparisons if c.first[0] == "mirrored"] == ["win_rate", "rubric"]
     page = (study.workdir / "report.html").read_text()
-    assert f"<b>replayed</b>: {REPLAYED.reads}." in page
-    assert "at equal KL" in page and "replayed \u2212 online" in page
+    assert f"<b>mirrored</b>: {REPLAYED.reads}." in page
+    assert AS_ONLINE.paper in page
+    assert "at equal KL" in page and "mirrored \u2212 online" in page
     (specs,) = (part.partition("</script>")[0] for part in page.split('type="application/json">')[1:])
     for name, spec in json.loads(specs).items():
-        if name != "equal_kl_ipo":
+        if name not in ("equal_kl_ipo", "figure_2", "figure_3"):
             assert "#123456" in json.dumps(spec), name
             assert "triangle-left" in json.dumps(spec), name
 
@@ -86,6 +87,40 @@ def test_a_loss_and_a_judge_are_named_in_the_config(finished, config, tmp_path, 
     assert (folder / "figures" / "figure_8_outside_squared.png").exists()
     page = (folder / "report.html").read_text()
     assert "Figure 8: classification along training, outside:squared" in page
+
+
+def test_policies_and_the_proxy_classify_held_out_pairs_the_stream_and_own_samples(finished, config, tmp_path):
+    evaluation = dataclasses.replace(config.evaluation, classified=("heldout", "stream", "own"))
+    folder = copied(finished, tmp_path / "study")
+    graph = study_graph(dataclasses.replace(config, evaluation=evaluation), folder / "jobs")
+    for name in ("stream", "stream-relabelled", "judge-proxy-stream", "evaluation-online-ipo-beta0.1-lr0.01"):
+        job = graph.job(f"seed0-{name}")
+        assert job.state == "ready"
+        run_job(job, job.name)
+    (seed,) = graph.seeds
+    online = [run for run in seed.runs if run.arm == "online"]
+    *policies, proxy = study_results(dataclasses.replace(graph, seeds=(dataclasses.replace(seed, runs=online),)))
+    assert [(each.arm, each.step) for each in policies] == [("online", 2), ("online", 4)]
+    accuracies = {"heldout_accuracy", "stream_accuracy", "own_accuracy"}
+    for each in policies:
+        assert accuracies < each.outcomes.keys()
+        assert {len(each.outcomes[name]) for name in accuracies} == {8}
+    assert proxy.arm == "proxy" and {name: len(values) for name, values in proxy.outcomes.items()} == {
+        "heldout_accuracy": 8,
+        "stream_accuracy": 8,
+    }
+
+
+def test_an_arm_with_a_loss_and_a_second_source_of_its_own(finished, config, tmp_path):
+    """HyPO reads recorded pairs and fresh samples; an early policy's pairs are sampled for another arm."""
+    folder = copied(finished, tmp_path / "study")
+    graph = study_graph(with_arms(config, further=("hypo", "sft_vs_early")), folder / "jobs")
+    for name in ("hypo-hypo-beta0.1-lr0.01", "pairs-sft_vs_early-ipo", "sft_vs_early-ipo-beta0.1-lr0.01"):
+        job = graph.job(f"seed0-{name}")
+        assert job.state == "ready"
+        run_job(job, job.name)
+    pairs = open_dataset(graph.job("seed0-pairs-sft_vs_early-ipo").folder)
+    assert len(pairs) == 32 and {tuple(sorted(example.scores)) for example in pairs} <= {(0.0, 1.0), (0.5, 0.5)}
 
 
 def test_a_judge_of_ones_own_is_asked_about_every_checkpoint(finished, config, tmp_path):

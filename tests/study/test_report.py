@@ -14,6 +14,7 @@ import pytest
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation import charts
 from alignment_gap.study.analysis import CheckpointResult
+from alignment_gap.study.claims import CLAIMS
 from alignment_gap.study.config import ArmsConfig, StudyConfig
 from alignment_gap.study.report import JudgeFacts, ReportContext, peaks_text, write_report
 
@@ -28,9 +29,10 @@ FACTS = [
     "sft0:00:12",
     "arms1:07:00",
     "onlineIPObeta 0.1, lr 0.001",
-    "offline: the fixed dataset D_golden, labelled by the golden model, swept over settings.",
+    "offline: the fixed dataset D_golden, labelled by the golden model. golden:",
     "golden: two fresh samples of the policy, labelled by the golden model itself",
-    "ahead, figure 1",
+    "At equal KL online is better than offline.",
+    "online minus offline, win rate against the golden policy, at equal KL",
 ]
 HOSTILE = "</script><script>alert('x')</script> & <b>bold</b>"
 
@@ -107,7 +109,22 @@ def test_page_numbers_and_pictures_are_there(folder):
     with (folder / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["arm"], row["step"]) for row in rows] == [(r.arm, str(r.step)) for r in results()]
-    assert sorted(path.name for path in folder.iterdir()) == ["figures", "report.html", "results.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == ["claims.csv", "figures", "report.html", "results.csv"]
+
+
+def test_every_claim_is_a_row_of_a_table(folder, page):
+    with (folder / "claims.csv").open(newline="") as file:
+        found = {row["claim"]: row for row in csv.DictReader(file)}
+    assert list(found) == [claim.name for claim in CLAIMS]
+    row = found["online-beats-offline"]
+    assert (row["figure"], row["holds_above"], row["holds_below"], row["seeds"]) == ("1", "0.0", "inf", "1")
+    assert row["verdict"] == "cannot be told" and row["reason"].startswith("one seed")
+    # Both arms have the same draws, so the gap is nothing at all.
+    assert {row[name] for name in ("value", "low", "high", "detectable")} == {"0.0"}
+    assert row["p_adjusted"] == "" and found["replay-is-online"]["value"] == ""
+    assert all(claim.paper in page.text for claim in CLAIMS)
+    assert page.text.index("The paper's claims") < page.text.index("The answer")
+    assert "0 of 28 claims agree with the paper, 0 disagree, 28 cannot be told." in page.text
 
 
 def test_page_loads_nothing(folder, page):
@@ -135,6 +152,10 @@ def test_the_answer_comes_first_with_its_caveats(page):
     assert "95\u00a0% interval" in page.text
     assert "not another training run" in page.text
     assert "A micro size" in page.text
+
+
+def test_over_optimisation_is_fitted(page):
+    assert "4 fits" in page.text and "d(a \u2212 b log d)" in page.text
 
 
 def test_missing_figures_say_why(page):

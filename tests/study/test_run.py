@@ -40,7 +40,7 @@ def test_a_row_for_every_checkpoint_of_every_arm(finished):
     assert {row["loss"] for row in found[1:]} == {"ipo"} and {row["seed"] for row in found} == {"0"}
     for row in found:
         assert 0 <= float(row["win_rate_low"]) <= float(row["win_rate"]) <= float(row["win_rate_high"]) <= 1
-        assert all(row[name] for name in row if name != "beta" and name != "learning_rate")
+        assert all(row[name] for name in row if name not in ("beta", "learning_rate") and "_accuracy" not in name)
     assert [row["beta"] for row in found] == ["", *["0.1"] * 8]
 
 
@@ -58,12 +58,12 @@ def test_trained_policies_have_left_the_origin(finished):
 
 def test_the_report_lies_beside_the_jobs(finished):
     assert {path.name for path in finished.workdir.iterdir()} == {
-        *("jobs", "figures", "report.html", "results.csv", "study.json", ".lock")
+        *("jobs", "figures", "report.html", "results.csv", "claims.csv", "study.json", ".lock")
     }
     page = (finished.workdir / "report.html").read_text()
     assert "http-equiv" in page and "<script src" not in page
     assert {path.stem for path in (finished.workdir / "figures").iterdir()} == {
-        *("equal_kl_ipo", "figure_4", "figure_4_rubric", "figure_7", "figure_8_ipo")
+        *("equal_kl_ipo", "figure_2", "figure_3", "figure_4", "figure_4_rubric", "figure_7", "figure_8_ipo")
     }
     for job in finished.graph.jobs:
         assert job.state == "done" and job.name in page

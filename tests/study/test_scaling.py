@@ -3,20 +3,22 @@
 import dataclasses
 
 import pytest
+from planted import two_runs
 
 from alignment_gap.errors import UserError
-from alignment_gap.models import sizes
+from alignment_gap.models import count_parameters, make_policy, sizes
 from alignment_gap.study import run
+from alignment_gap.study.config import BaseConfig
+from alignment_gap.study.estimates import Evidence
+from alignment_gap.study.report import ReportContext
 from alignment_gap.study.run import of_size, open_studies
 
 SIZES = ("palm_10m", "t5_small")
 
 
-def scaling(config, **judge):
-    """The study over two sizes; judges of one network, whatever the policy's, where no other start is given."""
-    judge = {"model": config.policy, "start": None} | judge
-    judges = {name: dataclasses.replace(getattr(config, name), **judge) for name in ("golden", "proxy")}
-    return dataclasses.replace(config, sizes=SIZES, **judges)
+def scaling(config, **settings):
+    """The study over two sizes, with one network for the golden policy and the judges."""
+    return dataclasses.replace(config, **({"sizes": SIZES, "base": BaseConfig(config.policy)} | settings))
 
 
 def test_sizes_are_studies_in_folders_of_their_own_over_the_same_jobs(config, tmp_path):
@@ -29,32 +31,78 @@ def test_sizes_are_studies_in_folders_of_their_own_over_the_same_jobs(config, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_data_judges_and_labels_are_shared_and_nothing_else(config, tmp_path):
+def test_data_judges_labels_and_golden_policy_are_shared_and_nothing_else(config, tmp_path):
     first, second = ({job.name: job.folder for job in s.graph.jobs} for s in open_studies(scaling(config), tmp_path))
     assert first.keys() == second.keys()
     shared = {name.removeprefix("seed0-") for name in first if first[name] == second[name]}
     assert shared == {
         *("data", "golden", "relabelled-train", "relabelled-validation", "proxy"),
         *("judge-golden", "judge-proxy-train", "judge-proxy-validation"),
+        *("base", "golden-ipo-beta0.1-lr0.01", "opponent-golden"),
     }
 
 
+def test_the_golden_policy_and_the_judges_start_from_the_base_and_arms_from_their_own_sft(config, tmp_path):
+    study, _ = open_studies(scaling(config), tmp_path)
+    jobs = {job.name.removeprefix("seed0-"): job for job in study.graph.jobs}
+    base, sft = str(jobs["base"].folder), str(jobs["sft"].folder)
+    golden, online = (jobs[f"{arm}-ipo-beta0.1-lr0.01"].config for arm in ("golden", "online"))
+    assert jobs["base"].config.model == config.policy and jobs["sft"].config.model == study.config.policy
+    assert {jobs[name].config.start for name in ("golden", "proxy")} == {golden.start} == {base}
+    assert online.start == sft
+    measured = {arm: jobs[f"evaluation-{arm}-ipo-beta0.1-lr0.01"].config.reference for arm in ("golden", "online")}
+    assert measured == {"golden": base, "online": sft}
+    assert jobs["evaluation-sft"].config.reference == sft
+
+
+def test_a_size_has_its_batch_and_its_learning_rates(config):
+    sft = dataclasses.replace(config.sft, start="imported/{size}")
+    study = scaling(config, size_batches=(16, 8), size_rates=(1.0, 0.1), sft=sft)
+    first, second = (of_size(study, name) for name in SIZES)
+    assert (first.arms.batch_size, second.arms.batch_size) == (16, 8)
+    assert second.arms.optimizer.learning_rate == pytest.approx(0.1 * config.arms.optimizer.learning_rate)
+    assert second.arms.offline_learning_rates == pytest.approx((1e-3,))
+    assert (first.sft.start, second.sft.start) == ("imported/palm_10m", "imported/t5_small")
+    with pytest.raises(UserError, match=r"size_rates is \(1\.0,\): give one above 0 for each of sizes, or none"):
+        scaling(config, size_rates=(1.0,))
+
+
+def test_the_report_over_sizes_pools_them_by_their_parameters(config, tmp_path, monkeypatch):
+    studies, written = open_studies(scaling(config), tmp_path), []
+    with pytest.raises(UserError, match="jobs are not done"):
+        run.write_sizes_report(scaling(config), studies, tmp_path)
+    monkeypatch.setattr(run, "check_done", lambda study: None)
+    monkeypatch.setattr(run, "study_results", lambda graph: two_runs())
+    monkeypatch.setattr(run, "report_context", lambda config, graph: ReportContext(config))
+    monkeypatch.setattr(run, "write_report", lambda *arguments: written.append(arguments))
+    run.write_sizes_report(scaling(config), studies, tmp_path, lambda line: None)
+    ((folder, results, context),) = written
+    assert folder == tmp_path and context.config.sizes == SIZES
+    counts = {result.size: result.parameters for result in results}
+    expected = [count_parameters(make_policy(study.config.policy)) for study in studies]
+    assert counts == {"": expected[0], "t5_small": expected[1]}
+    assert len(Evidence(results).sizes) == 2
+
+
 def test_judges_that_start_from_the_policy_are_of_each_size(config, tmp_path):
-    studies = open_studies(scaling(config, model=None, start="sft"), tmp_path)
+    studies = open_studies(scaling(config, base=None), tmp_path)
     first, second = ({job.name: job.folder for job in study.graph.jobs} for study in studies)
     assert {name for name in first if first[name] == second[name]} == {"seed0-data"}
 
 
 def test_a_size_keeps_vocabulary_and_computation_of_the_policy(config):
-    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, dtype="bfloat16", remat="full"))
+    config = dataclasses.replace(
+        config, sizes=SIZES, policy=dataclasses.replace(config.policy, dtype="bfloat16", remat="full")
+    )
     policy = of_size(config, "palm_10m").policy
     vocabulary_size = config.policy.vocabulary_size
     assert policy == sizes.get("palm_10m", vocabulary_size=vocabulary_size, dtype="bfloat16", remat="full")
 
 
-def test_judges_of_another_network_cannot_start_from_the_policy(config, tmp_path):
-    with pytest.raises(UserError, match=r"golden\.model differs from the policy.*set golden\.start to None"):
-        open_studies(scaling(config, start="sft"), tmp_path)
+def test_judges_of_another_network_cannot_start_from_the_base(config, tmp_path):
+    golden = dataclasses.replace(config.golden, model=dataclasses.replace(config.policy, width=32))
+    with pytest.raises(UserError, match=r"golden\.model differs from the base.*set golden\.start to None"):
+        open_studies(scaling(config, golden=golden), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -74,6 +122,6 @@ def test_a_finished_size_leaves_the_shared_jobs_to_the_next(config, tmp_path, mo
     run.run_study(first, say=lines.append)
     assert len(made) == len(first.graph.jobs) and lines == ["report of nano palm_10m"]
     run.run_study(second, say=lines.append)
-    assert len(set(made)) == len(made) == len(first.graph.jobs) + len(second.graph.jobs) - 8
-    assert sum(line.endswith("finished before") for line in lines) == 8
+    assert len(set(made)) == len(made) == len(first.graph.jobs) + len(second.graph.jobs) - 11
+    assert sum(line.endswith("finished before") for line in lines) == 11
     assert {path.name for path in tmp_path.iterdir()} == {"jobs", *SIZES}

@@ -1,0 +1,387 @@
+"""What a claim rests on: an estimate for every seed with its bootstrap replicates, computed from the checkpoints.
+
+An estimate is a frozen value that is called with the `Evidence` of a study. It gives, by seed, an array whose first
+entry is the estimate on the examples and whose others are the estimates on resamples of them. Where the study lacks
+something it raises `NotMeasured` with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from alignment_gap.evaluation.intervals import RESAMPLES
+from alignment_gap.study.analysis import (
+    METRICS,
+    ORIGIN,
+    PROXY,
+    CheckpointResult,
+    Comparison,
+    Method,
+    Runs,
+    compare,
+    cross_fitted_best,
+    furthest,
+    joint_means,
+    loss_name,
+    measured_runs,
+    seeds_of,
+)
+
+NARROW = 1.1
+"""Shared budgets whose ends have a smaller ratio are too few for a claim, which is on a range of KL."""
+FEWEST_RUNS = 3
+"""Fewer runs than this in a seed are too few to correlate two metrics over them."""
+CORRELATION = "correlation"
+"""The unit of an estimate that is no metric."""
+
+BySeed = dict[int, Float[np.ndarray, "R"]]
+
+
+class NotMeasured(Exception):
+    """The study does not have what an estimate needs; the message says what."""
+
+
+class Evidence:
+    """The checkpoints of a study, with each comparison at equal KL made once, however many claims read it."""
+
+    def __init__(self, results: Sequence[CheckpointResult]) -> None:
+        """Takes the checkpoints of all policies; estimates read those of the study's own size."""
+        self.everything = results
+        self.results = [result for result in results if not result.size]
+        self.compared = functools.cache(self._compare)
+
+    @functools.cached_property
+    def seeds(self) -> list[int]:
+        """Every seed, ascending."""
+        return seeds_of(self.results)
+
+    @functools.cached_property
+    def sizes(self) -> list[Evidence]:
+        """The study's own size and every other one, each as evidence of its own, by the number of parameters."""
+        counts = {result.size: result.parameters for result in self.everything if result.arm == ORIGIN}
+        return [self._of_size(size) for size, _ in sorted(counts.items(), key=lambda each: each[1])]
+
+    def runs(self, method: Method, metric: str) -> dict[int, Runs]:
+        """The runs of a method in every seed that measured the metric and KL; raises NotMeasured where none did."""
+        runs = {seed: measured_runs(self.results, method, seed, metric) for seed in self.seeds}
+        found = {seed: each for seed, each in runs.items() if each}
+        if not found:
+            raise NotMeasured(f"{in_words(method)} was not trained, or its {METRICS[metric].words} was not measured")
+        return found
+
+    def ends(self, method: Method, metric: str) -> dict[int, list[CheckpointResult]]:
+        """The last checkpoint of every run of a method, by seed; raises NotMeasured where there is none."""
+        measured = [result for result in self.results if result.method == method and metric in result.outcomes]
+        if not measured:
+            raise NotMeasured(f"{in_words(method)} was not trained, or its {METRICS[metric].words} was not measured")
+        last = {(r.seed, r.setting): r for r in sorted(measured, key=lambda result: result.step)}
+        ends: dict[int, list[CheckpointResult]] = {}
+        for (seed, _), result in last.items():
+            ends.setdefault(seed, []).append(result)
+        return ends
+
+    def with_shared_settings(self, first: Method, second: Method) -> Evidence:
+        """The evidence without runs of two methods at settings that the other lacks; raises NotMeasured without any."""
+        settings = [{r.setting for r in self.results if r.method == method} for method in (first, second)]
+        shared = settings[0] & settings[1]
+        if not shared:
+            raise NotMeasured(f"{in_words(first)} and {in_words(second)} were trained at no setting that both have")
+        return Evidence([r for r in self.results if r.method not in (first, second) or r.setting in shared])
+
+    def _compare(self, first: Method, second: Method, metric: str = "win_rate") -> Comparison | None:
+        return compare(self.results, first, second, metric)
+
+    def _of_size(self, size: str) -> Evidence:
+        chosen = (result for result in self.everything if result.size == size)
+        return Evidence([dataclasses.replace(result, size="") for result in chosen])
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualKl:
+    """The gap at equal KL, first minus second, averaged over the budgets that both methods reach.
+
+    With `settings` "shared" only runs at settings that both methods have count: a sweep has more tries than one run.
+    """
+
+    first: Method
+    second: Method
+    metric: str = "win_rate"
+    settings: str = "all"
+    is_gap: ClassVar[bool] = True
+
+    def __call__(self, evidence: Evidence) -> BySeed:
+        """Raises NotMeasured where a method is missing, or the range of KL that both reach is none or narrow."""
+        for method in (self.first, self.second):
+            evidence.runs(method, self.metric)  # Raises where there are none, whatever their settings.
+        if self.settings == "shared":
+            evidence = evidence.with_shared_settings(self.first, self.second)
+        comparison = _comparison(evidence, self.first, self.second, self.metric)
+        budgets = comparison.budgets
+        if not len(budgets):
+            raise NotMeasured(f"{in_words(self.first)} and {in_words(self.second)} share no range of KL")
+        if budgets[-1] < NARROW * budgets[0]:
+            raise NotMeasured(f"{in_words(self.first)} and {in_words(self.second)} share a narrow range of KL only")
+        return dict(zip(comparison.seeds, comparison.mean_gaps, strict=True))
+
+    def __str__(self) -> str:
+        shared = " and settings" if self.settings == "shared" else ""
+        return f"{_minus(self.first, self.second)}, {METRICS[self.metric].words}, at equal KL{shared}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PeakGap:
+    """The gap between the best of two methods at any KL, first minus second, cross-fitted."""
+
+    first: Method
+    second: Method
+    metric: str = "win_rate"
+    is_gap: ClassVar[bool] = True
+
+    def __call__(self, evidence: Evidence) -> BySeed:
+        """Raises NotMeasured where a method is missing."""
+        comparison = _comparison(evidence, self.first, self.second, self.metric)
+        return dict(zip(comparison.seeds, comparison.peak_gaps, strict=True))
+
+    def __str__(self) -> str:
+        return f"{_minus(self.first, self.second)}, {METRICS[self.metric].words}, peak"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rise:
+    """The cross-fitted best of a method minus SFT."""
+
+    method: Method
+    metric: str = "win_rate"
+    is_gap: ClassVar[bool] = True
+
+    def __call__(self, evidence: Evidence) -> BySeed:
+        """Raises NotMeasured where the method is missing."""
+        runs = evidence.runs(self.method, self.metric)
+        return {
+            seed: cross_fitted_best(each, self.metric) - _mean([each[0][0]], self.metric) for seed, each in runs.items()
+        }
+
+    def __str__(self) -> str:
+        return f"{in_words(self.method)}, {METRICS[self.metric].words}, peak minus SFT"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fall:
+    """The cross-fitted best of a method minus its checkpoint of the largest KL."""
+
+    method: Method
+    metric: str = "win_rate"
+    is_gap: ClassVar[bool] = True
+
+    def __call__(self, evidence: Evidence) -> BySeed:
+        """Raises NotMeasured where the method is missing."""
+        runs = evidence.runs(self.method, self.metric)
+        return {
+            seed: cross_fitted_best(each, self.metric) - _mean([furthest(each)], self.metric)
+            for seed, each in runs.items()
+        }
+
+    def __str__(self) -> str:
+        return f"{in_words(self.method)}, {METRICS[self.metric].words}, peak minus largest KL"
+
+
+@dataclasses.dataclass(frozen=True)
+class AtEnd:
+    """A metric at the end of training: the mean over a method's runs, the largest over the methods."""
+
+    methods: tuple[Method, ...]
+    metric: str
+    is_gap: ClassVar[bool] = False
+
+    def __call__(self, evidence: Evidence) -> BySeed:
+        """Raises NotMeasured where one of the methods is missing."""
+        ends = [evidence.ends(method, self.metric) for method in self.methods]
+        shared = [seed for seed in ends[0] if all(seed in each for each in ends)]
+        return {seed: np.max([_mean(each[seed], self.metric) for each in ends], axis=0) for seed in _some(shared)}
+
+    def __str__(self) -> str:
+        names = ", ".join(map(in_words, self.methods))
+        largest = f"largest of {names}" if len(self.methods) > 1 else names
+        return f"{largest}, {METRICS[self.metric].words}, end of training"
+
+
+@dataclasses.dataclass(frozen=True)
+class EndGap:
+    """A metric at the end of training, first minus second; of the second the runs at the first one's settings.
+
+    Where the second has no run at a setting of the first, all of its runs count.
+    """
+
+    first: Method
+    second: Method
+    metric: str
+    is_gap: ClassVar[bool] = True
+
+    def __call__(self, evidence: Evidence) -> BySeed:
+        """Raises NotMeasured where a method is missing."""
+        firsts, seconds = (evidence.ends(method, self.metric) for method in (self.first, self.second))
+        gaps = {}
+        for seed in _some([seed for seed in firsts if seed in seconds]):
+            settings = {result.setting for result in firsts[seed]}
+            matched = [result for result in seconds[seed] if result.setting in settings] or seconds[seed]
+            gaps[seed] = _mean(firsts[seed], self.metric) - _mean(matched, self.metric)
+        return gaps
+
+    def __str__(self) -> str:
+        return f"{_minus(self.first, self.second)}, {METRICS[self.metric].words}, end of training"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProxyLead:
+    """How much better the proxy classifies pairs than the best of some methods at the end of training."""
+
+    methods: tuple[Method, ...]
+    metric: str
+    is_gap: ClassVar[bool] = True
+
+    def __call__(self, evidence: Evidence) -> BySeed:
+        """Raises NotMeasured where the proxy or one of the methods is missing."""
+        policies = AtEnd(self.methods, self.metric)(evidence)
+        proxy = evidence.ends(PROXY, self.metric)
+        shared = _some([seed for seed in policies if seed in proxy])
+        return {seed: _mean(proxy[seed], self.metric) - policies[seed] for seed in shared}
+
+    def __str__(self) -> str:
+        names = ", ".join(map(in_words, self.methods))
+        return f"proxy minus the best of {names}, {METRICS[self.metric].words}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Correlation:
+    """Spearman's correlation of two metrics over the checkpoints of a method's runs.
+
+    The checkpoints of a run depend on each other, so whole runs are resampled, not examples.
+    """
+
+    method: Method
+    predictor: str
+    predicted: str
+    metric: ClassVar[str] = CORRELATION
+    is_gap: ClassVar[bool] = False
+
+    def __call__(self, evidence: Evidence) -> BySeed:
+        """Raises NotMeasured where there are too few runs, or all of them have the same results."""
+        found = {}
+        for seed, runs in evidence.runs(self.method, self.predicted).items():
+            both = [run for run in runs if all(self.predictor in result.outcomes for result in run[1:])]
+            if len(both) >= FEWEST_RUNS:
+                found[seed] = self._resampled(both, seed)
+        if not found or any(math.isnan(values[0]) for values in found.values()):
+            raise NotMeasured(f"{in_words(self.method)} has fewer than {FEWEST_RUNS} runs of differing results a seed")
+        return found
+
+    def _resampled(self, runs: Runs, seed: int) -> Float[np.ndarray, "R"]:
+        points = [np.array([[r.mean(self.predictor), r.mean(self.predicted)] for r in run[1:]]) for run in runs]
+        rng = np.random.default_rng([seed, len(runs)])
+        draws = [np.arange(len(runs)), *rng.integers(len(runs), size=(RESAMPLES, len(runs)))]
+        return np.array([_spearman(np.concatenate([points[run] for run in draw])) for draw in draws])
+
+    def __str__(self) -> str:
+        names = (METRICS[name].words for name in (self.predictor, self.predicted))
+        return f"{in_words(self.method)}, Spearman's correlation of {' and '.join(names)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrowing:
+    """How much smaller the gap of the peaks is at the largest size than at the smallest one."""
+
+    first: Method
+    second: Method
+    metric: str = "win_rate"
+    is_gap: ClassVar[bool] = True
+
+    def __call__(self, evidence: Evidence) -> BySeed:
+        """Raises NotMeasured where there is one size, or a method is missing in one of the two."""
+        if len(evidence.sizes) < 2:
+            raise NotMeasured("the study has policies of one size")
+        gap = PeakGap(self.first, self.second, self.metric)
+        smallest, largest = gap(evidence.sizes[0]), gap(evidence.sizes[-1])
+        return {seed: smallest[seed] - largest[seed] for seed in _some([seed for seed in smallest if seed in largest])}
+
+    def __str__(self) -> str:
+        return f"{_minus(self.first, self.second)}, {METRICS[self.metric].words}, peak, smallest minus largest size"
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One estimate minus another of the same metric, in the seeds that have both."""
+
+    one: Narrowing
+    other: Narrowing
+    is_gap: ClassVar[bool] = True
+
+    @property
+    def metric(self) -> str:
+        """That of both."""
+        return self.one.metric
+
+    def __call__(self, evidence: Evidence) -> BySeed:
+        """Raises NotMeasured where one of them does."""
+        one, other = self.one(evidence), self.other(evidence)
+        return {seed: one[seed] - other[seed] for seed in _some([seed for seed in one if seed in other])}
+
+    def __str__(self) -> str:
+        return f"({self.one}) minus ({self.other})"
+
+
+Estimate = EqualKl | PeakGap | Rise | Fall | AtEnd | EndGap | ProxyLead | Correlation | Narrowing | Difference
+
+
+def bounds(estimate: Estimate) -> tuple[float, float]:
+    """The values that an estimate can have; Student's t over few seeds can reach beyond them."""
+    if estimate.metric == CORRELATION:
+        return -1.0, 1.0
+    if not METRICS[estimate.metric].is_share:
+        return -math.inf, math.inf
+    return (-1.0, 1.0) if estimate.is_gap else (0.0, 1.0)
+
+
+def in_words(method: Method) -> str:
+    """A method as the report names it: the arm, and the loss."""
+    arm, loss = method
+    return arm if method == PROXY else f"{arm} {loss_name(loss)}"
+
+
+def _minus(first: Method, second: Method) -> str:
+    if first[1] == second[1]:
+        return f"{loss_name(first[1])}: {first[0]} minus {second[0]}"
+    return f"{in_words(first)} minus {in_words(second)}"
+
+
+def _comparison(evidence: Evidence, first: Method, second: Method, metric: str) -> Comparison:
+    for method in (first, second):
+        evidence.runs(method, metric)
+    comparison = evidence.compared(first, second, metric)
+    if comparison is None:
+        raise NotMeasured(f"{in_words(first)} and {in_words(second)} were not measured in one seed")
+    return comparison
+
+
+def _some(seeds: list[int]) -> list[int]:
+    if not seeds:
+        raise NotMeasured("no seed has all that is compared")
+    return seeds
+
+
+def _mean(checkpoints: Sequence[CheckpointResult], metric: str) -> Float[np.ndarray, "R"]:
+    return joint_means(checkpoints, metric).mean(axis=1)
+
+
+def _spearman(points: Float[np.ndarray, "P 2"]) -> float:
+    ranks = stats.rankdata(points, axis=0)
+    ranks -= ranks.mean(axis=0)
+    scale = math.sqrt(float((ranks[:, 0] ** 2).sum() * (ranks[:, 1] ** 2).sum()))
+    return float(ranks[:, 0] @ ranks[:, 1]) / scale if scale else math.nan

@@ -1,0 +1,36 @@
+"""All arms and claims of the study on the built-in task: five seeds, about six hours on two CPU cores.
+
+alignment-gap launch --engine=local --local.jobs=2 study --config=configs/study/paper.py --workdir=runs/paper
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+_spec = importlib.util.spec_from_file_location("tiny", pathlib.Path(__file__).with_name("tiny.py"))
+tiny = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiny)
+
+WINDOWS = ("replayed", "small_windows", "large_windows")
+DATASETS = ("final_vs_final", "sft_vs_early", "early_vs_final")
+REFRESH = ("refresh_4", "refresh_16", "refresh_64", "refresh_never")
+SAMPLES = ("best_of_4", "best_of_8", "best_vs_worst_4", "best_vs_worst_8")
+OBJECTIVES = ("hypo", "chi_po", "nash_md", "ipo_md")
+
+
+def get_config() -> ConfigDict:
+    config = tiny.get_config()
+    config.name, config.seeds = "paper", 5
+    config.arms.names = ("online", "shuffled", "offline")
+    config.arms.further = (*WINDOWS, *DATASETS, *REFRESH, *SAMPLES, *OBJECTIVES)
+    config.arms.losses = ("ipo", "best_of_n", "dpo", "slic", "exponential")
+    config.arms.swept = ("offline", "shuffled", "chi_po")
+    # A fifth of the steps, 60, is the early policy of the datasets.
+    config.arms.checkpoint_steps = (10, 30, 60, 150, 300)
+    # The win rates bend at smaller betas than the online one; that is swept too.
+    config.arms.offline_betas = (0.01, 0.03, 0.1)
+    config.arms.offline_learning_rates = (3e-4, 1e-3)
+    config.arms.offline_steps = (1, 3)
+    config.evaluation.classified = ("heldout", "stream", "own")
+    return config

@@ -1,0 +1,112 @@
+"""The graphs of configs/study: what there is, nothing made twice, an arm for every claim. None is run."""
+
+import collections
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+
+import pytest
+
+from alignment_gap.configuration import from_dict
+from alignment_gap.jobs.train import TRAIN
+from alignment_gap.study.arms import ARMS
+from alignment_gap.study.claims import CLAIMS
+from alignment_gap.study.config import StudyConfig
+from alignment_gap.study.graph import study_graph
+from alignment_gap.study.run import of_size
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "study"
+
+
+@functools.cache
+def study_of(name, *arguments):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_dict(StudyConfig, module.get_config(*arguments).to_dict())
+
+
+@functools.cache
+def graph_of(name, size="", *arguments):
+    study = study_of(name, *arguments)
+    return study_graph(of_size(study, size) if size else study, pathlib.Path("jobs"))
+
+
+def trained(graph):
+    """The runs of the arms of the first seed: (arm, loss) and how many settings."""
+    return collections.Counter((run.arm, run.loss) for run in graph.seeds[0].runs)
+
+
+def methods_of(estimate):
+    """Every method that an estimate names."""
+    found = set()
+    for field in dataclasses.fields(estimate):
+        value = getattr(estimate, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= methods_of(value)
+        elif field.name == "methods":
+            found |= set(value)
+        elif isinstance(value, tuple):
+            found.add(value)
+    return found
+
+
+@pytest.mark.parametrize("graph", [("tiny",), ("paper",), ("pod", "t5_large"), ("pod", "t5_xxl")], ids=" ".join)
+def test_every_job_comes_after_its_needs_and_nothing_is_made_twice(graph):
+    jobs, seen = graph_of(*graph).jobs, {}
+    place = {job.name: number for number, job in enumerate(jobs)}
+    assert len(place) == len({job.folder for job in jobs}) == len(jobs)
+    assert all(place[need.name] < place[job.name] for job in jobs for need in job.needs)
+    for job in jobs:
+        alike = dataclasses.replace(job.config, seed=0) if hasattr(job.config, "seed") else job.config
+        assert seen.setdefault((job.name.split("-")[0], job.kind.name, repr(alike)), job.name) == job.name
+
+
+def test_the_paper_study_has_every_arm_of_the_table_and_every_method_of_the_claims():
+    runs = trained(graph_of("paper"))
+    assert {arm for arm, _ in runs} == {"sft", "golden", *(arm.name for arm in ARMS)}
+    # Claims on scale are for a study over sizes.
+    assert {method for claim in CLAIMS for method in methods_of(claim.estimate)} <= runs.keys()
+    assert study_of("paper").seeds >= 5
+    assert set(study_of("paper").evaluation.classified) == {"heldout", "stream", "own"}
+
+
+def test_the_runs_of_the_paper_study():
+    runs = trained(graph_of("paper"))
+    assert {arm: count for (arm, loss), count in runs.items() if loss == "ipo" and count > 1} == {
+        "shuffled": 12,
+        "offline": 12,
+    }
+    for loss in ("dpo", "slic", "exponential"):
+        assert [runs[arm, loss] for arm in ("online", "shuffled", "offline")] == [1, 6, 6]
+    assert [runs[arm, "best_of_n"] for arm in ("online", "shuffled", "offline")] == [1, 2, 2]
+    assert runs["chi_po", "chi_po"] == 6
+    assert len(graph_of("paper").jobs) == 5 * len([job for job in graph_of("paper").jobs if "seed0-" in job.name])
+
+
+def test_make_study_trains_what_it_did():
+    jobs = graph_of("tiny").jobs
+    assert len(jobs) == 38
+    assert sum(job.kind is TRAIN for job in jobs) == 16
+
+
+@pytest.mark.parametrize("task", ["summarization", "helpful", "harmless", "chat_arena"])
+def test_the_papers_own_settings_build_a_graph_for_every_size(task):
+    study = study_of("pod", task)
+    large, xl = (study_graph(of_size(study, size), pathlib.Path("jobs")) for size in study.sizes[:2])
+    assert trained(large)["offline", "ipo"] == 18 and trained(large)["offline", "best_of_n"] == 3
+    steps = {job.config.steps for job in large.jobs if job.name.startswith("seed0-offline-ipo")}
+    assert steps == {4000, 20_000}
+    # The base is the policy of the smallest size, so it is trained once.
+    assert "seed0-sft" not in {job.name for job in large.jobs}
+    assert large.job("seed0-base").config.start == "imported/t5_large"
+    assert xl.job("seed0-sft").config.start == "imported/t5_xl"
+    assert xl.job("seed0-online-ipo-beta0.1-lr1e-05").config.recorded.batch_size == 16
+    shared = {job.name for job in large.jobs if job.folder == xl.job(job.name).folder}
+    assert {f"seed0-{name}" for name in ("base", "golden", "proxy", "relabelled-train", "opponent-golden")} < shared
+
+
+def test_the_paper_has_four_tasks():
+    with pytest.raises(ValueError, match="choose one of summarization"):
+        study_of("pod", "poetry")
