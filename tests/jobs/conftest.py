@@ -1,6 +1,7 @@
 """The smallest runs that other jobs start from, ask and measure."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
 
@@ -12,8 +13,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from built_in import write_posts
 from job_runs import MODEL, run_job
 
+from alignment_gap.jobs import assembly
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig
 from alignment_gap.training import OptimizerConfig
+
+# These tests go back and forth between more settings than the runs of a study, for which a few update steps are kept.
+assembly._traced_once = functools.lru_cache(maxsize=32)(assembly._traced_once.__wrapped__)
 
 
 @pytest.fixture(scope="session")

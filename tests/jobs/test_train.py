@@ -288,7 +288,9 @@ def test_a_dataset_that_was_damaged_or_exchanged(pairs, sft, sft_config, tmp_pat
 @pytest.mark.parametrize("kind", ["pairwise", "bradley_terry"])
 def test_a_preference_model_starts_from_a_policy_and_says_what_it_is(kind, sft, sft_config, mesh, tmp_path):
     optimizer = OptimizerConfig(learning_rate=2e-2)
-    config = dataclasses.replace(sft_config, kind=kind, start=str(sft), steps=36, optimizer=optimizer)
+    config = dataclasses.replace(
+        sft_config, kind=kind, start=str(sft), steps=36, checkpoint_every=36, optimizer=optimizer
+    )
     run_job(config, tmp_path / "judge")
     values = [line["loss"] for line in metrics(tmp_path / "judge")]
     assert np.mean(values[-6:]) < np.mean(values[:6])

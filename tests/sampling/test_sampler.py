@@ -129,7 +129,8 @@ def test_a_sample_depends_on_run_step_and_prompt_id_only(even_policy, even_param
     assert (later.responses != drawn.responses).any((-1, -2)).all()
 
 
-@pytest.mark.parametrize("name", ["fsdp", "model", "two_by_four", "all", "sequence"])
+# "model" is left out: "two_by_four" leaves the same heads whole, and splits what is left, and the batch too.
+@pytest.mark.parametrize("name", ["fsdp", "two_by_four", "all", "sequence"])
 def test_another_mesh_draws_the_same(name, even_policy, even_params, drawn):
     samples = draw_with(even_policy, even_params, SamplerConfig(), make_mesh(MESHES[name]))
     np.testing.assert_array_equal(samples.responses, drawn.responses)
@@ -225,9 +226,9 @@ def test_samples_follow_the_exact_distribution(tiny, mesh):
     assert_drawn_from(samples, enumerated(probabilities))
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
-def test_a_mixture_is_the_geometric_one_token_by_token(weight, tiny, mesh):
-    """pi^(1 - b) ref^b, each token's normalised, and then the temperature."""
+def test_a_mixture_is_the_geometric_one_token_by_token(tiny, mesh):
+    """pi^(1 - b) ref^b, each token's normalised, and then the temperature; for b of 0 and 1 see the next test."""
+    weight = 0.4
     policy, params, reference, batch = tiny
     settings = {"batch": batch, "samples": 8, "length": 2, "reference": reference, "mixture": weight}
     samples = draw_with(policy, params, SamplerConfig(temperature=1.5), mesh, **settings)
