@@ -39,13 +39,15 @@ def run_processes(folder, *commands, caches=False):
     With `caches` each has a cache folder of its own, as it has on a machine of its own.
     """
     count = len(commands)
-    devices = f"--xla_force_host_platform_device_count={8 // count} --xla_backend_optimization_level=0"
-    root = str(pathlib.Path(__file__).parents[2])
-    environment = os.environ | {"XLA_FLAGS": devices, "PYTHONPATH": root}
-    flags = ["--compilation_cache=", f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}"]
+    flags = (
+        f"--xla_force_host_platform_device_count={8 // count} --xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+    )
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    shared = ["--compilation_cache=", f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}"]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", COMMANDS, json.dumps(words), *flags, f"--process={number}"],
+            [sys.executable, "-c", COMMANDS, json.dumps(words), *shared, f"--process={number}"],
             cwd=folder,
             env=environment | ({"ALIGNMENT_GAP_CACHE": f"{folder}/cache{number}"} if caches else {}),
             stdout=subprocess.PIPE,
@@ -55,7 +57,7 @@ def run_processes(folder, *commands, caches=False):
         for number, words in enumerate(commands)
     ]
     try:
-        outputs = [process.communicate(timeout=400) for process in started]
+        outputs = [process.communicate(timeout=900) for process in started]
     finally:
         for process in started:
             process.kill()

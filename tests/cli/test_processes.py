@@ -88,6 +88,22 @@ CHAIN = [
     EVALUATE,
     ["sample", "--run=online", "--prompts=drawn", "--limit=3", "--response_length=6", "--format=jsonl", *MESH],
 ]
+KEEPING_THE_BEST = [train("sft", "best", **BEST, TRAIN_STEPS=steps) for steps in (2, 4)]
+STOPPED_HALF_WAY = [ONLINE("two", TRAIN_STEPS=2), ONLINE("four", TRAIN_STEPS=2), KEEPING_THE_BEST[0]]
+IPO = functools.partial(train, "offline_ipo", DATASET="pairs", START="sft", TRAIN_STEPS=3)
+FROM_STORE, IN_ROWS = {"REFERENCE_LOG_PROBS": "stored"}, {"BATCH_SIZE": 16}
+STORED = [
+    ["data", "reference", "--checkpoint=sft", "--mesh.layout=fsdp", "--batch_size=16", "--dataset=pairs"],
+    IPO("ipo_two", **FROM_STORE),
+    IPO("ipo_packed", **IN_ROWS, PACKING=2),
+]
+FAILING = """
+import jax
+def judge(prompts, responses):
+    assert jax.process_index() == 0, "process 1 is out of luck"
+    return [[0.0 for _ in each] for each in responses]
+"""
+LABEL_FAILING = ["data", "label", "--dataset=pairs", "--judge=failing:judge", "--buckets=1", *MESH, "--output=failed"]
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +127,38 @@ def run(patch, words):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """The folder of the same chain that two processes did, and what the two of them said."""
+    """The folder of all that two processes did, and what they said: to start them takes longer than most commands.
+
+    What fails ends them, so it comes last, here and below.
+    """
     folder = tmp_path_factory.mktemp("together")
     write_posts(folder / "pairs", 32)
-    statuses, outputs = run_processes(folder, CHAIN, CHAIN)
-    assert statuses == [0, 0], outputs
+    (folder / "failing.py").write_text(FAILING)
+    commands = [*CHAIN, *STOPPED_HALF_WAY, *STORED, LABEL_FAILING]
+    statuses, outputs = run_processes(folder, commands, commands)
+    assert statuses == [1, 1], outputs
     return folder, outputs
+
+
+@pytest.fixture(scope="module")
+def again(together):
+    """What two other processes said that went on with a run, and of which one then does not find its dataset."""
+    score = ["data", "reference", "--checkpoint=sft", "--mesh.layout=fsdp", "--batch_size=16"]
+    going_on = [ONLINE("two", TRAIN_STEPS=4), KEEPING_THE_BEST[1]]
+    commands = ([*going_on, [*score, f"--dataset={name}"]] for name in ("pairs", "nowhere"))
+    statuses, outputs = run_processes(together[0], *commands)
+    assert statuses == [2, 2], outputs
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def four(together):
+    """What four processes said that went on with a run of two, twice, and then gave a finished job other settings."""
+    shutil.copytree(together[0] / "four", together[0] / "four again")
+    going_on = [ONLINE(name, TRAIN_STEPS=4) for name in ("four", "four again")]
+    statuses, outputs = run_processes(together[0], *4 * [[*going_on, [*SFT, "--gin.SEED=5"]]])
+    assert statuses == [2] * 4, outputs
+    return outputs
 
 
 def assert_close_runs(ours, theirs):
@@ -167,68 +209,44 @@ def test_the_first_alone_speaks(together):
     assert len(records) == 3 and all(len(record["responses"]) == 1 for record in records)
 
 
-def test_online_is_resumed_bit_for_bit_by_as_many_processes_and_closely_by_more(together):
-    """Two that stop half way and go on, the best checkpoint kept; and four that go on from there."""
+def test_online_is_resumed_bit_for_bit_by_as_many_processes_and_closely_by_more(together, again, four):
+    """Two that stop half way and go on; and four that go on from there, twice."""
     folder, _ = together
-    two = [ONLINE("two", TRAIN_STEPS=2), ONLINE("two", TRAIN_STEPS=4)]
-    half = [ONLINE("four", TRAIN_STEPS=2)]
-    best = [train("sft", "best", **BEST, TRAIN_STEPS=steps) for steps in (2, 4)]
-    commands = two + half + best
-    statuses, outputs = run_processes(folder, commands, commands)
-    assert statuses == [0, 0], outputs
     assert metrics(folder / "two") == metrics(folder / "online")
     assert_equal_checkpoints(folder / "two", folder / "online")
-    lines = [json.loads(line) for line in (folder / "best" / "validation.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert steps(folder / "best") == sorted({4, min(lines, key=lambda line: line["loss"])["step"]})
-    shutil.copytree(folder / "four", folder / "again")
-    statuses, outputs = run_processes(folder, *4 * [[ONLINE(name, TRAIN_STEPS=4) for name in ("four", "again")]])
-    assert statuses == [0] * 4, outputs
-    assert metrics(folder / "again") == metrics(folder / "four")
-    assert_equal_checkpoints(folder / "again", folder / "four")
+    assert metrics(folder / "four again") == metrics(folder / "four")
+    assert_equal_checkpoints(folder / "four again", folder / "four")
     assert_close_runs(folder / "four", folder / "online")
     drawn = [[plain(e)[2] for e in open_dataset(folder / name / "record")] for name in ("four", "online")]
     assert drawn[0] == drawn[1]
 
 
-def test_what_one_process_refuses_all_refuse(together):
-    """The settings of another job; a folder that one process does not find; a judge that fails in one of them."""
-    folder, _ = together
-    statuses, outputs = run_processes(folder, *2 * [[[*SFT, "--gin.SEED=5"]]])
-    assert statuses == [2, 2], outputs
-    assert all("seed was 0, now 5" in error.strip().splitlines()[-1] for _, error in outputs)
+def test_two_processes_keep_the_best_checkpoint_over_a_resume(together, again):
+    folder = together[0] / "best"
+    lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert steps(folder) == sorted({4, min(lines, key=lambda line: line["loss"])["step"]})
 
-    score_one = ["data", "reference", "--checkpoint=sft", "--mesh.layout=fsdp", "--batch_size=16"]
-    statuses, outputs = run_processes(folder, *([[*score_one, f"--dataset={name}"]] for name in ("pairs", "nowhere")))
-    assert statuses == [2, 2], outputs
-    errors = [error.strip().splitlines()[-1] for _, error in outputs]
+
+def test_the_settings_of_another_job_are_refused_by_all(four):
+    assert all("seed was 0, now 5" in error.strip().splitlines()[-1] for _, error in four)
+
+
+def test_a_folder_that_one_process_does_not_find_ends_all(again):
+    errors = [error.strip().splitlines()[-1] for _, error in again]
     assert errors[1].startswith("error: nowhere is not a finished dataset")
     assert errors[0].startswith("error: process 1: nowhere is not a finished dataset")
 
-    (folder / "failing.py").write_text(
-        "import jax\n"
-        "def judge(prompts, responses):\n"
-        "    assert jax.process_index() == 0, 'process 1 is out of luck'\n"
-        "    return [[0.0 for _ in each] for each in responses]\n"
-    )
-    label = ["data", "label", "--dataset=pairs", "--judge=failing:judge", "--buckets=1", *MESH, "--output=failed"]
-    statuses, outputs = run_processes(folder, [label], [label])
-    assert statuses == [1, 1], outputs
+
+def test_a_judge_that_fails_in_one_process_ends_all(together):
+    folder, outputs = together
     assert outputs[0][1].strip().splitlines()[-1].startswith("error: process 1: AssertionError: process 1 is out of")
     assert "Traceback" in outputs[1][1] and "Traceback" not in outputs[0][1]
     assert not (folder / "failed" / "done.json").exists()
 
 
-REFERENCE = ["data", "reference", "--checkpoint=sft", "--mesh.layout=fsdp", "--batch_size=16", "--dataset=pairs"]
-IPO = functools.partial(train, "offline_ipo", DATASET="pairs", START="sft", TRAIN_STEPS=3)
-
-
 def test_two_processes_store_the_log_probs_that_one_and_two_train_with(together, mesh, monkeypatch):
-    folder, _ = together
-    stored, packed = {"REFERENCE_LOG_PROBS": "stored"}, {"BATCH_SIZE": 16}
-    commands = [REFERENCE, IPO("ipo_two", **stored), IPO("ipo_packed", **packed, PACKING=2)]
-    statuses, outputs = run_processes(folder, commands, commands)
-    assert statuses == [0, 0], outputs
+    folder, outputs = together
     # The first alone speaks.
     assert ["pairs: log-probs of 32 examples under sft" in output for output, _ in outputs] == [True, False]
     assert ["scoring" in error for _, error in outputs] == [True, False]
@@ -243,8 +261,8 @@ def test_two_processes_store_the_log_probs_that_one_and_two_train_with(together,
     with monkeypatch.context() as patch:
         # One process finds what two have stored, and computes no log-probs of the reference.
         patch.setattr(reference, "make_score", None)
-        assert run(patch, IPO("ipo_one", **stored)) == 0
-    assert run(monkeypatch, IPO("ipo_plain", **packed)) == 0
+        assert run(patch, IPO("ipo_one", **FROM_STORE)) == 0
+    assert run(monkeypatch, IPO("ipo_plain", **IN_ROWS)) == 0
     assert_close_runs(folder / "ipo_two", folder / "ipo_one")
     # Rows are filled over the whole batch, so that each reads prompts that are another's without packing.
     for line, wanted in zip(metrics(folder / "ipo_packed"), metrics(folder / "ipo_plain"), strict=True):
