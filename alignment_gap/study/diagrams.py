@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import altair as alt
 
@@ -25,12 +26,14 @@ _WORKFLOW = {
     "offline-ipo-.*": "offline",
 }
 _STREAM = {
-    "sft": "SFT",
     "online-ipo-.*": "online",
     "pairs-.*-ipo": "{pairs}",
     "(shuffled|replayed|small_windows|large_windows)-ipo-.*": "{arm}",
     "(final_vs_final|sft_vs_early|early_vs_final)-ipo-.*": "{arm}",
 }
+
+# Half the width and height of a box, and how far the columns are bent, in columns and rows.
+_WIDE, _HIGH, _BEND = 0.36, 0.16, 0.12
 
 
 def diagram_figures(graph: StudyGraph) -> list[Figure]:
@@ -75,34 +78,35 @@ def _places(edges: Sequence[tuple[str, str]], words: Sequence[str]) -> dict[str,
     places: dict[str, tuple[int, float]] = {}
     for column in set(columns.values()):
         members = [word for word in words if columns[word] == column]
-        places |= {word: (column, (len(members) - 1) / 2 - row) for row, word in enumerate(members)}
+        # On a parabola no three columns are in line, so that few lines go through a box between their ends.
+        bent = _BEND * (column - max(columns.values()) / 2) ** 2
+        places |= {word: (column, (len(members) - 1) / 2 - row - bent) for row, word in enumerate(members)}
     return places
 
 
 def _drawing(edges: Sequence[tuple[str, str]], words: Sequence[str]) -> dict[str, object]:
     """Boxes of words, and lines from what is read to who reads it, from left to right."""
     places = _places(edges, words)
-    nodes = [{"job": word, "x": x, "y": y} for word, (x, y) in places.items()]
+    nodes = [
+        {"job": word, "x": x, "y": y, "left": x - _WIDE, "right": x + _WIDE, "low": y - _HIGH, "high": y + _HIGH}
+        for word, (x, y) in places.items()
+    ]
+    ends = ("x", "y", "x2", "y2")
     lines = [
-        {
-            "x": places[start][0],
-            "y": places[start][1],
-            "x2": places[end][0],
-            "y2": places[end][1],
-            "edge": f"{start} to {end}",
-        }
+        {"edge": f"{start} to {end}"} | dict(zip(ends, (*places[start], *places[end]), strict=True))
         for start, end in edges
     ]
-    x, y = (alt.X("x:Q", axis=None, scale=alt.Scale(padding=60)), alt.Y("y:Q", axis=None, scale=alt.Scale(padding=20)))
-    drawn = (
-        alt.Chart(alt.Data(values=lines))
-        .mark_rule(color=charts.LINE)
-        .encode(x, y, x2="x2:Q", y2="y2:Q", tooltip="edge:N")
+    scale = alt.Scale(nice=False, zero=False)
+
+    def at(channel: Any, name: str) -> Any:
+        return channel(f"{name}:Q", axis=None, scale=scale)
+
+    line = alt.Chart(alt.Data(values=lines)).mark_rule(color=charts.LINE)
+    box = alt.Chart(alt.Data(values=nodes))
+    chart = alt.layer(
+        line.encode(at(alt.X, "x"), at(alt.Y, "y"), x2="x2:Q", y2="y2:Q", tooltip="edge:N"),
+        box.mark_rect(color=charts.GRID).encode(at(alt.X, "left"), at(alt.Y, "low"), x2="right:Q", y2="high:Q"),
+        box.mark_text(fontSize=12, color=charts.INK).encode(at(alt.X, "x"), at(alt.Y, "y"), alt.Text("job:N")),
     )
-    boxes = alt.Chart(alt.Data(values=nodes)).mark_point(
-        shape="square", filled=True, size=700, color=charts.GRID, opacity=1
-    )
-    text = alt.Chart(alt.Data(values=nodes)).mark_text(fontSize=12, color=charts.INK).encode(x, y, alt.Text("job:N"))
     rows = max((abs(row) for _, row in places.values()), default=0)
-    chart = alt.layer(drawn, boxes.encode(x, y), text).properties(width=760, height=int(110 + 90 * rows))
-    return charts.finish(chart)
+    return charts.finish(chart.properties(width=760, height=int(90 + 90 * rows)))

@@ -33,7 +33,6 @@ def test_the_arms_that_read_the_online_run(config, tmp_path):
     figure = diagrams(config, tmp_path, further=("replayed", "sft_vs_early"))["figure_3"]
     edges, places = lines_and_boxes(figure)
     assert edges == {
-        *("SFT to online", "SFT to shuffled", "SFT to replayed", "SFT to sft vs early", "SFT to pairs sft vs early"),
         *("online to shuffled", "online to replayed", "online to pairs sft vs early"),
         "pairs sft vs early to sft vs early",
     }

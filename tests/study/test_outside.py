@@ -98,7 +98,7 @@ def test_policies_and_the_proxy_classify_held_out_pairs_the_stream_and_own_sampl
         assert job.state == "ready"
         run_job(job, job.name)
     (seed,) = graph.seeds
-    online = [run for run in seed.runs if run.arm == "online"]
+    online = tuple(run for run in seed.runs if run.arm == "online")
     *policies, proxy = study_results(dataclasses.replace(graph, seeds=(dataclasses.replace(seed, runs=online),)))
     assert [(each.arm, each.step) for each in policies] == [("online", 2), ("online", 4)]
     accuracies = {"heldout_accuracy", "stream_accuracy", "own_accuracy"}
