@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ from alignment_gap.training.state import TrainState, abstract_params
 OPTIMIZER, INTERIM, DAMAGED = "optimizer", "interim", ".damaged"
 # Among so many of the last checkpoints a kill may have left interim ones.
 _LEFT = 3
+# Orbax numbers the saves of all threads together, and reads the number again while a save begins.
+_SAVING = threading.Lock()
 # Metrics that the best checkpoints are told by: by what a value is multiplied so that the highest is the best.
 _SIGNS = {"loss": -1.0, "accuracy": 1.0}
 # Each of Orbax's threads logs what a save raises, with a traceback, before the save raises it and it is told.
@@ -155,7 +158,7 @@ class Checkpoints:
         step, items = int(jax.device_get(state.step)), _items(state)
         digests = self._own_digest | {name: params_digest(tree) for name, tree in items.items()}
         self._interim |= {step} if interim else set()
-        with self._told_when_full():
+        with _SAVING, self._told_when_full():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()}),

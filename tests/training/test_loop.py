@@ -1,5 +1,6 @@
 """The loop and its checkpoints with the smallest update step there is."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -7,10 +8,12 @@ import random
 import re
 import shutil
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from tiny_models import make_batch
@@ -239,6 +242,29 @@ def test_a_few_skipped_updates_stop_nothing(tmp_path):
     assert int(state.step) == 6
     assert [line["loss"] is None for line in lines(tmp_path)] == [True, False]
     assert [line["gradient_norm"] for line in lines(tmp_path)] == [2.0, None]
+
+
+def test_saves_of_several_threads_begin_one_after_the_other(tmp_path, monkeypatch):
+    """Orbax numbers the saves of all threads together: two that begin at once wait for each other's signals."""
+    inside, most, save = [], [], ocp.CheckpointManager.save
+
+    def watched(*arguments, **settings):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        try:
+            return save(*arguments, **settings)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", watched)
+    steps = (1, 2, 3, 4)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda name: run(tmp_path / name, checkpoint_steps=steps), ("a", "b", "c")))
+    assert len(most) == 3 * len(steps) and max(most) == 1
+    for name in ("a", "b", "c"):
+        with Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
+            assert tuple(checkpoints.steps()) == steps
 
 
 def interrupted(at, then=BATCH):
