@@ -32,7 +32,7 @@ def at(place: str | os.PathLike[str]) -> AnyPath:
     if not (separator and re.fullmatch("[a-z][a-z0-9+.-]*", scheme)):
         return Path(place)
     if scheme not in SCHEMES or not rest.strip("/"):
-        raise UserError(f"{place} is no place for files: give a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER")
+        raise UserError(f"{place} cannot hold files: give a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER")
     return Url(place)
 
 

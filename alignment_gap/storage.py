@@ -39,11 +39,11 @@ _LONGEST = 160
 # What the store's message has, what the line says, and the exit status: engines try again what ends with 1.
 _REASONS = (
     ("retry attempts failed", "the store does not answer: run the same command again, which goes on from here", 1),
-    ("NoSuchBucket", "there is no such bucket: make it, or give another place", 2),
-    ("bucket does not exist", "there is no such bucket: make it, or give another place", 2),
-    ("Invalid S3 bucket name", "this is no bucket's name: write s3://BUCKET/FOLDER", 2),
-    ("Failed to get credentials", "there are no credentials: set AWS_ACCESS_KEY_ID and the like, or a profile", 2),
-    ("UNAUTHENTICATED", "there are no credentials: run gcloud auth application-default login, or use a role", 2),
+    ("NoSuchBucket", "the bucket does not exist: create it, or give another place", 2),
+    ("bucket does not exist", "the bucket does not exist: create it, or give another place", 2),
+    ("Invalid S3 bucket name", "the name of the bucket is not valid: write s3://BUCKET/FOLDER", 2),
+    ("Failed to get credentials", "no credentials were found: set AWS_ACCESS_KEY_ID and the like, or a profile", 2),
+    ("UNAUTHENTICATED", "no credentials were found: run gcloud auth application-default login, or use a role", 2),
     ("PERMISSION_DENIED", "access is denied: set other credentials, or grant these access to the bucket", 2),
 )
 

@@ -48,7 +48,7 @@ def test_a_place_is_a_path_or_a_url(tmp_path):
     )
     assert pickle.loads(pickle.dumps(url)) == url and str(pickle.loads(pickle.dumps(url))) == str(url)
     for wrong in ("az://bucket/a", "s3://", "https://host/a"):
-        with pytest.raises(UserError, match="is no place for files: give a folder, s3://BUCKET/FOLDER or gs://"):
+        with pytest.raises(UserError, match="cannot hold files: give a folder, s3://BUCKET/FOLDER or gs://"):
             at(wrong)
     with pytest.raises(UserError, match="s3://bucket/a: a model is read and written on this machine alone: copy it"):
         here("s3://bucket/a", "a model")
@@ -147,9 +147,9 @@ def test_a_busy_store_is_asked_again_and_then_named(bucket):
 def test_a_slow_answer_is_waited_for(bucket):
     folder, proxy = bucket
     proxy.faults = [Fault("slow", upload_method(folder), seconds=1.5), Fault("slow", "GET", seconds=1.5)]
-    start = time.monotonic()
     (folder / "object").write_bytes(b"1")
-    assert (folder / "object").read_bytes() == b"1" and time.monotonic() - start > 3
+    assert (folder / "object").read_bytes() == b"1"
+    assert [fault.times for fault in proxy.faults] == [0, 0]
 
 
 STALLED = """
@@ -173,13 +173,13 @@ def test_a_connection_that_falls_silent_is_given_up_and_tried_again(s3_folder, s
 
 
 def test_what_a_user_has_to_mend_is_one_line(s3_folder, monkeypatch):
-    with pytest.raises(StorageError, match=r"s3://elsewhere/a: there is no such bucket: make it") as told:
+    with pytest.raises(StorageError, match=r"s3://elsewhere/a: the bucket does not exist: create it") as told:
         Url("s3://elsewhere/a").write_bytes(b"")
     assert told.value.status == 2 and "\n" not in str(told.value) and len(str(told.value)) < 250
-    with pytest.raises(StorageError, match="s3://b: this is no bucket's name"):
+    with pytest.raises(StorageError, match="s3://b: the name of the bucket is not valid"):
         Url("s3://b/a").read_bytes()
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(StorageError, match=f"{s3_folder}/a: there are no credentials: set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StorageError, match=f"{s3_folder}/a: no credentials were found: set AWS_ACCESS_KEY_ID"):
         # Another region, for a bucket is opened once for each.
         monkeypatch.setenv("AWS_REGION", "eu-west-1")
         (s3_folder / "a").write_bytes(b"")
@@ -238,6 +238,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(storage, "_LOOK_EVERY", 0.05)
 
 
+@pytest.fixture
+def unwaited(monkeypatch):
+    """No look at a lease waits for another one."""
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail("the lease was watched"))
+
+
 def lease_of_another_machine(folder):
     lease = {"owner": "them", "machine": "another", "host": "far", "process": 7, "renewed": time.time()}
     write_json(folder / ".lock", lease)
@@ -256,13 +262,11 @@ def test_one_run_at_a_time_on_one_machine(bucket):
         pass
 
 
-def test_a_lease_that_a_dead_process_of_this_machine_left_is_taken_at_once(bucket):
+def test_a_lease_that_a_dead_process_of_this_machine_left_is_taken_at_once(bucket, unwaited):
     folder, _ = bucket
     write_json(folder / ".lock", {"owner": "dead", "machine": storage._machine(), "renewed": time.time()})
-    start = time.monotonic()
     with locked(folder):
         assert json.loads((folder / ".lock").read_text())["owner"] != "dead"
-    assert time.monotonic() - start < 5
 
 
 HOLD = """
@@ -274,7 +278,7 @@ with locked(at(sys.argv[1])):
 """
 
 
-def test_a_folder_is_refused_until_its_owner_is_killed(s3_folder):
+def test_a_folder_is_refused_until_its_owner_is_killed(s3_folder, unwaited):
     root = pathlib.Path(__file__).parents[1]
     command = [sys.executable, "-c", HOLD, str(s3_folder)]
     with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
@@ -283,9 +287,8 @@ def test_a_folder_is_refused_until_its_owner_is_killed(s3_folder):
             pass
         owner.kill()
     assert json.loads((s3_folder / ".lock").read_text())["process"] == owner.pid
-    start = time.monotonic()
     with locked(s3_folder):
-        assert time.monotonic() - start < 30
+        assert json.loads((s3_folder / ".lock").read_text())["process"] == os.getpid()
 
 
 def test_one_of_two_machines_takes_a_stale_lease_over(bucket, quick):
@@ -309,24 +312,24 @@ def test_one_of_two_machines_takes_a_stale_lease_over(bucket, quick):
     assert len(refused) == 1 and f"is in use by another run ({owner}, process" in refused[0]
 
 
-def test_a_lease_that_another_machine_renews_is_refused(bucket, quick):
+def test_a_lease_that_another_machine_renews_is_refused(bucket, monkeypatch):
+    """It is renewed between two looks at it."""
     folder, _ = bucket
     lease = lease_of_another_machine(folder)
-    renewal = threading.Timer(0.4, lambda: write_json(folder / ".lock", lease | {"renewed": time.time()}))
-    renewal.start()
+    monkeypatch.setattr(storage.time, "sleep", lambda _: write_json(folder / ".lock", lease | {"renewed": time.time()}))
     message = rf"^{folder} is in use by another run \(far, process 7\): wait for it, or give another folder$"
     with pytest.raises(UserError, match=message), locked(folder):
         pass
-    renewal.join()
     assert json.loads((folder / ".lock").read_text())["owner"] == "them"
 
 
-def test_a_lease_that_nobody_renews_is_taken_over(bucket, quick):
+def test_a_lease_that_nobody_renews_is_taken_over(bucket, quick, monkeypatch):
     folder, _ = bucket
     lease_of_another_machine(folder)
-    start = time.monotonic()
+    sleep, looks = time.sleep, []
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: looks.append(sleep(seconds)))
     with locked(folder):
-        assert time.monotonic() - start > 1
+        assert looks
         assert json.loads((folder / ".lock").read_text())["owner"] != "them"
 
 

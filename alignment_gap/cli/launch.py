@@ -145,4 +145,8 @@ def _study_tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
         report = (*words, *size, f"--job={command.REPORT}")
         needs = tuple(tasks[job.folder].name for job in study.graph.jobs)
         tasks[prefix + command.REPORT] = Task(prefix + command.REPORT, report, None, needs, processes=False)
+    if len(config.sizes) > 1:
+        needs = tuple(task.name for task in tasks.values() if task.folder is None)
+        over_sizes = (*words, f"--job={command.REPORT}")
+        tasks[command.REPORT] = Task(command.REPORT, over_sizes, None, needs, processes=False)
     return [*tasks.values()], _logs(workdir, "logs")

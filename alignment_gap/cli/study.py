@@ -41,7 +41,6 @@ def main(arguments: list[str]) -> None:
     from alignment_gap.study.config import StudyConfig
     from alignment_gap.study.run import (
         check_done,
-        default_at_once,
         list_text,
         open_studies,
         owned,
@@ -59,12 +58,16 @@ def main(arguments: list[str]) -> None:
         sizes = [[f"--config.sizes=({size!r},)"] for size in config.sizes] or [[]]
         for study, size in zip(studies, sizes, strict=True):
             say_once(list_text(study.graph, shlex.join([*_alone(arguments), *size, f"--job={REPORT}"])))
+        if len(studies) > 1:
+            command = shlex.join([*_alone(arguments), f"--job={REPORT}"])
+            say_once(f"report over sizes\n  needs   the report of each size\n  {command}")
     elif values.job is None:
-        at_once = default_at_once() if values.at_once is None else values.at_once
         for study in studies:
-            run_study(study, update=values.update, at_once=at_once)
+            run_study(study, update=values.update, at_once=values.at_once)
         if len(studies) > 1:
             on_first_process(lambda: write_sizes_report(config, studies, at(values.workdir)))
+    elif len(studies) > 1 and values.job == REPORT:
+        on_first_process(lambda: write_sizes_report(config, studies, at(values.workdir)))
     elif len(studies) > 1:
         raise UserError(f'--job={values.job}: name one of the sizes, such as --config.sizes="({config.sizes[0]!r},)"')
     elif values.job == REPORT:

@@ -156,7 +156,7 @@ def _lines(path: AnyPath) -> Iterator[str]:
         try:
             yield json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}:{number} is no record with a prompt: write {{"prompt": ...}}') from None
+            raise UserError(f'{path}:{number} has no prompt: write {{"prompt": ...}}') from None
 
 
 def _typed() -> Iterator[str]:

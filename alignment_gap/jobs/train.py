@@ -22,6 +22,7 @@ from alignment_gap.checkpoints import (
     TOKENIZER,
     agreed_model,
     check_vocabulary,
+    complete_steps,
     find_checkpoint,
     read_digest,
     read_network,
@@ -159,8 +160,7 @@ def _params(path: str | None, step: int | None, assembly: Assembly) -> Parameter
 
 def _read_first(inputs: Inputs, folder: AnyPath) -> None:
     """Reads the parameters that a job without a checkpoint begins with, so that damaged ones are told first."""
-    there = folder / CHECKPOINTS
-    if first_says(lambda: there.is_dir() and any(path.name.isdigit() for path in there.iterdir())):
+    if first_says(lambda: bool(complete_steps(folder / CHECKPOINTS))):
         return
     for params in (inputs.start, inputs.reference):
         if params is not None:

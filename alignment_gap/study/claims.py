@@ -195,7 +195,7 @@ CLAIMS = (
         "D_online replayed in its order is the online run.",
         "13",
         1,
-        EqualKl(("replayed", "ipo"), _ONLINE, settings="shared"),
+        EqualKl(("replayed", "ipo"), _ONLINE, at_shared_settings=True),
         LEVEL,
     ),
     Claim(
@@ -219,7 +219,7 @@ CLAIMS = (
         "Shuffling D_online within small windows is harmless.",
         "13",
         1,
-        EqualKl(("small_windows", "ipo"), _ONLINE, settings="shared"),
+        EqualKl(("small_windows", "ipo"), _ONLINE, at_shared_settings=True),
         LEVEL,
     ),
     Claim(
@@ -227,7 +227,7 @@ CLAIMS = (
         "Shuffling D_online within large windows hurts.",
         "13",
         1,
-        EqualKl(_ONLINE, ("large_windows", "ipo"), settings="shared"),
+        EqualKl(_ONLINE, ("large_windows", "ipo"), at_shared_settings=True),
         ABOVE_ZERO,
     ),
     Claim(
@@ -347,7 +347,7 @@ CLAIMS = (
         "Pairs with one side of SFT teach more than pairs of the final policy alone.",
         "12",
         6,
-        EqualKl(_SFT_EARLY, _FINAL, settings="shared"),
+        EqualKl(_SFT_EARLY, _FINAL, at_shared_settings=True),
         ABOVE_ZERO,
     ),
     Claim(
@@ -355,7 +355,7 @@ CLAIMS = (
         "Pairs with one side of SFT teach more than the contrast of an early and the final online policy.",
         "12",
         6,
-        EqualKl(_SFT_EARLY, _EARLY_FINAL, settings="shared"),
+        EqualKl(_SFT_EARLY, _EARLY_FINAL, at_shared_settings=True),
         ABOVE_ZERO,
     ),
     Claim(
@@ -363,7 +363,7 @@ CLAIMS = (
         "D_golden, both sides close to SFT, teaches more than pairs of the final policy.",
         "12",
         6,
-        EqualKl(_OFFLINE, _FINAL, settings="shared"),
+        EqualKl(_OFFLINE, _FINAL, at_shared_settings=True),
         ABOVE_ZERO,
     ),
 )

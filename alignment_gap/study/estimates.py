@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -108,20 +108,20 @@ class Evidence:
 class EqualKl:
     """The gap at equal KL, first minus second, averaged over the budgets that both methods reach.
 
-    With `settings` "shared" only runs at settings that both methods have count: a sweep has more tries than one run.
+    With `at_shared_settings` only runs at settings that both methods have count: a sweep has more tries than one run.
     """
 
     first: Method
     second: Method
     metric: str = "win_rate"
-    settings: str = "all"
+    at_shared_settings: bool = False
     is_gap: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> BySeed:
         """Raises NotMeasured where a method is missing, or the range of KL that both reach is none or narrow."""
         for method in (self.first, self.second):
             evidence.runs(method, self.metric)  # Raises where there are none, whatever their settings.
-        if self.settings == "shared":
+        if self.at_shared_settings:
             evidence = evidence.with_shared_settings(self.first, self.second)
         comparison = _comparison(evidence, self.first, self.second, self.metric)
         budgets = comparison.budgets
@@ -132,7 +132,7 @@ class EqualKl:
         return dict(zip(comparison.seeds, comparison.mean_gaps, strict=True))
 
     def __str__(self) -> str:
-        shared = " and settings" if self.settings == "shared" else ""
+        shared = " and settings" if self.at_shared_settings else ""
         return f"{_minus(self.first, self.second)}, {METRICS[self.metric].words}, at equal KL{shared}"
 
 
@@ -164,10 +164,7 @@ class Rise:
 
     def __call__(self, evidence: Evidence) -> BySeed:
         """Raises NotMeasured where the method is missing."""
-        runs = evidence.runs(self.method, self.metric)
-        return {
-            seed: cross_fitted_best(each, self.metric) - _mean([each[0][0]], self.metric) for seed, each in runs.items()
-        }
+        return _best_minus(lambda runs: runs[0][0], evidence.runs(self.method, self.metric), self.metric)
 
     def __str__(self) -> str:
         return f"{in_words(self.method)}, {METRICS[self.metric].words}, peak minus SFT"
@@ -183,11 +180,7 @@ class Fall:
 
     def __call__(self, evidence: Evidence) -> BySeed:
         """Raises NotMeasured where the method is missing."""
-        runs = evidence.runs(self.method, self.metric)
-        return {
-            seed: cross_fitted_best(each, self.metric) - _mean([furthest(each)], self.metric)
-            for seed, each in runs.items()
-        }
+        return _best_minus(furthest, evidence.runs(self.method, self.metric), self.metric)
 
     def __str__(self) -> str:
         return f"{in_words(self.method)}, {METRICS[self.metric].words}, peak minus largest KL"
@@ -368,6 +361,11 @@ def _comparison(evidence: Evidence, first: Method, second: Method, metric: str) 
     if comparison is None:
         raise NotMeasured(f"{in_words(first)} and {in_words(second)} were not measured in one seed")
     return comparison
+
+
+def _best_minus(chosen: Callable[[Runs], CheckpointResult], runs: dict[int, Runs], metric: str) -> BySeed:
+    """By seed, the cross-fitted best of the runs minus one of their checkpoints."""
+    return {seed: cross_fitted_best(each, metric) - _mean([chosen(each)], metric) for seed, each in runs.items()}
 
 
 def _some(seeds: list[int]) -> list[int]:

@@ -109,13 +109,14 @@ def default_at_once() -> int:
     return min(2, os.cpu_count() or 1) if fits else 1
 
 
-def run_study(study: Study, *, update: bool = False, at_once: int = 1, say: Say = say_once) -> AnyPath:
+def run_study(study: Study, *, update: bool = False, at_once: int | None = None, say: Say = say_once) -> AnyPath:
     """Runs every job that is not done yet and writes report.html, results.csv and figures/ into the study's folder.
 
     Args:
       study: as from `open_studies`.
       update: allows a folder that holds another config's study; what does not depend on the change is kept.
-      at_once: how many jobs run at the same time, in threads that share what is compiled; changes no result.
+      at_once: how many jobs run at the same time, in threads that share what is compiled; None for `default_at_once`.
+        It changes no result.
       say: prints a line.
 
     Returns:
@@ -125,6 +126,7 @@ def run_study(study: Study, *, update: bool = False, at_once: int = 1, say: Say 
       UserError: where a setting or an input cannot be used, the folder is another study's or in use, or `at_once` is
         above 1 in one of several processes, which have to run the jobs in the same order.
     """
+    at_once = default_at_once() if at_once is None else at_once
     if at_once > 1 and jax.process_count() > 1:
         raise UserError(f"at_once is {at_once}, but {jax.process_count()} processes do each job together: set it to 1")
     with owned(study, update=update):

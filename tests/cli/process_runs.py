@@ -24,6 +24,17 @@ for words in json.loads(sys.argv[1]):
             raise
 """
 
+# The gin settings of a network that trains in a moment on the built-in task.
+TINY_T5 = {
+    "VOCABULARY_SIZE": 136,
+    "T5Config.width": 16,
+    "T5Config.encoder_layers": 1,
+    "T5Config.decoder_layers": 1,
+    "T5Config.heads": 2,
+    "T5Config.head_size": 8,
+    "T5Config.mlp_width": 16,
+}
+
 # Gloo says on standard output that it has connected, from several threads that cut into each other's lines.
 GLOO = re.compile(r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d")
 

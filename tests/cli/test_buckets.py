@@ -2,18 +2,11 @@
 
 from built_in import write_posts
 from job_runs import assert_equal_runs
-from process_runs import run_processes
+from process_runs import TINY_T5, run_processes
 
 from alignment_gap.launch import Task, status_text
 
-SETTINGS = {
-    "VOCABULARY_SIZE": 136,
-    "T5Config.width": 16,
-    "T5Config.encoder_layers": 1,
-    "T5Config.decoder_layers": 1,
-    "T5Config.heads": 2,
-    "T5Config.head_size": 8,
-    "T5Config.mlp_width": 16,
+SETTINGS = TINY_T5 | {
     "BATCH_SIZE": 8,
     "CHECKPOINT_EVERY": 2,
     "JobConfig.log_every": 1,

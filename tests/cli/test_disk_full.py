@@ -7,17 +7,12 @@ import sys
 import pytest
 from built_in import write_posts
 from job_runs import assert_equal_runs, steps
+from process_runs import TINY_T5
 
 from alignment_gap.cli.main import main
 
-SIZES = {
-    "VOCABULARY_SIZE": 136,
+SIZES = TINY_T5 | {
     "T5Config.width": 64,
-    "T5Config.encoder_layers": 1,
-    "T5Config.decoder_layers": 1,
-    "T5Config.heads": 2,
-    "T5Config.head_size": 8,
-    "T5Config.mlp_width": 16,
     "BATCH_SIZE": 8,
     "CHECKPOINT_EVERY": 1,
     "JobConfig.log_every": 1,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from built_in import write_posts
 from job_runs import arrays, assert_equal_checkpoints, metrics, steps
-from process_runs import run_processes, said_by
+from process_runs import TINY_T5, run_processes, said_by
 from random_examples import plain
 from tiny_models import texts
 
@@ -22,15 +22,6 @@ from alignment_gap.jobs import reference
 from alignment_gap.models import score
 from alignment_gap.training import load_policy
 
-MODEL = {
-    "VOCABULARY_SIZE": 136,
-    "T5Config.width": 16,
-    "T5Config.encoder_layers": 1,
-    "T5Config.decoder_layers": 1,
-    "T5Config.heads": 2,
-    "T5Config.head_size": 8,
-    "T5Config.mlp_width": 16,
-}
 SHARED = {
     "BATCH_SIZE": 8,
     "CHECKPOINT_EVERY": 2,
@@ -49,10 +40,10 @@ def train(name, workdir, **settings):
     return ["train", f"--gin_file=runs/{name}.gin", *words, f"--workdir={workdir}"]
 
 
-SFT = train("sft", "sft", DATASET="pairs", TRAIN_STEPS=4, **MODEL)
+SFT = train("sft", "sft", DATASET="pairs", TRAIN_STEPS=4, **TINY_T5)
 JUDGE = train("preference_model", "judge", DATASET="pairs", START="sft", TRAIN_STEPS=4)
 # At a rate that ruins the policy, so that the best checkpoint is not the last.
-BEST = MODEL | {
+BEST = TINY_T5 | {
     "DATASET": "pairs",
     "LEARNING_RATE": 1.0,
     "CHECKPOINT_EVERY": 1,

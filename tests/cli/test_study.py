@@ -180,8 +180,20 @@ def test_the_list_of_sizes_is_one_after_the_other(command):
     assert status == 0
     commands = [shlex.split(line) for line in printed.out.splitlines() if line.startswith("  alignment-gap study")]
     assert [words[-2:] for words in commands] == [
-        [f"--config.sizes=('{size}',)", "--job=report"] for size in ("palm_10m", "palm_30m")
+        *([f"--config.sizes=('{size}',)", "--job=report"] for size in ("palm_10m", "palm_30m")),
+        [CACHE, "--job=report"],
     ]
+
+
+def test_the_report_over_sizes_is_a_job_and_the_last_that_is_launched(command):
+    words = ["study", SCALING, "--config.sizes=('palm_10m', 'palm_30m')", CACHE]
+    status, printed = command(*words, "--job=report")
+    assert status == 2 and "jobs are not done" in printed.err
+    status, printed = command("launch", "--engine=slurm", "--dry_run", *words)
+    assert status == 0
+    last = printed.out.rpartition("# sbatch")[2]
+    assert "<palm_10m-report>:<palm_30m-report>" in last and last.splitlines()[2] == "#SBATCH --job-name=report"
+    assert f"study {shlex.quote(SCALING)}" in last and "--job=report" in last
 
 
 def test_a_folder_of_another_config_is_refused(command, tmp_path):

@@ -106,7 +106,7 @@ BAD = {
     "step": ({"step": 3}, "3"),
     "prompts": ({"prompts": "nowhere"}, "prompts is 'nowhere': give a dataset's folder or a file"),
     "vocabulary": ({"vocabulary": "bytes"}, "was trained with the vocabulary"),
-    "record": ({"prompts": "BROKEN"}, r'broken.jsonl:2 is no record with a prompt: write {"prompt": ...}'),
+    "record": ({"prompts": "BROKEN"}, r'broken.jsonl:2 has no prompt: write {"prompt": ...}'),
     "format": ({"format": "xml"}, "format is 'xml': choose one of text, jsonl"),
     "samples": ({"samples": 0}, "samples is 0"),
     "batch": ({"batch_size": 9}, "batch_size"),

@@ -151,13 +151,13 @@ def test_gaps_rises_and_falls_by_hand():
 
 def test_at_shared_settings_a_sweep_has_no_more_tries_than_one_run():
     results = [*two_runs(), checkpoint("offline", 1, beta=0.5, kl=1.0, win_rate=0.95)]
-    assert estimate(EqualKl(ONLINE, OFFLINE, settings="shared"), results) == {0: 0.1}
+    assert estimate(EqualKl(ONLINE, OFFLINE, at_shared_settings=True), results) == {0: 0.1}
     assert estimate(EqualKl(ONLINE, OFFLINE), results)[0].expected < 0
     apart = [dataclasses.replace(r, beta=0.5) if r.arm == "offline" else r for r in two_runs()]
     with pytest.raises(NotMeasured, match="online IPO and offline IPO were trained at no setting that both have"):
-        EqualKl(ONLINE, OFFLINE, settings="shared")(Evidence(apart))
+        EqualKl(ONLINE, OFFLINE, at_shared_settings=True)(Evidence(apart))
     with pytest.raises(NotMeasured, match="offline IPO was not trained"):
-        EqualKl(ONLINE, OFFLINE, settings="shared")(Evidence([r for r in apart if r.arm != "offline"]))
+        EqualKl(ONLINE, OFFLINE, at_shared_settings=True)(Evidence([r for r in apart if r.arm != "offline"]))
 
 
 def test_ends_are_the_last_checkpoints_averaged_over_the_runs():

@@ -43,7 +43,7 @@ _CAUSAL: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, Fal
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _SERIAL, {}, {**_SILU, **_NO_BIAS, "mlp_bias": (False,)}),
-    # A window in every layer, or in none: there is no list of layers.
+    # Every layer has a window, or none has. The config does not list layers.
     "mistral": Family("MistralForCausalLM", _SERIAL, {"sliding_window": 4096, "sliding_window_pattern": None}, _SILU),
     "qwen2": Family("Qwen2ForCausalLM", {**_SERIAL, "query_key_value_bias": True}, _QWEN_WINDOW, _SILU),
     "qwen3": Family(
