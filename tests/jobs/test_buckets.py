@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from bucket_servers import Fault
@@ -23,8 +24,7 @@ from alignment_gap.jobs.folder import DONE, FAILED, finished_with, make
 from alignment_gap.jobs.prepare import PREPARE
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.sharding import MeshConfig
-from alignment_gap.training import Checkpoints
-from alignment_gap.training.checkpoints import KeepConfig
+from alignment_gap.training import Checkpoints, KeepConfig, TrainState
 
 POSTS = PrepareConfig(TextSourceConfig(location="posts", posts=PostsConfig(pairs=64, validation_pairs=16)), workers=1)
 
@@ -163,6 +163,19 @@ def test_retention_in_a_bucket(s3_config, s3_folder, sft):
     np.testing.assert_array_equal(
         *(arrays(run, 6)["optimizer.step"] for run in (s3_folder / "run", sft)),
     )
+
+
+def test_the_best_in_a_bucket_are_known_to_a_run_that_goes_on(s3_folder):
+    """The lowest loss is that of step 2, which another process than the one that goes on has saved."""
+    keep, losses = KeepConfig(last=1, best=1), {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0}
+    for steps in ((1, 2), (3, 4)):
+        with Checkpoints(s3_folder / "checkpoints", keep=keep) as checkpoints:
+            for step in steps:
+                state = TrainState(jnp.int32(step), {"w": jnp.full(3, step)}, {"m": jnp.zeros(3)})
+                checkpoints.save(state, metrics={"loss": losses[step]})
+    with Checkpoints(s3_folder / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [2, 4]
+    assert {path.name for path in (s3_folder / "checkpoints").iterdir()} == {"2", "4"}
 
 
 def test_a_second_writer_is_refused_in_one_line(s3_config, s3_folder, capsys):

@@ -35,9 +35,8 @@ def lengths_of(dataset: Sequence[Example]) -> np.ndarray:
         if found.shape == shape and found.dtype == np.int32:
             return found
     lengths = np.fromiter(_lengths_on_disk(dataset), np.dtype((np.int32, shape[1:])), shape[0])
-    with contextlib.suppress(
-        OSError, StorageError
-    ):  # Where the folder cannot be written, the records are read again next time.
+    # Where the folder cannot be written, the records are read again next time.
+    with contextlib.suppress(OSError, StorageError):
         _save(path, lengths)
     return lengths
 
