@@ -135,9 +135,10 @@ class _Seed:
         self.config, self.seed, self.root = config, seed, root
         self.jobs: list[Job] = []
         self.human = self._prepared()
-        base, own = config.base, (config.policy, config.sft.start)
-        self.base = self._sft("base", base.model, base.start) if base else self._sft("sft", *own)
-        self.sft = self.base if base is None or (base.model, base.start) == own else self._sft("sft", *own)
+        base, own = config.base, (config.policy, config.sft)
+        tuned = base and (base.model, base.sft or dataclasses.replace(config.sft, start=None))
+        self.base = self._sft("base", *tuned) if tuned else self._sft("sft", *own)
+        self.sft = self.base if tuned in (None, own) else self._sft("sft", *own)
         self.golden = self._preference_model("golden", config.golden, self.human / "train")
         # D_golden: the human pairs, relabelled.
         self.golden_pairs, self.golden_validation = (
@@ -214,11 +215,11 @@ class _Seed:
         )
         return self._add(name, TRAIN, job)
 
-    def _sft(self, name: str, model: T5Config | DecoderConfig | None, start: str | None) -> AnyPath:
+    def _sft(self, name: str, model: T5Config | DecoderConfig | None, sft: SftConfig) -> AnyPath:
         """The policy that arms start from and are measured against: both responses of every pair are targets."""
-        sft, pooled = self.config.sft, (self.human / "train", *self.config.sft.also)
+        pooled = (self.human / "train", *sft.also)
         source = DatasetConfig(",".join(map(str, pooled)), weights=sft.weights, batch_size=sft.batch_size)
-        settings = {"steps": sft.steps, "model": model, "start": start, "loss": LossConfig("sft")}
+        settings = {"steps": sft.steps, "model": model, "start": sft.start, "loss": LossConfig("sft")}
         return self._train(name, source, sft.optimizer, **settings).folder
 
     def _preference_model(self, name: str, model: PreferenceModelConfig, pairs: AnyPath) -> AnyPath:
