@@ -29,8 +29,8 @@ def get_config() -> ConfigDict:
     # A fifth of the steps, 60, is the early policy of the datasets.
     config.arms.checkpoint_steps = (10, 30, 60, 150, 300)
     # The win rates bend at smaller betas than the online one; that is swept too.
-    config.arms.offline_betas = (0.01, 0.03, 0.1)
+    config.arms.offline_betas = (0.01, 0.1)
     config.arms.offline_learning_rates = (3e-4, 1e-3)
-    config.arms.offline_steps = (1, 3)
+    config.arms.offline_steps = (1, 5)
     config.evaluation.classified = ("heldout", "stream", "own")
     return config
