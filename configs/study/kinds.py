@@ -34,7 +34,4 @@ def get_config(kind: str = "noisy") -> ConfigDict:
     config.task.source.posts.settings.update(KINDS[kind])
     config.arms.losses = ("ipo",)
     config.arms.swept = ("offline", "shuffled")
-    config.arms.checkpoint_steps = (10, 30, 60, 150, 300)
-    config.arms.offline_betas = (0.03, 0.1)
-    config.arms.offline_learning_rates = (3e-4,)
     return config

@@ -26,8 +26,6 @@ def get_config() -> ConfigDict:
     config.arms.further = (*WINDOWS, *DATASETS, *REFRESH, *SAMPLES, *OBJECTIVES)
     config.arms.losses = ("ipo", "best_of_n", "dpo", "slic", "exponential")
     config.arms.swept = ("offline", "shuffled", "chi_po")
-    # A fifth of the steps, 60, is the early policy of the datasets.
-    config.arms.checkpoint_steps = (10, 30, 60, 150, 300)
     # The win rates bend at smaller betas than the online one; that is swept too.
     config.arms.offline_betas = (0.01, 0.1)
     config.arms.offline_learning_rates = (3e-4, 1e-3)

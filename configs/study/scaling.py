@@ -32,7 +32,4 @@ def get_config(family: str = "t5") -> ConfigDict:
     config.policy = to_dict(sizes.get(ladder[0], vocabulary_size=vocabulary_size, scan_unroll=2))
     config.arms.losses = ("ipo",)
     config.arms.swept = ("offline", "shuffled")
-    config.arms.checkpoint_steps = (10, 30, 60, 150, 300)
-    config.arms.offline_betas = (0.03, 0.1)
-    config.arms.offline_learning_rates = (3e-4,)
     return config

@@ -120,10 +120,13 @@ def test_the_runs_of_the_paper_study():
     assert len(graph_of("paper").jobs) == 5 * len([job for job in graph_of("paper").jobs if "seed0-" in job.name])
 
 
-def test_make_study_trains_what_it_did():
-    jobs = graph_of("tiny").jobs
-    assert len(jobs) == 38
-    assert sum(job.kind is TRAIN for job in jobs) == 16
+def test_make_study_is_small_and_part_of_the_paper_study():
+    jobs, folders = graph_of("tiny").jobs, {job.folder for job in graph_of("paper").jobs}
+    assert len(jobs) == 28 and sum(job.kind is TRAIN for job in jobs) == 11
+    # Beside the sweep, which is another, and evaluations, which measure less.
+    missing = {job.name.removeprefix("seed0-") for job in jobs if job.folder not in folders}
+    swept = {f"{kind}offline-ipo-beta0.03-lr0.0003" for kind in ("", "evaluation-")}
+    assert missing == swept | {name for name in missing if name.startswith("evaluation-")}
 
 
 @pytest.mark.parametrize("task", ["summarization", "helpful", "harmless", "chat_arena"])
