@@ -145,6 +145,7 @@ class _Seed:
             self._label(f"relabelled-{split}", self.human / split) for split in ("train", "validation")
         )
         self.proxy = self._preference_model("proxy", config.proxy, self.golden_pairs)
+        self.proxies: dict[int, AnyPath] = {}
 
     def build(self) -> SeedJobs:
         """All jobs of the seed; judges are measured before the arms, which take longest."""
@@ -162,6 +163,9 @@ class _Seed:
         trained = [(GOLDEN, setting, golden)]
         for number, loss in enumerate(arms.losses):
             trained += self._train_arms(loss, arms_of((*arms.names, *arms.further) if number == 0 else arms.names))
+        for labels, run in self.proxies.items():
+            judge = self._evaluate_judge(f"proxy-{labels}", run, config.proxy, self.golden_validation)
+            judges[f"proxy of {labels:,} labels, held-out pairs"] = judge
         proxy = {HELDOUT: judges["proxy, held-out pairs"]} if HELDOUT in config.evaluation.classified else {}
         classified = [f"{HELDOUT}={self.golden_validation}"] * len(proxy)
         if STREAM in config.evaluation.classified:
@@ -235,6 +239,14 @@ class _Seed:
         settings = {"kind": model.kind, "model": model.model, "start": start, "steps": model.steps}
         return self._train(name, source, model.optimizer, **settings).folder
 
+    def _proxy_of(self, labels: int) -> AnyPath:
+        """A proxy of so many of the golden model's labels; made once."""
+        if labels not in self.proxies:
+            config = ComposeConfig((str(self.golden_pairs),), limit=labels, seed=self.number(f"labels {labels}"))
+            pairs = self._add(f"labels-{labels}", COMPOSE, config).folder
+            self.proxies[labels] = self._preference_model(f"proxy-{labels}", self.config.proxy, pairs)
+        return self.proxies[labels]
+
     def _label(self, name: str, pairs: AnyPath) -> AnyPath:
         """Pairs with the golden model's hard labels; a tie is a tie."""
         config = LabelConfig(
@@ -252,17 +264,18 @@ class _Seed:
         trained: list[Trained] = []
         # An arm with a loss of its own is trained once, with those of the first loss.
         for arm in (arm for arm in arms if not arm.loss or loss == self.config.arms.losses[0]):
-            for setting in self._settings(arm.loss or loss, is_swept=arm.name in self.config.arms.swept):
+            for setting in self._settings(arm, arm.loss or loss):
                 job = self._train_arm(arm, setting, runs)
                 trained.append((arm, setting, job))
                 runs.setdefault(arm.name, job.folder)
         return trained
 
-    def _settings(self, loss: str, *, is_swept: bool) -> list[Setting]:
+    def _settings(self, arm: Arm, loss: str) -> list[Setting]:
         """The settings that an arm is trained at under a loss."""
         arms, has_beta = self.config.arms, takes_beta(loss)
-        if not is_swept:
-            return [Setting(loss, arms.beta if has_beta else math.nan, arms.optimizer.learning_rate)]
+        if arm.name not in arms.swept:
+            beta = arm.beta_factor * arms.beta if has_beta else math.nan
+            return [Setting(loss, beta, arms.optimizer.learning_rate)]
         betas = arms.offline_betas if has_beta else (math.nan,)
         factors = arms.offline_steps if loss == arms.losses[0] else arms.offline_steps[:1]
         swept = itertools.product(betas, arms.offline_learning_rates, factors)
@@ -287,6 +300,7 @@ class _Seed:
             sampler=self.config.sampler,
             checkpoint_steps=arms.checkpoint_steps,
             runs=runs,
+            proxy_of=self._proxy_of,
             pairs=functools.partial(self._sampled_pairs, loss),
         )
         source = arm.source(branch)

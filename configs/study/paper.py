@@ -16,6 +16,8 @@ WINDOWS = ("replayed", "small_windows", "large_windows")
 DATASETS = ("final_vs_final", "sft_vs_early", "early_vs_final")
 REFRESH = ("refresh_4", "refresh_16", "refresh_64", "refresh_never")
 SAMPLES = ("best_of_4", "best_of_8", "best_vs_worst_4", "best_vs_worst_8")
+PROXIES = ("proxy_of_500", "proxy_of_2000", "proxy_of_8000")
+BETAS = ("low_beta", "high_beta")
 OBJECTIVES = ("hypo", "chi_po", "nash_md", "ipo_md")
 
 
@@ -23,7 +25,7 @@ def get_config() -> ConfigDict:
     config = tiny.get_config()
     config.name, config.seeds = "paper", 5
     config.arms.names = ("online", "shuffled", "offline")
-    config.arms.further = (*WINDOWS, *DATASETS, *REFRESH, *SAMPLES, *OBJECTIVES)
+    config.arms.further = (*WINDOWS, *DATASETS, *REFRESH, *SAMPLES, *PROXIES, *BETAS, *OBJECTIVES)
     config.arms.losses = ("ipo", "best_of_n", "dpo", "slic", "exponential")
     config.arms.swept = ("offline", "shuffled", "chi_po")
     # The win rates bend at smaller betas than the online one; that is swept too.
