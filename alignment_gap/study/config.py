@@ -170,6 +170,8 @@ class EvaluationConfig:
       judges: further judges beside golden and proxy, as NAME=JUDGE; "rubric" is true quality in the built-in task.
       classified: what policies classify beside pairs of D_golden that they may have trained on, by the golden model's
         labels: "heldout" pairs of D_golden, the "stream" of the online arm, and two "own" samples for each prompt.
+      baselines: whether the report tells how well simple baselines agree with the human labels: what the golden model
+        has to beat.
       batch_size: of the measurement.
       shown: sampled responses that the report shows.
     """
@@ -179,6 +181,7 @@ class EvaluationConfig:
     pairs: int = 256
     judges: tuple[str, ...] = ()
     classified: tuple[str, ...] = ()
+    baselines: bool = False
     batch_size: int = 128
     shown: int = 4
 

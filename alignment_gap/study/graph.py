@@ -20,6 +20,7 @@ from alignment_gap.checks import nearest
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at
+from alignment_gap.jobs.baselines import BASELINES, BaselinesConfig
 from alignment_gap.jobs.compose import COMPOSE, ComposeConfig
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, SourceConfig
 from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig
@@ -76,6 +77,7 @@ class SeedJobs:
       judges: the jobs that measure golden and proxy, by what is measured.
       runs: the SFT policy, the golden policy, and all arms.
       proxy: the jobs that measure the proxy as a classifier, by what it classifies, where policies classify it too.
+      baselines: the job that measures what the golden model has to beat; None where that is not asked for.
     """
 
     seed: int
@@ -83,6 +85,7 @@ class SeedJobs:
     judges: Mapping[str, Job]
     runs: tuple[Run, ...]
     proxy: Mapping[str, Job]
+    baselines: Job | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +183,7 @@ class _Seed:
             sft = self.base if arm is GOLDEN else self.sft
             evaluation = self._evaluate_policy(name, job.folder, job.config.checkpoint_steps, sft, *against)
             runs.append(Run(arm.name, loss, beta, rate, factor, evaluation))
-        return SeedJobs(self.seed, self.golden_pairs, judges, tuple(runs), proxy)
+        return SeedJobs(self.seed, self.golden_pairs, judges, tuple(runs), proxy, self._baselines())
 
     def number(self, name: str) -> int:
         """A seed below 2**32 for the job of this name."""
@@ -394,6 +397,13 @@ class _Seed:
         """How often a judge agrees with labels, and with the further judges."""
         judges = self.config.evaluation.judges
         return self._evaluate(f"judge-{name}", run, (model.steps,), pairs, judges=judges, pairs=JUDGED_PAIRS)
+
+    def _baselines(self) -> Job | None:
+        """How well the human labels that the golden model is measured on are told without it."""
+        if not self.config.evaluation.baselines:
+            return None
+        pairs = str(self.human / "train"), str(self.human / "validation")
+        return self._add("judge-baselines", BASELINES, BaselinesConfig(*pairs, JUDGED_PAIRS))
 
     def _evaluate(self, name: str, run: AnyPath, steps: tuple[int, ...], dataset: AnyPath, **settings: Any) -> Job:
         config = EvaluateConfig(

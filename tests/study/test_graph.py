@@ -298,6 +298,14 @@ def test_a_proxy_of_fewer_labels_learns_from_a_part_of_the_golden_pairs(every):
     assert every["online-ipo-beta0.1-lr0.01"].config.source.judge.judge == str(every["proxy"].folder)
 
 
+def test_what_the_golden_model_has_to_beat_is_measured_on_its_own_pairs_where_that_is_asked_for(config, every):
+    asked = jobs_of(build(changed(config, evaluation={"baselines": True})))
+    told, golden = asked["judge-baselines"].config, asked["judge-golden"].config
+    assert (told.dataset, told.pairs) == (golden.dataset, golden.pairs)
+    assert told.train == asked["golden"].config.source.folder
+    assert "judge-baselines" not in every
+
+
 def test_an_arm_has_its_multiple_of_the_studys_beta(every):
     assert every["low_beta-ipo-beta0.01-lr0.01"].config.loss.settings["beta"] == pytest.approx(0.01)
     assert every["high_beta-ipo-beta0.3-lr0.01"].config.loss.settings["beta"] == pytest.approx(0.3)
