@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="tests/study/nano.py", help="of the study")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sizes", default="palm_10m,palm_30m")
+    parser.add_argument("--sizes", default="palm_30k,palm_300k")
     parser.add_argument("--events", type=int, default=24, help="how often the study is hurt")
     parser.add_argument("--workdir", type=Path, default=ROOT / ".cache" / "slurm_study", help="removed at the start")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of what happens")
