@@ -25,6 +25,39 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
+def defaults(config: Any) -> dict[str, Any]:
+    """What `to_dict` would give if every field that has a default had it."""
+    return {
+        field.name: defaults(value) if dataclasses.is_dataclass(value) else _default(field, value)
+        for field in dataclasses.fields(config)
+        for value in [getattr(config, field.name)]
+    }
+
+
+def differences(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass, and of those in it, that differ from their defaults.
+
+    They tell a config from every other of its class. A field that a later version adds changes nothing until it is set.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), _default(field, _ABSENT)
+        if dataclasses.is_dataclass(value):
+            of_value = {} if type(value) is type(default) else {"type": type(value).__name__}
+            of_value |= differences(value)
+            if of_value:
+                found[field.name] = of_value
+        elif value != default:
+            found[field.name] = value
+    return found
+
+
+def _default(field: Any, absent: Any) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else absent
+
+
 def from_dict(cls: type[Config], values: Mapping[str, Any], path: str = "config") -> Config:
     """Builds a dataclass, and those in it, from nested dictionaries.
 

@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from alignment_gap.errors import UserError
@@ -201,7 +202,14 @@ def is_held(folder: AnyPath) -> bool:
     return False
 
 
-def claim(path: AnyPath, settings: Mapping[str, Any], *, remedy: str, may_change: Collection[str] = ()) -> None:
+def claim(
+    path: AnyPath,
+    settings: Mapping[str, Any],
+    *,
+    remedy: str,
+    may_change: Collection[str] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Writes the settings that a folder is made with into it, as the file `path`.
 
     Args:
@@ -209,13 +217,14 @@ def claim(path: AnyPath, settings: Mapping[str, Any], *, remedy: str, may_change
       settings: flat, as JSON values.
       remedy: what to do where the folder holds others.
       may_change: settings that do not alter what is there.
+      defaults: of settings; the file of an earlier version, which did not know one, stands for its default.
 
     Raises:
       UserError: where the folder holds something of other settings, naming what differs, or settings nobody can read.
     """
     settings = json.loads(json.dumps(settings))
     if path.exists():
-        found = read_json(path, remedy=remedy)
+        found = json.loads(json.dumps(dict(defaults))) | read_json(path, remedy=remedy)
         differences = [
             f"{key} was {found.get(key, 'absent')}, now {settings.get(key, 'absent')}"
             for key in sorted(found.keys() | settings.keys())

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from alignment_gap.configuration import flatten, from_dict, to_dict
+from alignment_gap.configuration import defaults, differences, flatten, from_dict, to_dict
 from alignment_gap.errors import UserError
 
 
@@ -42,6 +42,28 @@ def test_to_dict_by_hand():
         "heights": (2.5,),
         "open": False,
     }
+
+
+def test_defaults_have_the_form_of_the_config():
+    house = House(Dog(weight=3.0), Dog(weight=2.0), rooms=(4,))
+    assert defaults(house) == to_dict(House(Dog()))
+
+
+def test_differences_by_hand():
+    assert differences(House()) == {}
+    assert differences(House(Cat(lives=1), Dog(weight=3.0), open=True)) == {
+        "pet": {"lives": 1},
+        "garden": {"weight": 3.0},
+        "open": True,
+    }
+    # A dog of the defaults is another pet than a cat of the defaults.
+    assert differences(House(Dog())) == {"pet": {"type": "Dog"}}
+
+
+def test_a_field_of_a_later_version_changes_no_difference_until_it_is_set():
+    later = dataclasses.make_dataclass("House", [("colour", str, "red")], bases=(House,), frozen=True)
+    assert differences(later(rooms=(4,))) == differences(House(rooms=(4,)))
+    assert differences(later(rooms=(4,), colour="blue")) == {"rooms": (4,), "colour": "blue"}
 
 
 def test_what_is_left_out_has_its_default():

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from alignment_gap import __version__
-from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.configuration import defaults, flatten, to_dict
 from alignment_gap.errors import Interrupted, StorageError
 from alignment_gap.folders import AnyPath, claim, discard_last, locked, read_json, write_json, write_last
 from alignment_gap.jobs.words import flag_words
@@ -137,9 +137,11 @@ def make(kind: Kind, config: Any, folder: AnyPath, open_bar: OpenBar | None = No
     opened = kind.open(config)
     opened.read_first(folder)
     settings = json.loads(json.dumps({"kind": kind.name} | flatten(to_dict(config)) | dict(opened.facts)))
+    # A folder of an earlier version, which did not know a setting, has its default.
+    unset = json.loads(json.dumps(flatten(defaults(config))))
     with contextlib.ExitStack() as stack:
-        on_first_process(lambda: stack.enter_context(_owned(folder, settings, kind)))
-        finished = bool(first_says(lambda: finished_with(folder) == settings and kind.is_whole(folder)))
+        on_first_process(lambda: stack.enter_context(_owned(folder, settings, kind, unset)))
+        finished = bool(first_says(lambda: _is_finished(folder, settings, unset) and kind.is_whole(folder)))
         if finished and not kind.repairs:
             return False
         if not finished:
@@ -171,6 +173,11 @@ def _failure_kept(folder: AnyPath) -> Iterator[None]:
         raise
 
 
+def _is_finished(folder: AnyPath, settings: Mapping[str, Any], unset: Mapping[str, Any]) -> bool:
+    found = finished_with(folder)
+    return found is not None and {**unset, **found} == settings
+
+
 def finished_with(folder: AnyPath) -> Any:
     """The settings that a folder was completed with; None where it is not complete, or no longer says so."""
     try:
@@ -186,8 +193,9 @@ def _remedies(folder: AnyPath) -> list[str]:
 
 
 @contextlib.contextmanager
-def _owned(folder: AnyPath, settings: Mapping[str, Any], kind: Kind) -> Iterator[None]:
+def _owned(folder: AnyPath, settings: Mapping[str, Any], kind: Kind, unset: Mapping[str, Any]) -> Iterator[None]:
     with locked(folder):
         may_change = {*kind.may_change(folder), *_remedies(folder)}
-        claim(folder / JOB, settings, remedy="give another folder, or these settings", may_change=may_change)
+        remedy = "give another folder, or these settings"
+        claim(folder / JOB, settings, remedy=remedy, may_change=may_change, defaults=unset)
         yield

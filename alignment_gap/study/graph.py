@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from alignment_gap.checks import nearest
-from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.configuration import differences, flatten
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at
 from alignment_gap.jobs.baselines import BASELINES, BaselinesConfig
@@ -38,8 +38,8 @@ from alignment_gap.study.config import HELDOUT, OWN, STREAM, PreferenceModelConf
 from alignment_gap.training import OptimizerConfig
 
 JOBS = "jobs"
-# Changes where the code changes what a job makes from the same settings, so that old folders are not taken for new.
-FORMAT = 3
+# Changes where a default changes, or what the code makes from the same settings: old folders are not taken for new.
+FORMAT = 4
 # Pairs that a judge's accuracy is measured on.
 JUDGED_PAIRS = 1000
 # The measurement of the golden model that tells how much it knows of people.
@@ -190,8 +190,8 @@ class _Seed:
         return zlib.crc32(f"{self.seed} {name}".encode())
 
     def _add(self, name: str, kind: Kind, config: Any) -> Job:
-        """A job whose folder is named by its settings and, with their folders' names, by its inputs."""
-        settings = flatten(to_dict(config))
+        """A job whose folder is named by the settings that it sets and, with their folders' names, by its inputs."""
+        settings = flatten(differences(config))
         effective = {key: value for key, value in settings.items() if key not in kind.without_effect}
         content = json.dumps({"format": FORMAT, "kind": kind.name, "settings": effective}, sort_keys=True)
         root = json.dumps(f"{self.root}/")[1:-1]

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from alignment_gap.checkpoints import find_checkpoint
-from alignment_gap.configuration import flatten, from_dict, load_named, to_dict
+from alignment_gap.configuration import defaults, flatten, from_dict, load_named, to_dict
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.tasks.prepare import TRAIN, VALIDATION, vocabulary_place
@@ -295,5 +295,6 @@ def _claimed(study: Study, *, update: bool) -> Iterator[None]:
         if update:
             write_json(study.workdir / STUDY, settings)
         remedy = "give another --workdir, or --update to replace its report and redo only the jobs that depend on what"
-        claim(study.workdir / STUDY, settings, remedy=f"{remedy} changed")
+        unset = flatten(defaults(study.config))
+        claim(study.workdir / STUDY, settings, remedy=f"{remedy} changed", defaults=unset)
         yield

@@ -74,6 +74,23 @@ def test_other_settings_or_inputs_are_refused(config, facts, message, tmp_path):
     assert (tmp_path / "out.txt").read_text() == "a"
 
 
+def test_a_folder_of_an_earlier_version_goes_on_with_the_defaults_of_settings_that_it_did_not_know(tmp_path):
+    ran = []
+    kind = kind_of(lambda config, folder: ran.append(config))
+    make(kind, Config("b"), tmp_path, Bar())
+    for name in (JOB, DONE):
+        content = json.loads((tmp_path / name).read_text())
+        for setting in ("limit", "mesh.layout"):
+            content.get("settings", content).pop(setting)
+        (tmp_path / name).write_text(json.dumps(content))
+    assert not make(kind, Config("b"), tmp_path, Bar()) and len(ran) == 1
+    with pytest.raises(UserError, match="limit was None, now 3"):
+        make(kind, Config("b", limit=3), tmp_path, Bar())
+    # What a version did not know and is not in the config, as the digest of an input, is no default.
+    with pytest.raises(UserError, match="other was absent, now digest"):
+        make(kind_of(write, {"input": "digest", "other": "digest"}), Config("b"), tmp_path, Bar())
+
+
 def test_another_kind_of_job_is_refused(tmp_path):
     make(kind_of(write), Config(), tmp_path, Bar())
     with pytest.raises(UserError, match="kind was write, now read"):
