@@ -95,9 +95,9 @@ def write_comparison(folders: Sequence[AnyPath], workdir: AnyPath) -> AnyPath:
         raise UserError(f"{workdir} holds a study or a job, whose report this would replace: give another --workdir")
     names = _names(folders)
     if is_study:
-        page, figures = _studies_page([_read_study(*each) for each in zip(names, folders, strict=True)])
+        page, figures = _studies_page([read_study(*each) for each in zip(names, folders, strict=True)])
     else:
-        page, figures = _jobs_page([_read_job(*each) for each in zip(names, folders, strict=True)])
+        page, figures = _jobs_page([read_job(*each) for each in zip(names, folders, strict=True)])
     with locked(workdir):
         return write_page(workdir, page, figures, stale=("*.png",))
 
@@ -133,7 +133,8 @@ def _names(folders: Sequence[AnyPath]) -> list[str]:
 # Reading.
 
 
-def _read_study(name: str, folder: AnyPath) -> StudyFolder:
+def read_study(name: str, folder: AnyPath) -> StudyFolder:
+    """A study from the files that its report left."""
     path = folder / STUDY
     settings = read_json(path, remedy="run the study again") if path.exists() else {}
     claims = {row["claim"]: row for row in _csv_rows(folder / CLAIM_TABLE)}
@@ -164,7 +165,8 @@ def _chart_row(row: Mapping[str, str]) -> Row:
     return chart_row(result, means) | ({"size": row["size"]} if row.get("size") else {})
 
 
-def _read_job(name: str, folder: AnyPath) -> JobFolder:
+def read_job(name: str, folder: AnyPath) -> JobFolder:
+    """A training job from its settings and its metrics, finished or not."""
     settings = read_json(folder / JOB, remedy="run the job again")
     done = folder / DONE
     seconds = read_json(done, remedy="run the job again")["seconds"] if done.exists() else math.nan
@@ -180,7 +182,7 @@ def _studies_page(studies: Sequence[StudyFolder]) -> tuple[str, list[Figure]]:
     arms = {arm.name for arm in _arms(rows)}
     losses = dict.fromkeys(row["loss"] for row in rows if row["arm"] in arms)
     figures = [_claims_figure(studies)] + [
-        _main_figure(studies, loss, metric)
+        main_figure(studies, loss, metric)
         for loss in losses
         for metric in ("win_rate", "rubric")
         if any(_of_loss(study.rows, loss, metric) for study in studies)
@@ -244,7 +246,7 @@ def _claims_figure(studies: Sequence[StudyFolder]) -> Figure:
     names = [study.name for study in studies]
     colour = alt.Color(
         "study:N",
-        scale=alt.Scale(domain=names, range=_colours(names)),
+        scale=alt.Scale(domain=names, range=colours(len(names))),
         legend=alt.Legend(title=None),
     )
     y, words = alt.Y("claim:N", title=None, sort=None, axis=alt.Axis(labelLimit=300)), "Percentage points"
@@ -257,7 +259,7 @@ def _claims_figure(studies: Sequence[StudyFolder]) -> Figure:
     return dataclasses.replace(base, spec=charts.finish(drawn))
 
 
-def _main_figure(studies: Sequence[StudyFolder], loss: str, metric: str) -> Figure:
+def main_figure(studies: Sequence[StudyFolder], loss: str, metric: str) -> Figure:
     """A metric over KL under one loss, a panel for each study, all on the same axes."""
     words = METRICS[metric].words
     base = Figure(
@@ -267,6 +269,8 @@ def _main_figure(studies: Sequence[StudyFolder], loss: str, metric: str) -> Figu
     )
     of_study = {study.name: _of_loss(study.rows, loss, metric) for study in studies}
     drawn = {name: rows for name, rows in of_study.items() if rows}
+    if not drawn:
+        return dataclasses.replace(base, missing=f"no arm has {words} under {loss}")
     everything = [row for rows in drawn.values() for row in rows]
     arms, x = _arms(everything), charts.kl_axis(max(row["kl"] for row in everything))
     panels = []
@@ -292,9 +296,9 @@ def _of_loss(rows: Sequence[Row], loss: str, metric: str) -> list[Row]:
 def _arms(rows: Sequence[Row]) -> list[Arm]:
     """The arms of the main figures, and those that the table does not have, in colours of their own."""
     own = dict.fromkeys(row["arm"] for row in rows if row["arm"] not in {arm.name for arm in ARMS} | {*OTHER_STYLES})
-    colours = [colour for colour in charts.COLOURS if colour not in {arm.colour for arm in ARMS if arm.panel == MAIN}]
+    free = [colour for colour in charts.COLOURS if colour not in {arm.colour for arm in ARMS if arm.panel == MAIN}]
     further = [
-        dataclasses.replace(ARMS[0], name=name, colour=colours[i % len(colours)], shape="triangle-down")
+        dataclasses.replace(ARMS[0], name=name, colour=free[i % len(free)], shape="triangle-down")
         for i, name in enumerate(name for name in own if name != OPPONENT)
     ]
     return [*(arm for arm in ARMS if arm.panel == MAIN), *further]
@@ -320,7 +324,7 @@ def _peaks(study: StudyFolder) -> Table:
 def _jobs_page(jobs: Sequence[JobFolder]) -> tuple[str, list[Figure]]:
     names = [job.name for job in jobs]
     base = Figure("training", "Training curves", "Which run learns faster, and does each of them train steadily?")
-    figures = [curves_figure(base, [job.run for job in jobs], dict(zip(names, _colours(names), strict=True)))]
+    figures = [curves_figure(base, [job.run for job in jobs], dict(zip(names, colours(len(names)), strict=True)))]
     page = render(
         "jobs.html.jinja",
         figures,
@@ -348,8 +352,9 @@ def _last_metrics(jobs: Sequence[JobFolder]) -> Table:
 # Both.
 
 
-def _colours(names: Sequence[str]) -> list[str]:
-    return [charts.COLOURS[i % len(charts.COLOURS)] for i in range(len(names))]
+def colours(count: int) -> list[str]:
+    """So many colours, which come again once there are no more."""
+    return [charts.COLOURS[i % len(charts.COLOURS)] for i in range(count)]
 
 
 def _differing(settings: Mapping[str, Mapping[str, Any]]) -> Table:

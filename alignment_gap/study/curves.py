@@ -28,6 +28,7 @@ CURVES = {
     "gradient_norm": ("Gradient norm (logarithmic)", True),
     "learning_rate": ("Learning rate", False),
 }
+# The preference models, by the names of their jobs; the golden policy is called golden too.
 JUDGES = {"golden": "golden model", "proxy": "proxy model"}
 _STAGES = {ORIGIN: "supervised fine-tuning", "judges": "the preference models"}
 _COLOURS = {
@@ -54,7 +55,7 @@ class TrainingRun:
     """A training job and what it wrote of its steps.
 
     Attributes:
-      name: what its curves are called: an arm, a stage, a folder.
+      name: what its curves are called: an arm, "sft", one of `JUDGES`, a folder.
       lines: metrics of steps, ascending.
       seconds: that it took; nan where it is not finished.
       loss: name of the loss; empty for a preference model.
@@ -111,8 +112,7 @@ def stage_figures(
             kl.setdefault(key, []).append({"step": result.step, "kl": result.mean("kl")})
     figures = []
     for stage, of_stage in stages.items():
-        words = _STAGES.get(stage, f"the arms of {stage}" if stage in panels.values() else f"{loss_name(stage)}")
-        named = [dataclasses.replace(run, name=_label(run)) for run in of_stage]
+        words = _STAGES.get(stage, f"the arms of {stage}" if stage in panels.values() else loss_name(stage))
         base = Figure(
             f"training_{re.sub(r'[^a-z0-9_.]+', '_', file_word(stage).lower())}",
             f"Training: {words}",
@@ -120,7 +120,7 @@ def stage_figures(
             _PAPER.get(stage, f"It shows no curve of {words}."),
         )
         measured = [kl.get((run.name, run.loss, run.setting, run.seed), []) for run in of_stage]
-        figures.append(curves_figure(base, named, colours, measured))
+        figures.append(curves_figure(base, of_stage, colours, measured))
     return figures
 
 
@@ -157,10 +157,6 @@ def _own_stage(run: TrainingRun) -> str:
     if run.name in (ORIGIN, "base"):
         return ORIGIN
     return "" if run.loss else "judges"
-
-
-def _label(run: TrainingRun) -> str:
-    return run.name if run.loss else JUDGES.get(run.name, run.name)
 
 
 def _rows(run: TrainingRun, lines: Sequence[Mapping[str, float]], points: int) -> list[Row]:
@@ -217,7 +213,7 @@ def throughput_table(runs: Sequence[TrainingRun]) -> list[dict[str, str]]:
     """A row for each name and loss: how fast its jobs were, the mean over jobs of the median over their lines."""
     groups: dict[tuple[str, str], list[TrainingRun]] = {}
     for run in runs:
-        groups.setdefault((_label(run), loss_name(run.loss) if run.loss else "preference"), []).append(run)
+        groups.setdefault((run.name, loss_name(run.loss) if run.loss else "preference"), []).append(run)
     return [_throughput(*key, group) for key, group in groups.items() if any(run.lines for run in group)]
 
 

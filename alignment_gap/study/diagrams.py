@@ -64,8 +64,8 @@ def diagram_figures(graph: StudyGraph) -> list[Figure]:
         "figure_3",
         "Figure 3: what is made of the online run",
         "Is online ahead for what its pairs hold, or for when they are drawn?",
-        "The pairs of an online run are kept, and an offline run trains on them: in their order, in random order, or "
-        "on pairs of the policies that the run went through.",
+        "The pairs of an online run are kept. Offline runs train on them in their order and in random order, and on "
+        "new pairs of the policies that the run went through.",
     )
     drawn = [_drawn(workflow, jobs, _WORKFLOW), _drawn(stream, jobs, _STREAM)]
     readers = [word for word in _boxes(jobs, _STREAM) if word != "online" and not word.startswith("pairs ")]

@@ -22,7 +22,7 @@ from alignment_gap.jobs.folder import DONE, Job
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.study.analysis import METRICS, ORIGIN, PROXY, CheckpointResult, loss_name
 from alignment_gap.study.config import StudyConfig
-from alignment_gap.study.curves import TrainingRun, read_lines
+from alignment_gap.study.curves import JUDGES, TrainingRun, read_lines
 from alignment_gap.study.diagrams import diagram_figures
 from alignment_gap.study.graph import GOLDEN_HELD_OUT, SeedJobs, StudyGraph
 from alignment_gap.study.report import JudgeFacts, ReportContext
@@ -77,9 +77,9 @@ def _training_runs(graph: StudyGraph, seed: SeedJobs) -> Iterator[TrainingRun]:
     for job in graph.jobs:
         if job.kind is not TRAIN or not job.name.startswith(prefix):
             continue
-        run = policies.get(str(job.folder))
+        run, name = policies.get(str(job.folder)), job.name.removeprefix(prefix)
         yield TrainingRun(
-            name=run.arm if run else job.name.removeprefix(prefix),
+            name=run.arm if run else JUDGES.get(name, name),
             lines=read_lines(job.folder),
             seconds=_wall_time(job).total_seconds(),
             loss=job.config.loss.name if job.config.kind == POLICY else "",
