@@ -20,7 +20,8 @@ GRID = "#E4E4E4"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7B4FA3", "#B8A000")
 # The least distance of two ticks, as a share of the axis.
 _TICK_GAP = 0.055
-# Above the chart, one below the other, each in a row with its title before it.
+# Above the chart, one below the other, each in a row with its title before it. Vega reads the layout of legends from a
+# configuration; the schema of Vega-Lite forgets it.
 _LEGEND = {"symbolSize": 90, "symbolOpacity": 1, "orient": "top", "direction": "horizontal", "titleOrient": "left"}
 _LEGEND |= {"labelLimit": 300, "layout": {"top": {"direction": "vertical", "anchor": "start", "margin": 4}}}
 _KL_TICKS = (0, 0.1, 0.3, 1, 2, 4, 6, *(k * 2**power for power in range(10) for k in (8, 12)))

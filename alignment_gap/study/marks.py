@@ -66,6 +66,10 @@ class Figure:
         """The drawing as a PNG on white."""
         return charts.png(self.spec)
 
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows of it."""
+        return None if self.missing else self.png()
+
 
 # Data.
 

@@ -68,7 +68,7 @@ def test_notebook_finds_the_planted_gap(ran, origin, capsys):
 
 def test_notebook_draws_the_main_figure_and_the_curves(ran, origin):
     scope = ran([origin, *planted("online", 0.1), *planted("offline", 0.05)])
-    drawn = scope["main"].spec["concat"][0]["data"]["values"]
+    drawn = scope["main"].spec["data"]["values"]
     assert sorted((row["arm"], row["step"]) for row in drawn if not row.get("start")) == [
         *(("offline", step) for step in (1, 2, 4)),
         *(("online", step) for step in (1, 2, 4)),

@@ -52,7 +52,8 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.rows, self.text, self.scripts, self.links, self.ids = [], "", [], [], []
+        self.rows, self.text, self.scripts, self.links, self.ids, self._tag = [], "", [], [], [], ""
+        self._in_cell = False
         self.feed(path.read_text(encoding="utf-8"))
         self.specs = json.loads(self.scripts[1])
 
@@ -66,17 +67,21 @@ class Page(html.parser.HTMLParser):
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag):
+        self._in_cell = self._in_cell and tag not in ("td", "th")
 
     def handle_data(self, data):
         if self._tag == "script":
             self.scripts[-1] += data
         else:
             self.text += data
-            if self.rows and self.rows[-1] and data.strip():
+            if self._in_cell and data.strip():
                 self.rows[-1][-1] += data.strip() + " "
 
     def row(self, start):
-        (found,) = (row for row in self.rows if row[0].startswith(start))
+        (found,) = (row for row in self.rows if row[0].strip() == start)
         return [cell.strip() for cell in found]
 
 
@@ -97,12 +102,12 @@ def studies(tmp_path):
 
 def test_claims_stand_in_columns(studies, tmp_path, undrawn):
     page = Page(write_comparison(studies, tmp_path / "compared"))
-    assert page.row("The paper on online") == [
+    assert page.row("The paper on online-beats-offline.") == [
         *("The paper on online-beats-offline.", "1"),
         "agrees with the paper +6.4 points; 3 seeds +4.5 to +8.2",
         "cannot be told +1.0 points; 3 seeds \u22122.0 to +4.0",
     ]
-    assert page.row("The paper on of-its-own")[2:] == ["cannot be told 0.5; 3 seeds 0 to 1", "not asked"]
+    assert page.row("The paper on of-its-own.")[2:] == ["cannot be told 0.5; 3 seeds 0 to 1", "not asked"]
     assert ["The paper", "Figure", "a", "b"] in [[cell.strip() for cell in row] for row in page.rows]
 
 
