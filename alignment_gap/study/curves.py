@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -37,6 +38,7 @@ _COLOURS = {
     JUDGES["golden"]: GOLDEN.colour,
     JUDGES["proxy"]: charts.COLOURS[3],
 }
+_FURTHER_JUDGES = tuple(colour for colour in charts.COLOURS if colour not in _COLOURS.values())
 _QUESTIONS = {
     ORIGIN: "Has the policy that all arms start from stopped improving?",
     "judges": "Did the preference models learn, and were they stopped in time?",
@@ -105,6 +107,8 @@ def stage_figures(
         arms_stage = run.loss if panel == MAIN else panel
         stages.setdefault(_own_stage(run) or arms_stage, []).append(run)
     colours = _COLOURS | {arm.name: arm.colour for arm in (*arms, GOLDEN)}
+    judges = dict.fromkeys(run.name for run in runs if not run.loss and run.name not in colours)
+    colours |= dict(zip(judges, itertools.cycle(_FURTHER_JUDGES), strict=False))
     kl: dict[tuple[object, ...], list[Mapping[str, float]]] = {}
     for result in results:
         if result.step and "kl" in result.outcomes and not result.size:

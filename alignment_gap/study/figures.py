@@ -21,9 +21,11 @@ from alignment_gap.study.analysis import METRICS, OPPONENT, ORIGIN, PROXY, Compa
 from alignment_gap.study.arms import (
     BEST_OF_N,
     BEST_VS_WORST,
+    BETAS,
     DATASETS,
     MAIN,
     OBJECTIVES,
+    PROXY_LABELS,
     REFRESH,
     SELF_PLAY,
     WINDOWS,
@@ -76,6 +78,14 @@ _PANELS = {
     BEST_VS_WORST: (
         "Does it help to set the best of more samples against the worst?",
         "The paper labels both of two samples; 2405.07863 takes best and worst of more.",
+    ),
+    PROXY_LABELS: (
+        "How many labels does the proxy need?",
+        "Its proxy learns from all of D_golden, and tells 70 to 90 % of it as the golden model does.",
+    ),
+    BETAS: (
+        "Does online depend on the strength of its regularisation?",
+        "It has online at beta 0.1 alone, and sweeps offline.",
     ),
     OBJECTIVES: (
         "Do offline objectives that bound the distance to SFT close the gap?",

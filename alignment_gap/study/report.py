@@ -139,7 +139,7 @@ def _page(
         throughput=curves.throughput_table(context.training),
         fits=[_fit_row(*each) for each in findings.over_optimisation_fits(evidence, figures.main_arms(arms))],
         peaks=_peaks_table(results),
-        judges=[_judge_row(facts) for facts in context.judges],
+        judges=_judges_table(context.judges),
         runs=_runs_table(results),
         settings=[{"Setting": name, "Value": _text(value)} for name, value in settings],
         samples=context.samples,
@@ -246,9 +246,14 @@ def _peaks_table(results: Sequence[CheckpointResult]) -> list[Row]:
     ]
 
 
-def _judge_row(facts: JudgeFacts) -> Row:
-    shares = {f"Agrees with {whom}": f"{share:.1%}" for whom, share in facts.shares.items()}
-    return {"Seed": str(facts.seed), "Judge": facts.measured} | shares
+def _judges_table(judges: Sequence[JudgeFacts]) -> list[Row]:
+    """A row for each judge, with a column for everyone whom one of them was compared with."""
+    whom = dict.fromkeys(name for facts in judges for name in facts.shares)
+    return [
+        {"Seed": str(facts.seed), "Judge": facts.measured}
+        | {f"Agrees with {name}": f"{facts.shares[name]:.1%}" if name in facts.shares else _NONE for name in whom}
+        for facts in judges
+    ]
 
 
 def _runs_table(results: Sequence[CheckpointResult]) -> list[Row]:

@@ -93,6 +93,13 @@ def test_stages_are_sft_the_judges_and_the_arms_by_loss_or_panel():
     assert len(said) == len(set(said))
 
 
+def test_further_proxies_have_colours_of_their_own():
+    names = ("golden model", "proxy model", "proxy-500", "proxy-2000")
+    (figure,) = stage_figures([TrainingRun(name, lines(2), 1.0) for name in names], [], [])
+    scale = figure.spec["concat"][0]["layer"][0]["encoding"]["color"]["scale"]
+    assert scale["domain"] == [*names] and len(set(scale["range"])) == 4
+
+
 def test_curves_of_a_sweep_are_told_apart():
     runs = [
         TrainingRun("offline", lines(2), 1.0, "ipo", beta, rate)

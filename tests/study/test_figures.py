@@ -86,6 +86,10 @@ def test_every_figure_says_its_question_what_the_paper_saw_and_what_is_seen(draw
         assert figure.sentences and all(sentence.endswith(".") for sentence in figure.sentences)
 
 
+def test_every_panel_of_the_table_has_a_question_of_its_own():
+    assert {arm.panel for arm in ARMS} - {MAIN} == figures._PANELS.keys()
+
+
 def test_no_two_figures_say_the_same():
     """Nor where many losses and panels are drawn by the same functions."""
     windows = ("replayed", "small_windows", "large_windows")

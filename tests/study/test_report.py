@@ -219,6 +219,14 @@ def test_peaks_at_one_kl_need_no_explanation(page):
     assert "The two gaps differ" not in page.text
 
 
+def test_judges_that_were_compared_with_others_have_the_same_columns(tmp_path, undrawn):
+    judges = [JudgeFacts(0, "golden", {"the labels": 0.75, "rubric": 0.875}), JudgeFacts(0, "n-grams", {"length": 0.5})]
+    write_report(tmp_path, results(arms=("online",)), context(judges=judges))
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "Agrees with the labelsAgrees with rubricAgrees with length" in text
+    assert "golden75.0%87.5%\u2013" in text and "n-grams\u2013\u201350.0%" in text
+
+
 def test_over_optimisation_is_fitted(page):
     assert "4 fits" in page.text and "d(a \u2212 b log d)" in page.text
 
