@@ -114,15 +114,16 @@ def peaks_apart(evidence: Evidence, comparison: Comparison) -> str:
     far = int(peaks[1] > peaks[0])
     arm, other = methods[far][0], methods[1 - far][0]
     best = f"under {loss_name(methods[far][1])} the best of {arm} in {words} is at {nats(peaks[far])} nats"
-    if peaks[far] > comparison.budgets[-1]:
-        reach = nats(comparison.spans[1 - far][1])
+    reach = comparison.spans[1 - far][1]
+    if peaks[far] > reach:
         return (
-            f"The two gaps differ because {best}, where {other}, measured up to {reach} nats, has no checkpoint: "
-            f"the gap between their peaks is one at unequal KL."
+            f"The two gaps differ because {best}, where {other}, measured up to {nats(reach)} nats, has no checkpoint: "
+            "the gap between their peaks is one at unequal KL."
         )
+    low, high = map(nats, comparison.budgets[[0, -1]])
     return (
         f"The two gaps differ because {best} and that of {other} at {nats(peaks[1 - far])} nats: "
-        f"the peaks are two checkpoints, the average counts every budget from {nats(comparison.budgets[0])} nats on."
+        f"the peaks are two checkpoints, the average counts every budget from {low} to {high} nats alike."
     )
 
 
