@@ -16,6 +16,7 @@ from alignment_gap.interruption import TRY_AGAIN, from_keyboard, from_scheduler,
 
 COMMANDS = {
     "study": "run the controlled study, or what is left of it, and write its report",
+    "report": "put studies, or training jobs, side by side on one page",
     "launch": "give a command, or the jobs of a study, to an engine: this machine, Slurm, Kubernetes",
     "train": "train a policy or a preference model, online or offline, from gin files",
     "evaluate": "measure the checkpoints of a run: win rates by any judge, KL, accuracy, length",

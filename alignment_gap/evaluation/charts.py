@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +18,21 @@ INK = "#606060"
 LINE = "#999999"
 GRID = "#E4E4E4"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7B4FA3", "#B8A000")
+# The least distance of two ticks, as a share of the axis.
+_TICK_GAP = 0.055
+# Above the chart, one below the other, each in a row with its title before it. Vega reads the layout of legends from a
+# configuration; the schema of Vega-Lite forgets it.
+_LEGEND = {"symbolSize": 90, "symbolOpacity": 1, "orient": "top", "direction": "horizontal", "titleOrient": "left"}
+_LEGEND |= {"labelLimit": 300, "layout": {"top": {"direction": "vertical", "anchor": "start", "margin": 4}}}
 _KL_TICKS = (0, 0.1, 0.3, 1, 2, 4, 6, *(k * 2**power for power in range(10) for k in (8, 12)))
 
 
 def kl_axis(largest: float) -> alt.X:
     """KL to the reference, on a square-root scale from 0 to a little over the largest value."""
-    ticks = [tick for tick in _KL_TICKS if tick <= 1.05 * largest]
+    ticks: list[float] = []
+    for tick in (tick for tick in _KL_TICKS if tick <= 1.05 * largest):
+        if not ticks or math.sqrt(tick) - math.sqrt(ticks[-1]) > _TICK_GAP * math.sqrt(1.05 * largest):
+            ticks.append(tick)
     scale = alt.Scale(type="sqrt", domainMin=0, domainMax=1.05 * largest or 1.0, nice=False)
     title = "KL to the reference (nats, square-root scale)"
     return alt.X("kl:Q", title=title, scale=scale, axis=alt.Axis(values=ticks, format="~g"))
@@ -38,7 +48,7 @@ def finish(chart: alt.TopLevelMixin) -> dict[str, Any]:
         "background": "white",
         "padding": 8,
         "axis": text | lines,
-        "legend": text | {"symbolSize": 90, "orient": "top", "direction": "horizontal", "symbolOpacity": 1},
+        "legend": text | _LEGEND,
         "view": {"stroke": None},
         "title": {"color": INK, "fontSize": 13, "fontWeight": "normal", "anchor": "start"},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import altair as alt
 
 from alignment_gap.evaluation import charts
+from alignment_gap.jobs.config import POLICY
 from alignment_gap.jobs.folder import Job
-from alignment_gap.study.figures import Figure
+from alignment_gap.jobs.train import TRAIN
 from alignment_gap.study.graph import StudyGraph
+from alignment_gap.study.marks import WIDTH, Figure
 
 # Jobs by the pattern of their names, and what a reader calls them.
 _WORKFLOW = {
@@ -32,6 +36,10 @@ _STREAM = {
     "(final_vs_final|sft_vs_early|early_vs_final)-ipo-.*": "{arm}",
 }
 
+# What a job makes, and the outline of its box.
+_PAIRS, _JUDGE, _POLICY = "pairs", "preference model", "policy"
+_COLOURS = {_PAIRS: charts.LINE, _JUDGE: "#CC79A7", _POLICY: "#0072B2"}
+
 # Half the width and height of a box, and how far the columns are bent, in columns and rows.
 _WIDE, _HIGH, _BEND = 0.36, 0.16, 0.12
 
@@ -39,16 +47,48 @@ _WIDE, _HIGH, _BEND = 0.36, 0.16, 0.12
 def diagram_figures(graph: StudyGraph) -> list[Figure]:
     """The workflow (figure 2 of the paper), and what reads the stream of the online run (figure 3), of one seed."""
     prefix = f"seed{graph.seeds[0].seed}-"
-    jobs = [job for job in graph.jobs if job.name.startswith(prefix)]
-    titles = {
-        "figure_2": ("Figure 2: who learns from whom", _WORKFLOW),
-        "figure_3": ("Figure 3: what is made of the online run", _STREAM),
-    }
-    figures = []
-    for name, (title, patterns) in titles.items():
-        words = {job.name: word for job in jobs if (word := _word(job.name.removeprefix(prefix), patterns))}
-        figures.append(Figure(name, title, spec=_drawing(_edges(jobs, words), list(dict.fromkeys(words.values())))))
-    return figures
+    jobs = {job.name.removeprefix(prefix): job for job in graph.jobs if job.name.startswith(prefix)}
+    made = collections.Counter(map(_made, jobs.values()))
+    workflow = Figure(
+        "figure_2",
+        "Figure 2: the workflow",
+        "Who learns from whom, and who judges?",
+        "A golden preference model stands for people: it labels the pairs and judges. Offline policies learn from its "
+        "labels, online ones from a proxy that learned them.",
+        sentences=(
+            f"A seed of this study is {len(jobs)} jobs, which train {made[_POLICY]} policies and {made[_JUDGE]} "
+            "preference models.",
+        ),
+    )
+    stream = Figure(
+        "figure_3",
+        "Figure 3: what is made of the online run",
+        "Is online ahead for what its pairs hold, or for when they are drawn?",
+        "The pairs of an online run are kept. Offline runs train on them in their order and in random order, and on "
+        "new pairs of the policies that the run went through.",
+    )
+    drawn = [_drawn(workflow, jobs, _WORKFLOW), _drawn(stream, jobs, _STREAM)]
+    readers = [word for word in _boxes(jobs, _STREAM) if word != "online" and not word.startswith("pairs ")]
+    said = f"Arms of this study that learn from it: {', '.join(readers) or 'none'}."
+    return [drawn[0], dataclasses.replace(drawn[1], sentences=(said,))]
+
+
+def _made(job: Job) -> str:
+    """What a job makes."""
+    if job.kind is not TRAIN:
+        return _PAIRS
+    return _POLICY if job.config.kind == POLICY else _JUDGE
+
+
+def _boxes(jobs: Mapping[str, Job], patterns: Mapping[str, str]) -> dict[str, str]:
+    """What each box makes, by its word."""
+    return {word: _made(job) for name, job in jobs.items() if (word := _word(name, patterns))}
+
+
+def _drawn(figure: Figure, jobs: Mapping[str, Job], patterns: Mapping[str, str]) -> Figure:
+    words = {job.name: word for name, job in jobs.items() if (word := _word(name, patterns))}
+    spec = _drawing(_edges(list(jobs.values()), words), _boxes(jobs, patterns))
+    return dataclasses.replace(figure, spec=spec)
 
 
 def _word(name: str, patterns: Mapping[str, str]) -> str:
@@ -84,11 +124,12 @@ def _places(edges: Sequence[tuple[str, str]], words: Sequence[str]) -> dict[str,
     return places
 
 
-def _drawing(edges: Sequence[tuple[str, str]], words: Sequence[str]) -> dict[str, object]:
+def _drawing(edges: Sequence[tuple[str, str]], boxes: Mapping[str, str]) -> dict[str, object]:
     """Boxes of words, and lines from what is read to who reads it, from left to right."""
-    places = _places(edges, words)
+    places = _places(edges, list(boxes))
     nodes = [
-        {"job": word, "x": x, "y": y, "left": x - _WIDE, "right": x + _WIDE, "low": y - _HIGH, "high": y + _HIGH}
+        {"job": word, "makes": boxes[word], "x": x, "y": y}
+        | {"left": x - _WIDE, "right": x + _WIDE, "low": y - _HIGH, "high": y + _HIGH}
         for word, (x, y) in places.items()
     ]
     ends = ("x", "y", "x2", "y2")
@@ -101,12 +142,18 @@ def _drawing(edges: Sequence[tuple[str, str]], words: Sequence[str]) -> dict[str
     def at(channel: Any, name: str) -> Any:
         return channel(f"{name}:Q", axis=None, scale=scale)
 
+    shown = [makes for makes in _COLOURS if makes in boxes.values()]
+    colours = alt.Scale(domain=shown, range=[_COLOURS[makes] for makes in shown])
+    stroke = alt.Stroke("makes:N", scale=colours, legend=alt.Legend(title=None))
     line = alt.Chart(alt.Data(values=lines)).mark_rule(color=charts.LINE)
     box = alt.Chart(alt.Data(values=nodes))
     chart = alt.layer(
         line.encode(at(alt.X, "x"), at(alt.Y, "y"), x2="x2:Q", y2="y2:Q", tooltip="edge:N"),
-        box.mark_rect(color=charts.GRID).encode(at(alt.X, "left"), at(alt.Y, "low"), x2="right:Q", y2="high:Q"),
+        box.mark_rect(fill=charts.GRID, strokeWidth=1.5, cornerRadius=4).encode(
+            at(alt.X, "left"), at(alt.Y, "low"), stroke, x2="right:Q", y2="high:Q", tooltip=["job:N", "makes:N"]
+        ),
         box.mark_text(fontSize=12, color=charts.INK).encode(at(alt.X, "x"), at(alt.Y, "y"), alt.Text("job:N")),
     )
+    columns = 1 + max((column for column, _ in places.values()), default=0)
     rows = max((abs(row) for _, row in places.values()), default=0)
-    return charts.finish(chart.properties(width=760, height=int(90 + 90 * rows)))
+    return charts.finish(chart.properties(width=min(WIDTH, 130 * columns), height=int(90 + 90 * rows)))

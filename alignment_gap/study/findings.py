@@ -5,6 +5,7 @@ Whether the numbers agree with the paper is decided in `claims`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 
@@ -29,6 +30,8 @@ from alignment_gap.study.estimates import CORRELATION, Estimate, Evidence, NotMe
 
 FITTED = ("win_rate", "proxy_win_rate", "rubric")
 """The scores whose over-optimisation is fitted."""
+FAR_APART = 0.1
+"""Gaps of win rates or of rubric scores that differ by this much ask for an explanation."""
 MINUS, PERCENT = "\u2212", "\u00a0%"
 
 
@@ -93,12 +96,94 @@ def equal_kl_detail(comparison: Comparison) -> str:
     low, high = comparison.budgets[[0, -1]]
     budgets = f"budgets of {nats(low)} to {nats(high)} nats"
     if both_at_origin(comparison):
-        return f"Within {budgets} the best of both in {words} is SFT itself."
+        return f"Within {budgets} the best of {first} and of {second} in {words} is SFT itself."
     averaged = f"At the one budget that both reach, {nats(low)} nats," if low == high else f"Averaged over {budgets}"
     return (
         f"{averaged} {name} {change(comparison.mean_gap, comparison.metric)}; "
         f"between their peaks, at any KL, it is {peak}."
     )
+
+
+def peaks_apart(evidence: Evidence, comparison: Comparison) -> str:
+    """Why the gap between the peaks is far from the one at equal KL; empty where it is not."""
+    metric = comparison.metric
+    if not len(comparison.budgets) or abs(comparison.peak_gap.value - comparison.mean_gap.value) < FAR_APART:
+        return ""
+    methods, words = (comparison.first, comparison.second), METRICS[metric].words
+    peaks = [_peak_kl(evidence, method, comparison) for method in methods]
+    far = int(peaks[1] > peaks[0])
+    arm, other = methods[far][0], methods[1 - far][0]
+    best = f"under {loss_name(methods[far][1])} the best of {arm} in {words} is at {nats(peaks[far])} nats"
+    reach = comparison.spans[1 - far][1]
+    if peaks[far] > reach:
+        return (
+            f"The two gaps differ because {best}, where {other}, measured up to {nats(reach)} nats, has no checkpoint: "
+            "the gap between their peaks is one at unequal KL."
+        )
+    low, high = map(nats, comparison.budgets[[0, -1]])
+    return (
+        f"The two gaps differ because {best} and that of {other} at {nats(peaks[1 - far])} nats: "
+        f"the peaks are two checkpoints, the average counts every budget from {low} to {high} nats alike."
+    )
+
+
+def _peak_kl(evidence: Evidence, method: Method, comparison: Comparison) -> float:
+    """The KL of a method's best checkpoint, SFT among them; the mean over the seeds that are compared."""
+    runs = evidence.runs(method, comparison.metric)
+    best = [
+        max(itertools.chain.from_iterable(runs[seed]), key=lambda result: result.mean(comparison.metric))
+        for seed in comparison.seeds
+    ]
+    return float(np.mean([result.mean("kl") for result in best]))
+
+
+def frontiers_sentence(comparison: Comparison) -> str:
+    """What both methods reach within the largest budget that they share; empty where they share none."""
+    if not len(comparison.budgets):
+        return ""
+    bands = comparison.first_frontier, comparison.second_frontier
+    first, second = (level(band.at(-1), comparison.metric) for band in bands)
+    return (
+        f"{loss_name(comparison.first[1])}: within {nats(comparison.budgets[-1])} nats, the largest budget that both "
+        f"reach, the {METRICS[comparison.metric].words} is {first} for {comparison.first[0]} and {second} for "
+        f"{comparison.second[0]}, in parentheses its 95{PERCENT} interval."
+    )
+
+
+def gaps_sentence(comparisons: Sequence[Comparison]) -> str:
+    """For which losses the gap of two arms at equal KL can be claimed."""
+    first, second = comparisons[0].first[0], comparisons[0].second[0]
+    losses = {arm: [loss_name(c.first[1]) for c in comparisons if c.better == arm] for arm in (first, second, "")}
+    words = {first: f"{first} is better", second: f"{second} is better", "": "neither can be claimed"}
+    return "; ".join(f"{words[arm]} under {', '.join(names)}" for arm, names in losses.items() if names) + "."
+
+
+# Along training.
+
+
+def ends_sentence(evidence: Evidence, loss: str, arms: Sequence[str], metrics: Sequence[str]) -> str:
+    """The means of metrics at the end of training, over all runs of each arm; empty where none was measured."""
+    found = []
+    for metric in metrics:
+        values = {}
+        for arm in arms:
+            with contextlib.suppress(NotMeasured):
+                ends = itertools.chain.from_iterable(evidence.ends((arm, loss), metric).values())
+                values[arm] = float(np.mean([result.mean(metric) for result in ends]))
+        if values:
+            each = ", ".join(f"{plain(value, metric)} ({arm})" for arm, value in values.items())
+            found.append(f"{METRICS[metric].words} {each}")
+    return f"{loss_name(loss)}, the mean of the last checkpoints: {'; '.join(found)}." if found else ""
+
+
+def spans_sentence(evidence: Evidence, loss: str, arms: Sequence[str], metric: str) -> str:
+    """From where to where a metric goes over the checkpoints of each arm; empty where it was not measured."""
+    found = []
+    for arm in arms:
+        measured = [r.mean(metric) for r in evidence.results if r.method == (arm, loss) and metric in r.outcomes]
+        if measured:
+            found.append(f"{plain(min(measured), metric)} to {plain(max(measured), metric)} ({arm})")
+    return f"{loss_name(loss)}, {METRICS[metric].words} of the checkpoints: {', '.join(found)}." if found else ""
 
 
 def both_at_origin(comparison: Comparison) -> bool:
@@ -229,11 +314,15 @@ def distance(estimate: Estimate, value: float) -> str:
     return f"{_number(value, estimate.metric, '')}{METRICS[estimate.metric].unit}"
 
 
+def plain(value: float, metric: str) -> str:
+    """A mean without its interval; a share in per cent."""
+    return f"{_number(value, metric, '')}{PERCENT if METRICS[metric].is_share else METRICS[metric].unit}"
+
+
 def level(interval: Interval, metric: str) -> str:
     """A mean with its interval; a share in per cent."""
-    value, low, high = _numbers(interval, metric, "")
-    unit = PERCENT if METRICS[metric].is_share else METRICS[metric].unit
-    return f"{value}{unit} ({low} to {high})"
+    _, low, high = _numbers(interval, metric, "")
+    return f"{plain(interval.value, metric)} ({low} to {high})"
 
 
 def _numbers(interval: Interval, metric: str, sign: str) -> list[str]:

@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.errors import UserError
-from alignment_gap.evaluation import charts
 from alignment_gap.evaluation.intervals import Interval
 from alignment_gap.evaluation.results import csv_text, text_table
 from alignment_gap.folders import AnyPath, write_bytes
-from alignment_gap.study import analysis, figures, findings
+from alignment_gap.study import analysis, curves, figures, findings
 from alignment_gap.study.analysis import METRICS, ORIGIN, CheckpointResult, Comparison, Method, loss_name
 from alignment_gap.study.arms import GOLDEN, Arm, arms_of
 from alignment_gap.study.claims import Answer, answers, claims_of
 from alignment_gap.study.config import StudyConfig
+from alignment_gap.study.curves import TrainingRun
 from alignment_gap.study.estimates import Estimate, Evidence
-from alignment_gap.study.figures import Figure
 from alignment_gap.study.findings import MINUS, nats
+from alignment_gap.study.marks import Figure
+from alignment_gap.study.page import render, write_page
 
-try:
-    import jinja2
-    import markupsafe
-    import vl_convert
-except ImportError as error:
-    raise UserError(f"{error.name} writes the report and is not installed: pip install alignment-gap[study]") from error
-
-_TEMPLATE = "report.html.jinja"
-_DARK = {"white": "#16191d", charts.INK: "#b9c0c8", charts.GRID: "#2d333a", charts.LINE: "#6b737d"}
 _NONE = "\u2013"
-_OWN_FIGURES = ("figure_*.png", "equal_kl_*.png")
+_OWN_FIGURES = ("figure_*.png", "equal_kl_*.png", "training_*.png")
 CLAIM_COLUMNS = (
     *("claim", "hypothesis", "figure", "paper", "estimate", "holds_above", "holds_below", "verdict"),
     *("reason", "value", "low", "high", "seeds", "p_value", "p_adjusted", "detectable"),
@@ -70,6 +61,7 @@ class ReportContext:
       wall_time: of each job.
       notes: what the numbers can bear, in sentences.
       diagrams: drawings of the graph, before the other figures.
+      training: the training jobs, with what they wrote of their steps.
     """
 
     config: StudyConfig
@@ -79,6 +71,7 @@ class ReportContext:
     wall_time: Mapping[str, datetime.timedelta] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
     diagrams: Sequence[Figure] = ()
+    training: Sequence[TrainingRun] = ()
 
 
 def write_report(folder: AnyPath, results: Sequence[CheckpointResult], context: ReportContext) -> AnyPath:
@@ -89,24 +82,18 @@ def write_report(folder: AnyPath, results: Sequence[CheckpointResult], context: 
     """
     if not results:
         raise UserError("there are no evaluated checkpoints to report: run the study's evaluation first")
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     table = analysis.results_table(results)
     arms = arms_of((*context.config.arms.names, *context.config.arms.further))
     evidence = Evidence(results)
     comparisons = findings.study_comparisons(evidence, arms)
     answered = answers(evidence, claims_of(context.config.claims))
     drawn = [*context.diagrams, *figures.study_figures(evidence, table, comparisons, answered, arms)]
-    page = _page(evidence, context, arms, comparisons, answered, drawn)
+    training = curves.stage_figures(context.training, results, arms)
+    page = _page(evidence, context, arms, comparisons, answered, drawn, training)
     write_bytes(folder / "results.csv", csv_text(table, analysis.COLUMNS).encode())
     write_bytes(folder / "claims.csv", csv_text(map(_claim_record, answered), CLAIM_COLUMNS).encode())
-    pictures = {folder / "figures" / f"{figure.name}.png": figure for figure in drawn if not figure.missing}
-    for path, figure in pictures.items():
-        write_bytes(path, figure.png())
-    for stale in (path for pattern in _OWN_FIGURES for path in (folder / "figures").glob(pattern)):
-        if stale not in pictures:
-            stale.unlink()
-    write_bytes(folder / "report.html", page.encode())
-    return folder / "report.html"
+    return write_page(folder, page, [*drawn, *training], stale=_OWN_FIGURES)
 
 
 def peaks_text(results: Sequence[CheckpointResult]) -> str:
@@ -125,20 +112,21 @@ def _page(
     comparisons: Sequence[Comparison],
     answered: Sequence[Answer],
     drawn: Sequence[Figure],
+    training: Sequence[Figure],
 ) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("alignment_gap.study", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     seeds, results = evidence.seeds, evidence.everything
     settings = flatten(to_dict(context.config)).items()
-    return environment.get_template(_TEMPLATE).render(
+    return render(
+        "report.html.jinja",
+        [*drawn, *training],
         name=context.config.name,
         seeds=seeds,
         count=len(results),
         claims=[_claim_row(answer) for answer in answered],
+        none_shown=_NONE,
         verdicts={answer.claim.name: answer.verdict for answer in answered},
         answers=[
-            (findings.equal_kl_headline(c), f"{findings.equal_kl_detail(c)} {findings.seed_gaps_sentence(c)}")
+            (findings.equal_kl_headline(c), " ".join(filter(None, _answer_sentences(evidence, c))))
             for c in findings.asked(comparisons, arms)
         ],
         coverage=findings.coverage_sentence(len(seeds)),
@@ -146,25 +134,27 @@ def _page(
         comparisons=[_comparison_row(comparison) for comparison in comparisons],
         arms_read=[(arm.name, arm.reads) for arm in (*arms, GOLDEN)],
         has_rubric=any("rubric" in result.outcomes for result in results),
-        figures=drawn,
+        drawn=drawn,
+        curves=training,
+        throughput=curves.throughput_table(context.training),
         fits=[_fit_row(*each) for each in findings.over_optimisation_fits(evidence, figures.main_arms(arms))],
         peaks=_peaks_table(results),
-        judges=[_judge_row(facts) for facts in context.judges],
+        judges=_judges_table(context.judges),
         runs=_runs_table(results),
         settings=[{"Setting": name, "Value": _text(value)} for name, value in settings],
         samples=context.samples,
         versions=[{"Package": package, "Version": version} for package, version in context.versions.items()],
         times=[{"Job": job, "Wall time": str(time)} for job, time in context.wall_time.items()],
-        library=markupsafe.Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
-        specs=_json({figure.name: figure.spec for figure in drawn if not figure.missing}),
-        greys=_json(_DARK),
     )
 
 
-def _json(value: object) -> markupsafe.Markup:
-    """JSON that can stand inside a script element whatever its strings hold."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return markupsafe.Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+def _answer_sentences(evidence: Evidence, comparison: Comparison) -> tuple[str, ...]:
+    """What is said of the study's question after its headline."""
+    return (
+        findings.equal_kl_detail(comparison),
+        findings.peaks_apart(evidence, comparison),
+        findings.seed_gaps_sentence(comparison),
+    )
 
 
 def _claim_row(answer: Answer) -> Row:
@@ -256,9 +246,14 @@ def _peaks_table(results: Sequence[CheckpointResult]) -> list[Row]:
     ]
 
 
-def _judge_row(facts: JudgeFacts) -> Row:
-    shares = {f"Agrees with {whom}": f"{share:.1%}" for whom, share in facts.shares.items()}
-    return {"Seed": str(facts.seed), "Judge": facts.measured} | shares
+def _judges_table(judges: Sequence[JudgeFacts]) -> list[Row]:
+    """A row for each judge, with a column for everyone whom one of them was compared with."""
+    whom = dict.fromkeys(name for facts in judges for name in facts.shares)
+    return [
+        {"Seed": str(facts.seed), "Judge": facts.measured}
+        | {f"Agrees with {name}": f"{facts.shares[name]:.1%}" if name in facts.shares else _NONE for name in whom}
+        for facts in judges
+    ]
 
 
 def _runs_table(results: Sequence[CheckpointResult]) -> list[Row]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import io
 import math
-import platform
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,15 +17,18 @@ from alignment_gap.data.tasks.rubric import rubric_of
 from alignment_gap.folders import read_json
 from alignment_gap.jobs.baselines import NGRAMS, SHORTER, load_accuracies
 from alignment_gap.jobs.compose import distinct_prompts
+from alignment_gap.jobs.config import POLICY
 from alignment_gap.jobs.evaluate import load_outcomes
 from alignment_gap.jobs.folder import DONE, Job
+from alignment_gap.jobs.train import TRAIN
 from alignment_gap.study.analysis import METRICS, ORIGIN, PROXY, CheckpointResult, loss_name
 from alignment_gap.study.config import StudyConfig
+from alignment_gap.study.curves import JUDGES, TrainingRun, read_lines
 from alignment_gap.study.diagrams import diagram_figures
 from alignment_gap.study.graph import GOLDEN_HELD_OUT, SeedJobs, StudyGraph
 from alignment_gap.study.report import JudgeFacts, ReportContext
+from alignment_gap.study.versions import versions
 
-VERSIONS = ("alignment-gap", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "array-record", "numpy")
 # Below this agreement with human labels the report says how little the golden model knows of them.
 WEAK_JUDGE = 0.65
 
@@ -62,14 +63,33 @@ def report_context(config: StudyConfig, graph: StudyGraph) -> ReportContext:
     judges += [facts for seed in graph.seeds if seed.baselines for facts in _baselines(seed.seed, seed.baselines)]
     return ReportContext(
         config=config,
-        versions={name: importlib.metadata.version(name) for name in VERSIONS}
-        | {"python": platform.python_version(), "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
+        versions=versions() | {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
         judges=judges,
         samples=_samples(config, graph.seeds[0]),
         wall_time={job.name: _wall_time(job) for job in graph.jobs},
         notes=_notes(config, judges),
         diagrams=diagram_figures(graph),
+        training=[run for seed in graph.seeds for run in _training_runs(graph, seed)],
     )
+
+
+def _training_runs(graph: StudyGraph, seed: SeedJobs) -> Iterator[TrainingRun]:
+    """The training jobs of a seed: SFT and the arms as the report names them, preference models by their jobs."""
+    policies, prefix = {run.evaluation.config.run: run for run in seed.runs}, f"seed{seed.seed}-"
+    for job in graph.jobs:
+        if job.kind is not TRAIN or not job.name.startswith(prefix):
+            continue
+        run, name = policies.get(str(job.folder)), job.name.removeprefix(prefix)
+        yield TrainingRun(
+            name=run.arm if run else JUDGES.get(name, name),
+            lines=read_lines(job.folder),
+            seconds=_wall_time(job).total_seconds(),
+            loss=job.config.loss.name if job.config.kind == POLICY else "",
+            beta=run.beta if run else math.nan,
+            learning_rate=job.config.optimizer.learning_rate,
+            steps_factor=run.steps_factor if run else 1,
+            seed=seed.seed,
+        )
 
 
 def _wall_time(job: Job) -> datetime.timedelta:

@@ -49,6 +49,7 @@ SMALL = {
     "evaluate": ["--batch_size=8", "--prompts=16", "--kl_prompts=8", "--pairs=8"],
     "sample": ["--response_length=4"],
     "study": [],
+    "report": [],
 }
 RUN = ("runs/built_in_sft", "runs/replayed")
 
@@ -209,6 +210,12 @@ def test_the_chain_is_labelled_by_golden_and_measured_by_both(ran):
     assert metrics_of(folder / "runs" / "proxy_measured" / "results.csv")[1] == {"accuracy", "agreement.golden"}
     (listed,) = (text for words, text in said.items() if words.endswith("--list"))
     assert "alignment-gap train" in listed and "--gin.DatasetConfig.folder=runs/prepared/train" in listed
+
+
+def test_runs_are_put_side_by_side(ran):
+    page = (ran[0] / "runs" / "curves" / "report.html").read_text(encoding="utf-8")
+    assert "2 training jobs side by side" in page and "seconds_" not in page
+    assert (ran[0] / "runs" / "curves" / "figures" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_samples_are_printed_for_typed_and_for_recorded_prompts(ran):

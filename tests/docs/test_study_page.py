@@ -17,6 +17,7 @@ from alignment_gap.cli.main import main
 from alignment_gap.data.text.vocabulary_training import train_vocabulary
 from alignment_gap.study.analysis import COLUMNS, METRICS
 from alignment_gap.study.arms import ARMS, Branch, arms_of
+from alignment_gap.study.report import CLAIM_COLUMNS
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
@@ -64,7 +65,7 @@ def run(folder, monkeypatch):
 
 
 def is_whole(words):
-    return not any(word.startswith("--job=") for word in words)
+    return "study" in words and not any(word.startswith("--job=") for word in words)
 
 
 @pytest.mark.parametrize("words", filter(is_whole, COMMANDS), ids=" ".join)
@@ -84,6 +85,18 @@ def test_a_report_waits_for_the_jobs(run):
     (words,) = (words for words in COMMANDS if "--job=report" in words)
     status, said = run(words)
     assert status == 2 and "jobs are not done" in said
+
+
+def test_studies_of_the_page_are_put_side_by_side(run, folder, monkeypatch):
+    monkeypatch.setattr("alignment_gap.evaluation.charts.png", lambda spec, scale=2.0: b"")
+    (words,) = (words for words in COMMANDS if "report" in words)
+    folders = next(word.removeprefix("--runs=") for word in words if word.startswith("--runs=")).split(",")
+    assert {f"--workdir={each}" for each in folders} <= {word for words in COMMANDS for word in words}
+    for each in folders:
+        (folder / each).mkdir(parents=True, exist_ok=True)
+        (folder / each / "claims.csv").write_text(",".join(CLAIM_COLUMNS) + "\n")
+        (folder / each / "results.csv").write_text(",".join(COLUMNS) + "\n")
+    assert run(words) == (0, "report: runs/compared/report.html\n")
 
 
 def test_a_job_runs_by_its_name(run, folder):

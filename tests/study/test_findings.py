@@ -23,6 +23,30 @@ def sentence(comparison):
     return f"{findings.equal_kl_headline(comparison)} {findings.equal_kl_detail(comparison)}"
 
 
+# Peaks that are far from the gap at equal KL.
+
+
+def test_a_peak_beyond_the_reach_of_the_other_is_one_at_unequal_kl():
+    far = [*two_runs(), checkpoint("online", 9, kl=40.0, win_rate=1.0)]
+    assert findings.peaks_apart(Evidence(far), compare(far, ONLINE, OFFLINE)) == (
+        "The two gaps differ because under IPO the best of online in win rate against the golden policy is at 40 nats, "
+        "where offline, measured up to 4 nats, has no checkpoint: the gap between their peaks is one at unequal KL."
+    )
+
+
+def test_peaks_that_both_could_reach_are_two_checkpoints():
+    """Online is far ahead at the largest budget and level at the others."""
+    results = two_runs((0.3, 0.9), (0.3, 0.4))
+    comparison = compare(results, ONLINE, OFFLINE)
+    assert findings.peaks_apart(Evidence(results), comparison) == (
+        "The two gaps differ because under IPO the best of online in win rate against the golden policy is at 4 nats "
+        "and that of offline at 4 nats: the peaks are two checkpoints, the average counts every budget from 1 to 4 "
+        "nats alike."
+    )
+    near = two_runs((0.5, 0.8), (0.45, 0.75))
+    assert findings.peaks_apart(Evidence(near), compare(near, ONLINE, OFFLINE)) == ""
+
+
 # The comparisons of a study.
 
 
@@ -80,7 +104,8 @@ def test_sentences_at_one_budget_and_where_nothing_beats_sft():
     assert "At the one budget that both reach, 4 nats, the gap" in findings.equal_kl_detail(alone)
     worse = compare(two_runs((0.1, 0.0), (0.15, 0.05)), ONLINE, OFFLINE)
     assert findings.equal_kl_detail(worse) == (
-        "Within budgets of 1 to 4 nats the best of both in win rate against the golden policy is SFT itself."
+        "Within budgets of 1 to 4 nats the best of online and of offline in win rate against the golden policy is SFT "
+        "itself."
     )
     level = compare(two_runs((0.3, 0.7), (0.3, 0.7)), ONLINE, OFFLINE)
     assert "SFT itself" not in findings.equal_kl_detail(level)
@@ -167,3 +192,21 @@ def test_nats_have_two_digits(kl, text):
 def test_coverage_is_of_prompts_for_one_seed_and_of_seeds_for_several():
     assert "not another training run" in findings.coverage_sentence(1)
     assert "2 degrees of freedom" in findings.coverage_sentence(3)
+
+
+def test_what_figures_show_is_said_in_numbers():
+    evidence = Evidence(two_runs())
+    assert findings.frontiers_sentence(compare(two_runs(), ONLINE, OFFLINE)) == (
+        "IPO: within 4 nats, the largest budget that both reach, the win rate against the golden policy is 80.0\u00a0% "
+        "(80.0 to 80.0) for online and 70.0\u00a0% (70.0 to 70.0) for offline, in parentheses its 95\u00a0% interval."
+    )
+    arms = ("online", "shuffled", "offline")
+    assert findings.ends_sentence(evidence, "ipo", arms, ("win_rate", "kl", "rubric")) == (
+        "IPO, the mean of the last checkpoints: win rate against the golden policy 80.0\u00a0% (online), 70.0\u00a0% "
+        "(offline); KL to SFT 4.00 nats (online), 4.00 nats (offline)."
+    )
+    assert findings.spans_sentence(evidence, "ipo", arms, "kl") == (
+        "IPO, KL to SFT of the checkpoints: 1.00 nats to 4.00 nats (online), 1.00 nats to 4.00 nats (offline)."
+    )
+    assert findings.ends_sentence(evidence, "ipo", arms, ("rubric",)) == ""
+    assert findings.spans_sentence(evidence, "dpo", arms, "kl") == ""

@@ -1,5 +1,6 @@
 """The report on disk: complete or absent, self-contained, and safe with whatever text the data hold."""
 
+import collections
 import csv
 import dataclasses
 import datetime
@@ -16,6 +17,7 @@ from alignment_gap.evaluation import charts
 from alignment_gap.study.analysis import CheckpointResult
 from alignment_gap.study.claims import CLAIMS
 from alignment_gap.study.config import ArmsConfig, StudyConfig
+from alignment_gap.study.curves import TrainingRun
 from alignment_gap.study.report import JudgeFacts, ReportContext, peaks_text, write_report
 
 # As a reader sees them: a row of a table is its cells, one after the other.
@@ -34,7 +36,11 @@ FACTS = [
     "At equal KL online is better than offline.",
     "online minus offline, win rate against the golden policy, at equal KL",
 ]
+DRAWN = {"equal_kl_ipo", "figure_4", "figure_4_rubric", "training_sft", "training_ipo"}
 HOSTILE = "</script><script>alert('x')</script> & <b>bold</b>"
+
+
+LINES = [{"step": step, "loss": 3.0 - step, "gradient_norm": 1.0, "tokens_per_second": 1234.0} for step in (1, 2)]
 
 
 def results(arms=("online", "offline"), seeds=(0,), rubric=True):
@@ -63,6 +69,10 @@ def context(**changes):
         "samples": {HOSTILE: samples},
         "wall_time": {"sft": datetime.timedelta(seconds=12), "arms": datetime.timedelta(hours=1, minutes=7)},
         "notes": ["A micro size: these policies are not good models."],
+        "training": [
+            TrainingRun("sft", LINES, 12.0, "sft", learning_rate=1e-3),
+            TrainingRun("online", LINES, 67.0, "ipo", 0.1, 1e-3),
+        ],
     }
     return ReportContext(**(settings | changes))
 
@@ -73,11 +83,14 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.links, self.scripts, self.text, self._in_script = [], [], "", False
+        self.ids, self.folded, self.texts = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self._in_script = tag == "script"
         self.links += [value for name, value in attrs if name in ("src", "href")]
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.folded += [value for name, value in attrs if name == "id" and tag == "details"]
         if self._in_script:
             self.scripts.append("")
 
@@ -89,6 +102,13 @@ class Page(html.parser.HTMLParser):
             self.scripts[-1] += data
         else:
             self.text += data
+            self.texts.append(data)
+
+
+def sentences(page):
+    """What ends in a full stop, a question mark or a colon, of some length, outside of tables of numbers."""
+    text = re.sub(r"\s+", " ", " ".join(page.texts))
+    return [each for each in re.split(r"(?<=[.?]) (?=[A-Z])", text) if len(each) > 25]
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +124,7 @@ def page(folder):
 
 
 def test_page_numbers_and_pictures_are_there(folder):
-    drawn = {path.stem for path in (folder / "figures").iterdir()}
-    assert drawn == {"equal_kl_ipo", "figure_4", "figure_4_rubric"}
+    assert {path.stem for path in (folder / "figures").iterdir()} == DRAWN
     with (folder / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["arm"], row["step"]) for row in rows] == [(r.arm, str(r.step)) for r in results()]
@@ -123,18 +142,17 @@ def test_every_claim_is_a_row_of_a_table(folder, page):
     assert {row[name] for name in ("value", "low", "high", "detectable")} == {"0.0"}
     assert row["p_adjusted"] == "" and found["replay-is-online"]["value"] == ""
     assert all(claim.paper in page.text for claim in CLAIMS)
-    assert page.text.index("The paper's claims") < page.text.index("The answer")
     assert "0 of 28 claims agree with the paper, 0 disagree, 28 cannot be told." in page.text
 
 
 def test_page_loads_nothing(folder, page):
-    assert set(page.links) == {f"figures/{name}.png" for name in ("equal_kl_ipo", "figure_4", "figure_4_rubric")}
+    assert {link for link in page.links if not link.startswith("#")} == {f"figures/{name}.png" for name in DRAWN}
     assert "default-src 'none'" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_specifications_in_the_page_are_those_of_the_figures(page):
     specs = json.loads(page.scripts[1])
-    assert set(specs) == {"equal_kl_ipo", "figure_4", "figure_4_rubric"}
+    assert set(specs) == DRAWN
     assert all("$schema" in spec for spec in specs.values())
 
 
@@ -145,13 +163,68 @@ def test_text_from_the_data_stays_text(page):
 
 
 def test_the_answer_comes_first_with_its_caveats(page):
-    assert page.text.index("The answer") < page.text.index("How to read this") < page.text.index("Figures")
+    assert page.folded[:4] == ["claims", "answer", "reading", "figures"]
     assert re.search(
         r"IPO: at equal KL (no difference between online and offline can be claimed|\w+ beats \w+)\.", page.text
     )
     assert "95\u00a0% interval" in page.text
     assert "not another training run" in page.text
     assert "A micro size" in page.text
+
+
+def test_contents_lead_to_every_section_and_figure(page):
+    inside = [link[1:] for link in page.links if link.startswith("#")]
+    assert len(page.ids) == len(set(page.ids)) and set(inside) <= set(page.ids)
+    assert set(page.folded) | DRAWN <= set(inside)
+    assert len(page.folded) == 12
+
+
+def test_no_sentence_stands_twice(page):
+    said = collections.Counter(sentences(page))
+    assert len(said) > 60
+    assert [each for each, count in said.items() if count > 1] == []
+
+
+def test_a_figure_has_its_question_the_papers_answer_and_a_link_to_each_claim(page):
+    text = re.sub(r"\s+", " ", page.text)
+    assert "Does the win rate rise with KL and fall again, and does online stay above?" in text
+    assert "Both branches rise, then fall: over-optimisation." in text
+    assert page.links.count("#claim-online-beats-offline") == 1 and "claim-online-beats-offline" in page.ids
+
+
+def test_training_is_drawn_and_its_throughput_is_a_table(page):
+    text = re.sub(r"\s+", " ", page.text)
+    assert "loss of the first and of the last line: 2 to 1 (online); updates skipped: 0." in text
+    assert "1,234" in text and "Tokens/s" in text
+    rows = json.loads(page.scripts[1])["training_ipo"]["data"]["values"]
+    assert [row["loss"] for row in rows if "loss" in row] == [2.0, 1.0]
+    assert [row["kl"] for row in rows if "kl" in row] == [1.0, 3.0]
+
+
+def test_peaks_far_from_equal_kl_are_explained_where_they_stand(tmp_path, undrawn):
+    """Online goes on to a KL that offline never reaches, and wins there."""
+    found = [r for r in results() if r.arm != "online"]
+    near = [dataclasses.replace(r, arm="online") for r in found if r.arm == "offline"]
+    far = dataclasses.replace(near[-1], step=9, outcomes={"kl": np.full(8, 40.0), "win_rate": np.ones(40)})
+    write_report(tmp_path, [*found, *near, far], context())
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    answer = text[text.index("no difference between online and offline can be claimed") :]
+    assert (
+        "The two gaps differ because under IPO the best of online in win rate against the golden policy is at 40 nats, "
+        "where offline, measured up to 3 nats, has no checkpoint: the gap between their peaks is one at unequal KL."
+    ) in answer[:900]
+
+
+def test_peaks_at_one_kl_need_no_explanation(page):
+    assert "The two gaps differ" not in page.text
+
+
+def test_judges_that_were_compared_with_others_have_the_same_columns(tmp_path, undrawn):
+    judges = [JudgeFacts(0, "golden", {"the labels": 0.75, "rubric": 0.875}), JudgeFacts(0, "n-grams", {"length": 0.5})]
+    write_report(tmp_path, results(arms=("online",)), context(judges=judges))
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "Agrees with the labelsAgrees with rubricAgrees with length" in text
+    assert "golden75.0%87.5%\u2013" in text and "n-grams\u2013\u201350.0%" in text
 
 
 def test_over_optimisation_is_fitted(page):
@@ -189,6 +262,7 @@ def test_without_offline_the_question_is_left_open_and_stale_pictures_go(tmp_pat
     write_report(tmp_path, results(arms=("online",), rubric=False), ReportContext(StudyConfig(name="part")))
     assert "cannot be answered" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"figure_4.png", "mine.png"}
+    assert "No training jobs were handed" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_arms_that_share_no_kl_are_not_compared(tmp_path, undrawn):

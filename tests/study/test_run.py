@@ -1,6 +1,7 @@
 """A study runs to its report, goes on after a kill with the same numbers, and never does a job again."""
 
 import dataclasses
+import json
 import math
 import pathlib
 import shutil
@@ -64,7 +65,8 @@ def test_the_report_lies_beside_the_jobs(finished):
     page = (finished.workdir / "report.html").read_text()
     assert "http-equiv" in page and "<script src" not in page
     assert {path.stem for path in (finished.workdir / "figures").iterdir()} == {
-        *("equal_kl_ipo", "figure_2", "figure_3", "figure_4", "figure_4_rubric", "figure_7", "figure_8_ipo")
+        *("equal_kl_ipo", "figure_2", "figure_3", "figure_4", "figure_4_rubric", "figure_7", "figure_8_ipo"),
+        *("training_sft", "training_judges", "training_ipo"),
     }
     for job in finished.graph.jobs:
         assert job.state == "done" and job.name in page
@@ -94,6 +96,15 @@ def test_the_report_knows_judges_samples_and_times(finished):
     for facts in context.judges:
         assert facts.shares.keys() == {"the labels", "rubric"}
         assert all(0 <= share <= 1 for share in facts.shares.values())
+    assert [(run.name, run.loss) for run in context.training] == [
+        *(("sft", "sft"), ("golden model", ""), ("proxy model", "")),
+        *((arm, "ipo") for arm in ARMS),
+    ]
+    offline = context.training[-1]
+    assert (offline.beta, offline.learning_rate, offline.steps_factor, offline.seed) == (0.1, 1e-2, 1, 0)
+    assert offline.setting == study_results(finished.graph)[-1].setting
+    logged = finished.graph.job("seed0-offline-ipo-beta0.1-lr0.01").folder / "metrics.jsonl"
+    assert offline.lines == [json.loads(line) for line in logged.read_text().splitlines()] and offline.seconds > 0
     assert context.wall_time.keys() == {job.name for job in finished.graph.jobs}
     assert len(context.samples) == 2
     for samples in context.samples.values():

@@ -1,0 +1,232 @@
+"""A figure of a report, and how checkpoints are drawn in it: axes, marks, legends, and what hovering shows.
+
+Colour and shape belong to arms and are the same in every figure; they keep apart for colour-blind eyes. Where runs of
+one figure differ in a setting, the setting has a mark and a legend of its own: beta fills a mark, the learning rate
+makes it larger, and more steps make the line of a run broken.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+
+from alignment_gap.evaluation import charts
+from alignment_gap.evaluation.intervals import Interval
+from alignment_gap.study import analysis, findings
+from alignment_gap.study.analysis import METRICS, ORIGIN, PROXY, CheckpointResult, loss_name
+from alignment_gap.study.arms import GOLDEN, Arm
+from alignment_gap.study.claims import Answer
+
+# Colour and shape of what no arm is: the SFT policy, where every run starts, and the proxy.
+OTHER_STYLES = {ORIGIN: ("#5A5A5A", "cross"), PROXY[0]: (charts.INK, "stroke")}
+# The settings that runs may differ in, by their fields, and their words in legends.
+SETTINGS = {"beta": "beta", "rate": "learning rate", "steps": "steps"}
+WIDTH, HEIGHT = 520, 330
+_FILLED = (0.05, 1.0)
+_DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure of a report.
+
+    Attributes:
+      name: stem of the PNG's file name.
+      title: what is plotted, with the number of the figure in the paper.
+      question: the question that it answers.
+      paper: what the paper saw.
+      answers: what the study says of the claims that stand in it.
+      sentences: what is seen here.
+      spec: Vega-Lite with its data inside; empty where the figure cannot be drawn.
+      missing: why it cannot be drawn.
+    """
+
+    name: str
+    title: str
+    question: str = ""
+    paper: str = ""
+    answers: tuple[Answer, ...] = ()
+    sentences: tuple[str, ...] = ()
+    spec: dict[str, Any] = dataclasses.field(default_factory=dict)
+    missing: str = ""
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it has several panels, and so the whole width of the page."""
+        return bool(self.spec.keys() & {"hconcat", "concat"})
+
+    def png(self) -> bytes:
+        """The drawing as a PNG on white."""
+        return charts.png(self.spec)
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows of it."""
+        return None if self.missing else self.png()
+
+
+# Data.
+
+
+def chart_row(result: CheckpointResult, means: Mapping[str, Any]) -> Row:
+    """A checkpoint as a row of a chart: what identifies it, means and interval ends that are finite."""
+    row: Row = {
+        "arm": result.arm,
+        "loss": loss_name(result.loss),
+        "run": f"{result.arm} {result.loss} {result.setting} seed {result.seed}",
+        "setting": result.setting,
+        "seed": result.seed,
+        "step": result.step,
+    }
+    row |= setting_fields(result.beta, result.learning_rate, result.steps_factor)
+    columns = analysis.COLUMNS[len(analysis.IDENTITY) :]
+    row |= {name: round(means[name], 5) for name in columns if math.isfinite(means[name])}
+    for metric in METRICS:
+        if metric in row:
+            interval = Interval(*(means[f"{metric}{end}"] for end in ("", "_low", "_high")))
+            row[f"{metric}_text"] = findings.level(interval, metric)
+    return row
+
+
+def setting_fields(beta: float, learning_rate: float, steps_factor: int) -> Row:
+    """The settings of a run as the words of legends; nothing of a setting that it does not have."""
+    if math.isnan(learning_rate):
+        return {}
+    words = {"beta": f"{beta:g}", "rate": f"{learning_rate:g}", "steps": f"{steps_factor}x"}
+    return {name: word for name, word in words.items() if word != "nan"}
+
+
+def with_starts(rows: Sequence[Row]) -> list[Row]:
+    """The rows, and for the lines the origin of each seed again as the start of each of its runs.
+
+    The arms with the most checkpoints come first, to be drawn below the others.
+    """
+    origins = {row["seed"]: row for row in rows if row["arm"] == ORIGIN}
+    runs = {row["run"]: row for row in rows if row["arm"] != ORIGIN and row["seed"] in origins}
+    starts = [
+        {**origins[row["seed"]], "run": run, "arm": row["arm"], "start": True}
+        | {name: row[name] for name in SETTINGS if name in row}
+        for run, row in runs.items()
+    ]
+    counts = collections.Counter(row["arm"] for row in rows)
+    return starts + sorted(rows, key=lambda row: (row["arm"] == ORIGIN, -counts[row["arm"]]))
+
+
+# Encodings.
+
+
+def styles(rows: Sequence[Row], arms: Sequence[Arm]) -> tuple[alt.Color, alt.Fill, alt.Shape]:
+    """Colour, fill and shape of the arms, in the order of the table and always alike."""
+    known = {arm.name: (arm.colour, arm.shape) for arm in (*arms, GOLDEN)} | OTHER_STYLES
+    drawn = {row["arm"] for row in rows}
+    ordered = [name for name in known if name in drawn]
+    colours, shapes = zip(*(known[name] for name in ordered), strict=True)
+    legend = alt.Legend(title=None)
+    return (
+        alt.Color("arm:N", scale=alt.Scale(domain=ordered, range=colours), legend=legend),
+        alt.Fill("arm:N", scale=alt.Scale(domain=ordered, range=colours), legend=legend),
+        alt.Shape("arm:N", scale=alt.Scale(domain=ordered, range=shapes), legend=legend),
+    )
+
+
+def axis(channel: Any, metric: str, end: str = "", **scale: Any) -> Any:
+    """A channel of the mean of a metric, or of an end of its interval; shares are in per cent."""
+    words, _, unit, _, is_share = METRICS[metric]
+    title = f"{words[0].upper()}{words[1:]}{f' ({unit.strip()})' if unit and not is_share else ''}"
+    ticks = alt.Axis(format=".0%", tickCount=6) if is_share else alt.Axis()
+    return channel(f"{metric}{end}:Q", title=title, scale=alt.Scale(zero=False, **scale), axis=ticks)
+
+
+def tooltip(rows: Sequence[Row]) -> list[alt.Tooltip]:
+    """Everything known of a checkpoint: its identity, and each measured mean with its interval."""
+    tips = [alt.Tooltip(f"{field}:N") for field in ("arm", "loss", "setting", "seed", "step")]
+    for metric in METRICS:
+        if any(f"{metric}_text" in row for row in rows):
+            tips.append(alt.Tooltip(f"{metric}_text:N", title=metric.replace("_", " ")))
+    return tips
+
+
+def scatter(rows: Sequence[Row], arms: Sequence[Arm], x: alt.X, metric: str, *, lines: bool = True) -> list[alt.Chart]:
+    """Faint lines along the runs, thin bars for the intervals, and a mark with a tooltip for each checkpoint.
+
+    The data are those of the chart that the layers end up in; rows marked `behind` are drawn in lighter marks.
+    """
+    colour, fill, shape = styles(rows, arms)
+    paths = alt.Chart().mark_line(strokeWidth=1, opacity=0.4).transform_filter("!datum.behind")
+    points = alt.Chart().transform_filter("!datum.start")
+    strength = alt.condition("datum.behind", alt.value(0.2), alt.value(0.9))
+    y, low, high = axis(alt.Y, metric), axis(alt.Y, metric, "_low"), alt.Y2(f"{metric}_high:Q")
+    bars = points.mark_rule(strokeWidth=1).encode(x, low, high, colour)
+    marks = points.mark_point(size=55, strokeWidth=1).encode(x, y, colour, fill, shape)
+    return [
+        *([paths.encode(x, y, colour, alt.Detail("run:N"), alt.Order("step:Q"), **dashes(rows))] if lines else []),
+        bars.encode(opacity=alt.condition("datum.behind", alt.value(0.12), alt.value(0.4))),
+        marks.encode(opacity=strength, tooltip=tooltip(rows), **_setting_marks(rows)),
+        *_legend_of_fill(rows),
+    ]
+
+
+def level(value: float) -> alt.Chart:
+    """A dashed line across the chart, on the y axis of win rates and gaps alike."""
+    base = alt.Chart(alt.Data(values=[{"win_rate": value, "value": value}]))
+    return base.mark_rule(strokeDash=[4, 4], color=charts.LINE).encode(alt.Y("value:Q"))
+
+
+def dashes(rows: Sequence[Row], field: str = "steps") -> dict[str, Any]:
+    """The dashes of lines by a setting, where the rows differ in it."""
+    values = _values(rows, field)
+    if len(values) < 2:
+        return {}
+    dashed = [_DASHES[i % len(_DASHES)] for i in range(len(values))]
+    legend = alt.Legend(title=SETTINGS[field], symbolType="stroke", symbolStrokeColor=charts.INK)
+    scale = alt.Scale(domain=values, range=dashed)
+    return {"strokeDash": alt.StrokeDash(f"{field}:N", scale=scale, legend=legend)}
+
+
+def strokes(rows: Sequence[Row]) -> dict[str, Any]:
+    """How broken a curve is, by the learning rate, and how strong, by beta, where the rows differ in it."""
+    found = dashes(rows, "rate")
+    if len(values := _values(rows, "beta")) > 1:
+        legend = alt.Legend(title=SETTINGS["beta"], symbolType="stroke", symbolStrokeColor=charts.INK)
+        by_value = alt.Opacity("beta:N", scale=_scale(values, 0.35, 1.0), legend=legend)
+        found["opacity"] = alt.condition("!isValid(datum.beta)", alt.value(1.0), by_value)
+    return found
+
+
+def _setting_marks(rows: Sequence[Row]) -> dict[str, Any]:
+    """How much of a mark is filled, by beta, and how large it is, by the learning rate, where the rows differ in it."""
+    found: dict[str, Any] = {}
+    if len(betas := _values(rows, "beta")) > 1:
+        by_beta = alt.FillOpacity("beta:N", scale=_scale(betas, *_FILLED))
+        found["fillOpacity"] = alt.condition("!isValid(datum.beta)", alt.value(1.0), by_beta)
+    if len(rates := _values(rows, "rate")) > 1:
+        legend = alt.Legend(title=SETTINGS["rate"], symbolFillColor=charts.INK, symbolStrokeColor=charts.INK)
+        by_rate = alt.Size("rate:N", scale=_scale(rates, 30.0, 120.0), legend=legend)
+        found["size"] = alt.condition("!isValid(datum.rate)", alt.value(55.0), by_rate)
+    return found
+
+
+def _legend_of_fill(rows: Sequence[Row]) -> list[alt.Chart]:
+    """A layer without marks for the legend of beta: Vega has legends of opacity, and none of the fill's."""
+    if len(betas := _values(rows, "beta")) < 2:
+        return []
+    legend = alt.Legend(title=SETTINGS["beta"], symbolFillColor=charts.INK, symbolStrokeColor=charts.INK)
+    by_beta = alt.Opacity("beta:N", scale=_scale(betas, 0.2, 1.0), legend=legend)
+    return [alt.Chart().mark_point(filled=True, color=charts.INK).transform_filter("false").encode(by_beta)]
+
+
+def _scale(values: Sequence[str], low: float, high: float) -> alt.Scale:
+    """Equal steps from the first value to the last."""
+    return alt.Scale(domain=list(values), range=np.linspace(low, high, len(values)).round(2).tolist())
+
+
+def _values(rows: Sequence[Row], field: str) -> list[str]:
+    """The values of a setting among the rows, ascending; those of lighter marks do not count."""
+    found = {row[field] for row in rows if field in row and not row.get("behind")}
+    return sorted(found, key=lambda word: float(word.removesuffix("x")))

@@ -1,0 +1,59 @@
+"""Pages that open offline: a template filled in, the specifications of its figures, and the library that draws them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from alignment_gap.errors import UserError
+from alignment_gap.evaluation import charts
+from alignment_gap.folders import AnyPath, write_bytes
+from alignment_gap.study.marks import Figure
+
+try:
+    import jinja2
+    import markupsafe
+    import vl_convert
+except ImportError as error:
+    raise UserError(f"{error.name} writes the report and is not installed: pip install alignment-gap[study]") from error
+
+PAGE, FIGURES = "report.html", "figures"
+_DARK = {"white": "#16191d", charts.INK: "#b9c0c8", charts.GRID: "#2d333a", charts.LINE: "#6b737d"}
+
+
+def render(template: str, figures: Sequence[Figure], **values: Any) -> str:
+    """The page of a template of this package, which finds `values` by their names."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("alignment_gap.study", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(
+        figures=figures,
+        library=markupsafe.Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
+        specs=_json({figure.name: figure.spec for figure in figures if not figure.missing}),
+        greys=_json(_DARK),
+        **values,
+    )
+
+
+def write_page(folder: AnyPath, page: str, figures: Sequence[Figure], stale: Sequence[str] = ()) -> AnyPath:
+    """Writes figures/*.png, removes those that match a pattern of `stale` and are no longer drawn, then the page.
+
+    Returns:
+      The path of the page.
+    """
+    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+    pictures = {folder / FIGURES / f"{figure.name}.png": figure for figure in figures if not figure.missing}
+    for path, figure in pictures.items():
+        write_bytes(path, figure.png())
+    for path in (path for pattern in stale for path in (folder / FIGURES).glob(pattern)):
+        if path not in pictures:
+            path.unlink()
+    write_bytes(folder / PAGE, page.encode())
+    return folder / PAGE
+
+
+def _json(value: object) -> markupsafe.Markup:
+    """JSON that can stand inside a script element whatever its strings hold."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return markupsafe.Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

@@ -1,0 +1,36 @@
+"""What a report says of the software: versions of packages, and the git commit of a checkout."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import alignment_gap
+
+VERSIONS = ("alignment-gap", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "array-record", "numpy")
+COMMIT = "git commit"
+
+
+def versions() -> dict[str, str]:
+    """Versions by what they are of; the commit only where the package stands in a git checkout."""
+    found = {name: importlib.metadata.version(name) for name in VERSIONS}
+    found["python"] = platform.python_version()
+    commit = git_commit(Path(alignment_gap.__file__))
+    return found | ({COMMIT: commit} if commit else {})
+
+
+def git_commit(file: Path) -> str:
+    """The commit of the checkout that a file is tracked in, and whether tracked files differ from it; else empty."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(file.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)  # An installation may lie in the checkout of something else.
+        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{commit}, with changes that are not committed" if changed else commit

@@ -1,0 +1,130 @@
+"""Training curves: what of metrics.jsonl is drawn, how it is thinned, and the table of throughput."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from alignment_gap.study.analysis import CheckpointResult
+from alignment_gap.study.arms import ARMS, GOLDEN, MAIN, WINDOWS
+from alignment_gap.study.curves import TrainingRun, curves_figure, read_lines, stage_figures, throughput_table
+from alignment_gap.study.marks import Figure
+
+BASE = Figure("training", "Training", "How?", "Nothing.")
+
+
+def lines(count, **metrics):
+    """Lines of metrics, each metric a function of the step."""
+    return [
+        {"step": step, "loss": 1.0} | {name: of(step) for name, of in metrics.items()} for step in range(1, count + 1)
+    ]
+
+
+def panels(figure):
+    """The y axes of the panels, by the field that is drawn."""
+    layers = [panel["layer"][0]["encoding"]["y"] for panel in figure.spec["concat"]]
+    return {y["field"]: y["title"] for y in layers}
+
+
+def test_what_was_logged_has_a_panel_and_what_was_not_has_none():
+    run = TrainingRun(
+        "online", lines(3, margin=float, gradient_norm=float, learning_rate=lambda step: 1e-3), 1.0, "ipo"
+    )
+    figure = curves_figure(BASE, [run], {"online": "#000000"})
+    assert list(panels(figure)) == ["loss", "margin", "gradient_norm", "learning_rate"]
+    older = curves_figure(BASE, [TrainingRun("sft", lines(3), 1.0, "sft")], {"sft": "#000000"})
+    assert list(panels(older)) == ["loss"]
+    assert figure.png().startswith(b"\x89PNG")
+
+
+def test_a_long_run_is_thinned_to_means_that_keep_its_total():
+    figure = curves_figure(BASE, [TrainingRun("sft", lines(1000, margin=float), 1.0)], {"sft": "#000000"})
+    rows = figure.spec["data"]["values"]
+    assert len(rows) == 50 and [rows[0]["step"], rows[-1]["step"]] == [20, 1000]
+    assert rows[0]["margin"] == 10.5 and np.mean([row["margin"] for row in rows]) == pytest.approx(500.5, rel=1e-3)
+
+
+def test_many_runs_have_fewer_points_each():
+    runs = [TrainingRun(f"run{i}", lines(100), 1.0) for i in range(100)]
+    rows = curves_figure(BASE, runs, {run.name: "#000000" for run in runs}).spec["data"]["values"]
+    assert len(rows) == 100 * 15
+
+
+def test_values_that_no_axis_can_show_are_left_out():
+    """A page holds strict JSON, and a logarithm needs a number above 0."""
+    bad = lines(3, gradient_norm=lambda step: 0.0 if step == 1 else 1.0, margin=lambda step: math.nan)
+    figure = curves_figure(BASE, [TrainingRun("sft", bad, 1.0)], {"sft": "#000000"})
+    rows = figure.spec["data"]["values"]
+    assert [row.get("gradient_norm") for row in rows] == [None, 1.0, 1.0] and "margin" not in panels(figure)
+    json.dumps(figure.spec, allow_nan=False)
+
+
+def test_without_a_line_the_figure_says_so():
+    assert curves_figure(BASE, [TrainingRun("sft", [], 1.0)], {}).missing == "the runs have no line of metrics"
+
+
+def test_stages_are_sft_the_judges_and_the_arms_by_loss_or_panel():
+    arms = [arm for arm in ARMS if arm.panel in (MAIN, WINDOWS)]
+    runs = [
+        TrainingRun("sft", lines(2), 1.0, "sft"),
+        TrainingRun("golden model", lines(2), 1.0),
+        TrainingRun("proxy model", lines(2), 1.0),
+        *(TrainingRun(name, lines(2), 1.0, "ipo", 0.1, 1e-3) for name in ("golden", "online", "replayed")),
+        TrainingRun("online", lines(2), 1.0, "best_of_n", learning_rate=1e-3),
+    ]
+    kl = CheckpointResult("online", "ipo", 0.1, 1e-3, 0, 2, {"kl": np.array([1.0, 3.0])})
+    figures = {figure.name: figure for figure in stage_figures(runs, [kl], arms)}
+    drawn = {name: [row["series"] for row in figure.spec["data"]["values"]] for name, figure in figures.items()}
+    assert drawn == {
+        "training_sft": ["sft"] * 2,
+        "training_judges": ["golden model"] * 2 + ["proxy model"] * 2,
+        "training_ipo": ["golden"] * 2 + ["online"] * 3,
+        "training_figure_13": ["replayed"] * 2,
+        "training_best_of_n": ["online"] * 2,
+    }
+    (measured,) = (row for row in figures["training_ipo"].spec["data"]["values"] if "kl" in row)
+    assert (measured["series"], measured["step"], measured["kl"]) == ("online", 2, 2.0)
+    colour = figures["training_ipo"].spec["concat"][0]["layer"][0]["encoding"]["color"]["scale"]
+    assert dict(zip(colour["domain"], colour["range"], strict=True)) == {
+        arm.name: arm.colour for arm in (*ARMS, GOLDEN) if arm.name in ("golden", "online")
+    }
+    said = [text for figure in figures.values() for text in (figure.question, figure.paper, *figure.sentences)]
+    assert len(said) == len(set(said))
+
+
+def test_further_proxies_have_colours_of_their_own():
+    names = ("golden model", "proxy model", "proxy-500", "proxy-2000")
+    (figure,) = stage_figures([TrainingRun(name, lines(2), 1.0) for name in names], [], [])
+    scale = figure.spec["concat"][0]["layer"][0]["encoding"]["color"]["scale"]
+    assert scale["domain"] == [*names] and len(set(scale["range"])) == 4
+
+
+def test_curves_of_a_sweep_are_told_apart():
+    runs = [
+        TrainingRun("offline", lines(2), 1.0, "ipo", beta, rate)
+        for beta, rate in ((0.1, 1e-3), (1.0, 1e-3), (1.0, 1e-2))
+    ]
+    (figure,) = stage_figures(runs, [], [arm for arm in ARMS if arm.panel == MAIN])
+    encoding = figure.spec["concat"][0]["layer"][0]["encoding"]
+    assert encoding["strokeDash"]["scale"]["domain"] == ["0.001", "0.01"] and encoding["strokeDash"]["legend"]
+    assert encoding["opacity"]["scale"]["domain"] == ["0.1", "1"] and encoding["opacity"]["legend"]
+    assert {row["setting"] for row in figure.spec["data"]["values"]} == {run.setting for run in runs}
+
+
+def test_throughput_is_the_mean_over_jobs_of_medians_over_lines():
+    timed = {"pairs_per_second": lambda step: 100.0 * step, "seconds_update": lambda step: 0.3}
+    fast = TrainingRun("online", lines(3, **timed, seconds_sampling=lambda step: 0.1), 10.0, "ipo")
+    slow = TrainingRun("online", lines(1, **timed, seconds_sampling=lambda step: 0.1), 20.0, "ipo")
+    judge = TrainingRun("golden model", lines(2), math.nan)
+    first, second = throughput_table([fast, slow, judge])
+    assert (first["Run"], first["Loss"], first["Jobs"], first["Steps"]) == ("online", "IPO", "2", "1 to 3")
+    assert (first["Pairs/s"], first["Update"], first["Sampling"], first["Judging"]) == ("150", "75%", "25%", "\u2013")
+    assert first["Seconds a job"] == "15"
+    assert (second["Run"], second["Loss"], second["Seconds a job"]) == ("golden model", "preference", "\u2013")
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    assert read_lines(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_lines(tmp_path) == [{"step": 1, "loss": 2.0}]
