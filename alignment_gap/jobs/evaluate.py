@@ -4,7 +4,8 @@ FOLDER/
   STEP.npz       the outcomes of one checkpoint, with its responses
   results.csv    a row for each checkpoint: means with 95 % intervals
   figure.png     win rates and rewards over KL
-A policy is asked for one response to each prompt. A preference model is compared with the labels of pairs.
+A policy is asked for one response to each prompt. A preference model is compared with the labels of pairs. Best-of-n
+has a number n in the place of a step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import csv
 import dataclasses
 import functools
 import io
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -68,6 +70,9 @@ class EvaluateConfig:
       opponents: NAME=FOLDER, with commas between; a folder is a policy's run, or a dataset of responses to the prompts.
       classified: NAME=FOLDER, with commas between: further datasets whose last pairs a policy classifies.
       own_labels: a judge; a policy classifies two samples of its own to each prompt by these labels. None for not.
+      best_of: numbers n. In the place of every checkpoint, the best of n responses of the last one is measured, with
+        the KL log n - (n - 1) / n, an upper bound (2401.01879), and nothing is classified. Empty for not.
+      best_by: the judge that chooses the best.
       reference: folder of the policy that KL and log-ratios are measured to; None for the run's own.
       prompts: prompts that are answered, the first of the dataset.
       kl_prompts: those of them whose responses measure KL.
@@ -87,6 +92,8 @@ class EvaluateConfig:
     opponents: tuple[str, ...] = ()
     classified: tuple[str, ...] = ()
     own_labels: str | None = None
+    best_of: tuple[int, ...] = ()
+    best_by: str | None = None
     reference: str | None = None
     prompts: int = 512
     kl_prompts: int = 256
@@ -105,10 +112,19 @@ class EvaluateConfig:
         checks.within(self, 0, SEED_LIMIT - 1, "seed")
         if self.kl_prompts > self.prompts:
             raise UserError(f"kl_prompts is {self.kl_prompts}, over prompts={self.prompts}: lower it")
+        if any(number < 1 for number in self.best_of) or len(set(self.best_of)) < len(self.best_of):
+            raise UserError(f"best_of is {self.best_of}: give numbers of responses, each once and at least 1")
+        if bool(self.best_of) != (self.best_by is not None):
+            raise UserError(f"best_of is {self.best_of} and best_by {self.best_by}: set both, or none of them")
         for name in ("judges", "opponents", "classified"):
             names = [named(text)[0] for text in getattr(self, name)]
             if len(set(names)) < len(names):
                 raise UserError(f"{name} has a name twice among {', '.join(names)}: write NAME=VALUE")
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of its lines: steps, or those of `best_of`; empty for all steps that there are."""
+        return self.best_of or self.steps or ()
 
 
 def named(text: str) -> tuple[str, str]:
@@ -130,6 +146,8 @@ def open_evaluation(config: EvaluateConfig) -> Opened:
             f"{config.dataset} has {responses} responses a prompt, and what is classified are pairs: give a dataset of "
             "pairs or, for a policy, set pairs to 0"
         )
+    if config.best_of and network.kind != POLICY:
+        raise UserError(f"best_of is set, but {config.run} is a preference model: give the run of a policy")
     judges = {name: open_judge(by_itself(judge), dataset, mesh) for name, judge in map(named, config.judges)}
     longest = (dataset.card.max_prompt_length, dataset.card.max_response_length)
     batching = Batching(mesh, config.batch_size, (longest,))
@@ -137,7 +155,7 @@ def open_evaluation(config: EvaluateConfig) -> Opened:
     inputs, measure = open_measure(config, dataset, judges, batching, steps[-1])
     facts: dict[str, Any] = {"dataset.digest": dataset.card.digest, "steps": steps, **inputs}
     facts |= {f"judge {name}.{key}": value for name, judge in judges.items() for key, value in judge.facts.items()}
-    return Opened(facts, functools.partial(_run, config, steps, measure))
+    return Opened(facts, functools.partial(_run, config, config.best_of or steps, measure))
 
 
 def _run(config: EvaluateConfig, steps: Sequence[int], measure: Measure, folder: AnyPath, open_bar: OpenBar) -> None:
@@ -154,7 +172,7 @@ def _run(config: EvaluateConfig, steps: Sequence[int], measure: Measure, folder:
 def _measure_policy(
     config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
 ) -> tuple[dict[str, str], Measure]:
-    """Digests of the last checkpoint and of what it is compared with, and what measures the policy of a step."""
+    """Digests of the last checkpoint and of what it is compared with, and what measures a step, or the best of n."""
     mesh = batching.mesh
     prompts = batching.collate([dataset[int(i)] for i in distinct_prompts(dataset, config.prompts)])
     pairs = batching.collate(dataset[-config.pairs :]) if config.pairs else None
@@ -162,18 +180,22 @@ def _measure_policy(
     if config.own_labels is not None:
         own_labels = open_judge(by_itself(config.own_labels), dataset, mesh)
     settings = {
-        "samples": 1,
         "max_length": config.response_length or dataset.card.max_response_length,
         "eos_id": find_vocabulary(dataset, config.vocabulary).eos_id,
         "config": config.sampler,
     }
 
-    def answer(policy: Policy, params: Any, number: int) -> Responses:
-        """One response to each prompt; the number tells the keys of all policies apart."""
+    def draw(policy: Policy, params: Any, number: int, samples: int) -> Responses:
+        """Responses [N, K, R] to the prompts and their lengths; the number tells the keys of all policies apart."""
         key = jax.random.fold_in(jax.random.key(config.seed), number)
         rows = (prompts.prompt_ids, prompts.prompts, prompts.prompt_lengths)
-        drawn = batching.run(drawing(policy, params, mesh, key, **settings), rows)
-        return drawn.responses[:, 0], drawn.lengths[:, 0]
+        drawn = batching.run(drawing(policy, params, mesh, key, samples=samples, **settings), rows)
+        return drawn.responses, drawn.lengths
+
+    def answer(policy: Policy, params: Any, number: int) -> Responses:
+        """One response to each prompt."""
+        responses, lengths = draw(policy, params, number, 1)
+        return responses[:, 0], lengths[:, 0]
 
     place, reference_step = on_every_process(lambda: _reference(config))
     _, reference = open_policy(place, dataset, mesh, reference_step)
@@ -216,7 +238,33 @@ def _measure_policy(
             outcomes |= classified_own(policy, params, reference, own_labels, batching, prompts, (few, second))
         return outcomes | dict(zip(RESPONSES, responses, strict=True))
 
-    return digests, measure
+    if config.best_by is None:
+        return digests, measure
+    chooser = open_judge(by_itself(config.best_by), dataset, mesh)
+    digests |= {f"best_by.{key}": value for key, value in chooser.facts.items()}
+
+    @functools.cache
+    def samples() -> Responses:
+        """As many responses of the last checkpoint as the largest number, of which each number takes the first."""
+        policy, params = open_policy(str(config.run), dataset, mesh, last)
+        return draw(policy, params, len(config.opponents) + last, max(config.best_of))
+
+    def measure_best(number: int) -> dict[str, np.ndarray]:
+        tokens, lengths = (each[:, :number] for each in samples())
+        best = np.zeros(len(tokens), np.int64)
+        if number > 1:
+            asked = (prompts.prompts, prompts.prompt_lengths, tokens, lengths)
+            best = np.argmax(batching.run(chooser.scores, asked), axis=1)
+        rows = np.arange(len(tokens))
+        responses = tokens[rows, best], lengths[rows, best]
+        return {
+            **judged(judges, batching, prompts, responses, opponents()),
+            "length": responses[1].astype(np.float64),
+            "kl": np.full(config.kl_prompts, math.log(number) - (number - 1) / number),
+            **dict(zip(RESPONSES, responses, strict=True)),
+        }
+
+    return digests, measure_best
 
 
 def _further_pairs(config: EvaluateConfig, batching: Batching) -> dict[str, tuple[PreferenceBatch, str]]:

@@ -27,7 +27,7 @@ from alignment_gap.study.analysis import OPPONENT, ORIGIN, PROXY
 MAIN, WINDOWS, DATASETS = "Figures 1 and 4", "Figure 13", "Figures 5 and 12"
 REFRESH, BEST_OF_N, BEST_VS_WORST = "Semi-online", "Best-of-n", "Best against worst of n"
 OBJECTIVES, SELF_PLAY = "Offline objectives", "Self-play"
-PROXY_LABELS, BETAS = "Labels of the proxy", "Beta"
+PROXY_LABELS, BETAS, BEST_OF_N_OF_SFT = "Labels of the proxy", "Beta", "Best of n samples of SFT"
 # b of the mixture pi^(1 - b) ref^b of Nash-MD and IPO-MD.
 MIXTURE = 0.125
 
@@ -108,7 +108,8 @@ class Arm:
     Attributes:
       name: of the arm.
       reads: what it trains on, in one sentence that goes on after its name.
-      source: the batches that it trains on.
+      source: the batches that it trains on; None where no policy is trained.
+      best_of: the numbers n of samples of SFT of which the proxy chooses the best, in the place of training.
       fresh: a second source beside it, for a loss that reads both; None for none.
       loss: its own loss, in the place of those of the study; empty for those of the study.
       beta_factor: its regularisation, as a multiple of the study's, where it is trained at one setting.
@@ -119,7 +120,8 @@ class Arm:
 
     name: str
     reads: str
-    source: Callable[[Branch], SourceConfig]
+    source: Callable[[Branch], SourceConfig] | None = None
+    best_of: tuple[int, ...] = ()
     fresh: Callable[[Branch], SourceConfig] | None = None
     loss: str = ""
     beta_factor: float = 1.0
@@ -129,9 +131,11 @@ class Arm:
     shape: str = "triangle-down"
 
     def __post_init__(self) -> None:
-        """Raises UserError for a name that cannot be part of a folder's."""
+        """Raises UserError for a name that cannot be part of a folder's, or for no way to samples or two."""
         if not re.fullmatch(r"[\w.]+", self.name):
             raise UserError(f"an arm is called {self.name!r}: use letters, digits, _ and . alone")
+        if (self.source is None) != bool(self.best_of):
+            raise UserError(f"the arm {self.name} has source={self.source}, best_of={self.best_of}: give one of them")
 
 
 ARMS = (
@@ -248,6 +252,16 @@ ARMS = (
             shape=shape,
         )
         for samples, colour, shape in ((4, "#56B4E9", "triangle-down"), (8, "#CC79A7", "triangle-right"))
+    ),
+    Arm(
+        name="sft_best_of_n",
+        reads="the winner of n samples of SFT under the proxy: no policy is trained, and its KL is at most "
+        "log n - (n - 1) / n",
+        best_of=(2, 4, 8, 16),
+        contrasts=(Contrast("online"), Contrast("offline")),
+        panel=BEST_OF_N_OF_SFT,
+        colour="#7B4FA3",
+        shape="wedge",
     ),
     *(
         Arm(

@@ -20,6 +20,7 @@ from alignment_gap.study import analysis, findings
 from alignment_gap.study.analysis import METRICS, OPPONENT, ORIGIN, PROXY, Comparison, Method, loss_name
 from alignment_gap.study.arms import (
     BEST_OF_N,
+    BEST_OF_N_OF_SFT,
     BEST_VS_WORST,
     BETAS,
     DATASETS,
@@ -75,6 +76,10 @@ _PANELS = {
     ),
     REFRESH: ("How fresh must the samples be?", "The paper stops at online and offline; 2506.21495 is between them."),
     BEST_OF_N: ("Does it help to train on the best of more samples?", "The paper takes the better of two."),
+    BEST_OF_N_OF_SFT: (
+        "Does training do more than choosing among samples of SFT?",
+        "The paper does not choose among more than two; 2210.10760 does, and finds it to need less KL than training.",
+    ),
     BEST_VS_WORST: (
         "Does it help to set the best of more samples against the worst?",
         "The paper labels both of two samples; 2405.07863 takes best and worst of more.",

@@ -25,7 +25,7 @@ from alignment_gap.study.analysis import (
     losses_of,
     over_seeds,
 )
-from alignment_gap.study.arms import Arm
+from alignment_gap.study.arms import MAIN, Arm
 from alignment_gap.study.estimates import CORRELATION, Estimate, Evidence, NotMeasured
 
 FITTED = ("win_rate", "proxy_win_rate", "rubric")
@@ -233,21 +233,25 @@ def over_optimisation(evidence: Evidence, method: Method) -> str:
 
 
 def over_optimisation_fits(
-    evidence: Evidence, arms: Sequence[str]
+    evidence: Evidence, arms: Sequence[Arm]
 ) -> list[tuple[Method, str, str, tuple[Interval, Interval]]]:
-    """The curves of Gao et al. (2210.10760) through the checkpoints of each arm: method, score, curve, and a and b.
+    """The curves of Gao et al. (2210.10760) through the checkpoints of the main arms, and through SFT's best of n.
+
+    Each comes as method, score, curve, and a and b.
 
     The scores are the win rates by the golden judge and by the proxy and, where there is one, the rubric, each minus
-    that of SFT. Best-of-n is fitted to its own curve, all other losses to that of reinforcement learning.
+    that of SFT. Best-of-n, trained or chosen, is fitted to its own curve, all else to that of reinforcement learning.
     """
     found = []
-    for loss, arm, metric in itertools.product(losses_of(evidence.results), arms, FITTED):
+    fitted = [arm for arm in arms if arm.panel == MAIN or arm.best_of]
+    for loss, each, metric in itertools.product(losses_of(evidence.results), fitted, FITTED):
+        arm = each.name
         try:
             runs = evidence.runs((arm, loss), metric)
         except NotMeasured:
             continue
-        curve = "best_of_n" if loss == "best_of_n" else "rl"
-        seeds = [_fit(each, metric, curve) for each in runs.values()]
+        curve = "best_of_n" if loss == "best_of_n" or each.best_of else "rl"
+        seeds = [_fit(run, metric, curve) for run in runs.values()]
         if all(coefficients is not None for coefficients in seeds):
             band = over_groups([coefficients for coefficients in seeds if coefficients is not None])
             found.append(((arm, loss), metric, curve, (band.at(0), band.at(1))))

@@ -51,7 +51,7 @@ class Run:
     """One policy of a study, and where its checkpoints are measured.
 
     Attributes:
-      arm: name of the arm; "sft" for the policy that arms start from.
+      arm: name of the arm; "sft" for the policy that arms start from. One without training has SFT's best of n.
       loss: name of the loss.
       beta: regularisation; nan where the loss has none.
       learning_rate: of the run.
@@ -183,6 +183,12 @@ class _Seed:
             sft = self.base if arm is GOLDEN else self.sft
             evaluation = self._evaluate_policy(name, job.folder, job.config.checkpoint_steps, sft, *against)
             runs.append(Run(arm.name, loss, beta, rate, factor, evaluation))
+        for arm in (arm for arm in arms_of((*arms.names, *arms.further)) if arm.best_of):
+            settings = {"best_of": arm.best_of, "best_by": str(self.proxy), "own_labels": None}
+            evaluation = self._evaluate_policy(
+                arm.name, self.sft, (config.sft.steps,), self.sft, opponents, (), **settings
+            )
+            runs.append(Run(arm.name, arm.loss or arms.losses[0], math.nan, math.nan, 1, evaluation))
         return SeedJobs(self.seed, self.golden_pairs, judges, tuple(runs), proxy, self._baselines())
 
     def number(self, name: str) -> int:
@@ -266,7 +272,7 @@ class _Seed:
         runs: dict[str, AnyPath] = {}
         trained: list[Trained] = []
         # An arm with a loss of its own is trained once, with those of the first loss.
-        for arm in (arm for arm in arms if not arm.loss or loss == self.config.arms.losses[0]):
+        for arm in (arm for arm in arms if arm.source and (not arm.loss or loss == self.config.arms.losses[0])):
             for setting in self._settings(arm, arm.loss or loss):
                 job = self._train_arm(arm, setting, runs)
                 trained.append((arm, setting, job))
@@ -306,6 +312,7 @@ class _Seed:
             proxy_of=self._proxy_of,
             pairs=functools.partial(self._sampled_pairs, loss),
         )
+        assert arm.source is not None
         source = arm.source(branch)
         start = arms.start if arm is not GOLDEN or self.config.base is None else None
         # The recorded samples of a run have the log-probs of its reference with them.
@@ -373,9 +380,11 @@ class _Seed:
         reference: AnyPath,
         opponents: tuple[str, ...],
         classified: tuple[str, ...],
+        **settings: Any,
     ) -> Job:
         """Every checkpoint of a run, measured on the first prompts and the last pairs of D_golden."""
         evaluation = self.config.evaluation
+        own_labels = str(self.golden) if OWN in evaluation.classified else None
         return self._evaluate(
             f"evaluation-{name}",
             run,
@@ -384,13 +393,13 @@ class _Seed:
             judges=(f"golden={self.golden}", f"proxy={self.proxy}", *evaluation.judges),
             opponents=opponents,
             classified=classified,
-            own_labels=str(self.golden) if OWN in evaluation.classified else None,
             reference=str(reference),
             prompts=evaluation.prompts,
             kl_prompts=evaluation.kl_prompts,
             pairs=evaluation.pairs,
             sampler=self.config.sampler,
             seed=self.number(f"evaluation {name}"),
+            **{"own_labels": own_labels} | settings,
         )
 
     def _evaluate_judge(self, name: str, run: AnyPath, model: PreferenceModelConfig, pairs: AnyPath) -> Job:

@@ -137,7 +137,7 @@ def _page(
         drawn=drawn,
         curves=training,
         throughput=curves.throughput_table(context.training),
-        fits=[_fit_row(*each) for each in findings.over_optimisation_fits(evidence, figures.main_arms(arms))],
+        fits=[_fit_row(*each) for each in findings.over_optimisation_fits(evidence, arms)],
         peaks=_peaks_table(results),
         judges=_judges_table(context.judges),
         runs=_runs_table(results),

@@ -40,7 +40,7 @@ def study_results(graph: StudyGraph) -> list[CheckpointResult]:
 
 def _seed_results(seed: SeedJobs) -> Iterator[CheckpointResult]:
     for run in seed.runs:
-        for step in run.evaluation.config.steps:
+        for step in run.evaluation.config.numbers:
             measured = load_outcomes(run.evaluation.folder / f"{step}.npz")
             outcomes = {name: measured[each.outcome] for name, each in METRICS.items() if each.outcome in measured}
             taken = 0 if run.arm == ORIGIN else step
@@ -75,7 +75,8 @@ def report_context(config: StudyConfig, graph: StudyGraph) -> ReportContext:
 
 def _training_runs(graph: StudyGraph, seed: SeedJobs) -> Iterator[TrainingRun]:
     """The training jobs of a seed: SFT and the arms as the report names them, preference models by their jobs."""
-    policies, prefix = {run.evaluation.config.run: run for run in seed.runs}, f"seed{seed.seed}-"
+    trained = (run for run in seed.runs if not run.evaluation.config.best_of)
+    policies, prefix = {run.evaluation.config.run: run for run in trained}, f"seed{seed.seed}-"
     for job in graph.jobs:
         if job.kind is not TRAIN or not job.name.startswith(prefix):
             continue
@@ -118,7 +119,7 @@ def _samples(config: StudyConfig, seed: SeedJobs) -> dict[str, list[dict[str, An
     prompts = [dataset[int(i)].prompt.tolist() for i in distinct_prompts(dataset, config.evaluation.shown)]
     samples: dict[str, list[dict[str, Any]]] = {decode(prompt): [] for prompt in prompts}
     for run in seed.runs:
-        step = run.evaluation.config.steps[-1]
+        step = run.evaluation.config.numbers[-1]
         with np.load(io.BytesIO((run.evaluation.folder / f"{step}.npz").read_bytes())) as arrays:
             rows = zip(arrays["responses"], arrays["lengths"], strict=True)
             responses = [row[:length].tolist() for row, length in rows]

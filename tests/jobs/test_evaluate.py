@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import math
 import shutil
 
 import numpy as np
@@ -187,7 +188,28 @@ def test_a_judge_by_name(config, tmp_path):
     assert np.corrcoef(outcomes["reward.short"], words)[0, 1] < -0.9
 
 
+def test_the_best_of_n_is_the_best_of_the_first_n_responses_by_its_judge(config, tmp_path):
+    """The judge that chooses is among those that measure, so its rewards rise with every further response."""
+    judges = {"judges": ("short=judge_functions:brevity",), "opponents": (config.opponents[0],)}
+    choice = {"best_of": (1, 2, 4), "best_by": "judge_functions:brevity"}
+    asked = dataclasses.replace(config, **judges, **choice)
+    folder = evaluated(asked, tmp_path / "best")
+    one, two, four = (stored(folder, number) for number in (1, 2, 4))
+    better = [b["reward.short"] - a["reward.short"] for a, b in ((one, two), (two, four))]
+    assert all((gain >= 0).all() and (gain > 0).any() for gain in better)
+    for number, found in ((1, one), (2, two), (4, four)):
+        assert found["kl"] == pytest.approx(np.full(8, math.log(number) - (number - 1) / number))
+        assert found.keys() == {"reward.short", "win_rate.short.recorded", "length", "kl", "responses", "lengths"}
+    # One response is the one that the last checkpoint gives without a choice.
+    plain = evaluated(dataclasses.replace(config, **judges, steps=(6,)), tmp_path / "plain")
+    np.testing.assert_array_equal(stored(plain, 6)["responses"], one["responses"])
+    assert [line.split(",")[1] for line in (folder / "results.csv").read_text().splitlines()] == ["step", "1", "2", "4"]
+
+
 BAD = {
+    "best of none": ({"best_of": (0, 2), "best_by": "rubric"}, r"best_of is \(0, 2\): give numbers of responses"),
+    "best by nobody": ({"best_of": (2,)}, r"best_of is \(2,\) and best_by None: set both"),
+    "best of a judge": ({"run": "JUDGE", "best_of": (2,), "best_by": "rubric"}, "is a preference model: give the run"),
     "no run": ({"run": None}, "run is not set"),
     "missing run": ({"run": "nowhere"}, "nowhere has no complete checkpoint"),
     "no step": ({"steps": (3,)}, "3"),
@@ -204,9 +226,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_used_is_told_before_anything_is_written(name, config, sft, tmp_path):
+def test_what_cannot_be_used_is_told_before_anything_is_written(name, config, sft, judge, tmp_path):
     changes, message = BAD[name]
-    changes = {key: str(sft) if value == "SFT" else value for key, value in changes.items()}
+    runs = {"SFT": str(sft), "JUDGE": str(judge)}
+    changes = {key: runs.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(UserError, match=message) as error:
         evaluated(dataclasses.replace(config, **changes), tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()

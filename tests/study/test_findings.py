@@ -1,6 +1,7 @@
 """The sentences of the report, on numbers for which they are known."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from planted import OFFLINE, ONLINE, checkpoint, origin, two_runs
 from alignment_gap.evaluation.intervals import Interval
 from alignment_gap.study import findings
 from alignment_gap.study.analysis import compare
-from alignment_gap.study.arms import ARMS, Contrast
+from alignment_gap.study.arms import ARMS, Contrast, arms_of
 from alignment_gap.study.estimates import AtEnd, Correlation, EndGap, Evidence, Rise
 
 
@@ -140,10 +141,21 @@ def test_fits_are_of_every_arm_and_score_and_find_the_curve():
     wins = 0.2 + d * (0.1 - 0.02 * np.log(d))
     points = enumerate(zip((d**2).tolist(), wins.tolist(), strict=True), 1)
     results = [origin(), *(checkpoint("online", step, kl=kl, win_rate=win) for step, (kl, win) in points)]
-    ((method, metric, curve, (a, b)),) = findings.over_optimisation_fits(Evidence(results), ["online", "offline"])
+    arms = arms_of(("online", "offline", "low_beta"))
+    ((method, metric, curve, (a, b)),) = findings.over_optimisation_fits(Evidence(results), arms)
     assert (method, metric, curve) == (ONLINE, "win_rate", "rl")
     assert (a.value, b.value) == (pytest.approx(0.1), pytest.approx(0.02))
-    assert findings.over_optimisation_fits(Evidence(results[:2]), ["online"]) == []
+    assert findings.over_optimisation_fits(Evidence(results[:2]), arms) == []
+
+
+def test_the_best_of_n_samples_of_sft_are_fitted_to_the_curve_of_best_of_n():
+    """Win rates on d(a - b d) above SFT's, with a = 0.1 and b = 0.02 and the KL of best-of-n."""
+    kls = [math.log(n) - (n - 1) / n for n in (2, 4, 8, 16)]
+    points = enumerate(((kl, 0.2 + kl**0.5 * (0.1 - 0.02 * kl**0.5)) for kl in kls), 1)
+    results = [origin(), *(checkpoint("sft_best_of_n", n, kl=kl, win_rate=win) for n, (kl, win) in points)]
+    ((method, _, curve, (a, b)),) = findings.over_optimisation_fits(Evidence(results), arms_of(("sft_best_of_n",)))
+    assert (method, curve) == (("sft_best_of_n", "ipo"), "best_of_n")
+    assert (a.value, b.value) == (pytest.approx(0.1), pytest.approx(0.02))
 
 
 # Numbers in words.

@@ -21,7 +21,7 @@ from alignment_gap.jobs.label import LABEL
 from alignment_gap.jobs.prepare import PREPARE
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.sampling import SamplerConfig
-from alignment_gap.study.arms import ARMS, Branch
+from alignment_gap.study.arms import ARMS, Arm, Branch
 from alignment_gap.study.graph import study_graph, takes_beta
 
 ROOT = Path("somewhere/jobs")
@@ -259,11 +259,12 @@ def every(config):
 
 def test_further_arms_are_trained_once_under_the_first_loss_or_their_own(every):
     own = {arm.name: arm.loss for arm in ARMS if arm.loss}
+    trained = [arm.name for arm in ARMS if arm.name in FURTHER and arm.source]
     losses = {
         name: sorted(job.config.loss.name for job in every.values() if job.name.startswith(f"seed0-{name}-"))
-        for name in FURTHER
+        for name in trained
     }
-    assert losses == {name: [own.get(name, "ipo")] for name in FURTHER}
+    assert losses == {name: [own.get(name, "ipo")] for name in trained}
     assert {"online-best_of_n-lr0.01", "shuffled-best_of_n-lr0.01", "offline-best_of_n-lr0.01"} < every.keys()
 
 
@@ -304,6 +305,19 @@ def test_what_the_golden_model_has_to_beat_is_measured_on_its_own_pairs_where_th
     assert (told.dataset, told.pairs) == (golden.dataset, golden.pairs)
     assert told.train == asked["golden"].config.source.folder
     assert "judge-baselines" not in every
+
+
+def test_the_best_of_n_samples_of_sft_is_measured_and_nothing_is_trained_for_it(every, config):
+    measured = every["evaluation-sft_best_of_n"].config
+    assert (measured.run, measured.best_of) == (str(every["sft"].folder), (2, 4, 8, 16))
+    assert measured.best_by == str(every["proxy"].folder) and measured.numbers == measured.best_of
+    assert (measured.opponents, measured.prompts) == (
+        every["evaluation-sft"].config.opponents,
+        every["evaluation-sft"].config.prompts,
+    )
+    assert not any(name.startswith("sft_best_of_n") for name in every)
+    with pytest.raises(UserError, match="the arm idle has source=None, best_of=\\(\\): give one of them"):
+        Arm("idle", "nothing")
 
 
 def test_an_arm_has_its_multiple_of_the_studys_beta(every):
