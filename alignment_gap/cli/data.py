@@ -6,6 +6,7 @@ alignment-gap data show prepared/train --examples=3
 alignment-gap data label --dataset=prepared/train --judge=runs/golden --output=labelled
 alignment-gap data generate --prompts=prepared/train --policies=runs/a,runs/b --judge=runs/golden --output=a_vs_b
 alignment-gap data compose --datasets=labelled,a_vs_b --weights=0.7,0.3 --output=mixed
+alignment-gap data baselines --train=prepared/train --dataset=prepared/validation --output=baselines
 alignment-gap data reference --dataset=prepared/train --checkpoint=runs/sft
 
 A command that was stopped goes on from its finished parts. alignment-gap data COMMAND --help tells a command's flags.
@@ -53,6 +54,13 @@ def compose(arguments: list[str]) -> None:
     from alignment_gap.jobs.compose import COMPOSE
 
     run_command(COMPOSE, arguments, compose.__doc__)
+
+
+def baselines(arguments: list[str]) -> None:
+    """Tell how well the labels of held-out pairs are told by length, and by a regression on n-grams."""
+    from alignment_gap.jobs.baselines import BASELINES
+
+    run_command(BASELINES, arguments, baselines.__doc__)
 
 
 def reference(arguments: list[str]) -> None:
@@ -133,5 +141,6 @@ SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {
     "label": label,
     "generate": generate,
     "compose": compose,
+    "baselines": baselines,
     "reference": reference,
 }

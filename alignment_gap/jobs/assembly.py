@@ -18,7 +18,7 @@ from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.text import Vocabulary, extra_id
 from alignment_gap.errors import UserError
 from alignment_gap.folders import at
-from alignment_gap.jobs.config import POLICY, JobConfig, LossConfig, OnlineConfig
+from alignment_gap.jobs.config import MOST_STEPS, POLICY, JobConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.served import (
     REFERENCE_LOG_PROBS,
     SAMPLER_LOG_PROBS,
@@ -27,7 +27,7 @@ from alignment_gap.jobs.served import (
     reads_mismatched,
 )
 from alignment_gap.judges import REWARDS
-from alignment_gap.models import ModelConfig, Policy
+from alignment_gap.models import ModelConfig, Policy, abstract_parameters
 from alignment_gap.models.preference import Markers
 from alignment_gap.sampling import Samples, make_generate
 from alignment_gap.sharding import LogicalMesh, batch_sharding, check_batch_size
@@ -166,12 +166,15 @@ class Assembly:
         # A sampler that stays at the start needs no copy of it.
         every = self._refresh_every
         lags = every > 1 or (every == 0 and config.start is None)
+        # A plan of a job by epochs does not know its steps; what is compiled has the same form for any number.
+        steps = (config.steps or MOST_STEPS) if config.optimizer.ends else None
         return _traced_once(
             dataclasses.replace(network, vocabulary=None, vocabulary_digest=None),
             config.loss if self.is_policy else None,
             None if self.is_policy else config.seed,
             self.facts.rewards,
             config.optimizer,
+            steps,
             self.mesh,
             (SAMPLER,) if lags else (),
             config.microbatches,
@@ -285,6 +288,7 @@ def _traced_once(
     seed: int | None,
     rewards: bool,
     optimizer: OptimizerConfig,
+    steps: int | None,
     mesh: LogicalMesh,
     copies: tuple[str, ...],
     microbatches: int,
@@ -296,8 +300,9 @@ def _traced_once(
         if loss is not None
         else preference_objective(network.preference_model(), _key(seed or 0, ORDER_OF_PAIRS), rewards=rewards)
     )
-    transformation = make_optimizer(optimizer)
-    abstract = abstract_state(network.policy().init, transformation, mesh, copies)
+    init = network.policy().init
+    transformation = make_optimizer(optimizer, steps=steps, parameters=abstract_parameters(init))
+    abstract = abstract_state(init, transformation, mesh, copies)
     step = make_update_step(objective, transformation, mesh, abstract, microbatches=microbatches, skip=skip)
     return _Traced(objective, transformation, abstract, step)
 

@@ -16,7 +16,15 @@ from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.jobs.reading import Reading, on_devices, open_reading
 from alignment_gap.jobs.sources import Inputs
 from alignment_gap.sharding.chips import peak_flops
-from alignment_gap.training import Monitor, Source, TrainState, Validation, make_validation_step, with_reference
+from alignment_gap.training import (
+    Monitor,
+    Source,
+    TrainState,
+    Validation,
+    make_schedule,
+    make_validation_step,
+    with_reference,
+)
 from alignment_gap.training.loop import metrics_line
 from alignment_gap.training.tensorboard import check_tensorboard
 
@@ -64,6 +72,7 @@ def open_monitor(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> Monitor
         validation=_validation(assembly, inputs, held_out) if held_out else None,
         hang_after=config.hang_after,
         least_seconds=_least_seconds(assembly),
+        learning_rate=make_schedule(assembly.config.optimizer, assembly.config.steps),
     )
 
 

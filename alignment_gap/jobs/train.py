@@ -84,10 +84,12 @@ def open_training(config: JobConfig) -> Opened:
     if config.reference is not None:
         reference = _params(config.reference, config.reference_step, assembly)
     inputs = Inputs(reading, fresh, judge, start, reference, validation=open_validation(assembly, reading))
-    facts = {"source.digest": reading.digest} | ({"fresh.digest": fresh.digest} if fresh else {})
+    facts: dict[str, Any] = {"source.digest": reading.digest} | ({"fresh.digest": fresh.digest} if fresh else {})
     for name, params, path in (("start", start, config.start), ("reference", reference, config.reference)):
         facts |= {f"{name}.digest": params.digest} if params is not None and path is not None else {}
     facts |= dict(judge.facts if judge else {})
+    if config.optimizer.ends:  # Then more steps would have been other steps from the start.
+        facts["optimizer.steps"] = config.steps
     return Opened(facts, functools.partial(_run, assembly, inputs), functools.partial(_read_first, inputs))
 
 

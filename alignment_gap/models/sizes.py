@@ -41,9 +41,9 @@ def _remedy(name: str, valid: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(valid)}"
 
 
-def _t5(width: int, mlp_width: int, layers: int, heads: int) -> T5Config:
+def _t5(width: int, mlp_width: int, layers: int, heads: int, head_size: int = 64) -> T5Config:
     return T5Config(
-        width=width, encoder_layers=layers, decoder_layers=layers, heads=heads, head_size=64, mlp_width=mlp_width
+        width=width, encoder_layers=layers, decoder_layers=layers, heads=heads, head_size=head_size, mlp_width=mlp_width
     )
 
 
@@ -90,6 +90,13 @@ _QWEN2 = dataclasses.replace(_SERIAL, vocabulary_size=151_936, query_key_value_b
 _QWEN3 = dataclasses.replace(_SERIAL, vocabulary_size=151_936, query_key_norm=True, rope_base=1e6)
 
 SIZES: dict[str, T5Config | DecoderConfig] = {
+    # Two decades for a laptop, named by the parameters of their layers: with a small vocabulary nearly all of them.
+    "t5_30k": _t5(24, 56, 2, 3, 8),
+    "t5_300k": _t5(80, 160, 2, 5, 16),
+    "t5_3m": _t5(160, 448, 4, 5, 32),
+    "palm_30k": _palm(32, 2, 2, 16, 32_128),
+    "palm_300k": _palm(72, 4, 6, 12, 32_128),
+    "palm_3m": _palm(192, 6, 6, 32, 32_128),
     "t5_small": _t5(512, 1024, 8, 6),
     "t5_base": _t5(768, 2048, 12, 12),
     "t5_large": _t5(1024, 2816, 24, 16),

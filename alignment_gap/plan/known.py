@@ -41,7 +41,7 @@ class Overrides:
       microbatches: parts of a batch whose gradients are added up.
       layout: how networks and batches are laid out: data, fsdp, tensor, fsdp_tensor or sequence.
       slices: slices of the topology, joined by the data-centre network.
-      optimizer: adamw, adafactor or sgd.
+      optimizer: one of `training.optimizers.NAMES`.
       remat: what the backward pass computes again: none, dots or full.
       dtype: precision of the computation: float32 or bfloat16.
     """

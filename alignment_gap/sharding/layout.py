@@ -139,6 +139,11 @@ def shardings_of(tree: Any, mesh: LogicalMesh) -> Any:
     return jax.tree.map(sharding, tree, is_leaf=_is_box)
 
 
+def of_axes(function: Callable[[tuple[str | None, ...]], Any], boxed: Any) -> Any:
+    """The tree of what a function makes of the names of the axes of each of (abstract) boxed parameters."""
+    return jax.tree.map(lambda box: function(box.names), boxed, is_leaf=_is_box)
+
+
 def unbox(tree: Any) -> Any:
     """The tree with plain arrays in place of arrays that carry logical axis names."""
     return jax.tree.map(lambda leaf: leaf.value if _is_box(leaf) else leaf, tree, is_leaf=_is_box)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -31,6 +32,8 @@ _FAILURE, _LOOK_EVERY = "alignment_gap/failure", 0.25
 _ALIVE, _BEAT_EVERY, _SILENT = "alignment_gap/alive", 2.0, 30.0
 # Held once this process has a failure to tell, its own or another's; it tells no second one.
 _failure_told = threading.Lock()
+# Set when this process ends well.
+_leaving = threading.Event()
 
 
 def host_rows(mesh: LogicalMesh, size: int) -> np.ndarray:
@@ -123,8 +126,7 @@ def initialize(coordinator: str | None, processes: int, process: int) -> None:
             f"coordinator {coordinator}: {str(error).strip().splitlines()[0]}: give its HOST:PORT, the number of "
             "processes and the number of this one"
         ) from error
-    threading.Thread(target=_end_when_another_fails, daemon=True).start()
-    threading.Thread(target=_tell_when_the_next_is_silent, daemon=True).start()
+    _watch_the_others()
 
 
 def fail_together(line: str, show: Callable[[], None] = lambda: None, status: int = 2) -> None:
@@ -149,10 +151,29 @@ def fail_together(line: str, show: Callable[[], None] = lambda: None, status: in
     _end(status)
 
 
+def _watch_the_others() -> None:
+    """Starts the threads that watch for failures, and ends them before Python does.
+
+    A thread that is inside of the key-value store when Python ends would abort the process.
+    """
+    watching = [
+        threading.Thread(target=target, name=f"alignment_gap {target.__name__}", daemon=True)
+        for target in (_end_when_another_fails, _tell_when_the_next_is_silent)
+    ]
+
+    def leave() -> None:
+        _leaving.set()
+        for thread in watching:
+            thread.join(timeout=_BEAT_EVERY)  # One that ends the process waits for no one.
+
+    for thread in watching:
+        thread.start()
+    atexit.register(leave)
+
+
 def _end_when_another_fails() -> None:
     client = distributed.global_state.client
-    while client is not None:
-        time.sleep(_LOOK_EVERY)
+    while client is not None and not _leaving.wait(_LOOK_EVERY):
         try:
             status, line = client.key_value_try_get(_FAILURE).split(" ", 1)
         except Exception:  # Nobody has failed, or the store has gone with its process.
@@ -170,8 +191,7 @@ def _tell_when_the_next_is_silent() -> None:
     state = distributed.global_state
     client, following = state.client, (state.process_id + 1) % state.num_processes
     heard, last, beats = time.monotonic(), None, 0
-    while client is not None and following != state.process_id:
-        time.sleep(_BEAT_EVERY)
+    while client is not None and following != state.process_id and not _leaving.wait(_BEAT_EVERY):
         beats += 1
         try:
             client.key_value_set(f"{_ALIVE}/{state.process_id}", str(beats), allow_overwrite=True)

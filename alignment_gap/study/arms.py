@@ -27,6 +27,7 @@ from alignment_gap.study.analysis import OPPONENT, ORIGIN, PROXY
 MAIN, WINDOWS, DATASETS = "Figures 1 and 4", "Figure 13", "Figures 5 and 12"
 REFRESH, BEST_OF_N, BEST_VS_WORST = "Semi-online", "Best-of-n", "Best against worst of n"
 OBJECTIVES, SELF_PLAY = "Offline objectives", "Self-play"
+PROXY_LABELS, BETAS = "Labels of the proxy", "Beta"
 # b of the mixture pi^(1 - b) ref^b of Nash-MD and IPO-MD.
 MIXTURE = 0.125
 
@@ -44,6 +45,7 @@ class Branch:
       sampler: how fresh pairs are sampled.
       checkpoint_steps: those of an arm; the last is the number of its steps.
       runs: of the arms that come before, by name; of an arm that is swept, the first.
+      proxy_of: `labels -> run` adds a proxy that learns from so many labels of D_golden.
       pairs: `(name, policies) -> dataset` adds a job that samples pairs to the prompts of D_golden, labelled by the
         golden model: one response of each of two policies, or two of one. The same name is the same job.
     """
@@ -56,6 +58,7 @@ class Branch:
     sampler: SamplerConfig
     checkpoint_steps: tuple[int, ...]
     runs: Mapping[str, AnyPath]
+    proxy_of: Callable[[int], AnyPath]
     pairs: Callable[[str, Sequence[AnyPath]], AnyPath]
 
     def run_of(self, arm: str) -> AnyPath:
@@ -79,9 +82,9 @@ class Branch:
         window = max(2, self.checkpoint_steps[-1] // share)
         return self.dataset(self.run_of("online") / RECORD, order="window", window=window)
 
-    def online(self, labels: str = "hard", **settings: Any) -> OnlineConfig:
-        """Fresh samples to the prompts of D_golden, labelled by the proxy and recorded."""
-        judge = JudgeConfig(str(self.proxy), labels=labels)
+    def online(self, labels: str = "hard", proxy_labels: int | None = None, **settings: Any) -> OnlineConfig:
+        """Fresh samples to the prompts of D_golden, labelled by the proxy, or one of fewer labels, and recorded."""
+        judge = JudgeConfig(str(self.proxy if proxy_labels is None else self.proxy_of(proxy_labels)), labels=labels)
         return OnlineConfig(self.dataset(self.golden_pairs), judge=judge, sampler=self.sampler, **settings)
 
 
@@ -108,6 +111,7 @@ class Arm:
       source: the batches that it trains on.
       fresh: a second source beside it, for a loss that reads both; None for none.
       loss: its own loss, in the place of those of the study; empty for those of the study.
+      beta_factor: its regularisation, as a multiple of the study's, where it is trained at one setting.
       contrasts: with arms before or after it in the table.
       panel: the figure that it is drawn in.
       colour, shape: of its marks in every figure.
@@ -118,6 +122,7 @@ class Arm:
     source: Callable[[Branch], SourceConfig]
     fresh: Callable[[Branch], SourceConfig] | None = None
     loss: str = ""
+    beta_factor: float = 1.0
     contrasts: tuple[Contrast, ...] = ()
     panel: str = MAIN
     colour: str = "#CC79A7"
@@ -255,6 +260,39 @@ ARMS = (
             shape=shape,
         )
         for samples, colour, shape in ((4, "#56B4E9", "triangle-down"), (8, "#CC79A7", "triangle-right"))
+    ),
+    # Beyond the paper: how good the proxy has to be.
+    *(
+        Arm(
+            name=f"proxy_of_{labels}",
+            reads=f"two fresh samples of the policy, labelled by a proxy that learned from {labels:,} labels",
+            source=functools.partial(Branch.online, proxy_labels=labels),
+            contrasts=(Contrast("online"), Contrast("offline")),
+            panel=PROXY_LABELS,
+            colour=colour,
+            shape=shape,
+        )
+        for labels, colour, shape in (
+            *((500, "#D55E00", "triangle-left"), (2000, "#CC79A7", "triangle-right")),
+            (8000, "#56B4E9", "triangle-down"),
+        )
+    ),
+    # Beyond the paper: online at other strengths of regularisation.
+    *(
+        Arm(
+            name=name,
+            reads=f"two fresh samples of the policy, labelled by the proxy, at {factor:g} times the beta",
+            source=Branch.online,
+            beta_factor=factor,
+            contrasts=(Contrast("online"), Contrast("offline")),
+            panel=BETAS,
+            colour=colour,
+            shape=shape,
+        )
+        for name, factor, colour, shape in (
+            ("low_beta", 0.1, "#56B4E9", "triangle-down"),
+            ("high_beta", 3.0, "#CC79A7", "triangle-right"),
+        )
     ),
     # Beyond the paper: other objectives.
     Arm(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+from typing import Any
 
 from alignment_gap import checks
 from alignment_gap.checks import nearest
+from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.tasks.prepare import PrepareConfig
 from alignment_gap.data.text import TextSourceConfig
 from alignment_gap.errors import UserError
@@ -54,14 +57,14 @@ class BaseConfig:
     """A network that is fine-tuned as the policy is, for the golden policy and the judges to start from.
 
     Attributes:
-      model: the network; None for the one of its start.
-      start: folder of the run that its fine-tuning starts from; None for fresh parameters.
+      model: the network; None for the one that its fine-tuning starts from.
+      sft: its fine-tuning; None for that of the policy, from fresh parameters.
       batch_size: prompts of a step of the golden policy; None for that of the arms.
       learning_rate: of the golden policy; None for that of the arms.
     """
 
     model: T5Config | DecoderConfig | None = T5Config()
-    start: str | None = None
+    sft: SftConfig | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
 
@@ -69,8 +72,8 @@ class BaseConfig:
         """Raises UserError where a setting is out of its range, or there is no network."""
         checks.at_least(self, 1, "batch_size")
         checks.above(self, 0, "learning_rate")
-        if self.model is None and self.start is None:
-            raise UserError("model and start are not set: give one of them")
+        if self.model is None and (self.sft is None or self.sft.start is None):
+            raise UserError("model and sft.start are not set: give one of them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +170,8 @@ class EvaluationConfig:
       judges: further judges beside golden and proxy, as NAME=JUDGE; "rubric" is true quality in the built-in task.
       classified: what policies classify beside pairs of D_golden that they may have trained on, by the golden model's
         labels: "heldout" pairs of D_golden, the "stream" of the online arm, and two "own" samples for each prompt.
+      baselines: whether the report tells how well simple baselines agree with the human labels: what the golden model
+        has to beat.
       batch_size: of the measurement.
       shown: sampled responses that the report shows.
     """
@@ -176,6 +181,7 @@ class EvaluationConfig:
     pairs: int = 256
     judges: tuple[str, ...] = ()
     classified: tuple[str, ...] = ()
+    baselines: bool = False
     batch_size: int = 128
     shown: int = 4
 
@@ -202,8 +208,7 @@ class StudyConfig:
       policy: the network that all arms train; None for the one that SFT starts from.
       sizes: names of `models.sizes`: a scaling study, which is one study for each with its shape for the policy's, and
         a report over all of them. In `sft.start`, "{size}" stands for the name.
-      size_batches: prompts of a step of the arms, for each of `sizes`; empty for `arms.batch_size`.
-      size_rates: what the learning rates of the arms are multiplied by, for each of `sizes`; empty for 1.
+      by_size: settings with a value for each of `sizes`, such as "sft.steps=4000,8000,8000".
       base: what the golden policy and the judges start from, one for all sizes; None for the SFT of the policy.
       golden: the preference model that stands for the human.
       proxy: the preference model that online arms are trained against.
@@ -224,8 +229,7 @@ class StudyConfig:
     task: PrepareConfig = PrepareConfig(TextSourceConfig(location="posts"))
     policy: T5Config | DecoderConfig | None = T5Config()
     sizes: tuple[str, ...] = ()
-    size_batches: tuple[int, ...] = ()
-    size_rates: tuple[float, ...] = ()
+    by_size: tuple[str, ...] = ()
     base: BaseConfig | None = None
     golden: PreferenceModelConfig = PreferenceModelConfig()
     proxy: PreferenceModelConfig = PreferenceModelConfig()
@@ -246,8 +250,22 @@ class StudyConfig:
         for name, seed in (("task.seed", self.task.seed), ("task.source.posts.seed", self.task.source.posts.seed)):
             if seed:
                 raise UserError(f"{name} is {seed}: a study prepares its data with its own seeds, so set seed instead")
-        for name in ("size_batches", "size_rates"):
-            if len(values := getattr(self, name)) not in (0, len(self.sizes)) or not all(each > 0 for each in values):
-                raise UserError(f"{name} is {values}: give one above 0 for each of sizes, or none")
+        settings_by_size(self)
         if self.policy is None and self.sft.start is None:
             raise UserError("policy and sft.start are not set: give one of them")
+
+
+def settings_by_size(config: StudyConfig) -> dict[str, tuple[Any, ...]]:
+    """The settings of `by_size`, with a value for each of `sizes`; raises UserError for one that cannot be read."""
+    found, names = {}, flatten(to_dict(config))
+    for given in config.by_size:
+        name, _, values = given.partition("=")
+        if name not in names:
+            raise UserError(f"by_size has {given!r}: {nearest(name, names)}")
+        try:
+            found[name] = tuple(ast.literal_eval(f"[{values}]"))
+        except (SyntaxError, ValueError):
+            raise UserError(f"by_size has {given!r}: write NAME=VALUE,VALUE with a value for each of sizes") from None
+        if len(found[name]) != len(config.sizes):
+            raise UserError(f"by_size has {given!r} for {len(config.sizes)} sizes: give a value for each of them")
+    return found

@@ -20,6 +20,7 @@ from alignment_gap.checks import nearest
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at
+from alignment_gap.jobs.baselines import BASELINES, BaselinesConfig
 from alignment_gap.jobs.compose import COMPOSE, ComposeConfig
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, SourceConfig
 from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig
@@ -76,6 +77,7 @@ class SeedJobs:
       judges: the jobs that measure golden and proxy, by what is measured.
       runs: the SFT policy, the golden policy, and all arms.
       proxy: the jobs that measure the proxy as a classifier, by what it classifies, where policies classify it too.
+      baselines: the job that measures what the golden model has to beat; None where that is not asked for.
     """
 
     seed: int
@@ -83,6 +85,7 @@ class SeedJobs:
     judges: Mapping[str, Job]
     runs: tuple[Run, ...]
     proxy: Mapping[str, Job]
+    baselines: Job | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,15 +138,17 @@ class _Seed:
         self.config, self.seed, self.root = config, seed, root
         self.jobs: list[Job] = []
         self.human = self._prepared()
-        base, own = config.base, (config.policy, config.sft.start)
-        self.base = self._sft("base", base.model, base.start) if base else self._sft("sft", *own)
-        self.sft = self.base if base is None or (base.model, base.start) == own else self._sft("sft", *own)
+        base, own = config.base, (config.policy, config.sft)
+        tuned = base and (base.model, base.sft or dataclasses.replace(config.sft, start=None))
+        self.base = self._sft("base", *tuned) if tuned else self._sft("sft", *own)
+        self.sft = self.base if tuned in (None, own) else self._sft("sft", *own)
         self.golden = self._preference_model("golden", config.golden, self.human / "train")
         # D_golden: the human pairs, relabelled.
         self.golden_pairs, self.golden_validation = (
             self._label(f"relabelled-{split}", self.human / split) for split in ("train", "validation")
         )
         self.proxy = self._preference_model("proxy", config.proxy, self.golden_pairs)
+        self.proxies: dict[int, AnyPath] = {}
 
     def build(self) -> SeedJobs:
         """All jobs of the seed; judges are measured before the arms, which take longest."""
@@ -161,6 +166,9 @@ class _Seed:
         trained = [(GOLDEN, setting, golden)]
         for number, loss in enumerate(arms.losses):
             trained += self._train_arms(loss, arms_of((*arms.names, *arms.further) if number == 0 else arms.names))
+        for labels, run in self.proxies.items():
+            judge = self._evaluate_judge(f"proxy-{labels}", run, config.proxy, self.golden_validation)
+            judges[f"proxy of {labels:,} labels, held-out pairs"] = judge
         proxy = {HELDOUT: judges["proxy, held-out pairs"]} if HELDOUT in config.evaluation.classified else {}
         classified = [f"{HELDOUT}={self.golden_validation}"] * len(proxy)
         if STREAM in config.evaluation.classified:
@@ -175,7 +183,7 @@ class _Seed:
             sft = self.base if arm is GOLDEN else self.sft
             evaluation = self._evaluate_policy(name, job.folder, job.config.checkpoint_steps, sft, *against)
             runs.append(Run(arm.name, loss, beta, rate, factor, evaluation))
-        return SeedJobs(self.seed, self.golden_pairs, judges, tuple(runs), proxy)
+        return SeedJobs(self.seed, self.golden_pairs, judges, tuple(runs), proxy, self._baselines())
 
     def number(self, name: str) -> int:
         """A seed below 2**32 for the job of this name."""
@@ -214,11 +222,11 @@ class _Seed:
         )
         return self._add(name, TRAIN, job)
 
-    def _sft(self, name: str, model: T5Config | DecoderConfig | None, start: str | None) -> AnyPath:
+    def _sft(self, name: str, model: T5Config | DecoderConfig | None, sft: SftConfig) -> AnyPath:
         """The policy that arms start from and are measured against: both responses of every pair are targets."""
-        sft, pooled = self.config.sft, (self.human / "train", *self.config.sft.also)
+        pooled = (self.human / "train", *sft.also)
         source = DatasetConfig(",".join(map(str, pooled)), weights=sft.weights, batch_size=sft.batch_size)
-        settings = {"steps": sft.steps, "model": model, "start": start, "loss": LossConfig("sft")}
+        settings = {"steps": sft.steps, "model": model, "start": sft.start, "loss": LossConfig("sft")}
         return self._train(name, source, sft.optimizer, **settings).folder
 
     def _preference_model(self, name: str, model: PreferenceModelConfig, pairs: AnyPath) -> AnyPath:
@@ -233,6 +241,14 @@ class _Seed:
         start = str(self.base) if model.start == ORIGIN else model.start
         settings = {"kind": model.kind, "model": model.model, "start": start, "steps": model.steps}
         return self._train(name, source, model.optimizer, **settings).folder
+
+    def _proxy_of(self, labels: int) -> AnyPath:
+        """A proxy of so many of the golden model's labels; made once."""
+        if labels not in self.proxies:
+            config = ComposeConfig((str(self.golden_pairs),), limit=labels, seed=self.number(f"labels {labels}"))
+            pairs = self._add(f"labels-{labels}", COMPOSE, config).folder
+            self.proxies[labels] = self._preference_model(f"proxy-{labels}", self.config.proxy, pairs)
+        return self.proxies[labels]
 
     def _label(self, name: str, pairs: AnyPath) -> AnyPath:
         """Pairs with the golden model's hard labels; a tie is a tie."""
@@ -251,17 +267,18 @@ class _Seed:
         trained: list[Trained] = []
         # An arm with a loss of its own is trained once, with those of the first loss.
         for arm in (arm for arm in arms if not arm.loss or loss == self.config.arms.losses[0]):
-            for setting in self._settings(arm.loss or loss, is_swept=arm.name in self.config.arms.swept):
+            for setting in self._settings(arm, arm.loss or loss):
                 job = self._train_arm(arm, setting, runs)
                 trained.append((arm, setting, job))
                 runs.setdefault(arm.name, job.folder)
         return trained
 
-    def _settings(self, loss: str, *, is_swept: bool) -> list[Setting]:
+    def _settings(self, arm: Arm, loss: str) -> list[Setting]:
         """The settings that an arm is trained at under a loss."""
         arms, has_beta = self.config.arms, takes_beta(loss)
-        if not is_swept:
-            return [Setting(loss, arms.beta if has_beta else math.nan, arms.optimizer.learning_rate)]
+        if arm.name not in arms.swept:
+            beta = arm.beta_factor * arms.beta if has_beta else math.nan
+            return [Setting(loss, beta, arms.optimizer.learning_rate)]
         betas = arms.offline_betas if has_beta else (math.nan,)
         factors = arms.offline_steps if loss == arms.losses[0] else arms.offline_steps[:1]
         swept = itertools.product(betas, arms.offline_learning_rates, factors)
@@ -286,6 +303,7 @@ class _Seed:
             sampler=self.config.sampler,
             checkpoint_steps=arms.checkpoint_steps,
             runs=runs,
+            proxy_of=self._proxy_of,
             pairs=functools.partial(self._sampled_pairs, loss),
         )
         source = arm.source(branch)
@@ -379,6 +397,13 @@ class _Seed:
         """How often a judge agrees with labels, and with the further judges."""
         judges = self.config.evaluation.judges
         return self._evaluate(f"judge-{name}", run, (model.steps,), pairs, judges=judges, pairs=JUDGED_PAIRS)
+
+    def _baselines(self) -> Job | None:
+        """How well the human labels that the golden model is measured on are told without it."""
+        if not self.config.evaluation.baselines:
+            return None
+        pairs = str(self.human / "train"), str(self.human / "validation")
+        return self._add("judge-baselines", BASELINES, BaselinesConfig(*pairs, JUDGED_PAIRS))
 
     def _evaluate(self, name: str, run: AnyPath, steps: tuple[int, ...], dataset: AnyPath, **settings: Any) -> Job:
         config = EvaluateConfig(

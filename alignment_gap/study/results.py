@@ -17,6 +17,7 @@ from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.tasks.rubric import rubric_of
 from alignment_gap.folders import read_json
+from alignment_gap.jobs.baselines import NGRAMS, SHORTER, load_accuracies
 from alignment_gap.jobs.compose import distinct_prompts
 from alignment_gap.jobs.evaluate import load_outcomes
 from alignment_gap.jobs.folder import DONE, Job
@@ -58,6 +59,7 @@ def _seed_results(seed: SeedJobs) -> Iterator[CheckpointResult]:
 def report_context(config: StudyConfig, graph: StudyGraph) -> ReportContext:
     """What the report says beside the numbers."""
     judges = [_judge_facts(seed.seed, *each) for seed in graph.seeds for each in seed.judges.items()]
+    judges += [facts for seed in graph.seeds if seed.baselines for facts in _baselines(seed.seed, seed.baselines)]
     return ReportContext(
         config=config,
         versions={name: importlib.metadata.version(name) for name in VERSIONS}
@@ -81,6 +83,12 @@ def _judge_facts(seed: int, measured: str, job: Job) -> JudgeFacts:
     outcomes = load_outcomes(job.folder / f"{step}.npz")
     names = {"accuracy": "the labels"} | {name: name.removeprefix("agreement.") for name in outcomes if "." in name}
     return JudgeFacts(seed, measured, {whom: float(outcomes[name].mean()) for name, whom in names.items()})
+
+
+def _baselines(seed: int, job: Job) -> list[JudgeFacts]:
+    """How often each baseline tells the human labels."""
+    names = {SHORTER: "the shorter response, held-out human labels", NGRAMS: "n-grams, held-out human labels"}
+    return [JudgeFacts(seed, names[name], {"the labels": share}) for name, share in load_accuracies(job.folder).items()]
 
 
 def _samples(config: StudyConfig, seed: SeedJobs) -> dict[str, list[dict[str, Any]]]:

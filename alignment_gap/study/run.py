@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -12,7 +14,7 @@ from typing import Any
 import jax
 
 from alignment_gap.checkpoints import find_checkpoint
-from alignment_gap.configuration import flatten, load_named, to_dict
+from alignment_gap.configuration import flatten, from_dict, load_named, to_dict
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.tasks.prepare import TRAIN, VALIDATION, vocabulary_place
@@ -32,7 +34,7 @@ from alignment_gap.models import count_parameters, make_policy, sizes
 from alignment_gap.progress import Bar, progress_bar
 from alignment_gap.sharding import check_batch_size, first_says, is_first_process, on_every_process, on_first_process
 from alignment_gap.study.analysis import ORIGIN, CheckpointResult
-from alignment_gap.study.config import StudyConfig
+from alignment_gap.study.config import StudyConfig, settings_by_size
 from alignment_gap.study.graph import JOBS, StudyGraph, study_graph
 from alignment_gap.study.report import peaks_text, write_report
 from alignment_gap.study.results import report_context, study_results
@@ -78,29 +80,27 @@ def open_studies(config: StudyConfig, workdir: AnyPath) -> list[Study]:
 
 
 def of_size(config: StudyConfig, name: str) -> StudyConfig:
-    """The study of one size: its shape, batch and learning rates, and what else it has from the study over sizes."""
+    """The study of one size: its shape, its settings, and what else it has from the study over sizes."""
     if config.policy is None:
         raise UserError("policy is not set: a study over sizes takes the vocabulary and the dtype from it")
     kept = ("vocabulary_size", "dtype", "remat", "scan_unroll")
     policy = sizes.get(name, **{field: getattr(config.policy, field) for field in kept})
-    place, arms = config.sizes.index(name), config.arms
-    rate = config.size_rates[place] if config.size_rates else 1.0
-    arms = dataclasses.replace(
-        arms,
-        batch_size=config.size_batches[place] if config.size_batches else arms.batch_size,
-        optimizer=dataclasses.replace(arms.optimizer, learning_rate=rate * arms.optimizer.learning_rate),
-        offline_learning_rates=tuple(rate * each for each in arms.offline_learning_rates),
-    )
     start = config.sft.start and config.sft.start.replace("{size}", name)
-    base = config.base
+    base, arms = config.base, config.arms
     if base is not None:
-        batch_size, base_rate = config.arms.batch_size, config.arms.optimizer.learning_rate
         base = dataclasses.replace(
-            base, batch_size=base.batch_size or batch_size, learning_rate=base.learning_rate or base_rate
+            base,
+            sft=base.sft or dataclasses.replace(config.sft, start=None),
+            batch_size=base.batch_size or arms.batch_size,
+            learning_rate=base.learning_rate or arms.optimizer.learning_rate,
         )
-    alone: dict[str, Any] = {"base": base, "sizes": (), "size_batches": (), "size_rates": ()}
     sft = dataclasses.replace(config.sft, start=start)
-    return dataclasses.replace(config, name=f"{config.name} {name}", policy=policy, arms=arms, sft=sft, **alone)
+    alone: dict[str, Any] = {"name": f"{config.name} {name}", "sizes": (), "by_size": ()}
+    values = to_dict(dataclasses.replace(config, policy=policy, base=base, sft=sft, **alone))
+    for setting, of_sizes in settings_by_size(config).items():
+        *groups, last = setting.split(".")
+        functools.reduce(operator.getitem, groups, values)[last] = of_sizes[config.sizes.index(name)]
+    return from_dict(StudyConfig, values)
 
 
 def default_at_once() -> int:

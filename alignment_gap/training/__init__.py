@@ -4,7 +4,7 @@ from alignment_gap.training.checkpoints import Checkpoints, KeepConfig, load_pol
 from alignment_gap.training.guard import GuardConfig
 from alignment_gap.training.loop import train
 from alignment_gap.training.monitor import Monitor, Times, Validation
-from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer
+from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer, make_schedule
 from alignment_gap.training.sources import Source, make_score, with_fresh, with_mismatched, with_reference
 from alignment_gap.training.state import (
     TrainState,
@@ -44,6 +44,7 @@ __all__ = [
     "loss_inputs",
     "make_optimizer",
     "make_refresh",
+    "make_schedule",
     "make_score",
     "make_update_step",
     "make_validation_step",

@@ -48,6 +48,6 @@ def get_config() -> ConfigDict:
             offline_betas=(0.1, 0.3),
             offline_learning_rates=(1e-3,),
         ),
-        evaluation=EvaluationConfig(prompts=192, kl_prompts=128, pairs=256, batch_size=64),
+        evaluation=EvaluationConfig(prompts=192, kl_prompts=128, pairs=256, baselines=True, batch_size=64),
     )
     return ConfigDict(to_dict(study))

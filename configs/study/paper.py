@@ -16,6 +16,8 @@ WINDOWS = ("replayed", "small_windows", "large_windows")
 DATASETS = ("final_vs_final", "sft_vs_early", "early_vs_final")
 REFRESH = ("refresh_4", "refresh_16", "refresh_64", "refresh_never")
 SAMPLES = ("best_of_4", "best_of_8", "best_vs_worst_4", "best_vs_worst_8")
+PROXIES = ("proxy_of_500", "proxy_of_2000", "proxy_of_8000")
+BETAS = ("low_beta", "high_beta")
 OBJECTIVES = ("hypo", "chi_po", "nash_md", "ipo_md")
 
 
@@ -23,14 +25,12 @@ def get_config() -> ConfigDict:
     config = tiny.get_config()
     config.name, config.seeds = "paper", 5
     config.arms.names = ("online", "shuffled", "offline")
-    config.arms.further = (*WINDOWS, *DATASETS, *REFRESH, *SAMPLES, *OBJECTIVES)
+    config.arms.further = (*WINDOWS, *DATASETS, *REFRESH, *SAMPLES, *PROXIES, *BETAS, *OBJECTIVES)
     config.arms.losses = ("ipo", "best_of_n", "dpo", "slic", "exponential")
     config.arms.swept = ("offline", "shuffled", "chi_po")
-    # A fifth of the steps, 60, is the early policy of the datasets.
-    config.arms.checkpoint_steps = (10, 30, 60, 150, 300)
     # The win rates bend at smaller betas than the online one; that is swept too.
-    config.arms.offline_betas = (0.01, 0.03, 0.1)
+    config.arms.offline_betas = (0.01, 0.1)
     config.arms.offline_learning_rates = (3e-4, 1e-3)
-    config.arms.offline_steps = (1, 3)
+    config.arms.offline_steps = (1, 5)
     config.evaluation.classified = ("heldout", "stream", "own")
     return config

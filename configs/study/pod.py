@@ -5,6 +5,8 @@ The paths are yours to give: the task, prepared with T5's vocabulary, and T5 che
 alignment-gap study --config=configs/study/pod.py:summarization --workdir=runs/pod --list
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from alignment_gap.configuration import to_dict
@@ -28,21 +30,27 @@ def get_config(task: str = "summarization") -> ConfigDict:
     if task not in TASKS:
         raise ValueError(f"the task is {task!r}: choose one of {', '.join(TASKS)}")
     judge = OptimizerConfig(name="adafactor", learning_rate=1e-4, warmup_steps=1000)
+    # The paper pools its tasks here.
+    sft = SftConfig(
+        start="imported/t5_large",
+        also=tuple(f"prepared/{other}/train" for other in TASKS if other != task),
+        steps=4000,
+        batch_size=128,
+        optimizer=OptimizerConfig(name="adafactor", learning_rate=3e-5),
+    )
     study = StudyConfig(
         name=f"pod {task}",
         prepared=f"prepared/{task}",
         policy=sizes.get("t5_large"),
         sizes=SIZES,
-        size_batches=(32, 16, 8),
-        base=BaseConfig(sizes.get("t5_large"), start="imported/t5_large"),
-        # The paper pools its tasks here, and gives XL and XXL 8,000 steps at learning rate 1e-5.
-        sft=SftConfig(
-            start="imported/{size}",
-            also=tuple(f"prepared/{other}/train" for other in TASKS if other != task),
-            steps=4000,
-            batch_size=128,
-            optimizer=OptimizerConfig(name="adafactor", learning_rate=3e-5),
+        by_size=(
+            "arms.batch_size=32,16,8",
+            "sft.steps=4000,8000,8000",
+            "sft.batch_size=128,16,8",
+            "sft.optimizer.learning_rate=3e-5,1e-5,1e-5",
         ),
+        base=BaseConfig(sizes.get("t5_large"), sft),
+        sft=dataclasses.replace(sft, start="imported/{size}"),
         # The paper trains judges until their validation accuracy is flat, and does not say how long that is.
         golden=PreferenceModelConfig(start="imported/t5_xxl", steps=10_000, batch_size=16, optimizer=judge),
         proxy=PreferenceModelConfig(steps=10_000, batch_size=32, optimizer=judge),

@@ -1,6 +1,8 @@
 """The study on the built-in task over policies of several sizes, with one golden policy and one pair of judges.
 
-alignment-gap study --config=configs/study/scaling.py --config.sizes="('palm_10m', 'palm_30m')" --workdir=runs/scaling
+Two ladders, each over two decades of parameters: "t5" and "palm".
+
+alignment-gap study --config=configs/study/scaling.py:t5 --workdir=runs/scaling_t5
 """
 
 import importlib.util
@@ -16,12 +18,18 @@ _spec = importlib.util.spec_from_file_location("tiny", pathlib.Path(__file__).wi
 tiny = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tiny)
 
+LADDERS = {family: tuple(f"{family}_{size}" for size in ("30k", "300k", "3m")) for family in ("t5", "palm")}
 
-def get_config() -> ConfigDict:
-    config = tiny.get_config().to_dict()
+
+def get_config(family: str = "t5") -> ConfigDict:
+    if family not in LADDERS:
+        raise ValueError(f"the ladder is {family!r}: choose one of {', '.join(LADDERS)}")
+    config, ladder = tiny.get_config(), LADDERS[family]
+    config.name, config.seeds, config.sizes = f"scaling {family}", 3, ladder
     # Judges and golden policy have the network of the small study, whatever the policy's.
-    base = {"model": config["policy"], "start": None}
-    policy = to_dict(sizes.get("palm_10m", vocabulary_size=load_vocabulary("posts").size))
-    return ConfigDict(
-        config | {"name": "scaling", "sizes": ("palm_10m", "palm_30m", "palm_100m"), "policy": policy, "base": base}
-    )
+    config.base = {"model": config.policy.to_dict()}
+    vocabulary_size = load_vocabulary("posts").size
+    config.policy = to_dict(sizes.get(ladder[0], vocabulary_size=vocabulary_size, scan_unroll=2))
+    config.arms.losses = ("ipo",)
+    config.arms.swept = ("offline", "shuffled")
+    return config

@@ -30,12 +30,13 @@ def get_config() -> ConfigDict:
         proxy=PreferenceModelConfig(steps=400, optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50)),
         arms=ArmsConfig(
             losses=("ipo", "best_of_n"),
-            checkpoint_steps=(5, 10, 25, 50, 100, 200, 400),
+            # A fifth of the steps, 60, is the early policy of the datasets of figure 5.
+            checkpoint_steps=(10, 30, 60, 150, 300),
             batch_size=32,
             optimizer=OptimizerConfig(learning_rate=3e-4),
             beta=0.1,
-            offline_betas=(0.03, 0.1, 0.3),
-            offline_learning_rates=(3e-4, 1e-3),
+            offline_betas=(0.03, 0.1),
+            offline_learning_rates=(3e-4,),
         ),
         evaluation=EvaluationConfig(prompts=512, kl_prompts=256, pairs=256, judges=("rubric",)),
     )

@@ -143,7 +143,7 @@ def test_a_config_file_that_fails_is_one_line(body, message, tmp_path):
         (["study", TINY, "--config.policy.dtype=int8"], "dtype is 'int8': choose one of float32, bfloat16"),
         (["study", TINY, "--job=seed0-stf"], "the study has no job 'seed0-stf': did you mean seed0-sft?"),
         (["study", TINY, "--job=report"], "jobs are not done, such as seed0-data: run the study, or these jobs"),
-        (["study", SCALING, "--job=seed0-data"], """such as --config.sizes="('palm_10m',)\""""),
+        (["study", SCALING, "--job=seed0-data"], """such as --config.sizes="('t5_30k',)\""""),
         (["study", TINY, "--process=2"], "without a coordinator: give the HOST:PORT"),
     ],
 )
@@ -176,23 +176,25 @@ def test_the_list_gives_every_job_with_its_command_and_writes_nothing(command, t
 
 
 def test_the_list_of_sizes_is_one_after_the_other(command):
-    status, printed = command("study", SCALING, "--config.sizes=('palm_10m', 'palm_30m')", CACHE, "--list")
+    status, printed = command(
+        "study", SCALING, "--config.sizes=('palm_30k', 'palm_300k')", "--config.seeds=1", CACHE, "--list"
+    )
     assert status == 0
     commands = [shlex.split(line) for line in printed.out.splitlines() if line.startswith("  alignment-gap study")]
     assert [words[-2:] for words in commands] == [
-        *([f"--config.sizes=('{size}',)", "--job=report"] for size in ("palm_10m", "palm_30m")),
+        *([f"--config.sizes=('{size}',)", "--job=report"] for size in ("palm_30k", "palm_300k")),
         [CACHE, "--job=report"],
     ]
 
 
 def test_the_report_over_sizes_is_a_job_and_the_last_that_is_launched(command):
-    words = ["study", SCALING, "--config.sizes=('palm_10m', 'palm_30m')", CACHE]
+    words = ["study", SCALING, "--config.sizes=('palm_30k', 'palm_300k')", "--config.seeds=1", CACHE]
     status, printed = command(*words, "--job=report")
     assert status == 2 and "jobs are not done" in printed.err
     status, printed = command("launch", "--engine=slurm", "--dry_run", *words)
     assert status == 0
     last = printed.out.rpartition("# sbatch")[2]
-    assert "<palm_10m-report>:<palm_30m-report>" in last and last.splitlines()[2] == "#SBATCH --job-name=report"
+    assert "<palm_30k-report>:<palm_300k-report>" in last and last.splitlines()[2] == "#SBATCH --job-name=report"
     assert f"study {shlex.quote(SCALING)}" in last and "--job=report" in last
 
 

@@ -117,6 +117,18 @@ def test_more_steps_go_on_from_the_last(sft_config, sft, tmp_path):
     assert_equal_checkpoints(run_job(sft_config, tmp_path), sft)
 
 
+def test_a_learning_rate_that_falls_to_the_last_step_keeps_their_number(sft_config, tmp_path):
+    optimizer = dataclasses.replace(sft_config.optimizer, schedule="linear")
+    config = dataclasses.replace(sft_config, optimizer=optimizer)
+    whole = run_job(config, tmp_path / "whole")
+    rates = [line["learning_rate"] for line in metrics(whole)]
+    assert rates == pytest.approx([1e-2 * (6 - step) / 6 for step in range(6)], rel=1e-5)
+    run_and_stop(config, tmp_path / "stopped", after=3)
+    with pytest.raises(UserError, match=r"optimizer\.steps was 6, now 8"):
+        run_job(dataclasses.replace(config, steps=8), tmp_path / "stopped")
+    assert_equal_runs(run_job(config, tmp_path / "stopped"), whole)
+
+
 def test_checkpoints_at_given_steps(sft_config, tmp_path):
     config = dataclasses.replace(sft_config, checkpoint_every=100, checkpoint_steps=(1, 3, 5, 50))
     assert steps(run_job(config, tmp_path)) == [1, 3, 5, 6]

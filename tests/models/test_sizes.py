@@ -37,6 +37,8 @@ PUBLISHED = {
 # 2204.02311, table 1, in billions to the digits given: width, layers, heads, and the count without the norms' scales.
 PALM = {"palm_8b": (4096, 32, 16, 8.63), "palm_62b": (8192, 64, 32, 62.50), "palm_540b": (18_432, 118, 48, 540.35)}
 LADDER = {"palm_10m": 1e7, "palm_30m": 3e7, "palm_100m": 1e8, "palm_300m": 3e8, "palm_1b": 1e9, "palm_3b": 3e9}
+# Without the two tables of embeddings of T5, and PaLM's one.
+LAPTOP = {"t5_30k": 3e4, "t5_300k": 3e5, "t5_3m": 3e6, "palm_30k": 3e4, "palm_300k": 3e5, "palm_3m": 3e6}
 # Vocabulary of mT5 and the counts of its checkpoints of T5 v1.1's shapes.
 MT5 = {"t5_small": 300_176_768, "t5_base": 582_401_280, "t5_xl": 3_742_619_648, "t5_xxl": 12_921_057_280}
 
@@ -56,7 +58,7 @@ def _by_hand(config):
 
 
 def test_every_size_has_an_oracle():
-    assert set(sizes.NAMES) == set(PUBLISHED) | set(PALM) | set(LADDER)
+    assert set(sizes.NAMES) == set(PUBLISHED) | set(PALM) | set(LADDER) | set(LAPTOP)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -80,6 +82,13 @@ def test_palm_is_table_one(name):
 @pytest.mark.parametrize("name", LADDER)
 def test_the_ladder_is_of_about_its_sizes(name):
     assert _count(name) == pytest.approx(LADDER[name], rel=0.05)
+
+
+@pytest.mark.parametrize("name", LAPTOP)
+def test_the_ladder_for_a_laptop_is_of_about_its_sizes_without_the_vocabulary(name):
+    config = sizes.get(name)
+    tables = (2 if name.startswith("t5") else 1) * config.vocabulary_size * config.width
+    assert _count(name) - tables == pytest.approx(LAPTOP[name], rel=0.06)
 
 
 @pytest.mark.parametrize("name", MT5)
@@ -109,7 +118,7 @@ def test_a_field_of_a_gin_file_can_be_set():
     ("name", "overrides", "message"),
     [
         ("t5_xxxl", {}, r"model size 't5_xxxl' is unknown: did you mean t5_xxl\?"),
-        ("bert", {}, r"model size 'bert' is unknown: choose one of t5_small, .*qwen3_8b"),
+        ("bert", {}, r"model size 'bert' is unknown: choose one of t5_30k, .*qwen3_8b"),
         ("t5_xl", {"mlp_widht": 3}, r"model size t5_xl has no setting 'mlp_widht': did you mean mlp_width\?"),
     ],
 )

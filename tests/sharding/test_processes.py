@@ -255,6 +255,24 @@ def test_nobody_watches_where_no_others_are():
     assert processes._end_when_another_fails() is None
 
 
+def test_the_watching_threads_end_before_python_does():
+    """One inside of the key-value store when Python ends aborts the process, all of whose work is done by then."""
+    program = """
+import atexit, sys, threading
+watching = lambda: sorted(t.name for t in threading.enumerate() if t.name.startswith("alignment_gap"))
+atexit.register(lambda: print(watching(), flush=True))  # Called after what is registered later.
+from alignment_gap.sharding import initialize
+initialize(f"127.0.0.1:{sys.argv[1]}", 1, 0)
+print(watching(), flush=True)
+"""
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", program, free_port()], env=environment, capture_output=True, text=True, timeout=200
+    )
+    # A single process has nobody who may be silent.
+    assert done.stdout.splitlines() == ["['alignment_gap _end_when_another_fails']", "[]"] and done.returncode == 0
+
+
 # Two processes of two devices each: what each finds, as a line of JSON, and how the second one's failure ends both.
 PROGRAM = """
 import json, sys, time
@@ -304,12 +322,16 @@ time.sleep(60)
 """
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def two():
     """Statuses, findings and errors of two processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
     started = [

@@ -1,21 +1,16 @@
 """What a study refuses before any work, in one line that names the setting and the remedy."""
 
 import dataclasses
-import importlib.util
-import pathlib
 import re
 
 import pytest
 
 from alignment_gap.configuration import from_dict, to_dict
-from alignment_gap.data.text import load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.study.analysis import OPPONENT, ORIGIN
 from alignment_gap.study.arms import ARMS, GOLDEN, MAIN, Arm, arms_of, file_word
 from alignment_gap.study.config import StudyConfig
 from alignment_gap.study.run import open_studies
-
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "study"
 
 
 def nested(config, path, value):
@@ -178,19 +173,3 @@ def test_the_reserved_names_are_taken(monkeypatch):
 
 def test_a_loss_in_the_name_of_a_file():
     assert [file_word(loss) for loss in ("best_of_n", "my.losses:hinge")] == ["best_of_n", "my.losses_hinge"]
-
-
-# The configs that come with the library.
-
-
-@pytest.mark.parametrize("name", ["tiny", "scaling", "hh"])
-def test_the_configs_of_the_library_are_studies(name):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    study = from_dict(StudyConfig, module.get_config().to_dict())
-    assert study.name == name
-    assert study.arms.names == ("online", "shuffled", "offline")
-    assert study.sizes == (("palm_10m", "palm_30m", "palm_100m") if name == "scaling" else ())
-    if name != "hh":
-        assert study.policy.vocabulary_size == load_vocabulary("posts").size

@@ -280,9 +280,35 @@ def test_the_stream_is_replayed_in_its_order_and_shuffled_within_windows(every):
         "shuffled": ("shuffle", None),
     }
     folders = (Path("golden"), Path("proxy"), Path("sft"), Path("pairs"))
-    branch = Branch(*folders, 32, SamplerConfig(), (800, 4000), {"online": Path("run")}, lambda name, policies: Path())
+    branch = Branch(*folders, 32, SamplerConfig(), (800, 4000), {"online": Path("run")}, Path, Path)
     assert (branch.stream(1000).window, branch.stream(8).window) == (4, 500)
     assert branch.early_of("online") == Path("run/checkpoints/800")
+
+
+def test_a_proxy_of_fewer_labels_learns_from_a_part_of_the_golden_pairs(every):
+    for labels in (500, 2000, 8000):
+        some, proxy = every[f"labels-{labels}"], every[f"proxy-{labels}"]
+        assert (some.config.datasets, some.config.limit) == ((str(every["relabelled-train"].folder),), labels)
+        assert proxy.config.source == dataclasses.replace(every["proxy"].config.source, folder=str(some.folder))
+        assert (proxy.config.steps, proxy.config.start) == (every["proxy"].config.steps, str(every["sft"].folder))
+        arm = every[f"proxy_of_{labels}-ipo-beta0.1-lr0.01"].config
+        assert arm.source.judge.judge == str(proxy.folder)
+        measured = every[f"judge-proxy-{labels}"].config
+        assert (measured.run, measured.dataset) == (str(proxy.folder), str(every["relabelled-validation"].folder))
+    assert every["online-ipo-beta0.1-lr0.01"].config.source.judge.judge == str(every["proxy"].folder)
+
+
+def test_what_the_golden_model_has_to_beat_is_measured_on_its_own_pairs_where_that_is_asked_for(config, every):
+    asked = jobs_of(build(changed(config, evaluation={"baselines": True})))
+    told, golden = asked["judge-baselines"].config, asked["judge-golden"].config
+    assert (told.dataset, told.pairs) == (golden.dataset, golden.pairs)
+    assert told.train == asked["golden"].config.source.folder
+    assert "judge-baselines" not in every
+
+
+def test_an_arm_has_its_multiple_of_the_studys_beta(every):
+    assert every["low_beta-ipo-beta0.01-lr0.01"].config.loss.settings["beta"] == pytest.approx(0.01)
+    assert every["high_beta-ipo-beta0.3-lr0.01"].config.loss.settings["beta"] == pytest.approx(0.3)
 
 
 def test_pairs_of_policies_are_sampled_once_and_labelled_by_the_golden_model(every):

@@ -101,6 +101,21 @@ def test_the_report_knows_judges_samples_and_times(finished):
         assert all(0 <= sample["rubric"] <= 1 for sample in samples)
 
 
+def test_the_report_shows_what_the_golden_model_has_to_beat(finished, config, tmp_path):
+    evaluation = dataclasses.replace(config.evaluation, baselines=True)
+    (study,) = open_studies(dataclasses.replace(config, evaluation=evaluation), finished.workdir)
+    job = study.graph.job("seed0-judge-baselines")
+    make(job.kind, job.config, tmp_path / "told")
+    told = dataclasses.replace(job, folder=tmp_path / "told")
+    seeds = tuple(dataclasses.replace(seed, baselines=told) for seed in finished.graph.seeds)
+    judges = report_context(finished.config, dataclasses.replace(finished.graph, seeds=seeds)).judges
+    assert [facts.measured for facts in judges[3:]] == [
+        "the shorter response, held-out human labels",
+        "n-grams, held-out human labels",
+    ]
+    assert all(facts.shares.keys() == {"the labels"} and 0 <= facts.shares["the labels"] <= 1 for facts in judges[3:])
+
+
 def test_the_datasets_of_a_study_lead_back_to_the_human_pairs(finished):
     online, golden = (finished.graph.job(f"seed0-{name}").folder for name in ("online-ipo-beta0.1-lr0.01", "golden"))
     text = card_text(open_dataset(online / "record"))

@@ -55,16 +55,34 @@ def test_the_golden_policy_and_the_judges_start_from_the_base_and_arms_from_thei
     assert jobs["evaluation-sft"].config.reference == sft
 
 
-def test_a_size_has_its_batch_and_its_learning_rates(config):
+def test_a_size_has_settings_of_its_own(config):
     sft = dataclasses.replace(config.sft, start="imported/{size}")
-    study = scaling(config, size_batches=(16, 8), size_rates=(1.0, 0.1), sft=sft)
+    by_size = ("arms.batch_size=16,8", "sft.steps=3,4", "arms.offline_learning_rates=(1e-2,),(1e-3,)")
+    study = scaling(config, by_size=by_size, sft=sft)
     first, second = (of_size(study, name) for name in SIZES)
     assert (first.arms.batch_size, second.arms.batch_size) == (16, 8)
-    assert second.arms.optimizer.learning_rate == pytest.approx(0.1 * config.arms.optimizer.learning_rate)
-    assert second.arms.offline_learning_rates == pytest.approx((1e-3,))
+    assert (first.sft.steps, second.sft.steps) == (3, 4)
+    assert (first.arms.offline_learning_rates, second.arms.offline_learning_rates) == ((1e-2,), (1e-3,))
+    assert first.base.batch_size == second.base.batch_size == config.arms.batch_size
     assert (first.sft.start, second.sft.start) == ("imported/palm_10m", "imported/t5_small")
-    with pytest.raises(UserError, match=r"size_rates is \(1\.0,\): give one above 0 for each of sizes, or none"):
-        scaling(config, size_rates=(1.0,))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("sft.step=3,4", "by_size has 'sft.step=3,4': did you mean sft.steps"),
+        ("sft.steps=3", "by_size has 'sft.steps=3' for 2 sizes: give a value for each of them"),
+        ("sft.steps=3,four", "write NAME=VALUE,VALUE with a value for each of sizes"),
+    ],
+)
+def test_a_setting_by_size_that_cannot_be_read(config, given, message):
+    with pytest.raises(UserError, match=message):
+        scaling(config, by_size=(given,))
+
+
+def test_a_setting_by_size_out_of_its_range(config):
+    with pytest.raises(UserError, match=r"sft\.steps is 0: it must be at least 1"):
+        of_size(scaling(config, by_size=("sft.steps=0,4",)), SIZES[0])
 
 
 def test_the_report_over_sizes_pools_them_by_their_parameters(config, tmp_path, monkeypatch):

@@ -66,6 +66,14 @@ def test_utilisation_is_the_least_time_of_the_update_over_what_it_took(tmp_path)
     assert Monitor(tmp_path).utilisation(BATCH, {"seconds_update": 0.02}) == {}
 
 
+def test_the_learning_rate_of_a_line_is_that_of_the_last_update_that_was_made(tmp_path):
+    monitor = Monitor(tmp_path, learning_rate=lambda made: 1 / (1 + made))
+    for step, skipped in ((1, 1.0), (4, 1.0), (6, 2.0)):
+        monitor.write(step, {"loss": 1.0, "skipped": skipped})
+    # None was made, three were, four were.
+    assert [line["learning_rate"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 1 / 3, 1 / 4]
+
+
 def test_validation_every_few_steps_and_at_the_end(tmp_path):
     """A run that goes on from step 3 drops the lines of later steps."""
     (tmp_path / "validation.jsonl").write_text('{"step": 2, "loss": 9.0}\n{"step": 4, "loss": 9.0}\n')

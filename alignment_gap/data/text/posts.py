@@ -107,6 +107,7 @@ class PostsSettings:
       long_form_chance: chance that a response is in whole sentences, for every writer.
       minimum_gap: least difference between the scores of a pair's responses.
       rater_temperature: difference in score at which the rater's odds are e to one.
+      rater_word_bias: score that the rater adds for each word, which the rubric does not: a bias to exploit.
     """
 
     side_remarks_low: int = 1
@@ -127,6 +128,7 @@ class PostsSettings:
     long_form_chance: float = 0.5
     minimum_gap: float = 0.15
     rater_temperature: float = 0.16
+    rater_word_bias: float = 0.0
 
     def __post_init__(self) -> None:
         names = ("miss", "disorder", "invention", "repetition", "side", "long_form")
@@ -136,6 +138,7 @@ class PostsSettings:
         checks.at_least(self, 0, "side_remarks_low", "brief_words")
         checks.at_least(self, self.side_remarks_low, "side_remarks_high")
         checks.above(self, 0, "rater_temperature")
+        checks.within(self, -1, 1, "rater_word_bias")
         checks.at_least(self, 1, "response_words")
         if len(self.fact_weights) != len(FACT_KINDS) or not min(self.fact_weights) > 0:
             raise UserError(f"fact_weights is {self.fact_weights}: give {len(FACT_KINDS)} numbers above 0")
@@ -271,8 +274,9 @@ def rubric(
 
 
 def rate(first: float, second: float, rng: np.random.Generator, settings: PostsSettings = DEFAULT_SETTINGS) -> int:
-    """The response, 0 or 1, that a noisy rater prefers: Bradley-Terry on rubric scores over a temperature."""
-    return 0 if rng.random() < 1 / (1 + math.exp((second - first) / settings.rater_temperature)) else 1
+    """The response, 0 or 1, that a noisy rater prefers: Bradley-Terry on their scores over a temperature."""
+    odds = min((second - first) / settings.rater_temperature, 700.0)  # The exponential of more is no float.
+    return 0 if rng.random() < 1 / (1 + math.exp(odds)) else 1
 
 
 def pair(seed: int, prompt_id: int, settings: PostsSettings = DEFAULT_SETTINGS) -> PostPair:
@@ -289,7 +293,8 @@ def pair(seed: int, prompt_id: int, settings: PostsSettings = DEFAULT_SETTINGS) 
         raise UserError(
             f"minimum_gap is {settings.minimum_gap}: none of {_MOST_TRIES} pairs of post {prompt_id} have it; lower it"
         )
-    preferred = rate(a, b, _rng(seed, _RATER_STREAM, prompt_id), settings)
+    bias = settings.rater_word_bias * (len(first) - len(second))
+    preferred = rate(a + bias, b, _rng(seed, _RATER_STREAM, prompt_id), settings)
     return PostPair(post, (first, second), (a, b), preferred)
 
 

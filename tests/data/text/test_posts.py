@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -134,6 +135,18 @@ def test_the_rater_agrees_with_the_rubric_as_its_temperature_says():
     assert np.mean([pair.preferred for pair in pairs]) == pytest.approx(0.5, abs=0.04)
 
 
+def test_a_biased_rater_prefers_longer_responses_than_the_rubric_does():
+    settings = PostsSettings(rater_word_bias=0.1, rater_temperature=1e-3)
+    pairs = [posts.pair(0, number, settings) for number in range(500)]
+    felt = [np.add(pair.rubric, [0.1 * len(words) for words in pair.responses]) for pair in pairs]
+    assert [pair.preferred for pair in pairs if abs(np.diff(felt[pair.post.prompt_id])[0]) > 0.02] == [
+        np.argmax(both) for both in felt if abs(np.diff(both)[0]) > 0.02
+    ]
+    assert 0.6 < np.mean([pair.preferred == np.argmax(pair.rubric) for pair in pairs]) < 0.9
+    fair = [posts.pair(0, number) for number in range(500)]
+    assert [pair.responses for pair in pairs] == [pair.responses for pair in fair]
+
+
 def test_degenerate_responses_score_far_below_the_writer():
     mean = np.mean([posts.pair(0, number).rubric for number in range(300)])
     for response in ("", "sister " * 11, "the " * 11, "my the at the in", "sister lost keys at park in june"):
@@ -173,6 +186,7 @@ def test_oracle_features_decide_the_pairs_linearly():
         ({"side_remarks_low": 4}, "side_remarks_high is 3: it must be at least 4"),
         ({"brief_words": -1}, "brief_words is -1"),
         ({"rater_temperature": 0.0}, "rater_temperature is 0.0: it must be above 0 and finite"),
+        ({"rater_word_bias": math.nan}, "rater_word_bias is nan: it must be from -1 to 1"),
         ({"response_words": 0}, "response_words is 0: it must be at least 1"),
         ({"fact_weights": (1.0,)}, r"fact_weights is \(1.0,\): give 5 numbers above 0"),
         ({"fact_weights": (1.0, 1, 1, 1, 0)}, "fact_weights is .*: give 5 numbers above 0"),
