@@ -6,8 +6,9 @@ TEST_VENV := .venv-test
 CONFIG ?= configs/study/tiny.py
 WORKDIR ?= runs/study
 PARITY := .cache/parity-venv
+DOCS := .cache/docs-venv
 
-.PHONY: study test parity lint lock clean
+.PHONY: study test parity docs lint lock clean
 
 study: $(VENV)/installed
 	$(VENV)/bin/alignment-gap study --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
@@ -18,6 +19,10 @@ test: $(TEST_VENV)/installed
 # Not part of `make test`: torch (the CPU build), TRL and transformers never meet the library's own pins.
 parity: $(PARITY)/installed
 	$(PARITY)/bin/python -m pytest tests/parity -W default --confcutdir tests/parity $(FLAGS)
+
+# Reads the sources without importing them, so that the package and its dependencies are not installed for it.
+docs: $(DOCS)/installed
+	$(DOCS)/bin/mkdocs build --strict
 
 lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/ruff check .
@@ -39,12 +44,20 @@ $(PARITY)/installed: requirements-parity.lock
 	$(PARITY)/bin/python -m pip install --quiet --no-deps --requirement requirements-parity.lock
 	touch $@
 
-COMPILE := $(TEST_VENV)/bin/uv pip compile setup.py --python-version 3.11 --no-emit-index-url --no-header --upgrade
+$(DOCS)/installed: requirements-docs.lock
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --no-deps --requirement requirements-docs.lock
+	touch $@
+
+UV_COMPILE := $(TEST_VENV)/bin/uv pip compile --python-version 3.11 --no-emit-index-url --no-header --upgrade
+COMPILE := $(UV_COMPILE) setup.py
 
 lock:
 	$(COMPILE) --extra study --output-file requirements.lock
-	$(COMPILE) --extra study --extra dev --extra data --extra huggingface --extra tensorboard --extra tpu \
+	$(COMPILE) --extra study --extra dev --extra data --extra docs --extra huggingface --extra tensorboard --extra tpu \
 	    --constraint requirements.lock --output-file requirements-test.lock
+	grep '"docs": \[' setup.py | grep -o '"[^"]*=[^"]*"' | tr -d '"' | \
+	    $(UV_COMPILE) - --constraint requirements-test.lock --output-file requirements-docs.lock
 
 clean:
-	rm -rf $(VENV) $(TEST_VENV) runs .cache
+	rm -rf $(VENV) $(TEST_VENV) runs site .cache

@@ -34,6 +34,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda13]>=0.10.2"],
     "notebooks": ["jupyterlab", "nbclient", "ipykernel"],
+    # The documentation as a site; on one line, which `make lock` reads. Ruff lays out the signatures of API pages.
+    "docs": ["latex2mathml>=3.77", "mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings[python]>=1", "ruff>=0.9"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3",

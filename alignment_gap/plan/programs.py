@@ -163,7 +163,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     except Exception as error:
         first = str(error).splitlines()[0]
         if "libtpu" in str(error).lower() or "not installed" in str(error) or isinstance(error, ModuleNotFoundError):
-            raise UserError("libtpu compiles for TPUs and is not installed: pip install alignment-gap[tpu]") from error
+            raise UserError('libtpu compiles for TPUs and is not installed: pip install "jax[tpu]"') from error
         raise UserError(f"topology {topology.name}: {first}") from error
 
 

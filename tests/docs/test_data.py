@@ -83,9 +83,9 @@ def ran(tmp_path_factory):
 def test_every_command_of_the_page_ran(ran):
     folder, said = ran
     assert "1 identical pair" in said[0] and "dropped: 12 label dropped\n" in said[1]
-    assert (folder / "runs" / "prepared" / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert "<eos:1>" in (folder / "runs" / "prepared" / "preview.txt").read_text()
-    assert (folder / "runs" / "ipo_mixed" / "checkpoints" / "2").is_dir()
+    assert (folder / "runs" / "data" / "prepared" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert "<eos:1>" in (folder / "runs" / "data" / "prepared" / "preview.txt").read_text()
+    assert (folder / "runs" / "data" / "ipo_mixed" / "checkpoints" / "2").is_dir()
 
 
 def test_the_chain_leads_back_to_both_sources(ran):
@@ -98,7 +98,7 @@ def test_the_chain_leads_back_to_both_sources(ran):
 
 
 def test_the_datasets_are_what_the_page_says(ran):
-    runs = ran[0] / "runs"
+    runs = ran[0] / "runs" / "data"
     human, judged = open_dataset(runs / "prepared" / "train"), open_dataset(runs / "relabelled")
     assert [e.prompt.tolist() for e in judged] == [e.prompt.tolist() for e in human]
     assert {tuple(e.scores.tolist()) for e in judged} <= {(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)}
@@ -109,7 +109,7 @@ def test_the_datasets_are_what_the_page_says(ran):
 
 
 def test_the_job_on_both_datasets_is_as_long_as_their_epoch(ran):
-    runs = ran[0] / "runs"
+    runs = ran[0] / "runs" / "data"
     datasets = [runs / name / "train" for name in ("prepared", "posts")]
     steps = sum(len(open_dataset(dataset)) for dataset in datasets) // SIZE["BATCH_SIZE"]
     assert [path.name for path in (runs / "ipo_both" / "checkpoints").iterdir()] == [str(steps)]
@@ -124,4 +124,4 @@ def test_the_python_of_the_page_runs(ran, capsys):
         shares = [float(share) for share in re.findall(r": ([\d.]+)% of", capsys.readouterr().out)]
         exec(reading, {})
     assert len(shares) == 3 and shares[0] > shares[1] >= shares[2] > 0
-    assert capsys.readouterr().out.startswith(str(len(open_dataset(ran[0] / "runs" / "mixed"))))
+    assert capsys.readouterr().out.startswith(str(len(open_dataset(ran[0] / "runs" / "data" / "mixed"))))

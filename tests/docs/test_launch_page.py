@@ -47,7 +47,7 @@ def test_the_page_names_what_the_code_has():
 
 
 def test_defaults_that_docs_jobs_states():
-    text = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
+    text = " ".join((ROOT / "docs" / "jobs.md").read_text(encoding="utf-8").split())
     assert "After ten in a row (`GuardConfig.stop_after`)" in text and GuardConfig().stop_after == 10
     monitor = MonitorConfig()
     assert f"between two validations, {monitor.validate_every} |" in text

@@ -1,8 +1,10 @@
-"""The README's Python runs, its files exist; its commands and those of docs/jobs.md run, one after another, tiny.
+"""The README's Python runs, its files exist; its commands and those of pages that use its folders run, tiny.
 
-Of the training jobs of docs/jobs.md all are opened, which finds whatever is wrong with them, and two are run.
+These pages are docs/jobs.md, docs/choose.md and docs/coming_from.md. All of their training jobs are opened, which finds
+whatever is wrong with them, and two are run.
 """
 
+import collections
 import contextlib
 import csv
 import gzip
@@ -34,7 +36,9 @@ DOCUMENTS = [
     *(ROOT / "docs").glob("*.md"),
 ]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-JOBS = (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
+JOBS, CHOOSE, COMING = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("jobs", "choose", "coming_from")
+)
 SIZE = {"TRAIN_STEPS": 2, "CHECKPOINT_EVERY": 1, "BATCH_SIZE": 8}
 MODEL = {"VOCABULARY_SIZE": 512, "T5Config.width": 16, "T5Config.heads": 2, "T5Config.head_size": 8}
 MODEL |= {"T5Config.mlp_width": 16, "T5Config.encoder_layers": 1, "T5Config.decoder_layers": 1}
@@ -119,13 +123,13 @@ def is_opened(words):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The folder after the commands of both pages, and what each printed, by its words; jobs by their folders."""
+    """The folder after the commands of all pages, and what each printed, by its words; jobs by their folders."""
     folder, said, jobs = tmp_path_factory.mktemp("readme"), {}, {}
     make_sources(folder)
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         said |= {" ".join(words): run(words) for words in commands(TEXT) if words[1] != "plan"}
-        for words in commands(JOBS):
+        for words in commands(JOBS + CHOOSE + COMING):
             if is_opened(words):
                 jobs[workdir(words)] = opened(words)
             else:
@@ -165,6 +169,19 @@ def test_links_lead_to_files_and_headings():
             assert not anchor or anchor in headings(target), (document.name, link)
 
 
+def test_no_folder_is_filled_by_two_jobs():
+    made = collections.defaultdict(set)
+    for document in DOCUMENTS:
+        for words in commands(document.read_text(encoding="utf-8")):
+            if "--status" in words or words[1] == "plan":
+                continue
+            words = words[next(i for i, word in enumerate(words) if word in COMMANDS and word != "launch") :]
+            settings = tuple(word for word in words if not word.startswith(("--list", "--job=")))
+            for folder in (word.partition("=")[2] for word in words if word.startswith(("--workdir=", "--output="))):
+                made[folder].add(settings)
+    assert {folder: jobs for folder, jobs in made.items() if len(jobs) > 1} == {}
+
+
 def test_commands_and_config_files_exist():
     assert {words[1] for words in commands(TEXT)} <= set(COMMANDS)
     paths = re.findall(r"(?:--config|--gin_file)=([\w/]+\.\w+)", TEXT)
@@ -195,6 +212,17 @@ def test_the_jobs_are_what_docs_jobs_says(ran):
     watched = jobs["watched"].monitor
     assert (watched.validation, watched.profile) == ("runs/prepared/validation", (10, 12))
     assert jobs["hypo"].fresh.samples == 1 and jobs["hypo"].source.folder == "runs/golden_pairs"
+
+
+def test_the_jobs_of_the_other_pages_are_what_they_say(ran):
+    jobs = {folder.removeprefix("runs/"): job for folder, job in ran[2].items()}
+    assert jobs["choose/own_pairs"].source.folder == "runs/choose/sft_pairs"
+    assert jobs["choose/online"].source.refresh_every == 1 and jobs["choose/semi_online"].source.refresh_every == 16
+    assert jobs["choose/best_and_worst"].source.keep == "best_and_worst"
+    assert (jobs["coming/dpo"].loss.name, jobs["coming/dpo"].loss.settings["beta"]) == ("dpo", 0.1)
+    assert jobs["coming/simpo"].loss.settings == {"beta": 2.0, "gamma": 1.0}
+    assert (jobs["coming/t5x"].optimizer.name, jobs["coming/t5x"].model.width) == ("adafactor", 16)
+    assert (jobs["coming/grpo"].loss.name, jobs["coming/grpo"].source.samples) == ("grpo", 8)
 
 
 def test_the_chain_is_labelled_by_golden_and_measured_by_both(ran):

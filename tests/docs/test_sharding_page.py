@@ -21,7 +21,7 @@ COMMAND = f"alignment-gap() {{ {sys.executable} -c 'from alignment_gap.cli.main 
 
 
 def test_two_processes_train_and_label(tmp_path):
-    write_posts(tmp_path / "pairs", 16)
+    write_posts(tmp_path / "runs" / "built_in" / "train", 16)
     (tmp_path / "gin").symlink_to(ROOT / "gin")
     (script,) = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
     with socket.socket() as probe:
@@ -36,7 +36,10 @@ def test_two_processes_train_and_label(tmp_path):
     assert (tmp_path / "runs" / "two" / "checkpoints" / "2").is_dir()
     assert json.loads((tmp_path / "runs" / "two" / "job.json").read_text())["mesh.layout"] == "fsdp"
     assert ran.stdout.count("runs/labelled: 16 examples") == 1
-    pairs, labelled = open_dataset(tmp_path / "pairs"), open_dataset(tmp_path / "runs" / "labelled")
+    pairs, labelled = (
+        open_dataset(tmp_path / "runs" / "built_in" / "train"),
+        open_dataset(tmp_path / "runs" / "labelled"),
+    )
     assert [example.prompt.tolist() for example in labelled] == [example.prompt.tolist() for example in pairs]
 
 
