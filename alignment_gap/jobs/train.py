@@ -89,7 +89,7 @@ def open_training(config: JobConfig) -> Opened:
     assembly.check_loss(_example_batch(assembly, reading))
     start, network = _start(assembly), assembly.facts.network
     # Judge and reference share the base, where they are adapters of the same one.
-    bases: Bases = {(network.base_digest, network.model.dtype): start.read} if start and assembly.adapters else {}
+    bases: Bases = {(network.base_digest, network.model.dtype): start.read} if start and network.base_digest else {}
     judge, online = None, config.online
     if online is not None and online.judge.judge is not None:
         judge = open_judge(online.judge, (fresh or reading).datasets[0], assembly.mesh, bases)

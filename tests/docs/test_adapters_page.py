@@ -32,30 +32,30 @@ def read_all(tensors):
 
 
 def test_the_commands_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # The cache of compiled functions is the tests'.
-    write_posts(tmp_path / "runs" / "pairs", 16)
+    write_posts(tmp_path / "pairs", 16)
     rng = np.random.default_rng(0)
     tensors = {
         name: from_array(rng.normal(0, 0.1, shape).astype(np.float32), stacked="layers" in name.split("."))
         for name, shape in model_shapes(MODEL).items()
     }
     network = Network(model=MODEL, vocabulary="posts", vocabulary_digest=load_vocabulary("posts").digest)
-    write_checkpoint(pathlib.Path("runs/sft"), 0, network, tensors)
+    write_checkpoint(tmp_path / "sft", 0, network, tensors)
     for command in re.search(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL)[1].replace("\\\n", " ").splitlines():
-        words = shlex.split(command)
+        words = shlex.split(command.replace("=runs/", f"={tmp_path}/"))
         monkeypatch.setattr(sys, "argv", words + SHORT.get(words[1], []))
         with pytest.raises(SystemExit) as done:
             main()
         assert done.value.code == 0, (command, capsys.readouterr().err)
-    trained, again = (open_checkpoint(pathlib.Path("runs") / name) for name in ("ipo", "imported"))
+    trained, again = (open_checkpoint(tmp_path / name) for name in ("ipo", "imported"))
     assert trained.network.adapter == again.network.adapter and trained.network.adapter.rank == 8
     ours, theirs = read_all(trained.tensors), read_all(again.tensors)
     assert ours.keys() == theirs.keys() and all(name.endswith((".a", ".b")) for name in ours)
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
     # The exported sum is the base's kernels and the deltas, and not the base.
-    source = open_foreign(pathlib.Path("runs/merged"))
+    source = open_foreign(tmp_path / "merged")
     found, expected = read_all(imported(source.tensors, source.entries)), read_all(plain_tensors(trained))
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
@@ -63,7 +63,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     delta = 4 * np.einsum("lir,lro->lio", ours[f"{kernel}.a"], ours[f"{kernel}.b"])
     np.testing.assert_allclose(found[kernel] - tensors[kernel].read(None), delta, rtol=0, atol=1e-6)
     assert np.abs(delta).max() > 1e-6
-    config = json.loads(pathlib.Path("runs/adapters/adapter_config.json").read_text())
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert config["r"] == 8 and config["target_modules"] == ["k", "o", "q", "v", "wi_0", "wi_1", "wo"]
 
 
