@@ -117,6 +117,8 @@ def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
     network = known_network(folder)
     source = _module(PEFT).open_adapters(path, network.model)
     network = dataclasses.replace(network, adapter=source.config, base=str(folder), base_digest=read_digest(folder))
+    if tokenizer := tokenizer_of(folder):
+        copy_files(tokenizer, output / TOKENIZER)
     write_checkpoint(output, 0, network, source.tensors)
     return open_checkpoint(output)
 

@@ -367,8 +367,7 @@ def load_params(folder: AnyPath, network: Network, mesh: LogicalMesh, bases: Bas
     Raises:
       UserError: where the checkpoint is damaged or of another network, or the adapters' base is not what it was.
     """
-    with Checkpoints(folder.parent) as checkpoints:
-        params = checkpoints.restore_params(abstract_params(network.init, mesh), int(folder.name))
+    params = _restored(folder, network, mesh)
     if network.adapters is None:
         return params
     known = bases.get((network.base_digest, network.model.dtype))
@@ -388,11 +387,20 @@ def load_base(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
 
 
 def load_plain(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
-    """The parameters of a checkpoint with plain kernels: adapters are added to those of their base."""
-    params = load_params(folder, network, mesh)
-    if network.adapter is None:
+    """The float32 parameters of a checkpoint with plain kernels: adapters are added to those of their base."""
+    params = _restored(folder, network, mesh)
+    if network.adapters is None:
         return params
-    return jax.jit(merged, out_shardings=shardings_like(abstract_params(network.policy().init, mesh)))(params)
+    place = base_of(folder, network)
+    base = load_plain(place, known_network(place), mesh)
+    shardings = shardings_like(abstract_params(network.policy().init, mesh))
+    return jax.jit(merged, out_shardings=shardings)(network.adapters.on(base, params))
+
+
+def _restored(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
+    """What a checkpoint holds: all parameters, or adapters alone."""
+    with Checkpoints(folder.parent) as checkpoints:
+        return checkpoints.restore_params(abstract_params(network.init, mesh), int(folder.name))
 
 
 def _check_shapes(path: AnyPath, params: Any) -> None:

@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from job_runs import arrays, assert_equal_runs, metrics, run_and_stop, run_job
+from job_runs import MODEL, arrays, assert_equal_runs, metrics, run_and_stop, run_job
 
 from alignment_gap.checkpoints import open_checkpoint, read_digest
 from alignment_gap.checkpoints.adapters import plain_tensors
@@ -139,9 +139,17 @@ def test_it_is_evaluated_against_its_base(ipo, pairs, tmp_path):
 
 def test_all_parameters_or_new_adapters_are_trained_on_a_run_of_adapters(ipo, ipo_config):
     summed = plain_tensors(open_checkpoint(ipo))["decoder.layers.mlp.wo.kernel"].read(None)
-    for adapter in (AdapterConfig(), AdapterConfig(2, targets=("value",))):
-        start = inputs_of(dataclasses.replace(ipo_config, start=str(ipo), adapter=adapter)).start.read()
-        np.testing.assert_allclose(kernels(start), summed, rtol=1e-6, atol=1e-7)
+    narrow = dataclasses.replace(MODEL, dtype="bfloat16")
+    for adapter, model, dtype in (
+        (AdapterConfig(2, targets=("value",)), None, "float32"),
+        (AdapterConfig(2, targets=("value",)), narrow, "bfloat16"),
+        (AdapterConfig(), narrow, "float32"),
+    ):
+        config = dataclasses.replace(ipo_config, start=str(ipo), adapter=adapter, model=model)
+        start = inputs_of(config).start.read()
+        assert kernels(start).dtype == dtype
+        rounding = 1e-6 if dtype == "float32" else 2**-8
+        np.testing.assert_allclose(kernels(start).astype(np.float32), summed, rtol=rounding, atol=1e-7)
 
 
 @pytest.mark.parametrize(
