@@ -246,14 +246,14 @@ class Assembly:
     def update_flops(self, batch: PreferenceBatch) -> tuple[int, int]:
         """FLOPs of the update step on a batch of these shapes, over all devices, and those that the model needs.
 
-        The model needs three forward passes, or all FLOPs where these are fewer. What remat computes again is not
-        among them. Both are counted as `count_flops` says.
+        The model needs three forward passes, two with adapters, whose base has no gradient; or all FLOPs where these
+        are fewer. What remat computes again is not among them. Both are counted as `count_flops` says.
         """
         plain = dataclasses.replace(self, facts=self.facts.with_plain_attention())
         update: Any = plain.update_step
         done = count_flops(update.trace(plain.abstract, batch, *plain.frozen).jaxpr)
         forward = jax.jit(plain.objective).trace(plain.abstract.params, batch, plain.abstract.step, *plain.frozen)
-        return done, min(3 * count_flops(forward.jaxpr), done)
+        return done, min((2 if self.adapters else 3) * count_flops(forward.jaxpr), done)
 
     def check_loss(self, batch: PreferenceBatch) -> list[str]:
         """Traces the objective on the shapes of a batch, and gives the names of its metrics.
