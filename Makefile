@@ -16,7 +16,7 @@ study: $(VENV)/installed
 test: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(FLAGS)
 
-# Not part of `make test`: torch (the CPU build), TRL and transformers never meet the library's own pins.
+# Not part of `make test`: torch (the CPU build), TRL, transformers and PEFT never meet the library's own pins.
 parity: $(PARITY)/installed
 	$(PARITY)/bin/python -m pytest tests/parity -W default --confcutdir tests/parity $(FLAGS)
 

@@ -9,6 +9,7 @@ A format is a module with
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import shutil
@@ -19,12 +20,14 @@ from typing import Any, NamedTuple
 
 import jax
 
+from alignment_gap.checkpoints.adapters import plain_tensors
 from alignment_gap.checkpoints.layout import (
     TOKENIZER,
     Stored,
     find_checkpoint,
     known_network,
     open_checkpoint,
+    read_digest,
     tokenizer_of,
     write_checkpoint,
 )
@@ -33,7 +36,7 @@ from alignment_gap.checkpoints.tensors import Entries, Tensor, check_entries, ch
 from alignment_gap.configuration import to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, copy_files
-from alignment_gap.models import ModelConfig, make_policy
+from alignment_gap.models import ModelConfig, abstract_parameters, make_policy
 from alignment_gap.sharding import unbox
 from alignment_gap.storage import Url
 
@@ -43,6 +46,9 @@ FORMATS = {
     "t5x-legacy": "alignment_gap.checkpoints.t5x_legacy",
     "t5x-file": "alignment_gap.checkpoints.t5x_file",
 }
+# The format of adapters alone, which are for a base: `open_adapters` and `write` of its module take further arguments.
+PEFT = "peft"
+_ADAPTERS = {PEFT: "alignment_gap.checkpoints.huggingface.peft"}
 
 
 class Foreign(NamedTuple):
@@ -68,6 +74,7 @@ def import_checkpoint(
     output: Path,
     name: str | None = None,
     tokenizer_digest: Callable[[Path], str | None] = lambda folder: None,
+    base: AnyPath | None = None,
 ) -> Stored:
     """Writes a checkpoint of another format into the run folder `output`, as its step 0, tensor by tensor.
 
@@ -76,12 +83,17 @@ def import_checkpoint(
       output: the new folder; training starts from it, and `load_policy` loads it.
       name: of the format; None to find it by looking.
       tokenizer_digest: the digest of the vocabulary in a folder of tokenizer files, None for none that can be used.
+      base: the run that adapters of PEFT are for; nothing else has one.
 
     Raises:
       UserError: where the format is unknown, or tensors are wrong, missing or too many: before anything is loaded.
     """
     if output.exists():
         raise UserError(f"{output} exists already: give a new folder")
+    if name == PEFT or (name is None and _module(PEFT).recognises(path)):
+        return _import_adapters(path, output, base)
+    if base is not None:
+        raise UserError(f"base is {base}, but {path} holds no adapters of PEFT: leave it out")
     source = open_foreign(path, name)
     tensors = imported(source.tensors, source.entries)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -97,10 +109,26 @@ def import_checkpoint(
     return open_checkpoint(output)
 
 
+def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
+    """Writes PEFT's adapters as the checkpoint of a run whose base is another run."""
+    if base is None:
+        raise UserError(f"{path} holds adapters of PEFT: give base, the run that they are for")
+    folder = find_checkpoint(base)
+    network = known_network(folder)
+    source = _module(PEFT).open_adapters(path, network.model)
+    network = dataclasses.replace(network, adapter=source.config, base=str(folder), base_digest=read_digest(folder))
+    if tokenizer := tokenizer_of(folder):
+        copy_files(tokenizer, output / TOKENIZER)
+    write_checkpoint(output, 0, network, source.tensors)
+    return open_checkpoint(output)
+
+
 def export_checkpoint(
     path: AnyPath, output: Path, name: str, step: int | None = None, companions: Path | None = None
 ) -> None:
     """Writes the policy of a checkpoint of ours in another format, tensor by tensor; `output` appears when complete.
+
+    Adapters are added to their base or, in the format "peft", written alone.
 
     Args:
       path: a run's folder, its checkpoints/, or the folder of a step.
@@ -118,9 +146,11 @@ def export_checkpoint(
         raise UserError(f"{companions} is no folder: give the one that holds the tokenizer's files")
     module = _module(name)
     folder = find_checkpoint(path, step)
-    model, stored = known_network(folder).model, open_checkpoint(folder)
+    network, stored = known_network(folder), open_checkpoint(folder)
+    if name == PEFT and network.adapter is None:
+        raise UserError(f"{folder} holds no adapters: choose one of {', '.join(FORMATS)}")
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
-    check_shapes(str(folder), shapes, model_shapes(model))
+    check_shapes(str(folder), shapes, shapes_of(unbox(abstract_parameters(network.init))))
     partial = output.with_name(output.name + ".partial")
     output.parent.mkdir(parents=True, exist_ok=True)
     if partial.is_dir():
@@ -129,7 +159,10 @@ def export_checkpoint(
         tokenizer = tokenizer_of(folder)
         if isinstance(tokenizer, Url):
             copy_files(tokenizer, tokenizer := Path(made_in))
-        module.write(partial, model, stored.tensors, companions or tokenizer)
+        if name == PEFT:
+            module.write(partial, network.model, network.adapter, stored.tensors)
+        else:
+            module.write(partial, network.model, plain_tensors(stored), companions or tokenizer)
     os.replace(partial, output)
 
 
@@ -170,6 +203,7 @@ def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _module(name: str) -> Any:
-    if name not in FORMATS:
-        raise UserError(f"format {name!r} is unknown: choose one of {', '.join(FORMATS)}")
-    return importlib.import_module(FORMATS[name])
+    known = FORMATS | _ADAPTERS
+    if name not in known:
+        raise UserError(f"format {name!r} is unknown: choose one of {', '.join(known)}")
+    return importlib.import_module(known[name])

@@ -28,6 +28,7 @@ import tensorstore as ts
 from alignment_gap.checkpoints.digest import TensorsDigest, json_digest
 from alignment_gap.checkpoints.network import Network, from_json, to_json
 from alignment_gap.checkpoints.tensors import SHOWN, STACK, Tensor
+from alignment_gap.configuration import to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath
 from alignment_gap.storage import Url, explained, is_of_the_store
@@ -95,8 +96,14 @@ def read_network(folder: AnyPath) -> Network | None:
 
 
 def read_digest(folder: AnyPath) -> str | None:
-    """The `params_digest` that the checkpoint of a step says it has; None for one written before checkpoints did."""
-    return (_said(folder, DIGESTS) or {}).get(PARAMS)
+    """The `params_digest` that the checkpoint of a step says it has; None for one written before checkpoints did.
+
+    That of adapters is one of them, their settings and their base.
+    """
+    digest, network = (_said(folder, DIGESTS) or {}).get(PARAMS), read_network(folder)
+    if digest is None or network is None or network.adapter is None:
+        return digest
+    return json_digest([digest, to_dict(network.adapter), network.base_digest])
 
 
 def _said(folder: AnyPath, name: str) -> Any:

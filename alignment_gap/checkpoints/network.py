@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from alignment_gap.configuration import from_dict, to_dict
 from alignment_gap.errors import UserError
-from alignment_gap.models import ModelConfig, Policy, PreferenceModel, T5Config, make_policy
+from alignment_gap.models import (
+    AdapterConfig,
+    Adapters,
+    ModelConfig,
+    Policy,
+    PreferenceModel,
+    T5Config,
+    make_policy,
+)
 from alignment_gap.models.preference import Markers
 
 # Fields of a model's config that change how it runs, not what it computes nor its parameters.
@@ -35,6 +43,9 @@ class Network:
       markers: a preference model's reserved token ids, in the order of `Markers`; empty for a policy.
       vocabulary: where its vocabulary is; None where that is not known.
       vocabulary_digest: of the vocabulary; None where that is not known.
+      adapter: where the checkpoint holds adapters and no other parameters, which; else None.
+      base: the checkpoint whose parameters the adapters are added to.
+      base_digest: of those parameters.
     """
 
     kind: str = "policy"
@@ -42,10 +53,23 @@ class Network:
     markers: tuple[int, ...] = ()
     vocabulary: str | None = None
     vocabulary_digest: str | None = None
+    adapter: AdapterConfig | None = None
+    base: str | None = None
+    base_digest: str | None = None
 
     def policy(self) -> Policy:
         """The policy itself; of a preference model the one that it asks."""
         return make_policy(self.model)
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The adapters that the checkpoint holds, where it holds such."""
+        return None if self.adapter is None else Adapters(self.policy(), self.adapter)
+
+    @property
+    def init(self) -> Callable[[Any], Any]:
+        """Makes fresh parameters of those that the checkpoint holds, in boxes, from a key."""
+        return (self.adapters or self.policy()).init
 
     def preference_model(self) -> PreferenceModel:
         """The preference model; raises UserError where the network is a policy."""

@@ -1,6 +1,6 @@
 """Checkpoints of other libraries in and out, and what a checkpoint holds.
 
-alignment-gap checkpoint import --from=FILE_OR_FOLDER --output=RUN [--format=NAME]
+alignment-gap checkpoint import --from=FILE_OR_FOLDER --output=RUN [--format=NAME] [--base=RUN]
 alignment-gap checkpoint export --checkpoint=RUN --format=NAME --output=FILE_OR_FOLDER [--step=N] [--tokenizer=FOLDER]
 alignment-gap checkpoint show PATH
 
@@ -33,6 +33,7 @@ def import_(arguments: list[str]) -> None:
         flags.DEFINE_string("from", None, "File or folder to import, or an id on the hub.", flag_values=values)
         flags.DEFINE_string("output", None, "The new run's folder.", flag_values=values)
         flags.DEFINE_string("format", None, "Its format; by default it is found by looking.", flag_values=values)
+        flags.DEFINE_string("base", None, "Folder of the run that adapters of PEFT are for.", flag_values=values)
 
     parsed = parse(arguments, define, import_.__doc__)
     if parsed is None:
@@ -42,7 +43,8 @@ def import_(arguments: list[str]) -> None:
     from alignment_gap.checkpoints.formats import import_checkpoint
     from alignment_gap.data.text.vocabulary_loading import tokenizer_digest
 
-    stored = import_checkpoint(source, output, values.format, tokenizer_digest)
+    base = at(values.base) if values.base else None
+    stored = import_checkpoint(source, output, values.format, tokenizer_digest, base)
     print(f"{stored.folder}: {_summary(stored.tensors)}")
 
 
@@ -51,7 +53,7 @@ def export(arguments: list[str]) -> None:
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("checkpoint", None, "Folder of a run or of one of its checkpoints.", flag_values=values)
-        flags.DEFINE_string("format", None, "Format to write, such as huggingface or t5x.", flag_values=values)
+        flags.DEFINE_string("format", None, "Format to write, such as huggingface, t5x or peft.", flag_values=values)
         flags.DEFINE_string("output", None, "The new file or folder.", flag_values=values)
         flags.DEFINE_integer("step", None, "Which checkpoint of the run; by default the last.", flag_values=values)
         flags.DEFINE_string(

@@ -27,7 +27,7 @@ from alignment_gap.jobs.served import (
     reads_mismatched,
 )
 from alignment_gap.judges import REWARDS
-from alignment_gap.models import ModelConfig, Policy, abstract_parameters
+from alignment_gap.models import Adapters, ModelConfig, Policy, abstract_parameters
 from alignment_gap.models.preference import Markers
 from alignment_gap.sampling import Samples, make_generate
 from alignment_gap.sharding import LogicalMesh, batch_sharding, check_batch_size
@@ -37,11 +37,14 @@ from alignment_gap.training import (
     OptimizerConfig,
     TrainState,
     UpdateStep,
+    abstract_base,
     abstract_state,
+    adapter_objective,
     make_optimizer,
     make_refresh,
     make_score,
     make_update_step,
+    make_validation_step,
     policy_objective,
     preference_objective,
 )
@@ -50,7 +53,7 @@ from alignment_gap.training.flops import count_flops
 # The copy of the parameters that a sampler which lags behind draws from, in a `TrainState`.
 SAMPLER = "sampler"
 # Folded into the run's key: what is random beside fresh parameters.
-ORDER_OF_PAIRS, SAMPLES, OPPONENTS = 1, 2, 3
+ORDER_OF_PAIRS, SAMPLES, OPPONENTS, DROPOUT = 1, 2, 3, 4
 # Update steps that stay compiled for the next run of this process with the same settings, as a study has many.
 _KEPT = 4
 
@@ -135,6 +138,15 @@ class Assembly:
         """The network; of a preference model the one that it asks."""
         return self.facts.network.policy()
 
+    @property
+    def adapters(self) -> Adapters | None:
+        """What is trained, where it is no parameter of the network."""
+        return self.facts.network.adapters
+
+    def whole(self, params: Any, *frozen: Any) -> Any:
+        """The parameters that the policy takes: those of a state or, where these are adapters, the base's with them."""
+        return self.adapters.on(frozen[0], params) if self.adapters else params
+
     @functools.cached_property
     def loss(self) -> Callable[..., Any]:
         """Of a policy, with its settings bound."""
@@ -156,9 +168,19 @@ class Assembly:
         return self._traced.abstract
 
     @property
+    def frozen(self) -> tuple[Any, ...]:
+        """Shapes and shardings of what is read and not trained: of the base of adapters, or nothing."""
+        return self._traced.frozen
+
+    @property
     def update_step(self) -> UpdateStep:
-        """The one jitted `(state, batch) -> (state, metrics)`; runs with the same settings share it."""
+        """The one jitted `(state, batch, *frozen) -> (state, metrics)`; runs with the same settings share it."""
         return self._traced.update_step
+
+    @property
+    def validation_step(self) -> Callable[..., Any]:
+        """The jitted `(params, batch, *frozen) -> metrics`, without the adapters' dropout."""
+        return make_validation_step(self._traced.evaluated, self.mesh, self.abstract, self.frozen)
 
     @functools.cached_property
     def _traced(self) -> _Traced:
@@ -168,10 +190,11 @@ class Assembly:
         lags = every > 1 or (every == 0 and config.start is None)
         # A plan of a job by epochs does not know its steps; what is compiled has the same form for any number.
         steps = (config.steps or MOST_STEPS) if config.optimizer.ends else None
+        is_random = not self.is_policy or config.adapter.dropout > 0
         return _traced_once(
-            dataclasses.replace(network, vocabulary=None, vocabulary_digest=None),
+            dataclasses.replace(network, vocabulary=None, vocabulary_digest=None, base=None, base_digest=None),
             config.loss if self.is_policy else None,
-            None if self.is_policy else config.seed,
+            config.seed if is_random else None,
             self.facts.rewards,
             config.optimizer,
             steps,
@@ -226,14 +249,14 @@ class Assembly:
     def update_flops(self, batch: PreferenceBatch) -> tuple[int, int]:
         """FLOPs of the update step on a batch of these shapes, over all devices, and those that the model needs.
 
-        The model needs three forward passes, or all FLOPs where these are fewer. What remat computes again is not
-        among them. Both are counted as `count_flops` says.
+        The model needs three forward passes, two with adapters, whose base has no gradient; or all FLOPs where these
+        are fewer. What remat computes again is not among them. Both are counted as `count_flops` says.
         """
         plain = dataclasses.replace(self, facts=self.facts.with_plain_attention())
         update: Any = plain.update_step
-        done = count_flops(update.trace(plain.abstract, batch).jaxpr)
-        forward = jax.jit(plain.objective).trace(plain.abstract.params, batch, plain.abstract.step)
-        return done, min(3 * count_flops(forward.jaxpr), done)
+        done = count_flops(update.trace(plain.abstract, batch, *plain.frozen).jaxpr)
+        forward = jax.jit(plain.objective).trace(plain.abstract.params, batch, plain.abstract.step, *plain.frozen)
+        return done, min((2 if self.adapters else 3) * count_flops(forward.jaxpr), done)
 
     def check_loss(self, batch: PreferenceBatch) -> list[str]:
         """Traces the objective on the shapes of a batch, and gives the names of its metrics.
@@ -243,7 +266,7 @@ class Assembly:
         """
         loss = self.config.loss
         try:
-            _, found = jax.eval_shape(self.objective, self.abstract.params, batch, self.abstract.step)
+            _, found = jax.eval_shape(self.objective, self.abstract.params, batch, self.abstract.step, *self.frozen)
         except UserError:
             raise
         except (AssertionError, TypeError, ValueError) as error:
@@ -276,8 +299,10 @@ class Assembly:
 
 class _Traced(NamedTuple):
     objective: Objective
+    evaluated: Objective
     optimizer: Any
     abstract: TrainState
+    frozen: tuple[Any, ...]
     update_step: UpdateStep
 
 
@@ -294,17 +319,27 @@ def _traced_once(
     microbatches: int,
     skip: GuardConfig,
 ) -> _Traced:
-    """What is traced and compiled, of a policy with its loss or of a preference model with the seed of its orders."""
-    objective = (
+    """What is traced and compiled, of a policy with its loss or of a preference model.
+
+    The seed is that of a preference model's orders and of the adapters' dropout; None where there is neither.
+    """
+    objective: Objective = (
         policy_objective(network.policy(), loss.function(), rewards=rewards)
         if loss is not None
         else preference_objective(network.preference_model(), _key(seed or 0, ORDER_OF_PAIRS), rewards=rewards)
     )
-    init = network.policy().init
-    transformation = make_optimizer(optimizer, steps=steps, parameters=abstract_parameters(init))
-    abstract = abstract_state(init, transformation, mesh, copies)
-    step = make_update_step(objective, transformation, mesh, abstract, microbatches=microbatches, skip=skip)
-    return _Traced(objective, transformation, abstract, step)
+    evaluated: Objective = objective
+    frozen: tuple[Any, ...] = ()
+    if network.adapters is not None:
+        frozen = (abstract_base(network.policy(), mesh),)
+        evaluated = adapter_objective(objective, network.adapters)
+        objective = adapter_objective(objective, network.adapters, None if seed is None else _key(seed, DROPOUT))
+    transformation = make_optimizer(optimizer, steps=steps, parameters=abstract_parameters(network.init))
+    abstract = abstract_state(network.init, transformation, mesh, copies)
+    step = make_update_step(
+        objective, transformation, mesh, abstract, microbatches=microbatches, skip=skip, frozen=frozen
+    )
+    return _Traced(objective, evaluated, transformation, abstract, frozen, step)
 
 
 def _key(seed: int, use: int) -> jax.Array:
@@ -350,7 +385,8 @@ def trained_network(
     if config.kind != POLICY:
         assert vocabulary is not None
         markers = tuple(extra_id(vocabulary, i) for i in range(len(Markers._fields)))
-    return Network(config.kind, model, markers, place, digest)
+    adapter = None if config.adapter.rank is None else config.adapter
+    return Network(config.kind, model, markers, place, digest, adapter)
 
 
 def samples_kept(online: OnlineConfig) -> int:

@@ -11,7 +11,7 @@ from alignment_gap import checks, losses
 from alignment_gap.data.batches.order import ORDERS, SEED_LIMIT
 from alignment_gap.errors import UserError
 from alignment_gap.judges import REWARDS, JudgeConfig
-from alignment_gap.models import DecoderConfig, T5Config
+from alignment_gap.models import AdapterConfig, DecoderConfig, T5Config
 from alignment_gap.models.preference import KINDS
 from alignment_gap.sampling import KEEP, SamplerConfig
 from alignment_gap.sharding import MeshConfig
@@ -193,6 +193,7 @@ class JobConfig:
       loss: what a policy is trained with; a preference model learns the labels.
       source: where batches come from: recorded examples, or fresh samples.
       fresh: a second source, whose batch stands beside that of the first: for a loss that reads both, as hypo.
+      adapter: low-rank adapters that are trained in place of all parameters, on those of `start`.
       optimizer: its settings.
       guard: which updates are skipped.
       mesh: the device mesh.
@@ -218,6 +219,7 @@ class JobConfig:
     loss: LossConfig = LossConfig()
     source: DatasetConfig | OnlineConfig = DatasetConfig()
     fresh: DatasetConfig | OnlineConfig | None = None
+    adapter: AdapterConfig = AdapterConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     guard: GuardConfig = GuardConfig()
     mesh: MeshConfig = MeshConfig()
@@ -249,6 +251,11 @@ class JobConfig:
             raise UserError(
                 f"keep.best is {self.keep.best}, but monitor.validation is not set: set it to the folder of held-out "
                 "examples"
+            )
+        if self.adapter.rank is not None and self.start is None:
+            raise UserError(
+                f"adapter.rank is {self.adapter.rank}, but start is not set: set it to the folder of the run whose "
+                "parameters the adapters are added to"
             )
         if self.kind != POLICY and self.reference is not None:
             raise UserError(f"reference is {self.reference!r}: a preference model has none, leave it out")

@@ -14,17 +14,9 @@ from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.jobs.reading import Reading, on_devices, open_reading
-from alignment_gap.jobs.sources import Inputs
+from alignment_gap.jobs.sources import Inputs, frozen_of
 from alignment_gap.sharding.chips import peak_flops
-from alignment_gap.training import (
-    Monitor,
-    Source,
-    TrainState,
-    Validation,
-    make_schedule,
-    make_validation_step,
-    with_reference,
-)
+from alignment_gap.training import Monitor, Source, TrainState, Validation, make_schedule, with_reference
 from alignment_gap.training.loop import metrics_line
 from alignment_gap.training.tensorboard import check_tensorboard
 
@@ -111,10 +103,10 @@ def _measure(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[
         assert inputs.reference is not None
         batches = with_reference(source, assembly.score, inputs.reference.read())
     count = len(reading.examples) // reading.config.batch_size
-    step = make_validation_step(assembly.objective, mesh, assembly.abstract)
+    step, frozen = assembly.validation_step, frozen_of(assembly, inputs)
 
     def measure(state: TrainState) -> Mapping[str, float]:
-        lines = [metrics_line(step(state.params, batches(number, state))) for number in range(count)]
+        lines = [metrics_line(step(state.params, batches(number, state), *frozen)) for number in range(count)]
         return {name: sum(line[name] for line in lines) / count for name in lines[0]}
 
     return measure

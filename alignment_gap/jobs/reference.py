@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from alignment_gap import checks
-from alignment_gap.checkpoints import check_vocabulary, find_checkpoint, known_network
+from alignment_gap.checkpoints import check_vocabulary, find_checkpoint, known_network, read_digest
 from alignment_gap.configuration import to_dict
 from alignment_gap.data.batches import Bucket, PreferenceBatch, Prefetched, offline_source
 from alignment_gap.data.records import Dataset
@@ -23,7 +23,7 @@ from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import DatasetConfig, OnlineConfig
 from alignment_gap.jobs.reading import on_devices, open_reading
 from alignment_gap.jobs.sources import Inputs, Parameters
-from alignment_gap.models import Policy, make_policy
+from alignment_gap.models import Policy
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import (
     LogicalMesh,
@@ -38,7 +38,7 @@ from alignment_gap.sharding import (
     on_first_process,
     to_host,
 )
-from alignment_gap.training import load_policy, make_score
+from alignment_gap.training import load_params, make_score
 
 # Fields of a model's config that change how gradients are computed and how layers are compiled, not what they compute.
 _OF_TRAINING = ("remat", "scan_unroll")
@@ -89,17 +89,18 @@ def compute_reference(config: ReferenceConfig, open_bar: OpenBar) -> list[Datase
     reading = open_reading(DatasetConfig(config.dataset, **lengths), "dataset")
     mesh, digest = make_mesh(config.mesh), reading.datasets[0].card.vocabulary_digest
     check_batch_size("batch_size", config.batch_size, mesh.batch_parts)
-    network = on_every_process(lambda: known_network(find_checkpoint(at(str(config.checkpoint)), config.step)))
+    folder = on_every_process(lambda: find_checkpoint(at(str(config.checkpoint)), config.step))
+    network = on_every_process(lambda: known_network(folder))
     check_vocabulary(network, digest, config.checkpoint, str(config.dataset))
-    policy, params = load_policy(config.checkpoint, mesh, config.step)
     changes = {name: value for name in ("dtype", "attention") if (value := getattr(config, name)) is not None}
-    policy = make_policy(dataclasses.replace(policy.config, **changes))
+    network = dataclasses.replace(network, model=dataclasses.replace(network.model, **changes))
+    policy, params = network.policy(), load_params(folder, network, mesh)
     with open_bar(len(reading.examples), "scoring", " examples") as bar:
         for dataset in reading.datasets:
             store_reference(
                 dataset,
                 policy,
-                Parameters(lambda: params),
+                Parameters(lambda: params, read_digest(folder)),
                 mesh,
                 batch_size=config.batch_size,
                 buckets=reading.shapes,

@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
       reading: the datasets of the source.
       fresh: the datasets of the second source, if there is one.
       judge: of the online source, if it has one.
-      start: parameters that training starts from; None for fresh ones.
+      start: parameters that training starts from, or the base of adapters; None for fresh ones.
       reference: parameters of the reference policy; None where nothing needs them.
       stored: the reference's log-probs of every dataset, where they are stored.
       validation: held-out examples, if there are any.
@@ -68,6 +68,11 @@ class Inputs(NamedTuple):
     reference: Parameters | None
     stored: Sequence[ReferenceLogProbs] = ()
     validation: Reading | None = None
+
+
+def frozen_of(assembly: Assembly, inputs: Inputs) -> tuple[Any, ...]:
+    """What the update step reads beside state and batch: the base of adapters, or nothing."""
+    return (inputs.start.read(),) if assembly.adapters and inputs.start is not None else ()
 
 
 @contextlib.contextmanager
@@ -137,10 +142,11 @@ def _drawing(
 
 def _sampler(assembly: Assembly, inputs: Inputs, online: OnlineConfig) -> Callable[[TrainState], Any]:
     """Whose parameters samples are drawn from: the current ones, those of the last refresh, or those of the start."""
+    frozen = frozen_of(assembly, inputs)
     if online.refresh_every == 1:
-        return lambda state: state.params
+        return lambda state: assembly.whole(state.params, *frozen)
     if SAMPLER in assembly.abstract.copies:
-        return lambda state: state.copies[SAMPLER]
+        return lambda state: assembly.whole(state.copies[SAMPLER], *frozen)
     assert inputs.start is not None
     start = inputs.start.read()
     return lambda state: start

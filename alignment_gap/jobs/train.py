@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from alignment_gap.checkpoints import (
     CHECKPOINTS,
     TOKENIZER,
+    Network,
     agreed_model,
     check_vocabulary,
     complete_steps,
@@ -45,12 +45,23 @@ from alignment_gap.jobs.folder import MESH, Kind, Opened
 from alignment_gap.jobs.monitor import open_monitor, open_validation
 from alignment_gap.jobs.reading import Reading, open_reading
 from alignment_gap.jobs.reference import stored_references
-from alignment_gap.jobs.sources import Inputs, Parameters, close_record, open_recorder, open_source
+from alignment_gap.jobs.sources import Inputs, Parameters, close_record, frozen_of, open_recorder, open_source
 from alignment_gap.jobs.words import gin_words
 from alignment_gap.judges import open_judge
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import first_says, make_mesh, on_every_process, on_first_process
-from alignment_gap.training import Checkpoints, KeepConfig, TrainState, create_state, state_from_params, train
+from alignment_gap.training import (
+    Bases,
+    Checkpoints,
+    KeepConfig,
+    TrainState,
+    create_state,
+    load_base,
+    load_params,
+    load_plain,
+    state_from_params,
+    train,
+)
 
 _SOURCES = ("source", "source.prompts", "fresh", "fresh.prompts")
 # What a resumed run may change: none of it alters the steps that were taken.
@@ -76,13 +87,16 @@ def open_training(config: JobConfig) -> Opened:
     config = dataclasses.replace(config, steps=reading.steps(config.steps))
     assembly = Assembly(config, _facts(config, reading, fresh), make_mesh(config.mesh))
     assembly.check_loss(_example_batch(assembly, reading))
+    start, network = _start(assembly), assembly.facts.network
+    # Judge and reference share the base, where they are adapters of the same one.
+    bases: Bases = {(network.base_digest, network.model.dtype): start.read} if start and network.base_digest else {}
     judge, online = None, config.online
     if online is not None and online.judge.judge is not None:
-        judge = open_judge(online.judge, (fresh or reading).datasets[0], assembly.mesh)
-    start = _params(config.start, config.start_step, assembly)
+        judge = open_judge(online.judge, (fresh or reading).datasets[0], assembly.mesh, bases)
     reference = start
     if config.reference is not None:
-        reference = _params(config.reference, config.reference_step, assembly)
+        folder, other = _checked(config.reference, config.reference_step, assembly)
+        reference = Parameters(lambda: load_params(folder, other, assembly.mesh, bases), read_digest(folder))
     inputs = Inputs(reading, fresh, judge, start, reference, validation=open_validation(assembly, reading))
     facts: dict[str, Any] = {"source.digest": reading.digest} | ({"fresh.digest": fresh.digest} if fresh else {})
     for name, params, path in (("start", start, config.start), ("reference", reference, config.reference)):
@@ -111,7 +125,7 @@ def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
     needs_vocabulary = config.kind != POLICY or config.online is not None
     vocabulary = find_vocabulary(dataset, place) if needs_vocabulary else None
     digest = dataset.card.vocabulary_digest
-    network = on_every_process(lambda: trained_network(config, digest, place, vocabulary))
+    network = on_every_process(lambda: _with_base(config, trained_network(config, digest, place, vocabulary)))
     online = config.source if isinstance(config.source, OnlineConfig) else None
     return Facts(
         network,
@@ -121,6 +135,14 @@ def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
         rewards=gives_rewards(online) if online else dataset.card.scores == "rewards",
         eos_id=vocabulary.eos_id if vocabulary else 1,
     )
+
+
+def _with_base(config: JobConfig, network: Network) -> Network:
+    """The network with what its adapters, if it has any, are added to."""
+    if network.adapter is None:
+        return network
+    folder = find_checkpoint(at(str(config.start)), config.start_step)
+    return dataclasses.replace(network, base=str(folder), base_digest=read_digest(folder))
 
 
 def _batch_shape(source: SourceConfig, reading: Reading) -> BatchShape:
@@ -143,21 +165,25 @@ def _example_batch(assembly: Assembly, reading: Reading) -> PreferenceBatch:
     return batch
 
 
-def _params(path: str | None, step: int | None, assembly: Assembly) -> Parameters | None:
-    """The parameters of another run's checkpoint; raises UserError where it is of another network or vocabulary."""
-    if path is None:
+def _start(assembly: Assembly) -> Parameters | None:
+    """The parameters that training starts from or, of adapters, those that they are added to; with plain kernels."""
+    config = assembly.config
+    if config.start is None:
         return None
+    folder, network = _checked(config.start, config.start_step, assembly)
+    load = load_base if assembly.adapters else load_plain
+    return Parameters(lambda: load(folder, network, assembly.mesh), read_digest(folder))
+
+
+def _checked(path: str, step: int | None, assembly: Assembly) -> tuple[AnyPath, Network]:
+    """Another run's checkpoint and what it holds; raises UserError where it is of another network or vocabulary."""
     folder, wanted = find_checkpoint(at(path), step), assembly.facts.network
     network = read_network(folder)
-    if network is not None:
-        agreed_model(wanted.model, network, path)
-        check_vocabulary(network, wanted.vocabulary_digest, path, str(assembly.config.recorded.folder))
-
-    def load() -> Any:
-        with Checkpoints(folder.parent) as checkpoints:
-            return checkpoints.restore_params(assembly.abstract.params, int(folder.name))
-
-    return Parameters(load, read_digest(folder))
+    if network is None:
+        return folder, dataclasses.replace(wanted, adapter=None)
+    agreed_model(wanted.model, network, path)
+    check_vocabulary(network, wanted.vocabulary_digest, path, str(assembly.config.recorded.folder))
+    return folder, dataclasses.replace(network, model=wanted.model)
 
 
 def _read_first(inputs: Inputs, folder: AnyPath) -> None:
@@ -187,9 +213,10 @@ def _run(assembly: Assembly, inputs: Inputs, folder: AnyPath, open_bar: OpenBar)
         bar.write(_summary(assembly, inputs.reading))
         state = checkpoints.restore_last(assembly.abstract, bar.write) or _first_state(assembly, inputs)
         monitor = open_monitor(assembly, inputs, folder)
+        frozen = frozen_of(assembly, inputs)
         train(
             state,
-            assembly.update_step,
+            lambda state, batch: assembly.update_step(state, batch, *frozen),
             stack.enter_context(open_source(assembly, inputs, steps, monitor.times)),
             checkpoint_steps=_checkpoint_steps(config, steps),
             checkpoints=checkpoints,
@@ -205,10 +232,10 @@ def _run(assembly: Assembly, inputs: Inputs, folder: AnyPath, open_bar: OpenBar)
 
 
 def _first_state(assembly: Assembly, inputs: Inputs) -> TrainState:
-    if inputs.start is not None:
+    if inputs.start is not None and assembly.adapters is None:
         return state_from_params(inputs.start.read(), assembly.abstract, assembly.optimizer)
     key = jax.random.key(assembly.config.seed)
-    return create_state(assembly.policy.init, assembly.abstract, assembly.optimizer, key)
+    return create_state(assembly.facts.network.init, assembly.abstract, assembly.optimizer, key)
 
 
 def _checkpoint_steps(config: JobConfig, steps: int) -> list[int]:

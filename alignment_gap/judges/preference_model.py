@@ -17,7 +17,7 @@ from alignment_gap.folders import at
 from alignment_gap.judges.contract import PROBABILITIES, REWARDS, Judge, JudgeConfig
 from alignment_gap.models import PreferenceModel
 from alignment_gap.sharding import LogicalMesh, batch_sharding, on_every_process, within
-from alignment_gap.training.checkpoints import load_preference_model
+from alignment_gap.training import Bases, load_preference_model
 
 
 def accepts(name: str) -> bool:
@@ -31,7 +31,7 @@ def own_labels(name: str) -> str:
     return REWARDS if network.kind == "bradley_terry" else "hard"
 
 
-def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judge:
+def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh, bases: Bases) -> Judge:
     """The judge of a run's folder.
 
     Raises:
@@ -41,7 +41,7 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judg
     folder = str(config.judge)
     network = on_every_process(lambda: judge_network(config))
     check_vocabulary(network, dataset.card.vocabulary_digest, folder, str(dataset.folder))
-    model, params = load_preference_model(folder, mesh, config.step)
+    model, params = load_preference_model(folder, mesh, config.step, bases)
     scores = functools.partial(make_scores(model, config.labels, mesh), params)
     kind = REWARDS if config.labels == REWARDS else PROBABILITIES
     return Judge(scores, kind, {"judge": folder, "judge.digest": params_digest(params)})

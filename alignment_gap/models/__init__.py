@@ -2,7 +2,9 @@
 
 import functools
 
+from alignment_gap.models.adapters import AdapterConfig, Adapters
 from alignment_gap.models.decoder import DecoderConfig, DecoderPolicy
+from alignment_gap.models.low_rank import merged
 from alignment_gap.models.policy import (
     Output,
     Policy,
@@ -26,6 +28,8 @@ def make_policy(config: ModelConfig) -> Policy:
 
 
 __all__ = [
+    "AdapterConfig",
+    "Adapters",
     "DecoderConfig",
     "DecoderPolicy",
     "ModelConfig",
@@ -38,6 +42,7 @@ __all__ = [
     "compute_params",
     "count_parameters",
     "make_policy",
+    "merged",
     "response_hidden",
     "score",
     "score_with_collisions",

@@ -14,6 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from alignment_gap.models.low_rank import LowRank
 from alignment_gap.models.stack import PRODUCT
 from alignment_gap.sharding import constrain
 
@@ -53,35 +54,46 @@ class RMSNorm(nn.Module):
 def product(x: Array, kernel: Array, dimensions: Any, precision: Any = None) -> Array:
     """`jax.lax.dot_general` of the last axes of `x` with the first of `kernel`, for `projection`.
 
-    Its own gradient differs in one thing: the kernel's is x^T g, never (g^T x)^T. On a CPU the left factor is copied
+    Its own gradient differs in two things. The kernel's is x^T g, never (g^T x)^T. On a CPU the left factor is copied
     into its transpose, and x is shared by projections and at hand, while g is made on the way, at ten times the cost.
+    A kernel that is not trained has none, and x is not kept for it.
     """
     return jax.lax.dot_general(x, kernel, dimensions, precision)
 
 
-def _product_forward(x: Array, kernel: Array, *static: Any) -> tuple[Array, tuple[Array, Array]]:
-    return product(x, kernel, *static), (x, kernel)
+def _product_forward(x: Any, kernel: Any, *static: Any) -> tuple[Array, tuple[Array | None, Array]]:
+    return product(x.value, kernel.value, *static), (x.value if kernel.perturbed else None, kernel.value)
 
 
 def _product_backward(
-    dimensions: Any, precision: Any, residuals: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
+    dimensions: Any, precision: Any, residuals: tuple[Array | None, Array], gradient: Array
+) -> tuple[Array, Array | None]:
     x, kernel = residuals
-    rows, inputs = x.ndim - len(dimensions[0][0]), len(dimensions[0][1])
-    batch, outputs = tuple(range(rows)), tuple(range(inputs, kernel.ndim))
+    inputs = len(dimensions[0][1])
+    rows, outputs = gradient.ndim - (kernel.ndim - inputs), tuple(range(inputs, kernel.ndim))
+    batch = tuple(range(rows))
     multiply = functools.partial(jax.lax.dot_general, precision=precision)
-    return (
-        multiply(gradient, kernel, ((tuple(range(rows, gradient.ndim)), outputs), ((), ()))).astype(x.dtype),
-        multiply(x, gradient, ((batch, batch), ((), ()))).astype(kernel.dtype),
-    )
+    of_x = multiply(gradient, kernel, ((tuple(range(rows, gradient.ndim)), outputs), ((), ())))
+    of_kernel = None if x is None else multiply(x, gradient, ((batch, batch), ((), ()))).astype(kernel.dtype)
+    return of_x.astype(gradient.dtype), of_kernel
 
 
-product.defvjp(_product_forward, _product_backward)
+product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
-def _named_product(x: Array, kernel: Array, dimensions: Any, precision: Any) -> Array:
+def _named_product(x: Array, kernel: Array | LowRank, dimensions: Any, precision: Any) -> Array:
     """The product under a name by which remat knows it: it does not see what is inside of a gradient's own rule."""
-    return checkpoint_name(product(x, kernel, dimensions, precision), PRODUCT)
+    if not isinstance(kernel, LowRank):
+        return checkpoint_name(product(x, kernel, dimensions, precision), PRODUCT)
+    low = product(kernel.dropped(x), kernel.a, dimensions, precision)
+    delta = product(low, kernel.b, (((low.ndim - 1,), (0,)), ((), ())), precision)
+    return checkpoint_name(product(x, kernel.kernel, dimensions, precision) + delta, PRODUCT)
+
+
+def _cast(x: Any, kernel: Any, bias: Any, *, dtype: Any) -> tuple[Any, ...]:
+    """All operands of a projection in the dtype of its computation."""
+    x, bias = (each if each is None else jnp.asarray(each, dtype) for each in (x, bias))
+    return x, kernel.astype(dtype), bias
 
 
 def projection(
@@ -109,6 +121,7 @@ def projection(
         axis=tuple(range(-inputs, 0)),
         use_bias=bias,
         dot_general=_named_product,
+        promote_dtype=_cast,  # type: ignore[arg-type]
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(initializer, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[inputs:]),

@@ -42,6 +42,7 @@ class Overrides:
       layout: how networks and batches are laid out: data, fsdp, tensor, fsdp_tensor or sequence.
       slices: slices of the topology, joined by the data-centre network.
       optimizer: one of `training.optimizers.NAMES`.
+      adapter_rank: rank of the low-rank adapters that are trained in place of all parameters.
       remat: what the backward pass computes again: none, dots or full.
       dtype: precision of the computation: float32 or bfloat16.
     """
@@ -55,6 +56,7 @@ class Overrides:
     layout: str | None = None
     slices: int | None = None
     optimizer: str | None = None
+    adapter_rank: int | None = None
     remat: str | None = None
     dtype: str | None = None
 
@@ -66,7 +68,8 @@ class Overrides:
         """The job with these settings; raises UserError for one that the job refuses."""
         mesh = _replaced(job.mesh, layout=self.layout, slices=self.slices)
         optimizer = _replaced(job.optimizer, name=self.optimizer)
-        return _replaced(job, mesh=mesh, optimizer=optimizer, microbatches=self.microbatches)
+        adapter = _replaced(job.adapter, rank=self.adapter_rank)
+        return _replaced(job, mesh=mesh, optimizer=optimizer, adapter=adapter, microbatches=self.microbatches)
 
 
 def _replaced(config: Config, **changes: Any) -> Config:
@@ -102,6 +105,8 @@ class Known:
 
     def _trained(self, job: JobConfig, size: str | None) -> Network:
         network = Network(job.kind, markers=() if job.kind == POLICY else MARKERS)
+        if job.adapter.rank is not None:
+            network = dataclasses.replace(network, adapter=job.adapter, base=job.start)
         if job.start is None and job.model is None and size is None:
             raise UserError("there is no model: give --model, or the gin file of one such as gin/models/t5_tiny.gin")
         if job.model is None:
@@ -154,7 +159,9 @@ class Known:
         model = sizes.get(model) if isinstance(model, str) else model or network.model
         model = _replaced(model, remat=self.given.remat, dtype=self.given.dtype)
         make_policy(model)
-        return dataclasses.replace(network, model=model)
+        network = dataclasses.replace(network, model=model)
+        _ = network.adapters  # Raises where there can be none.
+        return network
 
     def _contents(self, path: str) -> Contents:
         if (at(path) / CARD).exists():

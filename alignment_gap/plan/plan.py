@@ -114,7 +114,8 @@ def make_plan(config: PlanConfig, compile_: Compile = compile_program, say: Call
     parts = tuple(_part(config, program, compile_, say) for program in config.programs)
     first = parts[0].compiled
     resident = {"policy and optimizer": first.state} if first.state else {}
-    resident |= {part.program.name: part.compiled.parameters for part in parts if part.program.holds}
+    held = [part for part in parts if part.program.holds]
+    resident |= {part.program.name: part.compiled.parameters - part.compiled.shared for part in held}
     resident["code"] = sum(part.compiled.code for part in parts)
     plan = Plan(config, parts, _capacity(config.topology), resident, max(part.working for part in parts))
     if config.search:
@@ -137,7 +138,8 @@ def _token_seconds(program: Program, topology: Topology, compiled: Compiled) -> 
     """Reading a device's part of the parameters, as the computation takes them, and of the cache once."""
     if program.kind not in SAMPLES:
         return 0.0
-    parameters = compiled.parameters / (2 if program.model.dtype == "bfloat16" else 1)
+    is_cast = program.model.dtype == "bfloat16" and program.facts.network.adapter is None
+    parameters = compiled.parameters / (2 if is_cast else 1)
     return (parameters + cache_bytes(program) / topology.devices) / topology.chip.hbm_bandwidth
 
 

@@ -34,7 +34,7 @@ from alignment_gap.plan.roofline import Moved, describe
 from alignment_gap.plan.steps import SAMPLES, PlanConfig, Program
 from alignment_gap.sharding import LogicalMesh, make_mesh, replicated
 from alignment_gap.sharding.chips import TPUS, Topology
-from alignment_gap.training import abstract_params
+from alignment_gap.training import abstract_base, abstract_params
 from alignment_gap.training.flops import count_flops
 
 # With these nothing looks for a TPU or asks the network; without the last, two processes cannot both load libtpu.
@@ -55,8 +55,8 @@ class Compiled:
     """What jax and the compiler say of a program; bytes are those of one device.
 
     Attributes:
-      parameters: bytes of the network's parameters among the arguments.
-      state: bytes of those and of the optimizer's state, in an update step; 0 in other programs.
+      parameters: bytes of the network's parameters among the arguments; in an update step of those that are trained.
+      state: bytes of those, of the optimizer's state and of the adapters' base, in an update step; 0 in other programs.
       networks: whose parameters are among the arguments, each of so many bytes.
       flops: of one call, over all devices.
       model_flops: those of them that the model needs: without what a backward pass computes again.
@@ -67,6 +67,7 @@ class Compiled:
       collectives: in one call.
       compile_seconds: on this machine.
       host_bytes: the most memory that the compiling process held.
+      shared: bytes of the parameters that are the base of the policy's adapters too.
     """
 
     parameters: int
@@ -84,6 +85,7 @@ class Compiled:
     collectives: tuple[Moved, ...] = ()
     compile_seconds: float = 0.0
     host_bytes: int = 0
+    shared: int = 0
 
     @property
     def peak(self) -> int:
@@ -172,8 +174,8 @@ def build(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[Any, tup
     assembly = Assembly(job, program.facts, mesh)
     if program.kind == "update":
         state = assembly.abstract
-        return assembly.update_step, (state, assembly.abstract_batch()), state.params
-    params = abstract_params(assembly.policy.init, mesh)
+        return assembly.update_step, (state, assembly.abstract_batch(), *assembly.frozen), state.params
+    params = _abstract_whole(program, mesh)
     batch = assembly.texts(program.batch)
     prompts, texts = (batch.prompts, batch.prompt_lengths), (batch.responses, batch.response_lengths)
     if program.kind in SAMPLES:
@@ -191,15 +193,29 @@ def build(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[Any, tup
     return scores, (params, *prompts, *texts), params
 
 
+def _abstract_whole(program: Program, mesh: LogicalMesh) -> Any:
+    """Shapes and shardings of the parameters that a program takes: adapters are in their base, or it reads that."""
+    network = program.facts.network
+    if network.adapters is None and not program.shares:
+        return abstract_params(network.init, mesh)
+    base = abstract_base(network.policy(), mesh)
+    return base if network.adapters is None else network.adapters.placed(base, abstract_params(network.init, mesh))
+
+
+def _shared(program: Program, mesh: LogicalMesh) -> int:
+    return _shard_bytes(abstract_base(program.facts.network.policy(), mesh)) if program.shares else 0
+
+
 def compile_here(config: PlanConfig, program: Program) -> Compiled:
     """Traces, lowers and compiles in this process."""
     start, job, topology = time.perf_counter(), config.job, config.topology
     mesh = make_mesh(job.mesh, devices_of(topology))
     function, arguments, params = build(program, job, mesh)
-    state = _shard_bytes(arguments[0]) if program.kind == "update" else 0
+    # Adapters' base is in memory with them; it is an argument after the batch.
+    state = _shard_bytes((arguments[0], arguments[2:])) if program.kind == "update" else 0
     # The reference's parameters are those of a second network of the same shapes.
     networks = max(sum(each is params for each in arguments), 1)
-    base = Compiled(_shard_bytes(params), state, networks, *_flops(program, job, mesh))
+    base = Compiled(_shard_bytes(params), state, networks, *_flops(program, job, mesh), shared=_shared(program, mesh))
     platform = "tpu" if topology.kind in TPUS else topology.kind
     lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
     try:

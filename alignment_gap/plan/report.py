@@ -6,8 +6,10 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+
 from alignment_gap.evaluation.results import text_table
-from alignment_gap.models import count_parameters
+from alignment_gap.models import abstract_parameters, count_parameters
 from alignment_gap.plan.plan import Plan
 from alignment_gap.sharding.chips import GIB
 
@@ -37,13 +39,20 @@ def parameters(plan: Plan) -> int:
     return count_parameters(plan.config.programs[0].facts.network.policy())
 
 
+def _trained(plan: Plan) -> str:
+    adapters = plan.config.programs[0].facts.network.adapters
+    if adapters is None:
+        return ""
+    return f" and {sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(adapters.init))):,} of adapters"
+
+
 def as_text(plan: Plan) -> str:
     """The plan for the terminal."""
     config, topology = plan.config, plan.config.topology
     data, fsdp, model = config.job.mesh.shape(topology.devices)
     shape = config.programs[0].batch
     head = [
-        f"{parameters(plan):,} parameters on {topology.devices} devices ({topology.name}"
+        f"{parameters(plan):,} parameters{_trained(plan)} on {topology.devices} devices ({topology.name}"
         + (f", {topology.slices} slices" if topology.slices > 1 else "")
         + f"), mesh data={data} fsdp={fsdp} model={model}",
         f"batch {shape.batch} prompts of {shape.prompt} tokens, {shape.samples} responses of {shape.response}",

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from alignment_gap.checkpoints import Network
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.assembly import BatchShape, Facts, gives_rewards
 from alignment_gap.jobs.config import POLICY, DatasetConfig, JobConfig, OnlineConfig
@@ -32,6 +33,7 @@ class Program:
       facts: the network that it runs, and the shape of the batches that it is called with.
       holds: whether its parameters are others than the policy's, and stay in memory beside them.
       labels: what a judge gives.
+      shares: whether its parameters are the base of the policy's adapters, alone or with adapters of its own.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Program:
     facts: Facts
     holds: bool = False
     labels: str = "hard"
+    shares: bool = False
 
     @property
     def batch(self) -> BatchShape:
@@ -129,8 +132,14 @@ def _training(config: JobConfig, known: Known) -> Planned:
             "reference, fresh": facts.fresh,
             "reference, mismatched": facts.batch if reads_mismatched(loss) else None,
         }
-        found = [(name, dataclasses.replace(facts, batch=shape)) for name, shape in scored.items() if shape is not None]
-        programs += [Program(name, "score", each, holds=not place) for place, (name, each) in enumerate(found)]
+        # The reference of adapters is their base, if the job names no other.
+        is_base = config.adapter.rank is not None and config.reference is None
+        plain = dataclasses.replace(facts, network=dataclasses.replace(facts.network, adapter=None))
+        found = [(name, dataclasses.replace(plain, batch=shape)) for name, shape in scored.items() if shape is not None]
+        programs += [
+            Program(name, "score", each, holds=not place and not is_base, shares=is_base)
+            for place, (name, each) in enumerate(found)
+        ]
     return config, programs
 
 
@@ -141,16 +150,20 @@ def _sampling(online: OnlineConfig, facts: Facts, known: Known) -> list[Program]
     if online.against == "mixture":
         one, judged = (dataclasses.replace(drawn, samples=samples) for samples in (1, 2))
         programs.append(Program("opponents", "opponents", dataclasses.replace(facts, batch=one)))
-    return programs + _judging("judge", online.judge, judged, known)
+    return programs + _judging("judge", online.judge, judged, known, facts.network)
 
 
-def _judging(name: str, judge: JudgeConfig, shape: BatchShape, known: Known) -> list[Program]:
+def _judging(
+    name: str, judge: JudgeConfig, shape: BatchShape, known: Known, policy: Network | None = None
+) -> list[Program]:
     """The program of a judge on the devices; none where it is asked on the host."""
     network = known.judge_of(judge)
     if network is None:
         return []
     network.preference_model()  # Raises where it is a policy.
-    return [Program(name, "judge", Facts(network, shape), True, judge.labels)]
+    # The base that a checkpoint names is a step's folder, that of a job a run's.
+    shares = bool(policy and policy.adapter and network.adapter and f"{network.base}/".startswith(f"{policy.base}/"))
+    return [Program(name, "judge", Facts(network, shape), True, judge.labels, shares)]
 
 
 def _labelling(config: LabelConfig, known: Known) -> Planned:

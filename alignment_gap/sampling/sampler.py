@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from alignment_gap import checks, losses
 from alignment_gap.errors import UserError
-from alignment_gap.models import Policy, abstract_parameters, compute_params
+from alignment_gap.models import Policy, abstract_parameters, compute_params, merged
 from alignment_gap.sharding import constrain, constrain_like, decoding
 
 # Tokens of a block in `draw`: about the square root of a vocabulary's size.
@@ -101,7 +101,8 @@ def sample(
     each token comes from the mixture of both networks' distributions, each with a cache of its own.
     """
     batch, samples = keys.shape
-    networks = [compute_params(policy, each) for each in (params, *([mixture.params] if mixture else []))]
+    # Adapters are added to their kernels once a call: two more products in every projection would slow each token down.
+    networks = [compute_params(policy, merged(each)) for each in (params, *([mixture.params] if mixture else []))]
     caches = [policy.prefill(each, prompts, prompt_lengths, samples, max_length) for each in networks]
     start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None], (batch, samples))
     with decoding():

@@ -20,6 +20,8 @@ STANDARD: Rules = (
     ("heads", "model"),
     ("kv_heads", "model"),
     ("embed", "fsdp"),
+    # The half of an adapter that has no width.
+    ("rank", "fsdp"),
     ("kv", None),
     ("length", None),
     ("kv_length", None),

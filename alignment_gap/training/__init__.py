@@ -1,6 +1,15 @@
 """State, optimizers, the update step, sources, checkpoints and the loop that all training shares."""
 
-from alignment_gap.training.checkpoints import Checkpoints, KeepConfig, load_policy, load_preference_model
+from alignment_gap.training.checkpoints import (
+    Bases,
+    Checkpoints,
+    KeepConfig,
+    load_base,
+    load_params,
+    load_plain,
+    load_policy,
+    load_preference_model,
+)
 from alignment_gap.training.guard import GuardConfig
 from alignment_gap.training.loop import train
 from alignment_gap.training.monitor import Monitor, Times, Validation
@@ -8,6 +17,7 @@ from alignment_gap.training.optimizers import OptimizerConfig, make_optimizer, m
 from alignment_gap.training.sources import Source, make_score, with_fresh, with_mismatched, with_reference
 from alignment_gap.training.state import (
     TrainState,
+    abstract_base,
     abstract_params,
     abstract_state,
     create_state,
@@ -17,6 +27,7 @@ from alignment_gap.training.state import (
 from alignment_gap.training.update import (
     Objective,
     UpdateStep,
+    adapter_objective,
     loss_inputs,
     make_update_step,
     make_validation_step,
@@ -25,6 +36,7 @@ from alignment_gap.training.update import (
 )
 
 __all__ = [
+    "Bases",
     "Checkpoints",
     "GuardConfig",
     "KeepConfig",
@@ -36,9 +48,14 @@ __all__ = [
     "TrainState",
     "UpdateStep",
     "Validation",
+    "abstract_base",
     "abstract_params",
     "abstract_state",
+    "adapter_objective",
     "create_state",
+    "load_base",
+    "load_params",
+    "load_plain",
     "load_policy",
     "load_preference_model",
     "loss_inputs",

@@ -11,6 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,17 +21,18 @@ from etils import epath
 
 from alignment_gap import checks
 from alignment_gap.checkpoints import Network, check_shapes, find_checkpoint, known_network
+from alignment_gap.checkpoints.adapters import base_of
 from alignment_gap.checkpoints.digest import json_digest, params_digest
 from alignment_gap.checkpoints.layout import DIGESTS, METADATA, NETWORK, PARAMS, first_line, open_store
 from alignment_gap.checkpoints.network import to_json
 from alignment_gap.checkpoints.tensors import shapes_of
 from alignment_gap.errors import StorageError, UserError, is_disk_full
 from alignment_gap.folders import AnyPath, at, remove_folder
-from alignment_gap.models import Policy, PreferenceModel
+from alignment_gap.models import Policy, PreferenceModel, merged
 from alignment_gap.sharding import LogicalMesh, first_reason, first_says, on_every_process, on_first_process
 from alignment_gap.storage import Url
 from alignment_gap.training.bucket import BucketManager
-from alignment_gap.training.state import TrainState, abstract_params
+from alignment_gap.training.state import TrainState, abstract_base, abstract_params, shardings_like
 
 OPTIMIZER, INTERIM, DAMAGED = "optimizer", "interim", ".damaged"
 # Among so many of the last checkpoints a kill may have left interim ones.
@@ -327,8 +329,12 @@ def _put_aside(folder: AnyPath) -> None:
         os.replace(folder, aside)
 
 
+# Reads the parameters of a base that is there already, by its digest and the dtype in which it is held.
+Bases = Mapping[tuple[str | None, str], Callable[[], Any]]
+
+
 def load_policy(path: str | AnyPath, mesh: LogicalMesh, step: int | None = None) -> tuple[Policy, Any]:
-    """The policy that a checkpoint holds and its parameters, laid out over the mesh.
+    """The policy that a checkpoint holds and its parameters, laid out over the mesh; adapters with their base.
 
     Args:
       path: a run's folder, its checkpoints/, or the folder of a step.
@@ -339,22 +345,62 @@ def load_policy(path: str | AnyPath, mesh: LogicalMesh, step: int | None = None)
       UserError: where there is none, it is damaged, or it does not say what network it holds.
     """
     folder = find_checkpoint(at(path), step)
-    policy = known_network(folder).policy()
-    return policy, _load(folder, policy, mesh)
+    network = known_network(folder)
+    return network.policy(), load_params(folder, network, mesh)
 
 
 def load_preference_model(
-    path: str | AnyPath, mesh: LogicalMesh, step: int | None = None
+    path: str | AnyPath, mesh: LogicalMesh, step: int | None = None, bases: Bases = MappingProxyType({})
 ) -> tuple[PreferenceModel, Any]:
-    """The preference model that a checkpoint holds and its parameters; see `load_policy`."""
+    """The preference model that a checkpoint holds and its parameters; see `load_policy` and `load_params`."""
     folder = find_checkpoint(at(path), step)
-    model = known_network(folder).preference_model()
-    return model, _load(folder, model.policy, mesh)
+    network = known_network(folder)
+    return network.preference_model(), load_params(folder, network, mesh, bases)
 
 
-def _load(folder: AnyPath, policy: Policy, mesh: LogicalMesh) -> Any:
+def load_params(folder: AnyPath, network: Network, mesh: LogicalMesh, bases: Bases = MappingProxyType({})) -> Any:
+    """The parameters of the checkpoint of a step, laid out over the mesh.
+
+    Those of adapters are the base's with the adapters in their places. They share the base with others of `bases` that
+    have the same one; else it is loaded, and held in the dtype of the computation.
+
+    Raises:
+      UserError: where the checkpoint is damaged or of another network, or the adapters' base is not what it was.
+    """
+    params = _restored(folder, network, mesh)
+    if network.adapters is None:
+        return params
+    known = bases.get((network.base_digest, network.model.dtype))
+    if known is None:
+        base = base_of(folder, network)
+        known = functools.partial(load_base, base, dataclasses.replace(known_network(base), model=network.model), mesh)
+    return network.adapters.on(known(), params)
+
+
+def load_base(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
+    """The parameters of a checkpoint as the base of adapters: plain kernels, in the dtype of the computation."""
+    held, tree = jax.tree.flatten(load_plain(folder, network, mesh))
+    # One at a time, so that there is no second copy of them all.
+    for place, like in enumerate(jax.tree.leaves(abstract_base(network.policy(), mesh))):
+        held[place] = held[place].astype(like.dtype)
+    return jax.tree.unflatten(tree, held)
+
+
+def load_plain(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
+    """The float32 parameters of a checkpoint with plain kernels: adapters are added to those of their base."""
+    params = _restored(folder, network, mesh)
+    if network.adapters is None:
+        return params
+    place = base_of(folder, network)
+    base = load_plain(place, known_network(place), mesh)
+    shardings = shardings_like(abstract_params(network.policy().init, mesh))
+    return jax.jit(merged, out_shardings=shardings)(network.adapters.on(base, params))
+
+
+def _restored(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
+    """What a checkpoint holds: all parameters, or adapters alone."""
     with Checkpoints(folder.parent) as checkpoints:
-        return checkpoints.restore_params(abstract_params(policy.init, mesh), int(folder.name))
+        return checkpoints.restore_params(abstract_params(network.init, mesh), int(folder.name))
 
 
 def _check_shapes(path: AnyPath, params: Any) -> None:

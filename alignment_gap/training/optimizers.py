@@ -146,8 +146,8 @@ def _muon(rate: optax.Schedule, parameters: Any, moment: Any) -> optax.GradientT
 
 
 def _is_matrix(names: Axes) -> bool:
-    """Whether a parameter maps from the width of the network or to it: a kernel or a table of embeddings."""
-    return "embed" in names and len(set(names) - {"layers"}) > 1
+    """Whether a parameter maps from the width of the network or to it, or is a part of an adapter that does."""
+    return bool({"embed", "rank"} & set(names)) and len(set(names) - {"layers"}) > 1
 
 
 def _as_matrix(names: Axes) -> contrib.MuonDimensionNumbers | None:
@@ -155,6 +155,6 @@ def _as_matrix(names: Axes) -> contrib.MuonDimensionNumbers | None:
     if not _is_matrix(names) or "vocab" in names:
         return None
     inside = [axis for axis, name in enumerate(names) if name != "layers"]
-    is_first = names[inside[0]] == "embed"
+    is_first = names[inside[0]] in ("embed", "rank")
     rows, columns = (inside[:1], inside[1:]) if is_first else (inside[:-1], inside[-1:])
     return contrib.MuonDimensionNumbers(tuple(rows), tuple(columns))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from alignment_gap.models import abstract_parameters
+from alignment_gap.models import Policy, abstract_parameters, compute_params
 from alignment_gap.sharding import LogicalMesh, shardings_of, unbox
 from alignment_gap.training.guard import Skipped, nothing_skipped
 
@@ -53,6 +53,16 @@ def abstract_state(
 def abstract_params(init: Callable[[Array], Any], mesh: LogicalMesh) -> Any:
     """Shapes, dtypes and shardings of a network's parameters, with nothing allocated."""
     return _laid_out(abstract_parameters(init), mesh)
+
+
+def abstract_base(policy: Policy, mesh: LogicalMesh) -> Any:
+    """As `abstract_params`, of the base of adapters, which is held in the dtype of the computation."""
+    params = abstract_params(policy.init, mesh)
+    return jax.tree.map(
+        lambda held, like: jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=like.sharding),
+        jax.eval_shape(functools.partial(compute_params, policy), params),
+        params,
+    )
 
 
 def create_state(

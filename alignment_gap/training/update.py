@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -14,15 +14,16 @@ from jaxtyping import Array, Float, Int, Key
 from alignment_gap import losses
 from alignment_gap.data.batches.batch import PreferenceBatch, length_mask
 from alignment_gap.errors import UserError
-from alignment_gap.models import Policy, PreferenceModel, score, score_with_collisions
+from alignment_gap.models import Adapters, Policy, PreferenceModel, score, score_with_collisions
 from alignment_gap.models.packing import unpack
 from alignment_gap.models.preference import pair_loss
 from alignment_gap.sharding import LogicalMesh, batch_sharding, constrain, replicated, within
 from alignment_gap.training.guard import GuardConfig, guard
-from alignment_gap.training.state import TrainState
+from alignment_gap.training.state import TrainState, shardings_like
 
 Metrics = dict[str, Array]
-UpdateStep = Callable[[TrainState, PreferenceBatch], tuple[TrainState, Metrics]]
+# (state, batch, *frozen) -> (state, metrics).
+UpdateStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 # The log-prob in nats of the responses in empty slots of packed rows, whose losses do not count but must be finite.
@@ -34,11 +35,12 @@ class Objective(Protocol):
     """What is minimised: one loss per prompt, and diagnostics per prompt."""
 
     def __call__(
-        self, params: Any, batch: PreferenceBatch, step: Int[Array, ""]
+        self, params: Any, batch: PreferenceBatch, step: Int[Array, ""], *frozen: Any
     ) -> tuple[Float[Array, "N *K"], dict[str, Float[Array, "N"]]]:
         """The losses [N] in nats and named diagnostics [N], of B prompts or of the B * S slots of packed rows.
 
-        A loss of single responses gives [N, K]. What is said of empty slots does not count.
+        A loss of single responses gives [N, K]. What is said of empty slots does not count. What is `frozen` is read
+        and not trained: the base of adapters, else nothing.
         """
 
 
@@ -50,8 +52,9 @@ def make_update_step(
     *,
     microbatches: int = 1,
     skip: GuardConfig = GuardConfig(),
+    frozen: Sequence[Any] = (),
 ) -> UpdateStep:
-    """One jitted, sharded `(state, batch) -> (state, metrics)`; the state's buffers are reused for the new one.
+    """One jitted, sharded `(state, batch, *frozen) -> (state, metrics)`; the state's buffers are reused.
 
     Args:
       objective: such as `policy_objective(policy, loss)`.
@@ -62,6 +65,7 @@ def make_update_step(
         `mesh.batch_parts`, divide its size. The step is that of the whole batch, but for a loss that looks at the
         batch as one (as kto and bco do), which sees a part.
       skip: which updates are not made: parameters and optimizer state stay, the step counts.
+      frozen: shapes and shardings of what the objective reads and nothing changes.
 
     Returns:
       The step. Its metrics are means over the batch's prompts, in float32: "loss" and the objective's own; further
@@ -69,11 +73,11 @@ def make_update_step(
       "skipped" and "skipped_in_a_row", how many updates were not made so far and how many of them last.
     """
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shardings = shardings_like(abstract)
 
-    def update_step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
+    def update_step(state: TrainState, batch: PreferenceBatch, *frozen: Any) -> tuple[TrainState, Metrics]:
         def mean_loss(params: Any, part: PreferenceBatch, weights: Array) -> tuple[Array, Metrics]:
-            loss, diagnostics = objective(params, part, state.step)
+            loss, diagnostics = objective(params, part, state.step, *frozen)
             means = {name: _mean(value, weights) for name, value in ({"loss": loss} | diagnostics).items()}
             return means["loss"], means
 
@@ -96,27 +100,25 @@ def make_update_step(
 
     return jax.jit(
         within(mesh, update_step),
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), *map(shardings_like, frozen)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
 
 
 def make_validation_step(
-    objective: Objective, mesh: LogicalMesh, abstract: TrainState
-) -> Callable[[Any, PreferenceBatch], Metrics]:
-    """A jitted `(params, batch) -> metrics`: what the update step would report of the objective, without an update."""
+    objective: Objective, mesh: LogicalMesh, abstract: TrainState, frozen: Sequence[Any] = ()
+) -> Callable[..., Metrics]:
+    """A jitted `(params, batch, *frozen) -> metrics`: what the update step would report, without an update."""
 
-    def validate(params: Any, batch: PreferenceBatch) -> Metrics:
+    def validate(params: Any, batch: PreferenceBatch, *frozen: Any) -> Metrics:
         # A preference model's pairs are in the same order each time.
-        loss, found = objective(params, batch, jnp.int32(0))
+        loss, found = objective(params, batch, jnp.int32(0), *frozen)
         weights = _weights(batch)
         return {name: _mean(value, weights) for name, value in ({"loss": loss} | found).items()}
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-    return jax.jit(
-        within(mesh, validate), in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh)
-    )
+    shardings = (shardings_like(abstract.params), batch_sharding(mesh), *map(shardings_like, frozen))
+    return jax.jit(within(mesh, validate), in_shardings=shardings, out_shardings=replicated(mesh))
 
 
 def _weights(batch: PreferenceBatch) -> Float[Array, "B *S"]:
@@ -174,7 +176,7 @@ def policy_objective(policy: Policy, loss: Callable[..., Array], *, rewards: boo
     """
     wanted, reads = _required_inputs(loss), losses.reads(loss)
 
-    def objective(params: Any, batch: PreferenceBatch, step: Array) -> tuple[Array, dict[str, Array]]:
+    def objective(params: Any, batch: PreferenceBatch, step: Array, *_: Any) -> tuple[Array, dict[str, Array]]:
         if batch.is_packed and losses.OTHER_PROMPTS in reads:
             raise UserError(
                 "the loss of a prompt depends on the batch's other prompts, and packed rows have empty slots: leave "
@@ -206,7 +208,7 @@ def preference_objective(model: PreferenceModel, run_key: Key[Array, ""], *, rew
     Scores are the probabilities of each response to be preferred or, where `rewards` says so, compared.
     """
 
-    def objective(params: Any, batch: PreferenceBatch, step: Array) -> tuple[Array, dict[str, Array]]:
+    def objective(params: Any, batch: PreferenceBatch, step: Array, *_: Any) -> tuple[Array, dict[str, Array]]:
         if batch.is_packed:
             raise UserError("a preference model reads one prompt a row: leave packing out")
         if batch.responses.shape[1] != 2:
@@ -225,6 +227,22 @@ def preference_objective(model: PreferenceModel, run_key: Key[Array, ""], *, rew
         return pair_loss(log_odds, preference), {"accuracy": correct}
 
     return objective
+
+
+def adapter_objective(objective: Objective, adapters: Adapters, run_key: Key[Array, ""] | None = None) -> Objective:
+    """The objective as one of adapters; the base's parameters are its further argument, which has no gradient.
+
+    With a key, adapters have their dropout. What it drops is drawn from run, step and the first prompt of the batch, so
+    that every microbatch has its own.
+    """
+
+    def of_adapters(params: Any, batch: PreferenceBatch, step: Array, *base: Any) -> tuple[Array, dict[str, Array]]:
+        key = run_key
+        if key is not None:
+            key = jax.random.fold_in(jax.random.fold_in(key, step), batch.prompt_ids.reshape(-1)[0])
+        return objective(adapters.on(base[0], params, key), batch, step)
+
+    return of_adapters
 
 
 def loss_inputs(

@@ -10,7 +10,7 @@ from alignment_gap.checkpoints import Network, agreed_model, check_vocabulary
 from alignment_gap.checkpoints.formats import model_shapes
 from alignment_gap.checkpoints.network import RUN_TIME, from_json, to_json
 from alignment_gap.errors import UserError
-from alignment_gap.models import DecoderConfig, T5Config, make_policy
+from alignment_gap.models import AdapterConfig, DecoderConfig, T5Config, make_policy
 from alignment_gap.models.preference import KINDS, Markers
 
 MODELS = {**CONFIGS, **SETTINGS}
@@ -22,6 +22,7 @@ def test_a_network_is_the_same_after_json(name):
         Network(model=MODELS[name]),
         Network("pairwise", MODELS[name], (1, 2, 3, 4, 5), "vocab/words.txt", "0123"),
         Network("bradley_terry", MODELS[name], (9, 8, 7, 6, 5), vocabulary_digest="0123"),
+        Network(model=MODELS[name], adapter=AdapterConfig(2, 3.0, ("query",), 0.1), base="runs/sft", base_digest="0"),
     ):
         assert from_json(json.loads(json.dumps(to_json(network)))) == network
 
@@ -30,7 +31,8 @@ def test_the_json_by_hand():
     network = Network("pairwise", T5Config(width=6), (1, 2, 3, 4, 5))
     values = json.loads(json.dumps(to_json(network)))
     model = values.pop("model")
-    assert values == {"kind": "pairwise", "markers": [1, 2, 3, 4, 5], "vocabulary": None, "vocabulary_digest": None}
+    unset = dict.fromkeys(("vocabulary", "vocabulary_digest", "adapter", "base", "base_digest"))
+    assert values == {"kind": "pairwise", "markers": [1, 2, 3, 4, 5], **unset}
     assert (model["architecture"], model["width"], model["tied_embeddings"]) == ("t5", 6, False)
     assert model.keys() == {field.name for field in dataclasses.fields(T5Config)}
 

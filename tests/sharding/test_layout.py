@@ -47,6 +47,9 @@ def boxed(names, shape):
         (("layers", "embed", "heads", "kv"), (3, 8, 4, 5), P(None, "fsdp", "model", None)),
         (("layers", "mlp", "embed"), (3, 6, 8), P(None, "model", "fsdp")),
         (("heads", "relpos_buckets"), (4, 32), P("model", None)),
+        # The halves of an adapter: by the width or, where there is none, by the rank.
+        (("layers", "embed", "rank"), (3, 8, 4), P(None, "fsdp", None)),
+        (("layers", "rank", "heads", "kv"), (3, 4, 4, 5), P(None, "fsdp", "model", None)),
         # 15 rows are not split in two, nor are 7 columns.
         (("vocab", "embed"), (15, 7), P(None, None)),
         # A factored moment has lost an axis that its name still has.

@@ -98,16 +98,18 @@ def _entry(ours: str, theirs: str, shape: tuple[int, ...]) -> Entry:
     if ours.endswith((".kernel", ".rel_embedding")):
         split = 2 if ours.endswith(".out.kernel") else 1
         linear = (math.prod(shape[split:]), math.prod(shape[:split]))
-        back, forth = functools.partial(_from_linear, shape), functools.partial(_to_linear, linear)
+        back, forth = functools.partial(from_linear, shape), functools.partial(to_linear, linear)
         return Entry(names, linear, back, forth, per_layer)
     there = (math.prod(shape),) if ours.endswith(".bias") else shape
     back, forth = (functools.partial(np.reshape, shape=each) for each in (shape, there))
     return Entry(names, there, back, forth, per_layer)
 
 
-def _from_linear(shape: tuple[int, ...], array: np.ndarray) -> np.ndarray:
+def from_linear(shape: tuple[int, ...], array: np.ndarray) -> np.ndarray:
+    """A linear map [outputs, inputs] of torch as one of ours."""
     return array.T.reshape(shape)
 
 
-def _to_linear(shape: tuple[int, ...], array: np.ndarray) -> np.ndarray:
+def to_linear(shape: tuple[int, ...], array: np.ndarray) -> np.ndarray:
+    """A linear map of ours as one of torch, of the shape [outputs, inputs]."""
     return array.reshape(shape[::-1]).T

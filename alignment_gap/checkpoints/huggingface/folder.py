@@ -58,7 +58,7 @@ def open_foreign(path: Path) -> Foreign:
     model = read_config(read_json(folder / CONFIG), str(folder / CONFIG))
     tensors: dict[str, Tensor] = {}
     for file in _files(folder):
-        tensors |= _tensors(file)
+        tensors |= tensors_of(file)
     ignored = {name for name in tensors if name.endswith(UNUSED)}
     for name, original in copies_of(model).items():
         if name in tensors and original in tensors:
@@ -90,7 +90,7 @@ def write(
     Raises:
       UserError: where transformers has no architecture that computes what the policy does.
     """
-    save_file = _installed("safetensors.numpy").save_file
+    save_file = installed("safetensors.numpy").save_file
     there = companions_of(companions) if companions else []
     like = next((read_json(file) for file in there if file.name == CONFIG), None)
     config = write_config(model, like)
@@ -106,10 +106,10 @@ def write(
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         size = sum(map(_bytes, tensors.values()))
-        _write_json(output / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(output / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     for companion in there:
         shutil.copyfile(companion, output / companion.name)
-    _write_json(output / CONFIG, config)
+    write_json(output / CONFIG, config)
 
 
 def companions_of(folder: Path) -> list[Path]:
@@ -128,7 +128,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes an object as a JSON file."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -138,7 +139,7 @@ def _is_hub_id(path: Path) -> bool:
 
 def _download(name: str) -> Path:
     """The folder that a repository of the hub is kept in; fetched where it is not there."""
-    hub = _installed("huggingface_hub")
+    hub = installed("huggingface_hub")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=[*COMPANIONS, INDEX, "*.safetensors"]))
     except (OSError, ValueError) as error:
@@ -148,7 +149,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _installed(module: str) -> Any:
+def installed(module: str) -> Any:
     """A module that the extra `huggingface` brings; raises UserError where it is not there."""
     try:
         return importlib.import_module(module)
@@ -173,9 +174,9 @@ def _files(folder: Path) -> list[Path]:
     return [folder / file for file in sorted(set(weight_map.values()))]
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def tensors_of(file: Path) -> dict[str, Tensor]:
     """The tensors of a file; it is opened anew for each, so that no more than one is mapped into memory."""
-    safetensors = _installed("safetensors")
+    safetensors = installed("safetensors")
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
@@ -192,7 +193,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read(file: Path, name: str, _: None = None) -> np.ndarray:
-    with _installed("safetensors").safe_open(file, framework="numpy") as opened:
+    with installed("safetensors").safe_open(file, framework="numpy") as opened:
         return opened.get_tensor(name)
 
 

@@ -1,0 +1,54 @@
+"""Checkpoints of adapters, tensor by tensor: the base that they are for, and both as plain parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from alignment_gap.checkpoints.layout import Stored, find_checkpoint, open_checkpoint, read_digest
+from alignment_gap.checkpoints.network import Network
+from alignment_gap.checkpoints.tensors import Tensor
+from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath, at
+
+
+def base_of(folder: AnyPath, network: Network) -> AnyPath:
+    """The checkpoint whose parameters the adapters of a step's folder were trained on.
+
+    Raises:
+      UserError: it is not where it was, or is another one.
+    """
+    try:
+        base = find_checkpoint(at(str(network.base)))
+        found = read_digest(base)
+    except (OSError, UserError) as error:
+        raise UserError(
+            f"{folder} holds adapters of the base {network.base}, which cannot be read: put it back ({error})"
+        ) from error
+    if found != network.base_digest:
+        raise UserError(
+            f"{folder} holds adapters of another base: {network.base} had the digest {str(network.base_digest)[:12]} "
+            f"and has {str(found)[:12]} now: put the base back"
+        )
+    return base
+
+
+def plain_tensors(stored: Stored) -> dict[str, Tensor]:
+    """A checkpoint's parameters with plain kernels: adapters are added to those of their base as these are read."""
+    network = stored.network
+    if network is None or network.adapter is None:
+        return stored.tensors
+    base, scale = plain_tensors(open_checkpoint(base_of(stored.folder, network))), network.adapter.scale
+    kernels = [name.removesuffix(".a") for name in stored.tensors if name.endswith(".a")]
+    return base | {name: _sum(base[name], stored.tensors, name, scale) for name in kernels}
+
+
+def _sum(kernel: Tensor, adapters: Mapping[str, Tensor], name: str, scale: float) -> Tensor:
+    def read(layer: int | None) -> np.ndarray:
+        if layer is None:
+            return np.stack([read(each) for each in range(kernel.shape[0])])
+        a, b = (adapters[f"{name}.{part}"].read(layer) for part in "ab")
+        return kernel.read(layer) + np.float32(scale) * np.tensordot(a, b, axes=1)
+
+    return kernel._replace(read=read)

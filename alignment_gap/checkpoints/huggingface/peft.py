@@ -1,0 +1,160 @@
+"""PEFT's folders of LoRA adapters in and out: adapter_config.json and adapter_model.safetensors, without torch.
+
+A folder holds the adapters alone. What they are added to is said by whoever imports it: the run of their base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alignment_gap.checkpoints.huggingface.configs import write_config
+from alignment_gap.checkpoints.huggingface.entries import entries_of, from_linear, to_linear
+from alignment_gap.checkpoints.huggingface.folder import installed, read_json, tensors_of, write_json
+from alignment_gap.checkpoints.tensors import Entry, Tensor, check_entries, exported, imported
+from alignment_gap.errors import UserError
+from alignment_gap.models import AdapterConfig, ModelConfig, T5Config, make_policy
+from alignment_gap.models.adapters import kernel_name, projections, split_axes
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# In front of every tensor's name: the model inside of PEFT's two wrappers.
+_WRAPPED = "base_model.model."
+# Fields that change what is computed, and the values that are supported; the first is PEFT's where a field is absent.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+}
+
+
+class ForeignAdapters(NamedTuple):
+    """Adapters in a folder, of which no tensor is read yet.
+
+    Attributes:
+      config: their settings.
+      tensors: all of them by our names.
+    """
+
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+
+
+def recognises(path: Path) -> bool:
+    """Whether `path` is a folder with an adapter_config.json."""
+    return (path / CONFIG).is_file()
+
+
+def open_adapters(path: Path, model: ModelConfig) -> ForeignAdapters:
+    """The adapters of a folder for a policy; nothing is loaded.
+
+    Raises:
+      UserError: they are of another kind or for another model, or tensors are missing.
+    """
+    values = read_json(path / CONFIG)
+    for name, allowed in _ONLY.items():
+        if values.get(name, allowed[0]) not in allowed:
+            raise UserError(
+                f"{path / CONFIG}: {name} is {values[name]!r}, which is not supported: it must be {allowed[0]!r}"
+            )
+    try:
+        rank, alpha, dropout = int(values["r"]), float(values["lora_alpha"]), float(values.get("lora_dropout", 0.0))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path / CONFIG} has no number {error}: it is no complete config of LoRA") from error
+    if not (path / WEIGHTS).is_file():
+        raise UserError(f"{path} has no {WEIGHTS}: save the adapters again, as safetensors")
+    found, modules = tensors_of(path / WEIGHTS), _modules(model)
+    targets = [name for name, each in modules.items() if any(_names(module)[0] in found for module in each)]
+    entries = _entries(model, targets, rank)
+    check_entries(f"{path / WEIGHTS}", found, entries)
+    scale = math.sqrt(rank) if values.get("use_rslora") else 1.0
+    return ForeignAdapters(AdapterConfig(rank, alpha * scale, tuple(targets), dropout), imported(found, entries))
+
+
+def write(output: Path, model: ModelConfig, adapter: AdapterConfig, ours: Mapping[str, Tensor]) -> None:
+    """Writes a folder that PEFT loads onto the base as transformers has it, in float32.
+
+    Args:
+      output: the new folder.
+      model: the policy's config.
+      adapter: the adapters' settings.
+      ours: the adapters by dotted names.
+
+    Raises:
+      UserError: where transformers has no architecture that computes what the policy does.
+    """
+    save_file, rank = installed("safetensors.numpy").save_file, adapter.rank or 0
+    modules = _modules(model)
+    targets = [name for name in modules if f"{kernel_name(name)}.a" in ours]
+    tensors = exported(ours, _entries(model, targets, rank))
+    output.mkdir(parents=True)
+    arrays = {name: tensor.read(None).astype(np.float32, copy=False) for name, tensor in tensors.items()}
+    save_file(arrays, output / WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_2_SEQ_LM" if isinstance(model, T5Config) else "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "target_modules": _target_modules(modules, targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    write_json(output / CONFIG, config)
+
+
+def _modules(model: ModelConfig) -> dict[str, list[str]]:
+    """The modules there, one for each layer, of every projection; raises UserError where there is no such model."""
+    write_config(model)
+    entries = entries_of(model)
+    return {
+        name: [weight.removesuffix(".weight") for weight in entries[kernel_name(name)].names]
+        for name in projections(make_policy(model))
+    }
+
+
+def _target_modules(modules: Mapping[str, list[str]], targets: Collection[str]) -> list[str]:
+    """How PEFT finds the targets: by the last part of their names or, where others share it, by all of it."""
+    targeted = {module for name in targets for module in modules[name]}
+    last = {module.rpartition(".")[2] for module in targeted}
+    sharing = {module for each in modules.values() for module in each if module.rpartition(".")[2] in last}
+    return sorted(last if sharing == targeted else targeted)
+
+
+def _names(module: str) -> tuple[str, str]:
+    return f"{_WRAPPED}{module}.lora_A.weight", f"{_WRAPPED}{module}.lora_B.weight"
+
+
+def _entries(model: ModelConfig, targets: Collection[str], rank: int) -> dict[str, Entry]:
+    """How PEFT keeps our adapters: its A is [r, inputs] and its B [outputs, r]."""
+    modules, kernels, found = _modules(model), projections(make_policy(model)), {}
+    for name in targets:
+        box = kernels[name]
+        inputs, outputs = split_axes(box.names[1:], box.value.shape[1:])
+        pairs = [_names(module) for module in modules[name]]
+        for part, number, shape in (("a", 0, (*inputs, rank)), ("b", 1, (rank, *outputs))):
+            size = math.prod(shape) // rank
+            there = (rank, size) if part == "a" else (size, rank)
+            found[f"{kernel_name(name)}.{part}"] = Entry(
+                tuple(pair[number] for pair in pairs),
+                there,
+                partial(from_linear, shape),
+                partial(to_linear, there),
+                per_layer=True,
+            )
+    return found

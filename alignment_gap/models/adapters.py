@@ -1,0 +1,194 @@
+"""Low-rank adapters of a policy (LoRA, 2106.09685): what is trained in place of its parameters, which stay as they are.
+
+The adapters of a kernel at some place in the parameters are {"a": ..., "b": ...} at the same place in a tree of their
+own. `Adapters.on` puts both trees together, without a copy, into parameters that the policy takes as any others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from alignment_gap import checks
+from alignment_gap.errors import UserError
+from alignment_gap.models.low_rank import LowRank
+from alignment_gap.models.policy import Policy, abstract_parameters
+
+ATTENTION, MLP = ("query", "key", "value", "out"), ("wi_0", "wi_1", "wo")
+# Names that mean several projections, and what PEFT's users call each, of decoders and of T5.
+GROUPS = {"attention": ATTENTION, "mlp": MLP, "all-linear": (*ATTENTION, *MLP)}
+ALIASES = {
+    **dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), ATTENTION, strict=True)),
+    **dict(zip(("q", "k", "v", "o"), ATTENTION, strict=True)),
+    **dict(zip(("gate_proj", "up_proj", "down_proj"), MLP, strict=True)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank deltas (alpha / rank) a b of the kernels of named projections (2106.09685).
+
+    Attributes:
+      rank: columns of a and rows of b; None for no adapters: all parameters are trained.
+      alpha: the deltas are multiplied by alpha / rank.
+      targets: the projections, in every layer: "attention", "mlp" or "all-linear"; or one by its name here ("query") or
+        in PEFT ("q_proj"); with what it is a part of in front to take that alone ("decoder", "self_attention.query").
+      dropout: fraction of the adapters' inputs that is zeroed in training.
+    """
+
+    rank: int | None = None
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("attention", "mlp")
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a setting is out of its range."""
+        checks.at_least(self, 1, "rank")
+        checks.above(self, 0, "alpha")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+        if not self.targets:
+            raise UserError(f"targets is empty: name projections, such as {', '.join(AdapterConfig.targets)}")
+
+    @property
+    def scale(self) -> float:
+        """What the deltas are multiplied by."""
+        assert self.rank is not None
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """The adapters of a policy.
+
+    Attributes:
+      policy: whose parameters are the base.
+      config: which projections have a delta, and of which rank.
+    """
+
+    policy: Policy
+    config: AdapterConfig
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a target names nothing, or the rank is above a matrix that it names."""
+        rank, kernels = self.config.rank or 0, projections(self.policy)
+        for target in self.config.targets:
+            if not any(_names(target, name) for name in kernels):
+                parts = {part for name in kernels for part in name.split(".")}
+                known = (*GROUPS, *sorted(parts | {alias for alias, ours in ALIASES.items() if ours in parts}))
+                raise UserError(
+                    f"targets has {target!r}, which names no projection of this model: {checks.nearest(target, known)}"
+                )
+        for name, kernel in self._targeted().items():
+            inputs, outputs = (math.prod(sizes) for sizes in split_axes(kernel.names[1:], kernel.value.shape[1:]))
+            if rank > min(inputs, outputs):
+                raise UserError(
+                    f"rank is {rank}, but {name} is a matrix of {inputs} x {outputs}: set it to {min(inputs, outputs)} "
+                    "at most, or leave this target out"
+                )
+
+    def init(self, key: Array) -> Any:
+        """Fresh float32 adapters in boxes with their logical axis names: a as in PEFT, b of zeros."""
+        tree: dict[str, Any] = {}
+        named = self._targeted()
+        for (name, kernel), of_kernel in zip(named.items(), jax.random.split(key, len(named)), strict=True):
+            *path, last = _place(name)
+            node = functools.reduce(lambda node, part: node.setdefault(part, {}), path, tree)
+            node[last] = self._init_kernel(kernel, of_kernel)
+        return tree
+
+    def on(self, base: Any, adapters: Any, key: Array | None = None) -> Any:
+        """The base's parameters with the adapters in their places; with a key, for training with its dropout."""
+        key = key if self.config.dropout else None
+        return self.placed(base, _scaled(adapters, self.config.scale), key)
+
+    def placed(self, base: Any, scaled: Any, key: Array | None = None) -> Any:
+        """As `on`, of adapters (arrays or shapes) that are scaled already: nothing is computed."""
+        tree = base
+        for number, name in enumerate(self._targeted()):
+            place = _place(name)
+            a, b = (_at(scaled, (*place, part)) for part in "ab")
+            keys = None if key is None else jax.random.split(jax.random.fold_in(key, number), a.shape[0])
+            tree = _with(tree, place, LowRank(_at(base, place), a, b, keys, self.config.dropout))
+        return tree
+
+    def _targeted(self) -> dict[str, Any]:
+        """The kernels, in boxes, of the projections that the targets name."""
+        named = projections(self.policy)
+        return {
+            name: each for name, each in named.items() if any(_names(target, name) for target in self.config.targets)
+        }
+
+    def _init_kernel(self, kernel: Any, key: Array) -> dict[str, Any]:
+        (layers, *shape), (_, *names), rank = kernel.value.shape, kernel.names, self.config.rank or 0
+        (inputs, outputs), (ins, outs) = split_axes(names, shape), split_axes(names, names)
+        bound = math.prod(inputs) ** -0.5
+        a = jax.random.uniform(key, (layers, *inputs, rank), jnp.float32, -bound, bound)
+        return {
+            "a": nn.LogicallyPartitioned(a, ("layers", *ins, "rank")),
+            "b": nn.LogicallyPartitioned(jnp.zeros((layers, rank, *outputs)), ("layers", "rank", *outs)),
+        }
+
+
+def projections(policy: Policy) -> dict[str, Any]:
+    """The (abstract) kernels of the projections in a policy's layers, in boxes, by names such as "decoder.mlp.wo"."""
+    found = {}
+    for path, box in _boxes(abstract_parameters(policy.init)):
+        if path[-1] == "kernel" and "layers" in path:
+            found[".".join(part for part in path[:-1] if part != "layers")] = box
+    return found
+
+
+def kernel_name(name: str) -> str:
+    """The dotted name of a projection's kernel among the parameters."""
+    return ".".join(_place(name))
+
+
+def split_axes(names: Any, values: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What belongs to a kernel's input axes and to its output axes: the residual stream, "embed", is one of the two."""
+    inputs = 1 if names[0] == "embed" else len(names) - 1
+    return tuple(values[:inputs]), tuple(values[inputs:])
+
+
+def _place(name: str) -> tuple[str, ...]:
+    stack, *rest = name.split(".")
+    return (stack, "layers", *rest, "kernel")
+
+
+def _boxes(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, each in tree.items():
+        if isinstance(each, Mapping):
+            yield from _boxes(each, (*path, name))
+        else:
+            yield (*path, name), each
+
+
+def _names(target: str, name: str) -> bool:
+    """Whether a target names a projection: as one of a group, or by adjacent parts of its name."""
+    if target in GROUPS:
+        return name.rpartition(".")[2] in GROUPS[target]
+    asked = ".".join(ALIASES.get(part, part) for part in target.split("."))
+    return f".{asked}." in f".{name}."
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    return functools.reduce(lambda node, part: node[part], path, tree)
+
+
+def _with(tree: Any, path: tuple[str, ...], leaf: Any) -> Any:
+    first, *rest = path
+    return {**tree, first: _with(tree[first], tuple(rest), leaf) if rest else leaf}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _scaled(adapters: Any, scale: float) -> Any:
+    """The adapters with b times the scale; jitted, for a number that comes from the host may not be a copy."""
+    return jax.tree.map_with_path(lambda path, leaf: leaf * scale if path[-1].key == "b" else leaf, adapters)

@@ -1,0 +1,157 @@
+"""PEFT's folders of adapters without torch; tests/parity compares with peft itself."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from alignment_gap.checkpoints import Network, open_checkpoint, read_digest, write_checkpoint
+from alignment_gap.checkpoints.formats import export_checkpoint, import_checkpoint, model_shapes
+from alignment_gap.checkpoints.huggingface.configs import FAMILIES
+from alignment_gap.checkpoints.tensors import from_array, shapes_of
+from alignment_gap.errors import UserError
+from alignment_gap.models import AdapterConfig, Adapters, DecoderConfig, abstract_parameters, make_policy
+from alignment_gap.sharding import unbox
+
+LLAMA = DecoderConfig(
+    **FAMILIES["llama"].model,
+    vocabulary_size=13,
+    width=12,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_size=6,
+    mlp_width=7,
+    tied_embeddings=False,
+)
+ADAPTER = AdapterConfig(2, alpha=5.0, targets=("query", "out"), dropout=0.25)
+PREFIX = "base_model.model.model.layers."
+
+
+def random_tensors(shapes):
+    rng = np.random.default_rng(0)
+    return {
+        name: from_array(rng.normal(size=shape).astype(np.float32), stacked="layers" in name.split("."))
+        for name, shape in shapes.items()
+    }
+
+
+def write_base(folder, model=LLAMA):
+    write_checkpoint(folder, 3, Network(model=model, vocabulary="posts"), random_tensors(model_shapes(model)))
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path):
+    return write_base(tmp_path / "base")
+
+
+@pytest.fixture
+def run(base, tmp_path):
+    """A run of adapters on the base."""
+    adapters = Adapters(make_policy(LLAMA), ADAPTER)
+    shapes = shapes_of(unbox(abstract_parameters(adapters.init)))
+    step = base / "checkpoints" / "3"
+    network = Network(model=LLAMA, adapter=ADAPTER, base=str(step), base_digest=read_digest(step))
+    write_checkpoint(tmp_path / "run", 7, network, random_tensors(shapes))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def folder(run, tmp_path):
+    export_checkpoint(run, tmp_path / "adapters", "peft")
+    return tmp_path / "adapters"
+
+
+def test_a_folder_is_as_peft_reads_it(run, folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["task_type"] == "CAUSAL_LM"
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 5.0, 0.25)
+    assert config["target_modules"] == ["o_proj", "q_proj"]
+    found = load_file(folder / "adapter_model.safetensors")
+    modules = [f"{layer}.self_attn.{name}" for layer in range(3) for name in ("q_proj", "o_proj")]
+    assert sorted(found) == sorted(f"{PREFIX}{name}.lora_{part}.weight" for name in modules for part in "AB")
+    ours = {name: tensor.read(None) for name, tensor in open_checkpoint(run).tensors.items()}
+    query, out = (f"decoder.layers.{name}.kernel" for name in ("query", "out"))
+    # A row for each of r, and for each output: heads and their parts in one axis.
+    np.testing.assert_array_equal(found[f"{PREFIX}1.self_attn.q_proj.lora_A.weight"], ours[f"{query}.a"][1].T)
+    b = found[f"{PREFIX}1.self_attn.q_proj.lora_B.weight"]
+    assert b.shape == (24, 2) and b[6 + 5, 1] == ours[f"{query}.b"][1, 1, 1, 5]
+    a = found[f"{PREFIX}2.self_attn.o_proj.lora_A.weight"]
+    assert a.shape == (2, 24) and a[1, 3 * 6 + 4] == ours[f"{out}.a"][2, 3, 4, 1]
+
+
+def test_what_comes_in_is_what_went_out(run, base, folder, tmp_path):
+    again = import_checkpoint(folder, tmp_path / "again", base=base)
+    ours = open_checkpoint(run)
+    assert again.tensors.keys() == ours.tensors.keys()
+    for name, tensor in ours.tensors.items():
+        np.testing.assert_array_equal(tensor.read(None), again.tensors[name].read(None))
+    targets = ("decoder.out", "decoder.query")
+    adapter = again.network.adapter
+    assert dataclasses.replace(adapter, targets=tuple(sorted(adapter.targets))) == dataclasses.replace(
+        ADAPTER, targets=targets
+    )
+    assert again.network.base_digest == ours.network.base_digest and again.network.vocabulary == "posts"
+
+
+def rewrite(folder, **values):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | values))
+
+
+def test_rank_stabilised_scales_become_alpha(base, folder, tmp_path):
+    rewrite(folder, use_rslora=True, lora_alpha=3)
+    found = import_checkpoint(folder, tmp_path / "again", base=base).network.adapter
+    assert found.scale == pytest.approx(3 / 2**0.5)
+
+
+def refused(folder, tmp_path, **settings):
+    with pytest.raises(UserError) as error:
+        import_checkpoint(folder, tmp_path / "again", **settings)
+    assert "\n" not in str(error.value) and not (tmp_path / "again").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', which is not supported: it must be 'LORA'"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is {'q_proj': 4}"),
+        ({"r": None}, "is no complete config of LoRA"),
+    ],
+)
+def test_other_kinds_are_refused_by_their_field(values, message, base, folder, tmp_path):
+    rewrite(folder, **values)
+    assert message in refused(folder, tmp_path, base=base)
+
+
+def test_adapters_of_another_base_are_refused_by_their_shapes(folder, tmp_path):
+    other = write_base(tmp_path / "other", dataclasses.replace(LLAMA, width=10))
+    found = refused(folder, tmp_path, base=other)
+    assert "q_proj.lora_A.weight has the shape (2, 12), the model has (2, 10)" in found and "of another model" in found
+
+
+def test_adapters_of_some_layers_are_refused(base, folder, tmp_path):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name: each for name, each in tensors.items() if ".2." not in name}, folder / "adapter_model.safetensors")
+    assert f"{PREFIX}2.self_attn.o_proj.lora_A.weight is missing" in refused(folder, tmp_path, base=base)
+
+
+def test_a_base_is_asked_for_and_is_for_adapters_alone(base, folder, tmp_path):
+    assert "give base, the run that they are for" in refused(folder, tmp_path)
+    with pytest.raises(UserError, match="holds no adapters: choose one of huggingface"):
+        export_checkpoint(base, tmp_path / "out", "peft")
+    export_checkpoint(base, tmp_path / "whole", "huggingface")
+    assert "holds no adapters of PEFT: leave it out" in refused(tmp_path / "whole", tmp_path, base=base)
+
+
+def test_a_policy_that_no_architecture_computes_has_no_such_folder(folder, tmp_path):
+    palm = dataclasses.replace(LLAMA, block="parallel", logits_scale="inverse_sqrt_width")
+    other = write_base(tmp_path / "palm", palm)
+    assert "no architecture of transformers computes this policy" in refused(folder, tmp_path, base=other)
