@@ -276,7 +276,7 @@ SOURCES = {
 def test_every_loss_of_the_registry_is_served_by_some_source(name, online, hypo, monkeypatch):
     """The loss is traced on that source's batches as a job opens; its gradient is tested where the objective is."""
     # On their shapes: the numbers of the start and of the judge need not be read for every loss.
-    monkeypatch.setattr(train, "_params", lambda *checkpoint: None)
+    monkeypatch.setattr(train, "_start", lambda *assembly: None)
     monkeypatch.setattr(train, "open_judge", lambda *judge: None)
     served = hypo if name == "hypo" else changed(online, **SOURCES.get(name, {}))
     opened = TRAIN.open(dataclasses.replace(served, loss=LossConfig(name)))
