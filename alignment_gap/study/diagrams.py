@@ -87,6 +87,8 @@ def _boxes(jobs: Mapping[str, Job], patterns: Mapping[str, str]) -> dict[str, st
 
 def _drawn(figure: Figure, jobs: Mapping[str, Job], patterns: Mapping[str, str]) -> Figure:
     words = {job.name: word for name, job in jobs.items() if (word := _word(name, patterns))}
+    if not words:
+        return dataclasses.replace(figure, missing="this study has none of its jobs")
     spec = _drawing(_edges(list(jobs.values()), words), _boxes(jobs, patterns))
     return dataclasses.replace(figure, spec=spec)
 

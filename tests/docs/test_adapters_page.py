@@ -48,7 +48,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as done:
             main()
         assert done.value.code == 0, (command, capsys.readouterr().err)
-    trained, again = (open_checkpoint(tmp_path / name) for name in ("ipo", "imported"))
+    trained, again = (open_checkpoint(tmp_path / name) for name in ("lora", "lora_imported"))
     adapters = [each.network.adapter for each in (trained, again)]
     assert {(each.rank, each.alpha, each.dropout) for each in adapters} == {(8, 32.0, 0.0)}
     ours, theirs = read_all(trained.tensors), read_all(again.tensors)
@@ -56,7 +56,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
     # The exported sum is the base's kernels and the deltas, and not the base.
-    source = open_foreign(tmp_path / "merged")
+    source = open_foreign(tmp_path / "lora_merged")
     found, expected = read_all(imported(source.tensors, source.entries)), read_all(plain_tensors(trained))
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
@@ -64,7 +64,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     delta = 4 * np.einsum("lir,lro->lio", ours[f"{kernel}.a"], ours[f"{kernel}.b"])
     np.testing.assert_allclose(found[kernel] - tensors[kernel].read(None), delta, rtol=0, atol=1e-6)
     assert np.abs(delta).max() > 1e-6
-    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "lora_peft" / "adapter_config.json").read_text())
     assert config["r"] == 8 and config["target_modules"] == ["k", "o", "q", "v", "wi_0", "wi_1", "wo"]
 
 

@@ -1,6 +1,7 @@
 """The diagrams of a study: boxes are its jobs, lines what they read, and nothing else."""
 
 import dataclasses
+import pathlib
 
 from alignment_gap.study.diagrams import diagram_figures
 from alignment_gap.study.graph import study_graph
@@ -41,3 +42,11 @@ def test_the_arms_that_read_the_online_run(config, tmp_path):
 
 def test_a_diagram_is_drawn(config, tmp_path):
     assert diagrams(config, tmp_path)["figure_2"].png().startswith(b"\x89PNG")
+
+
+def test_a_study_without_arms_has_no_diagram_of_the_online_run(config):
+    arms = dataclasses.replace(config.arms, names=())
+    graph = study_graph(dataclasses.replace(config, arms=arms), pathlib.Path("jobs"))
+    workflow, stream = diagram_figures(graph)
+    assert workflow.spec and not workflow.missing
+    assert stream.missing == "this study has none of its jobs"
