@@ -163,7 +163,7 @@ def test_a_study_over_sizes_is_planned_for_one_of_them():
     scaling = f"--config={ROOT / 'configs' / 'study' / 'scaling.py'}"
     config = read(scaling, "--config.sizes=('palm_30m',)", "--job=seed0-sft", TPU)
     vocabulary_size = config.programs[0].model.vocabulary_size
-    assert config.programs[0].model == sizes.get("palm_30m", vocabulary_size=vocabulary_size)
+    assert config.programs[0].model == sizes.get("palm_30m", vocabulary_size=vocabulary_size, scan_unroll=2)
     with pytest.raises(UserError, match=r"name one of the sizes, such as --config.sizes=\"\('t5_30k',\)\""):
         read(scaling, "--job=seed0-sft", TPU)
 

@@ -194,7 +194,9 @@ def test_the_report_over_sizes_is_a_job_and_the_last_that_is_launched(command):
     status, printed = command("launch", "--engine=slurm", "--dry_run", *words)
     assert status == 0
     last = printed.out.rpartition("# sbatch")[2]
-    assert "<palm_30k-report>:<palm_300k-report>" in last and last.splitlines()[2] == "#SBATCH --job-name=report"
+    # The order of the two says nothing.
+    assert "--dependency=afterok:<palm_300k-report>:<palm_30k-report>\n" in last
+    assert last.splitlines()[2] == "#SBATCH --job-name=report"
     assert f"study {shlex.quote(SCALING)}" in last and "--job=report" in last
 
 
