@@ -140,7 +140,7 @@ class Assembly:
 
     @property
     def adapters(self) -> Adapters | None:
-        """What is trained, where it is no parameter of the network."""
+        """The adapters that are trained in place of the network's parameters; None where those are trained."""
         return self.facts.network.adapters
 
     def whole(self, params: Any, *frozen: Any) -> Any:

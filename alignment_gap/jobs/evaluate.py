@@ -35,7 +35,7 @@ from alignment_gap.data.records.dataset import CARD
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
 from alignment_gap.evaluation.figure import kl_picture
-from alignment_gap.evaluation.measures import Responses, agreed, classified, classified_own, diverged, judged
+from alignment_gap.evaluation.measures import Outcomes, Responses, agreed, classified, classified_own, diverged, judged
 from alignment_gap.evaluation.results import csv_text, means, text_table
 from alignment_gap.folders import AnyPath, at, read_json, write_bytes
 from alignment_gap.jobs.compose import distinct_prompts
@@ -55,7 +55,7 @@ RESPONSES = ("responses", "lengths")
 # Added to a step in the key of the second samples of its policy.
 _SECOND = 2**30
 # The arrays of a step's checkpoint.
-Measure = Callable[[int], dict[str, np.ndarray]]
+Measure = Callable[[int], Outcomes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,8 @@ class EvaluateConfig:
             raise UserError(f"best_of is {self.best_of}: give numbers of responses, each once and at least 1")
         if bool(self.best_of) != (self.best_by is not None):
             raise UserError(f"best_of is {self.best_of} and best_by {self.best_by}: set both, or none of them")
+        if self.best_of and (self.classified or self.own_labels is not None):
+            raise UserError("best_of is set, whose responses classify nothing: leave classified and own_labels out")
         for name in ("judges", "opponents", "classified"):
             names = [named(text)[0] for text in getattr(self, name)]
             if len(set(names)) < len(names):
@@ -151,7 +153,9 @@ def open_evaluation(config: EvaluateConfig) -> Opened:
     judges = {name: open_judge(by_itself(judge), dataset, mesh) for name, judge in map(named, config.judges)}
     longest = (dataset.card.max_prompt_length, dataset.card.max_response_length)
     batching = Batching(mesh, config.batch_size, (longest,))
-    open_measure = _measure_policy if network.kind == POLICY else _measure_judge
+    open_measure = _measure_best_of_n if config.best_of else _measure_policy
+    if network.kind != POLICY:
+        open_measure = _measure_judge
     inputs, measure = open_measure(config, dataset, judges, batching, steps[-1])
     facts: dict[str, Any] = {"dataset.digest": dataset.card.digest, "steps": steps, **inputs}
     facts |= {f"judge {name}.{key}": value for name, judge in judges.items() for key, value in judge.facts.items()}
@@ -169,41 +173,70 @@ def _run(config: EvaluateConfig, steps: Sequence[int], measure: Measure, folder:
     on_first_process(lambda: _write_results(config, steps, folder))
 
 
-def _measure_policy(
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Asked:
+    """The prompts of an evaluation, the judges of their responses, and the opponents.
+
+    Attributes:
+      config: the evaluation.
+      dataset: of the prompts.
+      judges: by their names.
+      batching: how batches are made.
+      prompts: those that are answered.
+      drawn: how responses are drawn, as `make_generate` takes it.
+      recorded: the responses of opponents that are datasets, by their names.
+    """
+
+    config: EvaluateConfig
+    dataset: Dataset
+    judges: Mapping[str, Judge]
+    batching: Batching
+    prompts: PreferenceBatch
+    drawn: Mapping[str, Any]
+    recorded: Mapping[str, Responses]
+
+    def draw(self, policy: Policy, params: Any, number: int, samples: int) -> Responses:
+        """Responses [N, K, R] to the prompts and their lengths; the number tells the keys of all policies apart."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), number)
+        draw = drawing(policy, params, self.batching.mesh, key, samples=samples, **self.drawn)
+        rows = (self.prompts.prompt_ids, self.prompts.prompts, self.prompts.prompt_lengths)
+        drawn = self.batching.run(draw, rows)
+        return drawn.responses, drawn.lengths
+
+    def answer(self, policy: Policy, params: Any, number: int) -> Responses:
+        """One response to each prompt."""
+        responses, lengths = self.draw(policy, params, number, 1)
+        return responses[:, 0], lengths[:, 0]
+
+    @functools.cached_property
+    def opponents(self) -> dict[str, Responses]:
+        """Their responses, sampled when they are first needed: a finished evaluation needs none."""
+        return {
+            name: self.recorded[name]
+            if name in self.recorded
+            else self.answer(*open_policy(folder, self.dataset, self.batching.mesh), number)
+            for number, (name, folder) in enumerate(map(named, self.config.opponents))
+        }
+
+    def outcomes(self, responses: Responses) -> Outcomes:
+        """What every policy is measured by, beside the responses themselves."""
+        judgements = judged(self.judges, self.batching, self.prompts, responses, self.opponents)
+        lengths = {"length": responses[1].astype(np.float64)}
+        return judgements | lengths | dict(zip(RESPONSES, responses, strict=True))
+
+
+def _ask(
     config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
-) -> tuple[dict[str, str], Measure]:
-    """Digests of the last checkpoint and of what it is compared with, and what measures a step, or the best of n."""
-    mesh = batching.mesh
+) -> tuple[dict[str, str], _Asked]:
+    """The prompts with judges and opponents, and the digests of the last checkpoint and of the opponents."""
+    mesh, recorded = batching.mesh, dict[str, Responses]()
     prompts = batching.collate([dataset[int(i)] for i in distinct_prompts(dataset, config.prompts)])
-    pairs = batching.collate(dataset[-config.pairs :]) if config.pairs else None
-    further, own_labels = _further_pairs(config, batching), None
-    if config.own_labels is not None:
-        own_labels = open_judge(by_itself(config.own_labels), dataset, mesh)
-    settings = {
+    drawn = {
         "max_length": config.response_length or dataset.card.max_response_length,
         "eos_id": find_vocabulary(dataset, config.vocabulary).eos_id,
         "config": config.sampler,
     }
-
-    def draw(policy: Policy, params: Any, number: int, samples: int) -> Responses:
-        """Responses [N, K, R] to the prompts and their lengths; the number tells the keys of all policies apart."""
-        key = jax.random.fold_in(jax.random.key(config.seed), number)
-        rows = (prompts.prompt_ids, prompts.prompts, prompts.prompt_lengths)
-        drawn = batching.run(drawing(policy, params, mesh, key, samples=samples, **settings), rows)
-        return drawn.responses, drawn.lengths
-
-    def answer(policy: Policy, params: Any, number: int) -> Responses:
-        """One response to each prompt."""
-        responses, lengths = draw(policy, params, number, 1)
-        return responses[:, 0], lengths[:, 0]
-
-    place, reference_step = on_every_process(lambda: _reference(config))
-    _, reference = open_policy(place, dataset, mesh, reference_step)
-    digests = {"reference.digest": params_digest(reference)}
-    digests["run.digest"] = params_digest(open_policy(str(config.run), dataset, mesh, last)[1])
-    digests |= {f"classified {name}.digest": digest for name, (_, digest) in further.items()}
-    digests |= {f"own_labels.{key}": value for key, value in (own_labels.facts if own_labels else {}).items()}
-    recorded: dict[str, Responses] = {}
+    digests = {"run.digest": params_digest(open_policy(str(config.run), dataset, mesh, last)[1])}
     for name, folder in map(named, config.opponents):
         if (at(folder) / CARD).exists():
             answers = open_checked(folder, "opponents")
@@ -211,60 +244,68 @@ def _measure_policy(
         else:
             digest = params_digest(open_policy(folder, dataset, mesh)[1])
         digests[f"opponent {name}.digest"] = digest
+    return digests, _Asked(config, dataset, judges, batching, prompts, drawn, recorded)
 
-    @functools.cache
-    def opponents() -> dict[str, Responses]:
-        """Sampled when the first checkpoint is measured: a finished evaluation needs none."""
-        return {
-            name: recorded[name] if name in recorded else answer(*open_policy(folder, dataset, mesh), number)
-            for number, (name, folder) in enumerate(map(named, config.opponents))
-        }
 
-    def measure(step: int) -> dict[str, np.ndarray]:
+def _measure_policy(
+    config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
+) -> tuple[dict[str, str], Measure]:
+    """Digests of the last checkpoint and of what it is compared with, and what measures the policy of a step."""
+    mesh = batching.mesh
+    pairs = batching.collate(dataset[-config.pairs :]) if config.pairs else None
+    further, own_labels = _further_pairs(config, batching), None
+    if config.own_labels is not None:
+        own_labels = open_judge(by_itself(config.own_labels), dataset, mesh)
+    place, reference_step = on_every_process(lambda: _reference(config))
+    _, reference = open_policy(place, dataset, mesh, reference_step)
+    digests, asked = _ask(config, dataset, judges, batching, last)
+    digests["reference.digest"] = params_digest(reference)
+    digests |= {f"classified {name}.digest": digest for name, (_, digest) in further.items()}
+    digests |= {f"own_labels.{key}": value for key, value in (own_labels.facts if own_labels else {}).items()}
+
+    def measure(step: int) -> Outcomes:
         policy, params = open_policy(str(config.run), dataset, mesh, step)
-        responses = answer(policy, params, len(config.opponents) + step)
+        responses = asked.answer(policy, params, len(config.opponents) + step)
         few: Responses = (responses[0][: config.kl_prompts], responses[1][: config.kl_prompts])
-        outcomes = {
-            **judged(judges, batching, prompts, responses, opponents()),
-            "length": responses[1].astype(np.float64),
-            **diverged(policy, params, reference, batching, prompts, few),
-            **(classified(policy, params, reference, batching, pairs) if pairs is not None else {}),
-        }
+        outcomes = asked.outcomes(responses) | diverged(policy, params, reference, batching, asked.prompts, few)
+        if pairs is not None:
+            outcomes |= classified(policy, params, reference, batching, pairs)
         for name, (each, _) in further.items():
             outcomes[f"accuracy.{name}"] = classified(policy, params, reference, batching, each)["accuracy"]
         if own_labels is not None:
-            tokens, lengths = answer(policy, params, _SECOND + step)
+            tokens, lengths = asked.answer(policy, params, _SECOND + step)
             second = tokens[: config.kl_prompts], lengths[: config.kl_prompts]
-            outcomes |= classified_own(policy, params, reference, own_labels, batching, prompts, (few, second))
-        return outcomes | dict(zip(RESPONSES, responses, strict=True))
+            outcomes |= classified_own(policy, params, reference, own_labels, batching, asked.prompts, (few, second))
+        return outcomes
 
-    if config.best_by is None:
-        return digests, measure
-    chooser = open_judge(by_itself(config.best_by), dataset, mesh)
+    return digests, measure
+
+
+def _measure_best_of_n(
+    config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
+) -> tuple[dict[str, str], Measure]:
+    """Digests of the last checkpoint and of what it is compared with, and what measures the best of n responses."""
+    digests, asked = _ask(config, dataset, judges, batching, last)
+    chooser = open_judge(by_itself(str(config.best_by)), dataset, batching.mesh)
     digests |= {f"best_by.{key}": value for key, value in chooser.facts.items()}
 
     @functools.cache
     def samples() -> Responses:
         """As many responses of the last checkpoint as the largest number, of which each number takes the first."""
-        policy, params = open_policy(str(config.run), dataset, mesh, last)
-        return draw(policy, params, len(config.opponents) + last, max(config.best_of))
+        policy, params = open_policy(str(config.run), dataset, batching.mesh, last)
+        return asked.draw(policy, params, len(config.opponents) + last, max(config.best_of))
 
-    def measure_best(number: int) -> dict[str, np.ndarray]:
+    def measure(number: int) -> Outcomes:
         tokens, lengths = (each[:, :number] for each in samples())
         best = np.zeros(len(tokens), np.int64)
         if number > 1:
-            asked = (prompts.prompts, prompts.prompt_lengths, tokens, lengths)
-            best = np.argmax(batching.run(chooser.scores, asked), axis=1)
+            texts = (asked.prompts.prompts, asked.prompts.prompt_lengths, tokens, lengths)
+            best = np.argmax(batching.run(chooser.scores, texts), axis=1)
         rows = np.arange(len(tokens))
-        responses = tokens[rows, best], lengths[rows, best]
-        return {
-            **judged(judges, batching, prompts, responses, opponents()),
-            "length": responses[1].astype(np.float64),
-            "kl": np.full(config.kl_prompts, math.log(number) - (number - 1) / number),
-            **dict(zip(RESPONSES, responses, strict=True)),
-        }
+        kl = np.full(config.kl_prompts, math.log(number) - (number - 1) / number)
+        return asked.outcomes((tokens[rows, best], lengths[rows, best])) | {"kl": kl}
 
-    return digests, measure_best
+    return digests, measure
 
 
 def _further_pairs(config: EvaluateConfig, batching: Batching) -> dict[str, tuple[PreferenceBatch, str]]:
@@ -284,7 +325,7 @@ def _measure_judge(
     """The digest of the last checkpoint, and what measures the preference model of a step."""
     pairs = batching.collate(dataset[-config.pairs :] if config.pairs else dataset[:])
 
-    def measure(step: int) -> dict[str, np.ndarray]:
+    def measure(step: int) -> Outcomes:
         own = open_judge(JudgeConfig(config.run, step), dataset, batching.mesh)
         return agreed(own, judges, batching, pairs, dataset.card.scores)
 

@@ -153,8 +153,11 @@ def kernel_name(name: str) -> str:
 
 
 def split_axes(names: Any, values: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """What belongs to a kernel's input axes and to its output axes: the residual stream, "embed", is one of the two."""
-    inputs = 1 if names[0] == "embed" else len(names) - 1
+    """What belongs to the input axes and to the output axes of a kernel, or of a half of its adapter, of one layer.
+
+    One of the two is the residual stream, "embed", or the adapter's "rank".
+    """
+    inputs = 1 if names[0] in ("embed", "rank") else len(names) - 1
     return tuple(values[:inputs]), tuple(values[inputs:])
 
 

@@ -73,7 +73,9 @@ METRICS = {
 COLUMNS = (*IDENTITY, *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")))
 LOSS_NAMES = {"ipo": "IPO", "dpo": "DPO", "slic": "SLiC", "best_of_n": "Best-of-n", "sft": "SFT"}
 _SPLITS = 8
-_NO_ARMS = (ORIGIN, OPPONENT, PROXY[0])
+# What results have beside arms: two policies, and the proxy as a classifier.
+POLICIES_BESIDE_ARMS = (ORIGIN, OPPONENT)
+NO_ARMS = (*POLICIES_BESIDE_ARMS, PROXY[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -235,12 +237,12 @@ def methods(results: Iterable[CheckpointResult]) -> list[Method]:
 
 def trained_arms(results: Iterable[CheckpointResult], loss: str) -> list[str]:
     """The arms that were trained under a loss, in order of appearance."""
-    return [arm for arm, of in methods(results) if of == loss and arm not in _NO_ARMS]
+    return [arm for arm, of in methods(results) if of == loss and arm not in NO_ARMS]
 
 
 def losses_of(results: Iterable[CheckpointResult]) -> list[str]:
     """The losses of the trained arms, IPO first."""
-    losses = dict.fromkeys(loss for arm, loss in methods(results) if arm not in _NO_ARMS)
+    losses = dict.fromkeys(loss for arm, loss in methods(results) if arm not in NO_ARMS)
     return sorted(losses, key=lambda loss: loss != "ipo")
 
 

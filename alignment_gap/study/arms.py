@@ -21,7 +21,7 @@ from alignment_gap.jobs.config import DatasetConfig, OnlineConfig, SourceConfig
 from alignment_gap.jobs.sources import RECORD
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.sampling import SamplerConfig
-from alignment_gap.study.analysis import OPPONENT, ORIGIN, PROXY
+from alignment_gap.study.analysis import NO_ARMS, OPPONENT
 
 # The figures that arms are drawn in, beside those that they are compared with.
 MAIN, WINDOWS, DATASETS = "Figures 1 and 4", "Figure 13", "Figures 5 and 12"
@@ -365,7 +365,7 @@ GOLDEN = Arm(
 
 def arms_of(names: Sequence[str]) -> tuple[Arm, ...]:
     """The arms of these names; raises UserError for one that there is not, or that has another's name."""
-    table, taken = {arm.name: arm for arm in ARMS}, {ORIGIN, OPPONENT, PROXY[0]}
+    table, taken = {arm.name: arm for arm in ARMS}, {*NO_ARMS}
     arms = []
     for name in names:
         arm = load_named(name, "arm") if ":" in name else table.get(name)

@@ -18,7 +18,7 @@ from alignment_gap.evaluation.intervals import Interval
 from alignment_gap.folders import AnyPath, locked, read_json
 from alignment_gap.jobs.folder import DONE, JOB
 from alignment_gap.study import analysis, findings
-from alignment_gap.study.analysis import METRICS, OPPONENT, ORIGIN, CheckpointResult
+from alignment_gap.study.analysis import METRICS, OPPONENT, POLICIES_BESIDE_ARMS, CheckpointResult
 from alignment_gap.study.arms import ARMS, MAIN, Arm, file_word
 from alignment_gap.study.claims import CLAIMS
 from alignment_gap.study.curves import TrainingRun, curves_figure, read_lines, throughput_table
@@ -30,6 +30,7 @@ from alignment_gap.study.marks import (
     Row,
     axis,
     chart_row,
+    estimates,
     level,
     scatter,
     with_starts,
@@ -42,7 +43,6 @@ from alignment_gap.training.monitor import is_of_the_clock
 
 RESULTS, CLAIM_TABLE = "results.csv", "claims.csv"
 _NONE = "\u2013"
-_UNTRAINED = (ORIGIN, OPPONENT)
 Table = list[dict[str, str]]
 """Rows of cells by their headers."""
 
@@ -249,13 +249,9 @@ def _claims_figure(studies: Sequence[StudyFolder]) -> Figure:
         scale=alt.Scale(domain=names, range=colours(len(names))),
         legend=alt.Legend(title=None),
     )
-    y, words = alt.Y("claim:N", title=None, sort=None, axis=alt.Axis(labelLimit=300)), "Percentage points"
+    y = alt.Y("claim:N", title=None, sort=None, axis=alt.Axis(labelLimit=300))
     chart = alt.Chart(alt.Data(values=values)).encode(y, colour, alt.YOffset("study:N", sort=names))
-    bars = chart.mark_rule(strokeWidth=1.5).encode(alt.X("low:Q", title=words), alt.X2("high:Q"))
-    tips = ["study:N", "claim:N", *(alt.Tooltip(f"{name}:Q", format=".2f") for name in ("value", "low", "high"))]
-    marks = chart.mark_point(filled=True, size=60).encode(alt.X("value:Q", title=words), tooltip=tips)
-    zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 4], color=charts.LINE)
-    drawn = alt.layer(zero.encode(alt.X("zero:Q")), bars, marks).properties(width=WIDTH)
+    drawn = estimates(chart, "Percentage points", ("study", "claim")).properties(width=WIDTH)
     return dataclasses.replace(base, spec=charts.finish(drawn))
 
 
@@ -290,7 +286,7 @@ def _of_loss(rows: Sequence[Row], loss: str, metric: str) -> list[Row]:
     main = {arm.name for arm in _arms(rows)}
     measured = [row for row in rows if metric in row and "kl" in row]
     trained = [row for row in measured if row["loss"] == loss and row["arm"] in main]
-    return trained and [*(row for row in measured if row["arm"] in _UNTRAINED), *trained]
+    return trained and [*(row for row in measured if row["arm"] in POLICIES_BESIDE_ARMS), *trained]
 
 
 def _arms(rows: Sequence[Row]) -> list[Arm]:
@@ -353,7 +349,7 @@ def _last_metrics(jobs: Sequence[JobFolder]) -> Table:
 
 
 def colours(count: int) -> list[str]:
-    """So many colours, which come again once there are no more."""
+    """A colour for each of so many names; they repeat when the list ends."""
     return [charts.COLOURS[i % len(charts.COLOURS)] for i in range(count)]
 
 

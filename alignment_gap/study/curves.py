@@ -61,7 +61,7 @@ class TrainingRun:
       lines: metrics of steps, ascending.
       seconds: that it took; nan where it is not finished.
       loss: name of the loss; empty for a preference model.
-      beta: regularisation, nan where there is none.
+      beta: regularisation; nan for a loss without one.
       learning_rate: the largest one.
       steps_factor: how many times the steps of an online run it has.
       seed: of the study.
@@ -83,13 +83,17 @@ class TrainingRun:
 
 
 def read_lines(folder: AnyPath) -> list[dict[str, float]]:
-    """The lines of metrics in the folder of a run; one that is still being written is left out."""
+    """The lines of metrics in the folder of a run; one that is still being written is left out.
+
+    A value that was not finite, which is null there, is nan.
+    """
     path, lines = folder / METRICS, []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            values = json.loads(line)
         except ValueError:
             break
+        lines.append({name: math.nan if value is None else value for name, value in values.items()})
     return lines
 
 
@@ -157,7 +161,7 @@ def curves_figure(
 
 
 def _own_stage(run: TrainingRun) -> str:
-    """The stage of what is no arm."""
+    """The stage of SFT and of the preference models; empty for an arm."""
     if run.name in (ORIGIN, "base"):
         return ORIGIN
     return "" if run.loss else "judges"

@@ -17,7 +17,7 @@ import numpy as np
 from alignment_gap.evaluation import charts
 from alignment_gap.evaluation.intervals import Band
 from alignment_gap.study import analysis, findings
-from alignment_gap.study.analysis import METRICS, OPPONENT, ORIGIN, PROXY, Comparison, Method, loss_name
+from alignment_gap.study.analysis import METRICS, OPPONENT, POLICIES_BESIDE_ARMS, PROXY, Comparison, Method, loss_name
 from alignment_gap.study.arms import (
     BEST_OF_N,
     BEST_OF_N_OF_SFT,
@@ -42,14 +42,13 @@ from alignment_gap.study.marks import (
     Row,
     axis,
     chart_row,
+    estimates,
     level,
     scatter,
     styles,
     tooltip,
     with_starts,
 )
-
-_UNTRAINED = (ORIGIN, OPPONENT)
 
 # What the paper saw under a loss, by figure; it has IPO and best-of-2.
 _AT_EQUAL_KL = {
@@ -187,7 +186,9 @@ class _Study:
         """Rows of methods, each an arm and the words of a loss, that have all the metrics."""
         measured = [row for row in self.rows if all(metric in row for metric in metrics)]
         return [
-            row for row in measured if (origins if row["arm"] in _UNTRAINED else (row["arm"], row["loss"]) in methods)
+            row
+            for row in measured
+            if (origins if row["arm"] in POLICIES_BESIDE_ARMS else (row["arm"], row["loss"]) in methods)
         ]
 
     def lacking(self, loss: str, metrics: Sequence[str]) -> str:
@@ -228,7 +229,7 @@ def _quality_figure(study: _Study, loss: str) -> Figure:
 
 def _loss_figure(study: _Study, loss: str, lead: str) -> Figure:
     words, behind = loss_name(loss), loss_name(lead)
-    title = f"Figure 9: {METRICS['win_rate'].words} over KL to SFT, {words} ({behind} behind it, lighter)"
+    title = f"Figure 9: {METRICS['win_rate'].words} over KL to SFT, {words}, with {behind} in lighter marks"
     question = f"Do the arms order themselves under {words} as under {behind}?"
     claims = study.claims("9") if loss == "best_of_n" else ()
     base = Figure(f"figure_9_{file_word(loss)}", title, question, _saw(_OVER_KL, loss, "win rates"), claims)
@@ -238,7 +239,7 @@ def _loss_figure(study: _Study, loss: str, lead: str) -> Figure:
 def _loss_quality_figure(study: _Study, loss: str, lead: str) -> Figure:
     words, behind = loss_name(loss), loss_name(lead)
     title = (
-        f"As figure 9, true quality: {METRICS['rubric'].words} over KL to SFT, {words} ({behind} behind it, lighter)"
+        f"As figure 9, true quality: {METRICS['rubric'].words} over KL to SFT, {words}, with {behind} in lighter marks"
     )
     question = f"Is the golden judge exploited under {words} too?"
     base = Figure(f"figure_9_{file_word(loss)}_rubric", title, question, _saw({}, loss, "true quality"))
@@ -365,7 +366,7 @@ def _gaps_figure(study: _Study) -> Figure:
         return dataclasses.replace(base, missing="no loss has arms that share a range of KL")
     first, second = asked[0].first[0], asked[0].second[0]
     values = [
-        {"loss": loss_name(c.first[1]), "gap": 100 * gap.value, "low": 100 * gap.low, "high": 100 * gap.high}
+        {"loss": loss_name(c.first[1]), "value": 100 * gap.value, "low": 100 * gap.low, "high": 100 * gap.high}
         | {"better": c.better or "neither can be claimed"}
         for c in asked
         for gap in [c.mean_gap]
@@ -376,12 +377,7 @@ def _gaps_figure(study: _Study) -> Figure:
     colour = alt.Color("better:N", scale=scale, legend=alt.Legend(title="better"))
     chart = alt.Chart(alt.Data(values=values)).encode(alt.Y("loss:N", title=None, sort=None), colour)
     words = f"{first} minus {second}, win rate (percentage points)"
-    x = alt.X("gap:Q", title=words)
-    bars = chart.mark_rule(strokeWidth=1.5).encode(alt.X("low:Q", title=words), alt.X2("high:Q"))
-    tips = ["loss:N", *(alt.Tooltip(f"{name}:Q", format=".2f") for name in ("gap", "low", "high"))]
-    marks = chart.mark_point(filled=True, size=70).encode(x, tooltip=tips)
-    zero = alt.Chart(alt.Data(values=[{"gap": 0}])).mark_rule(strokeDash=[4, 4], color=charts.LINE)
-    drawn = alt.layer(zero.encode(alt.X("gap:Q")), bars, marks).properties(width=WIDTH, height=34 * len(values))
+    drawn = estimates(chart, words, ("loss",)).properties(width=WIDTH, height=34 * len(values))
     return dataclasses.replace(base, sentences=(findings.gaps_sentence(asked),), spec=charts.finish(drawn))
 
 

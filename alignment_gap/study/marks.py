@@ -178,6 +178,25 @@ def level(value: float) -> alt.Chart:
     return base.mark_rule(strokeDash=[4, 4], color=charts.LINE).encode(alt.Y("value:Q"))
 
 
+def estimates(chart: alt.Chart, words: str, names: Sequence[str]) -> alt.LayerChart:
+    """Marks at the fields value, low and high along x: a bar for each interval, and a dashed line at 0.
+
+    Args:
+      chart: the rows, with their places along y and their colours.
+      words: the title of x.
+      names: fields of the tooltip, before the numbers.
+    """
+    x = alt.X("value:Q", title=words)
+    bars = chart.mark_rule(strokeWidth=1.5).encode(alt.X("low:Q", title=words), alt.X2("high:Q"))
+    tips = [
+        *(f"{name}:N" for name in names),
+        *(alt.Tooltip(f"{end}:Q", format=".2f") for end in ("value", "low", "high")),
+    ]
+    marks = chart.mark_point(filled=True, size=65).encode(x, tooltip=tips)
+    zero = alt.Chart(alt.Data(values=[{"value": 0}])).mark_rule(strokeDash=[4, 4], color=charts.LINE)
+    return alt.LayerChart(layer=[zero.encode(x), bars, marks])
+
+
 def dashes(rows: Sequence[Row], field: str = "steps") -> dict[str, Any]:
     """The dashes of lines by a setting, where the rows differ in it."""
     values = _values(rows, field)

@@ -11,6 +11,7 @@ from optax import contrib
 
 from alignment_gap import checks
 from alignment_gap.errors import UserError
+from alignment_gap.models.adapters import split_axes
 from alignment_gap.sharding import of_axes
 
 NAMES = ("adafactor", "adamw", "lion", "muon", "sgd")
@@ -155,6 +156,4 @@ def _as_matrix(names: Axes) -> contrib.MuonDimensionNumbers | None:
     if not _is_matrix(names) or "vocab" in names:
         return None
     inside = [axis for axis, name in enumerate(names) if name != "layers"]
-    is_first = names[inside[0]] in ("embed", "rank")
-    rows, columns = (inside[:1], inside[1:]) if is_first else (inside[:-1], inside[-1:])
-    return contrib.MuonDimensionNumbers(tuple(rows), tuple(columns))
+    return contrib.MuonDimensionNumbers(*split_axes([names[axis] for axis in inside], inside))

@@ -39,8 +39,8 @@ class Objective(Protocol):
     ) -> tuple[Float[Array, "N *K"], dict[str, Float[Array, "N"]]]:
         """The losses [N] in nats and named diagnostics [N], of B prompts or of the B * S slots of packed rows.
 
-        A loss of single responses gives [N, K]. What is said of empty slots does not count. What is `frozen` is read
-        and not trained: the base of adapters, else nothing.
+        A loss of single responses gives [N, K]. Values at empty slots are ignored. `frozen` is read and not
+        trained: the base of adapters, or nothing.
         """
 
 

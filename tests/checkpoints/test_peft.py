@@ -123,7 +123,7 @@ def refused(folder, tmp_path, **settings):
         ({"bias": "all"}, "bias is 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is {'q_proj': 4}"),
-        ({"r": None}, "is no complete config of LoRA"),
+        ({"r": None}, "r, lora_alpha and lora_dropout must be numbers"),
     ],
 )
 def test_other_kinds_are_refused_by_their_field(values, message, base, folder, tmp_path):

@@ -209,6 +209,10 @@ def test_the_best_of_n_is_the_best_of_the_first_n_responses_by_its_judge(config,
 BAD = {
     "best of none": ({"best_of": (0, 2), "best_by": "rubric"}, r"best_of is \(0, 2\): give numbers of responses"),
     "best by nobody": ({"best_of": (2,)}, r"best_of is \(2,\) and best_by None: set both"),
+    "best of, classified": (
+        {"best_of": (2,), "best_by": "rubric", "own_labels": "rubric"},
+        "best_of is set, whose responses classify nothing: leave classified and own_labels out",
+    ),
     "best of a judge": ({"run": "JUDGE", "best_of": (2,), "best_by": "rubric"}, "is a preference model: give the run"),
     "no run": ({"run": None}, "run is not set"),
     "missing run": ({"run": "nowhere"}, "nowhere has no complete checkpoint"),

@@ -128,3 +128,14 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     assert read_lines(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert read_lines(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_value_that_was_not_finite_breaks_no_curve_and_no_table(tmp_path):
+    """metrics.jsonl has null for it, as of a step whose update was skipped."""
+    written = [{"step": 1, "loss": 2.0, "skipped": 0.0}, {"step": 2, "loss": None, "skipped": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    run = TrainingRun("online", read_lines(tmp_path), 10.0, "ipo")
+    figure = curves_figure(Figure("training", "Training"), [run], {"online": "#000000"})
+    assert "loss of the first and of the last line: 2 to nan (online); updates skipped: 1." in figure.sentences[0]
+    assert [row.get("loss") for row in figure.spec["data"]["values"]] == [2.0, None]
+    assert throughput_table([run])[0]["Steps"] == "2"

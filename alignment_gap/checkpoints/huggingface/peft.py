@@ -73,7 +73,9 @@ def open_adapters(path: Path, model: ModelConfig) -> ForeignAdapters:
     try:
         rank, alpha, dropout = int(values["r"]), float(values["lora_alpha"]), float(values.get("lora_dropout", 0.0))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / CONFIG} has no number {error}: it is no complete config of LoRA") from error
+        raise UserError(
+            f"{path / CONFIG}: r, lora_alpha and lora_dropout must be numbers ({error}): save the adapters again"
+        ) from error
     if not (path / WEIGHTS).is_file():
         raise UserError(f"{path} has no {WEIGHTS}: save the adapters again, as safetensors")
     found, modules = tensors_of(path / WEIGHTS), _modules(model)
@@ -119,7 +121,7 @@ def write(output: Path, model: ModelConfig, adapter: AdapterConfig, ours: Mappin
 
 
 def _modules(model: ModelConfig) -> dict[str, list[str]]:
-    """The modules there, one for each layer, of every projection; raises UserError where there is no such model."""
+    """Hugging Face's modules of every projection, one a layer; raises UserError where it has no such model."""
     write_config(model)
     entries = entries_of(model)
     return {

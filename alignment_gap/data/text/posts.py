@@ -275,7 +275,7 @@ def rubric(
 
 def rate(first: float, second: float, rng: np.random.Generator, settings: PostsSettings = DEFAULT_SETTINGS) -> int:
     """The response, 0 or 1, that a noisy rater prefers: Bradley-Terry on their scores over a temperature."""
-    odds = min((second - first) / settings.rater_temperature, 700.0)  # The exponential of more is no float.
+    odds = min((second - first) / settings.rater_temperature, 700.0)  # math.exp overflows above.
     return 0 if rng.random() < 1 / (1 + math.exp(odds)) else 1
 
 
