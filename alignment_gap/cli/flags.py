@@ -52,7 +52,10 @@ def parse(
         rest = values(arguments)[1:]
     except to_mend as error:
         met = "" if isinstance(error, flags.Error) else f"the config file raises {type(error).__name__}: "
-        raise UserError(met + str(error).strip().splitlines()[0]) from error
+        first, *others = str(error).strip().splitlines()
+        # What a config file raises comes as text: a traceback, whose last line is the reason.
+        reason = f" {others[-1]}" if any(line.startswith("Traceback") for line in others) else ""
+        raise UserError(met + first + reason) from error
     if len(rest) > positional:
         raise UserError(f"unexpected argument {rest[positional]!r}: flags are written --flag=value")
     return values, rest

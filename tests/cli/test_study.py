@@ -117,6 +117,7 @@ def test_a_wrong_flag_or_setting_is_one_line(arguments, message):
         ("1 +", "the config file raises SyntaxError: "),
         ("import nowhere_at_all", "raises ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("def get_config(): return {}['a']", "the config file raises KeyError: 'a'"),
+        ("def get_config(): raise ValueError('no such kind: choose one')", "ValueError: no such kind: choose one"),
         ("def get_config(): return {'a': 1}", "get_config gives a dict: return a ConfigDict"),
     ],
 )
