@@ -64,6 +64,8 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             item.add_marker(pytest.mark.xdist_group(folder(item)))
     result = yield
+    if getattr(config.option, "loadgroup", False) and not all("@" in item.nodeid for item in items):
+        raise pytest.UsageError("pytest-xdist does not group tests with this pytest: install what the lock file pins")
     # After pytest has put tests with the same parameter of a session next to each other.
     items.sort(key=lambda item: HEAVY.index(folder(item)) if folder(item) in HEAVY else len(HEAVY))
     return result

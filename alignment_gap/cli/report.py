@@ -2,9 +2,11 @@
 
 alignment-gap report --runs=runs/study_a,runs/study_b --workdir=runs/compared
 alignment-gap report --runs=runs/sft,runs/online --workdir=runs/curves
+alignment-gap report --runs=runs/seeds_0_1,runs/seeds_2_4 --pool --workdir=runs/seeds_0_4
 
-The folders are of one kind; a training job may still run. The report of one study is a job of that study:
-alignment-gap study --job=report.
+The folders are of one kind; a training job may still run. --pool writes one report over studies that differ in their
+seeds alone, as if one study had run them all. It needs the folders of their reports, not those of their jobs.
+The report of one study is a job of that study: alignment-gap study --job=report.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ def main(arguments: list[str]) -> None:
     require(values, "runs")
 
     from alignment_gap.study.compare import write_comparison
+    from alignment_gap.study.pool import write_pooled
 
-    print(f"report: {write_comparison([at(run) for run in values.runs], at(values.workdir))}")
+    write = write_pooled if values.pool else write_comparison
+    print(f"report: {write([at(run) for run in values.runs], at(values.workdir))}")
 
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("runs", None, "Folders of studies or of training jobs, with commas between.", flag_values=values)
+    flags.DEFINE_boolean("pool", False, "One report over studies that differ in their seeds.", flag_values=values)
     flags.DEFINE_string("workdir", "runs/compared", "Folder of the page.", flag_values=values)

@@ -121,8 +121,8 @@ class ArmsConfig:
       beta: regularisation of the online arms and of the golden policy.
       offline_betas: swept offline.
       offline_learning_rates: swept offline.
-      offline_steps: swept offline under the first loss, as multiples of the online steps; under the others the first
-        counts alone. Checkpoints are as many times further apart.
+      offline_steps: multiples of the online steps, for the first of `swept` under the first loss; other runs have the
+        first multiple alone. Checkpoints are as many times further apart.
     """
 
     names: tuple[str, ...] = ("online", "shuffled", "offline")

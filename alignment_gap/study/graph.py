@@ -286,7 +286,8 @@ class _Seed:
             beta = arm.beta_factor * arms.beta if has_beta else math.nan
             return [Setting(loss, beta, arms.optimizer.learning_rate)]
         betas = arms.offline_betas if has_beta else (math.nan,)
-        factors = arms.offline_steps if loss == arms.losses[0] else arms.offline_steps[:1]
+        is_first = arm.name == arms.swept[0] and loss == arms.losses[0]
+        factors = arms.offline_steps if is_first else arms.offline_steps[:1]
         swept = itertools.product(betas, arms.offline_learning_rates, factors)
         return [Setting(loss, *each) for each in swept]
 

@@ -1,4 +1,13 @@
-"""The report of a study: one HTML page that opens offline, the figures as PNG, and the numbers as CSV."""
+"""The report of a study: one HTML page that opens offline, the figures as PNG, and all that they rest on.
+
+STUDY/
+  report.html    the page
+  figures/       its figures
+  results.csv    a row for each checkpoint
+  claims.csv     a row for each claim
+  outcomes.npz   every measured number, example by example
+  facts.json     the settings, the versions, how good the judges are, the seconds of each job
+"""
 
 from __future__ import annotations
 
@@ -8,11 +17,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.configuration import flatten, from_dict, to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.intervals import Interval
 from alignment_gap.evaluation.results import csv_text, text_table
-from alignment_gap.folders import AnyPath, write_bytes
+from alignment_gap.folders import AnyPath, read_json, write_bytes, write_json
 from alignment_gap.study import analysis, curves, figures, findings
 from alignment_gap.study.analysis import METRICS, ORIGIN, CheckpointResult, Comparison, Method, loss_name
 from alignment_gap.study.arms import GOLDEN, Arm, arms_of
@@ -22,8 +31,10 @@ from alignment_gap.study.curves import TrainingRun
 from alignment_gap.study.estimates import Estimate, Evidence
 from alignment_gap.study.findings import MINUS, nats
 from alignment_gap.study.marks import Figure
+from alignment_gap.study.outcomes import write_outcomes
 from alignment_gap.study.page import render, write_page
 
+FACTS = "facts.json"
 _NONE = "\u2013"
 _OWN_FIGURES = ("figure_*.png", "equal_kl_*.png", "training_*.png")
 CLAIM_COLUMNS = (
@@ -75,7 +86,7 @@ class ReportContext:
 
 
 def write_report(folder: AnyPath, results: Sequence[CheckpointResult], context: ReportContext) -> AnyPath:
-    """Writes report.html, results.csv, claims.csv, figures/*.png; each appears complete or not at all, the page last.
+    """Writes all files of a report; each appears complete or not at all, the page last.
 
     Returns:
       The path of report.html.
@@ -93,7 +104,33 @@ def write_report(folder: AnyPath, results: Sequence[CheckpointResult], context: 
     page = _page(evidence, context, arms, comparisons, answered, drawn, training)
     write_bytes(folder / "results.csv", csv_text(table, analysis.COLUMNS).encode())
     write_bytes(folder / "claims.csv", csv_text(map(_claim_record, answered), CLAIM_COLUMNS).encode())
+    write_outcomes(folder, results)
+    _write_facts(folder, context)
     return write_page(folder, page, [*drawn, *training], stale=_OWN_FIGURES)
+
+
+def _write_facts(folder: AnyPath, context: ReportContext) -> None:
+    """Writes what the report says beside the numbers, but for what only the jobs' own folders tell."""
+    facts = {
+        "settings": to_dict(context.config),
+        "versions": dict(context.versions),
+        "judges": [dataclasses.asdict(judge) for judge in context.judges],
+        "seconds": {job: time.total_seconds() for job, time in context.wall_time.items()},
+    }
+    write_json(folder / FACTS, facts)
+
+
+def read_facts(folder: AnyPath) -> ReportContext:
+    """What `write_report` kept of its context; raises UserError where the folder has no report of a study."""
+    if not (folder / FACTS).exists():
+        raise UserError(f"{folder} has no {FACTS}: write its report anew by alignment-gap study --job=report")
+    facts = read_json(folder / FACTS, remedy="write the report anew by alignment-gap study --job=report")
+    return ReportContext(
+        config=from_dict(StudyConfig, facts["settings"]),
+        versions=facts["versions"],
+        judges=[JudgeFacts(**judge) for judge in facts["judges"]],
+        wall_time={job: datetime.timedelta(seconds=seconds) for job, seconds in facts["seconds"].items()},
+    )
 
 
 def peaks_text(results: Sequence[CheckpointResult]) -> str:

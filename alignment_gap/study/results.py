@@ -67,7 +67,7 @@ def report_context(config: StudyConfig, graph: StudyGraph) -> ReportContext:
         judges=judges,
         samples=_samples(config, graph.seeds[0]),
         wall_time={job.name: _wall_time(job) for job in graph.jobs},
-        notes=_notes(config, judges),
+        notes=notes_on(config, judges),
         diagrams=diagram_figures(graph),
         training=[run for seed in graph.seeds for run in _training_runs(graph, seed)],
     )
@@ -135,7 +135,7 @@ def _samples(config: StudyConfig, seed: SeedJobs) -> dict[str, list[dict[str, An
     return samples
 
 
-def _notes(config: StudyConfig, judges: Sequence[JudgeFacts]) -> list[str]:
+def notes_on(config: StudyConfig, judges: Sequence[JudgeFacts]) -> list[str]:
     """What the numbers can bear, from the study's own sizes and from how good its judges are."""
     prompts, pairs = config.evaluation.prompts, config.evaluation.pairs
     notes = [

@@ -407,7 +407,7 @@ def test_nothing_is_made_twice(config, every):
 
 
 def test_the_steps_of_the_sweep_are_multiples_of_the_online_steps(config):
-    graph = build(changed(config, arms={"offline_steps": (1, 5)}))
+    graph = build(changed(config, arms={"offline_steps": (1, 5), "swept": ("offline", "shuffled")}))
     jobs = jobs_of(graph)
     one, five = (jobs[f"offline-ipo-beta0.1-lr0.01{end}"].config for end in ("", "-steps5x"))
     assert (one.steps, one.checkpoint_steps) == (4, (2, 4))
@@ -415,6 +415,8 @@ def test_the_steps_of_the_sweep_are_multiples_of_the_online_steps(config):
     assert jobs["evaluation-offline-ipo-beta0.1-lr0.01-steps5x"].config.steps == (10, 20)
     runs = {(run.arm, run.steps_factor) for run in graph.seeds[0].runs}
     assert {("offline", 1), ("offline", 5), ("online", 1)} < runs and ("online", 5) not in runs
+    # The steps are an axis of the first of the swept arms alone.
+    assert ("shuffled", 1) in runs and ("shuffled", 5) not in runs
 
 
 def test_any_arm_may_be_swept(config):

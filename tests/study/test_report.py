@@ -128,7 +128,8 @@ def test_page_numbers_and_pictures_are_there(folder):
     with (folder / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["arm"], row["step"]) for row in rows] == [(r.arm, str(r.step)) for r in results()]
-    assert sorted(path.name for path in folder.iterdir()) == ["claims.csv", "figures", "report.html", "results.csv"]
+    files = ["claims.csv", "facts.json", "figures", "outcomes.npz", "report.html", "results.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == files
 
 
 def test_every_claim_is_a_row_of_a_table(folder, page):
