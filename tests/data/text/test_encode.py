@@ -145,7 +145,7 @@ def test_long_pairs_are_dropped_and_counted_or_refused_and_only_prompts_are_cut(
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), "is empty: give a file"),
         ("a.jsonl", b"\n\n", "holds no record: give a file"),
         ("a.jsonl.gz", b"plain text", "damaged gzip data after line 0"),
-        ("a.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 50)[:-12], "damaged gzip data"),
+        ("a.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 50, mtime=0)[:-12], "damaged gzip data"),
     ],
 )
 def test_an_unusable_file_is_named(tmp_path, name, content, message):
