@@ -8,13 +8,17 @@ WORKDIR ?= runs/study
 PARITY := .cache/parity-venv
 DOCS := .cache/docs-venv
 
-.PHONY: study test parity docs lint lock clean
+.PHONY: study test results parity docs lint lock clean
 
 study: $(VENV)/installed
 	$(VENV)/bin/alignment-gap study --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
 
 test: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(FLAGS)
+
+# README's table of claims, and the tables and figures in docs/results, from the measurements that are kept there.
+results: $(VENV)/installed
+	$(VENV)/bin/python docs/results/make.py
 
 # Not part of `make test`: torch (the CPU build), TRL, transformers and PEFT never meet the library's own pins.
 parity: $(PARITY)/installed

@@ -192,7 +192,7 @@ def _studies_page(studies: Sequence[StudyFolder]) -> tuple[str, list[Figure]]:
         figures,
         names=[study.name for study in studies],
         folders=[str(study.folder) for study in studies],
-        claims=_claims_table(studies),
+        claims=claims_table(studies),
         peaks=[row for study in studies for row in _peaks(study)],
         settings=_differing({study.name: study.settings for study in studies}),
         versions=[{"Package": name, "Version": version} for name, version in versions().items()],
@@ -200,7 +200,7 @@ def _studies_page(studies: Sequence[StudyFolder]) -> tuple[str, list[Figure]]:
     return page, figures
 
 
-def _claims_table(studies: Sequence[StudyFolder]) -> list[dict[str, Any]]:
+def claims_table(studies: Sequence[StudyFolder]) -> list[dict[str, Any]]:
     """A row for every claim that some study has: the paper's words, and what each of the studies says."""
     names = dict.fromkeys(name for study in studies for name in study.claims)
     rows = []

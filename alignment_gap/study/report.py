@@ -103,7 +103,7 @@ def write_report(folder: AnyPath, results: Sequence[CheckpointResult], context: 
     training = curves.stage_figures(context.training, results, arms)
     page = _page(evidence, context, arms, comparisons, answered, drawn, training)
     write_bytes(folder / "results.csv", csv_text(table, analysis.COLUMNS).encode())
-    write_bytes(folder / "claims.csv", csv_text(map(_claim_record, answered), CLAIM_COLUMNS).encode())
+    write_bytes(folder / "claims.csv", csv_text(map(claim_record, answered), CLAIM_COLUMNS).encode())
     write_outcomes(folder, results)
     _write_facts(folder, context)
     return write_page(folder, page, [*drawn, *training], stale=_OWN_FIGURES)
@@ -222,7 +222,7 @@ def _range(estimate: Estimate, holds: tuple[float, float]) -> str:
     return f"above {low}" if math.isinf(holds[1]) else f"{low} to {high}"
 
 
-def _claim_record(answer: Answer) -> dict[str, object]:
+def claim_record(answer: Answer) -> dict[str, object]:
     """A claim as a row of claims.csv, in the unit of the estimate."""
     claim, interval = answer.claim, answer.interval or Interval(math.nan, math.nan, math.nan)
     values = (

@@ -4,20 +4,23 @@ import contextlib
 import gzip
 import io
 import json
+import math
 import pathlib
 import re
 import shlex
 import sys
 
+import numpy as np
 import pytest
 from built_in import write_posts
 
 from alignment_gap.checkpoints.layout import CHECKPOINTS, PARAMS
 from alignment_gap.cli.main import main
 from alignment_gap.data.text.vocabulary_training import train_vocabulary
-from alignment_gap.study.analysis import COLUMNS, METRICS
+from alignment_gap.study.analysis import COLUMNS, METRICS, CheckpointResult
 from alignment_gap.study.arms import ARMS, Branch, arms_of
-from alignment_gap.study.report import CLAIM_COLUMNS
+from alignment_gap.study.config import StudyConfig
+from alignment_gap.study.report import CLAIM_COLUMNS, JudgeFacts, ReportContext, write_report
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
@@ -72,7 +75,7 @@ def is_whole(words):
 def test_the_jobs_of_every_study_are_listed(words, run):
     status, said = run([*words, "--list"])
     assert status == 0, said
-    assert re.search(r"^seed0-sft: (ready|waiting)$", said, flags=re.MULTILINE)
+    assert re.search(r"^seed\d-sft: (ready|waiting)$", said, flags=re.MULTILINE)
 
 
 def test_the_listing_is_that_of_the_page(run):
@@ -89,7 +92,7 @@ def test_a_report_waits_for_the_jobs(run):
 
 def test_studies_of_the_page_are_put_side_by_side(run, folder, monkeypatch):
     monkeypatch.setattr("alignment_gap.evaluation.charts.png", lambda spec, scale=2.0: b"")
-    (words,) = (words for words in COMMANDS if "report" in words)
+    words, _ = (words for words in COMMANDS if "report" in words)
     folders = next(word.removeprefix("--runs=") for word in words if word.startswith("--runs=")).split(",")
     assert {f"--workdir={each}" for each in folders} <= {word for words in COMMANDS for word in words}
     for each in folders:
@@ -97,6 +100,25 @@ def test_studies_of_the_page_are_put_side_by_side(run, folder, monkeypatch):
         (folder / each / "claims.csv").write_text(",".join(CLAIM_COLUMNS) + "\n")
         (folder / each / "results.csv").write_text(",".join(COLUMNS) + "\n")
     assert run(words) == (0, "report: runs/compared/report.html\n")
+
+
+def test_the_pieces_of_the_page_are_pooled(run, folder, monkeypatch):
+    monkeypatch.setattr("alignment_gap.evaluation.charts.png", lambda spec, scale=2.0: b"")
+    _, words = (words for words in COMMANDS if "report" in words)
+    pieces = next(word.removeprefix("--runs=") for word in words if word.startswith("--runs=")).split(",")
+    for seed, piece in enumerate(pieces):
+        assert ["--config.seeds=1", f"--workdir={piece}"] == [*COMMANDS[_of(f"--workdir={piece}")][-2:]]
+        settings = math.nan, math.nan, seed, 0
+        results = [CheckpointResult("sft", "sft", *settings, {"kl": np.zeros(4), "win_rate": np.full(4, 0.5)})]
+        judges = [JudgeFacts(seed, "golden, held-out human labels", {"the labels": 0.8})]
+        write_report(folder / piece, results, ReportContext(StudyConfig(seed=seed), judges=judges))
+    assert run(words) == (0, "report: runs/paper/report.html\n")
+    assert "seeds 0, 1, 2 checkpoints" in (folder / "runs" / "paper" / "report.html").read_text()
+
+
+def _of(word):
+    """The number of the command that has a word."""
+    return next(number for number, words in enumerate(COMMANDS) if word in words)
 
 
 def test_a_job_runs_by_its_name(run, folder):

@@ -109,10 +109,8 @@ def test_the_paper_study_has_every_arm_of_the_table_and_every_method_of_the_clai
 
 def test_the_runs_of_the_paper_study():
     runs = trained(graph_of("paper"))
-    assert {arm: count for (arm, loss), count in runs.items() if loss == "ipo" and count > 1} == {
-        "shuffled": 8,
-        "offline": 8,
-    }
+    swept = {arm: count for (arm, loss), count in runs.items() if loss == "ipo" and count > 1}
+    assert swept == {"shuffled": 4, "offline": 8}
     for loss in ("dpo", "slic", "exponential"):
         assert [runs[arm, loss] for arm in ("online", "shuffled", "offline")] == [1, 4, 4]
     assert [runs[arm, "best_of_n"] for arm in ("online", "shuffled", "offline")] == [1, 2, 2]

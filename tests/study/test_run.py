@@ -60,7 +60,8 @@ def test_trained_policies_have_left_the_origin(finished):
 
 def test_the_report_lies_beside_the_jobs(finished):
     assert {path.name for path in finished.workdir.iterdir()} == {
-        *("jobs", "figures", "report.html", "results.csv", "claims.csv", "study.json", ".lock")
+        *("jobs", "figures", "report.html", "results.csv", "claims.csv", "outcomes.npz", "facts.json"),
+        *("study.json", ".lock"),
     }
     page = (finished.workdir / "report.html").read_text()
     assert "http-equiv" in page and "<script src" not in page

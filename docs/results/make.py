@@ -1,0 +1,73 @@
+"""Makes all that follows from the measurements in docs/results, and README's table of claims.
+
+docs/results/STUDY/PIECE/   outcomes.npz and facts.json, as a study's report left them: measured once, and kept
+docs/results/STUDY/         results.csv, claims.csv, facts.json and figures/, made from the pieces
+
+python docs/results/make.py            every study that has pieces
+python docs/results/make.py paper      one of them
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+
+from alignment_gap.folders import at
+from alignment_gap.study.compare import claims_table, read_study
+from alignment_gap.study.outcomes import OUTCOMES
+from alignment_gap.study.pool import write_pooled
+
+HERE = pathlib.Path(__file__).parent
+README = HERE.parents[1] / "README.md"
+# The study whose claims README shows.
+MAIN = "paper"
+MADE = ("results.csv", "claims.csv", "facts.json", "figures")
+_BLOCK = re.compile(r"(<!-- claims: made by `make results` -->\n).*?(<!-- end of claims -->)", re.DOTALL)
+
+
+def pieces_of(study: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of a study's pieces, by name."""
+    return sorted(path.parent for path in study.glob(f"*/{OUTCOMES}"))
+
+
+def make(study: pathlib.Path) -> None:
+    """Writes a study's tables and figures from its pieces."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_pooled([at(piece) for piece in pieces_of(study)], at(folder))
+        for name in MADE:
+            made, kept = pathlib.Path(folder, name), study / name
+            if made.is_dir():
+                shutil.rmtree(kept, ignore_errors=True)
+            shutil.move(made, kept)
+
+
+def claims_markdown(study: pathlib.Path) -> str:
+    """The claims of a study as a table in Markdown: those that it measured, by the paper's figures."""
+    lines = ["| The paper | figure | here | measured, with its 95 % interval | seeds |", "|---|---|---|---|---|"]
+    for row in claims_table([read_study(study.name, at(study))]):
+        (cell,) = row["cells"]
+        if cell["seeds"] != "0":
+            number = " ".join(filter(None, (cell["value"], cell["interval"] and f"({cell['interval']})")))
+            words = (row["paper"], row["figure"], cell["verdict"], number, cell["seeds"])
+            lines.append(f"| {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def with_claims(text: str, study: pathlib.Path) -> str:
+    """A page with the study's table of claims between its two marks."""
+    return _BLOCK.sub(lambda found: f"{found[1]}\n{claims_markdown(study)}\n\n{found[2]}", text)
+
+
+def main(names: Iterable[str]) -> None:
+    """Makes the studies of these names, and README."""
+    for study in (HERE / name for name in names):
+        make(study)
+    README.write_text(with_claims(README.read_text(encoding="utf-8"), HERE / MAIN), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or sorted({path.parents[1].name for path in HERE.glob(f"*/*/{OUTCOMES}")}))
