@@ -94,7 +94,8 @@ def agreed(
 ) -> Outcomes:
     """How often a judge prefers what the labels prefer, as accuracy, and what others do, as agreement.OTHER.
 
-    A tie of one of the two counts half; a pair that a judge gave no answer for is nan. `labels` says what the scores of the pairs are, as `Judge.kind` does.
+    A tie of one of the two counts half; a pair that a judge gave no answer for is nan. `labels` says what the scores of
+    the pairs are, as `Judge.kind` does.
     """
     texts = (pairs.prompts, pairs.prompt_lengths, pairs.responses, pairs.response_lengths)
 

@@ -39,8 +39,8 @@ def _on_host(rewards: Rewards, name: str, mesh: LogicalMesh) -> Scores:
         asked = (len(responses), texts[-1].shape[1])
         if found.shape != asked:
             raise UserError(
-                f"the judge {name} gave rewards of shape {found.shape} for {asked[0]} prompts with {asked[1]} responses "
-                "each: it must give one number for each response"
+                f"the judge {name} gave rewards of shape {found.shape} for {asked[0]} prompts with {asked[1]} "
+                "responses each: it must give one number for each response"
             )
         if not np.isfinite(found).all():
             raise UserError(f"the judge {name} gave {found[~np.isfinite(found)][0]}: rewards must be finite")

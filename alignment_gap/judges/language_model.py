@@ -53,8 +53,8 @@ Which of two responses answers the prompt better?
 {second}
 [END OF RESPONSE B]
 
-Judge by how correct, helpful and clear each response is. Their order and their lengths do not matter. Give your reason \
-in at most two sentences. Then end with a line that is exactly "A", "B" or "tie"."""
+Judge by how correct, helpful and clear each response is. Their order and their lengths do not matter. Give your \
+reason in at most two sentences. Then end with a line that is exactly "A", "B" or "tie"."""
 _REMINDER = 'The last line of your answer has to be exactly "A", "B" or "tie". Answer with this line alone.'
 # What the last line of an answer says of the response that came first.
 _VERDICTS = {"A": 1.0, "B": 0.0, "tie": 0.5}
@@ -154,7 +154,7 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judg
 
 
 def mean_preferences(preferences: Float[np.ndarray, "N K K"]) -> Float[np.ndarray, "N K"]:
-    """The mean preference for each response over the others, float32; nan for all of a prompt with a pair that has none.
+    """The mean preference for each response over the others, float32; nan for a prompt with a pair that has none.
 
     Raises:
       UserError: there is one response a prompt, which no other is compared with.
@@ -288,7 +288,7 @@ def _write(path: AnyPath, record: Mapping[str, Any]) -> None:
 
 
 def _counts(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """What the answers to some questions took, whenever they were asked: a run that goes on counts what it found too."""
+    """What the answers to some questions took, whenever they were asked: a run that goes on counts the same."""
     counts = dict.fromkeys(_COUNTS, 0.0)
     for record in records:
         answers = record["answers"]

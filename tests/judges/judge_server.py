@@ -1,4 +1,4 @@
-"""A real server that speaks as OpenAI-compatible endpoints do, and fails, stalls and talks nonsense as it is told to."""
+"""A real server that speaks as OpenAI-compatible endpoints do, and fails, stalls and talks nonsense as it is told."""
 
 import contextlib
 import http.server

@@ -121,7 +121,7 @@ def test_a_key_that_is_refused_is_not_told(server, opened):
     with pytest.raises(UserError, match=r"refuses the key in OPENAI_API_KEY \(status 401: .*\*\*\*\): set OPENAI") as e:
         opened().ask(QUESTION)
     assert SECRET not in str(e.value) and len(server.asked) == 1
-    with pytest.raises(UserError, match="refuses a request without a key .* set NO_SUCH_KEY to a key"):
+    with pytest.raises(UserError, match=r"refuses a request without a key .* set NO_SUCH_KEY to a key"):
         opened(key_variable="NO_SUCH_KEY").ask(QUESTION)
 
 

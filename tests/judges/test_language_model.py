@@ -347,7 +347,7 @@ def test_files_that_hold_no_settings(tmp_path, posts, mesh):
 
 def test_one_that_never_gives_a_verdict_is_told_by_the_trial(server, posts, mesh, settings):
     server.answer = lambda messages: "As a language model\nI like both."
-    with pytest.raises(UserError, match="gives no verdict .*'As a language model I like both.' to a trial") as error:
+    with pytest.raises(UserError, match=r"gives no verdict .*'As a language model I like both.' to a trial") as error:
         open_judge(JudgeConfig(settings(retries=1)), posts, mesh)
     assert "\n" not in str(error.value) and len(server.asked) == 2
 
