@@ -19,7 +19,7 @@ from alignment_gap.jobs.config import OnlineConfig, SourceConfig
 from alignment_gap.jobs.reading import Reading, on_devices
 from alignment_gap.jobs.served import reads_mismatched
 from alignment_gap.judges import PROBABILITIES, REWARDS, Judge
-from alignment_gap.sampling import Draw, against_each_other, against_opponent, online_source
+from alignment_gap.sampling import Begin, Draw, against_each_other, against_opponent, online_source
 from alignment_gap.sharding import is_first_process, on_first_process, put_replicated
 from alignment_gap.training import Source, Times, TrainState, with_fresh, with_mismatched, with_reference
 
@@ -116,9 +116,8 @@ def _open(
     draw = times.of_devices("sampling", _drawing(assembly, inputs, source, shape.response))
     if inputs.judge is None:
         return online_source(ahead, draw, None, source.keep, mesh)
-    begin, scores = inputs.judge.begin, inputs.judge.scores
-    if begin is not None:
-        scores = lambda *texts: times.of_host("judging", begin(*texts))  # noqa: E731
+    begin = inputs.judge.begin
+    scores = inputs.judge.scores if begin is None else _timed(begin, times)
     score = against_each_other(scores)
     if source.against == "mixture":
         opponent = _drawing(assembly, inputs, source, shape.response, opponents=True)
@@ -132,6 +131,11 @@ def _open(
         return step + 1 < steps and (every == 0 or (step + 1) % every != 0)
 
     return online_source(ahead, draw, score, source.keep, mesh, keeps_sampler)
+
+
+def _timed(begin: Begin, times: Times) -> Begin:
+    """A judge that other machines compute: the time that its scores are waited for counts, in every step."""
+    return lambda *texts: times.of_host("judging", begin(*texts))
 
 
 def _drawing(

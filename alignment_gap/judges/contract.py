@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from alignment_gap import checks
 from alignment_gap.errors import UserError
-from alignment_gap.sampling import Scores
+from alignment_gap.sampling import Begin, Scores
 
 LABELS = ("hard", "soft", "rewards")
 PROBABILITIES, REWARDS = "probabilities", "rewards"
@@ -56,7 +56,7 @@ class Judge(NamedTuple):
     scores: Scores
     kind: str
     facts: Mapping[str, str]
-    begin: Callable[..., Callable[[], Float[Array, "B K"]]] | None = None
+    begin: Begin | None = None
     counts: Callable[[], Mapping[str, float]] = dict
 
 

@@ -36,7 +36,8 @@ from alignment_gap.judges.host import own_texts
 from alignment_gap.sharding import LogicalMesh, on_every_process, put_batch, to_host
 from alignment_gap.storage import Url, cache_folder
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 TEMPLATE = """\
 Which of two responses answers the prompt better?
