@@ -145,8 +145,8 @@ class Endpoint:
             except _Passing as failure:
                 if failures == self._config.retries or (failure.pause or 0) > _LONGEST_PAUSE:
                     raise StorageError(
-                        f"{self._address} failed {failures + 1} times, at last with {failure}: run the same command "
-                        "again when it answers; what was answered is not asked again",
+                        f"{self._address} does not answer (tries: {failures + 1}, at last {failure}): run the same "
+                        "command again when it does; what was answered is not asked again",
                         1,
                     ) from None
                 if failure.pause is None:

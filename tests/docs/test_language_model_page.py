@@ -63,7 +63,7 @@ def test_an_endpoint_that_is_down_is_one_line(server, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as ended:
         main()
     line = capsys.readouterr().err
-    assert ended.value.code == 1 and line.count("\n") == 1 and "failed 1 times, at last with Connection refused" in line
+    assert ended.value.code == 1 and line.count("\n") == 1 and "(tries: 1, at last Connection refused)" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -106,7 +106,7 @@ def test_generated_responses_are_labelled_and_told_too(pairs, sft, name, server,
     ("fault", "error", "message"),
     [
         ((401, {}, SECRET), UserError, "refuses the key in OPENAI_API_KEY"),
-        ((503, {}, SECRET), StorageError, r"failed 3 times, at last with status 503: \*\*\*: run the same command"),
+        ((503, {}, SECRET), StorageError, r"tries: 3, at last status 503: \*\*\*\): run the same command"),
     ],
 )
 def test_an_endpoint_that_cannot_be_asked_is_told_before_anything_is_written(
@@ -120,7 +120,7 @@ def test_an_endpoint_that_cannot_be_asked_is_told_before_anything_is_written(
 
 def test_an_endpoint_that_goes_down_leaves_the_line_in_the_folder(pairs, name, server, tmp_path):
     server.faults = [OK, *[(502, {}, SECRET)] * 96 * 3]
-    with pytest.raises(StorageError, match="failed 3 times"):
+    with pytest.raises(StorageError, match="tries: 3, at last status 502"):
         labelled(LabelConfig(str(pairs), JudgeConfig(name)), tmp_path / "out")
     failed = (tmp_path / "out" / "failed.json").read_text()
     assert "status 502: ***" in failed and SECRET not in failed
