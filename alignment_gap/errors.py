@@ -22,7 +22,7 @@ class Interrupted(Exception):
 
 
 class StorageError(Exception):
-    """A bucket that refuses or does not answer: shown as one line, without a traceback.
+    """A bucket, or a judge over HTTP, that refuses or does not answer: shown as one line, without a traceback.
 
     Args:
       line: says where, what is wrong, and the remedy.

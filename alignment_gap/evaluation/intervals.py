@@ -97,7 +97,7 @@ def resampled_means(
     draws, whatever the part: a resampled example is in a part with all its copies or not at all.
 
     Args:
-      outcomes: one row per thing measured, one column per example.
+      outcomes: one row per thing measured, one column per example; nan where it was not measured on this example.
       seed: of the draws.
       resamples: bootstrap samples drawn.
       part: the examples that count, all by default. Where a sample has none of them (a part of a few examples), the
@@ -110,7 +110,8 @@ def resampled_means(
     if part is not None and part.any():
         outcomes, counts = outcomes[:, part], counts[:, part]
     counts = np.where(counts.any(axis=1, keepdims=True), counts, 1.0)
-    return counts @ outcomes.T / counts.sum(axis=1, keepdims=True)
+    measured = ~np.isnan(outcomes)
+    return counts @ np.where(measured, outcomes, 0.0).T / (counts @ measured.T)
 
 
 @functools.lru_cache(maxsize=16)

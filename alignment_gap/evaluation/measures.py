@@ -27,13 +27,19 @@ def judged(
     responses: Responses,
     opponents: Mapping[str, Responses],
 ) -> Outcomes:
-    """How judges like responses: rewards as reward.JUDGE, preferences over opponents' as win_rate.JUDGE.OPPONENT."""
+    """How judges like responses: rewards as reward.JUDGE, preferences over opponents' as win_rate.JUDGE.OPPONENT.
+
+    A win rate is nan for a prompt that the judge gave no answer for. given_up.JUDGE.OPPONENT is 1 there, and is left
+    out where there is no such prompt.
+    """
     asked = (prompts.prompts, prompts.prompt_lengths)
     outcomes = {}
     for name, judge in judges.items():
         for other, theirs in opponents.items():
             scores = batching.run(judge.scores, (*asked, *_side_by_side(responses, theirs)))
             outcomes[f"win_rate.{name}.{other}"] = preferences(scores, judge.kind)
+            if (unanswered := np.isnan(scores).any(axis=1)).any():
+                outcomes[f"given_up.{name}.{other}"] = unanswered.astype(np.float64)
             if judge.kind == REWARDS:
                 outcomes[f"reward.{name}"] = scores[:, 0].astype(np.float64)
         if judge.kind == REWARDS and not opponents:
@@ -70,13 +76,17 @@ def classified_own(
     prompts: PreferenceBatch,
     samples: tuple[Responses, Responses],
 ) -> Outcomes:
-    """How a policy classifies pairs of its own samples by a judge's labels, for the first prompts, as accuracy.own."""
+    """How a policy classifies pairs of its own samples by a judge's labels, for the first prompts, as accuracy.own.
+
+    It is nan for a pair that the judge gave no answer for.
+    """
     count = len(samples[0][0])
     asked = prompts.prompts[:count], prompts.prompt_lengths[:count]
     answered: tuple[Any, Any] = _side_by_side(*samples)
     scores = batching.run(judge.scores, (*asked, *answered))
     pairs = PreferenceBatch(prompts.prompt_ids[:count], *asked, *answered, scores=scores)
-    return {"accuracy.own": classified(policy, params, reference, batching, pairs)["accuracy"]}
+    accuracy = classified(policy, params, reference, batching, pairs)["accuracy"]
+    return {"accuracy.own": np.where(np.isnan(scores).any(axis=1), np.nan, accuracy)}
 
 
 def agreed(
@@ -84,7 +94,8 @@ def agreed(
 ) -> Outcomes:
     """How often a judge prefers what the labels prefer, as accuracy, and what others do, as agreement.OTHER.
 
-    A tie of one of the two counts half. `labels` says what the scores of the pairs are, as `Judge.kind` does.
+    A tie of one of the two counts half; a pair that a judge gave no answer for is nan. `labels` says what the scores of
+    the pairs are, as `Judge.kind` does.
     """
     texts = (pairs.prompts, pairs.prompt_lengths, pairs.responses, pairs.response_lengths)
 

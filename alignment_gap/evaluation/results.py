@@ -16,10 +16,14 @@ Outcomes = Mapping[str, np.ndarray]
 
 
 def means(outcomes: Outcomes, metrics: Sequence[str], seed: int = 0) -> dict[str, float]:
-    """The mean of each metric with the ends of its interval as METRIC_low and METRIC_high; nan if not measured."""
+    """The mean of each metric with the ends of its interval as METRIC_low and METRIC_high; nan if not measured.
+
+    Examples whose value is nan, which a judge gave no answer for, are left out.
+    """
     row: dict[str, float] = {}
     for metric in metrics:
-        interval = mean_interval(outcomes.get(metric, np.array([])), seed=seed)
+        values = outcomes.get(metric, np.array([]))
+        interval = mean_interval(values[~np.isnan(values)], seed=seed)
         row |= {metric: interval.value, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
     return row
 

@@ -300,7 +300,13 @@ def _measure_best_of_n(
         best = np.zeros(len(tokens), np.int64)
         if number > 1:
             texts = (asked.prompts.prompts, asked.prompts.prompt_lengths, tokens, lengths)
-            best = np.argmax(batching.run(chooser.scores, texts), axis=1)
+            scores = batching.run(chooser.scores, texts)
+            if count := int(np.isnan(scores).any(axis=1).sum()):
+                raise UserError(
+                    f"best_by is {config.best_by}, which chose none of {number} responses to {count} of the prompts: "
+                    "raise its retries, or set best_by to another judge"
+                )
+            best = np.argmax(scores, axis=1)
         rows = np.arange(len(tokens))
         kl = np.full(config.kl_prompts, math.log(number) - (number - 1) / number)
         return asked.outcomes((tokens[rows, best], lengths[rows, best])) | {"kl": kl}

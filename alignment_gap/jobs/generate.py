@@ -24,8 +24,8 @@ from alignment_gap.folders import AnyPath, at
 from alignment_gap.jobs.compose import distinct_prompts
 from alignment_gap.jobs.config import POLICY
 from alignment_gap.jobs.folder import MESH, Kind, Opened
-from alignment_gap.jobs.label import label, open_checked
-from alignment_gap.jobs.parts import dataset_summary, write_parts
+from alignment_gap.jobs.label import accounted, label, labels_summary, open_checked
+from alignment_gap.jobs.parts import write_parts
 from alignment_gap.judges import Judge, JudgeConfig, open_judge
 from alignment_gap.models import Policy
 from alignment_gap.progress import OpenBar
@@ -111,7 +111,7 @@ def open_generation(config: GenerateConfig) -> Opened:
     def run(folder: AnyPath, open_bar: OpenBar) -> None:
         def make(start: int, stop: int) -> Iterator[Example]:
             sampled = sample_examples((dataset[int(i)] for i in numbers[start:stop]), draws, batching)
-            return label(sampled, judge, batching) if judge else sampled
+            return accounted(label(sampled, judge, batching), judge, folder, start) if judge else sampled
 
         write_parts(
             folder,
@@ -197,7 +197,7 @@ GENERATE = Kind(
     command="data generate",
     config=GenerateConfig,
     open=open_generation,
-    summary=dataset_summary,
+    summary=labels_summary,
     short={"judge.judge": "judge", "sampler.": ""},
     may_change=lambda folder: ("batch_size", "vocabulary", *MESH),
     repairs=True,

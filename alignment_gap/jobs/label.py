@@ -1,4 +1,9 @@
-"""Labels of a judge for a dataset: the same prompts and responses with its scores."""
+"""Labels of a judge for a dataset: the same prompts and responses with its scores.
+
+FOLDER/
+  card.json, *.array_record   the dataset; see `data.records.dataset`
+  judge.json                  what a judge that counts was asked for each part, and what that took
+"""
 
 from __future__ import annotations
 
@@ -13,12 +18,14 @@ from alignment_gap.data.batches import PreferenceBatch, choose_buckets
 from alignment_gap.data.records import Dataset, Example, lengths_of, open_dataset, verify_dataset
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
-from alignment_gap.folders import AnyPath
+from alignment_gap.folders import AnyPath, read_json, write_json
 from alignment_gap.jobs.folder import MESH, Kind, Opened
 from alignment_gap.jobs.parts import dataset_summary, write_parts
 from alignment_gap.judges import Judge, JudgeConfig, open_judge
 from alignment_gap.progress import OpenBar
-from alignment_gap.sharding import MeshConfig, make_mesh, on_every_process
+from alignment_gap.sharding import MeshConfig, make_mesh, on_every_process, on_first_process
+
+ACCOUNT = "judge.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +63,8 @@ def open_labelling(config: LabelConfig) -> Opened:
 
     def run(folder: AnyPath, open_bar: OpenBar) -> None:
         def make(start: int, stop: int) -> Iterator[Example]:
-            return label(itertools.islice(dataset, start, stop), judge, batching)
+            labelled = label(itertools.islice(dataset, start, stop), judge, batching)
+            return accounted(labelled, judge, folder, start)
 
         inputs = {"pairs": dataset}
         write_parts(
@@ -87,14 +95,38 @@ def open_checked(folder: str | None, setting: str) -> Dataset:
 
 
 def label(examples: Iterable[Example], judge: Judge, batching: Batching) -> Iterator[Example]:
-    """The examples with a judge's scores."""
+    """The examples with a judge's scores; those that it gave no answer for are left out."""
 
     def scores(batch: PreferenceBatch) -> list[np.ndarray]:
         arrays = (batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths)
         return list(np.asarray(batching.run(judge.scores, arrays), np.float32))
 
     for example, row in batching.each(examples, scores):
-        yield dataclasses.replace(example, scores=row)
+        if not np.isnan(row).any():
+            yield dataclasses.replace(example, scores=row)
+
+
+def accounted(examples: Iterable[Example], judge: Judge, folder: AnyPath, start: int) -> Iterator[Example]:
+    """The examples of the part that begins at `start`; then adds what their labels took to the folder's account."""
+    yield from examples
+    if counts := judge.counts():
+        path = folder / ACCOUNT
+        on_first_process(lambda: write_json(path, _account(folder) | {f"{start:09d}": counts}))
+
+
+def _account(folder: AnyPath) -> dict[str, dict[str, float]]:
+    path = folder / ACCOUNT
+    return read_json(path, remedy="remove it") if path.exists() else {}
+
+
+def labels_summary(folder: AnyPath) -> str:
+    """What a finished dataset holds, and what its labels took."""
+    parts = _account(folder).values()
+    if not parts:
+        return dataset_summary(folder)
+    total = {name: sum(part[name] for part in parts) for name in next(iter(parts)) if name.startswith("judge_")}
+    told = ", ".join(f"{value:,.10g} {name.removeprefix('judge_').replace('_', ' ')}" for name, value in total.items())
+    return f"{dataset_summary(folder)}\njudge: {told}"
 
 
 LABEL = Kind(
@@ -102,7 +134,7 @@ LABEL = Kind(
     command="data label",
     config=LabelConfig,
     open=open_labelling,
-    summary=dataset_summary,
+    summary=labels_summary,
     short={"judge.judge": "judge"},
     may_change=lambda folder: ("batch_size", *MESH),
     repairs=True,

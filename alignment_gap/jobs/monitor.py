@@ -65,6 +65,7 @@ def open_monitor(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> Monitor
         hang_after=config.hang_after,
         least_seconds=_least_seconds(assembly),
         learning_rate=make_schedule(assembly.config.optimizer, assembly.config.steps),
+        counts=inputs.judge.counts if inputs.judge else dict,
     )
 
 

@@ -19,7 +19,7 @@ from alignment_gap.jobs.config import OnlineConfig, SourceConfig
 from alignment_gap.jobs.reading import Reading, on_devices
 from alignment_gap.jobs.served import reads_mismatched
 from alignment_gap.judges import PROBABILITIES, REWARDS, Judge
-from alignment_gap.sampling import Draw, against_each_other, against_opponent, online_source
+from alignment_gap.sampling import Begin, Draw, against_each_other, against_opponent, online_source
 from alignment_gap.sharding import is_first_process, on_first_process, put_replicated
 from alignment_gap.training import Source, Times, TrainState, with_fresh, with_mismatched, with_reference
 
@@ -114,14 +114,28 @@ def _open(
         return lambda step, state: ahead(step)
     shape = assembly.facts.fresh if source is config.fresh and assembly.facts.fresh else assembly.facts.batch
     draw = times.of_devices("sampling", _drawing(assembly, inputs, source, shape.response))
-    score = None
-    if inputs.judge is not None and source.against == "mixture":
+    if inputs.judge is None:
+        return online_source(ahead, draw, None, source.keep, mesh)
+    begin = inputs.judge.begin
+    scores = inputs.judge.scores if begin is None else _timed(begin, times)
+    score = against_each_other(scores)
+    if source.against == "mixture":
         opponent = _drawing(assembly, inputs, source, shape.response, opponents=True)
-        score = against_opponent(inputs.judge.scores, opponent, mesh)
-    elif inputs.judge is not None:
-        score = against_each_other(inputs.judge.scores)
-    score = score and times.of_devices("judging", score)
-    return online_source(ahead, draw, score, source.keep, mesh)
+        score = against_opponent(scores, opponent, mesh)
+    if begin is None:
+        return online_source(ahead, draw, times.of_devices("judging", score), source.keep, mesh)
+
+    def keeps_sampler(step: int) -> bool:
+        """Whether the next step's samples come from the parameters of this one's: they can be judged meanwhile."""
+        every = source.refresh_every
+        return step + 1 < steps and (every == 0 or (step + 1) % every != 0)
+
+    return online_source(ahead, draw, score, source.keep, mesh, keeps_sampler)
+
+
+def _timed(begin: Begin, times: Times) -> Begin:
+    """A judge that other machines compute: the time that its scores are waited for counts, in every step."""
+    return lambda *texts: times.of_host("judging", begin(*texts))
 
 
 def _drawing(
@@ -217,6 +231,7 @@ def close_record(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> None:
     assert reading is not None and online is not None
     roles = ["prompts"] if len(reading.datasets) == 1 else [f"prompts {i}" for i in range(len(reading.datasets))]
     facts = {"loss": config.loss.name, "samples": online.samples, "keep": online.keep, "seed": config.seed}
+    facts |= {"refresh_every": online.refresh_every}
     facts |= inputs.judge.facts if inputs.judge else {}
     close_dataset(
         folder / RECORD,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 
 from alignment_gap.data.records import Dataset
 from alignment_gap.errors import UserError
-from alignment_gap.judges import function, preference_model, rubric
+from alignment_gap.judges import function, language_model, preference_model, rubric
 from alignment_gap.judges.contract import LABELS, PROBABILITIES, REWARDS, Judge, JudgeConfig
 from alignment_gap.sharding import LogicalMesh
 from alignment_gap.training import Bases
 
 # The first that accepts a judge's name opens it.
-_KINDS = (rubric, function, preference_model)
+_KINDS = (rubric, function, language_model, preference_model)
 
 
 def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh, bases: Bases = MappingProxyType({})) -> Judge:
@@ -22,8 +22,10 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh, bases: 
     """
     name = config.judge
     if name is None:
-        raise UserError("there is no judge: give the folder of a preference model, rubric, or module:function")
-    kind = next(kind for kind in _KINDS if kind.accepts(name))
+        raise UserError(
+            "there is no judge: give the folder of a preference model, rubric, module:function or URL#MODEL"
+        )
+    kind = _kind(name)
     if kind is preference_model:
         return preference_model.open_judge(config, dataset, mesh, bases)
     return kind.open_judge(config, dataset, mesh)
@@ -31,13 +33,31 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh, bases: 
 
 def is_model(name: str) -> bool:
     """Whether a judge is a network on the devices, and not asked on the host."""
-    return next(kind for kind in _KINDS if kind.accepts(name)) is preference_model
+    return _kind(name) is preference_model
 
 
 def by_itself(name: str) -> JudgeConfig:
     """The judge of a name with what it gives by itself: rewards where it has them, else hard preferences."""
-    kind = next(kind for kind in _KINDS if kind.accepts(name))
-    return JudgeConfig(name, labels=kind.own_labels(name))
+    return JudgeConfig(name, labels=_kind(name).own_labels(name))
 
 
-__all__ = ["LABELS", "PROBABILITIES", "REWARDS", "Judge", "JudgeConfig", "by_itself", "is_model", "open_judge"]
+def check_judge(name: str) -> None:
+    """Raises UserError where there is no judge of this name, as far as can be told without asking it."""
+    _kind(name).check(name)
+
+
+def _kind(name: str) -> ModuleType:
+    return next(kind for kind in _KINDS if kind.accepts(name))
+
+
+__all__ = [
+    "LABELS",
+    "PROBABILITIES",
+    "REWARDS",
+    "Judge",
+    "JudgeConfig",
+    "by_itself",
+    "check_judge",
+    "is_model",
+    "open_judge",
+]

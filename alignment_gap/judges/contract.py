@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from alignment_gap import checks
 from alignment_gap.errors import UserError
-from alignment_gap.sampling import Scores
+from alignment_gap.sampling import Begin, Scores
 
 LABELS = ("hard", "soft", "rewards")
 PROBABILITIES, REWARDS = "probabilities", "rewards"
@@ -23,7 +23,8 @@ class JudgeConfig:
     """Who says which response is better.
 
     Attributes:
-      judge: the folder of a preference model's run, "rubric" (true quality in the built-in task), or "module:function".
+      judge: the folder of a preference model's run, "rubric" (true quality in the built-in task), "module:function", or
+        a language model: URL#MODEL, or a .json file with its settings.
       step: which checkpoint of the run; None for the last.
       labels: "hard" (a pair has a winner, or a tie), "soft" (probabilities) or "rewards" (a number for each response).
     """
@@ -46,11 +47,17 @@ class Judge(NamedTuple):
         arrays are on the devices, laid out as batches are.
       kind: what the scores are: "probabilities", each the mean preference for a response over the others; or "rewards".
       facts: what the judge is, as JSON values: for the card of what it labels.
+      begin: as `scores`, for a judge that other machines compute: begins to ask, and returns what waits for the scores.
+        The scores of a prompt are nan where it gave no answer. None for a judge that always answers at once.
+      counts: what was asked and what it took since the last call, over all processes, by the names of metrics. Every
+        process calls it.
     """
 
     scores: Scores
     kind: str
     facts: Mapping[str, str]
+    begin: Begin | None = None
+    counts: Callable[[], Mapping[str, float]] = dict
 
 
 @jax.jit

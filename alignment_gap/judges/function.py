@@ -36,6 +36,11 @@ def own_labels(name: str) -> str:
     return REWARDS
 
 
+def check(name: str) -> None:
+    """Raises UserError where there is no such callable."""
+    load_named(name, "judge")
+
+
 def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judge:
     """The judge of a callable, whose parameters say what it reads.
 

@@ -32,25 +32,28 @@ def host_judge(rewards: Rewards, config: JudgeConfig, mesh: LogicalMesh, facts: 
 
 
 def _on_host(rewards: Rewards, name: str, mesh: LogicalMesh) -> Scores:
-    def scores(prompts: Array, prompt_lengths: Array, responses: Array, lengths: Array) -> Float[Array, "B K"]:
-        rows = own_rows((prompts, prompt_lengths, responses, lengths))
+    def scores(*texts: Array) -> Float[Array, "B K"]:
+        prompts, responses = own_texts(*texts)
         with jax.transfer_guard("allow"):  # It may compute with jax itself.
-            found = np.asarray(rewards(*_texts(*rows)), np.float32)
-        if found.shape != rows[3].shape:
+            found = np.asarray(rewards(prompts, responses), np.float32)
+        asked = (len(responses), texts[-1].shape[1])
+        if found.shape != asked:
             raise UserError(
-                f"the judge {name} gave rewards of shape {found.shape} for {rows[3].shape[0]} prompts with "
-                f"{rows[3].shape[1]} responses each: it must give one number for each response"
+                f"the judge {name} gave rewards of shape {found.shape} for {asked[0]} prompts with {asked[1]} "
+                "responses each: it must give one number for each response"
             )
         if not np.isfinite(found).all():
             raise UserError(f"the judge {name} gave {found[~np.isfinite(found)][0]}: rewards must be finite")
-        return put_batch(found, mesh, len(prompts))
+        return put_batch(found, mesh, len(texts[0]))
 
     return scores
 
 
-def _texts(
-    prompts: np.ndarray, prompt_lengths: np.ndarray, responses: np.ndarray, lengths: np.ndarray
+def own_texts(
+    prompts: Array, prompt_lengths: Array, responses: Array, lengths: Array
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """The prompts and their responses that this process holds of a batch, as token ids without padding."""
+    prompts, prompt_lengths, responses, lengths = own_rows((prompts, prompt_lengths, responses, lengths))
     questions = [row[:length].tolist() for row, length in zip(prompts, prompt_lengths, strict=True)]
     answers = [
         [row[:length].tolist() for row, length in zip(*each, strict=True)]

@@ -31,6 +31,11 @@ def own_labels(name: str) -> str:
     return REWARDS if network.kind == "bradley_terry" else "hard"
 
 
+def check(name: str) -> None:
+    """Raises UserError where the folder holds no preference model."""
+    judge_network(JudgeConfig(name))
+
+
 def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh, bases: Bases) -> Judge:
     """The judge of a run's folder.
 

@@ -2,6 +2,7 @@
 
 from alignment_gap.sampling.online import (
     KEEP,
+    Begin,
     Draw,
     Score,
     Scores,
@@ -14,6 +15,7 @@ from alignment_gap.sampling.sampler import Mixture, SamplerConfig, Samples, draw
 
 __all__ = [
     "KEEP",
+    "Begin",
     "Draw",
     "Mixture",
     "SamplerConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +20,10 @@ from alignment_gap.sharding import LogicalMesh, batch_sharding, within
 Scores = Callable[[Array, Array, Array, Array], Float[Array, "B K"]]
 # (state, the prompts of a step) -> samples.
 Draw = Callable[[Any, PreferenceBatch], Samples]
-# (state, the prompts of a step, the samples) -> scores [B, K].
-Score = Callable[[Any, PreferenceBatch, Samples], Float[Array, "B K"]]
+# Of a judge that other machines compute: begins to ask for the scores of responses, and gives what waits for them.
+Begin = Callable[..., Callable[[], Float[Array, "B K"]]]
+# (state, the prompts of a step, the samples) -> scores [B, K], or what waits for them.
+Score = Callable[[Any, PreferenceBatch, Samples], Float[Array, "B K"] | Callable[[], Float[Array, "B K"]]]
 
 # What is made of the K samples of a prompt: all of them, the two of highest and lowest score, or the best alone.
 KEEP = ("all", "best_and_worst", "best")
@@ -67,57 +70,70 @@ def make_generate(
 
 
 def online_source(
-    prompts: Callable[[int], PreferenceBatch], draw: Draw, score: Score | None, keep: str, mesh: LogicalMesh
+    prompts: Callable[[int], PreferenceBatch],
+    draw: Draw,
+    score: Score | None,
+    keep: str,
+    mesh: LogicalMesh,
+    ahead: Callable[[int], bool] = lambda step: False,
 ) -> Callable[[int, Any], PreferenceBatch]:
     """Batches of fresh samples: a source for the same update step that offline batches feed.
 
     Args:
       prompts: the prompts of a step, in the form of a batch; its responses and scores are ignored.
       draw: K samples for each prompt.
-      score: of the samples; None scores all of them 0.5.
+      score: of the samples; None scores all of them 0.5. Where it gives what waits for the scores, a prompt whose
+        scores are nan is left out: another prompt of the batch, with its samples and scores, takes its place.
       keep: one of `KEEP`.
       mesh: the device mesh.
+      ahead: whether the next step's samples are drawn before the scores of this one are waited for. They have to be the
+        samples that `draw` would give then.
 
     Returns:
       `(step, state) -> batch`, with the log-probs of the distribution that the tokens were drawn from.
     """
-    select = _make_select(keep, mesh)
+    select, fill = _make_select(keep, mesh), _make_fill(mesh)
+    begun: dict[int, tuple[PreferenceBatch, Samples, Any]] = {}
 
-    def source(step: int, state: Any) -> PreferenceBatch:
+    def begin(step: int, state: Any) -> tuple[PreferenceBatch, Samples, Any]:
         batch = prompts(step)
         drawn = draw(state, batch)
-        scores = None if score is None else score(state, batch, drawn)
+        return batch, drawn, None if score is None else score(state, batch, drawn)
+
+    def source(step: int, state: Any) -> PreferenceBatch:
+        batch, drawn, scores = begun.pop(step) if step in begun else begin(step, state)
+        if ahead(step):
+            begun[step + 1] = begin(step + 1, dataclasses.replace(state, step=_following(state.step)))
+        texts = (batch.prompt_ids, batch.prompts, batch.prompt_lengths)
+        if callable(scores):
+            scores = scores()
+            texts, drawn, scores = fill((texts, drawn, scores), scores)
         responses, lengths, scores, log_probs = select(drawn, scores)
-        return PreferenceBatch(
-            batch.prompt_ids,
-            batch.prompts,
-            batch.prompt_lengths,
-            responses,
-            lengths,
-            scores,
-            sampler_log_probs=log_probs,
-        )
+        return PreferenceBatch(*texts, responses, lengths, scores, sampler_log_probs=log_probs)
 
     return source
 
 
-def against_each_other(scores: Scores) -> Score:
+def against_each_other(scores: Scores | Begin) -> Score:
     """Scores the samples of a prompt among themselves."""
 
-    def score(state: Any, batch: PreferenceBatch, drawn: Samples) -> Float[Array, "B K"]:
+    def score(state: Any, batch: PreferenceBatch, drawn: Samples) -> Any:
         return scores(batch.prompts, batch.prompt_lengths, drawn.responses, drawn.lengths)
 
     return score
 
 
-def against_opponent(scores: Scores, opponent: Draw, mesh: LogicalMesh) -> Score:
+def against_opponent(scores: Scores | Begin, opponent: Draw, mesh: LogicalMesh) -> Score:
     """Scores every sample by the preference for it over one sample of an opponent, as Nash-MD does (2312.00886)."""
     pair = _make_pair(mesh)
 
-    def score(state: Any, batch: PreferenceBatch, drawn: Samples) -> Float[Array, "B K"]:
+    def score(state: Any, batch: PreferenceBatch, drawn: Samples) -> Any:
         other = opponent(state, batch)
         pairs = (pair(drawn, other, index) for index in range(drawn.lengths.shape[1]))
-        return _first_of_each(tuple(scores(batch.prompts, batch.prompt_lengths, *each) for each in pairs))
+        asked: tuple[Any, ...] = tuple(scores(batch.prompts, batch.prompt_lengths, *each) for each in pairs)
+        if callable(asked[0]):
+            return lambda: _first_of_each(tuple(wait() for wait in asked))
+        return _first_of_each(asked)
 
     return score
 
@@ -136,6 +152,25 @@ def _make_pair(mesh: LogicalMesh) -> Callable[[Samples, Samples, int], tuple[Arr
 @jax.jit
 def _first_of_each(scores: tuple[Float[Array, "B 2"], ...]) -> Float[Array, "B K"]:
     return jnp.stack([each[:, 0] for each in scores], axis=1)
+
+
+@jax.jit
+def _following(step: Int[Array, ""]) -> Int[Array, ""]:
+    return step + 1
+
+
+@functools.cache
+def _make_fill(mesh: LogicalMesh) -> Callable[[Any, Array], Any]:
+    """A jitted `(tree, scores) -> tree`: a row without scores becomes a copy of one that has some, if there is one."""
+
+    def fill(tree: Any, scores: Float[Array, "B K"]) -> Any:
+        answered, place = ~jnp.isnan(scores).any(axis=1), jnp.arange(len(scores))
+        first = jnp.argsort(~answered, stable=True)  # The rows that have scores, then the others.
+        other = first[place % jnp.maximum(answered.sum(), 1)]
+        index = jnp.where(answered, place, other)
+        return jax.tree.map(lambda array: array[index], tree)
+
+    return jax.jit(within(mesh, fill), out_shardings=batch_sharding(mesh))
 
 
 @functools.cache

@@ -103,7 +103,7 @@ def _judge_facts(seed: int, measured: str, job: Job) -> JudgeFacts:
     (step,) = job.config.steps
     outcomes = load_outcomes(job.folder / f"{step}.npz")
     names = {"accuracy": "the labels"} | {name: name.removeprefix("agreement.") for name in outcomes if "." in name}
-    return JudgeFacts(seed, measured, {whom: float(outcomes[name].mean()) for name, whom in names.items()})
+    return JudgeFacts(seed, measured, {whom: float(np.nanmean(outcomes[name])) for name, whom in names.items()})
 
 
 def _baselines(seed: int, job: Job) -> list[JudgeFacts]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from alignment_gap.checkpoints import find_checkpoint
-from alignment_gap.configuration import defaults, flatten, from_dict, load_named, to_dict
+from alignment_gap.configuration import defaults, flatten, from_dict, to_dict
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.tasks.prepare import TRAIN, VALIDATION, vocabulary_place
@@ -27,9 +27,7 @@ from alignment_gap.jobs.folder import Job, make
 from alignment_gap.jobs.prepare import PREPARE
 from alignment_gap.jobs.served import REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS, check_served
 from alignment_gap.jobs.sources import RECORD
-from alignment_gap.judges import JudgeConfig, is_model
-from alignment_gap.judges.preference_model import judge_network
-from alignment_gap.judges.rubric import RUBRIC
+from alignment_gap.judges import check_judge
 from alignment_gap.models import count_parameters, make_policy, sizes
 from alignment_gap.progress import Bar, progress_bar
 from alignment_gap.sharding import check_batch_size, first_says, is_first_process, on_every_process, on_first_process
@@ -249,10 +247,7 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
         if start not in (None, ORIGIN):
             find_checkpoint(at(start))
     for _, judge in map(named, config.evaluation.judges):
-        if is_model(judge):
-            judge_network(JudgeConfig(judge))
-        elif judge != RUBRIC:
-            load_named(judge, "judge")
+        check_judge(judge)
     for dataset in config.sft.also:
         open_dataset(dataset)
     preparing = [job for job in graph.jobs if job.kind is PREPARE]

@@ -137,6 +137,7 @@ class Monitor:
         hang_after: float | None = None,
         least_seconds: Callable[[PreferenceBatch], float] | None = None,
         learning_rate: Callable[[int], Any] | None = None,
+        counts: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         """Takes what to observe.
 
@@ -148,12 +149,13 @@ class Monitor:
           hang_after: seconds without a step after which the watchdog ends the run; None for never.
           least_seconds: how long the devices take for a batch's update at their peak; None where that is not known.
           learning_rate: by the number of updates that were made before; None to leave it out of the metrics.
+          counts: further metrics since the last line; every process calls it.
         """
         self._outbox, self.times = Outbox(folder), Times()
         self.folder = self._outbox.folder
         self._profile, self._validation, self._hang_after = profile, validation, hang_after
         self._wants_tensorboard, self._least_seconds = tensorboard, least_seconds
-        self._learning_rate = learning_rate
+        self._learning_rate, self._counts = learning_rate, counts
         self._writer: Writer | None = None
         self._is_profiled = False
         self._last, self._alive = 0, time.monotonic()
@@ -231,7 +233,8 @@ class Monitor:
         return {MFU: self._least_seconds(batch) / line[_UPDATE]}
 
     def write(self, step: int, line: Mapping[str, float]) -> None:
-        """A line of metrics, with the learning rate of the last update that was made."""
+        """A line of metrics, with the further counts and the learning rate of the last update that was made."""
+        line = {**line, **self._counts()}
         if self._learning_rate is not None:
             made = step - int(line.get("skipped", 0))
             line = {**line, "learning_rate": float(self._learning_rate(max(made - 1, 0)))}

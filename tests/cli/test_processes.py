@@ -191,6 +191,32 @@ def test_two_processes_evaluate_what_one_does(alone, together):
             np.testing.assert_allclose(float(ours[name]), float(theirs[name]), rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+def test_two_processes_ask_a_language_model_about_their_own_rows(together, server, monkeypatch):
+    """Each on a machine of its own; of an online run, while the next batch is sampled and asked about."""
+    folder = together[0]
+    label = ["data", "label", "--dataset=pairs", f"--judge={server.name}", "--buckets=1", *MESH]
+    online = functools.partial(ONLINE, JUDGE=server.name, REFRESH_EVERY=2, TRAIN_STEPS=4)
+    both = [[*label, "--output=asked"], online("online_asked")]
+    statuses, outputs = run_processes(folder, both, both, caches=True)
+    assert statuses == [0, 0], outputs
+    # One trial question in each process; no text is asked about twice in one of them.
+    questions = 2 * len(open_dataset(folder / "pairs"))
+    (parts,) = json.loads((folder / "asked" / "judge.json").read_text()).values()
+    assert parts["judge_questions"] == parts["judge_answered"] == questions
+    assert parts["judge_prompt_tokens"] == 100 * questions
+    asked = len(server.asked) - len(server.questions), len(server.questions)
+    assert asked[0] == 2 and asked[1] <= questions + sum(
+        line["judge_questions"] for line in metrics(folder / "online_asked")
+    )
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("ALIGNMENT_GAP_CACHE", str(folder / "cache"))
+    for words in ([*label, "--output=asked_alone"], online("online_asked_alone")):
+        assert run(monkeypatch, words) == 0
+    ours, theirs = (open_dataset(folder / name) for name in ("asked", "asked_alone"))
+    assert [e.scores.tolist() for e in ours] == [e.scores.tolist() for e in theirs]
+    assert_close_runs(folder / "online_asked", folder / "online_asked_alone")
+
+
 def test_the_first_alone_speaks(together):
     (first, _), (second, _) = together[1]
     for said in ("sft/checkpoints", "online/checkpoints", "labelled: 32 examples", "mean (95 % interval)"):

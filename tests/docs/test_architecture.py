@@ -95,5 +95,5 @@ def test_a_kind_of_judge_has_what_the_table_says():
     from alignment_gap import judges
 
     for kind in judges._KINDS:
-        for name in ("accepts", "own_labels", "open_judge"):
+        for name in ("accepts", "own_labels", "check", "open_judge"):
             assert inspect.isfunction(getattr(kind, name))

@@ -91,6 +91,13 @@ def test_an_empty_part_counts_as_all():
     assert set(resampled_means(values, seed=0, part=np.array([False]))[:, 0]) == {3.0}
 
 
+def test_what_was_not_measured_on_an_example_is_left_out_of_its_row_alone():
+    values = np.array([[1.0, np.nan, 5.0, 7.0], [1.0, 2.0, 3.0, 4.0]])
+    means = resampled_means(values, seed=0, resamples=20)
+    np.testing.assert_allclose(means[0], [13 / 3, 2.5])
+    np.testing.assert_array_equal(means[:, 1], resampled_means(values[1:], seed=0, resamples=20)[:, 0])
+
+
 def test_one_group_has_the_width_of_its_replicates_about_the_estimate():
     replicates = np.concatenate([[[10.0]], np.linspace(0.0, 1.0, 1001)[:, None]])
     band = over_groups([replicates])

@@ -34,6 +34,12 @@ def test_a_metric_that_was_not_measured_is_nan_with_both_ends():
     assert all(math.isnan(row[f"accuracy{end}"]) for end in ("", "_low", "_high"))
 
 
+def test_a_value_that_a_judge_did_not_give_is_left_out():
+    values = np.array([1.0, np.nan, 0.0, 1.0, np.nan, 0.5])
+    row, interval = means({"win_rate.model.sft": values}, ["win_rate.model.sft"]), mean_interval(values[[0, 2, 3, 5]])
+    assert [*row.values()] == [interval.value, interval.low, interval.high] and row["win_rate.model.sft"] == 0.625
+
+
 def test_the_seed_is_that_of_the_interval():
     outcomes = {"kl": np.arange(20.0)}
     assert means(outcomes, ["kl"], seed=1) == means(outcomes, ["kl"], seed=1)

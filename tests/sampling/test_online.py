@@ -136,6 +136,75 @@ def test_opponents_see_the_state_and_the_prompts_of_the_step(mesh):
     assert seen == [(2, 11, PROMPTS[2].prompt_ids.tolist())]
 
 
+def later(table, events):
+    """A judge that is asked in one moment and answers in another, by a table of each step's scores."""
+
+    def begin(prompts, prompt_lengths, responses, lengths):
+        step = int(responses[0, 0, 0])
+        events.append(("asked", step))
+
+        def wait():
+            events.append(("answered", step))
+            return jnp.asarray(table, jnp.float32)
+
+        return wait
+
+    return begin
+
+
+def test_the_next_step_is_asked_about_before_this_one_is_answered(mesh):
+    """In windows of three steps; the parameters are those that the state has when the samples are drawn."""
+    events, prompts = [], dict.fromkeys(range(5), PROMPTS[0])
+    score = against_each_other(later([[1, 0]] * 8, events))
+    source = online_source(prompts.__getitem__, sampler(2), score, "all", mesh, lambda step: step in (0, 1, 3))
+    batches = [source(step, state_of(step, 5)) for step in range(5)]
+    assert [event for event in events if event[1] < 3] == [
+        ("asked", 0),
+        ("asked", 1),
+        ("answered", 0),
+        ("asked", 2),
+        ("answered", 1),
+        ("answered", 2),
+    ]
+    assert events[6:] == [("asked", 3), ("asked", 4), ("answered", 3), ("answered", 4)]
+    assert [batch.responses[0, 0, :2].tolist() for batch in batches] == [[step, 5] for step in range(5)]
+
+
+NONE = [float("nan")] * 2
+
+
+@pytest.mark.parametrize(
+    ("unanswered", "taken"),
+    [
+        ((), [0, 1, 2, 3, 4, 5, 6, 7]),
+        ((1,), [0, 2, 2, 3, 4, 5, 6, 7]),
+        ((0, 1, 7), [2, 3, 2, 3, 4, 5, 6, 4]),
+        ((0, 1, 2, 3, 4, 5, 7), [6] * 8),
+    ],
+)
+def test_a_prompt_without_scores_gives_its_place_to_one_that_has_some(unanswered, taken, mesh):
+    table = [NONE if row in unanswered else [row, -row] for row in range(8)]
+    source = online_source(PROMPTS.__getitem__, sampler(2), against_each_other(later(table, [])), "all", mesh)
+    batch, prompts = source(0, state_of(0)), PROMPTS[0]
+    np.testing.assert_array_equal(batch.scores, [[row, -row] for row in taken])
+    for name in ("prompt_ids", "prompts", "prompt_lengths"):
+        np.testing.assert_array_equal(getattr(batch, name), np.asarray(getattr(prompts, name))[taken])
+    np.testing.assert_array_equal(batch.responses[:, 0, 2], np.asarray(prompts.prompt_ids)[taken] % 50)
+
+
+def test_where_no_prompt_has_scores_there_are_none(mesh):
+    source = online_source(PROMPTS.__getitem__, sampler(2), against_each_other(later([NONE] * 8, [])), "all", mesh)
+    assert np.isnan(source(0, state_of(0)).scores).all()
+
+
+def test_an_opponent_s_samples_are_asked_about_before_they_are_answered(mesh):
+    events = []
+    score = against_opponent(later([[0.25, 0.75]] * 8, events), sampler(2, moved=7), mesh)
+    batch = online_source(PROMPTS.__getitem__, sampler(3), score, "all", mesh)(0, state_of(0))
+    assert [kind for kind, _ in events] == ["asked"] * 3 + ["answered"] * 3
+    np.testing.assert_array_equal(batch.scores, [[0.25] * 3] * 8)
+
+
 @pytest.fixture(scope="module")
 def sources(even_policy, mesh, tmp_path_factory):
     """Makes a source of three samples a prompt, of which the best and the worst are kept.

@@ -74,6 +74,14 @@ def test_the_learning_rate_of_a_line_is_that_of_the_last_update_that_was_made(tm
     assert [line["learning_rate"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 1 / 3, 1 / 4]
 
 
+def test_further_counts_are_in_every_line(tmp_path):
+    counts = iter([{"judge_requests": 3.0}, {"judge_requests": 5.0}])
+    monitor = Monitor(tmp_path, counts=lambda: next(counts))
+    for step in (1, 2):
+        monitor.write(step, {"loss": 1.0})
+    assert [line["judge_requests"] for line in lines(tmp_path / "metrics.jsonl")] == [3, 5]
+
+
 def test_validation_every_few_steps_and_at_the_end(tmp_path):
     """A run that goes on from step 3 drops the lines of later steps."""
     (tmp_path / "validation.jsonl").write_text('{"step": 2, "loss": 9.0}\n{"step": 4, "loss": 9.0}\n')
