@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "tell whether a job fits a TPU slice and how fast it is at best, without a TPU",
     "losses": "list the losses",
     "checkpoint": "checkpoints of other libraries in and out, and what a checkpoint holds",
+    "doctor": "tell what is installed, which devices there are, and what is missing for which command",
 }
 
 # Of another library's message, as much as one line bears.
