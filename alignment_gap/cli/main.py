@@ -26,6 +26,7 @@ COMMANDS = {
     "losses": "list the losses",
     "checkpoint": "checkpoints of other libraries in and out, and what a checkpoint holds",
     "doctor": "tell what is installed, which devices there are, and what is missing for which command",
+    "completion": "print a script with which bash, zsh or fish completes commands and flags",
 }
 
 # Of another library's message, as much as one line bears.

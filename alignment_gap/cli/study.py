@@ -27,6 +27,7 @@ from alignment_gap.folders import at
 
 OVERRIDE = "--config."
 REPORT = "report"
+ABOUT = "A study's config file; --config.KEY=VALUE changes a setting."
 # What running a config file may raise.
 CONFIG_ERRORS = (AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError)
 
@@ -114,8 +115,7 @@ def read(
     others = [_located(word) for word in arguments if not word.startswith(OVERRIDE)]
 
     def define_all(values: flags.FlagValues) -> None:
-        text = "A study's config file; --config.KEY=VALUE changes a setting."
-        config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=others)
+        config_flags.DEFINE_config_file("config", None, ABOUT, flag_values=values, sys_argv=others)
         define(values)
 
     parsed = parse(others, define_all, help_text, also=CONFIG_ERRORS)

@@ -30,12 +30,6 @@ def test_the_version(monkeypatch, capsys):
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_every_command_shows_an_example(name, monkeypatch, capsys):
-    assert run(monkeypatch, name, "--help") == 0
-    assert f"\nalignment-gap {name}" in capsys.readouterr().out
-
-
 def test_what_ends_after_a_failed_save_says_nothing(capsys, monkeypatch):
     """Tensorstore's callbacks cannot raise, so that Python prints what they meet; anything else it still prints."""
     told = []
