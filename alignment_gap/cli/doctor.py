@@ -97,7 +97,7 @@ def _devices() -> Iterator[tuple[str, str]]:
         return
     if done.returncode:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        yield "backend", f"jax cannot open it: {reason}"
+        yield "backend", f"cannot be opened: {reason}"
         return
     backend, lines = json.loads(done.stdout.splitlines()[-1])
     yield "backend", backend
@@ -116,17 +116,17 @@ def _folder() -> Iterator[tuple[str, str]]:
 
 def _commands(core: Sequence[Package], extras: Mapping[str, Sequence[Package]]) -> Iterator[tuple[str, str]]:
     broken = [package for package in core if package.fault]
-    yield "every command", f"{_faults(broken)}: {_install(broken)}" if broken else "ready"
+    yield "every command", f"{_lacking(broken)}: {_install(broken)}" if broken else "ready"
     for command, use, extra in EXTRAS:
         faulty = [package for package in extras.get(extra, ()) if package.fault]
-        state = f'{_faults(faulty)}: pip install "{DISTRIBUTION}[{extra}]"' if faulty else "ready"
+        state = f'{_lacking(faulty)}: pip install "{DISTRIBUTION}[{extra}]"' if faulty else "ready"
         yield command, f"{use}: {state}"
     for engine, program in ENGINES.items():
         yield "launch", f"--engine={engine}: {'ready' if shutil.which(program) else f'this machine has no {program}'}"
 
 
-def _faults(packages: Sequence[Package]) -> str:
-    return ", ".join(f"{package.name} {package.fault}" for package in packages)
+def _lacking(packages: Sequence[Package]) -> str:
+    return "lacks " + ", ".join(each.name if each.version is None else f"{each.name}{each.needs}" for each in packages)
 
 
 def _install(packages: Sequence[Package]) -> str:

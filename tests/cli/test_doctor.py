@@ -46,22 +46,22 @@ def test_a_missing_extra_says_what_to_install_and_is_no_failure(examine):
     status, found = examine(extras=[Package("altair", ">=5.5", None), Package("jinja2", ">=3", "3.1")])
     assert status == 0
     assert ["jinja2", "3.1"] in found["packages"]
-    assert ["study", 'all of it: altair missing: pip install "alignment-gap[study]"'] in found["commands"]
+    assert ["study", 'all of it: lacks altair: pip install "alignment-gap[study]"'] in found["commands"]
 
 
 def test_what_every_command_needs_is_a_failure_where_it_will_not_do(examine):
     status, found = examine(core=[Package("jax", ">=0.10.2", "0.9"), Package("flax", ">=0.12", None)])
     assert status == 1
     assert ["jax", '0.9 older than 0.10.2: pip install "jax>=0.10.2"'] in found["packages"]
-    remedy = 'jax older than 0.10.2, flax missing: pip install "jax>=0.10.2" "flax>=0.12"'
+    remedy = 'lacks jax>=0.10.2, flax: pip install "jax>=0.10.2" "flax>=0.12"'
     assert found["commands"][0] == ["every command", remedy]
 
 
 @pytest.mark.parametrize(
     ("devices", "says"),
     [
-        ("raise RuntimeError('the TPU is in use')", "jax cannot open it: RuntimeError: the TPU is in use"),
-        ("import os; os._exit(134)", "jax cannot open it: exit status 134"),
+        ("raise RuntimeError('the TPU is in use')", "cannot be opened: RuntimeError: the TPU is in use"),
+        ("import os; os._exit(134)", "cannot be opened: exit status 134"),
         ("import time; time.sleep(60)", "jax opened no device in 1 s: another process may hold them"),
     ],
 )

@@ -1,6 +1,7 @@
 """The `alignment-gap` command: its help, its exit statuses, and one line for a user's mistake."""
 
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -93,3 +94,28 @@ def test_what_jax_caught_of_several_processes_is_a_scheduler_s():
         raise Interrupted("saved at step 3 of 5")
 
     assert guarded(loop) == 75
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_output_that_nobody_reads_to_the_end_is_no_error(lines, options, monkeypatch):
+    """As of `alignment-gap losses | head -1`, whether it fits into a buffer or not."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    program = (
+        "import sys\nfrom alignment_gap.cli.main import guarded\n"
+        f"def run():\n    sys.stdin.read()\n    for i in range({lines}): print(i)\n"
+        "sys.exit(guarded(run))"
+    )
+    command, pipe = [sys.executable, *options, "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+def test_another_broken_pipe_is_an_error():
+    def run():
+        raise BrokenPipeError("a socket")
+
+    with pytest.raises(BrokenPipeError, match="a socket"):
+        guarded(run)
