@@ -68,8 +68,9 @@ def _run(arguments: list[str]) -> None:
 def guarded(run: Callable[[], None]) -> int:
     """Exit status of `run`: 0, or 2 after one line where the user can mend what went wrong, 130 after ctrl-c.
 
-    After SIGTERM it is 75, which asks a scheduler to run the command again. Any other exception is raised, and ends
-    Python with 1. Where one of several processes fails, all end with its status.
+    After SIGTERM it is 75, which asks a scheduler to run the command again. It is 141 where what reads the
+    output has ended. Any other exception is raised, and ends Python with 1. Where one of several processes fails, all
+    end with its status.
     """
     with signals_caught(), _late_callbacks_ignored():
         return _status(run)
@@ -96,7 +97,7 @@ def _status(run: Callable[[], None]) -> int:
         run()
         sys.stdout.flush()
     except UserError as error:
-        return _failed(str(error))
+        return _failed(str(error) + (f" (see docs/{error.page})" if error.page else ""))
     except BrokenPipeError:
         if not _is_unread(sys.stdout):
             raise

@@ -1,11 +1,14 @@
 """The `alignment-gap` command: its help, its exit statuses, and one line for a user's mistake."""
 
+import pathlib
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 
+import alignment_gap
 from alignment_gap import __version__
 from alignment_gap.cli.main import COMMANDS, guarded, main
 from alignment_gap.errors import Interrupted, UserError
@@ -54,6 +57,24 @@ def test_what_ends_after_a_failed_save_says_nothing(capsys, monkeypatch):
 def test_an_unknown_command(monkeypatch, capsys):
     assert run(monkeypatch, "trian") == 2
     assert capsys.readouterr().err == "error: unknown command 'trian': did you mean train?\n"
+
+
+def test_an_error_names_the_page_that_explains_it(capsys):
+    def refuse():
+        raise UserError("a value", page="jobs.md#train")
+
+    assert guarded(refuse) == 2
+    assert capsys.readouterr().err == "error: a value (see docs/jobs.md#train)\n"
+
+
+def test_the_pages_that_errors_name_have_these_sections():
+    package = pathlib.Path(alignment_gap.__file__).parent
+    named = {found for path in package.rglob("*.py") for found in re.findall(r'page="([\w.#-]+)"', path.read_text())}
+    assert named
+    for place in named:
+        page, _, section = place.partition("#")
+        titles = re.findall(r"^#+ (.+)$", (package.parent / "docs" / page).read_text(), flags=re.MULTILINE)
+        assert section in [re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles], place
 
 
 def test_exit_statuses(capsys):
