@@ -169,8 +169,8 @@ def _settings(cls: Any, path: str) -> Iterator[tuple[str, Any, Any, str]]:
 
 def _attributes(cls: type) -> dict[str, str]:
     """What a docstring's section "Attributes:" says of each field, in one line."""
-    section = (cls.__doc__ or "").partition("Attributes:\n")[2]
-    found = re.findall(r"^ {4,6}(\w+): ((?:.|\n(?! {4,6}\w+: ))*)", section, flags=re.MULTILINE)
+    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+    found = re.findall(r"^  (\w+): ((?:.|\n(?!  \w+: ))*)", section, flags=re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
 
 
