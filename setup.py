@@ -4,6 +4,7 @@ import pathlib
 import re
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "alignment_gap" / "__init__.py").read_text()).group(1)
@@ -59,6 +60,25 @@ EXTRAS = {
     ],
 }
 
+# Folders of a clone that a wheel has too: alignment_gap/_files/gin and alignment_gap/_files/configs.
+FILES = ("gin", "configs")
+
+
+class BuildWithFiles(build_py):
+    """Puts the folders of `FILES` into the package; an editable installation finds those of its clone."""
+
+    def run(self) -> None:
+        """Builds the package, then copies."""
+        super().run()
+        if self.editable_mode:
+            return
+        for folder in FILES:
+            for source in sorted((*(ROOT / folder).rglob("*.gin"), *(ROOT / folder).rglob("*.py"))):
+                target = pathlib.Path(self.build_lib, "alignment_gap", "_files", source.relative_to(ROOT))
+                self.mkpath(str(target.parent))
+                self.copy_file(str(source), str(target))
+
+
 setup(
     name="alignment-gap",
     version=VERSION,
@@ -69,6 +89,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["alignment_gap", "alignment_gap.*"]),
     package_data={"alignment_gap": ["py.typed"], "alignment_gap.study": ["*.jinja"]},
+    cmdclass={"build_py": BuildWithFiles},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -96,6 +117,7 @@ setup(
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -10,11 +10,13 @@ class UserError(ValueError):
     Args:
       line: says what is wrong, with the value, the limit and the remedy.
       may_change: settings that the remedy names, which the job that failed may then change; see `jobs.folder`.
+      page: of docs/, with the section that explains more than one line can, such as "jobs.md#train".
     """
 
-    def __init__(self, line: str, *, may_change: Sequence[str] = ()) -> None:
+    def __init__(self, line: str, *, may_change: Sequence[str] = (), page: str | None = None) -> None:
         super().__init__(line)
         self.may_change = tuple(may_change)
+        self.page = page
 
 
 class Interrupted(Exception):

@@ -232,6 +232,8 @@ def claim(
         ]
         if differences:
             shown = "; ".join(differences[:3]) + (f"; {len(differences) - 3} more" if len(differences) > 3 else "")
-            raise UserError(f"{path.parent} was made with other settings ({shown}): {remedy}")
+            raise UserError(
+                f"{path.parent} was made with other settings ({shown}): {remedy}", page="jobs.md#stopping-and-resuming"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)

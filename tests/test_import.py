@@ -1,11 +1,14 @@
 """What an import costs."""
 
 import ast
+import importlib.metadata
 import pathlib
 import subprocess
 import sys
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import alignment_gap
 
@@ -23,6 +26,42 @@ def test_the_import_is_light(statement):
     program = f"{statement}\nimport sys\nprint([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def needed(*names):
+    """The distributions of these names and those that they need."""
+    wanted, found = [*names], set()
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name not in found:
+            found.add(name)
+            needs = map(Requirement, importlib.metadata.requires(name) or [])
+            wanted += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_the_losses_need_jax_and_chex_alone():
+    """All else is hidden, as if it were not installed."""
+    there = needed("jax", "chex") | {"alignment-gap"}
+    owners = importlib.metadata.packages_distributions()
+    hidden = {module for module, names in owners.items() if not there & {canonicalize_name(name) for name in names}}
+    assert {"jaxtyping", "flax", "optax", "tqdm"} <= hidden
+    program = f"""
+from importlib.machinery import PathFinder
+
+find_spec, hidden = PathFinder.find_spec, {hidden}
+PathFinder.find_spec = staticmethod(lambda name, *at: None if name.split(".")[0] in hidden else find_spec(name, *at))
+import jax.numpy as jnp
+from alignment_gap import losses
+
+chosen, rejected, reference = jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0])
+print(losses.get("ipo", beta=0.1)(chosen, rejected, reference, reference))
+import jaxtyping
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    # (2 - 1 / (2 * 0.1))**2
+    assert done.stdout == "[9.]\n", done.stderr
+    assert done.stderr.endswith("No module named 'jaxtyping'\n")
 
 
 def test_tensorflow_is_imported_by_the_modules_made_for_it_alone():

@@ -1,16 +1,13 @@
 """Checkpoints of other libraries in and out, and what a checkpoint holds.
 
-alignment-gap checkpoint import --from=FILE_OR_FOLDER --output=RUN [--format=NAME] [--base=RUN]
-alignment-gap checkpoint export --checkpoint=RUN --format=NAME --output=FILE_OR_FOLDER [--step=N] [--tokenizer=FOLDER]
-alignment-gap checkpoint show PATH
-
 An imported checkpoint is a run's folder: `alignment-gap train --gin.START=RUN` trains its model from it.
+alignment-gap checkpoint COMMAND --help tells a command's flags.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,14 @@ from alignment_gap.folders import at, here
 
 def main(arguments: list[str]) -> None:
     """Runs the sub-command that the first argument names."""
-    run_subcommand(arguments, {"import": import_, "export": export, "show": show}, __doc__)
+    run_subcommand(arguments, SUBCOMMANDS, __doc__)
 
 
 def import_(arguments: list[str]) -> None:
-    """Import a checkpoint of T5X or of the hub as the folder of a run."""
+    """Import a checkpoint of T5X or of the hub as the folder of a run.
+
+    alignment-gap checkpoint import --from=t5x/checkpoint_1000 --output=runs/imported
+    """
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("from", None, "File or folder to import, or an id on the hub.", flag_values=values)
@@ -49,7 +49,10 @@ def import_(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """Export a checkpoint of a run in another library's format."""
+    """Export a checkpoint of a run in another library's format.
+
+    alignment-gap checkpoint export --checkpoint=runs/online --format=huggingface --output=exported
+    """
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("checkpoint", None, "Folder of a run or of one of its checkpoints.", flag_values=values)
@@ -73,7 +76,10 @@ def export(arguments: list[str]) -> None:
 
 
 def show(arguments: list[str]) -> None:
-    """Show what a checkpoint holds: checkpoint show PATH."""
+    """Show what a checkpoint holds.
+
+    alignment-gap checkpoint show runs/online
+    """
     parsed = parse(arguments, lambda values: None, show.__doc__, positional=1)
     if parsed is None:
         return
@@ -89,6 +95,9 @@ def show(arguments: list[str]) -> None:
     print(f"{'tensors':40}{_summary(tensors)}")
     for name, tensor in sorted(tensors.items()):
         print(f"  {name:60}{tensor.dtype:10}{'x'.join(map(str, tensor.shape)) or 'scalar'}")
+
+
+SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {"import": import_, "export": export, "show": show}
 
 
 def _summary(tensors: Mapping[str, Any]) -> str:

@@ -1,14 +1,5 @@
 """Prepare datasets, make new ones from them, score them with a reference policy, show what they are.
 
-alignment-gap data vocabulary --source=pairs.jsonl.gz --size=32000 --output=own.model
-alignment-gap data prepare --source=pairs.jsonl.gz --vocabulary=own.model --output=prepared
-alignment-gap data show prepared/train --examples=3
-alignment-gap data label --dataset=prepared/train --judge=runs/golden --output=labelled
-alignment-gap data generate --prompts=prepared/train --policies=runs/a,runs/b --judge=runs/golden --output=a_vs_b
-alignment-gap data compose --datasets=labelled,a_vs_b --weights=0.7,0.3 --output=mixed
-alignment-gap data baselines --train=prepared/train --dataset=prepared/validation --output=baselines
-alignment-gap data reference --dataset=prepared/train --checkpoint=runs/sft
-
 A command that was stopped goes on from its finished parts. alignment-gap data COMMAND --help tells a command's flags.
 """
 
@@ -29,35 +20,50 @@ def main(arguments: list[str]) -> None:
 
 
 def prepare(arguments: list[str]) -> None:
-    """Prepare a source's pairs: record files, a card, a preview and a picture of the lengths."""
+    """Prepare a source's pairs: record files, a card, a preview and a picture of the lengths.
+
+    alignment-gap data prepare --source=pairs.jsonl.gz --vocabulary=own.model --output=prepared
+    """
     from alignment_gap.jobs.prepare import PREPARE
 
     run_command(PREPARE, arguments, prepare.__doc__)
 
 
 def label(arguments: list[str]) -> None:
-    """Give a dataset the labels of a judge."""
+    """Give a dataset the labels of a judge.
+
+    alignment-gap data label --dataset=prepared/train --judge=runs/golden --output=labelled
+    """
     from alignment_gap.jobs.label import LABEL
 
     run_command(LABEL, arguments, label.__doc__)
 
 
 def generate(arguments: list[str]) -> None:
-    """Sample responses to a dataset's prompts from one policy, or from two against each other, and label them."""
+    """Sample responses to a dataset's prompts from one policy, or from two against each other, and label them.
+
+    alignment-gap data generate --prompts=prepared/train --policies=runs/a,runs/b --judge=runs/golden --output=a_vs_b
+    """
     from alignment_gap.jobs.generate import GENERATE
 
     run_command(GENERATE, arguments, generate.__doc__)
 
 
 def compose(arguments: list[str]) -> None:
-    """Shuffle a dataset, mix several by weight, or keep the first examples."""
+    """Shuffle a dataset, mix several by weight, or keep the first examples.
+
+    alignment-gap data compose --datasets=labelled,a_vs_b --weights=0.7,0.3 --output=mixed
+    """
     from alignment_gap.jobs.compose import COMPOSE
 
     run_command(COMPOSE, arguments, compose.__doc__)
 
 
 def baselines(arguments: list[str]) -> None:
-    """Tell how well the labels of held-out pairs are told by length, and by a regression on n-grams."""
+    """Tell how well the labels of held-out pairs are told by length, and by a regression on n-grams.
+
+    alignment-gap data baselines --train=prepared/train --dataset=prepared/validation --output=baselines
+    """
     from alignment_gap.jobs.baselines import BASELINES
 
     run_command(BASELINES, arguments, baselines.__doc__)
@@ -65,6 +71,8 @@ def baselines(arguments: list[str]) -> None:
 
 def reference(arguments: list[str]) -> None:
     """Compute the log-probs of a job's datasets under its reference policy ahead of it, and store them beside each.
+
+    alignment-gap data reference --dataset=prepared/train --checkpoint=runs/sft
 
     A job with REFERENCE_LOG_PROBS stored or auto uses them where it has the same datasets, reference, lengths, buckets,
     dtype and attention.
@@ -90,7 +98,10 @@ def reference(arguments: list[str]) -> None:
 
 
 def show(arguments: list[str]) -> None:
-    """Show a dataset's card, what it was made from, and some of its examples: data show FOLDER."""
+    """Show a dataset's card, what it was made from, and some of its examples.
+
+    alignment-gap data show prepared/train --examples=3
+    """
     from alignment_gap.data.records import open_dataset, verify_dataset
     from alignment_gap.data.records.card import card_text, find_vocabulary
     from alignment_gap.data.records.preview import preview
@@ -113,7 +124,10 @@ def show(arguments: list[str]) -> None:
 
 
 def vocabulary(arguments: list[str]) -> None:
-    """Train a SentencePiece vocabulary, with T5's special ids, on the texts of a source."""
+    """Train a SentencePiece vocabulary, with T5's special ids, on the texts of a source.
+
+    alignment-gap data vocabulary --source=pairs.jsonl.gz --size=32000 --output=own.model
+    """
     from alignment_gap.data.text import TextSourceConfig
     from alignment_gap.data.text.vocabulary_training import source_texts, train_vocabulary
     from alignment_gap.jobs.prepare import SOURCE_FLAGS

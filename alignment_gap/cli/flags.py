@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +21,7 @@ from alignment_gap.jobs.words import flag_name
 
 Config = TypeVar("Config")
 
+HELP_XML = "--helpxml"
 _PROCESSES = "JAX_NUM_PROCESSES"
 
 
@@ -31,6 +34,8 @@ def parse(
     also: tuple[type[Exception], ...] = (),
 ) -> tuple[flags.FlagValues, list[str]] | None:
     """Reads the flags of a command and its other arguments; gives None after it has printed the help.
+
+    The help is a text, or by --helpxml the flags alone in absl's XML, which `completion` reads.
 
     Args:
       arguments: what the user wrote; the first names the command.
@@ -45,7 +50,10 @@ def parse(
     values = flags.FlagValues()
     define(values)
     if "--help" in arguments or "-h" in arguments:
-        print(help_text, values.get_help(), sep="\n")
+        print(inspect.cleandoc(help_text or ""), values.get_help(), sep="\n")
+        return None
+    if HELP_XML in arguments:
+        values.write_help_in_xml_format(sys.stdout)
         return None
     to_mend: tuple[type[Exception], ...] = (flags.Error, *also)
     try:
@@ -64,14 +72,15 @@ def parse(
 def run_subcommand(
     arguments: Sequence[str], subcommands: Mapping[str, Callable[[list[str]], None]], help_text: str | None
 ) -> None:
-    """Runs what the first argument names with the rest; without one, prints the help.
+    """Runs what the first argument names with the rest; without one, prints the help and that of each sub-command.
 
     Raises:
       UserError: the first argument names no sub-command.
     """
     command, *rest = arguments
     if not rest or rest[0] in ("--help", "-h"):
-        print(help_text)
+        texts = (help_text, *(run.__doc__ for run in subcommands.values()))
+        print(*(inspect.cleandoc(text or "") for text in texts), sep="\n\n")
         return
     name, *rest = rest
     if name not in subcommands:
@@ -160,8 +169,8 @@ def _settings(cls: Any, path: str) -> Iterator[tuple[str, Any, Any, str]]:
 
 def _attributes(cls: type) -> dict[str, str]:
     """What a docstring's section "Attributes:" says of each field, in one line."""
-    section = (cls.__doc__ or "").partition("Attributes:\n")[2]
-    found = re.findall(r"^ {4,6}(\w+): ((?:.|\n(?! {4,6}\w+: ))*)", section, flags=re.MULTILINE)
+    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+    found = re.findall(r"^  (\w+): ((?:.|\n(?!  \w+: ))*)", section, flags=re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
 
 

@@ -2,9 +2,9 @@
 
 Files can be given several times, later ones win. `--gin.NAME=value` sets a macro (--gin.TRAIN_STEPS=100) or a field
 (--gin.OptimizerConfig.clip_norm=0.5). Files include each other and are looked for in this folder, in
---gin_search_paths and in the gin/ of this repository. A value that is not in Python's notation, a reference (@NAME) or
-a macro (%NAME) is taken as a text, so that a path needs no quotes. A macro that nothing sets has the default of the
-field that it stands for.
+--gin_search_paths and in those that come with the package. A value that is not in Python's notation, a reference
+(@NAME) or a macro (%NAME) is taken as a text, so that a path needs no quotes. A macro that nothing sets has the default
+of the field that it stands for.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from alignment_gap.checks import nearest
+from alignment_gap.cli.packaged import FILES, GIN, find_file
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.words import is_notation
 
@@ -36,7 +36,6 @@ gin: Any = importlib.import_module("gin")
 gin.config._FILE_READERS = [(open, os.path.isfile)]
 
 OVERRIDE = "--gin."
-GIN_FOLDER = Path(__file__).parents[2] / "gin"
 
 
 def define_gin(values: flags.FlagValues) -> None:
@@ -117,13 +116,12 @@ def _defaults(config: str, classes: dict[str, Any]) -> str:
 
 def _find(file: str, search_paths: Sequence[str]) -> str:
     """The path of a gin file; the folders are searched for what it includes, too."""
-    folders = [*search_paths, str(GIN_FOLDER)]
-    for folder in folders:
+    for folder in (*search_paths, str(GIN), str(FILES)):
         gin.add_config_file_search_path(folder)
-    found = [path for path in (Path(folder) / file for folder in ("", *folders)) if path.is_file()]
-    if not found:
-        raise UserError(f"--gin_file={file}: there is no such file in {', '.join(('.', *folders))}")
-    return str(found[0])
+    found = find_file("gin_file", file, search_paths)
+    if found is None:
+        raise UserError(f"--gin_file={file}: there is no such file in {', '.join(('.', *search_paths, str(GIN)))}")
+    return str(found)
 
 
 def _binding(override: str, config: str) -> str:

@@ -38,6 +38,7 @@ _FUNCTIONS: dict[str, tuple[Callable[..., str], Callable[..., None]]] = {
 ENGINES = ("here", *_FUNCTIONS)
 # Commands that fill one folder, and the flag that names it with its default.
 _FOLDERS = {"train": ("workdir", WORKDIR), "evaluate": ("output", None), "data": ("output", None)}
+LAUNCHED = (*_FOLDERS, "study")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,8 @@ def main(arguments: list[str]) -> None:
     config, words = read_config(values, LaunchConfig, {}), arguments[first:]
     if not words:
         raise UserError("there is nothing to launch: add a command, such as study --config=configs/study/tiny.py")
-    if words[0] not in (*_FOLDERS, "study"):
-        raise UserError(f"cannot launch {words[0]!r}: {nearest(words[0], [*_FOLDERS, 'study'])}")
+    if words[0] not in LAUNCHED:
+        raise UserError(f"cannot launch {words[0]!r}: {nearest(words[0], LAUNCHED)}")
     runs_here = config.engine == "here" and not (values.status or values.dry_run)
     if runs_here or {"--help", "-h"} & {*words}:
         importlib.import_module(f"alignment_gap.cli.{words[0]}").main([f"alignment-gap {words[0]}", *words[1:]])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from alignment_gap import __version__, freed_memory
 from alignment_gap.checks import nearest
@@ -25,8 +27,12 @@ COMMANDS = {
     "plan": "tell whether a job fits a TPU slice and how fast it is at best, without a TPU",
     "losses": "list the losses",
     "checkpoint": "checkpoints of other libraries in and out, and what a checkpoint holds",
+    "doctor": "tell what is installed, which devices there are, and what is missing for which command",
+    "completion": "print a script with which bash, zsh or fish completes commands and flags",
 }
 
+# The exit status of a program that SIGPIPE ends.
+UNREAD = 141
 # Of another library's message, as much as one line bears.
 LONGEST = 120
 
@@ -62,8 +68,9 @@ def _run(arguments: list[str]) -> None:
 def guarded(run: Callable[[], None]) -> int:
     """Exit status of `run`: 0, or 2 after one line where the user can mend what went wrong, 130 after ctrl-c.
 
-    After SIGTERM it is 75, which asks a scheduler to run the command again. Any other exception is raised, and ends
-    Python with 1. Where one of several processes fails, all end with its status.
+    After SIGTERM it is 75, which asks a scheduler to run the command again. It is 141 where what reads the
+    output has ended. Any other exception is raised, and ends Python with 1. Where one of several processes fails, all
+    end with its status.
     """
     with signals_caught(), _late_callbacks_ignored():
         return _status(run)
@@ -88,8 +95,13 @@ def _late_callbacks_ignored() -> Iterator[None]:
 def _status(run: Callable[[], None]) -> int:
     try:
         run()
+        sys.stdout.flush()
     except UserError as error:
-        return _failed(str(error))
+        return _failed(str(error) + (f" (see docs/{error.page})" if error.page else ""))
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout):
+            raise
+        return UNREAD
     except StorageError as error:
         return _failed(str(error), error.status)
     except (Interrupted, KeyboardInterrupt) as error:
@@ -105,6 +117,20 @@ def _status(run: Callable[[], None]) -> int:
             f"the disk is full ({place}): free some space and run the same command again; what is done is kept"
         )
     return 0
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether what reads a stream has ended, as `head` does; the stream then leads nowhere, for Python's last flush."""
+    try:
+        number = stream.fileno()
+    except OSError:  # It is none of the system's.
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return True
 
 
 def _failed(line: str, status: int = 2) -> int:

@@ -78,7 +78,7 @@ def read_config(arguments: Sequence[str]) -> tuple[PlanConfig, flags.FlagValues]
 
     rest, bindings = gin_files.split_overrides(arguments)
     from_study = any(word.startswith("--config") for word in rest)
-    parsed: Any = (study.read if from_study else parse)(rest, _define, __doc__)
+    parsed: Any = study.read(rest, _define, __doc__) if from_study else parse(rest, _define_all, __doc__)
     if parsed is None:
         return None
     values, settings = parsed
@@ -97,6 +97,11 @@ def read_config(arguments: Sequence[str]) -> tuple[PlanConfig, flags.FlagValues]
     training, programs = programs_of(job, Known(jobs, given))
     topology = parse_topology(values.topology, training.mesh.slices)
     return PlanConfig(training, programs, topology, values.search), values
+
+
+def _define_all(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("config", None, study.ABOUT, flag_values=values)
+    _define(values)
 
 
 def _define(values: flags.FlagValues) -> None:

@@ -20,12 +20,14 @@ from ml_collections import ConfigDict, config_flags
 
 from alignment_gap.checks import nearest
 from alignment_gap.cli.flags import define_shared, parse, start_jax
+from alignment_gap.cli.packaged import FILES, find_file
 from alignment_gap.configuration import flatten, from_dict
 from alignment_gap.errors import UserError
 from alignment_gap.folders import at
 
 OVERRIDE = "--config."
 REPORT = "report"
+ABOUT = "A study's config file; --config.KEY=VALUE changes a setting."
 # What running a config file may raise.
 CONFIG_ERRORS = (AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError)
 
@@ -110,11 +112,10 @@ def read(
 ) -> tuple[flags.FlagValues, dict[str, Any]] | None:
     """Flags, and the settings of a config file with those that `--config.KEY=VALUE` changes; None after help."""
     changes = [word.removeprefix(OVERRIDE) for word in arguments if word.startswith(OVERRIDE)]
-    others = [word for word in arguments if not word.startswith(OVERRIDE)]
+    others = [_located(word) for word in arguments if not word.startswith(OVERRIDE)]
 
     def define_all(values: flags.FlagValues) -> None:
-        text = "A study's config file; --config.KEY=VALUE changes a setting."
-        config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=others)
+        config_flags.DEFINE_config_file("config", None, ABOUT, flag_values=values, sys_argv=others)
         define(values)
 
     parsed = parse(others, define_all, help_text, also=CONFIG_ERRORS)
@@ -125,7 +126,7 @@ def read(
     if not path:
         raise UserError("no --config: give a study's config file, such as --config=configs/study/tiny.py")
     if not Path(path.partition(":")[0]).is_file():
-        raise UserError(f"--config={path}: there is no such file; configs/study/ has some to start from")
+        raise UserError(f"--config={path}: there is no such file; {FILES / 'configs' / 'study'} has some to start from")
     if not isinstance(values.config, ConfigDict):
         kind = type(values.config).__name__
         raise UserError(
@@ -135,6 +136,15 @@ def read(
     for change in changes:
         _change(settings, *change.partition("=")[::2])
     return values, settings
+
+
+def _located(word: str) -> str:
+    """A word of the command; a config file that is not here is the one that comes with the package, if it has that."""
+    flag, _, value = word.partition("=")
+    if flag != "--config":
+        return word
+    file, colon, argument = value.partition(":")
+    return f"{flag}={find_file('config', file) or file}{colon}{argument}"
 
 
 def _change(settings: dict[str, Any], key: str, text: str) -> None:

@@ -12,7 +12,7 @@ try:
     import altair as alt
     import vl_convert
 except ImportError as error:
-    raise UserError(f"{error.name} draws charts and is not installed: pip install alignment-gap[study]") from error
+    raise UserError(f'{error.name} draws charts and is not installed: pip install "alignment-gap[study]"') from error
 
 INK = "#606060"
 LINE = "#999999"

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import chex
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+
+from alignment_gap.losses._shapes import Array, Bool, Float, Int
 
 OverTokens = Literal["sum", "mean"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from alignment_gap.losses._checks import as_float32_like
 from alignment_gap.losses._pairs import log_ratios
+from alignment_gap.losses._shapes import Array, Float
 
 
 def pairwise_diagnostics(

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
 
 from alignment_gap.losses._checks import OverTokens, as_counts, as_float32, check_choice, check_group, check_positive
 from alignment_gap.losses._registry import register
+from alignment_gap.losses._shapes import Array, Float, Int
 
 
 def _over_tokens(

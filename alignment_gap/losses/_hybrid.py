@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Array, Float
-
 from alignment_gap.losses._pairwise import dpo
 from alignment_gap.losses._registry import register
 from alignment_gap.losses._regularizers import online_kl
+from alignment_gap.losses._shapes import Array, Float
 
 
 @register()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+
+from alignment_gap.losses._shapes import Array, Float
 
 # exp(60) is 1e26: float32 still holds it times any log-ratio.
 _LIMIT = 60.0

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Array, Float, Int
-
 from alignment_gap.losses._checks import OverTokens, as_counts, as_float32, as_float32_like, check_choice
+from alignment_gap.losses._shapes import Array, Float, Int
 
 Pair = tuple[Float[Array, "*B"], Float[Array, "*B"]]
 

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from alignment_gap.losses._checks import OverTokens, as_float32_like, check_choice, check_positive
 from alignment_gap.losses._numerics import tangent_exp, tangent_expm1
 from alignment_gap.losses._pairs import excess_length, expected, log_ratios, over_tokens_of
 from alignment_gap.losses._registry import register
+from alignment_gap.losses._shapes import Array, Float, Int
 
 Smoothing = Literal["conservative", "robust"]
 Curve = Callable[[Float[Array, "*B"]], Float[Array, "*B"]]

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
 
 from alignment_gap.losses._checks import as_float32, as_mask, check_choice, check_group
 from alignment_gap.losses._numerics import masked_mean, masked_sum, tangent_exp
 from alignment_gap.losses._registry import OWN_SAMPLES, SAMPLER_LOG_PROBS, WIDTH, register
 from alignment_gap.losses._regularizers import kl_estimate
+from alignment_gap.losses._shapes import Array, Bool, Float
 
 OverGroupTokens = Literal["mean", "sum", "group"]
 

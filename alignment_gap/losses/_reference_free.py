@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
 
 from alignment_gap.losses._checks import OverTokens, check_positive
 from alignment_gap.losses._numerics import log1mexp
 from alignment_gap.losses._pairs import Pair, as_pair, excess_length, expected, expected_over_sides, over_tokens_of
 from alignment_gap.losses._registry import register
+from alignment_gap.losses._shapes import Array, Float, Int
 
 
 @register()

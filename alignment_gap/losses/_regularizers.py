@@ -7,11 +7,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
 from alignment_gap.losses._checks import as_float32, check_choice
 from alignment_gap.losses._numerics import tangent_expm1
 from alignment_gap.losses._registry import OWN_SAMPLES, register
+from alignment_gap.losses._shapes import Array, Float
 
 
 def kl_estimate(

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
 from alignment_gap.losses._checks import as_float32, as_float32_like, check_choice, check_positive
 from alignment_gap.losses._pairs import expected_over_sides, log_ratios
 from alignment_gap.losses._registry import OTHER_PROMPTS, register
+from alignment_gap.losses._shapes import Array, Float
 
 
 @register(aliases={"nca_pair": {}})

@@ -15,9 +15,9 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
 
 from alignment_gap.losses._regularizers import categorical_kl, entropy
+from alignment_gap.losses._shapes import Array, Float, Int
 
 # Float32 logits of one block, per device.
 _BLOCK_BYTES = 2**26

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
 
 from alignment_gap.losses._checks import as_float32, as_mask, check_choice
 from alignment_gap.losses._numerics import masked_mean, masked_sum, tangent_exp
 from alignment_gap.losses._pairwise import dpo
 from alignment_gap.losses._registry import LOG_COLLISIONS, register
+from alignment_gap.losses._shapes import Array, Bool, Float
 
 
 @register()

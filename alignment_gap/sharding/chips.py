@@ -85,6 +85,21 @@ def peak_flops(devices: Iterable[Any]) -> float | None:
     return None if None in kinds else math.fsum(CHIPS[kind].flops for kind in kinds if kind)
 
 
+def device_lines(devices: Iterable[Any]) -> list[str]:
+    """A line for each kind of jax's devices: how many, the memory of one in GiB where it is known, the table's name."""
+    found: dict[str, list[Any]] = {}
+    for device in devices:
+        found.setdefault(device.device_kind, []).append(device)
+    return [f"{len(alike)} x {kind}, {_about(alike[0])}" for kind, alike in found.items()]
+
+
+def _about(device: Any) -> str:
+    memory = (device.memory_stats() or {}).get("bytes_limit")
+    name = DEVICE_KINDS.get(device.device_kind)
+    known = f"in the table of chips as {name}" if name else "not in the table of chips: metrics have no MFU"
+    return f"{memory / GIB:.1f} GiB each, {known}" if memory else known
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Devices by name.

@@ -52,7 +52,8 @@ class MeshConfig:
         if devices % known or (-1 not in sizes.values() and known != devices):
             raise UserError(
                 f"mesh {written} takes a multiple of {known} devices but {devices} are present: "
-                "choose sizes whose product is the number of devices, or set one to -1"
+                "choose sizes whose product is the number of devices, or set one to -1",
+                page="sharding.md#layouts",
             )
         data, fsdp, model = (devices // known if size == -1 else size for size in sizes.values())
         if data % self.slices:

@@ -16,7 +16,9 @@ try:
     import markupsafe
     import vl_convert
 except ImportError as error:
-    raise UserError(f"{error.name} writes the report and is not installed: pip install alignment-gap[study]") from error
+    raise UserError(
+        f'{error.name} writes the report and is not installed: pip install "alignment-gap[study]"'
+    ) from error
 
 PAGE, FIGURES = "report.html", "figures"
 _DARK = {"white": "#16191d", charts.INK: "#b9c0c8", charts.GRID: "#2d333a", charts.LINE: "#6b737d"}

@@ -15,8 +15,8 @@ def check_tensorboard() -> None:
         import tensorflow  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"TensorBoard's files cannot be written ({error}): pip install alignment-gap[tensorboard], or leave "
-            "monitor.tensorboard out"
+            f"TensorBoard's files cannot be written ({error}): "
+            'pip install "alignment-gap[tensorboard]", or leave monitor.tensorboard out'
         ) from error
 
 

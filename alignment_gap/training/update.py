@@ -195,7 +195,8 @@ def policy_objective(policy: Policy, loss: Callable[..., Array], *, rewards: boo
                 batches, remedy = "a batch of one response a prompt", "choose one of single responses, as kto or sft; "
             raise UserError(
                 f"the loss asks for {', '.join(missing)}, which {batches} has not: {remedy}it has "
-                f"{', '.join(sorted(inputs))}"
+                f"{', '.join(sorted(inputs))}",
+                page="jobs.md#which-source-serves-which-loss",
             )
         return loss(**{name: inputs[name] for name in _accepted_inputs(loss, inputs)}), diagnostics(inputs)
 

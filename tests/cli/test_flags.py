@@ -1,6 +1,7 @@
 """Flags taken from dataclasses: their names, defaults, types and help, and one line for what they cannot be."""
 
 import dataclasses
+from xml.etree import ElementTree
 
 import pytest
 from absl import flags
@@ -113,9 +114,24 @@ def test_processes_come_from_the_environment_where_no_flag_says(monkeypatch):
 
 def test_sub_commands(capsys):
     ran = []
-    run_subcommand(["alignment-gap data", "show", "x"], {"show": ran.append}, "help")
+
+    def show(arguments):
+        """Show a thing.
+
+        alignment-gap data show x
+        """
+        ran.append(arguments)
+
+    run_subcommand(["alignment-gap data", "show", "x"], {"show": show}, "help")
     assert ran == [["alignment-gap data show", "x"]]
-    run_subcommand(["alignment-gap data"], {"show": ran.append}, "about data")
-    assert capsys.readouterr().out == "about data\n" and len(ran) == 1
+    run_subcommand(["alignment-gap data"], {"show": show}, "about data")
+    assert capsys.readouterr().out == "about data\n\nShow a thing.\n\nalignment-gap data show x\n" and len(ran) == 1
     with pytest.raises(UserError, match=r"unknown command data 'shwo': did you mean show\?"):
-        run_subcommand(["alignment-gap data", "shwo"], {"show": ran.append}, "help")
+        run_subcommand(["alignment-gap data", "shwo"], {"show": show}, "help")
+
+
+def test_flags_as_xml_are_for_programs(capsys):
+    assert parse(["command", "--helpxml"], lambda values: define_config(values, Outer, SHORT), "about it") is None
+    shown = ElementTree.fromstring(capsys.readouterr().out)
+    found = {flag.findtext("name"): flag.findtext("type") for flag in shown.iter("flag")}
+    assert (found["count"], found["fast"], found["where"]) == ("int", "bool", "string")

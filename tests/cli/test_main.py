@@ -1,10 +1,14 @@
 """The `alignment-gap` command: its help, its exit statuses, and one line for a user's mistake."""
 
+import pathlib
+import re
 import signal
+import subprocess
 import sys
 
 import pytest
 
+import alignment_gap
 from alignment_gap import __version__
 from alignment_gap.cli.main import COMMANDS, guarded, main
 from alignment_gap.errors import Interrupted, UserError
@@ -30,12 +34,6 @@ def test_the_version(monkeypatch, capsys):
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_every_command_shows_an_example(name, monkeypatch, capsys):
-    assert run(monkeypatch, name, "--help") == 0
-    assert f"\nalignment-gap {name}" in capsys.readouterr().out
-
-
 def test_what_ends_after_a_failed_save_says_nothing(capsys, monkeypatch):
     """Tensorstore's callbacks cannot raise, so that Python prints what they meet; anything else it still prints."""
     told = []
@@ -59,6 +57,24 @@ def test_what_ends_after_a_failed_save_says_nothing(capsys, monkeypatch):
 def test_an_unknown_command(monkeypatch, capsys):
     assert run(monkeypatch, "trian") == 2
     assert capsys.readouterr().err == "error: unknown command 'trian': did you mean train?\n"
+
+
+def test_an_error_names_the_page_that_explains_it(capsys):
+    def refuse():
+        raise UserError("a value", page="jobs.md#train")
+
+    assert guarded(refuse) == 2
+    assert capsys.readouterr().err == "error: a value (see docs/jobs.md#train)\n"
+
+
+def test_the_pages_that_errors_name_have_these_sections():
+    package = pathlib.Path(alignment_gap.__file__).parent
+    named = {found for path in package.rglob("*.py") for found in re.findall(r'page="([\w.#-]+)"', path.read_text())}
+    assert named
+    for place in named:
+        page, _, section = place.partition("#")
+        titles = re.findall(r"^#+ (.+)$", (package.parent / "docs" / page).read_text(), flags=re.MULTILINE)
+        assert section in [re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles], place
 
 
 def test_exit_statuses(capsys):
@@ -99,3 +115,28 @@ def test_what_jax_caught_of_several_processes_is_a_scheduler_s():
         raise Interrupted("saved at step 3 of 5")
 
     assert guarded(loop) == 75
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_output_that_nobody_reads_to_the_end_is_no_error(lines, options, monkeypatch):
+    """As of `alignment-gap losses | head -1`, whether it fits into a buffer or not."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    program = (
+        "import sys\nfrom alignment_gap.cli.main import guarded\n"
+        f"def run():\n    sys.stdin.read()\n    for i in range({lines}): print(i)\n"
+        "sys.exit(guarded(run))"
+    )
+    command, pipe = [sys.executable, *options, "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+def test_another_broken_pipe_is_an_error():
+    def run():
+        raise BrokenPipeError("a socket")
+
+    with pytest.raises(BrokenPipeError, match="a socket"):
+        guarded(run)

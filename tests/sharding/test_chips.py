@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from alignment_gap.errors import UserError
-from alignment_gap.sharding.chips import CHIPS, DEVICE_KINDS, TPUS, Topology, parse_topology, peak_flops
+from alignment_gap.sharding.chips import CHIPS, DEVICE_KINDS, TPUS, Topology, device_lines, parse_topology, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,14 @@ def test_devices_that_the_table_lacks_have_no_peak():
 
 def test_every_chip_but_the_made_up_one_is_known_by_its_device():
     assert {*DEVICE_KINDS.values()} == {*CHIPS} - {"cpu"}
+
+
+def test_a_line_for_each_kind_of_device():
+    def device(kind, stats):
+        return types.SimpleNamespace(device_kind=kind, memory_stats=lambda: stats)
+
+    v5e = device("TPU v5 lite", {"bytes_limit": 15.75 * 2**30})
+    assert device_lines([v5e, v5e, device("thing", None)]) == [
+        "2 x TPU v5 lite, 15.8 GiB each, in the table of chips as v5e",
+        "1 x thing, not in the table of chips: metrics have no MFU",
+    ]

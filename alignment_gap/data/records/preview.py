@@ -50,7 +50,7 @@ def lengths_picture(lengths: Mapping[str, Any]) -> bytes:
         import vl_convert
     except ImportError as error:
         raise UserError(
-            f"{error.name} draws the histogram and is not installed: pip install alignment-gap[study]"
+            f'{error.name} draws the histogram and is not installed: pip install "alignment-gap[study]"'
         ) from error
 
     def bars(name: str) -> Any:

@@ -165,7 +165,8 @@ def refuse_or_drop(problem: BadPair, where: str, setting: str, policy: str) -> D
     """What becomes of an unusable pair by the policy of `setting`."""
     reason, remedy = problem.args
     if policy == "refuse":
-        raise UserError(f"{where}: {reason}: {remedy}, or set --{setting}=drop") from None
+        line = f"{where}: {reason}: {remedy}, or set --{setting}=drop"
+        raise UserError(line, page="sources.md#records-that-are-not-clean") from None
     return Dropped(reason.split(" (")[0], where)
 
 

@@ -1,0 +1,29 @@
+"""The gin files and study configs that come with the package.
+
+A clone has gin/ and configs/ beside the package, an installation has them in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1]
+# The folder that holds gin/ and configs/; setup.py fills the one of an installation.
+FILES = _PACKAGE / "_files" if (_PACKAGE / "_files").is_dir() else _PACKAGE.parent
+GIN = FILES / "gin"
+
+
+def find_file(flag: str, file: str, folders: Sequence[str | Path] = ()) -> Path | None:
+    """The path of the file that a flag names: here, in `folders`, or else one that comes with the package.
+
+    Says on standard error which file it is where that comes with the package.
+    """
+    found = [path for path in (Path(folder) / file for folder in ("", *folders)) if path.is_file()]
+    if found:
+        return found[0]
+    ours = next((path for path in (FILES / file, GIN / file) if path.is_file()), None)
+    if ours:
+        print(f"--{flag}={file} is not in this folder: taken from {ours}", file=sys.stderr)
+    return ours
