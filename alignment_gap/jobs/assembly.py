@@ -194,7 +194,9 @@ class Assembly:
         steps = (config.steps or MOST_STEPS) if config.optimizer.ends else None
         is_random = not self.is_policy or config.adapter.dropout > 0
         return _traced_once(
-            dataclasses.replace(network, vocabulary=None, vocabulary_digest=None, base=None, base_digest=None),
+            dataclasses.replace(
+                network, vocabulary=None, vocabulary_digest=None, base=None, base_digest=None, end_prompts=None
+            ),
             config.loss if self.is_policy else None,
             config.seed if is_random else None,
             self.facts.rewards,
