@@ -172,7 +172,8 @@ def measure(config: ModelConfig, options: argparse.Namespace) -> Iterator[tuple[
     def fresh(seed: int) -> TrainState:
         return create_state(assembly.policy.init, assembly.abstract, assembly.optimizer, jax.random.key(seed))
 
-    score = with_reference(lambda step, state: batch, assembly.score, fresh(0).params)
+    reference = fresh(0).params
+    score = with_reference(lambda step, state: batch, assembly.score, lambda state: reference)
     scored = score(0, fresh(1))
     for name, source in (("precomputed", lambda step, state: scored), ("every step", score)):
         state = fresh(1)

@@ -288,7 +288,8 @@ def _tree_metadata(names: Iterable[str]) -> dict[str, Any]:
         keys = [{"key": key, "key_type": 2} for key in path]  # 2: a key of a dictionary.
         tree[str(tuple(path))] = {
             "key_metadata": keys,
-            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False},
+            # Orbax restores jax arrays only with a sharding, which depends on the devices of the reader.
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
         }
     return {
         "tree_metadata": tree,

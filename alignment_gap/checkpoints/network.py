@@ -43,6 +43,8 @@ class Network:
       markers: a preference model's reserved token ids, in the order of `Markers`; empty for a policy.
       vocabulary: where its vocabulary is; None where that is not known.
       vocabulary_digest: of the vocabulary; None where that is not known.
+      end_prompts: whether the prompts that it was trained on end with the vocabulary's end id; None where that is not
+        known.
       adapter: where the checkpoint holds adapters and no other parameters, which; else None.
       base: the checkpoint whose parameters the adapters are added to.
       base_digest: of those parameters.
@@ -56,6 +58,7 @@ class Network:
     adapter: AdapterConfig | None = None
     base: str | None = None
     base_digest: str | None = None
+    end_prompts: bool | None = None
 
     def policy(self) -> Policy:
         """The policy itself; of a preference model the one that it asks."""

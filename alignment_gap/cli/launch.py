@@ -7,14 +7,18 @@ alignment-gap launch --engine=slurm --slurm.partition=gpu --slurm.gres=gpu:8 --s
 alignment-gap launch --engine=jobset --jobset.image=IMAGE --jobset.volume=CLAIM --jobset.topology=v5e:4x4 --dry_run \\
     study --config=configs/study/tiny.py
 alignment-gap launch --status study --config=configs/study/tiny.py --workdir=runs/study
+alignment-gap launch --sweep=LEARNING_RATE=1e-5,3e-5,1e-4 train --gin_file=gin/runs/offline_ipo.gin \\
+    --gin.DATASET=pairs --gin.START=sft --workdir=runs/sweep
 
 A finished job is not run again. Write the flags of the launch before the command, and the command's own after it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,8 +26,8 @@ from absl import flags
 
 from alignment_gap import launch
 from alignment_gap.checks import nearest, one_of
+from alignment_gap.cli import train
 from alignment_gap.cli.flags import define_config, parse, read_config
-from alignment_gap.cli.train import WORKDIR
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at
 from alignment_gap.launch import JobSetConfig, LocalConfig, QueuedConfig, SlurmConfig, Task
@@ -37,7 +41,7 @@ _FUNCTIONS: dict[str, tuple[Callable[..., str], Callable[..., None]]] = {
 }
 ENGINES = ("here", *_FUNCTIONS)
 # Commands that fill one folder, and the flag that names it with its default.
-_FOLDERS = {"train": ("workdir", WORKDIR), "evaluate": ("output", None), "data": ("output", None)}
+_FOLDERS = {"train": ("workdir", train.WORKDIR), "evaluate": ("output", None), "data": ("output", None)}
 LAUNCHED = (*_FOLDERS, "study")
 
 
@@ -77,11 +81,13 @@ def main(arguments: list[str]) -> None:
         raise UserError("there is nothing to launch: add a command, such as study --config=configs/study/tiny.py")
     if words[0] not in LAUNCHED:
         raise UserError(f"cannot launch {words[0]!r}: {nearest(words[0], LAUNCHED)}")
-    runs_here = config.engine == "here" and not (values.status or values.dry_run)
+    if values.sweep and words[0] != "train":
+        raise UserError(f"--sweep is of a training job: {words[0]} cannot be swept, leave it out")
+    runs_here = config.engine == "here" and not (values.status or values.dry_run or values.sweep)
     if runs_here or {"--help", "-h"} & {*words}:
         importlib.import_module(f"alignment_gap.cli.{words[0]}").main([f"alignment-gap {words[0]}", *words[1:]])
         return
-    tasks, logs = _tasks(words)
+    tasks, logs = _sweep_tasks(values.sweep, words) if values.sweep else _tasks(words)
     if values.status:
         print(launch.status_text(tasks))
         return
@@ -99,6 +105,8 @@ def _define(values: flags.FlagValues) -> None:
     define_config(values, LaunchConfig, {})
     flags.DEFINE_boolean("dry_run", False, "Print what would be run or submitted, and do nothing.", flag_values=values)
     flags.DEFINE_boolean("status", False, "Print how far each job is, and do nothing.", flag_values=values)
+    text = "NAME=VALUE,VALUE,...: a training job for each value of --gin.NAME, each in a folder of the workdir."
+    flags.DEFINE_string("sweep", None, text, flag_values=values)
 
 
 def _tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
@@ -113,6 +121,41 @@ def _tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
     path = at(folder)
     task = Task(path.name, tuple(words), path, processes=words[:2] != ["data", "prepare"])
     return [task], _logs(path)
+
+
+def _sweep_tasks(sweep: str, words: Sequence[str]) -> tuple[list[Task], Path]:
+    """A training job for each value, and the page that compares them.
+
+    Raises:
+      UserError: a value is missing or comes twice, or the job does not take it.
+    """
+    setting, _, listed = sweep.partition("=")
+    values = [value.strip() for value in listed.split(",")]
+    if not setting or not all(values):
+        raise UserError(f"--sweep={sweep}: write NAME=VALUE,VALUE, such as LEARNING_RATE=1e-5,3e-5,1e-4")
+    (whole,), _ = _tasks(words)
+    assert whole.folder is not None
+    given = [word for word in words if not word.lstrip("-").startswith("workdir=")]
+    tasks = dict[str, Task]()
+    for value in values:
+        name = _sweep_name(setting, value)
+        if name in tasks:
+            raise UserError(f"--sweep={sweep}: {value} comes twice, give each value once")
+        folder = whole.folder / name
+        own = (*given, f"--gin.{setting}={value}", f"--workdir={folder}")
+        train.read_job([f"alignment-gap {own[0]}", *own[1:]])  # Raises where the job does not take the value.
+        tasks[name] = Task(name, own, folder)
+    runs = ",".join(str(task.folder) for task in tasks.values())
+    report = ("report", f"--runs={runs}", f"--workdir={whole.folder / 'compared'}")
+    return [*tasks.values(), Task("report", report, None, tuple(tasks), processes=False)], _logs(whole.folder, "logs")
+
+
+def _sweep_name(setting: str, value: str) -> str:
+    """The folder of a value, such as lr1e-05."""
+    with contextlib.suppress(ValueError):
+        value = f"{float(value):g}"
+    name = setting.rpartition(".")[2].lower()
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{'lr' if name == 'learning_rate' else name}{value}")
 
 
 def _logs(folder: AnyPath, *names: str) -> Path:

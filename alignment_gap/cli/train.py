@@ -7,6 +7,8 @@ alignment-gap train --gin_file=gin/runs/online_ipo.gin --gin.PROMPTS=pairs --gin
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from absl import flags
 
 from alignment_gap.cli import gin_files
@@ -14,21 +16,32 @@ from alignment_gap.cli.flags import define_shared, parse
 from alignment_gap.cli.job import run_job
 from alignment_gap.folders import at
 
+if TYPE_CHECKING:
+    from alignment_gap.jobs.config import JobConfig
+
 WORKDIR = "runs/train"
 
 
 def main(arguments: list[str]) -> None:
     """Runs the job; raises UserError for flags or settings that cannot be used."""
-    rest, overrides = gin_files.split_overrides(arguments)
-    parsed = parse(rest, _define, f"{__doc__}\n{gin_files.__doc__}")
-    if parsed is None:
+    read = read_job(arguments)
+    if read is None:
         return
-    values, _ = parsed
-    config = gin_files.read_config(values.gin_file, overrides, values.gin_search_paths)
+    values, config = read
 
     from alignment_gap.jobs.train import TRAIN
 
     run_job(TRAIN, config, at(values.workdir), values)
+
+
+def read_job(arguments: list[str]) -> tuple[flags.FlagValues, JobConfig] | None:
+    """The flags and the settings of a job; None after help. Raises UserError where they cannot be used."""
+    rest, overrides = gin_files.split_overrides(arguments)
+    parsed = parse(rest, _define, f"{__doc__}\n{gin_files.__doc__}")
+    if parsed is None:
+        return None
+    values, _ = parsed
+    return values, gin_files.read_config(values.gin_file, overrides, values.gin_search_paths)
 
 
 def _define(values: flags.FlagValues) -> None:

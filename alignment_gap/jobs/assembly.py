@@ -40,6 +40,7 @@ from alignment_gap.training import (
     abstract_base,
     abstract_state,
     adapter_objective,
+    make_moving,
     make_optimizer,
     make_refresh,
     make_score,
@@ -50,8 +51,8 @@ from alignment_gap.training import (
 )
 from alignment_gap.training.flops import count_flops
 
-# The copy of the parameters that a sampler which lags behind draws from, in a `TrainState`.
-SAMPLER = "sampler"
+# Copies in a `TrainState`: the parameters that a sampler which lags behind draws from, and a reference that moves.
+SAMPLER, REFERENCE = "sampler", "reference"
 # Folded into the run's key: what is random beside fresh parameters.
 ORDER_OF_PAIRS, SAMPLES, OPPONENTS, DROPOUT = 1, 2, 3, 4
 # Update steps that stay compiled for the next run of this process with the same settings, as a study has many.
@@ -188,18 +189,21 @@ class Assembly:
         # A sampler that stays at the start needs no copy of it.
         every = self._refresh_every
         lags = every > 1 or (every == 0 and config.start is None)
+        moves = config.reference_every is not None
         # A plan of a job by epochs does not know its steps; what is compiled has the same form for any number.
         steps = (config.steps or MOST_STEPS) if config.optimizer.ends else None
         is_random = not self.is_policy or config.adapter.dropout > 0
         return _traced_once(
-            dataclasses.replace(network, vocabulary=None, vocabulary_digest=None, base=None, base_digest=None),
+            dataclasses.replace(
+                network, vocabulary=None, vocabulary_digest=None, base=None, base_digest=None, end_prompts=None
+            ),
             config.loss if self.is_policy else None,
             config.seed if is_random else None,
             self.facts.rewards,
             config.optimizer,
             steps,
             self.mesh,
-            (SAMPLER,) if lags else (),
+            (SAMPLER,) * lags + (REFERENCE,) * moves,
             config.microbatches,
             config.guard,
         )
@@ -210,10 +214,14 @@ class Assembly:
         return make_score(self.policy, self.mesh)
 
     @property
-    def refresh(self) -> Callable[[int, TrainState], TrainState] | None:
-        """What gives a sampler that lags behind the current parameters, where there is one."""
-        every = self._refresh_every
-        return make_refresh(SAMPLER, every, self.abstract) if every > 1 else None
+    def refresh(self) -> Callable[[int, TrainState], TrainState]:
+        """What changes the copies of the state before a step: of a sampler that lags behind, of a moving reference."""
+        config, every, changes = self.config, self._refresh_every, list[Callable[[int, TrainState], TrainState]]()
+        if every > 1:
+            changes.append(make_refresh(SAMPLER, every, self.abstract))
+        if config.reference_every is not None:
+            changes.append(make_moving(REFERENCE, config.reference_every, config.reference_alpha, self.abstract))
+        return lambda step, state: functools.reduce(lambda changed, change: change(step, changed), changes, state)
 
     @property
     def _refresh_every(self) -> int:

@@ -212,6 +212,10 @@ class JobConfig:
       reference_log_probs: of recorded examples the reference's log-probs are "stored" beside the dataset, and computed
         first where they are not; or computed in "each_step"; or "auto": the stored ones where there are any. Stored
         ones count only for the same dataset, checkpoint, lengths and precision.
+      reference_every: steps after which the reference moves to the policy (TR-DPO, arXiv 2404.09656); None for one that
+        stays. Its log-probs are then computed in each step.
+      reference_alpha: the policy's share in a reference that moves: 1 makes it a copy of the policy; below 1 it is the
+        moving average alpha * policy + (1 - alpha) * reference.
     """
 
     model: T5Config | DecoderConfig | None = None
@@ -236,13 +240,17 @@ class JobConfig:
     reference: str | None = None
     reference_step: int | None = None
     reference_log_probs: str = "auto"
+    reference_every: int | None = None
+    reference_alpha: float = 1.0
 
     def __post_init__(self) -> None:
         """Raises UserError where a setting is out of its range, or two do not go together."""
         checks.one_of(self, (POLICY, *KINDS), "kind")
         checks.one_of(self, REFERENCE_LOG_PROBS, "reference_log_probs")
         checks.within(self, 1, MOST_STEPS, "steps")
-        checks.at_least(self, 1, "checkpoint_every", "log_every", "microbatches")
+        checks.at_least(self, 1, "checkpoint_every", "log_every", "microbatches", "reference_every")
+        checks.above(self, 0, "reference_alpha")
+        checks.within(self, 0, 1, "reference_alpha")
         checks.at_least(self, 0, "start_step", "reference_step")
         checks.within(self, 0, SEED_LIMIT - 1, "seed")
         if any(step < 1 for step in self.checkpoint_steps):
@@ -270,6 +278,23 @@ class JobConfig:
                 f"mixture is {self.online.mixture}, which is one with the reference: set start or reference, or leave "
                 "it out"
             )
+
+        self._check_moving()
+
+    def _check_moving(self) -> None:
+        """Raises UserError where the reference moves and cannot."""
+        moving = f"reference_every is {self.reference_every}"
+        if self.reference_every is None:
+            if self.reference_alpha != 1:
+                raise UserError(f"reference_alpha is {self.reference_alpha}, but reference_every is not set: set both")
+        elif self.kind != POLICY:
+            raise UserError(f"{moving}: a preference model has no reference, leave it out")
+        elif self.start is self.reference is None:
+            raise UserError(f"{moving}, but there is no reference: set start or reference to the folder of a run")
+        elif self.reference_log_probs == "stored":
+            raise UserError(f"{moving}, and stored log-probs are of a reference that stays: leave one of the two out")
+        elif self.adapter.rank is not None and self.reference is not None:
+            raise UserError(f"{moving} with adapters, whose reference begins at start: leave reference out")
 
     @property
     def recorded(self) -> DatasetConfig:

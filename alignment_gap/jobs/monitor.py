@@ -14,7 +14,7 @@ from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.jobs.reading import Reading, on_devices, open_reading
-from alignment_gap.jobs.sources import Inputs, frozen_of
+from alignment_gap.jobs.sources import Inputs, frozen_of, reference_of
 from alignment_gap.sharding.chips import peak_flops
 from alignment_gap.training import Monitor, Source, TrainState, Validation, make_schedule, with_reference
 from alignment_gap.training.loop import metrics_line
@@ -101,8 +101,7 @@ def _measure(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[
 
     batches: Source = source
     if assembly.needs_reference:
-        assert inputs.reference is not None
-        batches = with_reference(source, assembly.score, inputs.reference.read())
+        batches = with_reference(source, assembly.score, reference_of(assembly, inputs))
     count = len(reading.examples) // reading.config.batch_size
     step, frozen = assembly.validation_step, frozen_of(assembly, inputs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alignment_gap import __version__
 from alignment_gap.data.records import open_dataset
-from alignment_gap.data.records.card import lengths_text
+from alignment_gap.data.records.card import END_PROMPTS, counted_lines, ends_prompts, lengths_text
 from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import PREVIEW, PrepareConfig, may_change, open_preparation
 from alignment_gap.folders import AnyPath
@@ -25,7 +25,9 @@ def open_preparing(config: PrepareConfig) -> Opened:
         # The first of several processes prepares, with workers of its own.
         on_first_process(lambda: preparation.write(folder, open_bar=open_bar))
 
-    return Opened({**preparation.digests, "version": __version__}, run)
+    # None where prompts have no end id: a folder of an earlier version, which knew no such setting, is the same.
+    ends = preparation.ends_prompts or None
+    return Opened({**preparation.digests, "version": __version__, END_PROMPTS: ends}, run)
 
 
 def _summary(folder: AnyPath) -> str:
@@ -34,10 +36,11 @@ def _summary(folder: AnyPath) -> str:
         card = open_dataset(card_path.parent).card
         lines.append(f"{card_path.parent}: {card.count:,} examples")
         lines += [f"  {name}s: {lengths_text(card.lengths[name])} tokens" for name in ("prompt", "response")]
-    about = card.provenance
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in about["dropped"].items()) or "none"
-    cut = [f"cut to their last tokens: {about['cut_prompts']:,} prompts"] if about["cut_prompts"] else []
-    return "\n".join([*lines, f"dropped: {dropped}", *cut, f"preview: {folder / PREVIEW}"])
+        lines += [f"  {line}" for line in counted_lines(card.provenance)]
+        if cut := card.provenance["cut_prompts"]:
+            lines.append(f"  cut to their last tokens: {cut:,} prompts")
+    ends = ["every prompt ends with the end id"] if ends_prompts(open_dataset(card_path.parent)) else []
+    return "\n".join([*lines, *ends, f"preview: {folder / PREVIEW}"])
 
 
 PREPARE = Kind(

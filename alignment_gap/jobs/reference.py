@@ -112,7 +112,8 @@ def compute_reference(config: ReferenceConfig, open_bar: OpenBar) -> list[Datase
 def stored_references(assembly: Assembly, inputs: Inputs, open_bar: OpenBar) -> list[ReferenceLogProbs]:
     """The stored reference log-probs of a job's datasets; none where the job computes them in each step."""
     config, reading, mesh = assembly.config, inputs.reading, assembly.mesh
-    if config.reference_log_probs == "each_step" or isinstance(config.source, OnlineConfig):
+    moves = config.reference_every is not None
+    if config.reference_log_probs == "each_step" or moves or isinstance(config.source, OnlineConfig):
         return []
     policy, reference = assembly.policy, inputs.reference
     assert reference is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import itertools
 import json
@@ -21,7 +20,7 @@ from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import prompt_id
-from alignment_gap.data.text import Vocabulary, load_vocabulary
+from alignment_gap.data.text import Vocabulary, load_vocabulary, prompt_ids
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
 from alignment_gap.folders import AnyPath, at
@@ -50,6 +49,8 @@ class SampleConfig:
       response_length: most tokens of a response.
       seed: of the responses.
       vocabulary: the run's vocabulary, if it is not known or has moved.
+      end_prompts: whether prompts of a file or of the keyboard end with the vocabulary's end id; None for as those that
+        the run was trained on or, where that is not known, as the vocabulary's models are used to.
       format: "text" to read, or "jsonl": a record for each prompt.
       batch_size: prompts at a time, over all devices.
       mesh: the device mesh.
@@ -64,6 +65,7 @@ class SampleConfig:
     response_length: int = 128
     seed: int = 0
     vocabulary: str | None = None
+    end_prompts: bool | None = None
     format: str = "text"
     batch_size: int = 8
     mesh: MeshConfig = MeshConfig()
@@ -87,7 +89,8 @@ def sample_texts(config: SampleConfig) -> Iterator[str]:
     network = policy_network(run, config.step)
     vocabulary = on_every_process(lambda: _vocabulary(config, network))
     policy, params = load_policy(run, mesh, config.step)
-    prompts = itertools.islice(_prompts(config.prompts, vocabulary), config.limit)
+    ends = network.end_prompts if config.end_prompts is None else config.end_prompts
+    prompts = itertools.islice(_prompts(config.prompts, vocabulary, ends), config.limit)
     settings = {
         "samples": config.samples,
         "max_length": config.response_length,
@@ -132,10 +135,14 @@ def _vocabulary(config: SampleConfig, network: Network) -> Vocabulary:
     return vocabulary
 
 
-def _prompts(place: str | None, vocabulary: Vocabulary) -> Iterator[np.ndarray]:
+def _prompts(place: str | None, vocabulary: Vocabulary, ends: bool | None) -> Iterator[np.ndarray]:
     """The prompts as token ids."""
+
+    def encode(text: str) -> np.ndarray:
+        return np.array(prompt_ids(text, vocabulary, ends), np.int32)
+
     if place is None:
-        yield from map(functools.partial(_encode, vocabulary), _typed())
+        yield from map(encode, _typed())
     elif (at(place) / CARD).exists():
         yield from (example.prompt for example in open_dataset(place))
     elif not at(place).is_file():
@@ -143,7 +150,7 @@ def _prompts(place: str | None, vocabulary: Vocabulary) -> Iterator[np.ndarray]:
             f"prompts is {place!r}: give a dataset's folder or a file of prompts, or leave it out to type them"
         )
     else:
-        yield from map(functools.partial(_encode, vocabulary), _lines(at(place)))
+        yield from map(encode, _lines(at(place)))
 
 
 def _lines(path: AnyPath) -> Iterator[str]:
@@ -178,12 +185,6 @@ def _read_line() -> np.ndarray:
         line = np.frombuffer(sys.stdin.readline().encode()[:_LONGEST], np.uint8)
         encoded[: len(line)] = line
     return encoded
-
-
-def _encode(vocabulary: Vocabulary, text: str) -> np.ndarray:
-    ids = vocabulary.encode(text)
-    begin = [] if vocabulary.bos_id is None or ids[:1] == [vocabulary.bos_id] else [vocabulary.bos_id]
-    return np.array([*begin, *ids], np.int32)
 
 
 def _as_text(vocabulary: Vocabulary, prompt: np.ndarray, answers: Iterable[np.ndarray], log_probs: np.ndarray) -> str:

@@ -36,8 +36,14 @@ def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collect
       fields: what the recorded examples hold; empty for an online source.
 
     Raises:
-      UserError: the loss requires a reference and there is none, or there are two.
+      UserError: the loss requires a reference and there is none, or there are two; or one moves that cannot.
     """
+    moving = config.reference_every is not None
+    if moving and REFERENCE_LOG_PROBS in fields:
+        raise UserError(
+            f"{config.recorded.folder} has the log-probs of a reference of its own: leave "
+            f"reference_every={config.reference_every} out"
+        )
     if REFERENCE_LOG_PROBS in fields and config.fresh is None and not reads_mismatched(loss):
         if config.reference is not None:
             raise UserError(
@@ -51,7 +57,13 @@ def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collect
             f"the loss {config.loss.name} needs a reference policy: set start or reference to the folder of a run, "
             "such as one of supervised fine-tuning"
         )
-    return config.reference is not None or (there and bool(named))
+    needed = config.reference is not None or (there and bool(named))
+    if moving and not needed:
+        raise UserError(
+            f"reference_every is {config.reference_every}, but the loss {config.loss.name} reads no reference: leave "
+            "it out"
+        )
+    return needed
 
 
 def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection[str]) -> None:

@@ -14,7 +14,7 @@ from alignment_gap.data.records.dataset import chunk_path, discard_chunks, read_
 from alignment_gap.data.records.log_probs import ReferenceLogProbs
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath
-from alignment_gap.jobs.assembly import OPPONENTS, SAMPLER, SAMPLES, Assembly, gives_rewards
+from alignment_gap.jobs.assembly import OPPONENTS, REFERENCE, SAMPLER, SAMPLES, Assembly, gives_rewards
 from alignment_gap.jobs.config import OnlineConfig, SourceConfig
 from alignment_gap.jobs.reading import Reading, on_devices
 from alignment_gap.jobs.served import reads_mismatched
@@ -42,6 +42,10 @@ class Parameters:
         """Takes how to read them, and the digest that the checkpoint says, with which what is read is compared."""
         self.read, self._said = functools.cache(load), said
 
+    def forget(self) -> None:
+        """Gives their memory back; the next `read` reads them anew."""
+        self.read.cache_clear()
+
     @functools.cached_property
     def digest(self) -> str:
         """Their `params_digest`."""
@@ -56,7 +60,8 @@ class Inputs(NamedTuple):
       fresh: the datasets of the second source, if there is one.
       judge: of the online source, if it has one.
       start: parameters that training starts from, or the base of adapters; None for fresh ones.
-      reference: parameters of the reference policy; None where nothing needs them.
+      reference: parameters of the reference policy, or those that one which moves begins with; None where nothing
+        needs them.
       stored: the reference's log-probs of every dataset, where they are stored.
       validation: held-out examples, if there are any.
     """
@@ -86,8 +91,8 @@ def open_source(assembly: Assembly, inputs: Inputs, steps: int, times: Times) ->
         if assembly.is_policy and reads_mismatched(assembly.loss):
             source = with_mismatched(source, assembly.mesh)
         if assembly.needs_reference and not _is_all_stored(assembly, inputs):
-            assert inputs.reference is not None
-            source = with_reference(source, times.of_devices("reference", assembly.score), inputs.reference.read())
+            score = times.of_devices("reference", assembly.score)
+            source = with_reference(source, score, reference_of(assembly, inputs))
         yield source
 
 
@@ -145,22 +150,36 @@ def _drawing(
     generate = assembly.generate(online, response, opponents=opponents)
     key = put_replicated(assembly.key(OPPONENTS if opponents else SAMPLES), assembly.mesh)
     params_of = _sampler(assembly, inputs, online)
-    reference = (inputs.reference.read(),) if online.mixture is not None and inputs.reference is not None else ()
+    mixed = (reference_of(assembly, inputs),) if online.mixture is not None else ()
 
     def draw(state: TrainState, batch: PreferenceBatch) -> Any:
         texts = (batch.prompt_ids, batch.prompts, batch.prompt_lengths)
-        return generate(params_of(state), key, state.step, *texts, *reference)
+        return generate(params_of(state), key, state.step, *texts, *(reference(state) for reference in mixed))
 
     return draw
 
 
+def reference_of(assembly: Assembly, inputs: Inputs) -> Callable[[TrainState], Any]:
+    """The reference's parameters at a state: the copy of one that moves, or the ones that stay."""
+    if REFERENCE in assembly.abstract.copies:
+        return _copy_of(assembly, inputs, REFERENCE)
+    assert inputs.reference is not None
+    params = inputs.reference.read()
+    return lambda state: params
+
+
+def _copy_of(assembly: Assembly, inputs: Inputs, name: str) -> Callable[[TrainState], Any]:
+    frozen = frozen_of(assembly, inputs)
+    return lambda state: assembly.whole(state.copies[name], *frozen)
+
+
 def _sampler(assembly: Assembly, inputs: Inputs, online: OnlineConfig) -> Callable[[TrainState], Any]:
     """Whose parameters samples are drawn from: the current ones, those of the last refresh, or those of the start."""
-    frozen = frozen_of(assembly, inputs)
     if online.refresh_every == 1:
+        frozen = frozen_of(assembly, inputs)
         return lambda state: assembly.whole(state.params, *frozen)
     if SAMPLER in assembly.abstract.copies:
-        return lambda state: assembly.whole(state.copies[SAMPLER], *frozen)
+        return _copy_of(assembly, inputs, SAMPLER)
     assert inputs.start is not None
     start = inputs.start.read()
     return lambda state: start

@@ -29,10 +29,18 @@ from alignment_gap.checkpoints import (
     tokenizer_of,
 )
 from alignment_gap.data.batches import PreferenceBatch
-from alignment_gap.data.records.card import find_vocabulary, vocabulary_place
+from alignment_gap.data.records.card import ends_prompts, find_vocabulary, vocabulary_place
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at, copy_files
-from alignment_gap.jobs.assembly import Assembly, BatchShape, Facts, gives_rewards, samples_kept, trained_network
+from alignment_gap.jobs.assembly import (
+    REFERENCE,
+    Assembly,
+    BatchShape,
+    Facts,
+    gives_rewards,
+    samples_kept,
+    trained_network,
+)
 from alignment_gap.jobs.config import (
     POLICY,
     JobConfig,
@@ -61,6 +69,7 @@ from alignment_gap.training import (
     load_plain,
     state_from_params,
     train,
+    with_copy,
 )
 
 _SOURCES = ("source", "source.prompts", "fresh", "fresh.prompts")
@@ -96,7 +105,9 @@ def open_training(config: JobConfig) -> Opened:
     reference = start
     if config.reference is not None:
         folder, other = _checked(config.reference, config.reference_step, assembly)
-        reference = Parameters(lambda: load_params(folder, other, assembly.mesh, bases), read_digest(folder))
+        # The copy of one that moves is averaged with plain kernels.
+        load = functools.partial(load_params, bases=bases) if config.reference_every is None else load_plain
+        reference = Parameters(lambda: load(folder, other, assembly.mesh), read_digest(folder))
     inputs = Inputs(reading, fresh, judge, start, reference, validation=open_validation(assembly, reading))
     facts: dict[str, Any] = {"source.digest": reading.digest} | ({"fresh.digest": fresh.digest} if fresh else {})
     for name, params, path in (("start", start, config.start), ("reference", reference, config.reference)):
@@ -126,6 +137,7 @@ def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
     vocabulary = find_vocabulary(dataset, place) if needs_vocabulary else None
     digest = dataset.card.vocabulary_digest
     network = on_every_process(lambda: _with_base(config, trained_network(config, digest, place, vocabulary)))
+    network = dataclasses.replace(network, end_prompts=ends_prompts(dataset))
     online = config.source if isinstance(config.source, OnlineConfig) else None
     return Facts(
         network,
@@ -212,6 +224,10 @@ def _run(assembly: Assembly, inputs: Inputs, folder: AnyPath, open_bar: OpenBar)
         bar = stack.enter_context(open_bar(steps, folder.name, " steps"))
         bar.write(_summary(assembly, inputs.reading))
         state = checkpoints.restore_last(assembly.abstract, bar.write) or _first_state(assembly, inputs)
+        if REFERENCE in state.copies and assembly.adapters is None:
+            # A reference that moves needs no other place in memory than its copy.
+            for params in filter(None, (inputs.start, inputs.reference)):
+                params.forget()
         monitor = open_monitor(assembly, inputs, folder)
         frozen = frozen_of(assembly, inputs)
         train(
@@ -232,10 +248,14 @@ def _run(assembly: Assembly, inputs: Inputs, folder: AnyPath, open_bar: OpenBar)
 
 
 def _first_state(assembly: Assembly, inputs: Inputs) -> TrainState:
+    config, abstract, optimizer = assembly.config, assembly.abstract, assembly.optimizer
     if inputs.start is not None and assembly.adapters is None:
-        return state_from_params(inputs.start.read(), assembly.abstract, assembly.optimizer)
-    key = jax.random.key(assembly.config.seed)
-    return create_state(assembly.facts.network.init, assembly.abstract, assembly.optimizer, key)
+        state = state_from_params(inputs.start.read(), abstract, optimizer)
+    else:
+        state = create_state(assembly.facts.network.init, abstract, optimizer, jax.random.key(config.seed))
+    if config.reference_every is not None and config.reference is not None and inputs.reference is not None:
+        state = with_copy(state, REFERENCE, inputs.reference.read(), abstract)
+    return state
 
 
 def _checkpoint_steps(config: JobConfig, steps: int) -> list[int]:

@@ -134,10 +134,15 @@ def _training(config: JobConfig, known: Known) -> Planned:
         }
         # The reference of adapters is their base, if the job names no other.
         is_base = config.adapter.rank is not None and config.reference is None
-        plain = dataclasses.replace(facts, network=dataclasses.replace(facts.network, adapter=None))
-        found = [(name, dataclasses.replace(plain, batch=shape)) for name, shape in scored.items() if shape is not None]
+        # One that moves is in the state, and has adapters as the policy has.
+        moves = config.reference_every is not None
+        network = facts.network if moves else dataclasses.replace(facts.network, adapter=None)
+        scoring = dataclasses.replace(facts, network=network)
+        found = [
+            (name, dataclasses.replace(scoring, batch=shape)) for name, shape in scored.items() if shape is not None
+        ]
         programs += [
-            Program(name, "score", each, holds=not place and not is_base, shares=is_base)
+            Program(name, "score", each, holds=not (place or is_base or moves), shares=is_base and not moves)
             for place, (name, each) in enumerate(found)
         ]
     return config, programs

@@ -21,8 +21,10 @@ from alignment_gap.training.state import (
     abstract_params,
     abstract_state,
     create_state,
+    make_moving,
     make_refresh,
     state_from_params,
+    with_copy,
 )
 from alignment_gap.training.update import (
     Objective,
@@ -59,6 +61,7 @@ __all__ = [
     "load_policy",
     "load_preference_model",
     "loss_inputs",
+    "make_moving",
     "make_optimizer",
     "make_refresh",
     "make_schedule",
@@ -69,6 +72,7 @@ __all__ = [
     "preference_objective",
     "state_from_params",
     "train",
+    "with_copy",
     "with_fresh",
     "with_mismatched",
     "with_reference",

@@ -50,7 +50,7 @@ def train(
       monitor: writes metrics, and what else is seen of the run.
       log_every: steps between two lines of metrics.
       skip: after how many skipped updates in a row to stop.
-      refresh: changes the state's copies before a step, from `make_refresh`.
+      refresh: changes the state's copies before a step, from `make_refresh` and `make_moving`.
       record: is given the step and the whole batches since the last checkpoint as numpy arrays, before the next one is
         saved.
       bar: shows the steps that are done, those of an earlier run included, and the loss.

@@ -44,25 +44,25 @@ def with_mismatched(source: Source, mesh: LogicalMesh) -> Source:
     return attached
 
 
-def with_reference(source: Source, score: TokenLogProbs, reference_params: Any) -> Source:
+def with_reference(source: Source, score: TokenLogProbs, reference: Callable[[TrainState], Any]) -> Source:
     """The source with the reference policy's log-probs attached to a batch, and to those beside it, that have none.
 
     Args:
       source: of batches.
       score: from `make_score`, the very function that the policy's evaluation uses.
-      reference_params: of the reference policy.
+      reference: the parameters of the reference policy, at a state.
     """
 
-    def scored(batch: PreferenceBatch | None) -> PreferenceBatch | None:
+    def scored(batch: PreferenceBatch | None, params: Any) -> PreferenceBatch | None:
         if batch is None or batch.reference_log_probs is not None:
             return batch
         texts = (batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths)
-        return dataclasses.replace(batch, reference_log_probs=score(reference_params, *texts))
+        return dataclasses.replace(batch, reference_log_probs=score(params, *texts))
 
     def attached(step: int, state: TrainState) -> PreferenceBatch:
-        batch = source(step, state)
-        fresh, mismatched = scored(batch.fresh), scored(batch.mismatched)
-        whole = scored(batch)
+        batch, params = source(step, state), reference(state)
+        fresh, mismatched = scored(batch.fresh, params), scored(batch.mismatched, params)
+        whole = scored(batch, params)
         assert whole is not None
         return dataclasses.replace(whole, fresh=fresh, mismatched=mismatched)
 

@@ -29,7 +29,8 @@ class TrainState:
       step: updates done.
       params: of the network.
       optimizer_state: of all parameters.
-      copies: earlier parameters by name, such as those of a sampler that lags behind; see `make_refresh`.
+      copies: earlier parameters by name: of a sampler that lags behind (`make_refresh`), of a reference that moves
+        (`make_moving`).
       skipped: the updates that were not made.
     """
 
@@ -88,6 +89,30 @@ def make_refresh(name: str, every: int, abstract: TrainState) -> Callable[[int, 
         donate_argnums=0,
     )
     return lambda step, state: take(state) if step % every == 0 else state
+
+
+def make_moving(name: str, every: int, alpha: float, abstract: TrainState) -> Callable[[int, TrainState], TrainState]:
+    """After every `every` steps the copy of this name moves: copy <- alpha * parameters + (1 - alpha) * copy.
+
+    TR-DPO, arXiv 2404.09656: alpha of 1 is its hard update, one below 1 its soft update. The copy stays where the last
+    update was skipped. It moves before the next step, so that a run which was stopped goes on with the very same one.
+    """
+
+    def moved(state: TrainState) -> TrainState:
+        copy, is_made = state.copies[name], state.skipped.in_a_row == 0
+        copy = jax.tree.map(
+            lambda new, old: jnp.where(is_made, new, old), optax.incremental_update(state.params, copy, alpha), copy
+        )
+        return dataclasses.replace(state, copies=state.copies | {name: copy})
+
+    move = jax.jit(moved, out_shardings=shardings_like(abstract), donate_argnums=0)
+    return lambda step, state: move(state) if step and step % every == 0 else state
+
+
+def with_copy(state: TrainState, name: str, params: Any, abstract: TrainState) -> TrainState:
+    """The state whose copy of this name is a copy of other parameters, laid out as `abstract` says."""
+    copy = jax.jit(_copy, out_shardings=shardings_like(abstract.copies[name]))(params)
+    return dataclasses.replace(state, copies=state.copies | {name: copy})
 
 
 def shardings_like(abstract: Any) -> Any:

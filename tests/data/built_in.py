@@ -17,7 +17,8 @@ def posts_examples(count: int, seed: int = 0, first: int = 0) -> list[Example]:
 
 def write_posts(folder: str | pathlib.Path, count: int, seed: int = 0) -> Card:
     """A dataset of the first training pairs, with the provenance that `prepare` gives it."""
-    settings = {name: value for name, value in to_dict(_config(count, seed)).items() if name != "workers"}
+    unsaid = ("workers", "end_prompts")
+    settings = {name: value for name, value in to_dict(_config(count, seed)).items() if name not in unsaid}
     provenance = {"made_by": "prepare", **settings, "split": "train"}
     digest = load_vocabulary("posts").digest
     return write_dataset(folder, posts_examples(count, seed), vocabulary_digest=digest, provenance=provenance)

@@ -1,6 +1,7 @@
 """Preparing as a job: a kill, ctrl-c, other settings in the same folder, and what the terminal is told."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -10,12 +11,14 @@ import sys
 import time
 
 import pytest
+import sentencepiece
 from job_runs import Bar
 from word_pairs import LIMITS, tree, words_config, write_pairs
 
 from alignment_gap.data.records import open_dataset
+from alignment_gap.data.records.card import card_text
 from alignment_gap.data.tasks.prepare import PrepareConfig
-from alignment_gap.data.text import PostsConfig, TextSourceConfig
+from alignment_gap.data.text import Limits, PostsConfig, TextSourceConfig
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.prepare import PREPARE
@@ -123,7 +126,8 @@ def test_other_settings_are_refused_and_what_was_refused_may_be_dropped(config, 
     mended = dataclasses.replace(strict, limits=dataclasses.replace(strict.limits, long_prompts="drop"))
     with pytest.raises(UserError, match=r"seed was 0, now 3\): give another folder"):
         prepare(dataclasses.replace(mended, seed=3), output)
-    assert prepare(mended, output)["train"].provenance["dropped"]["long prompt"] == 1
+    cards = prepare(mended, output).values()
+    assert sum(card.provenance["dropped"].get("long prompt", 0) for card in cards) == 1
     prepare(mended, tmp_path / "fresh")
     assert tree(output) == tree(tmp_path / "fresh")
     with pytest.raises(UserError, match=r"source_sha256 was \w+, now \w+"):
@@ -162,12 +166,13 @@ def test_a_finished_folder_is_looked_through_and_told_in_a_few_lines(config, tmp
     output = tmp_path / "out"
     cards = prepare(config, output)
     whole = tree(output)
+    first, lengths, _, reasons, second, *_, preview = PREPARE.summary(output).splitlines()
     dropped = cards["train"].provenance["dropped"]
-    first, lengths, *_, reasons, preview = PREPARE.summary(output).splitlines()
+    assert second == f"{output}/validation: {cards['validation'].count:,} examples"
     assert first == f"{output}/train: {cards['train'].count:,} examples"
     longest = cards["train"].max_prompt_length
     assert lengths.startswith("  prompts: median ") and lengths.endswith(f"longest {longest} tokens")
-    assert reasons == f"dropped: {dropped['long prompt']} long prompt, {dropped['long response']} long response"
+    assert reasons == f"  dropped: {dropped['long prompt']} long prompt, {dropped['long response']} long response"
     assert preview == f"preview: {output}/preview.txt"
     part = output / "train" / "part-00001.array_record"
     part.write_bytes(part.read_bytes()[:50])
@@ -181,6 +186,41 @@ def test_a_finished_folder_is_looked_through_and_told_in_a_few_lines(config, tmp
 
 def test_prompts_that_were_cut_are_counted_in_the_summary(config, tmp_path):
     limits = dataclasses.replace(LIMITS, long_prompts="keep_end")
-    about = prepare(dataclasses.replace(config, limits=limits), tmp_path / "out")["train"].provenance
-    assert "long prompt" not in about["dropped"]
-    assert f"cut to their last tokens: {about['cut_prompts']:,} prompts" in PREPARE.summary(tmp_path / "out")
+    cards = prepare(dataclasses.replace(config, limits=limits), tmp_path / "out")
+    for about in (card.provenance for card in cards.values()):
+        assert "long prompt" not in about["dropped"]
+        assert f"cut to their last tokens: {about['cut_prompts']:,} prompts" in PREPARE.summary(tmp_path / "out")
+
+
+def test_how_prompts_end_and_what_is_unknown_is_told(tmp_path):
+    """A piece that no text of the vocabulary had is unknown."""
+    model = io.BytesIO()
+    settings = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "vocab_size": 40, "hard_vocab_limit": False}
+    texts = iter(["the cat sat on the mat", "a dog ran to the hat"] * 9)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, minloglevel=2, **settings)
+    (tmp_path / "own.model").write_bytes(model.getvalue())
+    rows = [{"prompt": "the cat", "chosen": "sat {", "rejected": "ran { } on"}] * 2
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = TextSourceConfig(str(tmp_path / "a.jsonl"), duplicates="keep")
+    config = PrepareConfig(source, str(tmp_path / "own.model"), validation=0.0)
+    about = prepare(config, tmp_path / "out")["train"].provenance
+    assert about["unknown"] == {"examples": 2, "tokens": 6} and about["end_prompts"] is True
+    lines = PREPARE.summary(tmp_path / "out").splitlines()
+    assert "  unknown: 6 tokens in 2 examples" in lines and "every prompt ends with the end id" in lines
+    assert "unknown: 6 tokens in 2 examples" in card_text(open_dataset(tmp_path / "out" / "train"))
+
+
+def test_a_folder_of_an_earlier_version_is_one_whose_prompts_have_no_end(config, tmp_path):
+    """It says nothing of the setting. It is left as it is, or refused where prompts would end now."""
+    config = dataclasses.replace(config, vocabulary="bytes", end_prompts=False, limits=Limits(64, 64))
+    output = tmp_path / "out"
+    prepare(config, output)
+    job, done = (json.loads((output / name).read_text()) for name in ("job.json", "done.json"))
+    del job["end_prompts"], done["settings"]["end_prompts"]
+    for name, content in (("job.json", job), ("done.json", done)):
+        (output / name).write_text(json.dumps(content))
+    whole = tree(output)
+    prepare(config, output)
+    assert tree(output) == whole
+    with pytest.raises(UserError, match="end_prompts was None, now True"):
+        prepare(dataclasses.replace(config, end_prompts=None), output)

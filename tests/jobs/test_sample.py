@@ -3,13 +3,16 @@
 import dataclasses
 import io
 import json
+import pathlib
 import re
 
 import jax
 import numpy as np
 import pytest
+from job_runs import run_job
 
-from alignment_gap.data.records import open_dataset
+from alignment_gap.checkpoints import find_checkpoint, read_network
+from alignment_gap.data.records import open_dataset, write_dataset
 from alignment_gap.data.text import extra_id, load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.sample import SampleConfig, sample_texts
@@ -90,6 +93,25 @@ def test_prompts_of_a_dataset_of_lines_and_of_the_keyboard(config, pairs, file, 
     assert records(dataclasses.replace(config, prompts=str(lines))) == expected
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([PROMPTS[0], "", *PROMPTS[1:]])))
     assert records(config) == expected
+
+
+def test_prompts_end_as_those_that_the_run_was_trained_on(config, sft_config, pairs, file, tmp_path):
+    """Typed prompts are those of the dataset, whose card says that they end with the end id."""
+    examples, card = open_dataset(pairs)[:16], open_dataset(pairs).card
+    ended = [dataclasses.replace(each, prompt=np.append(each.prompt, np.int32(1))) for each in examples]
+    provenance = card.provenance | {"end_prompts": True}
+    write_dataset(tmp_path / "ended", ended, vocabulary_digest=card.vocabulary_digest, provenance=provenance)
+    source = dataclasses.replace(sft_config.source, folder=str(tmp_path / "ended"))
+    run = run_job(dataclasses.replace(sft_config, source=source, steps=1), tmp_path / "run")
+    assert read_network(find_checkpoint(run)).end_prompts
+    assert not read_network(find_checkpoint(pathlib.Path(config.run))).end_prompts
+    of_dataset = dataclasses.replace(config, run=str(run), prompts=str(tmp_path / "ended"), limit=3)
+    expected = records(of_dataset)
+    vocabulary = load_vocabulary("posts")
+    file.write_text("".join(json.dumps({"prompt": vocabulary.decode(each.prompt)}) + "\n" for each in ended))
+    typed = dataclasses.replace(of_dataset, prompts=str(file))
+    assert records(typed) == records(dataclasses.replace(typed, end_prompts=True)) == expected
+    assert records(dataclasses.replace(typed, end_prompts=False)) != expected
 
 
 def test_as_text(config, file):

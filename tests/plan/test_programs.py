@@ -124,6 +124,12 @@ def test_a_sampler_that_lags_behind_has_parameters_of_its_own(refresh_every, cop
     assert size(state.copies) == copies * size(params)
 
 
+@pytest.mark.parametrize(("reference_every", "copies"), [(None, 0), (4, 1)])
+def test_a_reference_that_moves_is_a_copy_in_the_state(reference_every, copies):
+    (state, _), params = arguments_of(program_of("update"), reference_every=reference_every)
+    assert size(state.copies) == copies * size(params)
+
+
 @pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("sgd", 0)])
 def test_an_optimizer_keeps_its_moments(optimizer, moments):
     (state, _), params = arguments_of(program_of("update"), optimizer=OptimizerConfig(optimizer))

@@ -15,6 +15,7 @@ from alignment_gap.jobs.evaluate import EvaluateConfig
 from alignment_gap.jobs.generate import GenerateConfig
 from alignment_gap.jobs.label import LabelConfig
 from alignment_gap.judges import JudgeConfig
+from alignment_gap.models import AdapterConfig
 from alignment_gap.plan.known import MARKERS, Known, Overrides
 from alignment_gap.plan.steps import Program, programs_of
 from alignment_gap.sampling import SamplerConfig
@@ -60,6 +61,15 @@ def test_offline_the_reference_scores_what_is_not_stored(reference_log_probs, is
     reference = [("reference", "score", shape(2), True)] if is_scored else []
     job = policy_job(reference_log_probs=reference_log_probs)
     assert planned(job) == [("update", "update", shape(2), False), *reference]
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_reference_that_moves_is_held_by_the_state(rank):
+    """Of adapters it has adapters too."""
+    job = policy_job(reference_every=4, adapter=AdapterConfig(rank))
+    assert planned(job) == [("update", "update", shape(2), False), ("reference", "score", shape(2), False)]
+    update, reference = programs_of(job, KNOWN)[1]
+    assert reference.facts.network == update.facts.network and not reference.shares
 
 
 def test_kto_scores_the_mismatched_responses_too():

@@ -84,7 +84,7 @@ class Rig:
             return self.generate(params_of(state), self.key, state.step, *texts)
 
         source = online_source(prompts, draw, against_each_other(self.scores), "all", self.mesh)
-        return with_reference(source, self.score, self.reference)
+        return with_reference(source, self.score, lambda state: self.reference)
 
     def lagging(self):
         """Samples of the copy that is refreshed every four steps."""
@@ -310,10 +310,10 @@ def test_reference_log_probs_are_attached_only_where_there_are_none(rig):
         calls.append((params, arrays[2].shape))
         return jnp.full(arrays[2].shape, -3.0)
 
-    source = with_reference(lambda step, state: batch, score, "reference")
+    source = with_reference(lambda step, state: batch, score, lambda state: "reference")
     attached = source(0, rig.state())
     np.testing.assert_array_equal(attached.reference_log_probs, -3.0)
-    again = with_reference(lambda step, state: attached, score, "reference")(0, rig.state())
+    again = with_reference(lambda step, state: attached, score, lambda state: "reference")(0, rig.state())
     np.testing.assert_array_equal(again.reference_log_probs, -3.0)
     assert calls == [("reference", batch.responses.shape)]
 
@@ -329,7 +329,7 @@ def test_what_is_beside_a_batch_has_the_references_log_probs_too(rig):
     def score(params, prompts, prompt_lengths, responses, lengths):
         return -jnp.asarray(responses, jnp.float32) - prompts[:, :1, None].astype(jnp.float32)
 
-    found = with_reference(both, score, None)(0, rig.state())
+    found = with_reference(both, score, lambda state: None)(0, rig.state())
     for each, responses in ((found, batch.responses), (found.fresh, second.responses)):
         expected = -np.asarray(responses, np.float32) - np.asarray(batch.prompts)[:, :1, None]
         np.testing.assert_array_equal(each.reference_log_probs, expected)

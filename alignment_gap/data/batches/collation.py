@@ -12,6 +12,7 @@ import numpy as np
 
 from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.data.batches.buckets import Bucket
+from alignment_gap.data.records.card import ends_prompts
 from alignment_gap.data.records.dataset import Dataset
 from alignment_gap.data.records.example import TOKEN_FIELDS, Example, check_form, decode
 from alignment_gap.data.records.lengths import lengths_of
@@ -177,6 +178,7 @@ def _check_alike(datasets: Sequence[Dataset]) -> None:
             ("responses a prompt:", card.responses_per_prompt, first.card.responses_per_prompt),
             ("the fields", ", ".join(card.fields), ", ".join(first.card.fields)),
             ("scores that are", card.scores, first.card.scores),
+            ("end_prompts", ends_prompts(dataset), ends_prompts(first)),
         ):
             if value != other:
                 raise UserError(

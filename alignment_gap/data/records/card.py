@@ -10,8 +10,10 @@ from alignment_gap.data.text.vocabulary import POSTS, Vocabulary
 from alignment_gap.data.text.vocabulary_loading import load_vocabulary
 from alignment_gap.errors import UserError
 
+# Facts of the provenance of a prepared dataset: whether its prompts end with the end id, and its unknown tokens.
+END_PROMPTS, UNKNOWN = "end_prompts", "unknown"
 # Facts of provenance that are shown elsewhere or are long.
-_NOT_SHOWN = ("made_by", "inputs", "dropped", "source", "limits", "config")
+_NOT_SHOWN = ("made_by", "inputs", "dropped", UNKNOWN, "source", "limits", "config")
 
 
 def card_text(dataset: Dataset) -> str:
@@ -44,11 +46,31 @@ def provenance_lines(provenance: Mapping[str, Any], depth: int = 1) -> Iterator[
     for name, value in provenance.items():
         if name not in _NOT_SHOWN and value not in ("", None):
             yield f"{indent}  {name}: {value}"
-    if dropped := provenance.get("dropped"):
-        yield f"{indent}  dropped: {', '.join(f'{count:,} {reason}' for reason, count in dropped.items())}"
+    yield from (f"{indent}  {line}" for line in counted_lines(provenance))
     for part in provenance.get("inputs", ()):
         yield f"{indent}  {part['role']}: {part['folder']}, {part['count']:,} examples, digest {part['digest'][:12]}"
         yield from provenance_lines(part["provenance"], depth + 2)
+
+
+def counted_lines(provenance: Mapping[str, Any]) -> Iterator[str]:
+    """What was dropped from a prepared dataset, and the tokens that its vocabulary could not express, if there are any.
+
+    Cards of earlier versions count the drops of all splits, and no unknown tokens.
+    """
+    if dropped := provenance.get("dropped"):
+        yield f"dropped: {', '.join(f'{count:,} {reason}' for reason, count in dropped.items())}"
+    if (unknown := provenance.get(UNKNOWN)) and unknown["tokens"]:
+        yield f"unknown: {unknown['tokens']:,} tokens in {unknown['examples']:,} examples"
+
+
+def ends_prompts(dataset: Dataset) -> bool:
+    """Whether the prompts of a dataset end with the vocabulary's end id, as its first source was prepared."""
+    return _ends_prompts(dataset.card.provenance)
+
+
+def _ends_prompts(provenance: Mapping[str, Any]) -> bool:
+    inputs = provenance.get("inputs", ())
+    return bool(provenance.get(END_PROMPTS)) or any(_ends_prompts(part["provenance"]) for part in inputs)
 
 
 def find_vocabulary(dataset: Dataset, given: str | None = None) -> Vocabulary:

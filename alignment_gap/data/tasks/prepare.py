@@ -4,7 +4,7 @@
       train/, validation/        datasets: record files of a part of the source each, and a card
       preview.txt                some examples as text, with their boundaries
       lengths.png                histograms of the lengths
-      parts.json                 what became of each part's records, and digests of the files that it made
+      parts.json                 what became of each part's records by split, and digests of the files that it made
       .parts/                    until it is finished: what is known of each part
 
 A part is a range of the source's records. What becomes of a record depends on the settings and on the source alone, so
@@ -37,6 +37,7 @@ import numpy as np
 
 from alignment_gap import __version__, checks
 from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.data.records.card import END_PROMPTS, UNKNOWN
 from alignment_gap.data.records.dataset import (
     CARD,
     Card,
@@ -51,6 +52,7 @@ from alignment_gap.data.records.preview import lengths_picture, preview
 from alignment_gap.data.text import (
     Dropped,
     Encoded,
+    EncodingError,
     Limits,
     TextPair,
     TextSource,
@@ -58,6 +60,7 @@ from alignment_gap.data.text import (
     encode_pair,
     held_out,
     open_source,
+    prompt_within,
     source_digest,
 )
 from alignment_gap.data.text.vocabulary import POSTS, Vocabulary
@@ -67,9 +70,9 @@ from alignment_gap.folders import AnyPath, Outbox, read_json, remove_folder, wri
 from alignment_gap.progress import OpenBar, progress_bar
 from alignment_gap.storage import Url
 
-TRAIN, VALIDATION = "train", "validation"
+_BOTH = TRAIN, VALIDATION = "train", "validation"
 PREVIEW, PICTURE = "preview.txt", "lengths.png"
-PARTS = "parts.json"
+PARTS, SPLITS = "parts.json", "splits"
 _PARTS, _SURVEY, _PROCESSES = ".parts", "survey.npz", "processes"
 _SHOWN = 5
 
@@ -86,6 +89,8 @@ class PrepareConfig:
       source: the pairs.
       vocabulary: SentencePiece *.model, word list *.txt, tokenizer.json or its folder, bytes, or posts.
       limits: most tokens of prompts and responses, and what becomes of longer ones.
+      end_prompts: whether prompts end with the vocabulary's end id; where not set they do as its models are used to:
+        yes for T5, mT5 and ByT5 and for a SentencePiece model without a begin id, else as the tokenizer itself does.
       validation: share of the prompts that is held out, where the source states no split of its own.
       seed: of the split.
       records_per_file: records of the source that make one record file; 5000, or more of a large source, where not set.
@@ -95,6 +100,7 @@ class PrepareConfig:
     source: TextSourceConfig = TextSourceConfig()
     vocabulary: str | None = None
     limits: Limits = Limits()
+    end_prompts: bool | None = None
     validation: float = 0.02
     seed: int = 0
     records_per_file: int | None = None
@@ -147,7 +153,9 @@ class _Work:
         return self.source.read(start, start + self.size(part))
 
     def encode(self, pair: TextPair) -> Encoded | Dropped:
-        return encode_pair(pair, self.vocabulary, self.config.limits, bad_pairs=self.config.source.bad_pairs)
+        config = self.config
+        bad_pairs, ends = config.source.bad_pairs, config.end_prompts
+        return encode_pair(pair, self.vocabulary, config.limits, bad_pairs=bad_pairs, end_prompts=ends)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +178,43 @@ class _Survey:
         return frozenset(self.duplicates[first:last].tolist())
 
 
+@dataclasses.dataclass
+class _Counts:
+    """What is counted of a split.
+
+    Attributes:
+      dropped: records that gave no example, by reason.
+      cut_prompts: prompts of which the last tokens were kept.
+      unknown_examples: examples with an unknown token.
+      unknown_tokens: unknown tokens.
+    """
+
+    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    cut_prompts: int = 0
+    unknown_examples: int = 0
+    unknown_tokens: int = 0
+
+    def add(self, encoded: Encoded, unk_id: int | None) -> None:
+        """Counts an example."""
+        unknown = sum(int(np.sum(ids == unk_id)) for ids in (encoded.prompt, *encoded.responses))
+        self.cut_prompts += encoded.prompt_was_cut
+        self.unknown_examples += unknown > 0
+        self.unknown_tokens += unknown
+
+    def __add__(self, other: _Counts) -> _Counts:
+        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in dataclasses.fields(self)]
+        return _Counts(*(one + another for one, another in pairs))
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, which are the arguments again."""
+        return vars(self) | {"dropped": dict(sorted(self.dropped.items()))}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> _Counts:
+        """What `to_json` gave."""
+        return cls(**{**values, "dropped": collections.Counter(values["dropped"])})
+
+
 @dataclasses.dataclass(frozen=True)
 class Preparation:
     """A source that was opened to be prepared; `open_preparation` makes it.
@@ -179,12 +224,14 @@ class Preparation:
       source: the pairs.
       part_size: records of a part.
       digests: of the vocabulary and of the source.
+      ends_prompts: whether prompts end with the end id.
     """
 
     config: PrepareConfig
     source: TextSource
     part_size: int
     digests: Mapping[str, str]
+    ends_prompts: bool
 
     def write(
         self, output: AnyPath, *, open_bar: OpenBar = progress_bar, say: Callable[[str], None] = print
@@ -215,7 +262,7 @@ class Preparation:
         with _processes(work, self.config.workers or len(os.sched_getaffinity(0))) as run:
             _survey(work, run, open_bar)
             _write_parts(work, run, open_bar)
-        return _finish(work, self.digests, say)
+        return _finish(work, self, say)
 
     def _write_in_bucket(self, output: Url, open_bar: OpenBar, say: Callable[[str], None]) -> dict[str, Card]:
         """Prepares in a folder of this machine, then copies: record files before the cards, the digests last."""
@@ -240,11 +287,9 @@ def open_preparation(config: PrepareConfig) -> Preparation:
     vocabulary, source = vocabulary_place(config), open_source(config.source)
     size = part_size(len(source)) if config.records_per_file is None else config.records_per_file
     config = dataclasses.replace(config, source=source.config, vocabulary=vocabulary, records_per_file=size)
-    digests = {
-        "vocabulary_digest": load_vocabulary(vocabulary).digest,
-        "source_sha256": source_digest(config.source),
-    }
-    return Preparation(config, source, size, digests)
+    loaded, ends = load_vocabulary(vocabulary), config.end_prompts
+    digests = {"vocabulary_digest": loaded.digest, "source_sha256": source_digest(config.source)}
+    return Preparation(config, source, size, digests, loaded.ends_prompts if ends is None else ends)
 
 
 def may_change(output: AnyPath, settings: AnyPath) -> list[str]:
@@ -283,7 +328,7 @@ def vocabulary_place(config: PrepareConfig) -> str:
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     """What decides the datasets, for their cards; without the built-in posts' part where the source is another."""
     settings = to_dict(config)
-    del settings["workers"]
+    del settings["workers"], settings["end_prompts"]
     if config.source.location != POSTS:
         del settings["source"]["posts"]
     return settings
@@ -305,7 +350,8 @@ def _reopen(work: _Work, say: Callable[[str], None]) -> bool:
     partial = work.output / f"{_PARTS}.partial"
     partial.mkdir(exist_ok=True)
     for part in whole:
-        write_json(partial / _known(work, part).name, known[part])
+        if SPLITS in known[part]:  # Else of an earlier version, which did not count by split.
+            write_json(partial / _known(work, part).name, known[part])
     partial.rename(work.output / _PARTS)
     return True
 
@@ -404,25 +450,24 @@ def _write_parts(work: _Work, run: _Run, open_bar: OpenBar) -> None:
 def _write_part(work: _Work, part: int) -> None:
     """Writes the record files of a part, then what became of its records, with which it is finished."""
     examples: dict[str, list[Example]] = {TRAIN: [], VALIDATION: []}
-    dropped: collections.Counter[str] = collections.Counter()
-    cut = 0
+    counts = {split: _Counts() for split in examples}
     start = part * work.part_size
     duplicates = work.survey.duplicates_within(start, start + work.size(part))
     numbers = itertools.count(start)
     for item in work.pairs(part):
         outcome = item if isinstance(item, Dropped) else _encode(work, item, again=next(numbers) in duplicates)
         if isinstance(outcome, Dropped):
-            dropped[outcome.reason] += 1
+            counts[_split_of(work, item)].dropped[outcome.reason] += 1
             continue
         encoded, split = outcome
-        cut += encoded.prompt_was_cut
+        counts[split].add(encoded, work.vocabulary.unk_id)
         examples[split].append(example_of(encoded))
     files = {}
     for split, chosen in examples.items():
         if chosen:
             chunk = write_chunk(work.output / split, f"part-{part:05d}", chosen)
             files[f"{split}/{chunk.name}"] = chunk.sha256
-    write_json(_known(work, part), {"dropped": dropped, "cut_prompts": cut, "files": files})
+    write_json(_known(work, part), {SPLITS: {split: one.to_json() for split, one in counts.items()}, "files": files})
 
 
 def _encode(work: _Work, pair: TextPair, *, again: bool) -> tuple[Encoded, str] | Dropped:
@@ -433,11 +478,27 @@ def _encode(work: _Work, pair: TextPair, *, again: bool) -> tuple[Encoded, str] 
     if isinstance(encoded, Dropped):
         return encoded
     if not work.survey.own_split:
-        held = held_out(encoded.prompt.tobytes(), work.config.validation, work.config.seed)
-        return encoded, VALIDATION if held else TRAIN
+        return encoded, _split_by_hash(work, encoded.prompt)
     if pair.split != VALIDATION and _prompt_hash(encoded.prompt) in work.survey.validation_prompts:
         return Dropped("prompt of the validation split", pair.where)
     return encoded, VALIDATION if pair.split == VALIDATION else TRAIN
+
+
+def _split_of(work: _Work, item: TextPair | Dropped) -> str:
+    """The split that a dropped record is counted with: by its prompt, as of any other; train where it has none."""
+    if work.survey.own_split:
+        return VALIDATION if item.split == VALIDATION else TRAIN
+    if item.prompt is None:
+        return TRAIN
+    try:
+        prompt = prompt_within(item.prompt, work.vocabulary, work.config.limits, work.config.end_prompts)
+    except EncodingError:
+        return TRAIN
+    return _split_by_hash(work, prompt)
+
+
+def _split_by_hash(work: _Work, prompt: np.ndarray) -> str:
+    return VALIDATION if held_out(prompt.tobytes(), work.config.validation, work.config.seed) else TRAIN
 
 
 def example_of(encoded: Encoded) -> Example:
@@ -458,28 +519,32 @@ def _known(work: _Work, part: int) -> Path:
     return work.output / _PARTS / f"{part:05d}.json"
 
 
-def _finish(work: _Work, digests: Mapping[str, str], say: Callable[[str], None]) -> dict[str, Card]:
+def _finish(work: _Work, preparation: Preparation, say: Callable[[str], None]) -> dict[str, Card]:
     """Cards, preview and picture; the folder is finished when what is known of the parts is gone."""
-    known = [json.loads(_known(work, part).read_text()) for part in range(work.parts)]
-    dropped = sum((collections.Counter(one["dropped"]) for one in known), collections.Counter[str]())
+    known, digests = [json.loads(_known(work, part).read_text()) for part in range(work.parts)], preparation.digests
     about = {
         "made_by": "prepare",
         "command": _command(work.config),
         "version": __version__,
         **_settings(work.config),
+        # Where it is false nothing is said, as on cards of earlier versions.
+        **({END_PROMPTS: True} if preparation.ends_prompts else {}),
         "source_sha256": digests["source_sha256"],
         "records": len(work.source),
-        "dropped": dict(sorted(dropped.items())),
-        "cut_prompts": sum(one["cut_prompts"] for one in known),
     }
+    counts = {split: sum((_Counts.from_json(one[SPLITS][split]) for one in known), _Counts()) for split in _BOTH}
     if not (work.output / TRAIN).exists():
-        raise UserError(f"{work.config.source.location}: {_nothing_left(len(work.source), about['dropped'])}")
+        dropped = (counts[TRAIN] + counts[VALIDATION]).to_json()["dropped"]
+        raise UserError(f"{work.config.source.location}: {_nothing_left(len(work.source), dropped)}")
+    if not (work.output / VALIDATION).exists():
+        counts = {TRAIN: counts[TRAIN] + counts[VALIDATION]}
     cards = {
         split: close_dataset(
-            work.output / split, vocabulary_digest=digests["vocabulary_digest"], provenance=about | {"split": split}
+            work.output / split,
+            vocabulary_digest=digests["vocabulary_digest"],
+            provenance=about | _counted(work, counts[split]) | {"split": split},
         )
-        for split in (TRAIN, VALIDATION)
-        if (work.output / split).exists()
+        for split in counts
     }
     text = preview(open_dataset(work.output / TRAIN), work.vocabulary, _SHOWN)
     write_bytes(work.output / PREVIEW, text.encode())
@@ -490,6 +555,14 @@ def _finish(work: _Work, digests: Mapping[str, str], say: Callable[[str], None])
     write_json(work.output / PARTS, known)
     shutil.rmtree(work.output / _PARTS)
     return cards
+
+
+def _counted(work: _Work, counts: _Counts) -> dict[str, Any]:
+    """What a split's card says of its records; nothing of unknown tokens where the vocabulary has no unknown id."""
+    said = {name: counts.to_json()[name] for name in ("dropped", "cut_prompts")}
+    if work.vocabulary.unk_id is None:
+        return said
+    return said | {UNKNOWN: {"examples": counts.unknown_examples, "tokens": counts.unknown_tokens}}
 
 
 def _nothing_left(records: int, dropped: Mapping[str, int]) -> str:

@@ -33,7 +33,7 @@ def register(vocabulary: seqio.Vocabulary, suffix: str = "") -> None:
 
     Importing the module does this with T5's vocabulary and no suffix; the file is read when a Task is first used.
     """
-    preference = {name: seqio.Feature(vocabulary, add_eos=name != "prompt") for name in _TEXTS}
+    preference = {name: seqio.Feature(vocabulary) for name in _TEXTS}
     sft = {name: seqio.Feature(vocabulary) for name in ("inputs", "targets")}
     to_sft = functools.partial(seqio.preprocessors.rekey, key_map={"inputs": "prompt", "targets": "chosen"})
     for kind, features, first in (("", preference, []), ("_sft", sft, [to_sft])):

@@ -6,7 +6,7 @@ files, folders and datasets; `forms` and `trl` parse their records; `chat` write
 generates the built-in task, which needs no file.
 """
 
-from alignment_gap.data.text.encode import KEEP_END, Encoded, Limits, encode_pair, held_out
+from alignment_gap.data.text.encode import KEEP_END, Encoded, Limits, encode_pair, held_out, prompt_ids, prompt_within
 from alignment_gap.data.text.forms import TASKS
 from alignment_gap.data.text.pair import Dropped, TextPair
 from alignment_gap.data.text.posts import PostsConfig, PostsSettings
@@ -40,5 +40,7 @@ __all__ = [
     "held_out",
     "load_vocabulary",
     "open_source",
+    "prompt_ids",
+    "prompt_within",
     "source_digest",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -20,7 +22,7 @@ class Limits:
     """Most tokens of prompts and responses, and what becomes of longer ones.
 
     Attributes:
-      prompt_length: most tokens of a prompt, the begin id included.
+      prompt_length: most tokens of a prompt, the begin and the end id included.
       response_length: most tokens of a response, the end id included.
       long_prompts: drop or refuse longer prompts, or keep_end: keep their last tokens.
       long_responses: drop or refuse longer responses; a response is never cut.
@@ -48,16 +50,28 @@ class Encoded:
 
 
 def encode_pair(
-    pair: TextPair, vocabulary: Vocabulary, limits: Limits, *, bad_pairs: str = TextSourceConfig.bad_pairs
+    pair: TextPair,
+    vocabulary: Vocabulary,
+    limits: Limits,
+    *,
+    bad_pairs: str = TextSourceConfig.bad_pairs,
+    end_prompts: bool | None = None,
 ) -> Encoded | Dropped:
     """Token ids of a pair, or why there are none.
+
+    Args:
+      pair: the texts.
+      vocabulary: encodes them.
+      limits: most tokens of each.
+      bad_pairs: refuse or drop an unusable pair.
+      end_prompts: see `prompt_ids`.
 
     Raises:
       UserError: the pair is unusable or too long, and the policy of that is to refuse.
     """
     prompt_field, *fields = pair.fields
     try:
-        prompt = _prompt_ids(pair.prompt, prompt_field, vocabulary)
+        prompt = _prompt_ids(pair.prompt, prompt_field, vocabulary, end_prompts)
         responses = [_response_ids(*text, vocabulary) for text in zip(pair.responses, fields, strict=True)]
         if len({tuple(response) for response in responses}) < len(responses):
             raise BadPair(f"identical pair {named(fields)}", "remove it, its responses have the same tokens")
@@ -76,7 +90,7 @@ def encode_pair(
         )
         return refuse_or_drop(long, pair.where, "long_responses", limits.long_responses)
     return Encoded(
-        np.array(_end_of(prompt, vocabulary, limits.prompt_length) if over else prompt, np.int32),
+        np.array(_within(prompt, vocabulary, limits), np.int32),
         tuple(np.array(response, np.int32) for response in responses),
         np.array(pair.scores, np.float32),
         over,
@@ -89,16 +103,37 @@ def held_out(prompt: bytes, fraction: float, seed: int = 0) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _prompt_ids(text: str, field: str, vocabulary: Vocabulary) -> list[int]:
-    ids = _ids(text, field, vocabulary)
-    begin = vocabulary.bos_id
-    # A chat template may have written the begin mark itself.
-    return ids if begin is None or ids[:1] == [begin] else [begin, *ids]
+def prompt_ids(text: str, vocabulary: Vocabulary, end_prompts: bool | None = None) -> list[int]:
+    """Ids of a prompt, with the begin id where the vocabulary has one, and with the end id where it is asked for.
+
+    Args:
+      text: the prompt; a chat template may have written the begin and the end mark itself.
+      vocabulary: encodes it.
+      end_prompts: whether prompts end with the end id; None for what the vocabulary's models are used to.
+
+    Raises:
+      EncodingError: the vocabulary cannot express the text.
+    """
+    ids, begin = vocabulary.encode(text), vocabulary.bos_id
+    ids = ids if begin is None or ids[:1] == [begin] else [begin, *ids]
+    ends = vocabulary.ends_prompts if end_prompts is None else end_prompts
+    return [*ids, vocabulary.eos_id] if ends and ids[-1:] != [vocabulary.eos_id] else ids
+
+
+def prompt_within(text: str, vocabulary: Vocabulary, limits: Limits, end_prompts: bool | None = None) -> np.ndarray:
+    """The ids int32[P] that a pair with this prompt has; all of them where it is too long and may not be cut."""
+    return np.array(_within(prompt_ids(text, vocabulary, end_prompts), vocabulary, limits), np.int32)
+
+
+def _prompt_ids(text: str, field: str, vocabulary: Vocabulary, end_prompts: bool | None) -> list[int]:
+    with _telling(field):
+        return prompt_ids(text, vocabulary, end_prompts)
 
 
 def _response_ids(text: str, field: str, vocabulary: Vocabulary) -> list[int]:
     """Ids up to and with one end id; a chat template may have written it, and a line's end after it."""
-    ids = _ids(text, field, vocabulary)
+    with _telling(field):
+        ids = vocabulary.encode(text)
     if vocabulary.eos_id in ids:
         end = ids.index(vocabulary.eos_id)
         if vocabulary.decode(ids[end + 1 :]).strip():
@@ -107,15 +142,20 @@ def _response_ids(text: str, field: str, vocabulary: Vocabulary) -> list[int]:
     return [*ids, vocabulary.eos_id]
 
 
-def _ids(text: str, field: str, vocabulary: Vocabulary) -> list[int]:
+@contextlib.contextmanager
+def _telling(field: str) -> Iterator[None]:
+    """Tells of which field a text cannot be encoded."""
     try:
-        return vocabulary.encode(text)
+        yield
     except EncodingError as error:
         raise BadPair(f"text that the vocabulary cannot express {named([field])}", str(error)) from None
 
 
-def _end_of(prompt: list[int], vocabulary: Vocabulary, length: int) -> list[int]:
-    """The last `length` ids, of which the first is the begin id where there is one."""
+def _within(prompt: list[int], vocabulary: Vocabulary, limits: Limits) -> list[int]:
+    """The last ids of a prompt that is too long and may be cut; the first is the begin id where there is one."""
+    length = limits.prompt_length
+    if len(prompt) <= length or limits.long_prompts != KEEP_END:
+        return prompt
     if prompt[0] != vocabulary.bos_id:
         return prompt[-length:]
     return [prompt[0], *prompt[len(prompt) - length + 1 :]]

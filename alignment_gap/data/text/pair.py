@@ -46,10 +46,19 @@ class TextPair:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """A record that gave no pair, and why, in the few words that drops are counted by."""
+    """A record that gave no pair, and why, in the few words that drops are counted by.
+
+    Attributes:
+      reason: why.
+      where: file and record number.
+      split: "train", "validation", or None where the source states none.
+      prompt: of the record; None where it has none that can be read.
+    """
 
     reason: str
     where: str
+    split: str | None = dataclasses.field(default=None, compare=False)
+    prompt: str | None = dataclasses.field(default=None, compare=False)
 
 
 class BadPair(Exception):

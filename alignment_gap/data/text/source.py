@@ -116,19 +116,22 @@ class TextSource:
             yield self._pair(record)
 
     def _pair(self, record: Record) -> TextPair | Dropped:
+        split, prompt = split_name(record.split), None
         try:
             pair = self.task.parse(record.values, self._parsing)
             pair = dataclasses.replace(pair, where=record.where, split=split_name(pair.split or record.split))
+            split, prompt = pair.split, pair.prompt
             _check(pair)
         except Malformed as problem:
             reason, remedy = problem.args
             raise UserError(f"{record.where}: {reason}: {remedy or self.task.form}") from None
         except Skip as problem:
-            return Dropped(problem.args[0], record.where)
+            return Dropped(problem.args[0], record.where, split, prompt)
         except BadPair as problem:
-            return refuse_or_drop(problem, record.where, "bad_pairs", self.config.bad_pairs)
+            dropped = refuse_or_drop(problem, record.where, "bad_pairs", self.config.bad_pairs)
+            return dataclasses.replace(dropped, split=split, prompt=prompt)
         if self.config.ties == "drop" and set(pair.scores) == {0.5}:
-            return Dropped("tie", record.where)
+            return Dropped("tie", record.where, split, prompt)
         return pair
 
 

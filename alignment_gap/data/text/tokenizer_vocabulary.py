@@ -19,7 +19,7 @@ class TokenizerVocabulary:
 
     The special tokens are those that `tokenizer_config.json` or `special_tokens_map.json` beside it names; a vocabulary
     without a padding token pads with the end id, which is harmless here: masks come from lengths. Prompts begin with
-    the begin token where the tokenizer's own post-processing puts it there.
+    the begin token, and end with the end token, where the tokenizer's own post-processing puts it there.
     """
 
     def __init__(self, path: str | AnyPath):
@@ -34,6 +34,8 @@ class TokenizerVocabulary:
         self.unk_id = self._id(named.get("unk_token"))
         bos = self._id(named.get("bos_token"))
         self.bos_id = bos if bos in self._tokenizer.encode("", add_special_tokens=True).ids[:1] else None
+        # Of a text: the end id may be the begin id too.
+        self.ends_prompts = self._tokenizer.encode("a", add_special_tokens=True).ids[-1:] == [self.eos_id]
         self.size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.extra_ids = self._count_sentinels()
         settings = json.dumps([self.eos_id, self.pad_id, self.bos_id])

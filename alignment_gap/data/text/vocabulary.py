@@ -47,6 +47,14 @@ class Vocabulary(Protocol):
         """The id that begins every prompt, None where prompts begin with their text."""
 
     @property
+    def unk_id(self) -> int | None:
+        """The id of what the vocabulary cannot express, None where it has none."""
+
+    @property
+    def ends_prompts(self) -> bool:
+        """Whether the end id ends every prompt too, as T5, mT5 and ByT5 are used to."""
+
+    @property
     def extra_ids(self) -> int:
         """Number of sentinels."""
 
@@ -79,6 +87,8 @@ class WordVocabulary:
     pad_id = 0
     eos_id = 1
     bos_id = None
+    unk_id = None
+    ends_prompts = False
 
     def __init__(self, words: Sequence[str], extra_ids: int = 8):
         """Raises UserError where a word is empty, holds a blank or comes twice."""
@@ -127,6 +137,7 @@ class ByteVocabulary:
     eos_id = 1
     unk_id = 2
     bos_id = None
+    ends_prompts = True
     extra_ids = 125
     size = 3 + 256 + 125
     digest = hashlib.sha256(b"ByT5 bytes").hexdigest()
@@ -151,7 +162,8 @@ class ByteVocabulary:
 class SentencePieceVocabulary:
     """A SentencePiece model with its own special ids, then `extra_ids` sentinels; T5 adds 100, Gemma none.
 
-    A begin id that the model has is what its prompts begin with, as Gemma's do; T5's model has none.
+    A begin id that the model has is what its prompts begin with, as Gemma's do. T5's and mT5's models have none; their
+    prompts end with the end id.
     """
 
     def __init__(self, path: str | AnyPath, extra_ids: int | None = None):
@@ -165,6 +177,7 @@ class SentencePieceVocabulary:
         self.eos_id = self._special("eos", self._model.eos_id())
         self.bos_id: int | None = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.unk_id: int = self._model.unk_id()
+        self.ends_prompts = self.bos_id is None
         self.extra_ids = extra_ids if extra_ids is not None else 100 if self.bos_id is None else 0
         self._pieces: int = self._model.vocab_size()
         self.size = self._pieces + self.extra_ids

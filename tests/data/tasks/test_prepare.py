@@ -1,5 +1,6 @@
 """Preparing a source: what is in the datasets, that every run gives the same bytes, and what is refused."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -13,13 +14,13 @@ from built_in import posts_examples, write_posts
 from random_examples import plain
 from word_pairs import LIMITS, WORDS, tree, words_config
 
-from alignment_gap.data.batches import offline_source
-from alignment_gap.data.records import open_dataset, verify_dataset, write_chunk
-from alignment_gap.data.records.card import find_vocabulary
+from alignment_gap.data.batches import Examples, offline_source
+from alignment_gap.data.records import derived, open_dataset, verify_dataset, write_chunk, write_dataset
+from alignment_gap.data.records.card import ends_prompts, find_vocabulary
 from alignment_gap.data.records.preview import visible_text
 from alignment_gap.data.tasks.prepare import PrepareConfig, example_of, may_change, open_preparation, prompt_id
 from alignment_gap.data.tasks.rubric import rubric_of
-from alignment_gap.data.text import Encoded, Limits, PostsConfig, TextSourceConfig, load_vocabulary, posts
+from alignment_gap.data.text import Encoded, Limits, PostsConfig, TextSourceConfig, held_out, load_vocabulary, posts
 from alignment_gap.errors import UserError
 from alignment_gap.progress import progress_bar
 
@@ -46,13 +47,14 @@ def test_the_datasets_hold_the_pairs_within_the_limits_and_share_no_prompt(confi
     def ids(text, end=()):
         return (*(words[word] for word in text.split()), *end)
 
-    wanted, long_prompts, long_responses = [], 0, 0
+    wanted, dropped = [], {split: collections.Counter() for split in cards}
     for row in rows:
         prompt, chosen, rejected = ids(row["prompt"]), ids(row["chosen"], (1,)), ids(row["rejected"], (1,))
+        split = "validation" if held_out(np.array(prompt, np.int32).tobytes(), 0.2, 0) else "train"
         if len(prompt) > 6:
-            long_prompts += 1
+            dropped[split]["long prompt"] += 1
         elif max(len(chosen), len(rejected)) > 5:
-            long_responses += 1
+            dropped[split]["long response"] += 1
         else:
             wanted.append((prompt, chosen, rejected))
     found = {}
@@ -63,7 +65,9 @@ def test_the_datasets_hold_the_pairs_within_the_limits_and_share_no_prompt(confi
         found[split] = [tuple(tuple(part.tolist()) for part in (e.prompt, *e.responses)) for e in dataset]
         assert all(e.scores.tolist() == [1, 0] for e in dataset)
         assert len({e.prompt_id for e in dataset}) == len({e.prompt.tobytes() for e in dataset})
-        assert card.provenance["dropped"] == {"long prompt": long_prompts, "long response": long_responses}
+        assert card.provenance["dropped"] == dropped[split] and sum(dropped[split].values()) > 1
+        # The words have no unknown id, and their prompts no end.
+        assert not {"unknown", "end_prompts"} & card.provenance.keys()
         assert card.provenance["records"] == 120 and card.provenance["split"] == split
     assert sorted(found["train"] + found["validation"]) == sorted(wanted)
     assert not {pair[0] for pair in found["train"]} & {pair[0] for pair in found["validation"]}
@@ -164,13 +168,20 @@ def test_real_pairs_are_prepared_and_all_accounted_for(tmp_path):
     config = PrepareConfig(source, vocabulary=str(vocabulary), limits=limits, validation=0.1, records_per_file=1000)
     cards = prepare(config, tmp_path / "out")
     counts = {split: card.count for split, card in cards.items()}
-    assert sum(counts.values()) + sum(cards["train"].provenance["dropped"].values()) == 2354
+    dropped = sum((collections.Counter(card.provenance["dropped"]) for card in cards.values()), collections.Counter())
+    assert sum(counts.values()) + dropped.total() == 2354
+    assert cards["train"].provenance["dropped"] != cards["validation"].provenance["dropped"]
     assert 0.05 < counts["validation"] / sum(counts.values()) < 0.15
     assert max(card.max_prompt_length for card in cards.values()) == 128
     assert max(card.max_response_length for card in cards.values()) == 64
     train, validation = (open_dataset(tmp_path / "out" / split) for split in ("train", "validation"))
     assert not {e.prompt.tobytes() for e in train} & {e.prompt.tobytes() for e in validation}
     assert rubric_of(train) is None
+    for dataset in (train, validation):
+        assert all(e.prompt[-1] == 1 and 1 not in e.prompt[:-1] for e in dataset) and ends_prompts(dataset)
+        unknown = [sum((part == 2).sum() for part in (e.prompt, *e.responses)) for e in dataset]
+        assert dataset.card.provenance["unknown"] == {"examples": sum(map(bool, unknown)), "tokens": sum(unknown)}
+        assert sum(unknown) > 0
     batch = offline_source(train, batch_size=8, seed=0, prompt_length=128, response_length=64)(0)
     assert batch.prompts.shape == (8, 128) and batch.responses.shape == (8, 2, 64)
 
@@ -226,6 +237,60 @@ def test_a_dataset_of_the_tests_has_the_provenance_that_prepare_gives(tmp_path):
     assert shared == written.provenance.keys()
     for name in shared - {"source", "records_per_file"}:
         assert written.provenance[name] == prepared.provenance[name]
+
+
+def test_a_drop_is_counted_with_the_split_that_its_prompt_would_be_in(config, tmp_path):
+    """By its prompt, also where it is a duplicate or no pair; with train where it has no prompt."""
+    held = [f"w{i}" for i in range(50) if held_out(np.array([i + 2], np.int32).tobytes(), 0.5, 0)]
+    rest = [f"w{i}" for i in range(50) if f"w{i}" not in held]
+    good = [{"prompt": word, "chosen": "w1", "rejected": "w2"} for word in (held[0], rest[0])]
+    bad = [{"prompt": held[1], "chosen": "w1", "rejected": " w1"}, {"prompt": rest[1], "chosen": "w1", "rejected": ""}]
+    strange = [{"prompt": "purple", "chosen": "w1", "rejected": "w2"}, {"prompt": " ", "chosen": "a", "rejected": "b"}]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*good, *good, *bad, *strange]))
+    source = TextSourceConfig(str(path), duplicates="drop", bad_pairs="drop")
+    cards = prepare(dataclasses.replace(config, source=source, validation=0.5, records_per_file=3), tmp_path / "out")
+    assert cards["validation"].provenance["dropped"] == {"duplicate": 1, "identical pair": 1}
+    of_train = {"duplicate": 1, "empty prompt": 1, "empty response": 1, "text that the vocabulary cannot express": 1}
+    assert cards["train"].provenance["dropped"] == of_train
+
+
+def test_prompts_end_as_the_vocabularys_models_are_used_to_or_as_is_asked(config, tmp_path):
+    """Datasets of both kinds are told from each other, and cannot be mixed."""
+    config = dataclasses.replace(config, vocabulary="bytes", limits=Limits(64, 64))
+    found = {}
+    for name, ends in (("usual", None), ("ended", True), ("plain", False)):
+        cards = prepare(dataclasses.replace(config, end_prompts=ends), tmp_path / name)
+        found[name] = open_dataset(tmp_path / name / "train")
+        assert ("--end_prompts" in cards["train"].provenance["command"]) == (ends is not None)
+        assert {bool(e.prompt[-1] == 1) for e in found[name]} == {ends is not False}
+        assert ends_prompts(found[name]) == (ends is not False)
+    assert found["usual"].card.digest == found["ended"].card.digest != found["plain"].card.digest
+    assert ends_prompts(copy_of(found["usual"], tmp_path / "copy")) and not ends_prompts(
+        copy_of(found["plain"], tmp_path / "plain_copy")
+    )
+    with pytest.raises(UserError, match=r"plain/train has end_prompts False, .*usual/train True: mix datasets that"):
+        Examples([found["usual"], found["plain"]])
+
+
+def copy_of(dataset, folder):
+    """A dataset that is made from another."""
+    provenance = derived("compose", {"pairs": dataset})
+    write_dataset(folder, dataset[:3], vocabulary_digest=dataset.card.vocabulary_digest, provenance=provenance)
+    return open_dataset(folder)
+
+
+def test_what_an_earlier_version_knew_of_its_parts_is_counted_anew(config, tmp_path, capsys):
+    """It did not count by split; a damaged folder of it is made again, to the same bytes."""
+    output = tmp_path / "out"
+    prepare(config, output)
+    whole = tree(output)
+    known = json.loads((output / "parts.json").read_text())
+    old = [{"dropped": {}, "cut_prompts": 0, "files": one["files"]} for one in known]
+    (output / "parts.json").write_text(json.dumps(old))
+    (output / "train" / "part-00001.array_record").write_bytes(b"")
+    prepare(config, output)
+    assert tree(output) == whole and "making them again" in capsys.readouterr().out
 
 
 def test_the_preview_shows_boundaries_and_special_ids(config, tmp_path):

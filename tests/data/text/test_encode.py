@@ -194,9 +194,9 @@ def test_real_pairs_are_all_accounted_for(name, count):
     assert set(seen) <= {"good", "identical pair", "empty response", "prompts differ"}
 
 
-def by_hand(pair, limits):
+def by_hand(pair, limits, ends):
     """What becomes of a pair of texts in bytes: the reason of its drop, or its ids and whether the prompt was cut."""
-    prompt = [byte + 3 for byte in pair.prompt.encode()]
+    prompt = [byte + 3 for byte in pair.prompt.encode()] + [1] * ends
     responses = [[byte + 3 for byte in text.encode()] + [1] for text in pair.responses]
     if responses[0] == responses[1]:
         return "identical pair"
@@ -213,11 +213,13 @@ def by_hand(pair, limits):
     texts=strategies.tuples(*[strategies.text("aé ", min_size=1, max_size=6)] * 3),
     lengths=strategies.tuples(strategies.integers(1, 8), strategies.integers(1, 8)),
     long_prompts=strategies.sampled_from(["drop", "keep_end"]),
+    end_prompts=strategies.sampled_from([None, True, False]),
 )
-def test_what_becomes_of_any_pair_within_any_limits(texts, lengths, long_prompts):
+def test_what_becomes_of_any_pair_within_any_limits(texts, lengths, long_prompts, end_prompts):
+    """ByT5's prompts end with the end id, where nothing else is asked for."""
     limits, pair = Limits(*lengths, long_prompts=long_prompts), TextPair(texts[0], texts[1:], (0.25, 0.75), where="a:1")
-    expected = by_hand(pair, limits)
-    found = encode_pair(pair, load_vocabulary("bytes"), limits, bad_pairs="drop")
+    expected = by_hand(pair, limits, end_prompts is not False)
+    found = encode_pair(pair, load_vocabulary("bytes"), limits, bad_pairs="drop", end_prompts=end_prompts)
     if isinstance(expected, str):
         assert found == Dropped(expected, "a:1")
         return

@@ -12,6 +12,7 @@ from alignment_gap.data.text import (
     encode_pair,
     load_vocabulary,
     open_source,
+    prompt_ids,
 )
 from alignment_gap.data.text.tokenizer_vocabulary import TokenizerVocabulary
 from alignment_gap.errors import UserError
@@ -23,7 +24,7 @@ CHATML = (
 )
 
 
-def make(folder, *, begins: bool = True, tokens: tuple = (), **names) -> tokenizers.Tokenizer:
+def make(folder, *, begins: bool = True, ends: bool = False, tokens: tuple = (), **names) -> tokenizers.Tokenizer:
     """A tokenizer of single bytes with special tokens, saved as a checkpoint has it."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = SPECIAL | {piece: index for index, piece in enumerate(alphabet, start=len(SPECIAL))}
@@ -31,8 +32,10 @@ def make(folder, *, begins: bool = True, tokens: tuple = (), **names) -> tokeniz
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([*SPECIAL, *tokens])
-    if begins:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    if begins or ends:
+        template = ["<s>"] * begins + ["$A"] + ["</s>"] * ends
+        special = [("<s>", 2), ("</s>", 1)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=" ".join(template), special_tokens=special)
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<pad>", "unk_token": "<unk>"} | names
@@ -62,6 +65,18 @@ def test_prompts_begin_as_the_tokenizers_own_do(folder):
     assert load_vocabulary(folder).bos_id == 2
     make(folder, begins=False)
     assert load_vocabulary(folder).bos_id is None
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("ends", [False, True])
+def test_prompts_end_as_the_tokenizers_own_do(folder, begins, ends):
+    """Also where one token begins and ends."""
+    theirs = make(folder, begins=begins, ends=ends)
+    assert prompt_ids("hello", load_vocabulary(folder)) == theirs.encode("hello").ids
+    assert load_vocabulary(folder).ends_prompts == ends
+    if begins:
+        make(folder, ends=ends, eos_token="<s>")
+        assert not load_vocabulary(folder).ends_prompts
 
 
 def test_without_a_padding_token_the_end_pads(folder):

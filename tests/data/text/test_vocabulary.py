@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 from hypothesis import strategies
 
-from alignment_gap.data.text import SentencePieceVocabulary, WordVocabulary, extra_id, load_vocabulary
+from alignment_gap.data.text import SentencePieceVocabulary, WordVocabulary, extra_id, load_vocabulary, prompt_ids
 from alignment_gap.errors import UserError
 
 SENTENCES = ["the cat sat on the mat", "a dog ran to the park", "my cat and my dog ran home", "the mat is at home"]
@@ -120,6 +120,7 @@ def test_a_begin_id_of_the_model_is_kept_and_no_sentinels_are_added(tmp_path):
     vocabulary = SentencePieceVocabulary(train_model(tmp_path, pad_id=0, eos_id=1, bos_id=2, unk_id=3))
     assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.bos_id, vocabulary.unk_id) == (0, 1, 2, 3)
     assert vocabulary.extra_ids == 0 and vocabulary.bos_id not in vocabulary.encode("the cat")
+    assert not vocabulary.ends_prompts
     assert SentencePieceVocabulary(vocabulary.path, extra_ids=8).size == vocabulary.size + 8
 
 
@@ -129,7 +130,7 @@ def test_bytes_are_byt5s():
         import seqio
     theirs, ours = seqio.ByteVocabulary(extra_ids=125), load_vocabulary("bytes")
     assert (ours.pad_id, ours.eos_id, ours.unk_id, ours.size) == (0, theirs.eos_id, theirs.unk_id, theirs.vocab_size)
-    assert (ours.extra_ids, ours.bos_id) == (theirs.extra_ids, None)
+    assert (ours.extra_ids, ours.bos_id) == (theirs.extra_ids, None) and ours.ends_prompts
     for text in ("", "hello\n", "日本 é"):
         assert ours.encode(text) == list(theirs.encode(text))
         assert ours.decode([*ours.encode(text), 1, 50]) == text
@@ -146,8 +147,13 @@ def test_t5_vocabulary_has_t5s_ids():
     vocabulary = SentencePieceVocabulary(path)
     assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.unk_id, vocabulary.size) == (0, 1, 2, 32100)
     assert extra_id(vocabulary, 0) == 32099 and vocabulary.decode([32099, 32000]) == "<extra_id_0> <extra_id_99>"
-    # The example of Hugging Face's T5 documentation, without its end id.
+    # The example of Hugging Face's T5 documentation.
     assert vocabulary.encode("Hello, my dog is cute") == [8774, 6, 82, 1782, 19, 5295]
+    assert prompt_ids("Hello, my dog is cute", vocabulary) == [8774, 6, 82, 1782, 19, 5295, 1]
+    # What docs/data.md says that its pieces lose.
+    assert vocabulary.encode("a\nb\n\n c") == vocabulary.encode("a b c")
+    for sign in "{}<~^\\`\t日":
+        assert (vocabulary.unk_id in vocabulary.encode(f"a{sign}b")) == (sign != "\t"), sign
 
 
 # Whole characters: no half of a surrogate pair.

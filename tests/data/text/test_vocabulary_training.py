@@ -1,4 +1,6 @@
+import itertools
 import json
+import pathlib
 import random
 
 import pytest
@@ -7,6 +9,7 @@ from alignment_gap.data.text import TextSourceConfig, load_vocabulary
 from alignment_gap.data.text.vocabulary_training import source_texts, train_vocabulary
 from alignment_gap.errors import UserError
 
+SHARED = pathlib.Path(__file__).parents[4] / "shared/data"
 WORDS = [a + b for a in ("ka", "lo", "mi", "ne", "ru") for b in ("bel", "dor", "fin", "gam")]
 
 
@@ -25,6 +28,24 @@ def test_a_vocabulary_of_ones_own_has_t5s_ids_and_expresses_every_text(tmp_path)
     # Syllables of the texts are pieces; what they do not have is bytes.
     assert len(vocabulary.encode(" kabel")) < 6 and len(vocabulary.encode("é")) == 3
     assert load_vocabulary(tmp_path / "own.model").digest == vocabulary.digest
+
+
+def test_real_pairs_come_back_with_their_line_ends_and_rare_signs(tmp_path):
+    """T5's own vocabulary loses the line ends of the same texts."""
+    path, t5 = SHARED / "hh/helpful-base.test.jsonl.gz", SHARED / "vocab/t5.spiece.model"
+    if not (path.exists() and t5.exists()):
+        pytest.skip(f"{path} and {t5} are not here: human pairs are not shipped with the project")
+    found = list(itertools.islice(source_texts(TextSourceConfig(str(path), bad_pairs="drop")), 1500))
+    vocabulary, theirs = train_vocabulary(found[:600], tmp_path / "own.model", 2000), load_vocabulary(t5)
+    lost = [text for text in found if vocabulary.decode(vocabulary.encode(text)) != text]
+    assert not lost, f"{len(lost)} of {len(found)} texts were lost"  # The texts are kept out of the output.
+    lines = [text for text in found if "\n" in text]
+    assert len(lines) > 500 and not any("\n" in theirs.decode(theirs.encode(text)) for text in lines[:50])
+    # Of another set, with signs that none of the texts had.
+    for text in ["def f(x):\n\treturn {x: ~x}\n", "日本語 😀 ½\r\n", "\n\n\n", "a  b   c "]:
+        ids = vocabulary.encode(text)
+        assert vocabulary.unk_id not in ids
+        assert vocabulary.decode(ids) == text
 
 
 @pytest.mark.parametrize("model", ["unigram", "bpe"])
