@@ -35,7 +35,7 @@ def kl_axis(largest: float) -> alt.X:
             ticks.append(tick)
     scale = alt.Scale(type="sqrt", domainMin=0, domainMax=1.05 * largest or 1.0, nice=False)
     title = "KL to the reference (nats, square-root scale)"
-    return alt.X("kl:Q", title=title, scale=scale, axis=alt.Axis(values=ticks, format="~g"))
+    return alt.X("kl:Q", title=title, scale=scale, axis=alt.Axis(values=ticks, format=".3~g"))
 
 
 def finish(chart: alt.TopLevelMixin) -> dict[str, Any]:

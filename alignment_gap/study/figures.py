@@ -325,7 +325,7 @@ def _budget_figure(study: _Study, loss: str) -> Figure:
         "budget:Q",
         title="KL budget (nats, square-root scale)",
         scale=scale,
-        axis=alt.Axis(format="~g", tickCount=6),
+        axis=alt.Axis(format=".3~g", tickCount=6),
     )
     left = _band_chart(frontiers, x, "Win rate (%)").encode(styles(frontiers, study.arms)[0])
     minus = f"{first} minus {second}"

@@ -1,6 +1,7 @@
-"""All arms and claims of the study on the built-in task: five seeds, about six hours on two CPU cores.
+"""All arms and claims of the study on the built-in task: five seeds of 172 jobs, some two hours of one CPU core each.
 
-alignment-gap launch --engine=local --local.jobs=2 study --config=configs/study/paper.py --workdir=runs/paper
+alignment-gap study --config=configs/study/paper.py --config.seed=0 --config.seeds=1 --workdir=runs/paper_0
+alignment-gap report --runs=runs/paper_0,runs/paper_1 --pool --workdir=runs/paper
 """
 
 import importlib.util

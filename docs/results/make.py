@@ -3,7 +3,7 @@
 docs/results/STUDY/PIECE/   outcomes.npz and facts.json, as a study's report left them: measured once, and kept
 docs/results/STUDY/         results.csv, claims.csv, facts.json and figures/, made from the pieces
 
-python docs/results/make.py            every study that has pieces
+python docs/results/make.py            every study that has two pieces or more
 python docs/results/make.py paper      one of them
 """
 
@@ -63,11 +63,12 @@ def with_claims(text: str, study: pathlib.Path) -> str:
 
 
 def main(names: Iterable[str]) -> None:
-    """Makes the studies of these names, and README."""
+    """Makes the studies of these names, and README where its study is there."""
     for study in (HERE / name for name in names):
         make(study)
-    README.write_text(with_claims(README.read_text(encoding="utf-8"), HERE / MAIN), encoding="utf-8")
+    if (HERE / MAIN / "claims.csv").exists():
+        README.write_text(with_claims(README.read_text(encoding="utf-8"), HERE / MAIN), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or sorted({path.parents[1].name for path in HERE.glob(f"*/*/{OUTCOMES}")}))
+    main(sys.argv[1:] or [study.name for study in sorted(HERE.iterdir()) if len(pieces_of(study)) > 1])

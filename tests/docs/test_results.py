@@ -1,17 +1,24 @@
 """What docs/results and README say of the studies follows from the measurements that are kept beside them."""
 
+import dataclasses
 import importlib.util
+import math
 import pathlib
+import re
 
+import numpy as np
 import pytest
 
+from alignment_gap.configuration import from_dict
 from alignment_gap.evaluation.results import csv_text
 from alignment_gap.folders import at
 from alignment_gap.study import analysis
+from alignment_gap.study.analysis import CheckpointResult
 from alignment_gap.study.claims import answers, claims_of
+from alignment_gap.study.config import StudyConfig
 from alignment_gap.study.estimates import Evidence
 from alignment_gap.study.outcomes import read_outcomes
-from alignment_gap.study.report import CLAIM_COLUMNS, claim_record, read_facts
+from alignment_gap.study.report import CLAIM_COLUMNS, JudgeFacts, ReportContext, claim_record, read_facts, write_report
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -50,7 +57,68 @@ def test_every_figure_that_a_page_shows_is_there(study):
     assert "figure_4.png" in pictures
 
 
+@pytest.mark.skipif(make_results.MAIN not in STUDIES, reason="the main study has run for fewer than two seeds")
 def test_readme_has_the_claims_of_the_main_study():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert make_results.with_claims(text, RESULTS / make_results.MAIN) == text
     assert "| At equal KL online is better than offline. | 1 | " in text
+
+
+@pytest.mark.parametrize("piece", sorted(RESULTS.glob("*/seed_*")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_piece_is_its_seed_of_todays_config(piece):
+    """Measurements that the config no longer makes would be pooled with others."""
+    facts, measured = read_facts(at(piece)), read_outcomes(at(piece))
+    assert analysis.seeds_of(measured) == [facts.config.seed] and piece.name == f"seed_{facts.config.seed}"
+    path = ROOT / "configs" / "study" / f"{piece.parent.name}.py"
+    spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    today = from_dict(StudyConfig, module.get_config().to_dict())
+    assert dataclasses.replace(today, seed=facts.config.seed, seeds=1) == facts.config
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A study of two pieces, made."""
+    folder = tmp_path_factory.mktemp("results") / "paper"
+    for seed in (0, 1):
+        rng = np.random.default_rng(seed)
+        settings = {"sft": ("sft", math.nan, math.nan), "online": ("ipo", 0.1, 1e-3), "offline": ("ipo", 0.1, 1e-3)}
+        results = [
+            CheckpointResult(
+                arm,
+                *settings[arm],
+                seed,
+                int(kl),
+                {"kl": np.full(8, kl), "win_rate": (rng.random(200) < rate).astype(float)},
+            )
+            for arm, kl, rate in (
+                ("sft", 0.0, 0.1),
+                *((arm, kl, rate) for arm, rate in (("online", 0.8), ("offline", 0.3)) for kl in (1.0, 4.0)),
+            )
+        ]
+        judges = [JudgeFacts(seed, "golden, held-out human labels", {"the labels": 0.8})]
+        piece = folder / f"seed_{seed}"
+        write_report(at(piece), results, ReportContext(StudyConfig(seed=seed), judges=judges))
+    make_results.make(folder)
+    return folder
+
+
+def test_a_study_is_made_from_its_pieces(made):
+    assert {path.name for path in made.iterdir()} == {"seed_0", "seed_1", *make_results.MADE}
+    assert (made / "figures" / "figure_4.png").read_bytes().startswith(b"\x89PNG")
+    make_results.make(made)  # Again, over what is there.
+
+
+def test_the_claims_stand_between_their_marks(made):
+    page = "before\n<!-- claims: made by `make results` -->\nstale words\n<!-- end of claims -->\nafter\n"
+    text = make_results.with_claims(page, made)
+    assert text.startswith("before\n<!-- claims") and text.endswith("<!-- end of claims -->\nafter\n")
+    assert "stale words" not in text
+    (row,) = (line for line in text.splitlines() if "At equal KL online is better than offline." in line)
+    # The win rates are 80 % and 30 %.
+    gap = re.search(r"\| agrees \| \+([\d.]+) points \(\+[\d.]+ to \+[\d.]+\) \| 2 \|$", row)
+    assert float(gap[1]) == pytest.approx(50, abs=8)
+    # A claim that was not measured is no row.
+    assert "Pairs with one side of SFT" not in text
+    assert make_results.with_claims(text, made) == text
