@@ -90,6 +90,9 @@ def small(words):
     more = [flag for flag in SMALL[name] if not flag.startswith("--posts") or "--source=posts" in words]
     if "--gin_file=gin/runs/sft.gin" in words:
         more += [f"--gin.{name}={value}" for name, value in MODEL.items()]
+    if workdir(words) == "runs/replayed":
+        # The record of so few steps lacks the longest prompt, to whose length the online run padded.
+        more.append(f"--gin.DatasetConfig.prompt_length={open_dataset('runs/golden_pairs').card.max_prompt_length}")
     return [*words, *more]
 
 
