@@ -1,8 +1,8 @@
 """Preference losses as pure functions on arrays.
 
-A loss takes log-probs of any leading batch shape and returns one float32 value per example, with no reduction over the
-batch. Positional-or-keyword parameters are arrays, keyword-only ones settings. `reads` says what a loss depends on
-beyond the arrays of its own prompt.
+A loss takes log-probs of any leading batch shape and returns one float32 value per example. It does not reduce over the
+batch. Positional-or-keyword parameters are arrays; keyword-only parameters are settings. `reads` lists what a loss
+depends on beyond the arrays of its own prompt.
 """
 
 from alignment_gap.losses._combine import combine

@@ -15,14 +15,14 @@ OverTokens = Literal["sum", "mean"]
 
 
 def as_float32(*arrays: Any) -> tuple[Float[Array, "*B"], ...]:
-    """The arrays in float32, after a check that they are floating and of one shape."""
+    """Checks that the arrays are floating and have the same shape, and converts them to float32."""
     chex.assert_type(arrays, float)
     chex.assert_equal_shape(arrays)
     return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
 
 
 def as_float32_like(array: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
-    """One array or Python number in float32, of the given shape; a scalar is repeated."""
+    """Converts an array or Python number to float32 in the given shape; a scalar is broadcast."""
     array = jnp.asarray(array, jnp.float32)
     if array.ndim:
         chex.assert_shape(array, shape)
@@ -30,16 +30,16 @@ def as_float32_like(array: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
 
 
 def as_counts(lengths: Int[Array, "*B"] | None, shape: tuple[int, ...], name: str) -> Float[Array, "*B"]:
-    """Token counts in float32, at least 1 so that an empty response divides by one."""
+    """Token counts in float32; an empty response counts as 1, so that division by the count is safe."""
     if lengths is None:
-        raise ValueError(f"{name} is needed here: the number of scored tokens of every response")
+        raise ValueError(f"{name} is needed here: the number of scored tokens in each response")
     chex.assert_type(lengths, int)
     chex.assert_shape(lengths, shape)
     return jnp.maximum(jnp.asarray(lengths, jnp.float32), 1.0)
 
 
 def check_positive(**settings: Any) -> None:
-    """Refuses a setting that is a number and not above zero; traced values pass."""
+    """Refuses numbers that are not above zero; traced values are not checked."""
     for name, value in settings.items():
         if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
@@ -52,20 +52,20 @@ def check_group(array: Array) -> None:
 
 
 def as_mask(mask: Bool[Array, "*B T"], shape: tuple[int, ...]) -> Bool[Array, "*B T"]:
-    """The mask, after a check that it is boolean and of the given shape."""
+    """Checks that the mask is boolean and has the given shape, and returns it."""
     chex.assert_type(mask, bool)
     chex.assert_shape(mask, shape)
     return mask
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Refuses a value that is not one of the choices, and names the nearest."""
+    """Refuses a value that is not one of the choices; the message names the nearest one."""
     if value not in (choices := tuple(choices)):
         raise ValueError(f"{name}: {unknown(value, choices)}")
 
 
 def unknown(value: str, choices: Iterable[str]) -> str:
-    """One line about a wrong name: the nearest valid one, and all of them."""
+    """An error text for an unknown name: it gives the nearest valid name, and all valid names."""
     choices = tuple(choices)
     nearest = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"

@@ -9,16 +9,16 @@ from alignment_gap.losses._registry import Loss, get, reads
 
 
 def combine(*terms: tuple[Any, str | Loss]) -> Loss:
-    """A weighted sum of losses, itself a loss.
+    """A weighted sum of losses, which is itself a loss.
 
-    sum_i weight_i loss_i(...), each loss given those arrays that it names.
+    sum_i weight_i loss_i(...). Each loss gets only the arrays that it names.
 
     Args:
-      *terms: pairs of a weight and a loss: a name, "module:function", a configured loss, or any callable whose
-        parameters name arrays. Their results must have one shape.
+      *terms: pairs (weight, loss). A loss is a name, "module:function", a configured loss, or any callable whose
+        parameters name arrays. All terms must return the same shape.
 
     Returns:
-      A loss whose parameters are those of all terms together, required ones first. It reads what any term reads.
+      A loss with the parameters of all terms, required parameters first. It reads what any term reads.
 
     Raises:
       ValueError: no terms, or an unknown name.
@@ -47,7 +47,7 @@ def _arrays(loss: Loss) -> dict[str, inspect.Parameter]:
 
 
 def _union(terms: list[dict[str, inspect.Parameter]]) -> inspect.Signature:
-    """All parameters by name; one that any term requires is required."""
+    """A signature with the parameters of all terms; a parameter is required if any term requires it."""
     union: dict[str, inspect.Parameter] = {}
     for parameters in terms:
         for name, parameter in parameters.items():

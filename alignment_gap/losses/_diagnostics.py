@@ -1,4 +1,4 @@
-"""What to watch beside any pairwise loss."""
+"""Diagnostics for any pairwise loss."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ def pairwise_diagnostics(
 ) -> dict[str, Float[Array, "*B"]]:
     """Margin, implicit rewards, accuracy and log-ratios of every pair.
 
-    margin = h = w - l; reward of a side = beta times its log-ratio; accuracy = p 1[h > 0] + (1 - p) 1[h < 0], with
-    a tie (h = 0) counted as 1/2. arXiv 2305.18290 (implicit reward), 2405.08448 (classification by the policy).
-    Sum over tokens; for the mean pass log-probs divided by their lengths.
+    margin = h = w - l, where w and l are the log-ratios of the chosen and the rejected response to the reference.
+    The reward of a response is beta times its log-ratio. accuracy = p 1[h > 0] + (1 - p) 1[h < 0]; a tie (h = 0)
+    counts as 1/2. arXiv 2305.18290 (implicit reward), 2405.08448 (classification by the policy).
+    Sum over tokens; for the mean, pass log-probs divided by their lengths.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
       ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
-      beta: strength of the KL regularisation, in rewards per nat; scales the rewards only.
+      beta: strength of the KL regularisation, in rewards per nat; it scales the rewards only.
 
     Returns:
-      float32 [*B] each: `margin`, `chosen_reward`, `rejected_reward`, `accuracy`, `chosen_log_ratio`,
+      A dict of float32 [*B] arrays: `margin`, `chosen_reward`, `rejected_reward`, `accuracy`, `chosen_log_ratio`,
       `rejected_log_ratio`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Losses over K responses of one prompt that need no policy gradient."""
+"""Losses over the K responses to one prompt, without a policy gradient."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sft(
 
     Args:
       logps: [*B, K], token-summed log-probs under the policy, in nats.
-      lengths: [*B, K], numbers of scored tokens; read only with `over_tokens="mean"`.
+      lengths: [*B, K], numbers of scored tokens; used only with `over_tokens="mean"`.
       over_tokens: "sum" or "mean".
 
     Returns:
@@ -51,15 +51,15 @@ def best_of_n(
     *,
     over_tokens: OverTokens = "sum",
 ) -> Float[Array, "*B"]:
-    """Best of n: supervised fine-tuning on the winner, -log pi(y_k) with k = argmax scores.
+    """Best of n: supervised fine-tuning on the best response, -log pi(y_k) with k = argmax scores.
 
-    Responses that tie for the best share the loss equally. arXiv 2405.08448 (Bo2, K = 2). Sum over tokens;
+    If several responses tie for the best score, the loss is their mean. arXiv 2405.08448 (Bo2, K = 2). Sum over tokens;
     `over_tokens="mean"` divides each response's log-prob by its length.
 
     Args:
       logps: [*B, K], token-summed log-probs under the policy, in nats.
-      scores: [*B, K], the higher the better; only their order counts.
-      lengths: [*B, K], numbers of scored tokens; read only with `over_tokens="mean"`.
+      scores: [*B, K], higher is better; only their order matters.
+      lengths: [*B, K], numbers of scored tokens; used only with `over_tokens="mean"`.
       over_tokens: "sum" or "mean".
 
     Returns:
@@ -77,13 +77,13 @@ def best_of_n(
 def raft(logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, keep: int = 1) -> Float[Array, "*B"]:
     """Reward-ranked fine-tuning: the mean of -log pi(y) over the `keep` best of the K responses.
 
-    Of responses that tie, the earlier is kept; `keep=1` is `best_of_n` up to ties. arXiv 2304.06767. Sum over tokens;
-    for the mean pass log-probs divided by their lengths.
+    If scores tie, the earlier response is kept. `keep=1` equals `best_of_n` except on ties. arXiv 2304.06767.
+    Sum over tokens; for the mean, pass log-probs divided by their lengths.
 
     Args:
       logps: [*B, K], token-summed log-probs under the policy, in nats.
-      scores: [*B, K], the higher the better; only their order counts.
-      keep: how many, from 1 to K.
+      scores: [*B, K], higher is better; only their order matters.
+      keep: number of responses to keep, from 1 to K.
 
     Returns:
       float32 [*B].
@@ -102,17 +102,18 @@ def raft(logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, keep: int
 def reward_weighted_regression(
     logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, temperature: Any = 1.0
 ) -> Float[Array, "*B"]:
-    """Reward-weighted regression: supervised on all K responses, weighted by their exponentiated scores.
+    """Reward-weighted regression: supervised loss on all K responses, weighted by their exponentiated scores.
 
     -sum_k softmax(scores / temperature)_k log pi(y_k).
 
-    Peters and Schaal 2007; arXiv 1910.00177 for the form with exponentiated advantages. Infinite temperature is `sft`,
-    zero is `best_of_n`. Sum over tokens; for the mean pass log-probs divided by their lengths.
+    Peters and Schaal 2007; arXiv 1910.00177 for the form with exponentiated advantages. As the temperature goes to
+    infinity the loss becomes `sft`, as it goes to 0 `best_of_n`. Sum over tokens; for the mean, pass log-probs divided
+    by their lengths.
 
     Args:
       logps: [*B, K], token-summed log-probs under the policy, in nats.
       scores: [*B, K], rewards.
-      temperature: in units of the rewards.
+      temperature: temperature of the softmax, in units of the rewards.
 
     Returns:
       float32 [*B].
@@ -129,12 +130,12 @@ def reward_weighted_regression(
 def rebel(
     logps: Float[Array, "*B K"], ref_logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, beta: Any = 0.1
 ) -> Float[Array, "*B"]:
-    """REBEL: log-ratios regress on rewards, up to a constant of the prompt.
+    """REBEL: regression of log-ratios on rewards, up to a constant for each prompt.
 
-    The mean over pairs j < k of (beta (r_j - r_k) - (s_j - s_k))^2, r = log pi / ref; with K = 2 that of the paper.
+    The mean over pairs j < k of (beta (r_j - r_k) - (s_j - s_k))^2, r = log pi / ref; K = 2 gives the paper's loss.
 
-    arXiv 2404.16767, whose eta is 1 / beta and whose reference is the policy of the iteration before. Sum over tokens;
-    for the mean pass log-probs divided by their lengths.
+    arXiv 2404.16767, whose eta is 1 / beta and whose reference is the policy of the previous iteration. Sum over
+    tokens; for the mean, pass log-probs divided by their lengths.
 
     Args:
       logps: [*B, K], token-summed log-probs under the policy, in nats; K is at least 2.

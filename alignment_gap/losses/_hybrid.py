@@ -1,4 +1,4 @@
-"""Losses of a recorded pair and of fresh samples that stand beside it."""
+"""Losses on a recorded pair together with fresh samples for the same prompt."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def hypo(
     beta: Any = 0.1,
     kl_weight: Any = 0.01,
 ) -> Float[Array, "*B"]:
-    """HyPO: DPO on a recorded pair, and the KL to the reference on fresh samples of the policy.
+    """HyPO: DPO on a recorded pair, plus the KL to the reference on fresh samples of the policy.
 
-    -log sigma(beta h) + kl_weight KL; the KL is `online_kl` of the fresh samples: the mean over K of log pi / ref, with
+    -log sigma(beta h) + kl_weight KL. The KL is `online_kl` of the fresh samples: the mean over K of log pi / ref, with
     its true gradient.
 
-    arXiv 2406.01462. The default of `kl_weight` is ours, not the paper's: at the reference DPO's slope in h is
-    -beta / 2 = -0.05, and a single fresh sample pulls as hard where its log-ratio is 5 nats. Sum over tokens.
+    arXiv 2406.01462. The default of `kl_weight` is ours, not the paper's. When the policy equals the reference, DPO's
+    slope in h is -beta / 2 = -0.05; a single fresh sample has an equal slope at a log-ratio of 5 nats. Sum over tokens.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
@@ -38,7 +38,7 @@ def hypo(
       ref_fresh_logps: [*B, K], the same under the reference.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
       beta: strength of DPO's KL regularisation, in rewards per nat.
-      kl_weight: weight of the KL on fresh samples, in losses per nat.
+      kl_weight: weight of the KL on fresh samples, in units of the loss per nat.
 
     Returns:
       float32 [*B].

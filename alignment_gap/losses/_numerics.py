@@ -1,4 +1,4 @@
-"""Functions that stay finite, with their gradients, at any finite argument."""
+"""Functions that are finite, and have finite gradients, at any finite argument."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from alignment_gap.losses._shapes import Array, Float
 
-# exp(60) is 1e26: float32 still holds it times any log-ratio.
+# exp(60) is 1e26; the product with any log-ratio is still finite in float32.
 _LIMIT = 60.0
 
 
@@ -24,7 +24,7 @@ def log1mexp(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """log(1 - exp(x)) for x < 0; x above -1e-7 counts as -1e-7, with a zero gradient."""
     x = jnp.minimum(x, -1e-7)
     near = x > -0.6931472
-    # A double where: each branch sees only arguments that it is accurate for.
+    # A double where: each branch gets only arguments for which it is accurate.
     return jnp.where(
         near,
         jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))),
@@ -33,7 +33,7 @@ def log1mexp(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
 
 
 def masked_mean(values: Float[Array, "*B T"], mask: Array) -> Float[Array, "*B"]:
-    """The mean over the last axis where the mask is true; 0 where it is nowhere."""
+    """The mean over the last axis where the mask is true; 0 if the mask is true nowhere."""
     total = jnp.sum(jnp.where(mask, values, 0.0), axis=-1)
     return total / jnp.maximum(jnp.sum(mask, axis=-1).astype(jnp.float32), 1.0)
 

@@ -1,4 +1,4 @@
-"""What the pairwise losses share: log-ratios, and the expectation over which response is the better."""
+"""Shared parts of the pairwise losses: log-ratios, and the expectation over the label."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def over_tokens_of(
     rejected_lengths: Int[Array, "*B"] | None,
     over_tokens: OverTokens,
 ) -> Pair:
-    """Both sides as they are ("sum"), or each divided by its own length ("mean")."""
+    """Both sides unchanged ("sum"), or each divided by its own length ("mean")."""
     check_choice("over_tokens", over_tokens, ("sum", "mean"))
     if over_tokens == "sum":
         return pair
@@ -44,7 +44,7 @@ def over_tokens_of(
 def expected(
     loss: Callable[[Float[Array, "*B"]], Float[Array, "*B"]], margin: Float[Array, "*B"], preference: Any
 ) -> Float[Array, "*B"]:
-    """p loss(margin) + (1 - p) loss(-margin): the loss in expectation over which response is the better."""
+    """The expected loss over the label: p loss(margin) + (1 - p) loss(-margin), where p is the preference."""
     if preference is None:
         return loss(margin)
     preference = as_float32_like(preference, margin.shape)
@@ -54,7 +54,7 @@ def expected(
 def expected_over_sides(
     loss: Callable[[Float[Array, "*B"], Float[Array, "*B"]], Float[Array, "*B"]], pair: Pair, preference: Any
 ) -> Float[Array, "*B"]:
-    """p loss(chosen, rejected) + (1 - p) loss(rejected, chosen), where the margin alone does not say it."""
+    """As `expected`, for losses that need both sides: p loss(chosen, rejected) + (1 - p) loss(rejected, chosen)."""
     chosen, rejected = pair
     if preference is None:
         return loss(chosen, rejected)
@@ -63,7 +63,7 @@ def expected_over_sides(
 
 
 def as_pair(chosen_logps: Float[Array, "*B"], rejected_logps: Float[Array, "*B"]) -> Pair:
-    """Both sides in float32, after a check of shapes and types."""
+    """Checks shapes and types, and converts both sides to float32."""
     chosen, rejected = as_float32(chosen_logps, rejected_logps)
     return chosen, rejected
 

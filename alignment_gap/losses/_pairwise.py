@@ -1,6 +1,6 @@
-"""Contrastive losses of a pair, with a reference policy.
+"""Contrastive losses on a pair, with a reference policy.
 
-All of them are written in the log-ratios of the two responses to the reference,
+The formulas use the log-ratios of the two responses to the reference,
 w = log pi(y_w) / ref(y_w) and l = log pi(y_l) / ref(y_l), and the margin h = w - l.
 """
 
@@ -48,17 +48,17 @@ def dpo(
 ) -> Float[Array, "*B"]:
     """Direct preference optimisation.
 
-    -log sigma(beta h). With label noise e: (1 - e) L(h) + e L(-h) if conservative, and the unbiased
+    L(h) = -log sigma(beta h). With label noise e: (1 - e) L(h) + e L(-h) if conservative, and the unbiased
     ((1 - e) L(h) - e L(-h)) / (1 - 2 e) if robust.
 
-    arXiv 2305.18290; robust: arXiv 2403.00409. Sum over tokens; `over_tokens="mean"` is length-normalised DPO, where
-    each log-ratio is divided by the length of its response.
+    arXiv 2305.18290; robust: arXiv 2403.00409. Sum over tokens; `over_tokens="mean"` is length-normalised DPO: it
+    divides each log-ratio by the length of its response.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
       ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
-      chosen_lengths, rejected_lengths: [*B], numbers of scored tokens; read only with `over_tokens="mean"`.
+      chosen_lengths, rejected_lengths: [*B], numbers of scored tokens; used only with `over_tokens="mean"`.
       beta: strength of the KL regularisation, in rewards per nat.
       label_smoothing: probability e that a label is wrong, below 1/2.
       smoothing: "conservative" or "robust".
@@ -101,7 +101,7 @@ def ipo(
 ) -> Float[Array, "*B"]:
     """Identity preference optimisation.
 
-    (h - 1 / (2 beta))^2; with a preference p in expectation over the label, which differs from
+    (h - 1 / (2 beta))^2. With a preference p, this is the expectation over the label. It differs from
     (h - (2 p - 1) / (2 beta))^2 (see `ipo_md`) by the constant p (1 - p) / beta^2.
 
     arXiv 2310.12036, whose tau is beta here. Sum over tokens; `over_tokens="mean"` divides each log-ratio by the
@@ -111,7 +111,7 @@ def ipo(
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
       ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
-      chosen_lengths, rejected_lengths: [*B], numbers of scored tokens; read only with `over_tokens="mean"`.
+      chosen_lengths, rejected_lengths: [*B], numbers of scored tokens; used only with `over_tokens="mean"`.
       beta: strength of the KL regularisation; the margin's target is 1 / (2 beta) nats.
       over_tokens: "sum" or "mean".
 
@@ -139,10 +139,11 @@ def ipo_md(
 ) -> Float[Array, "*B"]:
     """IPO-MD: squared regression of the margin on a soft preference.
 
-    (h - (2 p - 1) / (2 beta))^2, for responses that were both sampled from the mixture pi^(1 - b) ref^b (see
-    `geometric_mixture`); sampling takes no gradient. Its gradient is that of `ipo` with the same preference.
+    (h - (2 p - 1) / (2 beta))^2, where both responses are samples from the mixture pi^(1 - b) ref^b (see
+    `geometric_mixture`). No gradient passes through the sampling. With the same preference, `ipo` has the same
+    gradient.
 
-    arXiv 2403.08635. Sum over tokens; for the mean pass log-probs divided by their lengths.
+    arXiv 2403.08635. Sum over tokens; for the mean, pass log-probs divided by their lengths.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
@@ -178,20 +179,24 @@ def gpo(
 ) -> Float[Array, "*B"]:
     """Generalised preference optimisation: any curve of the scaled margin.
 
-    f(beta h), in expectation over the label with a preference. The named curves of z = beta h are
-    logistic log(1 + exp(-z)) (`dpo`), square (z - 1/2)^2 (beta^2 times `ipo`), hinge max(0, 1 - z) (`slic`),
-    exponential exp(-z), continued by its tangent below z = -60, truncated_quadratic max(0, 1 - z)^2, and
-    savage 1 / (1 + exp(z))^2, the one that is not convex.
+    f(beta h); with a preference, its expectation over the label. The named curves of z = beta h:
 
-    arXiv 2402.05749, whose square is (1 - z)^2: pass `f=lambda z: (1 - z) ** 2` for it. Sum over tokens;
+    - logistic: log(1 + exp(-z)), which is `dpo`
+    - square: (z - 1/2)^2, which is beta^2 times `ipo`
+    - hinge: max(0, 1 - z), which is `slic`
+    - exponential: exp(-z), continued by its tangent below z = -60
+    - truncated_quadratic: max(0, 1 - z)^2
+    - savage: 1 / (1 + exp(z))^2, which is not convex
+
+    arXiv 2402.05749. The paper's square is (1 - z)^2; pass `f=lambda z: (1 - z) ** 2` for it. Sum over tokens;
     `over_tokens="mean"` divides each log-ratio by the length of its response.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
       ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
-      chosen_lengths, rejected_lengths: [*B], numbers of scored tokens; read only with `over_tokens="mean"`.
-      f: a named curve, or any function of z; convex and decreasing at 0 for a preference loss.
+      chosen_lengths, rejected_lengths: [*B], numbers of scored tokens; used only with `over_tokens="mean"`.
+      f: a named curve, or any function of z; for a preference loss it is convex and decreasing at 0.
       beta: strength of the KL regularisation, in rewards per nat.
       over_tokens: "sum" or "mean".
 
@@ -222,7 +227,7 @@ def slic(
 ) -> Float[Array, "*B"]:
     """Sequence likelihood calibration on log-ratios: the hinge loss.
 
-    max(0, 1 - beta h). On raw log-probs and with a supervised term it is `slic_hf`.
+    max(0, 1 - beta h). `slic_hf` is the form on raw log-probs with a supervised term.
 
     arXiv 2305.10425 for the hinge, 2309.06657 for its form on log-ratios. Sum over tokens; for the mean pass
     log-probs divided by their lengths.
@@ -255,10 +260,11 @@ def discopop(
 ) -> Float[Array, "*B"]:
     """DiscoPOP, the log-ratio modulated loss.
 
-    With z = beta h and m = sigma(z / tau): (1 - m) log(1 + exp(-z)) + m exp(-z). Not convex: below tau = 0.102 its
-    slope at z = 0, (1 - log 2) / (4 tau) - 3/4, is positive, so that from the reference the margin first falls.
+    With z = beta h and m = sigma(z / tau): (1 - m) log(1 + exp(-z)) + m exp(-z). The loss is not convex. Its slope at
+    z = 0, (1 - log 2) / (4 tau) - 3/4, is positive if tau < 0.102. Training from the reference then first lowers the
+    margin.
 
-    arXiv 2406.08414. Sum over tokens; for the mean pass log-probs divided by their lengths.
+    arXiv 2406.08414. Sum over tokens; for the mean, pass log-probs divided by their lengths.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
@@ -276,7 +282,7 @@ def discopop(
     check_positive(beta=beta, tau=tau)
 
     def modulated(z: Float[Array, "*B"]) -> Float[Array, "*B"]:
-        # One exponent: exp(-z) alone overflows where the modulation makes it vanish.
+        # One exponent for both factors: exp(-z) alone would overflow where the modulation drives the product to 0.
         exponential = tangent_exp(jax.nn.log_sigmoid(z / tau) - z)
         return -jax.nn.sigmoid(-z / tau) * jax.nn.log_sigmoid(z) + exponential
 
@@ -298,14 +304,14 @@ def exo(
 
     KL(q || r), q = (sigma(beta h), sigma(-beta h)), r = ((1 - e) p + e (1 - p), the rest).
 
-    arXiv 2402.00856, eq. 16. Sum over tokens; for the mean pass log-probs divided by their lengths.
+    arXiv 2402.00856, eq. 16. Sum over tokens; for the mean, pass log-probs divided by their lengths.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
       ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
       beta: strength of the KL regularisation, in rewards per nat.
-      label_smoothing: e, in (0, 1/2): without it a hard label's divergence is infinite.
+      label_smoothing: e, in (0, 1/2); at e = 0 the divergence from a hard label is infinite.
 
     Returns:
       float32 [*B].
@@ -337,12 +343,16 @@ def f_dpo(
     divergence: str = "reverse_kl",
     alpha: float = 0.5,
 ) -> Float[Array, "*B"]:
-    """DPO under another divergence than the reverse KL.
+    """DPO with a divergence other than the reverse KL.
 
     -log sigma(beta (g(w) - g(l))), where g is the divergence's f' at the ratio u = exp(log-ratio):
-    reverse_kl log u (`dpo`), forward_kl 1 - 1 / u, jensen_shannon log(2 u / (1 + u)),
-    alpha (1 - u^-alpha) / alpha, which is reverse_kl as alpha -> 0 and forward_kl at alpha = 1.
-    Powers of u are continued by their tangent where they exceed exp(60).
+
+    - reverse_kl: log u, which is `dpo`
+    - forward_kl: 1 - 1 / u
+    - jensen_shannon: log(2 u / (1 + u))
+    - alpha: (1 - u^-alpha) / alpha, which is reverse_kl as alpha -> 0 and forward_kl at alpha = 1
+
+    Powers of u above exp(60) are continued by their tangent.
 
     arXiv 2309.16240. TRL's coefficient of the alpha divergence is 1 - alpha. Sum over tokens.
 
@@ -352,7 +362,7 @@ def f_dpo(
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
       beta: strength of the regularisation, in rewards per unit of f'.
       divergence: "reverse_kl", "forward_kl", "jensen_shannon" or "alpha".
-      alpha: order of the alpha divergence, above 0; read only there.
+      alpha: order of the alpha divergence, above 0; used only with `divergence="alpha"`.
 
     Returns:
       float32 [*B].
@@ -393,7 +403,7 @@ def chi_po(
 
     -log sigma(clip(beta (phi(w) - phi(l)), max_margin)), phi(log u) = u + gamma log u.
 
-    arXiv 2407.13399, whose clip is at 2 R_max and whose phi has gamma = 1. Sum over tokens.
+    arXiv 2407.13399; the paper clips at 2 R_max and uses gamma = 1. Sum over tokens.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
@@ -401,8 +411,8 @@ def chi_po(
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
       beta: strength of the regularisation, in rewards per unit of phi.
       gamma: weight of the KL part.
-      max_margin: bound of the absolute scaled margin, beyond which the gradient is zero; None for no bound.
-      max_log_ratio: log u above it counts as this value in u alone, so that u stays finite; at most 60.
+      max_margin: bound on the absolute scaled margin; beyond it the gradient is zero. None sets no bound.
+      max_log_ratio: cap on log u inside the term u only, so that u stays finite; at most 60.
 
     Returns:
       float32 [*B].
@@ -435,10 +445,10 @@ def r_dpo(
     beta: Any = 0.1,
     alpha: float = 0.01,
 ) -> Float[Array, "*B"]:
-    """R-DPO: DPO with a penalty on length in the rewards.
+    """R-DPO: DPO with a length penalty in the rewards.
 
-    -log sigma(beta h + alpha (|y_w| - |y_l|)): a longer winner owes part of its margin to its length.
-    Without a reference it is `cpo` with a `length_penalty`.
+    -log sigma(beta h + alpha (|y_w| - |y_l|)): if the chosen response is longer, the length term explains part of the
+    preference, and the policy needs a smaller margin. The form without a reference is `cpo` with a `length_penalty`.
 
     arXiv 2403.19159. Sum over tokens.
 

@@ -1,8 +1,10 @@
-"""Policy gradients over K responses of one prompt that were sampled from the policy.
+"""Policy-gradient losses over K responses to one prompt, sampled from the policy.
 
-Their values are surrogates: only the gradient is meant. No gradient passes through scores, baselines or advantages.
-On samples of another policy those that read `SAMPLER_LOG_PROBS` are right with the log-probs under it, and those that
-read `OWN_SAMPLES` are wrong.
+The values are surrogates: only their gradient has a meaning. No gradient passes through scores, baselines or
+advantages. Samples of another policy:
+
+- losses that read `SAMPLER_LOG_PROBS` are correct, given the log-probs under that policy;
+- losses that read `OWN_SAMPLES` are wrong.
 """
 
 from __future__ import annotations
@@ -32,15 +34,15 @@ def reinforce(
 ) -> Float[Array, "*B"]:
     """REINFORCE with a baseline: the mean over K of -(R - b) log pi(y).
 
-    R = score - beta log pi / ref; b is the given baseline, or the mean of R over the K responses, which scales the
-    gradient by (K - 1) / K (see `rloo`). For samples of the current policy.
+    R = score - beta log pi / ref; b is the given baseline, or the mean of R over the K responses. That mean scales the
+    gradient by (K - 1) / K; `rloo` avoids this. The responses must be samples of the current policy.
 
-    Williams 1992; arXiv 2402.14740. Sum over tokens; for the mean pass log-probs divided by their lengths.
+    Williams 1992; arXiv 2402.14740. Sum over tokens; for the mean, pass log-probs divided by their lengths.
 
     Args:
       logps: [*B, K], token-summed log-probs under the policy, in nats.
       scores: [*B, K], rewards.
-      ref_logps: [*B, K], log-probs under the reference; needed where beta is not 0.
+      ref_logps: [*B, K], log-probs under the reference; needed if beta is not 0.
       beta: strength of the KL penalty, in rewards per nat.
       baseline: b, in rewards; None takes the group's mean.
 
@@ -67,20 +69,20 @@ def rloo(
 ) -> Float[Array, "*B"]:
     """REINFORCE, leave one out: the baseline of a response is the mean reward of the others.
 
-    The mean over K of -A_k log pi(y_k), A_k = R_k - mean of R_j over j != k, R = score - beta log pi / ref. With
-    `old_logps` the mean of -q A, q = pi / pi_old of the whole response, or under a clip of
-    -min(q A, clip(q, 1 - clip, 1 + clip) A); at q = 1 the gradient is the same.
+    The mean over K of -A_k log pi(y_k), A_k = R_k - mean of R_j over j != k, R = score - beta log pi / ref.
+    With `old_logps`: the mean over K of -q A, where q = pi / pi_old of the whole response. With `clip` too: the mean of
+    -min(q A, clip(q, 1 - clip, 1 + clip) A). At q = 1 all three have the same gradient.
 
-    arXiv 2402.14740; the clipped ratio: arXiv 1707.06347. Sum over tokens; for the mean pass log-probs divided by their
-    lengths.
+    arXiv 2402.14740; the clipped ratio: arXiv 1707.06347. Sum over tokens; for the mean, pass log-probs divided by
+    their lengths.
 
     Args:
       logps: [*B, K], token-summed log-probs under the policy, in nats; K is at least 2.
       scores: [*B, K], rewards.
-      ref_logps: [*B, K], log-probs under the reference; needed where beta is not 0.
-      old_logps: [*B, K], log-probs under the policy that sampled; None where that is the policy itself.
+      ref_logps: [*B, K], log-probs under the reference; needed if beta is not 0.
+      old_logps: [*B, K], log-probs under the policy that sampled; None if that is the policy itself.
       beta: strength of the KL penalty, in rewards per nat.
-      clip: how far q may fall below 1 and rise above it; None for no bound. Read only with `old_logps`.
+      clip: how far q may fall below 1 or rise above it; None sets no bound. Used only with `old_logps`.
 
     Returns:
       float32 [*B].
@@ -104,10 +106,10 @@ def nash_md(
 ) -> Float[Array, "*B"]:
     """Nash-MD's policy gradient: win against an opponent sampled from the mixture of policy and reference.
 
-    The mean over K of -(s - 1/2 - beta log pi / ref) log pi(y), s the probability that y beats a response of
+    The mean over K of -(s - 1/2 - beta log pi / ref) log pi(y), where s is the probability that y beats a sample of
     pi^(1 - b) ref^b (see `geometric_mixture`).
 
-    arXiv 2312.00886, whose tau is beta here. For samples of the current policy. Sum over tokens.
+    arXiv 2312.00886, whose tau is beta here. The responses must be samples of the current policy. Sum over tokens.
 
     Args:
       logps: [*B, K], token-summed log-probs of the policy's own samples, in nats.
@@ -143,18 +145,18 @@ def grpo(
     Per token -min(q A, clip(q, 1 - clip, 1 + clip_high) A) + beta k3, q = pi / pi_old,
     A = (s - mean s) / (std s + 1e-4) over the K responses (sample standard deviation), k3 as in `kl_estimate`.
 
-    arXiv 2402.03300. Mean over each response's tokens, then over K; `over_tokens="group"` is the mean over all tokens
-    of the K responses (DAPO, arXiv 2503.14476), "sum" the sum over tokens, then the mean over K. `dr_grpo` changes the
-    advantages too.
+    arXiv 2402.03300. Mean over each response's tokens, then over K. `over_tokens="group"` takes the mean over all
+    tokens of the K responses (DAPO, arXiv 2503.14476); "sum" takes the sum over tokens, then the mean over K. `dr_grpo`
+    changes the advantages too.
 
     Args:
       token_logps: [*B, K, T], log-probs of the tokens under the policy, in nats; K is at least 2.
       scores: [*B, K], rewards.
       mask: [*B, K, T], true at scored tokens.
-      old_token_logps: [*B, K, T], log-probs under the policy that sampled; None takes the policy itself, q = 1.
-      ref_token_logps: [*B, K, T], log-probs under the reference; needed where beta is not 0.
+      old_token_logps: [*B, K, T], log-probs under the policy that sampled; None uses the policy itself, so q = 1.
+      ref_token_logps: [*B, K, T], log-probs under the reference; needed if beta is not 0.
       beta: weight of the KL estimate, in rewards per nat.
-      clip, clip_high: how far q may fall below 1 and rise above it; None takes `clip` for both.
+      clip, clip_high: how far q may fall below 1 and rise above it; if `clip_high` is None, `clip` is used for both.
       over_tokens: "mean", "group" or "sum".
 
     Returns:
@@ -189,21 +191,22 @@ def dr_grpo(
     clip_high: float | None = None,
     max_length: int | None = None,
 ) -> Float[Array, "*B"]:
-    """GRPO done right: neither the standard deviation nor the response's own length divides.
+    """GRPO done right: no division by the standard deviation or by the response's own length.
 
     The terms of `grpo` with A = s - mean s, summed over tokens and divided by the constant `max_length`; mean over K.
 
-    arXiv 2503.20783. With `max_length=1` it is the sum over tokens.
+    arXiv 2503.20783. `max_length=1` gives the sum over tokens.
 
     Args:
       token_logps: [*B, K, T], log-probs of the tokens under the policy, in nats; K is at least 2.
       scores: [*B, K], rewards.
       mask: [*B, K, T], true at scored tokens.
-      old_token_logps: [*B, K, T], log-probs under the policy that sampled; None takes the policy itself.
-      ref_token_logps: [*B, K, T], log-probs under the reference; needed where beta is not 0.
+      old_token_logps: [*B, K, T], log-probs under the policy that sampled; None uses the policy itself.
+      ref_token_logps: [*B, K, T], log-probs under the reference; needed if beta is not 0.
       beta: weight of the KL estimate, in rewards per nat.
-      clip, clip_high: how far the ratio may fall below 1 and rise above it; None takes `clip` for both.
-      max_length: the constant divisor; None takes T.
+      clip, clip_high: how far the ratio may fall below 1 and rise above it; if `clip_high` is None, `clip` is used for
+        both.
+      max_length: the constant divisor; None uses T.
 
     Returns:
       float32 [*B].
@@ -233,14 +236,14 @@ def ppo_clip(
 
     Per token -min(q A, clip(q, 1 - clip, 1 + clip_high) A), q = pi / pi_old, A = s - mean s over the K responses.
 
-    arXiv 1707.06347. Mean over each response's tokens, then over K; for the sum multiply by the lengths.
+    arXiv 1707.06347. Mean over each response's tokens, then over K; for the sum, multiply by the lengths.
 
     Args:
       token_logps: [*B, K, T], log-probs of the tokens under the policy, in nats.
       scores: [*B, K], rewards.
       mask: [*B, K, T], true at scored tokens.
-      old_token_logps: [*B, K, T], log-probs under the policy that sampled; None takes the policy itself, q = 1.
-      clip, clip_high: how far q may fall below 1 and rise above it; None takes `clip` for both.
+      old_token_logps: [*B, K, T], log-probs under the policy that sampled; None uses the policy itself, so q = 1.
+      clip, clip_high: how far q may fall below 1 and rise above it; if `clip_high` is None, `clip` is used for both.
 
     Returns:
       float32 [*B].
@@ -255,7 +258,7 @@ def ppo_clip(
 
 
 def _penalized(logps: Array, scores: Array, ref_logps: Array | None, beta: Any) -> tuple[Array, Array]:
-    """Log-probs, and scores less the KL penalty of each sample, without gradient."""
+    """The log-probs, and the scores minus each sample's KL penalty, both in float32."""
     if ref_logps is None:
         if not isinstance(beta, int | float) or beta != 0:
             raise ValueError("ref_logps is needed where beta is not 0")
@@ -277,12 +280,12 @@ def _clipped(
     clip: float,
     clip_high: float | None,
 ) -> Float[Array, "*B K T"]:
-    """The clipped surrogate of every token; advantages broadcast over tokens."""
+    """The clipped surrogate of every token; the advantages are broadcast over tokens."""
     if old_token_logps is None:
         old_token_logps = token_logps
     token_logps, old_token_logps = as_float32(token_logps, old_token_logps)
     mask = as_mask(mask, token_logps.shape)
-    # Masked before the exponential, so that the contents of padding reach neither value nor gradient.
+    # The mask comes before the exponential, so that values at padding affect neither the result nor the gradient.
     log_ratios = jnp.where(mask, token_logps - lax.stop_gradient(old_token_logps), 0.0)
     return _surrogate(log_ratios, advantages, clip, clip if clip_high is None else clip_high)
 
@@ -290,7 +293,7 @@ def _clipped(
 def _surrogate(
     log_ratios: Array, advantages: Array, clip_low: float | None, clip_high: float | None
 ) -> Float[Array, "*B"]:
-    """-min(q A, clip(q, 1 - clip_low, 1 + clip_high) A), q = exp(log_ratios); without bounds -q A."""
+    """-min(q A, clip(q, 1 - clip_low, 1 + clip_high) A), q = exp(log_ratios); -q A if a bound is None."""
     ratios, advantages = tangent_exp(log_ratios), lax.stop_gradient(advantages)
     if clip_low is None or clip_high is None:
         return -ratios * advantages

@@ -1,4 +1,4 @@
-"""Contrastive losses of a pair without a reference policy."""
+"""Contrastive losses on a pair, without a reference policy."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def simpo(
 
     -log sigma(beta (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma).
 
-    arXiv 2405.14734. Mean over tokens; for the sum pass lengths of 1. With a preference it is in expectation over the
-    label, the target margin gamma on the better side.
+    arXiv 2405.14734. Mean over tokens; for the sum, pass lengths of 1. With a preference it is the expectation over the
+    label; gamma is then the target margin of whichever response the label prefers.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
@@ -63,8 +63,8 @@ def orpo(
 
     -m_w - beta log sigma(o_w - o_l), m = log pi(y) / |y|, o = m - log(1 - exp(m)).
 
-    arXiv 2403.07691, whose lambda is beta. Mean over tokens in both terms; for the sum pass lengths of 1. Log-probs
-    above -1e-7 a token count as that in log(1 - exp(m)).
+    arXiv 2403.07691, whose lambda is beta. Mean over tokens in both terms; for the sum, pass lengths of 1. In
+    log(1 - exp(m)), an m above -1e-7 counts as -1e-7.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
@@ -104,13 +104,14 @@ def cpo(
 
     -log sigma(beta (log pi(y_w) - log pi(y_l)) + a (|y_w| - |y_l|)) - sft_weight log pi(y_w).
 
-    arXiv 2401.08417; the penalty on length a is that of `r_dpo`. Sum over tokens in both terms;
-    `over_tokens="mean"` divides the supervised term, and it alone, by the length.
+    arXiv 2401.08417; the length penalty a is the same as in `r_dpo`. Sum over tokens in both terms;
+    `over_tokens="mean"` divides only the supervised term by the length.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
-      chosen_lengths, rejected_lengths: [*B], numbers of scored tokens; read only with `over_tokens="mean"`.
+      chosen_lengths, rejected_lengths: [*B], numbers of scored tokens; used only with `over_tokens="mean"` or
+        a `length_penalty`.
       beta: scale of the rewards per nat.
       sft_weight: weight of the supervised term.
       length_penalty: a, in rewards per token.
@@ -145,8 +146,8 @@ def slic_hf(
 
     max(0, delta - log pi(y_w) + log pi(y_l)) - sft_weight log pi(y_w).
 
-    arXiv 2305.10425, whose supervised targets may also be other responses. Sum over tokens; for the mean pass log-probs
-    divided by their lengths.
+    arXiv 2305.10425, whose supervised targets may also be other responses. Sum over tokens; for the mean, pass
+    log-probs divided by their lengths.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.

@@ -15,31 +15,32 @@ Settings = Mapping[str, Any]
 Reads = Collection[str] | Callable[[Settings], Collection[str]]
 _L = TypeVar("_L", bound=Loss)
 
-# The loss of one prompt depends on the batch's other prompts.
+# The loss of one prompt depends on the other prompts of the batch.
 OTHER_PROMPTS = "other prompts"
 # The loss divides by the padded width of a row.
 WIDTH = "width"
-# Right on samples of another policy only with the log-probs under it.
+# On samples of another policy, the loss is correct only with the log-probs under that policy.
 SAMPLER_LOG_PROBS = "sampler log-probs"
-# Right only on samples of the current policy.
+# The loss is correct only on samples of the current policy.
 OWN_SAMPLES = "own samples"
-# Needs log sum_v pi(v)^2 at every token.
+# The loss needs log sum_v pi(v)^2 at every token.
 LOG_COLLISIONS = "log collisions"
 _READS = (OTHER_PROMPTS, WIDTH, SAMPLER_LOG_PROBS, OWN_SAMPLES, LOG_COLLISIONS)
 
-# Every name that `get` takes: the loss and the settings that the name stands for.
+# The names that `get` accepts; each maps to its loss and its preset settings.
 _REGISTRY: dict[str, tuple[Loss, Settings]] = {}
 
 
 def register(*, aliases: Mapping[str, Settings] | None = None, reads: Reads = ()) -> Callable[[_L], _L]:
-    """Makes a loss known by its name.
+    """Registers a loss under its name.
 
     Args:
-      aliases: other names of the loss, each with the settings that it stands for.
-      reads: what `losses.reads` says of it; or a function of its settings, defaults filled in, that gives this.
+      aliases: other names of the loss, each with its preset settings.
+      reads: the constants that `losses.reads` returns for this loss. Or a function that takes all settings of the loss,
+        defaults included, and returns the constants.
 
     Returns:
-      A decorator that returns the loss itself.
+      A decorator that returns the loss unchanged.
 
     Raises:
       ValueError: another loss has one of the names.
@@ -57,31 +58,31 @@ def register(*, aliases: Mapping[str, Settings] | None = None, reads: Reads = ()
 
 
 def names() -> tuple[str, ...]:
-    """The names of this library's losses, aliases among them, sorted; `get` also takes "module:function"."""
+    """The sorted names of this library's losses, including aliases; `get` also takes "module:function"."""
     return tuple(sorted(_REGISTRY))
 
 
 def aliases() -> dict[str, tuple[str, Settings]]:
-    """The names under which other libraries know a loss: its name here, and the settings that the alias stands for."""
+    """Maps each alias, a loss's name in another library, to the loss's name here and the preset settings."""
     return {name: (loss.__name__, preset) for name, (loss, preset) in _REGISTRY.items() if name != loss.__name__}
 
 
 def get(loss: str | Loss, **settings: Any) -> Loss:
-    """A configured loss: a callable that still names its array parameters.
+    """A configured loss: a callable whose signature names its arrays.
 
-    `get("ipo", beta=0.1)` is `ipo` with that setting, `get("my_package.module:function")` a loss of the user's own.
-    The parameters are in `inspect.signature`: positional-or-keyword ones are arrays (optional where they have a
-    default), keyword-only ones settings.
+    `get("ipo", beta=0.1)` is `ipo` with that setting. `get("my_package.module:function")` is a loss of your own.
+    `inspect.signature` gives the parameters: positional-or-keyword parameters are arrays, optional if they have a
+    default; keyword-only parameters are settings.
 
     Args:
-      loss: one of `names()`, "module:function", or any callable of the user's own.
+      loss: one of `names()`, "module:function", or any callable of your own.
       **settings: keyword-only parameters of the loss.
 
     Returns:
       The loss with its settings bound.
 
     Raises:
-      ValueError: no such loss, or the loss has no such setting. For a name the message gives the nearest valid one.
+      ValueError: there is no such loss, or the loss has no such setting. The message gives the nearest valid name.
     """
     function, preset = _found(loss) if isinstance(loss, str) else (loss, {})
     settings = {**preset, **settings}
@@ -92,14 +93,15 @@ def get(loss: str | Loss, **settings: Any) -> Loss:
 def reads(loss: Loss) -> frozenset[str]:
     """What a loss reads beyond the arrays of its own prompt.
 
-    Any of `OTHER_PROMPTS`, `WIDTH`, `SAMPLER_LOG_PROBS`, `OWN_SAMPLES` and `LOG_COLLISIONS`.
+    The result holds any of `OTHER_PROMPTS`, `WIDTH`, `SAMPLER_LOG_PROBS`, `OWN_SAMPLES` and `LOG_COLLISIONS`.
 
     Args:
-      loss: from `get` or `combine`, also under `jax.jit`. A callable of the user's own says it by an attribute `reads`:
-        a collection of these constants, or a function of its settings that gives one. Without it, nothing.
+      loss: from `get` or `combine`, also wrapped in `jax.jit`. A callable of your own declares it in an attribute
+        `reads`: a collection of these constants, or a function that takes its settings and returns such a collection.
+        Without the attribute, the result is empty.
 
     Raises:
-      ValueError: the attribute holds anything else.
+      ValueError: the attribute holds something else.
     """
     layer: Any = loss
     settings: Settings = {}
@@ -133,7 +135,7 @@ def _imported(path: str) -> Loss:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # The module may be there and import another one that is not.
+        # The module itself may exist, and fail because it imports a missing one.
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise
         remedy = "install it or add its folder to PYTHONPATH"

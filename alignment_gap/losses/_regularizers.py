@@ -1,4 +1,4 @@
-"""Divergence from the reference and entropy: estimators from samples, and exact over a vocabulary."""
+"""KL from the reference, and entropy: estimates from samples, and exact values over a vocabulary."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ def kl_estimate(
 ) -> Float[Array, "*B"]:
     """Estimates of KL(pi || ref) from samples of pi.
 
-    With x = log pi - log ref: k1 = x, unbiased; k2 = x^2 / 2, biased, of low variance;
-    k3 = exp(-x) - 1 + x, unbiased, never negative, continued by its tangent below x = -60.
+    With x = log pi - log ref:
 
-    Schulman 2020, "Approximating KL divergence". Beware of the gradients, all at samples that are held fixed: that of
-    k1 is zero in expectation, that of k2 is KL(pi || ref)'s, that of k3 is KL(ref || pi)'s, though its value is that
-    of KL(pi || ref). For a regulariser use k2, `online_kl` or the exact sum.
+    - k1 = x: unbiased
+    - k2 = x^2 / 2: biased, with low variance
+    - k3 = exp(-x) - 1 + x: unbiased and never negative; continued by its tangent below x = -60
+
+    Schulman 2020, "Approximating KL divergence". The gradients with the samples held fixed differ, in expectation: k1
+    has gradient zero, k2 has the gradient of KL(pi || ref), and k3 has the gradient of KL(ref || pi), although its
+    value estimates KL(pi || ref). As a regulariser use k2, `online_kl` or the exact sum.
 
     Args:
-      logps: log-probs under the policy of what it sampled, in nats: [*B] of responses, or [*B, T] of tokens.
+      logps: log-probs under the policy of its own samples, in nats: [*B] for responses, or [*B, T] for tokens.
       ref_logps: the same under the reference.
       estimator: "k1", "k2" or "k3".
 
     Returns:
-      float32 [*B], nats; per response or token, as given, nothing summed.
+      float32 of the input's shape, nats: one value for each response or token, without a sum.
 
     Raises:
-      ValueError: no such estimator. AssertionError: shapes or types do not fit.
+      ValueError: there is no such estimator. AssertionError: shapes or types do not fit.
     """
     check_choice("estimator", estimator, ("k1", "k2", "k3"))
     logps, ref_logps = as_float32(logps, ref_logps)
@@ -52,8 +55,8 @@ def kl_estimate(
 def online_kl(logps: Float[Array, "*B K"], ref_logps: Float[Array, "*B K"]) -> Float[Array, "*B"]:
     """KL(pi || ref) at the policy's own samples, with its true gradient.
 
-    Value: the mean over K of x = log pi / ref. Gradient: the mean over K of (x_k - b_k) grad log pi(y_k), b_k the mean
-    of x over the other responses, 0 where K is 1.
+    Value: the mean over K of x = log pi / ref. Gradient: the mean over K of (x_k - b_k) grad log pi(y_k), where b_k is
+    the mean of x over the other responses, or 0 if K is 1.
 
     arXiv 2406.01462, which adds it to DPO (see `hypo`). Sum over tokens.
 
@@ -71,20 +74,20 @@ def online_kl(logps: Float[Array, "*B K"], ref_logps: Float[Array, "*B K"]) -> F
     ratios = lax.stop_gradient(logps - ref_logps)
     size = logps.shape[-1]
     weights = ratios if size == 1 else (ratios - jnp.mean(ratios, axis=-1, keepdims=True)) * (size / (size - 1))
-    # The second factor is zero in value: it carries the gradient alone.
+    # The difference of log-probs is zero in value; it only carries the gradient.
     return jnp.mean(ratios + weights * (logps - lax.stop_gradient(logps)), axis=-1)
 
 
 def categorical_kl(logits_p: Float[Array, "*B V"], logits_q: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     """KL(p || q) of two categorical distributions given by logits.
 
-    sum_v p(v) (log p(v) - log q(v)); where p(v) = 0 (a logit of -inf) the term is 0.
+    sum_v p(v) (log p(v) - log q(v)). A term with p(v) = 0 (a logit of -inf) is 0.
 
     Args:
       logits_p, logits_q: [*B, V], unnormalised log-probs in nats.
 
     Returns:
-      float32 [*B], nats; one value per token. Sum them over a response's tokens for its KL.
+      float32 [*B], nats; one value per token. Sum over a response's tokens for its KL.
 
     Raises:
       AssertionError: shapes or types do not fit.
@@ -99,7 +102,7 @@ def categorical_kl(logits_p: Float[Array, "*B V"], logits_q: Float[Array, "*B V"
 def entropy(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     """Entropy of a categorical distribution given by logits.
 
-    -sum_v p(v) log p(v); where p(v) = 0 (a logit of -inf) the term is 0.
+    -sum_v p(v) log p(v). A term with p(v) = 0 (a logit of -inf) is 0.
 
     Args:
       logits: [*B, V], unnormalised log-probs in nats.
@@ -112,7 +115,7 @@ def entropy(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     """
     (logits,) = as_float32(logits)
     log_p = jax.nn.log_softmax(logits)
-    # Where p(v) = 0, the 0 in place of log p(v) makes the term vanish, and its gradient.
+    # Where p(v) = 0, log p(v) is replaced by 0: the term and its gradient are then 0.
     log_p = jnp.where(log_p > -jnp.inf, log_p, 0.0)
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
@@ -120,16 +123,16 @@ def entropy(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
 def geometric_mixture(
     logits: Float[Array, "*B V"], ref_logits: Float[Array, "*B V"], *, mixture: float = 0.125
 ) -> Float[Array, "*B V"]:
-    """The opponent of Nash-MD and IPO-MD, token by token: pi^(1 - b) ref^b, normalised.
+    """The opponent of Nash-MD and IPO-MD: pi^(1 - b) ref^b, normalised for each token.
 
     log_softmax((1 - b) log pi + b log ref).
 
-    arXiv 2312.00886 (which normalises each token's distribution, as here), 2403.08635.
+    arXiv 2312.00886 (which also normalises each token's distribution), 2403.08635.
 
     Args:
-      logits: [*B, V], the policy's, in nats.
-      ref_logits: [*B, V], the reference's.
-      mixture: b in [0, 1]; 0 is the policy (self-play), 1 the reference.
+      logits: [*B, V], the policy's logits, in nats.
+      ref_logits: [*B, V], the reference's logits.
+      mixture: b in [0, 1]; 0 gives the policy (self-play), 1 the reference.
 
     Returns:
       float32 [*B, V], log-probs to sample from.

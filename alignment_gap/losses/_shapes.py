@@ -1,4 +1,4 @@
-"""Shapes in types. Only checks of types read them, as our tests do; losses run without jaxtyping."""
+"""Shapes in type hints. Only type checks, such as those in our tests, use them; losses run without jaxtyping."""
 
 try:
     from jaxtyping import Array, Bool, Float, Int

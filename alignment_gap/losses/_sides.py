@@ -1,6 +1,6 @@
-"""Contrastive losses that read the two sides one by one, not through the margin alone.
+"""Contrastive losses that need the two sides separately, not only the margin.
 
-w and l are the log-ratios to the reference of the chosen and of the rejected response, as in `_pairwise`.
+As in `_pairwise`, w and l are the log-ratios of the chosen and the rejected response to the reference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def nca(
 
     -log sigma(beta w) - 1/2 log sigma(-beta w) - 1/2 log sigma(-beta l).
 
-    arXiv 2402.05369. Sum over tokens; for the mean pass log-probs divided by their lengths.
+    arXiv 2402.05369. Sum over tokens; for the mean, pass log-probs divided by their lengths.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
@@ -71,17 +71,17 @@ def bco(
 ) -> Float[Array, "*B"]:
     """Binary classifier optimisation of a pair.
 
-    -log sigma(beta w - d) - log sigma(d - beta l), with the shift d = the batch's mean of beta w and beta l over
-    both sides, without gradient; or d = a given number.
+    -log sigma(beta w - d) - log sigma(d - beta l). The shift d is the mean of beta w and beta l over the batch and both
+    sides, without gradient, or a given number.
 
-    arXiv 2404.04656. Sum over tokens; for the mean pass log-probs divided by their lengths.
+    arXiv 2404.04656. Sum over tokens; for the mean, pass log-probs divided by their lengths.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
       ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
       beta: strength of the KL regularisation, in rewards per nat.
-      shift: "batch_mean" (over all of *B), or a number: 0 for none, or the user's own running mean.
+      shift: "batch_mean" (over all of *B), or a number: 0 for no shift, or a running mean of your own.
 
     Returns:
       float32 [*B].
@@ -111,17 +111,18 @@ def sppo(
     *,
     beta: Any = 0.1,
 ) -> Float[Array, "*B"]:
-    """Self-play preference optimisation: each log-ratio regresses on its centred preference.
+    """Self-play preference optimisation: regression of each log-ratio on its centred preference.
 
-    (w - (p - 1/2) / beta)^2 + (l - (1/2 - p) / beta)^2. Hard labels are p = 1, and soft ones any p.
+    (w - (p - 1/2) / beta)^2 + (l - (1/2 - p) / beta)^2. Hard labels have p = 1; soft labels may have any p.
 
-    arXiv 2405.00675, whose eta is 1 / beta. Not an expectation over the label: p enters the targets. Sum over tokens.
+    arXiv 2405.00675, whose eta is 1 / beta. Here p enters the targets, so this is not an expectation over the label.
+    Sum over tokens.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
       ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
-      beta: strength of the KL regularisation; a sure winner's target is 1 / (2 beta) nats.
+      beta: strength of the KL regularisation; with p = 1 the chosen response's target is 1 / (2 beta) nats.
 
     Returns:
       float32 [*B].
@@ -149,7 +150,7 @@ def apo_zero(
 
     1 - sigma(beta w) + sigma(beta l).
 
-    arXiv 2408.06266, eq. 7. Sum over tokens; for the mean pass log-probs divided by their lengths.
+    arXiv 2408.06266, eq. 7. Sum over tokens; for the mean, pass log-probs divided by their lengths.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
@@ -184,7 +185,7 @@ def apo_down(
 
     sigma(beta w) + 1 - sigma(beta (w - l)).
 
-    arXiv 2408.06266, eq. 8. Sum over tokens; for the mean pass log-probs divided by their lengths.
+    arXiv 2408.06266, eq. 8. Sum over tokens; for the mean, pass log-probs divided by their lengths.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
@@ -220,11 +221,13 @@ def aot(
 ) -> Float[Array, "*B"]:
     """Alignment by optimal transport: DPO between sorted batches.
 
-    (1 - e) L(d) + e L(-d), L(d) = -log sigma(beta d), where d couples the batch's i-th smallest values:
-    paired, sort(log pi(y_w) / pi(y_l)) - sort(log ref(y_w) / ref(y_l)); unpaired, sort(w) - sort(l).
+    (1 - e) L(d) + e L(-d), L(d) = -log sigma(beta d), where d pairs the i-th smallest values of the batch:
 
-    arXiv 2406.05882. The sort is over all of *B: value i belongs to rank i, not to example i, so there are no
-    preferences per example. Sum over tokens; for the mean pass log-probs divided by their lengths.
+    - paired: d = sort(log pi(y_w) / pi(y_l)) - sort(log ref(y_w) / ref(y_l))
+    - unpaired: d = sort(w) - sort(l)
+
+    arXiv 2406.05882. The sort is over all of *B. Value i of the result belongs to rank i, not to example i, so the loss
+    takes no preference per example. Sum over tokens; for the mean, pass log-probs divided by their lengths.
 
     Args:
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
@@ -266,18 +269,18 @@ def kto(
 ) -> Float[Array, "*B"]:
     """Kahneman-Tversky optimisation of single responses.
 
-    s D (1 - sigma(beta (r - z))) + (1 - s) U (1 - sigma(beta (z - r))), r = log pi / ref,
-    z = max(0, mean of log pi / ref over the KL's responses), without gradient.
+    s D (1 - sigma(beta (r - z))) + (1 - s) U (1 - sigma(beta (z - r))), where r = log pi / ref and
+    z = max(0, mean of log pi / ref over the KL responses), without gradient.
 
-    arXiv 2402.01306, whose KL responses (`kl_logps`) answer other prompts. Without them z is the mean over the batch's
-    own responses; two equal arrays give z = 0. Sum over tokens.
+    arXiv 2402.01306. The KL responses (`kl_logps`) answer other prompts. Without them, z uses the batch's own
+    responses. Equal `kl_logps` and `ref_kl_logps` give z = 0. Sum over tokens.
 
     Args:
-      logps: [*B], token-summed log-probs under the policy, in nats; any shape, [prompts, K] too.
+      logps: [*B], token-summed log-probs under the policy, in nats; any shape, also [prompts, K].
       ref_logps: [*B], the same under the reference.
       scores: [*B], probability s in [0, 1] that the response is desirable.
-      kl_logps, ref_kl_logps: log-probs of mismatched responses under policy and reference, or None; both of one shape,
-        which may differ from that of `logps`.
+      kl_logps, ref_kl_logps: log-probs of mismatched responses under the policy and the reference, or None. Both have
+        the same shape; it may differ from the shape of `logps`.
       beta: strength of the KL regularisation, in rewards per nat.
       desirable_weight, undesirable_weight: D and U.
 

@@ -1,8 +1,8 @@
 """Log-probs and divergences of tokens from hidden states, without the logits of all tokens at once.
 
-The logits of [tokens, vocabulary] are the memory of preference training. Here they exist for one block of tokens at a
-time: the backward pass computes them again, block by block. What fits in one block is computed in the plain form, with
-no loop. A block takes every n-th token, so that a batch that is split over devices stays split within each block.
+The logits [tokens, vocabulary] take most of the memory of preference training. Here they exist for one block of tokens
+at a time; the backward pass computes them again, block by block. If all tokens fit in one block, there is no loop. With
+n blocks, a block takes every n-th token: a batch that is sharded over devices is then sharded in each block too.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ def token_log_probs(
 ) -> Float[Array, "*B"]:
     """Log-probs of target tokens, from hidden states and the output embedding.
 
-    z = scale hidden @ output_embedding^T, z = soft_cap tanh(z / soft_cap) where a cap is given,
-    z[target] - logsumexp(z). The product accumulates in float32; in the backward pass the logits' cotangent is rounded
-    to the dtype of `hidden` before its products, which accumulate in float32 too.
+    z[target] - logsumexp(z), where z = scale hidden @ output_embedding^T, then z = soft_cap tanh(z / soft_cap) if a cap
+    is given. The matrix product accumulates in float32. The backward pass rounds the logits' cotangent to the dtype of
+    `hidden`, multiplies, and accumulates in float32 too.
 
     Args:
       hidden: [*B, D], the last hidden states.
-      output_embedding: [V, D]; its vocabulary axis may be split over a mesh.
+      output_embedding: [V, D]; its vocabulary axis may be sharded over a mesh.
       targets: [*B], token ids in [0, V).
-      scale: multiplies the logits.
-      soft_cap: bound of the absolute logits, or None.
-      block_size: tokens in a block (over all devices); None takes 64 MiB of logits per device.
+      scale: factor on the logits.
+      soft_cap: bound on the absolute logits, or None.
+      block_size: tokens in a block (over all devices); None chooses 64 MiB of logits per device.
 
     Returns:
-      float32 [*B], nats; one value per token, nothing masked. Sum them where the response's mask is true.
+      float32 [*B], nats; one value per token, without a mask. Sum them where the response's mask is true.
 
     Raises:
       ValueError: block_size is not positive. AssertionError: shapes or types do not fit.
@@ -77,18 +77,19 @@ def token_kl(
 ) -> Float[Array, "*B"]:
     """Exact categorical KL(p || q) of every token, from the hidden states of two models.
 
-    sum_v p(v) (log p(v) - log q(v)) over the whole vocabulary, p and q the softmax of logits as in `token_log_probs`.
-    Differentiable in both models; stop the gradient of a reference. arXiv 2405.08448 sums it over the response.
+    sum_v p(v) (log p(v) - log q(v)) over the whole vocabulary; p and q are the softmax of logits as in
+    `token_log_probs`. It is differentiable in both models; stop the gradient of a reference yourself. arXiv 2405.08448
+    sums it over the response.
 
     Args:
       hidden_p, hidden_q: [*B, D] and [*B, E], the last hidden states of the two models.
-      embedding_p, embedding_q: [V, D] and [V, E], their output embeddings over one vocabulary.
-      scale: multiplies the logits of both; fold a scale of one model alone into its hidden states.
-      soft_cap: bound of the absolute logits of both, or None.
-      block_size: tokens in a block (over all devices); None takes 64 MiB of logits per device.
+      embedding_p, embedding_q: [V, D] and [V, E], their output embeddings, with the same vocabulary.
+      scale: factor on the logits of both models; if only one model has a scale, fold it into its hidden states.
+      soft_cap: bound on the absolute logits of both models, or None.
+      block_size: tokens in a block (over all devices); None chooses 64 MiB of logits per device.
 
     Returns:
-      float32 [*B], nats; one value per token, nothing masked. Sum them where the response's mask is true.
+      float32 [*B], nats; one value per token, without a mask. Sum them where the response's mask is true.
 
     Raises:
       ValueError: block_size is not positive. AssertionError: shapes or types do not fit.
@@ -105,7 +106,7 @@ def token_kl(
         )
 
     flat = [hidden.reshape(-1, hidden.shape[-1]) for hidden in (hidden_p, hidden_q)]
-    # Two models' logits share the block.
+    # A block holds the logits of two models.
     blocks = _number_of_blocks(len(flat[0]), 2 * embedding_p.shape[0], block_size)
     return _in_blocks(kl, blocks, flat, (embedding_p, embedding_q)).reshape(hidden_p.shape[:-1])
 
@@ -120,7 +121,7 @@ def token_entropy(
 ) -> Float[Array, "*B"]:
     """Entropy of every token's distribution, from hidden states.
 
-    -sum_v p(v) log p(v), p the softmax of logits as in `token_log_probs`.
+    -sum_v p(v) log p(v), where p is the softmax of logits as in `token_log_probs`.
 
     Args:
       hidden: [*B, D], the last hidden states.
@@ -128,7 +129,7 @@ def token_entropy(
       scale, soft_cap, block_size: as in `token_log_probs`.
 
     Returns:
-      float32 [*B], nats; one value per token, nothing masked.
+      float32 [*B], nats; one value per token, without a mask.
 
     Raises:
       ValueError: block_size is not positive. AssertionError: shapes or types do not fit.
@@ -144,9 +145,9 @@ def token_log_collision(
     soft_cap: float | None = None,
     block_size: int | None = None,
 ) -> Float[Array, "*B"]:
-    """Log-probability that two samples of a token's distribution agree, from hidden states.
+    """Log-probability that two samples from a token's distribution are equal, from hidden states.
 
-    log sum_v p(v)^2, p the softmax of logits as in `token_log_probs`; `wpo` reads it. arXiv 2406.11827.
+    log sum_v p(v)^2, where p is the softmax of logits as in `token_log_probs`; `wpo` uses it. arXiv 2406.11827.
 
     Args:
       hidden: [*B, D], the last hidden states.
@@ -154,7 +155,7 @@ def token_log_collision(
       scale, soft_cap, block_size: as in `token_log_probs`.
 
     Returns:
-      float32 [*B], nats; one value per token, nothing masked.
+      float32 [*B], nats; one value per token, without a mask.
 
     Raises:
       ValueError: block_size is not positive. AssertionError: shapes or types do not fit.
@@ -191,7 +192,7 @@ def _check_hidden(hidden: Array, embedding: Array) -> None:
 
 
 def _number_of_blocks(tokens: int, vocabulary: int, block_size: int | None) -> int:
-    """A power of two, so that it divides the usual numbers of tokens."""
+    """The number of blocks: a power of two, because the number of tokens is usually a multiple of one."""
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     devices = max(jax.sharding.get_abstract_mesh().size, 1)
@@ -201,7 +202,7 @@ def _number_of_blocks(tokens: int, vocabulary: int, block_size: int | None) -> i
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """The product over one axis of each, accumulated in float32."""
+    """Contracts one axis of `a` with one axis of `b`, accumulated in float32."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
@@ -212,7 +213,7 @@ def _logits(hidden: Array, embedding: Array, scale: float, soft_cap: float | Non
 
 
 def _at(logits: Float[Array, "T V"], targets: Int[Array, " T"]) -> Float[Array, " T"]:
-    """Each row's value at its target, as a masked sum: with the vocabulary split over a mesh nothing is gathered."""
+    """Each row's value at its target. A masked sum needs no gather when the vocabulary is sharded over a mesh."""
     return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
 
 
@@ -221,7 +222,7 @@ def _is_target(logits: Array, targets: Array) -> Array:
 
 
 def _split(array: Array, blocks: int) -> Array:
-    """[T, ...] as [blocks, T / blocks, ...], padded with zeros; a block holds every `blocks`-th row."""
+    """Reshapes [T, ...] to [blocks, T / blocks, ...], padded with zeros; a block holds every `blocks`-th row."""
     padding = -len(array) % blocks
     array = jnp.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1)) if padding else array
     return jnp.swapaxes(array.reshape(-1, blocks, *array.shape[1:]), 0, 1)
@@ -233,7 +234,7 @@ def _join(array: Array, rows: int) -> Array:
 
 
 def _in_blocks(function: Callable[..., Array], blocks: int, rows: list[Array], constants: tuple[Array, ...]) -> Array:
-    """function(*rows, *constants) block by block, each computed again in the backward pass."""
+    """Computes function(*rows, *constants) block by block; the backward pass computes each block again."""
     if blocks == 1:
         return function(*rows, *constants)
     step = jax.checkpoint(lambda block: function(*block, *constants))

@@ -27,17 +27,17 @@ def ld_dpo(
     beta: Any = 0.1,
     alpha: float = 0.5,
 ) -> Float[Array, "*B"]:
-    """LD-DPO: DPO that is desensitised to the part by which one response is longer.
+    """LD-DPO: DPO with a smaller weight on the tokens by which one response is longer.
 
-    `dpo` on sum over t <= n of log pi(y_t) + alpha sum over t > n of log pi(y_t), n = min(|y_w|, |y_l|),
-    policy and reference alike.
+    `dpo` on the sum over t <= n of log pi(y_t) plus alpha times the sum over t > n, n = min(|y_w|, |y_l|). The
+    reference's log-probs are weighted in the same way.
 
-    arXiv 2409.06411. Sum over tokens; alpha = 1 is `dpo`, alpha = 0 drops the excess.
+    arXiv 2409.06411. Sum over tokens. alpha = 1 gives `dpo`; alpha = 0 ignores the excess tokens.
 
     Args:
       chosen_token_logps, rejected_token_logps: [*B, T], [*B, S], log-probs of the tokens under the policy, in nats.
       ref_chosen_token_logps, ref_rejected_token_logps: the same under the reference.
-      chosen_mask, rejected_mask: true at scored tokens; the n-th scored token counts as t = n.
+      chosen_mask, rejected_mask: true at scored tokens; t counts scored tokens only.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
       beta: strength of the KL regularisation, in rewards per nat.
       alpha: weight of the excess tokens, in [0, 1].
@@ -80,17 +80,17 @@ def wpo(
 ) -> Float[Array, "*B"]:
     """WPO: DPO weighted by how likely the policy is to produce the pair.
 
-    omega(y_w) omega(y_l) dpo, omega(y) = exp(mean over tokens of log pi(y_t) - c_t) without gradient; c_t = 0, or
-    log sum_v pi(v)^2 with `alignment="sampled"` (see `token_log_collision`).
+    omega(y_w) omega(y_l) dpo, where omega(y) = exp(mean over tokens of log pi(y_t) - c_t), without gradient. c_t is 0;
+    with `alignment="sampled"` it is log sum_v pi(v)^2 (see `token_log_collision`).
 
-    arXiv 2406.11827. The loss sums over tokens, the weights take the mean. For the weights alone, see `wpo_weights`.
+    arXiv 2406.11827. The loss sums over tokens; the weights take the mean. `wpo_weights` gives the weights alone.
 
     Args:
       chosen_token_logps, rejected_token_logps: [*B, T], [*B, S], log-probs of the tokens under the policy, in nats.
       ref_chosen_logps, ref_rejected_logps: [*B], token-summed log-probs under the reference.
       chosen_mask, rejected_mask: true at scored tokens.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
-      chosen_log_collisions, rejected_log_collisions: log sum_v pi(v)^2 at every token, in nats; read only with
+      chosen_log_collisions, rejected_log_collisions: log sum_v pi(v)^2 at every token, in nats; used only with
         `alignment="sampled"`.
       beta: strength of the KL regularisation, in rewards per nat.
       alignment: "plain", or "sampled" for the paper's sampled alignment.
@@ -119,9 +119,9 @@ def wpo_weights(
     mask: Bool[Array, "*B T"],
     log_collisions: Float[Array, "*B T"] | None = None,
 ) -> Float[Array, "*B"]:
-    """WPO's weight of a response, to multiply into any loss.
+    """WPO's weight of a response, as a factor for any loss.
 
-    exp(mean over tokens of log pi(y_t) - c_t), without gradient; c_t as in `wpo`.
+    exp(mean over tokens of log pi(y_t) - c_t), without gradient; c_t is as in `wpo`.
 
     arXiv 2406.11827. Mean over tokens.
 
@@ -131,7 +131,7 @@ def wpo_weights(
       log_collisions: [*B, T], log sum_v pi(v)^2 at every token, in nats, or None.
 
     Returns:
-      float32 [*B]; at most 1 without collisions.
+      float32 [*B]; at most 1 if `log_collisions` is None.
 
     Raises:
       AssertionError: shapes or types do not fit.
