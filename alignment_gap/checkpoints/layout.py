@@ -222,7 +222,7 @@ def stored_tensor(array: Any, name: str) -> Tensor:
 
 
 def check_parts(where: str, parts: Mapping[str, tuple[int, int]]) -> None:
-    """Raises UserError where the parts of a tensor that are there are not as many as it has, both given by name."""
+    """Raises UserError if the parts of a tensor that are there are not as many as it has, both given by name."""
     lost = [
         f"{name} has {there} of {all_of_it} parts" for name, (there, all_of_it) in parts.items() if there < all_of_it
     ]

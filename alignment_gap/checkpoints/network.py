@@ -96,7 +96,7 @@ def _with_none(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_vocabulary(network: Network, digest: str | None, checkpoint: str, dataset: str) -> None:
-    """Raises UserError where a checkpoint and a dataset are known to be of different vocabularies.
+    """Raises UserError if a checkpoint and a dataset are known to be of different vocabularies.
 
     Args:
       network: of the checkpoint.

@@ -36,7 +36,7 @@ class Batching:
     shapes: tuple[Bucket, ...]
 
     def __post_init__(self) -> None:
-        """Raises UserError where a batch cannot be split over the mesh."""
+        """Raises UserError if a batch cannot be split over the mesh."""
         check_batch_size("batch_size", self.batch_size, self.mesh.batch_parts)
 
     def collate(self, examples: Sequence[Example]) -> PreferenceBatch:

@@ -60,7 +60,7 @@ class JobSetConfig:
     cluster: str = "CLUSTER"
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of its range."""
         checks.at_least(self, 1, "slices", "cpus", "grace")
         checks.at_least(self, 0, "restarts")
         if not PurePosixPath(self.mount).is_absolute():

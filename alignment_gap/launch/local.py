@@ -37,7 +37,7 @@ class LocalConfig:
     retries: int = 2
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of its range."""
         checks.at_least(self, 1, "jobs", "processes")
         checks.at_least(self, 0, "retries")
 

@@ -96,7 +96,7 @@ class QueuedConfig:
     look_every: int = 30
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range, or TPU VMs do not offer the slice."""
+        """Raises UserError if a setting is out of its range, or TPU VMs do not offer the slice."""
         checks.at_least(self, 0, "retries")
         checks.at_least(self, 1, "look_every")
         if slice_of(self.topology).runtime is None:

@@ -49,7 +49,7 @@ class SlurmConfig:
     retries: int = 2
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of its range."""
         checks.at_least(self, 1, "nodes", "processes", "cpus", "grace", "at_once")
         checks.at_least(self, 0, "retries")
 

@@ -1,4 +1,4 @@
-"""Policies (T5-style encoder-decoders, PaLM-style decoders) behind one contract, and preference models over them."""
+"""Policies (T5-style encoder-decoders, PaLM-style decoders) with one interface, and preference models over them."""
 
 import functools
 
@@ -23,7 +23,7 @@ ModelConfig = T5Config | DecoderConfig
 
 @functools.cache
 def make_policy(config: ModelConfig) -> Policy:
-    """The policy of a config, the same one each time; raises UserError where its sizes cannot be built."""
+    """The policy of a config; equal configs give the same object. Raises UserError if the sizes do not fit together."""
     return T5Policy(config) if isinstance(config, T5Config) else DecoderPolicy(config)
 
 

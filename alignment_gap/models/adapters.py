@@ -1,7 +1,7 @@
-"""Low-rank adapters of a policy (LoRA, 2106.09685): what is trained in place of its parameters, which stay as they are.
+"""Low-rank adapters of a policy (LoRA, 2106.09685): training changes the adapters and leaves the parameters unchanged.
 
-The adapters of a kernel at some place in the parameters are {"a": ..., "b": ...} at the same place in a tree of their
-own. `Adapters.on` puts both trees together, without a copy, into parameters that the policy takes as any others.
+Adapters are a tree of their own. A kernel's adapter {"a": ..., "b": ...} has the same path in this tree as the kernel
+has in the parameters. `Adapters.on` joins both trees without a copy; a policy takes the result like any parameters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from alignment_gap.models.low_rank import LowRank
 from alignment_gap.models.policy import Policy, abstract_parameters
 
 ATTENTION, MLP = ("query", "key", "value", "out"), ("wi_0", "wi_1", "wo")
-# Names that mean several projections, and what PEFT's users call each, of decoders and of T5.
+# Names for groups of projections, and PEFT's names of single projections, for decoders and T5.
 GROUPS = {"attention": ATTENTION, "mlp": MLP, "all-linear": (*ATTENTION, *MLP)}
 ALIASES = {
     **dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), ATTENTION, strict=True)),
@@ -34,14 +34,15 @@ ALIASES = {
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Low-rank deltas (alpha / rank) a b of the kernels of named projections (2106.09685).
+    """Low-rank deltas (alpha / rank) a b on the kernels of named projections (2106.09685).
 
     Attributes:
-      rank: columns of a and rows of b; None for no adapters: all parameters are trained.
+      rank: columns of a and rows of b; None for no adapters: then all parameters are trained.
       alpha: the deltas are multiplied by alpha / rank.
-      targets: the projections, in every layer: "attention", "mlp" or "all-linear"; or one by its name here ("query") or
-        in PEFT ("q_proj"); with what it is a part of in front to take that alone ("decoder", "self_attention.query").
-      dropout: fraction of the adapters' inputs that is zeroed in training.
+      targets: projections that get an adapter, in every layer: a group ("attention", "mlp", "all-linear"), or one
+        projection by its name here ("query") or in PEFT ("q_proj"). The name of a part takes all its projections
+        ("decoder"); as a prefix it takes one projection of this part only ("self_attention.query").
+      dropout: fraction of the adapters' inputs that is set to zero in training.
     """
 
     rank: int | None = None
@@ -50,7 +51,7 @@ class AdapterConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "rank")
         checks.above(self, 0, "alpha")
         if not 0 <= self.dropout < 1:
@@ -60,7 +61,7 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """What the deltas are multiplied by."""
+        """The factor on the deltas."""
         assert self.rank is not None
         return self.alpha / self.rank
 
@@ -70,15 +71,15 @@ class Adapters:
     """The adapters of a policy.
 
     Attributes:
-      policy: whose parameters are the base.
-      config: which projections have a delta, and of which rank.
+      policy: the policy whose parameters are the base.
+      config: the projections with a delta, and the rank.
     """
 
     policy: Policy
     config: AdapterConfig
 
     def __post_init__(self) -> None:
-        """Raises UserError where a target names nothing, or the rank is above a matrix that it names."""
+        """Raises UserError if a target matches no projection, or a targeted matrix is too small for the rank."""
         rank, kernels = self.config.rank or 0, projections(self.policy)
         for target in self.config.targets:
             if not any(_names(target, name) for name in kernels):
@@ -96,7 +97,7 @@ class Adapters:
                 )
 
     def init(self, key: Array) -> Any:
-        """Fresh float32 adapters in boxes with their logical axis names: a as in PEFT, b of zeros."""
+        """Fresh float32 adapters in boxes with their logical axis names; `a` is initialised as in PEFT, `b` is zero."""
         tree: dict[str, Any] = {}
         named = self._targeted()
         for (name, kernel), of_kernel in zip(named.items(), jax.random.split(key, len(named)), strict=True):
@@ -106,12 +107,12 @@ class Adapters:
         return tree
 
     def on(self, base: Any, adapters: Any, key: Array | None = None) -> Any:
-        """The base's parameters with the adapters in their places; with a key, for training with its dropout."""
+        """The base's parameters with the adapters in place; a key turns on dropout, for training."""
         key = key if self.config.dropout else None
         return self.placed(base, _scaled(adapters, self.config.scale), key)
 
     def placed(self, base: Any, scaled: Any, key: Array | None = None) -> Any:
-        """As `on`, of adapters (arrays or shapes) that are scaled already: nothing is computed."""
+        """As `on`, for adapters (arrays or shapes) that are already scaled; computes nothing."""
         tree = base
         for number, name in enumerate(self._targeted()):
             place = _place(name)
@@ -121,7 +122,7 @@ class Adapters:
         return tree
 
     def _targeted(self) -> dict[str, Any]:
-        """The kernels, in boxes, of the projections that the targets name."""
+        """The kernels, in boxes, of the targeted projections."""
         named = projections(self.policy)
         return {
             name: each for name, each in named.items() if any(_names(target, name) for target in self.config.targets)
@@ -139,7 +140,7 @@ class Adapters:
 
 
 def projections(policy: Policy) -> dict[str, Any]:
-    """The (abstract) kernels of the projections in a policy's layers, in boxes, by names such as "decoder.mlp.wo"."""
+    """The abstract kernels, in boxes, of the projections in a policy's layers, by names such as "decoder.mlp.wo"."""
     found = {}
     for path, box in _boxes(abstract_parameters(policy.init)):
         if path[-1] == "kernel" and "layers" in path:
@@ -153,9 +154,9 @@ def kernel_name(name: str) -> str:
 
 
 def split_axes(names: Any, values: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """What belongs to the input axes and to the output axes of a kernel, or of a half of its adapter, of one layer.
+    """Splits values, one for each axis of a layer's kernel (or of its `a` or `b`), into input axes and output axes.
 
-    One of the two is the residual stream, "embed", or the adapter's "rank".
+    Either the input or the output is a single axis: "embed", the residual stream, or "rank", the adapter's own.
     """
     inputs = 1 if names[0] in ("embed", "rank") else len(names) - 1
     return tuple(values[:inputs]), tuple(values[inputs:])
@@ -175,7 +176,7 @@ def _boxes(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tupl
 
 
 def _names(target: str, name: str) -> bool:
-    """Whether a target names a projection: as one of a group, or by adjacent parts of its name."""
+    """Whether a target matches a projection: by its group, or by adjacent parts of its name."""
     if target in GROUPS:
         return name.rpartition(".")[2] in GROUPS[target]
     asked = ".".join(ALIASES.get(part, part) for part in target.split("."))
@@ -193,5 +194,5 @@ def _with(tree: Any, path: tuple[str, ...], leaf: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _scaled(adapters: Any, scale: float) -> Any:
-    """The adapters with b times the scale; jitted, for a number that comes from the host may not be a copy."""
+    """The adapters with b times the scale; jitted, because eager code would transfer the number from the host."""
     return jax.tree.map_with_path(lambda path, leaf: leaf * scale if path[-1].key == "b" else leaf, adapters)

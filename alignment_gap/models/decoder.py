@@ -1,4 +1,4 @@
-"""Decoder-only policies, one class for all: PaLM by default (2204.02311); by settings Gemma, Llama 3, Qwen 2 and 3."""
+"""One class for all decoder-only policies: PaLM by default (2204.02311); settings give Gemma, Llama 3, Qwen 2 and 3."""
 
 from __future__ import annotations
 
@@ -35,41 +35,46 @@ class DecoderConfig:
     """Sizes and settings of a decoder; the defaults are PaLM's.
 
     Attributes:
-      architecture: always "decoder"; tells the config of a policy from another's.
+      architecture: always "decoder"; it identifies the class of a stored config.
       vocabulary_size: rows of the embedding.
-      width: of the residual stream.
-      layers: depth.
-      heads: query heads.
-      kv_heads: key and value heads; 1 is multi-query, fewer than `heads` grouped attention. Divides `heads`.
-      head_size: width of one head; even; need not be width / heads.
+      width: width of the residual stream.
+      layers: number of layers.
+      heads: number of query heads.
+      kv_heads: number of key and value heads: 1 for multi-query attention, fewer than `heads` for grouped attention.
+        It must divide `heads`.
+      head_size: width of one head; even; it need not be width / heads.
       mlp_width: hidden width of the gated MLP.
-      block: "parallel" adds attention and MLP of one norm; "serial" is attention, then MLP, each with its norm.
-      activation: of the MLP's gate: "silu" (SwiGLU) or "gelu" (GeGLU, the tanh form).
+      block: "parallel" computes attention and MLP from the same norm and adds both; "serial" computes attention, then
+        the MLP, each with its own norm.
+      activation: activation of the MLP's gate: "silu" (SwiGLU) or "gelu" (GeGLU, the tanh form).
       norm: "scale" multiplies by w, "one_plus_scale" by 1 + w (Gemma).
       norm_epsilon: added to the mean square.
-      post_norms: norms behind attention and MLP too (Gemma 2 and 3).
-      query_key_norm: norms over each head of queries and keys, before their rotation (Gemma 3, Qwen 3).
-      query_key_value_bias: biases on those three projections (Qwen 2).
-      tied_embeddings: whether the input embedding is the output embedding too.
-      embedding_scale: what multiplies the input embedding: "one", or "sqrt_width" rounded to `dtype` (Gemma).
-      logits_scale: what multiplies the logits: "inverse_sqrt_width" (PaLM) or "one".
-      logits_soft_cap: c of z = c tanh(z / c) on the logits (Gemma 2), or None.
-      attention_soft_cap: the same on attention's logits (Gemma 2).
-      query_pre_attention_scalar: attention's logits are divided by its root; None takes `head_size`.
+      post_norms: also normalises after attention and after the MLP (Gemma 2 and 3).
+      query_key_norm: normalises each head of queries and keys before the rotation (Gemma 3, Qwen 3).
+      query_key_value_bias: biases on the query, key and value projections (Qwen 2).
+      tied_embeddings: whether the input embedding is also the output embedding.
+      embedding_scale: factor on the input embedding: "one", or "sqrt_width" rounded to `dtype` (Gemma).
+      logits_scale: factor on the logits: "inverse_sqrt_width" (PaLM) or "one".
+      logits_soft_cap: the c of z = c tanh(z / c) on the logits (Gemma 2), or None.
+      attention_soft_cap: the same for the attention logits (Gemma 2).
+      query_pre_attention_scalar: the attention logits are divided by its square root; None uses `head_size`.
       rope_base: wavelengths of the rotary embedding grow from 2 pi to 2 pi times this.
-      rope_scaling: "none", "linear" (all wavelengths times the factor) or "llama3" (the long ones only).
-      rope_scaling_factor: of "linear" and "llama3".
-      rope_low_frequency_factor: of "llama3": wavelengths over original length / this are scaled in full.
-      rope_high_frequency_factor: of "llama3": wavelengths under original length / this are not scaled.
-      rope_original_length: of "llama3", in tokens.
-      rope_local_base: base of the layers with a window, not scaled (Gemma 3); None takes what the others have.
-      window: tokens, its own among them, that a layer with a sliding window attends to; None where no layer has one.
-      full_attention_every: with a window, every n-th layer has none (Gemma 2: 2, Gemma 3: 6).
-      attention: what computes it in training and scoring: "xla", "cudnn" (CUDA, bfloat16) or "splash" (TPU); decoding
-        is XLA's.
-      dtype: of the computation; parameters, norms, softmax and losses are float32.
+      rope_scaling: "none", "linear" (multiplies all wavelengths by the factor) or "llama3" (only the long ones).
+      rope_scaling_factor: the factor for "linear" and "llama3".
+      rope_low_frequency_factor: for "llama3": wavelengths above rope_original_length / this are scaled in full.
+      rope_high_frequency_factor: for "llama3": wavelengths below rope_original_length / this are not scaled.
+      rope_original_length: for "llama3": the context length before scaling, in tokens.
+      rope_local_base: `rope_base` for the layers with a window, without scaling (Gemma 3); None uses the same rotation
+        in all layers.
+      window: number of tokens, including its own, that a token attends to in layers with a sliding window; None if no
+        layer has a window.
+      full_attention_every: with a window, every n-th layer has no window (Gemma 2: 2, Gemma 3: 6).
+      attention: implementation for training and scoring: "xla", "cudnn" (CUDA, bfloat16) or "splash" (TPU); decoding
+        always uses XLA.
+      dtype: dtype of the computation; parameters, norms, softmax and losses are float32.
       remat: what the backward pass recomputes: "none", "dots" or "full".
-      scan_unroll: layers per iteration of the loop over layers; more compiles longer and runs faster on a CPU.
+      scan_unroll: layers in each iteration of the loop over layers; a larger value compiles longer and runs faster on
+        a CPU.
     """
 
     architecture: str = "decoder"
@@ -112,12 +117,13 @@ Tree = TypeVar("Tree")
 
 
 class View(NamedTuple):
-    """Where a layer's queries are and what they may attend to.
+    """The positions of a layer's queries, and the keys that they may attend to.
 
     Attributes:
-      rotation: of the queries, and of the keys at their positions.
+      rotation: rotation of the queries, and of the keys at the same positions.
       own: [1, 1, Q, S], True where a query attends to a key of its own row.
-      prompt: [B, 1, Q or 1, P], True where a query of a response attends to a key of the prompt; None in the prompt.
+      prompt: [B, 1, Q or 1, P], True where a response's query attends to a key of the prompt; None for the prompt's own
+        queries.
     """
 
     rotation: rope.Rotation
@@ -134,12 +140,12 @@ def _attention_scale(config: DecoderConfig) -> float:
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, both on one norm of the input (parallel) or one behind the other (serial)."""
+    """Attention and MLP: both on the same norm of the input (parallel), or one after the other (serial)."""
 
     config: DecoderConfig
 
     def setup(self) -> None:
-        """Makes the norms, the projections and the MLP that the settings ask for."""
+        """Makes the norms, the projections and the MLP that the settings need."""
         config = self.config
         project = partial(layers.projection, bias=config.query_key_value_bias, dtype=config.dtype)
         key_value = ((config.kv_heads, config.head_size), ("embed", "kv_heads", "kv"))
@@ -158,7 +164,7 @@ class DecoderLayer(nn.Module):
         self.mlp = layers.GatedMLP(config.width, config.mlp_width, ACTIVATIONS[config.activation], config.dtype)
 
     def prompt(self, x: Float[Array, "B P D"], view: View) -> tuple[Float[Array, "B P D"], layers.KeysValues]:
-        """One layer over the prompts; also their keys and values [B, G, P, C], for the responses to attend to."""
+        """One layer over the prompts; also returns their keys and values [B, G, P, C] for the responses."""
         y = self._first_norm(x)
         keys_values = layers.heads_first(*self._keys_values(y, view))
         attention = self._attend(self._query(y, view)[:, None], [layers.Segment(*keys_values, view.own)])
@@ -173,9 +179,9 @@ class DecoderLayer(nn.Module):
         layer: Any = None,
         step: Any = None,
     ) -> tuple[Float[Array, "B K Q D"], Any]:
-        """One layer over Q response positions, which attend to the shared prompt and to their own row so far.
+        """One layer over Q response positions; they attend to the shared prompt and to earlier positions of their row.
 
-        Where there is a cache, that row is in it; it is returned with the new keys and values written at `step`.
+        With a cache, the cache holds the row's earlier keys and values. The result has the new ones at `step`.
         """
         y = self._first_norm(x)
         own = layers.heads_first(*self._keys_values(y, view))
@@ -187,7 +193,7 @@ class DecoderLayer(nn.Module):
     def row(
         self, x: Float[Array, "B S D"], rotation: rope.Rotation, attend: fused_attention.Attend
     ) -> Float[Array, "B S D"]:
-        """One layer over rows that hold a prompt and its responses, with attention by a fused kernel."""
+        """One layer over rows that hold a prompt and its responses; a fused kernel computes the attention."""
         y, view = self._first_norm(x), View(rotation, None)
         return self._add(x, y, attend(self._query(y, view), *self._keys_values(y, view)))
 
@@ -207,7 +213,7 @@ class DecoderLayer(nn.Module):
         return layers.attend(query, segments, scale=scale, soft_cap=soft_cap)
 
     def _add(self, x: Array, y: Array, attention: Array) -> Array:
-        """The residual stream behind attention, not yet projected, and MLP; y is the norm that attention read."""
+        """Adds the projected attention and the MLP to the stream x; y is the normalised x that attention used."""
         mixed = self.out(attention)
         x = x + (self.post_attention_layer_norm(mixed) if self.config.post_norms else mixed)
         mixed = self.mlp(y if self.config.block == "parallel" else self.pre_mlp_layer_norm(x))
@@ -218,13 +224,13 @@ class DecoderLayer(nn.Module):
 class DecoderPolicy:
     """The policy contract of `alignment_gap.models.policy.Policy` for a decoder-only model.
 
-    The prompt's last token is the first input of every response, so that its K rows share all before it.
+    The prompt's last token is the first input of every response. So the K responses share all earlier tokens.
     """
 
     config: DecoderConfig
 
     def __post_init__(self) -> None:
-        """Raises UserError where a size is not positive, does not divide, or a setting is unknown."""
+        """Raises UserError if a size is not positive or does not divide another, or if a setting is unknown."""
         config = self.config
         check_sizes(config)
         for field, choices in CHOICES.items():
@@ -243,7 +249,7 @@ class DecoderPolicy:
         """Fresh float32 parameters, each in a box with its logical axis names."""
         config = self.config
         x, view = jnp.zeros((1, 1, config.width), config.dtype), self._prompt_view(1, 0)
-        # Initial logits of order one: an output embedding is small where nothing else scales its logits down.
+        # Initial logits are of order one: the output embedding is small if `logits_scale` does not scale them down.
         small = 1.0 if config.logits_scale == "inverse_sqrt_width" else config.width**-0.5
         keys = jax.random.split(key, 4 if not config.tied_embeddings else 3)
         table = partial(layers.embedding, vocabulary_size=config.vocabulary_size, width=config.width)
@@ -282,7 +288,7 @@ class DecoderPolicy:
         inputs: Int[Array, "B K R"],
         packing: Packing | None = None,
     ) -> Float[Array, "B K R D"]:
-        """Final hidden states at every response position; the prompt is computed once for its K responses."""
+        """Final hidden states at every response position; the K responses share the prompt's computation."""
         if self.config.attention != "xla":
             return self._fused_hidden(params, prompts, prompt_lengths, inputs, packing)
         decoder, size = DecoderLayer(self.config), inputs.shape[-1]
@@ -309,7 +315,7 @@ class DecoderPolicy:
     def _fused_hidden(
         self, params: Any, prompts: Array, prompt_lengths: Array, inputs: Array, packing: Packing | None
     ) -> Array:
-        """The hidden states by a fused kernel, over rows that hold prompts and their responses."""
+        """`hidden` with a fused attention kernel, over rows that hold prompts and their responses."""
         config, decoder = self.config, DecoderLayer(self.config)
         prompt = prompts.shape[1] - (packing is None)
         row = fused_attention.Row.of(prompt, inputs.shape[1], inputs.shape[2], config.attention)
@@ -333,7 +339,7 @@ class DecoderPolicy:
     def prefill(
         self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
     ) -> Any:
-        """The cache for sampling: every layer's keys and values of the prompts, and room for the responses."""
+        """The cache for sampling: each layer's keys and values of the prompts, and space for the responses."""
         config, decoder = self.config, DecoderLayer(self.config)
         view = self._by_layer(partial(self._prompt_view, prompts.shape[-1]))
 
@@ -371,14 +377,14 @@ class DecoderPolicy:
         return self._final_norm(params, x)[:, :, 0], {**cache, "responses": responses}
 
     def _full_layers(self) -> Bool[Array, " L"] | None:
-        """Which layers have no window, or None where no layer has one."""
+        """True at layers without a window; None if no layer has a window."""
         config = self.config
         if config.window is None:
             return None
         return (jnp.arange(config.layers) + 1) % config.full_attention_every == 0
 
     def _by_layer(self, view: Callable[[int | None], Tree]) -> Callable[[Any], Tree]:
-        """What follows from a layer's window, by whether it has none (True, or None where no layer has one)."""
+        """A function from a layer's entry of `_full_layers` to `view(window)` of this layer."""
         full = view(None)
         if self.config.window is None:
             return lambda _: full
@@ -392,7 +398,7 @@ class DecoderPolicy:
     def _response_view(
         self, prompt_lengths: Array, prompt_size: int, queries: Int[Array, "Q"], size: int, window: int | None
     ) -> View:
-        """The view of responses of `size` at `queries`; of the prompt they see all but the last token."""
+        """The view of responses of `size` at `queries`; they see the whole prompt except its last token."""
         positions = (prompt_lengths[:, None] - 1 + queries)[:, None]
         prompt = layers.prefix_mask(prompt_lengths - 1, prompt_size)
         if window is not None:

@@ -1,12 +1,12 @@
 """Attention by a fused kernel: cuDNN's on CUDA, Pallas splash on TPU; for training and scoring with the decoder.
 
-Such kernels take one row of tokens and a mask. A row here is the prompt, moved right so that it ends where responses
-begin, and its K responses behind each other. Then the mask is the same for every row, a tree: all responses branch
-off the prompt's end, and a distance in it is a distance in the text, so that windows are static too. Two segments keep
-text from padding.
+Such kernels take one row of tokens and a mask. Here a row holds the prompt, right-aligned, and then its K responses,
+one after another. All rows then have the same mask, a tree: each response branches off the end of the prompt.
+Distances in this tree equal distances in the text, so masks with a window are static too. Two segments separate text
+from padding.
 
-A row of several prompts has them first, where they are, and then its responses. All responses come behind all prompts,
-and segments keep the texts apart; what is static is the order, not the distance, so that there are no windows.
+A packed row holds all its prompts first, in their order, and then all responses. Segments separate the texts. There
+the order of tokens is static but their distance is not, so packed rows support no window.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from alignment_gap.models.packing import Packing
 from alignment_gap.sharding import spec_within
 
 ATTENTIONS = ("xla", "cudnn", "splash")
-# Tokens that a row's length is a multiple of. Splash reads lanes of 128, cuDNN's masks are aligned to 8.
+# A row's length must be a multiple of this. Splash reads lanes of 128; cuDNN's masks are aligned to 8.
 MULTIPLE = {"cudnn": 8, "splash": 128}
-# What jax.nn.dot_product_attention runs for "cudnn"; tests run its plain form on CPU.
+# The implementation that jax.nn.dot_product_attention runs for "cudnn"; tests set its XLA form, to run on a CPU.
 CUDNN: Any = "cudnn"
 
 
 def check(config: Any) -> None:
-    """Raises UserError where a decoder's settings are not what its attention kernel can do."""
+    """Raises UserError if the attention kernel does not support a decoder's settings."""
     name = "DecoderConfig.attention"
     if config.attention != "cudnn":
         return
@@ -45,7 +45,7 @@ def check(config: Any) -> None:
 
 
 def check_packing(config: Any) -> None:
-    """Raises UserError where the kernels cannot read rows of several prompts."""
+    """Raises UserError if the fused kernels cannot handle packed rows with these settings."""
     if config.window is not None:
         raise UserError(
             f"DecoderConfig.window is {config.window} with attention={config.attention!r}, which has no windows in "
@@ -54,13 +54,14 @@ def check_packing(config: Any) -> None:
 
 
 class Row(NamedTuple):
-    """What the slots of a row hold.
+    """The layout of a row's slots.
 
     Attributes:
-      prompt: slots of the prompt, all but its last token, which is every response's first input; or of all prompts.
-      rows: responses.
-      length: of a response.
-      padding: slots at the end.
+      prompt: slots for the prompt without its last token, which is the first input of every response; in packed rows,
+        slots for all prompts.
+      rows: number of responses.
+      length: slots for each response.
+      padding: padding slots at the end.
     """
 
     prompt: int
@@ -70,13 +71,13 @@ class Row(NamedTuple):
 
     @classmethod
     def of(cls, prompt: int, rows: int, length: int, attention: str) -> Row:
-        """The layout with as much padding as makes its length a multiple of what the kernel takes."""
+        """The layout, padded to a length that the kernel supports."""
         return cls(prompt, rows, length, -(prompt + rows * length) % MULTIPLE[attention])
 
     def tokens(
         self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], inputs: Int[Array, "B K R"]
     ) -> Int[Array, "B S"]:
-        """The row's tokens; arbitrary ones where the prompt is shorter than its slots."""
+        """The row's tokens; the slots before a short prompt hold arbitrary tokens."""
         shift = self.prompt + 1 - prompt_lengths
         slots = jnp.maximum(jnp.arange(self.prompt) - shift[:, None], 0)
         prompts = jnp.take_along_axis(prompts, slots, axis=1)
@@ -84,11 +85,11 @@ class Row(NamedTuple):
         return jnp.pad(row, ((0, 0), (0, self.padding)))
 
     def positions(self, prompt_lengths: Int[Array, "B"]) -> Int[Array, "B S"]:
-        """Positions in the text, at least 0."""
+        """The position of each slot in its text, at least 0."""
         return jnp.maximum(self._distances() - (self.prompt + 1 - prompt_lengths[:, None]), 0)
 
     def segments(self, prompt_lengths: Int[Array, "B"]) -> Int[Array, "B S"]:
-        """0 at text and 1 at padding; neither attends to the other."""
+        """0 at text and 1 at padding; tokens attend only within their segment."""
         slots = jnp.arange(len(self._branches()))
         before = slots < self.prompt + 1 - prompt_lengths[:, None]
         return ((before & (slots < self.prompt)) | (slots >= len(slots) - self.padding)).astype(jnp.int32)
@@ -96,9 +97,9 @@ class Row(NamedTuple):
     def packed(
         self, prompts: Int[Array, "B P"], inputs: Int[Array, "B K R"], packing: Packing
     ) -> tuple[Int[Array, "B S"], Int[Array, "B S"], Int[Array, "B S"]]:
-        """Tokens, positions and segments of a row of several prompts, of which each text is a segment.
+        """Tokens, positions and segments of a row of several prompts; each text is a segment.
 
-        The last token of a prompt counts as padding: it is the first of its responses.
+        The last token of a prompt counts as padding, because it is the first input of the responses.
         """
         padding = packing.prompt_lengths.shape[-1]
         slots = jnp.where(packing.is_last(), padding, packing.prompts.slot)
@@ -114,14 +115,14 @@ class Row(NamedTuple):
         )
 
     def mask(self, window: int | None) -> Bool[np.ndarray, "S S"]:
-        """True where a slot attends to another: to the prompt's and its own response's not behind it, in its window."""
+        """True where a slot attends to another: in the prompt or its own response, not later, and within the window."""
         branches, distances = self._branches(), self._distances()
         distance = distances[:, None] - distances
         mask = (distance >= 0) & ((branches == 0) | (branches[:, None] == branches))
         return mask if window is None else mask & (distance < window)
 
     def responses(self, x: Float[Array, "B S D"]) -> Float[Array, "B K R D"]:
-        """The part of the responses."""
+        """The responses' part of the row."""
         end = x.shape[1] - self.padding
         return x[:, self.prompt : end].reshape(len(x), self.rows, self.length, -1)
 
@@ -130,7 +131,7 @@ class Row(NamedTuple):
         return np.repeat(np.arange(self.rows + 2), [self.prompt, *[self.length] * self.rows, self.padding])
 
     def _distances(self) -> Int[np.ndarray, " S"]:
-        """Of each slot from the row's first: in the text, where a response begins at the prompt's end."""
+        """Each slot's distance from the first slot, measured in the text: every response starts at the prompt's end."""
         responses = np.tile(self.prompt + np.arange(self.length), self.rows)
         return np.concatenate([np.arange(self.prompt), responses, np.arange(self.padding)])
 
@@ -139,13 +140,15 @@ Attend = Callable[[Array, Array, Array], Float[Array, "B S H C"]]
 
 
 def make(config: Any, row: Row, segments: Int[Array, "B S"], *, scale: float) -> Callable[[Any], Attend]:
-    """A layer's attention (query [B, S, H, C], keys and values [B, S, G, C]) by whether it is full or has a window.
+    """A function that takes whether a layer is full, without a window, and returns its attention.
+
+    The attention takes queries [B, S, H, C], and keys and values [B, S, G, C].
 
     Args:
       config: a `DecoderConfig` whose attention is "cudnn" or "splash".
-      row: the slots.
-      segments: of text and padding.
-      scale: multiplies the logits.
+      row: the layout of the slots.
+      segments: the segment of each slot.
+      scale: factor on the logits.
     """
     kernel = _cudnn if config.attention == "cudnn" else functools.partial(_splash, config.attention_soft_cap)
     full = functools.partial(kernel, row.mask(None), segments, scale)
@@ -180,7 +183,7 @@ def _splash(
     if specs[0] is None:
         return attend(*arrays)
     if specs[1] != specs[0] and keys.shape[2] > 1:
-        # Grouped heads that the mesh cannot split with their keys stay together.
+        # The mesh cannot split the key heads as it splits the query heads; both then use the keys' sharding.
         specs[0] = specs[1]
     return jax.shard_map(attend, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arrays)
 
@@ -211,6 +214,6 @@ def _splash_on_device(
 
 
 def _platform() -> str:
-    """Of the mesh that the function is compiled for, which may be of a machine elsewhere; else of this machine."""
+    """The platform of the mesh that the function is compiled for, maybe on another machine; else of this machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

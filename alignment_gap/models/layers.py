@@ -1,4 +1,4 @@
-"""Layers that both architectures share: norm, projections, rotary and relative positions, attention, gated MLP."""
+"""Layers that both architectures share: norm, projections, relative positions, attention, gated MLP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alignment_gap.models.stack import PRODUCT
 from alignment_gap.sharding import constrain
 
 KeysValues = tuple[Array, Array]
-# Added to masked attention logits: far below any real one, and still finite where a whole row is masked.
+# The value of masked attention logits: far below any real logit, and finite, for rows that are masked everywhere.
 MASKED = -1e30
 
 
@@ -27,9 +27,9 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm without mean or bias, computed in float32.
 
     Attributes:
-      dtype: of the result.
+      dtype: dtype of the result.
       epsilon: added to the mean square.
-      form: "scale" multiplies by a parameter that starts at 1, "one_plus_scale" by 1 plus one that starts at 0.
+      form: "scale" multiplies by a parameter that starts at 1, "one_plus_scale" by 1 + a parameter that starts at 0.
       axis: logical name of the normalised axis.
     """
 
@@ -52,11 +52,13 @@ class RMSNorm(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(x: Array, kernel: Array, dimensions: Any, precision: Any = None) -> Array:
-    """`jax.lax.dot_general` of the last axes of `x` with the first of `kernel`, for `projection`.
+    """`jax.lax.dot_general` over the last axes of `x` and the first axes of `kernel`, for `projection`.
 
-    Its own gradient differs in two things. The kernel's is x^T g, never (g^T x)^T. On a CPU the left factor is copied
-    into its transpose, and x is shared by projections and at hand, while g is made on the way, at ten times the cost.
-    A kernel that is not trained has none, and x is not kept for it.
+    It has a gradient rule of its own, for two reasons:
+
+    - The kernel's gradient is x^T g, never (g^T x)^T. On a CPU, XLA copies the left factor into its transpose. x is in
+      memory already and several projections share it; g would be computed during the copy, at ten times the cost.
+    - A kernel that is not trained gets no gradient, so x is not kept for it.
     """
     return jax.lax.dot_general(x, kernel, dimensions, precision)
 
@@ -82,7 +84,7 @@ product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 def _named_product(x: Array, kernel: Array | LowRank, dimensions: Any, precision: Any) -> Array:
-    """The product under a name by which remat knows it: it does not see what is inside of a gradient's own rule."""
+    """The product with a name for remat, whose policies do not see products inside a custom gradient rule."""
     if not isinstance(kernel, LowRank):
         return checkpoint_name(product(x, kernel, dimensions, precision), PRODUCT)
     low = product(kernel.dropped(x), kernel.a, dimensions, precision)
@@ -91,7 +93,7 @@ def _named_product(x: Array, kernel: Array | LowRank, dimensions: Any, precision
 
 
 def _cast(x: Any, kernel: Any, bias: Any, *, dtype: Any) -> tuple[Any, ...]:
-    """All operands of a projection in the dtype of its computation."""
+    """Casts all operands of a projection to the dtype of its computation."""
     x, bias = (each if each is None else jnp.asarray(each, dtype) for each in (x, bias))
     return x, kernel.astype(dtype), bias
 
@@ -110,10 +112,10 @@ def projection(
     Args:
       features: size or sizes of the output axes.
       axes: logical names of the kernel's axes, inputs first.
-      inputs: how many trailing axes of the input are contracted.
-      variance: of the initial kernel, times fan-in.
-      bias: whether one is added.
-      dtype: of the computation; the parameters are float32.
+      inputs: number of trailing axes of the input to contract.
+      variance: variance of the initial kernel, times fan-in.
+      bias: whether to add a bias.
+      dtype: dtype of the computation; the parameters are float32.
     """
     initializer = nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal")
     return nn.DenseGeneral(
@@ -149,14 +151,14 @@ class GatedMLP(nn.Module):
 
 
 class Segment(NamedTuple):
-    """Keys that queries attend to: of a prompt that K responses share, or of each response's own.
+    """Keys and values that queries attend to: the prompt's, shared by K responses, or each response's own.
 
     Attributes:
-      keys: [B, G, S, D] where all K rows of a prompt share them, [B, K, G, S, D] where each row has its own. Heads come
-        before positions, as matrix products want them: a cache is not transposed at every token.
-      values: as keys.
-      mask: True where attending is allowed, broadcastable to [B, K, Q, S].
-      bias: added to the logits per head, [H, Q, S], or None.
+      keys: [B, G, S, D] if all K rows of a prompt share them, [B, K, G, S, D] if each row has its own. Heads come
+        before positions, the order that matrix products need; so decoding does not transpose the cache for each token.
+      values: shaped as the keys.
+      mask: True where a query may attend to a key; broadcastable to [B, K, Q, S].
+      bias: added to the logits of each head, [H, Q, S], or None.
     """
 
     keys: Float[Array, "B *K G S D"]
@@ -168,13 +170,13 @@ class Segment(NamedTuple):
 def attend(
     query: Float[Array, "B K Q H D"], segments: Sequence[Segment], *, scale: float, soft_cap: float | None = None
 ) -> Float[Array, "B K Q H D"]:
-    """Softmax attention over the concatenation of segments; a shared segment's keys are never copied per row.
+    """Softmax attention over the concatenation of segments; the keys of a shared segment are never copied per row.
 
-    H query heads read G key heads, G dividing H (multi-head, grouped or multi-query). Logits and softmax are float32;
-    a soft cap bounds the logits before bias and mask.
+    H query heads use G key heads, where G divides H (multi-head, grouped or multi-query). Logits and softmax are
+    float32. A soft cap bounds the logits before bias and mask.
     """
     batch, rows, length, heads, size = query.shape
-    # First where the projection makes it, then where the cache is: in a loop over tokens these are two layouts.
+    # First in the projection's layout, then in the cache's: the two differ in a loop over tokens.
     query = constrain(query, "batch", None, None, "heads", "kv")
     query = constrain(query, "cache_batch", None, None, "heads", "kv")
     segments = [segment._replace(keys=_cached(segment.keys), values=_cached(segment.values)) for segment in segments]
@@ -201,13 +203,13 @@ def attend(
 
 
 def _cached(x: Array) -> Array:
-    """Lays out keys or values, of a segment or [L, B, K, G, R, C] of all layers, where the cache has them."""
+    """Shards keys or values as the cache does: those of a segment, or of all layers [L, B, K, G, R, C]."""
     first = {4: ("cache_batch",), 5: ("cache_batch", None), 6: ("layers", "cache_batch", None)}[x.ndim]
     return constrain(x, *first, "kv_heads", "kv_length", "kv")
 
 
 class RelativePositionBias(nn.Module):
-    """T5's learned bias per head and bucket of the distance from query to key."""
+    """T5's learned bias, one for each head and each bucket of the distance from query to key."""
 
     buckets: int
     max_distance: int
@@ -216,7 +218,7 @@ class RelativePositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, queries: Int[Array, "Q"], keys: Int[Array, "S"]) -> Float[Array, "H Q S"]:
-        """The bias in float32 between these positions."""
+        """The float32 bias between these positions."""
         table: Any = self.param(
             "rel_embedding",
             nn.with_logical_partitioning(nn.initializers.normal(1.0), ("heads", "relpos_buckets")),
@@ -229,7 +231,7 @@ class RelativePositionBias(nn.Module):
 def relative_position_bucket(
     distance: Int[Array, "*B"], bidirectional: bool, buckets: int, max_distance: int
 ) -> Int[Array, "*B"]:
-    """T5's bucket of key minus query position: exact when near, logarithmic up to max_distance (1910.10683)."""
+    """T5's bucket for key position minus query position: exact when near, logarithmic to max_distance (1910.10683)."""
     offset = jnp.zeros_like(distance)
     if bidirectional:
         buckets //= 2
@@ -243,10 +245,10 @@ def relative_position_bucket(
 
 @functools.cache
 def _bucket_starts(buckets: int, max_distance: int) -> np.ndarray:
-    """The smallest distance of every bucket but the first, in exact integers: a logarithm would miss by its last bit.
+    """The smallest distance of every bucket except the first, in exact integers.
 
-    With e = buckets / 2 and n = buckets - e, bucket e + i begins where n log(d/e) / log(max/e) reaches i, which is
-    where d^n reaches max^i e^(n-i).
+    A float logarithm may be wrong in its last bit, which would move a start by one. With e = buckets / 2 and
+    n = buckets - e, bucket e + i begins at the first d with n log(d/e) / log(max/e) >= i, so d^n >= max^i e^(n-i).
     """
     exact = buckets // 2
     far = buckets - exact
@@ -259,7 +261,7 @@ def _bucket_starts(buckets: int, max_distance: int) -> np.ndarray:
 
 
 def causal_mask(queries: Int[Array, "Q"], keys: Int[Array, "S"], window: int | None = None) -> Bool[Array, "1 1 Q S"]:
-    """True where the key's position is not after the query's, and within a window of so many tokens where given."""
+    """True where the key is not after the query and, if a window is given, less than `window` tokens before it."""
     distance = queries[:, None] - keys
     mask = distance >= 0
     return (mask if window is None else mask & (distance < window))[None, None]
@@ -277,14 +279,14 @@ def prefix_mask(lengths: Int[Array, "B"], size: int) -> Bool[Array, "B 1 1 S"]:
 
 
 def heads_first(keys: Float[Array, "*B S G C"], values: Float[Array, "*B S G C"]) -> KeysValues:
-    """Keys and values as projections give them, in the order of axes of a `Segment`."""
+    """Reorders keys and values from a projection's axes to the axes of a `Segment`."""
     names = ("batch", *[None] * (keys.ndim - 3), "kv_heads", "kv")
     keys, values = constrain(keys, *names), constrain(values, *names)
     return jnp.swapaxes(keys, -3, -2), jnp.swapaxes(values, -3, -2)
 
 
 def empty_cache(shape: tuple[int, ...], dtype: Any) -> KeysValues:
-    """Room for the keys and values [L, B, K, G, R, C] of all layers' responses."""
+    """Zeros for the keys and values [L, B, K, G, R, C] of the responses in all layers."""
     empty = _cached(jnp.zeros(shape, dtype))
     return empty, empty
 
@@ -292,7 +294,7 @@ def empty_cache(shape: tuple[int, ...], dtype: Any) -> KeysValues:
 def extend_cache(
     cache: KeysValues, new: KeysValues, layer: Int[Array, ""], step: Int[Array, ""]
 ) -> tuple[KeysValues, KeysValues]:
-    """The cache with a layer's new keys and values [B, K, G, 1, C] written at `step`, and all of that layer's."""
+    """Writes a layer's new keys and values [B, K, G, 1, C] at `step`; returns the cache, and the layer's part of it."""
     index = (layer, 0, 0, 0, step, 0)
     keys, values = (
         jax.lax.dynamic_update_slice(old, _cached(add)[None], index) for old, add in zip(cache, new, strict=True)

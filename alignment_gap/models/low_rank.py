@@ -1,4 +1,4 @@
-"""A kernel with a low-rank delta beside it (LoRA, 2106.09685): x W + (x a) b, for which W + a b is never formed."""
+"""A kernel with a low-rank delta (LoRA, 2106.09685): x W + (x a) b, computed without forming W + a b."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxtyping import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """The kernel W + a b in three parts, in a policy's parameters in place of W; a stack of layers has a stack of them.
+    """The kernel W + a b in three parts; it replaces W in a policy's parameters. A stack of layers stacks each part.
 
     Attributes:
-      kernel: W [*inputs, *outputs]; the first leaf, whose shape flax compares with the layer's.
+      kernel: W [*inputs, *outputs]. It comes first, because flax compares the first leaf's shape with the layer's.
       a: [*inputs, r].
-      b: [r, *outputs], with the scale of the delta in it.
-      key: of the dropout of what `a` reads; None for none.
-      dropout: the fraction that is zeroed where there is a key; the rest is scaled up.
+      b: [r, *outputs], already multiplied by the delta's scale.
+      key: key of the dropout on the input of `a`; None for no dropout.
+      dropout: fraction of the input to set to zero if there is a key; the rest is scaled up.
     """
 
     kernel: Any
@@ -30,26 +30,26 @@ class LowRank:
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     def astype(self, dtype: Any) -> LowRank:
-        """The same in another dtype."""
+        """All parts in another dtype."""
         kernel, a, b = (each.astype(dtype) for each in (self.kernel, self.a, self.b))
         return dataclasses.replace(self, kernel=kernel, a=a, b=b)
 
     def dropped(self, x: Array) -> Array:
-        """The input of `a`."""
+        """x with dropout, the input of `a`."""
         if self.key is None:
             return x
         kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
         return jnp.where(kept, x / (1 - self.dropout), jnp.zeros((), x.dtype))
 
     def merged(self) -> Array:
-        """W + a b of a stack of layers, in W's dtype; the sum is float32."""
+        """W + a b of a stack of layers, in W's dtype; summed in float32."""
         inputs, outputs = "defg"[: self.a.ndim - 2], "xyz"[: self.b.ndim - 2]
         delta = jnp.einsum(f"l{inputs}r,lr{outputs}->l{inputs}{outputs}", self.a, self.b)
         return (self.kernel.astype(jnp.float32) + delta).astype(self.kernel.dtype)
 
 
 def merged(params: Any) -> Any:
-    """Parameters with plain kernels: of every low-rank delta the sum with its kernel."""
+    """Parameters with plain kernels: every low-rank delta is added to its kernel."""
     return jax.tree.map(lambda leaf: leaf.merged() if is_low_rank(leaf) else leaf, params, is_leaf=is_low_rank)
 
 

@@ -1,7 +1,7 @@
-"""Several prompts in one row, each with its responses: which text a token is of, where in it, and what it may see.
+"""Packed rows, which hold several prompts and their responses: each token's text, its position, and what it may see.
 
-A row's prompts lie behind each other, and so do, in each of its K rows of responses, their responses. Lengths alone say
-where: the texts of slot s begin where those of slot s - 1 end; a slot of length 0 is empty.
+A row holds its prompts one after another. Each of its K rows of responses holds the responses in the same order. The
+lengths give the place of every text: slot s begins where slot s - 1 ends. A slot of length 0 is empty.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Places(NamedTuple):
-    """Of every token of a row its text and its place there.
+    """For every token of a row: its text, and its position in this text.
 
     Attributes:
-      slot: number of the text, and S at padding.
-      position: tokens of the text before it.
+      slot: number of the text; S at padding.
+      position: number of earlier tokens in the text.
     """
 
     slot: Int[Array, "*B T"]
@@ -32,12 +32,12 @@ class Places(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Where the tokens of packed rows are.
+    """The places of all tokens in packed rows.
 
     Attributes:
       prompts: places of the prompts' tokens.
       responses: places of the responses' tokens.
-      prompt_lengths: tokens of the prompts.
+      prompt_lengths: number of tokens of each prompt.
     """
 
     prompts: Places
@@ -62,41 +62,41 @@ class Packing(NamedTuple):
         return self.responses.slot < self.prompt_lengths.shape[-1]
 
     def at_responses(self, values: Int[Array, "B S"]) -> Int[Array, "B K R"]:
-        """The value of each token's slot; any at padding."""
+        """Each token's value by its slot; arbitrary at padding."""
         return at(self.responses.slot, values[:, None])
 
     def is_last(self) -> Bool[Array, "B P"]:
-        """True at the last token of each prompt; any at padding."""
+        """True at the last token of each prompt; arbitrary at padding."""
         return self.prompts.position == at(self.prompts.slot, self.prompt_lengths) - 1
 
     def response_positions(self) -> Int[Array, "B K R"]:
-        """Positions in the text of a prompt and its response, where a response's first input is the prompt's last."""
+        """Positions in the text of prompt and response; a response's first input is the last token of its prompt."""
         return self.at_responses(self.prompt_lengths) - 1 + self.responses.position
 
     def within_prompts(self) -> Bool[Array, "B 1 P P"]:
-        """True where two tokens are of one prompt."""
+        """True where two tokens belong to the same prompt."""
         return _same(self.prompts.slot, self.prompts.slot)[:, None]
 
     def within_responses(self) -> Bool[Array, "B K R R"]:
-        """True where two tokens are of one response."""
+        """True where two tokens belong to the same response."""
         return _same(self.responses.slot, self.responses.slot)
 
     def across(self) -> Bool[Array, "B K R P"]:
-        """True where a response's token meets one of its own prompt."""
+        """True where a response's token and a prompt's token belong together."""
         return _same(self.responses.slot, self.prompts.slot[:, None])
 
 
 def at(slot: Int[Array, "*B T"], values: Int[Array, "*#B S"]) -> Int[Array, "*B T"]:
-    """The values of slots; the last one's at padding."""
+    """Each token's value by its slot; padding gets the last slot's value."""
     return jnp.take_along_axis(values, jnp.minimum(slot, values.shape[-1] - 1), axis=-1)
 
 
 def unpack(
     values: Float[Array, "B K R"], lengths: Int[Array, "B S K"], empty: float
 ) -> tuple[Float[Array, "B*S K R"], Int[Array, "B*S K"]]:
-    """Values of packed responses as one row for each response, from its first token on, 0 behind its end; and lengths.
+    """Unpacks values to one row for each response, left-aligned and 0 after the response's end; also the lengths.
 
-    What an empty slot has must not be infinite under any loss: it gets responses of one token of the value `empty`.
+    No loss may be infinite on an empty slot, so an empty slot gets responses of one token with the value `empty`.
     """
     ends = jnp.cumsum(lengths, axis=1)
     places = (ends - lengths)[..., None] + jnp.arange(values.shape[-1])

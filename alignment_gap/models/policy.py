@@ -1,4 +1,4 @@
-"""What every policy offers to losses, sampling and evaluation, whatever its architecture."""
+"""The interface that every policy offers to losses, sampling and evaluation, whatever its architecture."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Output(NamedTuple):
     """How hidden states become logits: z = scale * hidden @ embedding.T, then soft_cap * tanh(z / soft_cap).
 
     Attributes:
-      embedding: of the output; its rows may be those of a few tokens only.
-      scale: multiplies the logits.
-      soft_cap: bound of the absolute logits, or None.
+      embedding: output embedding, of all tokens or of a few.
+      scale: factor on the logits.
+      soft_cap: bound on the absolute logits, or None.
     """
 
     embedding: Float[Array, "V D"]
@@ -32,7 +32,7 @@ class Output(NamedTuple):
     soft_cap: float | None = None
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """The logits of every token at once, accumulated in float32; for training see `losses.token_log_probs`."""
+        """The logits of all tokens at once, accumulated in float32; training uses `losses.token_log_probs` instead."""
         embedding = self.embedding.astype(hidden.dtype)
         logits = self.scale * jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
@@ -40,17 +40,17 @@ class Output(NamedTuple):
 
 @runtime_checkable
 class Policy(Protocol):
-    """A language model that scores and continues prompts; a frozen value, its parameters are passed in.
+    """A language model that scores and continues prompts. It is a frozen value; callers pass the parameters.
 
-    The response's token t is predicted at input t, which is the token before it; input 0 is `start_tokens`.
+    Input t is the token before the response's token t, and predicts this token. Input 0 is `start_tokens`.
     """
 
     def __hash__(self) -> int:
-        """Equal policies share the functions that are compiled for them."""
+        """Equal policies have equal hashes, so that they share compiled functions."""
 
     @property
     def config(self) -> Any:
-        """Sizes and settings, a frozen dataclass."""
+        """Sizes and settings: a frozen dataclass."""
 
     def init(self, key: Array) -> Any:
         """Fresh parameters, each in a box with its logical axis names."""
@@ -59,7 +59,7 @@ class Policy(Protocol):
         """The output embedding, and the scale and soft cap of its logits."""
 
     def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B *S"]) -> Int[Array, "B *S"]:
-        """The input that predicts the first token of each prompt's responses; rows may hold S prompts."""
+        """For each prompt, the input that predicts the first token of its responses; a row may hold S prompts."""
 
     def hidden(
         self,
@@ -71,18 +71,18 @@ class Policy(Protocol):
     ) -> Float[Array, "B K R D"]:
         """Hidden states that predict the tokens of K responses; the prompt is computed once.
 
-        Where rows hold several prompts, `packing` says where, and `prompt_lengths` is not read.
+        For rows of several prompts, `packing` gives the places of the texts, and `prompt_lengths` is ignored.
         """
 
     def prefill(
         self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
     ) -> Any:
-        """A cache from which K samples of at most R tokens can be decoded."""
+        """A cache to decode `samples` responses of at most `max_length` tokens for each prompt."""
 
     def decode_step(
         self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"]
     ) -> tuple[Float[Array, "B K D"], Any]:
-        """Hidden states that predict the token at `step`, and the cache with `tokens` in it."""
+        """Hidden states that predict the token at `step` from `tokens`, and the cache extended by `tokens`."""
 
 
 def response_hidden(
@@ -93,7 +93,7 @@ def response_hidden(
     responses: Int[Array, "B K R"],
     packing: Packing | None = None,
 ) -> Float[Array, "B K R D"]:
-    """Hidden states that predict each token of given responses."""
+    """Hidden states that predict each token of the given responses."""
     start = policy.start_tokens(prompts, prompt_lengths)
     if packing is None:
         first = jnp.broadcast_to(start[:, None, None], (*responses.shape[:2], 1))
@@ -113,9 +113,9 @@ def score(
     responses: Int[Array, "B K R"],
     response_lengths: Int[Array, "B *S K"],
 ) -> Float[Array, "B K R"]:
-    """Log-probs in nats of every response token given its prompt and what precedes it; float32, 0 at padding.
+    """Log-probs in nats of every response token, given the prompt and the earlier tokens; float32, 0 at padding.
 
-    With lengths of S prompts a row, rows are packed as `models.packing` says, and no text sees another's.
+    If the lengths have an axis of S prompts, the rows are packed as in `models.packing`; no text attends to another.
     """
     hidden, mask = _predicting(policy, params, prompts, prompt_lengths, responses, response_lengths)
     return _log_probs(policy.output(params), hidden, responses, mask)
@@ -129,7 +129,7 @@ def score_with_collisions(
     responses: Int[Array, "B K R"],
     response_lengths: Int[Array, "B *S K"],
 ) -> tuple[Float[Array, "B K R"], Float[Array, "B K R"]]:
-    """`score`, and from the same hidden states `losses.token_log_collision` of every token, which has no gradient."""
+    """`score`, and `losses.token_log_collision` of every token, without gradient, from the same hidden states."""
     hidden, mask = _predicting(policy, params, prompts, prompt_lengths, responses, response_lengths)
     output = policy.output(params)
     fixed = jax.lax.stop_gradient((hidden, output.embedding))
@@ -161,9 +161,9 @@ def _log_probs(output: Output, hidden: Array, responses: Array, mask: Array) -> 
 
 
 def compute_params(policy: Policy, params: Any) -> Any:
-    """The parameters in the dtype of the computation, but for those that are read in float32 (norms, position biases).
+    """Casts the parameters to the dtype of the computation, except norms and position biases, which stay float32.
 
-    Each use casts them anyway, so nothing changes but how often: a loop over tokens reads half of the bytes.
+    Each use casts them anyway, so results do not change. Cast once, a loop over tokens reads half the bytes.
     """
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -172,10 +172,10 @@ def compute_params(policy: Policy, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-# Tracing a network's start takes longer than all else that a state's shapes need; a study opens one network often.
+# Tracing `init` is the slow part of finding a state's shapes, and a study opens the same network often.
 @functools.lru_cache(maxsize=16)
 def abstract_parameters(init: Callable[[Array], Any]) -> Any:
-    """Shapes and dtypes of the parameters that a policy's `init` makes, in boxes with their logical axes."""
+    """Shapes and dtypes of the parameters that a policy's `init` returns, in boxes with their logical axes."""
     return jax.eval_shape(lambda: init(jax.random.key(0)))
 
 
@@ -185,7 +185,7 @@ def count_parameters(policy: Policy) -> int:
 
 
 def check_sizes(config: Any) -> None:
-    """Raises UserError with field, value and remedy where a model cannot be built: its numbers must be positive."""
+    """Raises UserError, with field, value and remedy, if a number is not positive or a setting is invalid."""
     name = type(config).__name__
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -202,7 +202,7 @@ def check_sizes(config: Any) -> None:
 
 
 def check_choice(config: Any, field: str, choices: Sequence[str]) -> None:
-    """Raises UserError where a setting is none of its choices."""
+    """Raises UserError if a setting is not one of its choices."""
     value = getattr(config, field)
     if value not in choices:
         raise UserError(f"{type(config).__name__}.{field} is {value!r}: choose one of {', '.join(choices)}")

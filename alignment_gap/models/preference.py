@@ -1,8 +1,8 @@
-"""Preference models: a policy that reads a prompt with two responses and is asked which is better.
+"""Preference models: a policy reads a prompt with two responses, and answers which response is better.
 
-The judge is an ordinary policy, with its sizes, checkpoints and sharding. It continues the prompt with both responses
-and a question, and its answer is the log-odds of two label tokens, as in text-to-text preference models. So an SFT
-policy's parameters initialise it as they are, and the two orders of the sign rule share the prompt's computation.
+The judge is an ordinary policy, with the same sizes, checkpoints and sharding. Its context is the prompt, both
+responses and a question; its answer is the log-odds of two label tokens, as in text-to-text preference models. So the
+parameters of an SFT policy initialise it unchanged, and both orders of the responses share the prompt's computation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KINDS = ("pairwise", "bradley_terry")
 
 
 class Markers(NamedTuple):
-    """Token ids outside of the text's own: what precedes each response, what asks, and the two answers."""
+    """Reserved token ids that no text contains: the markers of the responses, the question, and the two answers."""
 
     first: int
     second: int
@@ -78,9 +78,9 @@ class PreferenceModel:
         *,
         soft: bool = False,
     ) -> Float[Array, "B"]:
-        """The preference for the first response, the same whichever response is shown first.
+        """The preference for the first response; it does not depend on which response the model reads first.
 
-        Hard, by the sign rule: 1 where r(x, y1, y2) > r(x, y2, y1), 0 where smaller, 0.5 where equal (2405.08448).
+        Hard, by the sign rule: 1 if r(x, y1, y2) > r(x, y2, y1), 0 if smaller, 0.5 if equal (2405.08448).
         Soft: the mean of r(x, y1, y2) and 1 - r(x, y2, y1).
         """
         batch = (params, prompts, prompt_lengths, responses, response_lengths)
@@ -103,12 +103,12 @@ class PreferenceModel:
         *,
         labels: str = "hard",
     ) -> Float[Array, "B K"]:
-        """Each response's mean preference over the K - 1 others of its prompt, or its reward.
+        """Each response's mean preference over the K - 1 other responses to its prompt, or its reward.
 
         Args:
-          params: of the policy that is asked.
+          params: parameters of the policy.
           prompts, prompt_lengths, responses, response_lengths: a batch.
-          labels: "hard" or "soft" preferences, of a pair p and 1 - p; or the "rewards" of a Bradley-Terry model.
+          labels: "hard" or "soft" preferences (a pair scores p and 1 - p), or "rewards" of a Bradley-Terry model.
         """
         samples = responses.shape[1]
         if labels == "rewards":
@@ -134,9 +134,9 @@ class PreferenceModel:
         *,
         rows: tuple[tuple[int, ...], ...],
     ) -> Float[Array, "B rows"]:
-        """Log-odds of "the first is better" for each row: the responses in that order, in one context.
+        """Log-odds of "the first is better" for each row; a row lists the responses in one context, in order.
 
-        The rows are to the policy what responses are: they share the prompt's computation.
+        The policy treats the rows as responses, so they share the prompt's computation.
         """
         contexts = [self._context(responses, response_lengths, row) for row in rows]
         text, lengths = (jnp.stack(part, axis=1) for part in zip(*contexts, strict=True))
@@ -150,7 +150,7 @@ class PreferenceModel:
     def _context(
         self, responses: Array, response_lengths: Array, row: tuple[int, ...]
     ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-        """The row's responses behind their markers, the question, and room for the answer; and its length before it."""
+        """Each response after its marker, then the question and a slot for the answer; also the answer's index."""
         ones = jnp.ones_like(response_lengths[:, 0])
 
         def mark(token: int) -> tuple[Array, Array]:
@@ -164,7 +164,7 @@ class PreferenceModel:
 
 
 def join(parts: list[tuple[Int[Array, "B _S"], Int[Array, "B"]]]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """Ragged rows behind each other without gaps; T is the sum of the parts' sizes, and the rest of a row is 0."""
+    """Concatenates ragged rows without gaps; T is the sum of the parts' sizes, and the rest of a row is 0."""
     batch, size = len(parts[0][1]), sum(tokens.shape[1] for tokens, _ in parts)
     joined = jnp.zeros((batch, size), parts[0][0].dtype)
     offset = jnp.zeros((batch,), parts[0][1].dtype)
@@ -178,5 +178,5 @@ def join(parts: list[tuple[Int[Array, "B _S"], Int[Array, "B"]]]) -> tuple[Int[A
 
 
 def pair_loss(log_odds: Float[Array, "B"], preference: Float[Array, "B"]) -> Float[Array, "B"]:
-    """Cross-entropy in nats of the answer against the probability that the first response is better."""
+    """Cross-entropy in nats between the preference, P(first response is better), and the model's answer."""
     return -(preference * jax.nn.log_sigmoid(log_odds) + (1 - preference) * jax.nn.log_sigmoid(-log_odds))

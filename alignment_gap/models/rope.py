@@ -1,4 +1,4 @@
-"""Rotary positions (2104.09864), with the scalings that pretrained checkpoints use for contexts beyond their first."""
+"""Rotary positions (2104.09864), with the scalings that pretrained checkpoints use to extend their context."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SCALINGS = ("none", "linear", "llama3")
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the angles that positions turn the pairs of a head by, the same for every head."""
+    """Cosines and sines of the rotation angle of each position and each pair of a head; all heads share them."""
 
     cos: Float[Array, "*B T 1 half"]
     sin: Float[Array, "*B T 1 half"]
 
 
 def check(config: Any) -> None:
-    """Raises UserError where a decoder's settings of the scaling contradict each other."""
+    """Raises UserError if a decoder's scaling settings contradict each other."""
     if config.rope_scaling == "none" and config.rope_scaling_factor != 1:
         raise UserError(
             f"DecoderConfig.rope_scaling_factor is {config.rope_scaling_factor} without a scaling: "
@@ -36,11 +36,11 @@ def check(config: Any) -> None:
 
 
 def frequencies(config: Any, *, local: bool = False) -> Float[np.ndarray, " half"]:
-    """Radians per token of every pair of a head, float64: base^(-2i/head_size), scaled as a decoder's config says.
+    """Radians per token for each pair of a head, float64: base^(-2i/head_size), scaled as the decoder's config sets.
 
     Args:
       config: a `DecoderConfig`.
-      local: of a layer with a sliding window, which may have a base of its own, without scaling.
+      local: whether the layer has a sliding window; such layers may have a base of their own, without scaling.
     """
     base = (config.rope_local_base if local else None) or config.rope_base
     plain = base ** (-2.0 * np.arange(config.head_size // 2) / config.head_size)
@@ -49,7 +49,8 @@ def frequencies(config: Any, *, local: bool = False) -> Float[np.ndarray, " half
     slow = plain / config.rope_scaling_factor
     if config.rope_scaling == "linear":
         return slow
-    # Llama 3.1: turns per original context below `low` are slowed in full, above `high` not, between in proportion.
+    # Llama 3.1: pairs with fewer turns than `low` in the original context are slowed in full, pairs with more than
+    # `high` are not, and pairs between are interpolated.
     low, high = config.rope_low_frequency_factor, config.rope_high_frequency_factor
     turns = config.rope_original_length * plain / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -57,7 +58,7 @@ def frequencies(config: Any, *, local: bool = False) -> Float[np.ndarray, " half
 
 
 def rotation(positions: Int[Array, "*B T"], frequencies: Float[np.ndarray, " half"]) -> Rotation:
-    """Pair i is turned by position * frequencies[i] radians; float32."""
+    """The rotation that turns pair i by position * frequencies[i] radians; float32."""
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 

@@ -1,4 +1,4 @@
-"""Sizes by name: T5 v1.1, PaLM and a ladder of small decoders of its kind, and the shapes of pretrained decoders.
+"""Sizes by name: T5 v1.1, PaLM, a ladder of small PaLM-style decoders, and the shapes of pretrained decoders.
 
 Sources: T5 v1.1 (2002.05202, 1910.10683), PaLM table 1 (2204.02311), Gemma 1 to 3 (2403.08295, 2408.00118, 2503.19786),
 Llama 3 (2407.21783; 8B and 70B are version 3.1, 1B and 3B are 3.2), Qwen 2.5 and 3 (2412.15115, 2505.09388).
@@ -22,10 +22,10 @@ def get(name: str, **overrides: Any) -> T5Config | DecoderConfig:
 
     Args:
       name: one of `NAMES`.
-      overrides: fields of the config that take another value.
+      overrides: fields of the config to change, with their values.
 
     Raises:
-      UserError: for a name or a field that there is not, with the nearest one.
+      UserError: the name or a field does not exist. The message gives the nearest one.
     """
     if name not in SIZES:
         raise UserError(f"model size {name!r} is unknown: {_remedy(name, NAMES)}")
@@ -90,7 +90,8 @@ _QWEN2 = dataclasses.replace(_SERIAL, vocabulary_size=151_936, query_key_value_b
 _QWEN3 = dataclasses.replace(_SERIAL, vocabulary_size=151_936, query_key_norm=True, rope_base=1e6)
 
 SIZES: dict[str, T5Config | DecoderConfig] = {
-    # Two decades for a laptop, named by the parameters of their layers: with a small vocabulary nearly all of them.
+    # Two decades of sizes for a laptop, named by the parameters in their layers. With a small vocabulary, the layers
+    # hold nearly all parameters.
     "t5_30k": _t5(24, 56, 2, 3, 8),
     "t5_300k": _t5(80, 160, 2, 5, 16),
     "t5_3m": _t5(160, 448, 4, 5, 32),
@@ -102,7 +103,7 @@ SIZES: dict[str, T5Config | DecoderConfig] = {
     "t5_large": _t5(1024, 2816, 24, 16),
     "t5_xl": _t5(2048, 5120, 24, 32),
     "t5_xxl": _t5(4096, 10240, 24, 64),
-    # The ladder: PaLM's shape over T5's vocabulary, so that the small ones are not all embedding.
+    # The ladder: PaLM's shape with T5's vocabulary, so that the small models are not mostly embedding.
     "palm_10m": _palm(192, 6, 4, 64, 32_128),
     "palm_30m": _palm(384, 8, 6, 64, 32_128),
     "palm_100m": _palm(768, 9, 12, 64, 32_128),

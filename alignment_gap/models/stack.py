@@ -1,4 +1,4 @@
-"""A stack of equal layers as one layer with a leading axis on its parameters: compiled once, whatever the depth."""
+"""A stack of equal layers, run as one layer with a leading axis on its parameters; the depth adds no compile time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRODUCT = "product"
 
 
 def init_stack(init: Callable[[Array], Any], key: Array, depth: int) -> Any:
-    """Parameters of `depth` layers, stacked on a first axis that is named "layers"."""
+    """Parameters of `depth` layers, stacked on a new first axis, named "layers"."""
     stacked = jax.vmap(init)(jax.random.split(key, depth))
     return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
 
@@ -30,11 +30,11 @@ def scan_stack(
 
     Args:
       layer: one layer.
-      carry: what flows from layer to layer.
+      carry: the first layer's input; each layer passes its result on to the next.
       params: stacked parameters.
-      inputs: stacked further inputs of the layers.
-      config: a model's config; its `remat` says what the backward pass recomputes ("none" keeps all activations,
-        "full" recomputes them, "dots" keeps matrix products), its `scan_unroll` how many layers an iteration runs.
+      inputs: other inputs of the layers, stacked.
+      config: a model's config. `remat` sets what the backward pass recomputes: "none" keeps all activations, "full"
+        recomputes them, "dots" keeps matrix products. `scan_unroll` sets how many layers one iteration runs.
 
     Returns:
       The last carry and the stacked outputs.
@@ -60,8 +60,8 @@ def decode_stack(
 ) -> tuple[Float[Array, "B K Q D"], Any]:
     """Runs `layer(x, cache, index, layer_params, layer_inputs) -> (x, cache)` over the stack.
 
-    The cache of all layers goes from layer to layer, and each writes its new entries in place. As inputs and outputs of
-    the layers, all of it would be copied for every token.
+    The loop carries the cache of all layers, and each layer writes its new entries in place. With the cache as scanned
+    inputs and outputs, every token would copy all of it.
     """
 
     def body(carry: Any, layer_inputs: Any) -> tuple[Any, None]:
@@ -75,7 +75,7 @@ def decode_stack(
 
 
 def constrain_stream(x: Float[Array, "B *K T D"]) -> Float[Array, "B *K T D"]:
-    """Lays a residual stream out over the mesh: by batch, and by position where the rules split those."""
+    """Shards a residual stream over the mesh: by batch, and by position if the rules shard positions."""
     return constrain(x, "batch", *[None] * (x.ndim - 3), "length", "embed")
 
 

@@ -24,21 +24,22 @@ class T5Config:
     """Sizes and settings of a T5 v1.1 policy; parameter names follow T5X.
 
     Attributes:
-      architecture: always "t5"; tells the config of a policy from another's.
+      architecture: always "t5"; it identifies the class of a stored config.
       vocabulary_size: rows of the embedding.
-      width: of the residual stream.
+      width: width of the residual stream.
       encoder_layers: depth of the encoder.
       decoder_layers: depth of the decoder.
       heads: attention heads.
-      head_size: width of one head; need not divide `width`.
+      head_size: width of one head; it need not divide `width`.
       mlp_width: hidden width of the gated MLP.
-      relative_position_buckets: of the learned position bias, per head.
-      relative_position_max_distance: distances beyond share the last bucket.
-      tied_embeddings: whether the input embedding, over sqrt(width), is the output embedding too (v1.1: not).
+      relative_position_buckets: buckets of the learned position bias of each head.
+      relative_position_max_distance: greater distances share the last bucket.
+      tied_embeddings: whether the input embedding / sqrt(width) is also the output embedding (not in v1.1).
       attention: "xla"; the fused kernels have no gradient for the learned position bias.
-      dtype: of the computation; parameters, norms, softmax and losses are float32.
+      dtype: dtype of the computation; parameters, norms, softmax and losses are float32.
       remat: what the backward pass recomputes: "none", "dots" or "full".
-      scan_unroll: layers per iteration of the loop over layers; more compiles longer and runs faster on a CPU.
+      scan_unroll: layers in each iteration of the loop over layers; a larger value compiles longer and runs faster on
+        a CPU.
     """
 
     architecture: str = "t5"
@@ -59,7 +60,7 @@ class T5Config:
 
 
 class Attention(nn.Module):
-    """The four projections of a multi-head attention; the caller says what attends to what."""
+    """The four projections of multi-head attention; the caller gives the keys and the mask."""
 
     config: T5Config
 
@@ -75,7 +76,7 @@ class Attention(nn.Module):
         self.out = layers.projection(config.width, ("heads", "kv", "embed"), inputs=2, dtype=config.dtype)
 
     def keys_values(self, x: Float[Array, "*B S D"]) -> layers.KeysValues:
-        """What others attend to: [*B, H, S, C]."""
+        """The keys and values of x: [*B, H, S, C]."""
         return layers.heads_first(self.key(x), self.value(x))
 
     def __call__(self, x: Float[Array, "B K Q D"], segment: layers.Segment) -> Float[Array, "B K Q D"]:
@@ -84,7 +85,7 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention, then MLP, each behind a norm and added to the stream."""
+    """Self-attention, then MLP; each reads the normalised stream and adds to the stream."""
 
     config: T5Config
 
@@ -132,9 +133,9 @@ class DecoderLayer(nn.Module):
         layer: Any = None,
         step: Any = None,
     ) -> tuple[Float[Array, "B K Q D"], Any]:
-        """One layer over Q response positions, which attend to the prompt and to their own row so far.
+        """One layer over Q response positions; they attend to the prompt and to earlier positions of their row.
 
-        Where there is a cache, that row is in it; it is returned with the new keys and values written at `step`.
+        With a cache, the cache holds the row's earlier keys and values. The result has the new ones at `step`.
         """
         y = self.pre_self_attention_layer_norm(x)
         own = self.self_attention.keys_values(y)
@@ -152,7 +153,7 @@ class T5Policy:
     config: T5Config
 
     def __post_init__(self) -> None:
-        """Raises UserError where a size is not positive, position buckets cannot be made, or a setting is unknown."""
+        """Raises UserError if a size is not positive, the position buckets do not work, or a setting is unknown."""
         check_sizes(self.config)
         if self.config.attention != "xla":
             raise UserError(
@@ -211,7 +212,7 @@ class T5Policy:
         return Output(params["output_embedder"]["embedding"])
 
     def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B *S"]) -> Int[Array, "B *S"]:
-        """T5's decoder starts from id 0."""
+        """Zeros: T5's decoder starts from id 0."""
         return jnp.zeros_like(prompt_lengths)
 
     def hidden(
@@ -224,7 +225,7 @@ class T5Policy:
     ) -> Float[Array, "B K R D"]:
         """Final hidden states at every response position; the prompt is encoded once for its K responses.
 
-        Packed rows need other masks and nothing else: distances within a text are those within its row.
+        Packed rows differ only in the masks: within a text, distances in the row equal distances in the text.
         """
         positions = jnp.arange(inputs.shape[-1])
         bias: Any = self._relative_bias(False).apply({"params": params["decoder"]["relpos_bias"]}, positions, positions)
@@ -251,7 +252,7 @@ class T5Policy:
     def prefill(
         self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
     ) -> Any:
-        """The cache for sampling: every decoder layer's keys and values of the prompts, and room for the responses."""
+        """The cache for sampling: each decoder layer's keys and values of the prompts, and space for the responses."""
         config = self.config
         mask = layers.prefix_mask(prompt_lengths, prompts.shape[-1])
         encoded = self._encode(params, prompts, mask)
@@ -275,7 +276,7 @@ class T5Policy:
         positions = jnp.arange(cache["responses"][0].shape[-2])
         bias_params = {"params": params["decoder"]["relpos_bias"]}
         bias: Any = self._relative_bias(False).apply(bias_params, step[None], positions)
-        bias = constrain(bias, None, None, None)  # Once, rather than gathered in every layer.
+        bias = constrain(bias, None, None, None)  # Gathered once, not in every layer.
         mask = layers.causal_mask(step[None], positions)
         decoder = DecoderLayer(self.config)
 

@@ -61,7 +61,7 @@ class Overrides:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError where a size is out of its range."""
+        """Raises UserError if a size is out of its range."""
         checks.at_least(self, 1, "batch", "prompt_length", "response_length")
 
     def applied(self, job: JobConfig) -> JobConfig:

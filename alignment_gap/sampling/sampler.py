@@ -35,7 +35,7 @@ class SamplerConfig:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of its range."""
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}: it must be above 0; for greedy decoding use top_k=1")
         checks.at_least(self, 1, "top_k")

@@ -139,7 +139,7 @@ def _over_slices(slices: int, shape: tuple[int, int, int], devices: Sequence[Any
 
 
 def check_batch_size(name: str, size: int, parts: int, microbatches: int = 1) -> None:
-    """Raises UserError where a batch, called `name`, cannot be split over data * fsdp = `parts` in microbatches."""
+    """Raises UserError if a batch, called `name`, cannot be split over data * fsdp = `parts` in microbatches."""
     if size % (parts * microbatches):
         product = f" * microbatches = {parts * microbatches}" if microbatches > 1 else f" = {parts}"
         raise UserError(f"{name} is {size}: it must be a multiple of data * fsdp{product}, its parts on this mesh")

@@ -66,7 +66,7 @@ class KeepConfig:
     metric: str = "loss"
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range, or two do not go together."""
+        """Raises UserError if a setting is out of its range, or two do not go together."""
         checks.at_least(self, 1, "last", "every", "best")
         checks.one_of(self, _SIGNS, "metric")
         for name in ("every", "best"):

@@ -31,7 +31,7 @@ class GuardConfig:
     spike: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of its range."""
         checks.at_least(self, 1, "stop_after")
         checks.above(self, 1, "spike")
 
@@ -77,7 +77,7 @@ def guard(
 
 
 def check_progress(config: GuardConfig, in_a_row: int, step: int, loss: float, gradient_norm: float) -> None:
-    """Raises UserError where too many updates in a row were skipped up to `step`."""
+    """Raises UserError if too many updates in a row were skipped up to `step`."""
     if in_a_row < config.stop_after:
         return
     met = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {gradient_norm:.3g}"

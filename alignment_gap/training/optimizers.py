@@ -57,7 +57,7 @@ class OptimizerConfig:
     moment_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is unknown or out of its range."""
+        """Raises UserError if a setting is unknown or out of its range."""
         checks.one_of(self, NAMES, "name")
         checks.one_of(self, SCHEDULES, "schedule")
         checks.one_of(self, DECAYED, "decayed")

@@ -9,7 +9,7 @@ from alignment_gap.errors import UserError
 
 
 def check_tensorboard() -> None:
-    """Raises UserError where what writes for TensorBoard is not installed."""
+    """Raises UserError if what writes for TensorBoard is not installed."""
     try:
         import clu.metric_writers  # noqa: F401
         import tensorflow  # noqa: F401

@@ -216,7 +216,7 @@ def _damage(file: Path) -> str:
 
 
 def _check_copy(folder: Path, tensors: Mapping[str, Tensor], name: str, original: str) -> None:
-    """Raises UserError where a tensor that the model ties to another is not the same."""
+    """Raises UserError if a tensor that the model ties to another is not the same."""
 
     def digest(tensor: Tensor) -> bytes:
         return hashlib.sha256(tensor.read(None).view(np.uint8).data).digest()
