@@ -1,4 +1,4 @@
-"""The on-policy source: fresh samples of a policy, scored, as batches for the update step that offline batches feed."""
+"""The online source: fresh samples of a policy, scored, as batches for the same update step as offline batches."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from alignment_gap.sharding import LogicalMesh, batch_sharding, within
 Scores = Callable[[Array, Array, Array, Array], Float[Array, "B K"]]
 # (state, the prompts of a step) -> samples.
 Draw = Callable[[Any, PreferenceBatch], Samples]
-# Of a judge that other machines compute: begins to ask for the scores of responses, and gives what waits for them.
+# For a judge on other machines: begins to ask for the scores of responses, and returns a function that waits for them.
 Begin = Callable[..., Callable[[], Float[Array, "B K"]]]
-# (state, the prompts of a step, the samples) -> scores [B, K], or what waits for them.
+# (state, the prompts of a step, the samples) -> scores [B, K], or a function that waits for them.
 Score = Callable[[Any, PreferenceBatch, Samples], Float[Array, "B K"] | Callable[[], Float[Array, "B K"]]]
 
-# What is made of the K samples of a prompt: all of them, the two of highest and lowest score, or the best alone.
+# Which of a prompt's K samples a batch keeps: all, the two with the highest and the lowest score, or only the best.
 KEEP = ("all", "best_and_worst", "best")
 
 
@@ -42,7 +42,8 @@ def make_generate(
 ) -> Callable[..., Samples]:
     """A jitted `(params, run_key, step, prompt_ids, prompts, prompt_lengths) -> Samples`, sharded over the batch.
 
-    With a mixture it takes the reference's parameters after these, and draws from the mixture of both; see `Mixture`.
+    With a mixture, its last argument is the reference's parameters, and it draws from the mixture of both policies;
+    see `Mixture`.
     """
 
     def generate(
@@ -77,20 +78,21 @@ def online_source(
     mesh: LogicalMesh,
     ahead: Callable[[int], bool] = lambda step: False,
 ) -> Callable[[int, Any], PreferenceBatch]:
-    """Batches of fresh samples: a source for the same update step that offline batches feed.
+    """A source whose batches are fresh samples, for the same update step as offline batches.
 
     Args:
-      prompts: the prompts of a step, in the form of a batch; its responses and scores are ignored.
-      draw: K samples for each prompt.
-      score: of the samples; None scores all of them 0.5. Where it gives what waits for the scores, a prompt whose
-        scores are nan is left out: another prompt of the batch, with its samples and scores, takes its place.
+      prompts: gives the prompts of a step, in the form of a batch; its responses and scores are ignored.
+      draw: draws K samples for each prompt.
+      score: scores the samples; None scores all of them 0.5. It may return a function that waits for the scores. Then
+        a prompt whose scores are nan is left out: another prompt of the batch takes its place, with its samples and
+        scores.
       keep: one of `KEEP`.
       mesh: the device mesh.
-      ahead: whether the next step's samples are drawn before the scores of this one are waited for. They have to be the
-        samples that `draw` would give then.
+      ahead: whether, at this step, the source draws the next step's samples before it waits for this step's scores.
+        Only valid if `draw` would give the same samples after this step's update.
 
     Returns:
-      `(step, state) -> batch`, with the log-probs of the distribution that the tokens were drawn from.
+      `(step, state) -> batch`. The batch holds the tokens' log-probs under the distribution that they were drawn from.
     """
     select, fill = _make_select(keep, mesh), _make_fill(mesh)
     begun: dict[int, tuple[PreferenceBatch, Samples, Any]] = {}
@@ -115,7 +117,7 @@ def online_source(
 
 
 def against_each_other(scores: Scores | Begin) -> Score:
-    """Scores the samples of a prompt among themselves."""
+    """Scores the samples of a prompt against each other."""
 
     def score(state: Any, batch: PreferenceBatch, drawn: Samples) -> Any:
         return scores(batch.prompts, batch.prompt_lengths, drawn.responses, drawn.lengths)
@@ -124,7 +126,7 @@ def against_each_other(scores: Scores | Begin) -> Score:
 
 
 def against_opponent(scores: Scores | Begin, opponent: Draw, mesh: LogicalMesh) -> Score:
-    """Scores every sample by the preference for it over one sample of an opponent, as Nash-MD does (2312.00886)."""
+    """Scores every sample by its preference over one sample of an opponent, as Nash-MD does (2312.00886)."""
     pair = _make_pair(mesh)
 
     def score(state: Any, batch: PreferenceBatch, drawn: Samples) -> Any:
@@ -140,7 +142,7 @@ def against_opponent(scores: Scores | Begin, opponent: Draw, mesh: LogicalMesh) 
 
 @functools.cache
 def _make_pair(mesh: LogicalMesh) -> Callable[[Samples, Samples, int], tuple[Array, Array]]:
-    """The responses [B, 2, R] and lengths [B, 2] of sample `index` beside the opponent's."""
+    """A jitted function that pairs sample `index` with the opponent's: responses [B, 2, R] and lengths [B, 2]."""
 
     def pair(drawn: Samples, other: Samples, index: int) -> tuple[Array, Array]:
         sides = (drawn.responses[:, index], other.responses[:, 0]), (drawn.lengths[:, index], other.lengths[:, 0])
@@ -161,11 +163,11 @@ def _following(step: Int[Array, ""]) -> Int[Array, ""]:
 
 @functools.cache
 def _make_fill(mesh: LogicalMesh) -> Callable[[Any, Array], Any]:
-    """A jitted `(tree, scores) -> tree`: a row without scores becomes a copy of one that has some, if there is one."""
+    """A jitted `(tree, scores) -> tree`: a row without scores becomes a copy of a row with scores, if there is one."""
 
     def fill(tree: Any, scores: Float[Array, "B K"]) -> Any:
         answered, place = ~jnp.isnan(scores).any(axis=1), jnp.arange(len(scores))
-        first = jnp.argsort(~answered, stable=True)  # The rows that have scores, then the others.
+        first = jnp.argsort(~answered, stable=True)  # First the rows with scores, then the others.
         other = first[place % jnp.maximum(answered.sum(), 1)]
         index = jnp.where(answered, place, other)
         return jax.tree.map(lambda array: array[index], tree)
@@ -175,7 +177,7 @@ def _make_fill(mesh: LogicalMesh) -> Callable[[Any, Array], Any]:
 
 @functools.cache
 def _make_select(keep: str, mesh: LogicalMesh) -> Callable[..., tuple[Array, Array, Array, Array]]:
-    """A jitted `(samples, scores) -> responses, lengths, scores, log-probs` of those that are kept."""
+    """A jitted `(samples, scores) -> responses, lengths, scores, log-probs` of the samples to keep."""
 
     def select(drawn: Samples, scores: Float[Array, "B K"] | None) -> tuple[Array, Array, Array, Array]:
         if scores is None:
@@ -184,7 +186,7 @@ def _make_select(keep: str, mesh: LogicalMesh) -> Callable[..., tuple[Array, Arr
         if keep == "all":
             return kept
         best, last = jnp.argmax(scores, axis=1), scores.shape[1] - 1
-        # Of equal scores the first is the best and the last the worst, so that they are two responses.
+        # If scores are equal, the first counts as the best and the last as the worst, so that the two differ.
         chosen = [best] if keep == "best" else [best, last - jnp.argmin(scores[:, ::-1], axis=1)]
         index = jnp.stack(chosen, axis=1)
         responses, lengths, scores, log_probs = (

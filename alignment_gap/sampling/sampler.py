@@ -1,4 +1,4 @@
-"""Ancestral sampling from a policy with a cache, K responses a prompt that share the prompt's computation."""
+"""Ancestral sampling from a policy with a cache; the K responses to a prompt share the prompt's computation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, abstract_parameters, compute_params, merged
 from alignment_gap.sharding import constrain, constrain_like, decoding
 
-# Tokens of a block in `draw`: about the square root of a vocabulary's size.
+# Tokens in a block of `draw`: about the square root of a vocabulary's size.
 _BLOCK = 128
 
 
@@ -25,9 +25,10 @@ class SamplerConfig:
     """How responses are drawn.
 
     Attributes:
-      temperature: divides the logits; 1 is the policy itself.
-      top_k: only the k likeliest tokens; None means all.
-      top_p: only the smallest set of likeliest tokens whose probability reaches this; None means all.
+      temperature: divisor of the logits; 1 samples from the policy itself.
+      top_k: draws only from the k most likely tokens; None allows all.
+      top_p: draws only from the smallest set of most likely tokens whose total probability reaches this; None allows
+        all.
     """
 
     temperature: float = 1.0
@@ -35,7 +36,7 @@ class SamplerConfig:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError if a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}: it must be above 0; for greedy decoding use top_k=1")
         checks.at_least(self, 1, "top_k")
@@ -44,12 +45,12 @@ class SamplerConfig:
 
 
 class Mixture(NamedTuple):
-    """A second set of parameters that the policy is mixed with, token by token: pi^(1 - weight) ref^weight.
+    """A reference to mix with the policy, token by token: pi^(1 - weight) ref^weight.
 
-    The distribution that Nash-MD and IPO-MD sample from; see `losses.geometric_mixture` (2312.00886, 2403.08635).
+    Nash-MD and IPO-MD sample from this distribution; see `losses.geometric_mixture` (2312.00886, 2403.08635).
 
     Attributes:
-      params: of the reference, a policy of the same config.
+      params: parameters of the reference, which has the policy's config.
       weight: from 0 (the policy) to 1 (the reference).
     """
 
@@ -62,9 +63,10 @@ class Samples(NamedTuple):
 
     Attributes:
       responses: token ids, 0 after the end.
-      lengths: tokens, EOS included; R where none was drawn.
-      log_probs: under the policy itself, in nats; what a scorer gives for these tokens; 0 after the end.
-      sampler_log_probs: under the distribution drawn from, after mixture, temperature, top-k and top-p.
+      lengths: number of tokens, including the EOS; R if no EOS was drawn.
+      log_probs: log-probs under the policy itself, in nats, as `models.score` gives them; 0 after the end.
+      sampler_log_probs: log-probs under the distribution that the tokens were drawn from, after mixture, temperature,
+        top-k and top-p.
     """
 
     responses: Int[Array, "B K R"]
@@ -74,9 +76,9 @@ class Samples(NamedTuple):
 
 
 def sample_keys(run_key: Key[Array, ""], step: Int[Array, ""], prompt_ids: Int[Array, "B"], samples: int) -> Any:
-    """One random key per prompt and sample [B, K], a function of run, step and prompt id only.
+    """One random key for each prompt and sample [B, K]; the keys depend only on run, step and prompt id.
 
-    So any batch can be drawn again, and neither the order of the prompts nor the mesh changes it.
+    So any batch can be drawn again. Neither the order of the prompts nor the mesh changes the samples.
     """
     step_key = jax.random.fold_in(run_key, step)
     prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, prompt_ids)
@@ -97,11 +99,11 @@ def sample(
 ) -> Samples:
     """Draws K responses of at most `max_length` tokens for each prompt, each ending with its EOS.
 
-    A response's token t is drawn with its key folded with t; decoding stops when all rows have ended. With a mixture
-    each token comes from the mixture of both networks' distributions, each with a cache of its own.
+    Token t is drawn with the response's key folded with t. Decoding stops when all rows have ended. With a mixture,
+    each token comes from the mixture of both networks' distributions; each network has its own cache.
     """
     batch, samples = keys.shape
-    # Adapters are added to their kernels once a call: two more products in every projection would slow each token down.
+    # Adapters are merged once per call: two more products in every projection would slow down each token.
     networks = [compute_params(policy, merged(each)) for each in (params, *([mixture.params] if mixture else []))]
     caches = [policy.prefill(each, prompts, prompt_lengths, samples, max_length) for each in networks]
     start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None], (batch, samples))
@@ -124,9 +126,9 @@ def _decode(
     max_length: int,
     eos_id: int,
 ) -> Samples:
-    """The loop over tokens, from caches that hold the prompts and from each row's first input.
+    """The loop over tokens. It starts from caches that hold the prompts, and from each row's first input.
 
-    `draw_from` turns the networks' logits into those that tokens are drawn from; the first network is the policy.
+    `draw_from` maps the networks' logits to the logits that tokens are drawn from; the first network is the policy.
     """
     outputs = [policy.output(params) for params in networks]
     empty = jnp.zeros((*start.shape, max_length))
@@ -162,7 +164,7 @@ def _decode(
 
 
 def _laid_out(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
-    """Logits on devices that each draw for rows of their own: in three moves, of which each is one collective."""
+    """Moves the logits so that each device draws for its own rows: in three steps, each a single collective."""
     for names in (("batch", None, "vocab"), ("cache_batch", None, "vocab"), ("cache_batch", None, None)):
         logits = constrain(logits, *names)
     return logits
@@ -171,16 +173,17 @@ def _laid_out(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
 def _distribution(
     logits: list[Float[Array, "B K V"]], *, config: SamplerConfig, weight: float | None
 ) -> Float[Array, "B K V"]:
-    """The logits of what tokens are drawn from: the policy's, or of its mixture with the reference, restricted."""
+    """The logits that tokens are drawn from: the policy's or the mixture's, restricted by the sampler's config."""
     mixed = logits[0] if weight is None else losses.geometric_mixture(*logits, mixture=weight)
     return restrict(mixed, config)
 
 
 def draw(key: Key[Array, ""], logits: Float[Array, "V"]) -> Int[Array, ""]:
-    """A token of softmax(logits), by inverting the distribution function: first a block of tokens, then one in it.
+    """Draws a token from softmax(logits) by the inverse distribution function: first a block, then a token in it.
 
-    Two random numbers instead of one for each token (Gumbel): random bits for a whole vocabulary cost more than a small
-    model's step. Two, not one, so that a block of rare tokens has all 24 bits of the second to itself.
+    This takes two random numbers. The Gumbel trick takes one for each token of the vocabulary, and those random bits
+    cost more than a small model's step. Two numbers rather than one give a block of rare tokens all 24 bits of the
+    second number.
     """
     block_key, token_key = jax.random.split(key)
     weights = jnp.exp(logits - jnp.max(logits))
@@ -190,13 +193,13 @@ def draw(key: Key[Array, ""], logits: Float[Array, "V"]) -> Int[Array, ""]:
 
 
 def _invert(key: Key[Array, ""], weights: Float[Array, "N"]) -> Int[Array, ""]:
-    """An index drawn in proportion to its weight; never one of weight 0, whatever the rounding of the sums."""
+    """Draws an index in proportion to its weight; never an index of weight 0, however the sums are rounded."""
     cumulative = jnp.where(weights > 0, jnp.cumsum(weights), 0.0)
     return jnp.argmax(cumulative > jax.random.uniform(key) * jnp.max(cumulative))
 
 
 def restrict(logits: Float[Array, "*B V"], config: SamplerConfig) -> Float[Array, "*B V"]:
-    """Logits after temperature, with all tokens outside of top-k and then top-p at minus infinity."""
+    """The logits after temperature, then top-k, then top-p; excluded tokens get minus infinity."""
     logits = logits / config.temperature
     if config.top_k is not None:
         kth = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))[0][..., -1:]
@@ -204,7 +207,7 @@ def restrict(logits: Float[Array, "*B V"], config: SamplerConfig) -> Float[Array
     if config.top_p is not None:
         descending = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(descending, axis=-1)
-        # A token stays while the probability before it is below top_p, so that at least one always does.
+        # A token stays if the tokens before it have a total probability below top_p, so at least one token stays.
         kept = jnp.cumsum(probabilities, axis=-1) - probabilities < config.top_p
         threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= threshold, logits, -jnp.inf)
