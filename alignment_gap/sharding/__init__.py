@@ -1,4 +1,4 @@
-"""The device mesh and the rules that lay parameters, activations and batches out over it."""
+"""The device mesh, and the rules that shard parameters, activations and batches over it."""
 
 from alignment_gap.sharding.layout import (
     batch_sharding,

@@ -1,10 +1,10 @@
-"""What accelerators have: memory, arithmetic, bandwidths; and topologies by name.
+"""A table of accelerators (memory, FLOP/s, bandwidths), and topologies by name.
 
-`plan` computes with this table, and a training job's model FLOPs utilisation is measured against it.
+`plan` computes with this table. A training job uses it for its model FLOPs utilisation (MFU).
 
-Figures are those of the vendor's public pages, per device as XLA sees it (of TPU7x two a chip):
-https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. A page's bidirectional interconnect bandwidth is that
-of all links of a chip, both directions; a link's one-way bandwidth is that over two, over the number of links.
+The figures come from the vendor's public pages, and are per device as XLA sees it (a TPU7x chip has two devices):
+https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. The pages give the bidirectional interconnect
+bandwidth of all links of a chip together. Half of it, divided by the number of links, is one link's one-way bandwidth.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Chip:
     """One device.
 
     Attributes:
-      hbm: bytes that a program can have; where known what the compiler grants, which is a little under the nominal.
-      flops: dense bfloat16 products, FLOP/s.
+      hbm: bytes that a program can use. If known, this is the compiler's limit, a little below the nominal size.
+      flops: FLOP/s of dense bfloat16 products.
       hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s one way of one interconnect link.
-      dimensions: of the torus; 0 where there is none. Two links for each.
-      wraps: a torus axis whose size is a multiple of this closes to a ring.
-      dcn_bandwidth: bytes/s one way of a device's share of the data-centre network between slices.
+      link_bandwidth: bytes/s of one interconnect link, one way.
+      dimensions: dimensions of the torus, with two links each; 0 without a torus.
+      wraps: a torus axis closes to a ring if its size is a multiple of this.
+      dcn_bandwidth: bytes/s of a device's share of the data-centre network between slices, one way.
       shape: an example of a topology.
-      devices: as XLA counts them in a chip.
+      devices: number of devices in a chip, as XLA counts them.
     """
 
     hbm: float
@@ -49,23 +49,23 @@ class Chip:
 
 
 CHIPS: dict[str, Chip] = {
-    # 32 GiB, 275 TFLOP/s, 1200 GB/s, 6 links of 50 GB/s; multiples of 4 close. DCN 50 Gbit/s a chip.
+    # 32 GiB, 275 TFLOP/s, 1200 GB/s, 6 links of 50 GB/s; multiples of 4 close to a ring. DCN 50 Gbit/s per chip.
     "v4": Chip(30.75 * GIB, 275 * TERA, 1200 * GIGA, 50 * GIGA, 3, 4, 6.25 * GIGA, "4x4x4"),
-    # 16 GB, 197 TFLOP/s, 819 GB/s, 400 GB/s over 4 links both ways; only 16 closes. DCN 6.4 Tbit/s for 256.
+    # 16 GB, 197 TFLOP/s, 819 GB/s, 400 GB/s over 4 links both ways; only 16 closes to a ring. DCN 6.4 Tbit/s per 256.
     "v5e": Chip(15.75 * GIB, 197 * TERA, 819 * GIGA, 50 * GIGA, 2, 16, 3.125 * GIGA, "16x16"),
-    # 95 GiB, 459 TFLOP/s, 2765 GB/s, 1200 GB/s over 6 links both ways. DCN 50 Gbit/s a chip.
+    # 95 GiB, 459 TFLOP/s, 2765 GB/s, 1200 GB/s over 6 links both ways. DCN 50 Gbit/s per chip.
     "v5p": Chip(95 * GIB, 459 * TERA, 2765 * GIGA, 100 * GIGA, 3, 4, 6.25 * GIGA, "4x4x4"),
-    # 32 GB, 918 TFLOP/s, 1640 GB/s, 800 GB/s over 4 links both ways. DCN 25.6 Tbit/s a pod of 256.
+    # 32 GB, 918 TFLOP/s, 1640 GB/s, 800 GB/s over 4 links both ways. DCN 25.6 Tbit/s per pod of 256.
     "v6e": Chip(31.25 * GIB, 918 * TERA, 1640 * GIGA, 100 * GIGA, 2, 16, 12.5 * GIGA, "16x16"),
-    # 192 GiB, 2307 TFLOP/s, 7380 GB/s, 1200 GB/s over 6 links both ways, DCN 100 Gbit/s: all shared by two devices.
+    # 192 GiB, 2307 TFLOP/s, 7380 GB/s, 1200 GB/s over 6 links both ways, DCN 100 Gbit/s; two devices share all of it.
     "tpu7x": Chip(94.75 * GIB, 1153.5 * TERA, 3690 * GIGA, 50 * GIGA, 3, 4, 6.25 * GIGA, "4x4x4", devices=2),
-    # Not to be rented: a laptop's devices, to try a plan. One core of a desktop and its part of the memory.
+    # To try a plan on a laptop: one core of a desktop computer, and its part of the memory.
     "cpu": Chip(4 * GIB, 0.1 * TERA, 10 * GIGA, 10 * GIGA, 0, 1, 1 * GIGA, "8"),
     # H100 SXM: 80 GB, 989 TFLOP/s, 3350 GB/s, NVLink 450 GB/s one way. https://www.nvidia.com/en-us/data-center/h100
     "cuda": Chip(74 * GIB, 989 * TERA, 3350 * GIGA, 450 * GIGA, 0, 1, 50 * GIGA, "8"),
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.dimensions)
-# What jax calls these devices. A CPU's figures are those of no real one, so that it is not among them.
+# jax's names of these devices. The figures of "cpu" describe no real CPU, so it is not listed here.
 DEVICE_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -80,13 +80,13 @@ DEVICE_KINDS = {
 
 
 def peak_flops(devices: Iterable[Any]) -> float | None:
-    """Dense bfloat16 products of all these devices of jax together, FLOP/s; None where the table lacks one of them."""
+    """Total FLOP/s of these jax devices, for dense bfloat16 products; None if the table lacks one of them."""
     kinds = [DEVICE_KINDS.get(device.device_kind) for device in devices]
     return None if None in kinds else math.fsum(CHIPS[kind].flops for kind in kinds if kind)
 
 
 def device_lines(devices: Iterable[Any]) -> list[str]:
-    """A line for each kind of jax's devices: how many, the memory of one in GiB where it is known, the table's name."""
+    """A line for each kind of jax device: the number, the memory of each in GiB if known, and the name in the table."""
     found: dict[str, list[Any]] = {}
     for device in devices:
         found.setdefault(device.device_kind, []).append(device)
@@ -106,8 +106,8 @@ class Topology:
 
     Attributes:
       kind: a name in CHIPS.
-      shape: of the torus of one slice, or the number of devices.
-      slices: joined by the data-centre network.
+      shape: shape of one slice's torus, or the number of devices.
+      slices: number of slices, which the data-centre network joins.
     """
 
     kind: str
@@ -116,22 +116,22 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
-        """What one of its devices has."""
+        """The kind of each device."""
         return CHIPS[self.kind]
 
     @property
     def devices(self) -> int:
-        """How many, in all slices."""
+        """Number of devices in all slices."""
         return math.prod(self.shape) * self.slices * self.chip.devices
 
     @property
     def name(self) -> str:
-        """Of one slice, as the compiler takes it."""
+        """The compiler's name of one slice."""
         return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """ "v5e:16x16", "v5p:4x4x8", "cpu:8"; raises UserError with the nearest name for what is none."""
+    """Parses "v5e:16x16", "v5p:4x4x8" or "cpu:8"; for an unknown name, raises UserError with the nearest one."""
     kind, _, sizes = text.partition(":")
     if cores := re.fullmatch(r"(v4|v5p)-(\d+)", text):
         chips = int(cores[2]) // 2

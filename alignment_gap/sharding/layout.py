@@ -1,4 +1,4 @@
-"""Where arrays lie: shardings of parameters, optimizer states and batches, and constraints inside of functions."""
+"""Shardings of parameters, optimizer states and batches, and sharding constraints inside functions."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from alignment_gap.sharding.rules import DECODING, Rules
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Not flax's own context: under it flax constrains parameters by the names of the stack that they are a part of.
+# Not flax's own context: with it, flax would constrain each layer's parameters by the axis names of the whole stack.
 _RULES: contextvars.ContextVar[Rules] = contextvars.ContextVar("logical axis rules", default=())
 
 
 def partition_spec(
     names: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int], rules: Rules
 ) -> PartitionSpec:
-    """The mesh axes of an array's axes: by the first rule of each name whose mesh axes are free and divide its size.
+    """The mesh axes that split an array: each axis takes the first rule whose mesh axes are free and divide its size.
 
     Args:
-      names: logical axis names; None is never split.
-      shape: the array's.
-      sizes: of the mesh axes.
-      rules: in order of precedence.
+      names: logical names of the array's axes; an axis named None is never split.
+      shape: shape of the array.
+      sizes: sizes of the mesh axes.
+      rules: rules in order of precedence.
     """
     spec: list[Any] = [None] * len(shape)
     open_axes, taken = {i for i, name in enumerate(names) if name}, set[str]()
@@ -49,7 +49,7 @@ def partition_spec(
 
 
 def within(mesh: LogicalMesh, function: Function) -> Function:
-    """The function, for `jax.jit`, with this mesh and its rules in force where it calls `constrain`."""
+    """The function, for `jax.jit`; `constrain` inside it uses this mesh and its rules."""
 
     @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
@@ -60,10 +60,10 @@ def within(mesh: LogicalMesh, function: Function) -> Function:
 
 
 def decoding() -> contextlib.AbstractContextManager[None]:
-    """In a function that runs `within` a mesh, the mesh and the rules of a loop over tokens; elsewhere nothing.
+    """A context with the mesh and the rules for a loop over tokens; has no effect outside a function `within` a mesh.
 
-    The devices stay in their order, so that what has one layout by both moves nowhere. JAX wants the arrays of random
-    functions to be of one mesh: those made before are to be laid out by `constrain` first.
+    Both meshes have the same order of devices, so arrays that both rules lay out alike are not moved. JAX needs all
+    arrays of a random function on the same mesh, so call `constrain` in this context on arrays made before it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not _RULES.get():
@@ -74,10 +74,10 @@ def decoding() -> contextlib.AbstractContextManager[None]:
 
 
 def decoding_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Sizes of the mesh axes in `decoding`: fsdp split in two, with the fewest columns of which * model >= the rest.
+    """Sizes of the mesh axes in `decoding`: fsdp loses a factor, the fewest columns with columns * model >= fsdp.
 
-    A weight's rows are split over fsdp and its columns over columns * model. Of what moves for a token one part is
-    divided by the one and a part some times as large by the other (2211.05102).
+    fsdp splits a weight's rows, and columns * model its columns. The data moved for each token has two parts: fsdp
+    divides one, columns * model the other, which is several times larger (2211.05102).
     """
     fsdp, model = sizes["fsdp"], sizes["model"]
     columns = next(n for n in range(1, fsdp + 1) if fsdp % n == 0 and n * n * model >= fsdp)
@@ -95,18 +95,18 @@ def _in_force(mesh: AbstractMesh, rules: Rules) -> Iterator[None]:
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Lays out an array inside of a function that runs `within` a mesh; elsewhere returns it as it is.
+    """Shards an array in a function that runs `within` a mesh; elsewhere returns it unchanged.
 
     Args:
       x: an array.
-      names: the logical names of its axes; None is whole on every device.
+      names: the logical names of its axes; an axis named None is not split.
     """
     spec = spec_within(x.shape, *names)
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
 def spec_within(shape: Sequence[int], *names: str | None) -> PartitionSpec | None:
-    """The mesh axes of an array inside of a function that runs `within` a mesh; None elsewhere."""
+    """The mesh axes that split an array in a function that runs `within` a mesh; None elsewhere."""
     mesh, rules = jax.sharding.get_abstract_mesh(), _RULES.get()
     if mesh.empty or not rules:
         return None
@@ -120,15 +120,15 @@ def _is_box(leaf: Any) -> bool:
 
 
 def constrain_like(boxed: Any, tree: Any) -> Any:
-    """Lays out a tree of arrays, as `constrain` does, by the names that (abstract) boxed parameters carry."""
+    """Shards a tree of arrays, as `constrain` does, by the axis names of (abstract) boxed parameters."""
     return jax.tree.map(lambda box, x: constrain(x, *box.names), boxed, tree, is_leaf=_is_box)
 
 
 def shardings_of(tree: Any, mesh: LogicalMesh) -> Any:
     """The sharding of every leaf of a tree of (abstract) boxed parameters or optimizer state.
 
-    An axis that its mesh axis does not divide is left whole, and so is a leaf whose rank is not its parameter's
-    (Adafactor's factored moments), so that any size runs on any mesh.
+    If a mesh axis does not divide an axis, that axis stays whole. A leaf whose rank differs from its parameter's stays
+    whole too (Adafactor's factored moments). So any size runs on any mesh.
     """
 
     def sharding(leaf: Any) -> NamedSharding:
@@ -140,20 +140,20 @@ def shardings_of(tree: Any, mesh: LogicalMesh) -> Any:
 
 
 def of_axes(function: Callable[[tuple[str | None, ...]], Any], boxed: Any) -> Any:
-    """The tree of what a function makes of the names of the axes of each of (abstract) boxed parameters."""
+    """The tree of a function's results for the axis names of each of the (abstract) boxed parameters."""
     return jax.tree.map(lambda box: function(box.names), boxed, is_leaf=_is_box)
 
 
 def unbox(tree: Any) -> Any:
-    """The tree with plain arrays in place of arrays that carry logical axis names."""
+    """The tree with plain arrays, without the boxes that hold logical axis names."""
     return jax.tree.map(lambda leaf: leaf.value if _is_box(leaf) else leaf, tree, is_leaf=_is_box)
 
 
 def batch_sharding(mesh: LogicalMesh) -> NamedSharding:
-    """The first axis over data and fsdp, for batches."""
+    """The sharding of batches: the first axis is split over data and fsdp."""
     return NamedSharding(mesh.devices, PartitionSpec(("data", "fsdp")))
 
 
 def replicated(mesh: LogicalMesh) -> NamedSharding:
-    """The same on every device."""
+    """The sharding of arrays that every device holds whole."""
     return NamedSharding(mesh.devices, PartitionSpec())

@@ -1,4 +1,4 @@
-"""A named device mesh, with the rules of its layout, from a config."""
+"""A named device mesh with the rules of its layout, made from a config."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from alignment_gap.sharding.rules import AXES, LAYOUTS, Rules
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """A layout by name and the sizes of its mesh axes.
+    """A layout by name, and the sizes of its mesh axes.
 
     Attributes:
-      data: copies of the model, each with its own part of the batch; -1 for all devices that are left, here or for one
-        of the other sizes; None for what the layout says.
-      fsdp: parts into which parameters are split along their width; the batch is split over data and fsdp.
-      model: parts into which heads, MLP and vocabulary are split (tensor parallel).
-      layout: "data", "fsdp", "tensor", "fsdp_tensor" or "sequence": the table of rules, and the sizes that are None.
-      slices: TPU slices joined by the data-centre network; they divide `data`, the one axis that reaches over it.
-      rules: the mesh axis, axes or None over which a logical axis is laid, by its name; they precede the layout's own.
+      data: number of model copies, each with its own part of the batch. For each of the three sizes, -1 uses all
+        remaining devices (one size only), and None uses the layout's default.
+      fsdp: number of parts into which parameters are split along their width; data and fsdp split the batch.
+      model: number of parts into which heads, MLP and vocabulary are split (tensor parallel).
+      layout: "data", "fsdp", "tensor", "fsdp_tensor" or "sequence"; gives the rules, and the sizes that are None.
+      slices: number of TPU slices, joined by the data-centre network. It must divide `data`, the only axis that crosses
+        this network.
+      rules: extra rules: the name of a logical axis, and the mesh axis or axes that split it, or None. They go before
+        the layout's rules.
     """
 
     data: int | None = None
@@ -38,7 +40,7 @@ class MeshConfig:
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def shape(self, devices: int) -> tuple[int, int, int]:
-        """The three sizes for this many devices; raises UserError where they do not fit."""
+        """The three sizes for this many devices; raises UserError if they do not fit."""
         self._check()
         given = (self.data, self.fsdp, self.model)
         default = dict(zip(AXES, LAYOUTS[self.layout].sizes, strict=True))
@@ -58,12 +60,12 @@ class MeshConfig:
         data, fsdp, model = (devices // known if size == -1 else size for size in sizes.values())
         if data % self.slices:
             raise UserError(
-                f"mesh data={data} is not a multiple of slices={self.slices}: each slice has its part of it"
+                f"mesh data={data} is not a multiple of slices={self.slices}: each slice holds an equal part of data"
             )
         return data, fsdp, model
 
     def all_rules(self) -> Rules:
-        """The config's own rules, then those of its layout; raises UserError for an axis that no mesh has."""
+        """The config's own rules, then the layout's rules; raises UserError for an unknown mesh axis."""
         self._check()
         for name, axes in self.rules.items():
             unknown = set((axes,) if isinstance(axes, str) else axes or ()) - set(AXES)
@@ -92,7 +94,7 @@ class LogicalMesh:
 
     Attributes:
       devices: the mesh, with the axes data, fsdp and model.
-      rules: from logical axis names to mesh axes; see `alignment_gap.sharding.rules`.
+      rules: maps logical axis names to mesh axes; see `alignment_gap.sharding.rules`.
     """
 
     devices: Mesh
@@ -105,15 +107,15 @@ class LogicalMesh:
 
     @property
     def batch_parts(self) -> int:
-        """Parts that a batch is split into; they divide its size."""
+        """Number of parts that a batch is split into; it must divide the batch size."""
         return self.shape["data"] * self.shape["fsdp"]
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> LogicalMesh:
-    """A mesh over all devices, or over these, with the axes data, fsdp and model.
+    """A mesh over the given devices, or all devices, with the axes data, fsdp and model.
 
     Raises:
-      UserError: where the sizes do not fit the devices, or these are not of so many slices.
+      UserError: the sizes do not fit the devices, or the devices belong to another number of slices.
     """
     devices = jax.devices() if devices is None else devices
     shape, rules = config.shape(len(devices)), config.all_rules()
@@ -124,9 +126,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Logic
 
 
 def _over_slices(slices: int, shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
-    """Devices in mesh order: the slices along the data axis, so that no other axis reaches over their network.
+    """Devices in mesh order: the slices lie along the data axis, so that no other axis crosses their network.
 
-    Devices that are of no slice, such as CPUs, count as one slice for each process.
+    Devices without slices, such as CPUs, count as one slice for each process.
     """
     of_slices = len({getattr(device, "slice_index", None) for device in devices}) > 1
     found = len({device.slice_index if of_slices else device.process_index for device in devices})
@@ -139,7 +141,7 @@ def _over_slices(slices: int, shape: tuple[int, int, int], devices: Sequence[Any
 
 
 def check_batch_size(name: str, size: int, parts: int, microbatches: int = 1) -> None:
-    """Raises UserError if a batch, called `name`, cannot be split over data * fsdp = `parts` in microbatches."""
+    """Raises UserError if data * fsdp = `parts`, times the microbatches, does not divide the batch size `name`."""
     if size % (parts * microbatches):
         product = f" * microbatches = {parts * microbatches}" if microbatches > 1 else f" = {parts}"
         raise UserError(f"{name} is {size}: it must be a multiple of data * fsdp{product}, its parts on this mesh")

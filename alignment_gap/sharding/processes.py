@@ -1,4 +1,4 @@
-"""Several processes that train as one: which rows of a batch each holds, and what only the first one does."""
+"""Several processes that train as one: which rows of a batch each holds, and how they agree, write and fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # The key-value store that jax's own processes meet in has no public name.
+from jax._src import distributed  # The key-value store that jax's processes share has no public name.
 from jax.experimental import multihost_utils
 
 from alignment_gap.errors import UserError
@@ -23,21 +23,21 @@ from alignment_gap.sharding.mesh import LogicalMesh
 
 Result = TypeVar("Result")
 
-# Bytes of an error's line that the other processes get to know.
+# Bytes of an error line that the other processes receive.
 _LINE = 2048
-# Under this key the first process that fails says why. The others look for it this often, in seconds.
+# The first process that fails writes the reason under this key. The others look for it this often, in seconds.
 _FAILURE, _LOOK_EVERY = "alignment_gap/failure", 0.25
-# Under this key and its number each process says that it lives. Of one that has said nothing for so many seconds the
-# process before it says so; jax itself would wait 100 s and end with a stack trace.
+# Each process writes a heartbeat under this key and its number. If a process is silent for this many seconds, the
+# process before it reports this. jax itself would wait 100 s and end with a stack trace.
 _ALIVE, _BEAT_EVERY, _SILENT = "alignment_gap/alive", 2.0, 30.0
-# Held once this process has a failure to tell, its own or another's; it tells no second one.
+# Taken when this process reports a failure, its own or another's. It reports no second one.
 _failure_told = threading.Lock()
-# Set when this process ends well.
+# Set when this process ends normally.
 _leaving = threading.Event()
 
 
 def host_rows(mesh: LogicalMesh, size: int) -> np.ndarray:
-    """The rows of a batch of `size` that this process's devices hold, increasing; all of them in a single process."""
+    """The rows of a batch of `size` that this process's devices hold, in order; a single process holds all rows."""
     parts = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
 
@@ -46,9 +46,9 @@ def put_batch(rows: Any, mesh: LogicalMesh, size: int) -> Any:
     """Global arrays, split over data and fsdp, from the rows that each process holds.
 
     Args:
-      rows: a tree of arrays with the rows `host_rows(mesh, size)` of the batch on their first axis.
+      rows: a tree of arrays; their first axis has the rows `host_rows(mesh, size)` of the batch.
       mesh: the device mesh.
-      size: of the whole batch; a multiple of `mesh.batch_parts`.
+      size: size of the whole batch; a multiple of `mesh.batch_parts`.
     """
     held, sharding = host_rows(mesh, size), batch_sharding(mesh)
 
@@ -62,13 +62,13 @@ def put_batch(rows: Any, mesh: LogicalMesh, size: int) -> Any:
 
         return jax.make_array_from_callback((size, *local.shape[1:]), sharding, part)
 
-    # This is what the guard around the training loop wants: a transfer that is asked for.
+    # The guard around the training loop forbids implicit transfers; this one is intended.
     with jax.transfer_guard_host_to_device("allow"):
         return jax.tree.map(put, rows)
 
 
 def put_replicated(tree: Any, mesh: LogicalMesh) -> Any:
-    """Arrays and random keys that every process has alike, whole on all devices."""
+    """Puts arrays and random keys, equal in all processes, whole on every device."""
     sharding = replicated(mesh)
 
     def put(leaf: Any) -> jax.Array:
@@ -81,7 +81,7 @@ def put_replicated(tree: Any, mesh: LogicalMesh) -> Any:
 
 
 def own_rows(tree: Any) -> Any:
-    """The rows that this process holds of arrays laid out as batches are, as numpy arrays: undoes `put_batch`."""
+    """The rows of batch-sharded arrays that this process holds, as numpy arrays; undoes `put_batch`."""
 
     def fetch(array: jax.Array) -> np.ndarray:
         first = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
@@ -91,22 +91,22 @@ def own_rows(tree: Any) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """Whole arrays as numpy arrays in every process, wherever their parts lie."""
+    """Whole arrays as numpy arrays in every process, from any sharding."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def initialize(coordinator: str | None, processes: int, process: int) -> None:
-    """Joins this process to the others of a run; does nothing where no coordinator is given.
+    """Connects this process to the other processes of a run; does nothing without a coordinator.
 
     Args:
-      coordinator: HOST:PORT of process 0; "auto" finds it, as on TPU pods and Slurm; None for a single process.
-      processes: how many there are; unused for "auto".
-      process: number of this one, from 0; unused for "auto".
+      coordinator: HOST:PORT of process 0; "auto" finds it on TPU pods and Slurm; None for a single process.
+      processes: number of processes; unused for "auto".
+      process: number of this process, from 0; unused for "auto".
 
     Raises:
-      UserError: where the three do not fit, or "auto" finds no cluster.
+      UserError: the arguments do not fit together, or "auto" finds no cluster.
     """
     if not coordinator:
         if processes != 1 or process:
@@ -130,31 +130,31 @@ def initialize(coordinator: str | None, processes: int, process: int) -> None:
 
 
 def fail_together(line: str, show: Callable[[], None] = lambda: None, status: int = 2) -> None:
-    """Ends every process of a run after this one failed; returns where there is one process only.
+    """Ends every process of a run after this one failed; returns if there is only one process.
 
     Args:
-      line: what the others print.
-      show: prints what this one has to say.
-      status: exit status of all: 2 for what the user has to mend, 1 for what another attempt may not meet.
+      line: the error line that the other processes print.
+      show: prints this process's own message.
+      status: exit status of all processes: 2 if the user must fix something, 1 if another attempt may succeed.
     """
     client = distributed.global_state.client
     if client is None or distributed.global_state.num_processes == 1:
         return
     if not _failure_told.acquire(blocking=False):
-        threading.Event().wait()  # Another process has failed before; what this one met is most often the consequence.
+        threading.Event().wait()  # Another process failed first; this failure is most likely its consequence.
     show()
-    # It raises where another was first, or where the store has gone with its process.
+    # The store raises if another process was first, or if the process that holds the store has ended.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        # What this process only passes on names another already.
+        # A failure that this process only passes on already names its process.
         named = line if line.startswith("process ") else f"process {jax.process_index()}: {line}"
         client.key_value_set(_FAILURE, f"{status} {named}")
     _end(status)
 
 
 def _watch_the_others() -> None:
-    """Starts the threads that watch for failures, and ends them before Python does.
+    """Starts the threads that watch for failures, and stops them before Python ends.
 
-    A thread that is inside of the key-value store when Python ends would abort the process.
+    If Python ended while a thread uses the key-value store, the process would abort.
     """
     watching = [
         threading.Thread(target=target, name=f"alignment_gap {target.__name__}", daemon=True)
@@ -164,7 +164,7 @@ def _watch_the_others() -> None:
     def leave() -> None:
         _leaving.set()
         for thread in watching:
-            thread.join(timeout=_BEAT_EVERY)  # One that ends the process waits for no one.
+            thread.join(timeout=_BEAT_EVERY)  # Do not wait for a thread that is ending the process itself.
 
     for thread in watching:
         thread.start()
@@ -176,18 +176,18 @@ def _end_when_another_fails() -> None:
     while client is not None and not _leaving.wait(_LOOK_EVERY):
         try:
             status, line = client.key_value_try_get(_FAILURE).split(" ", 1)
-        except Exception:  # Nobody has failed, or the store has gone with its process.
+        except Exception:  # No process has failed, or the process that holds the store has ended.
             continue
         if not _failure_told.acquire(blocking=False):
             return
-        # A progress bar may have left its line open. Another may have been faster to pass on why this process fails.
+        # The newline ends a line that a progress bar left open. Another process may have reported this one's failure.
         line = line.removeprefix(f"process {jax.process_index()}: ")
         print(f"\nerror: {line}", file=sys.stderr, flush=True)
         _end(int(status))
 
 
 def _tell_when_the_next_is_silent() -> None:
-    """Says that this process lives, and fails for all where the next one, in a ring of them, says so no longer."""
+    """Sends this process's heartbeat; ends all processes if the next process in the ring is silent for too long."""
     state = distributed.global_state
     client, following = state.client, (state.process_id + 1) % state.num_processes
     heard, last, beats = time.monotonic(), None, 0
@@ -196,7 +196,7 @@ def _tell_when_the_next_is_silent() -> None:
         try:
             client.key_value_set(f"{_ALIVE}/{state.process_id}", str(beats), allow_overwrite=True)
             found = client.key_value_try_get(f"{_ALIVE}/{following}")
-        except Exception:  # The next process has not begun yet, or process 0 has died, which jax itself reports.
+        except Exception:  # The next process has not started yet, or process 0 has died, which jax itself reports.
             continue
         if found != last:
             heard, last = time.monotonic(), found
@@ -207,7 +207,7 @@ def _tell_when_the_next_is_silent() -> None:
 
 
 def _end(status: int) -> None:
-    """Ends this process; the first one last, for jax aborts the others where it finds it gone."""
+    """Ends this process; process 0 ends last, because jax aborts the others when process 0 is gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep((8 if is_first_process() else 2) * _LOOK_EVERY)
@@ -215,32 +215,33 @@ def _end(status: int) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes what all have in common."""
+    """Whether this is process 0, which writes the files that all processes share."""
     return jax.process_index() == 0
 
 
 def on_first_process(function: Callable[[], object]) -> None:
-    """Calls the function in the first process while the others wait; where it raises, all raise."""
+    """Calls the function in the first process while the others wait; if it raises, all processes raise."""
     on_every_process(lambda: function() if is_first_process() else None)
 
 
 def first_says(function: Callable[[], np.ndarray | int | bool]) -> np.ndarray:
-    """What the function gives in the first process, in every process; where it raises, all raise.
+    """The function's result in the first process, for every process; if it raises anywhere, all processes raise.
 
-    Every process calls the function, whose result has the same shape in all.
+    Every process calls the function; the result must have the same shape in all.
     """
     value = np.asarray(on_every_process(function))
     return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(value)
 
 
 def on_every_process(function: Callable[[], Result]) -> Result:
-    """What the function gives in this process, once it has returned in all of them; where it raises in one, all raise.
+    """Calls the function in every process and returns this process's result; if it raises in one, all raise.
 
-    For what a process does alone and may find another state of, such as reading files: without this one process would
-    end and the others wait for it.
+    Use it for work whose outcome may differ between processes, such as reading files. Otherwise one process could fail
+    and end while the others wait for it.
 
     Raises:
-      UserError: the line of the first process where it raised, which is named; what it raised in this one, if it did.
+      UserError: the function raised in another process; the message names the first such process and its error. If it
+        raised in this process, this process raises its own error.
     """
     try:
         result = function()
@@ -253,7 +254,7 @@ def on_every_process(function: Callable[[], Result]) -> Result:
 
 
 def first_reason(line: str) -> str:
-    """Of the lines that all processes give, the first that is not empty; in every process."""
+    """The first line that is not empty among the lines of all processes; the same in every process."""
     if jax.process_count() == 1:
         return line
     own = np.zeros(_LINE, np.uint8)

@@ -1,4 +1,4 @@
-"""Logical axis names, as in T5X, and the mesh axes that they are laid over: one table for each layout."""
+"""Logical axis names, as in T5X, and the mesh axes that shard them: one table for each layout."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 AXES = ("data", "fsdp", "model")
 
-# (name of an axis of an array, the mesh axis or axes that split it, or None for whole). As in T5X the rules are read in
-# order and a mesh axis splits one axis of an array: activations are split by batch, so their width stays whole where
-# that of a parameter is split. A name may have several rules, of which the first that fits counts.
+# (logical name of an array's axis, the mesh axis or axes that split it, or None to keep it whole). As in T5X, the rules
+# apply in order, and a mesh axis splits only one axis of an array. For example, fsdp splits the width of parameters; it
+# already splits the batch of activations, so their width stays whole. If a name has several rules, the first that fits
+# counts.
 Rule = tuple[str, str | tuple[str, ...] | None]
 Rules = tuple[Rule, ...]
 
@@ -20,7 +21,7 @@ STANDARD: Rules = (
     ("heads", "model"),
     ("kv_heads", "model"),
     ("embed", "fsdp"),
-    # The half of an adapter that has no width.
+    # For the one of an adapter's `a` and `b` that has no "embed" axis.
     ("rank", "fsdp"),
     ("kv", None),
     ("length", None),
@@ -28,13 +29,14 @@ STANDARD: Rules = (
     ("layers", None),
     ("relpos_buckets", None),
 )
-# Between attention and MLP, where no heads and no MLP are split, the positions are in their place (2205.05198).
+# Sequence parallelism: between attention and MLP, where nothing else uses the model axis, it splits the positions
+# (2205.05198).
 SEQUENCE: Rules = (*(rule for rule in STANDARD if rule[0] != "length"), ("length", "model"))
 
-# For a loop over tokens, whatever the layout, on a mesh whose fsdp axis is split in two, fsdp and columns. Gathering
-# weights for every token would take most of its time, so these stay, split along both of their axes, and activations,
-# small for one token, move: a product's input is split as the weights' rows are, and what it gives is added up over
-# them. The cache stays where the prompts were computed, on all devices of a copy of the model.
+# The rules for a loop over tokens, for every layout. The mesh's fsdp axis is split in two: fsdp and columns. To gather
+# the weights for every token would take most of the time. So the weights stay, sharded along both of their axes, and
+# the activations move, which are small for one token: the input of a product is sharded as the weights' rows are, and
+# its result is summed over them. The cache stays where the prompts were computed, on all devices of a model copy.
 DECODING: Rules = (
     ("embed", "fsdp"),
     ("cache_batch", ("data", "fsdp", "columns")),
@@ -45,16 +47,16 @@ DECODING: Rules = (
 
 
 class Layout(NamedTuple):
-    """A table of rules, and the sizes of the mesh axes (data, fsdp, model) that a config does not give.
+    """A table of rules, and default sizes of the mesh axes (data, fsdp, model).
 
-    A size of -1 takes all devices that are left.
+    A size of -1 uses all remaining devices.
     """
 
     rules: Rules
     sizes: tuple[int, int, int]
 
 
-# The hosts of most TPUs have four chips: a model axis of four stays within one.
+# Most TPU hosts have four chips, so a model axis of four stays within one host.
 LAYOUTS: dict[str, Layout] = {
     "data": Layout(STANDARD, (-1, 1, 1)),
     "fsdp": Layout(STANDARD, (1, -1, 1)),
