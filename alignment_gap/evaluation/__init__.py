@@ -1,1 +1,1 @@
-"""Win rates, divergence, classification, and the intervals that go with them."""
+"""Win rates, KL divergence, classification, and their confidence intervals."""

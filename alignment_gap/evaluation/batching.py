@@ -1,4 +1,4 @@
-"""Examples through jitted functions, batch by batch, and their results back on the host."""
+"""Runs jitted functions over examples, batch by batch, and returns the results to the host."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from alignment_gap.sharding import LogicalMesh, check_batch_size, host_rows, put
 
 Result = TypeVar("Result")
 
-# Batches of examples that are brought into buckets together.
+# Number of batches whose examples are sorted into buckets together.
 _WINDOW = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """How examples reach the devices; every process calls it alike and gets all results.
+    """Sends examples to the devices in batches; every process makes the same calls and gets all results.
 
     Attributes:
-      mesh: the device mesh, over which a batch is split.
-      batch_size: prompts at a time.
-      shapes: (P, R) that batches are padded to, each holding the one before it, as from `choose_buckets`.
+      mesh: the device mesh that splits a batch.
+      batch_size: prompts in a batch.
+      shapes: the shapes (P, R) that batches are padded to, in increasing order, as from `choose_buckets`.
     """
 
     mesh: LogicalMesh
@@ -40,13 +40,13 @@ class Batching:
         check_batch_size("batch_size", self.batch_size, self.mesh.batch_parts)
 
     def collate(self, examples: Sequence[Example]) -> PreferenceBatch:
-        """The examples as numpy arrays of the largest shape; raises UserError where one is over a length."""
+        """The examples as numpy arrays of the largest shape; raises UserError if an example is too long."""
         return collate(examples, *self.shapes[-1])
 
     def run(self, function: Callable[..., Any], arrays: tuple[Any, ...]) -> Any:
-        """Applies a jitted function to slices of equal size of the arrays' first axis; returns its results.
+        """Applies a jitted function to equal slices of the arrays' first axis, and returns all results.
 
-        The last slice is filled up with the first rows, whose results are dropped.
+        The first rows fill the last slice up; their second results are dropped.
         """
         count, size = len(arrays[0]), self.batch_size
         padded = np.resize(np.arange(count), -(-count // size) * size)
@@ -60,9 +60,9 @@ class Batching:
     def each(
         self, examples: Iterable[Example], function: Callable[[PreferenceBatch], Sequence[Result]]
     ) -> Iterator[tuple[Example, Result]]:
-        """Every example with its row of what the function gives for a batch, in the examples' order.
+        """Yields every example with its row of the function's result, in the examples' order.
 
-        Batches are of one bucket where it fills them; for that a window of examples is held at a time.
+        The examples of a window are sorted into buckets. Full batches come from one bucket; the rest go together.
         """
         rest = iter(examples)
         while window := list(itertools.islice(rest, _WINDOW * self.batch_size)):

@@ -1,4 +1,4 @@
-"""The look that all charts share, and the axis of KL; Vega-Lite by altair, which the extra `study` brings."""
+"""The look that all charts share, and the KL axis. Charts use Vega-Lite through altair, from the extra `study`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ INK = "#606060"
 LINE = "#999999"
 GRID = "#E4E4E4"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7B4FA3", "#B8A000")
-# The least distance of two ticks, as a share of the axis.
+# The smallest distance between two ticks, as a fraction of the axis.
 _TICK_GAP = 0.055
-# Above the chart, one below the other, each in a row with its title before it. Vega reads the layout of legends from a
-# configuration; the schema of Vega-Lite forgets it.
+# Legends stand above the chart, one below the other; each is one row that starts with its title. Vega reads "layout"
+# from the configuration, although Vega-Lite's schema does not list it.
 _LEGEND = {"symbolSize": 90, "symbolOpacity": 1, "orient": "top", "direction": "horizontal", "titleOrient": "left"}
 _LEGEND |= {"labelLimit": 300, "layout": {"top": {"direction": "vertical", "anchor": "start", "margin": 4}}}
 _KL_TICKS = (0, 0.1, 0.3, 1, 2, 4, 6, *(k * 2**power for power in range(10) for k in (8, 12)))
 
 
 def kl_axis(largest: float) -> alt.X:
-    """KL to the reference, on a square-root scale from 0 to a little over the largest value."""
+    """The axis for KL to the reference: a square-root scale from 0 to slightly above the largest value."""
     ticks: list[float] = []
     for tick in (tick for tick in _KL_TICKS if tick <= 1.05 * largest):
         if not ticks or math.sqrt(tick) - math.sqrt(ticks[-1]) > _TICK_GAP * math.sqrt(1.05 * largest):
@@ -39,7 +39,7 @@ def kl_axis(largest: float) -> alt.X:
 
 
 def finish(chart: alt.TopLevelMixin) -> dict[str, Any]:
-    """The specification in the shared look; a page turns its greys over for a dark screen."""
+    """The chart's specification in the shared look; a page inverts the greys on a dark screen."""
     text: dict[str, Any] = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 13}
     text["titleFontWeight"] = "normal"
     lines = {"labelFlush": False, "gridColor": GRID, "domainColor": LINE, "tickColor": LINE, "titlePadding": 10}
@@ -56,5 +56,5 @@ def finish(chart: alt.TopLevelMixin) -> dict[str, Any]:
 
 
 def png(spec: Mapping[str, Any], scale: float = 2.0) -> bytes:
-    """The drawing of a specification as a PNG on white."""
+    """Draws a specification as a PNG on white."""
     return vl_convert.vegalite_to_png(dict(spec), scale=scale)

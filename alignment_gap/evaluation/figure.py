@@ -1,4 +1,4 @@
-"""The figure of an evaluation: win rates, accuracy and rewards of a run's checkpoints over KL."""
+"""The figure of an evaluation: win rates, rewards and accuracy of a run's checkpoints against KL."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 
 def kl_picture(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> bytes | None:
-    """A PNG with a panel for win rates and one for each other kind of metric, over KL to the reference.
+    """A PNG with a panel each for win rates, rewards and accuracy, against KL to the reference.
 
     Args:
-      rows: a checkpoint each: "step", and every metric with its interval's ends as METRIC_low and METRIC_high.
-      metrics: what was measured.
+      rows: one for each checkpoint: "step", and every metric with the ends of its interval as METRIC_low and
+        METRIC_high.
+      metrics: names of the measured metrics.
 
     Returns:
-      The picture; None where no KL was measured, or altair, which draws it, is not installed.
+      The picture; None if KL was not measured, there is nothing to draw, or altair or vl_convert is not installed.
     """
     if (
         "kl" not in metrics

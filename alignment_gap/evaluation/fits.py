@@ -1,4 +1,4 @@
-"""Over-optimisation curves of Gao et al. (arXiv 2210.10760): how far a score rises with the distance, and its fall."""
+"""Over-optimisation curves of Gao et al. (arXiv 2210.10760): a score rises with the distance, and then falls."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-# What b is multiplied by, of d = sqrt(KL): best-of-n has d(a - b d), reinforcement learning d(a - b log d).
+# The term with b, for d = sqrt(KL): best-of-n has d(a - b d), reinforcement learning d(a - b log d).
 CURVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"best_of_n": lambda d: d**2, "rl": lambda d: d * np.log(d)}
 
 
 def fit(kl: Float[np.ndarray, "C"], gains: Float[np.ndarray, "R C"], curve: str) -> Float[np.ndarray, "R 2"]:
-    """Least squares of R rows of gains over the reference: d(a - b d) or d(a - b log d), d = sqrt(KL) (2210.10760).
+    """Least-squares fit of R rows of gains: d(a - b d) or d(a - b log d), d = sqrt(KL) (2210.10760).
 
     Args:
-      kl: nats to the reference of C policies; those of 0 nats carry nothing and are left out.
-      gains: scores minus the reference's, in any unit.
+      kl: KL of C policies to the reference, in nats; policies at 0 nats do not affect the fit and are left out.
+      gains: scores minus the reference's score, in any unit.
       curve: "best_of_n" or "rl".
 
     Returns:
-      a and b of every row, in the unit of the scores per root nat and its like.
+      a and b for every row: a, and b of "rl", in score units per sqrt(nat); b of "best_of_n" in score units per nat.
 
     Raises:
-      ValueError: fewer than two distances leave a and b open.
+      ValueError: there are fewer than two distances above 0, which do not determine a and b.
     """
     apart = kl > 0
     if len(np.unique(kl[apart])) < 2:

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: of one mean, and of contrasts between means over the same examples."""
+"""Bootstrap intervals: for one mean, and for contrasts between means over the same examples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TAIL = (1 - CONFIDENCE) / 2
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """An estimate between the ends of its 95 % interval, in the unit of what was estimated."""
+    """An estimate and the ends of its 95 % interval, all in the unit of the estimated quantity."""
 
     value: float
     low: float
@@ -30,13 +30,13 @@ class Interval:
         return Interval(-self.value, -self.high, -self.low)
 
     def within(self, low: float, high: float) -> Interval:
-        """The interval cut to the values that are possible."""
+        """The interval clipped to the possible values."""
         return Interval(self.value, max(self.low, low), min(self.high, high))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Band:
-    """G estimates with the ends of their intervals, each alone at 95 %, not jointly."""
+    """G estimates with the ends of their intervals; each interval alone has 95 %, not all jointly."""
 
     value: Float[np.ndarray, "G"]
     low: Float[np.ndarray, "G"]
@@ -47,23 +47,23 @@ class Band:
         return Interval(float(self.value[index]), float(self.low[index]), float(self.high[index]))
 
     def within(self, low: float, high: float) -> Band:
-        """The intervals cut to the values that are possible."""
+        """The intervals clipped to the possible values."""
         return Band(self.value, np.maximum(self.low, low), np.minimum(self.high, high))
 
 
 def mean_interval(values: Float[np.ndarray, "N"], *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """The mean of N examples with its percentile bootstrap interval.
 
-    Equal seeds draw equal examples, so arrays over the same prompts move together. An array whose examples are all
-    equal has an interval of no width: it says that resampling finds no other value, not that none is possible.
+    Equal seeds draw the same examples, so the intervals of arrays over the same prompts are paired. If all values are
+    equal, the interval has width zero. This means that resampling finds no other value, not that none is possible.
 
     Args:
-      values: one finite number per example, in any unit.
-      resamples: bootstrap samples drawn.
-      seed: of the draws.
+      values: one finite number for each example, in any unit.
+      resamples: number of bootstrap samples.
+      seed: seed of the draws.
 
     Returns:
-      The interval in the unit of the values; its ends are nan for one example, and all of it for none.
+      The interval in the unit of the values. With one example its ends are nan; with no example all of it is nan.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1:
@@ -91,17 +91,17 @@ def resampled_means(
     resamples: int = RESAMPLES,
     part: Bool[np.ndarray, "N"] | None = None,
 ) -> Float[np.ndarray, "R C"]:
-    """Means of C rows over the same N examples, and over joint bootstrap samples of them.
+    """Means of C rows over the same N examples, and over joint bootstrap samples of these examples.
 
-    One draw of examples serves every row, so differences between rows are paired. Equal seeds and sizes give equal
-    draws, whatever the part: a resampled example is in a part with all its copies or not at all.
+    All rows use the same draws, so differences between rows are paired. Equal seeds and sizes give equal draws,
+    whatever the part: the copies of a resampled example are all in the part, or all outside.
 
     Args:
-      outcomes: one row per thing measured, one column per example; nan where it was not measured on this example.
-      seed: of the draws.
-      resamples: bootstrap samples drawn.
-      part: the examples that count, all by default. Where a sample has none of them (a part of a few examples), the
-        whole part stands in for it; an empty part counts as all.
+      outcomes: one row for each measured quantity, one column for each example; nan where it was not measured.
+      seed: seed of the draws.
+      resamples: number of bootstrap samples.
+      part: the examples that count, all by default. A sample without any of them (if the part is small) uses the whole
+        part instead. An empty part counts as all examples.
 
     Returns:
       resamples + 1 rows; row 0 has the means over the examples themselves.
@@ -116,25 +116,25 @@ def resampled_means(
 
 @functools.lru_cache(maxsize=16)
 def _draws(size: int, seed: int, resamples: int) -> Float[np.ndarray, "R N"]:
-    """How often each of N examples is drawn: once in row 0, then in bootstrap samples of their number."""
+    """How often each of N examples is drawn: once in row 0; the other rows are bootstrap samples of size N."""
     rng = np.random.default_rng([seed, size])
     draws = rng.multinomial(size, np.full(size, 1 / size), size=resamples)
     return np.concatenate([np.ones((1, size)), draws])
 
 
 def over_groups(replicates: Sequence[Float[np.ndarray, "R G"]]) -> Band:
-    """The mean over groups (seeds) of G estimates, each group with its own examples.
+    """The mean over groups (seeds) of G estimates; each group has its own examples.
 
-    For one group the interval covers another draw of its examples. For S of them it covers another group as well: it
-    is the wider of the bootstrap over examples and of Student's t with S - 1 degrees of freedom on the groups'
-    estimates. Resampling the groups would be far too narrow for a handful: the variance comes out (S - 1) / S of
-    what it is, with normal tails where two or three groups have heavy ones.
+    With one group, the interval covers another draw of its examples. With S groups it covers another group as well: it
+    is the wider of two intervals, the bootstrap over examples, and Student's t with S - 1 degrees of freedom on the
+    groups' estimates. To resample a few groups instead would give far too narrow intervals: the variance is too small
+    by the factor (S - 1) / S, and the tails are normal, while two or three groups need heavy tails.
 
-    The bootstrap gives the width; the interval lies symmetrically about the estimate. An estimate that chooses among
-    noisy candidates chooses worse on a resample, which has twice the noise, so the replicates lie to one side of it.
+    The bootstrap gives only the width; the interval is symmetric about the estimate. An estimate that chooses among
+    noisy candidates chooses worse on a resample, which has twice the noise. So its replicates lie on one side of it.
 
     Args:
-      replicates: for every group, the estimates (row 0) and their bootstrap replicates; nan replicates are left out.
+      replicates: for every group, the estimates (row 0) and their bootstrap replicates; nan replicates are ignored.
 
     Returns:
       G estimates with their intervals.
@@ -142,19 +142,19 @@ def over_groups(replicates: Sequence[Float[np.ndarray, "R G"]]) -> Band:
     mean, half_width, error = _errors(replicates)
     if len(replicates) > 1:
         half_width = np.maximum(half_width, stats.t.ppf(1 - _TAIL, len(replicates) - 1) * error)
-    # Rounded, so that two equal means do not differ by the last bit of their sums; + 0.0 drops the sign of a zero.
+    # Rounded, because equal means may differ in the last bit of their sums; + 0.0 removes the sign of a zero.
     value, half_width = np.round(mean, 12) + 0.0, np.round(half_width, 12)
     return Band(value, value - half_width, value + half_width)
 
 
 class Spread(NamedTuple):
-    """A mean over groups with its two standard errors; the wider of them counts, as in `over_groups`.
+    """A mean over groups with its two standard errors; the one with the wider interval counts, as in `over_groups`.
 
     Attributes:
-      value: the mean, in the unit of what was estimated.
-      examples: its error over another draw of every group's examples.
-      between: its error over other groups; 0 where there is one group.
-      groups: how many there are.
+      value: the mean, in the unit of the estimated quantity.
+      examples: standard error from the draw of each group's examples.
+      between: standard error from the choice of groups; 0 with one group.
+      groups: number of groups.
     """
 
     value: float
@@ -164,20 +164,20 @@ class Spread(NamedTuple):
 
     @property
     def interval(self) -> Interval:
-        """The 95 % interval, which is that of `over_groups`."""
+        """The 95 % interval, the same as from `over_groups`."""
         half_width = self._quantile(1 - _TAIL)
         return Interval(self.value, self.value - half_width, self.value + half_width)
 
     @property
     def detectable(self) -> float:
-        """The distance from a limit at which the interval excludes the limit with a probability of 80 %."""
+        """The distance from a limit at which the interval excludes this limit with a probability of 80 %."""
         return max(
             self.examples * (stats.norm.ppf(1 - _TAIL) + stats.norm.ppf(POWER)),
             self.between * (stats.t.ppf(1 - _TAIL, self._freedom) + stats.t.ppf(POWER, self._freedom)),
         )
 
     def p_value(self, limit: float) -> float:
-        """1 minus the largest confidence at which the two-sided interval excludes a limit: below 0.05 where it does."""
+        """1 - the largest confidence whose two-sided interval excludes a limit; below 0.05 if `interval` does."""
         distance = abs(self.value - limit)
         if distance == 0:
             return 1.0
@@ -197,14 +197,14 @@ class Spread(NamedTuple):
 
 
 def spread_over_groups(replicates: Sequence[Float[np.ndarray, "R"]]) -> Spread:
-    """The mean over groups (seeds) of one estimate, each group with the estimate (first) and its replicates."""
+    """The mean over groups (seeds) of one estimate; each group gives the estimate (first) and its replicates."""
     mean, half_width, error = (np.round(values, 12) + 0.0 for values in _errors([each[:, None] for each in replicates]))
     examples = float(half_width[0]) / float(stats.norm.ppf(1 - _TAIL))
     return Spread(float(mean[0]), examples, float(error[0]), len(replicates))
 
 
 def _errors(replicates: Sequence[Float[np.ndarray, "R G"]]) -> tuple[Float[np.ndarray, "G"], ...]:
-    """Means over the groups, half widths of their bootstrap intervals, and standard errors between the groups."""
+    """Means over the groups, the half widths of their bootstrap intervals, and the standard errors between groups."""
     stacked = np.stack(replicates)
     mean = stacked.mean(axis=0)
     low, high = np.nanquantile(mean[1:], [_TAIL, 1 - _TAIL], axis=0)

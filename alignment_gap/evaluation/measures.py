@@ -1,4 +1,4 @@
-"""What a policy or a judge is measured by: a value for each prompt or pair, so that every mean has its interval."""
+"""Measurements of policies and judges: one value for each prompt or pair, so that every mean has an interval."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alignment_gap.judges import REWARDS, Judge
 from alignment_gap.models import Policy
 from alignment_gap.training import make_score
 
-# Responses int32[N, R] and their lengths int32[N], one to each prompt.
+# Responses int32[N, R] and their lengths int32[N], one for each prompt.
 Responses = tuple[np.ndarray, np.ndarray]
 Outcomes = dict[str, np.ndarray]
 
@@ -27,10 +27,10 @@ def judged(
     responses: Responses,
     opponents: Mapping[str, Responses],
 ) -> Outcomes:
-    """How judges like responses: rewards as reward.JUDGE, preferences over opponents' as win_rate.JUDGE.OPPONENT.
+    """Judges the responses: rewards as reward.JUDGE, preferences over opponents' responses as win_rate.JUDGE.OPPONENT.
 
-    A win rate is nan for a prompt that the judge gave no answer for. given_up.JUDGE.OPPONENT is 1 there, and is left
-    out where there is no such prompt.
+    If the judge gave no answer for a prompt, its win rate is nan and its given_up.JUDGE.OPPONENT is 1. If the judge
+    answered for all prompts, there is no given_up.JUDGE.OPPONENT.
     """
     asked = (prompts.prompts, prompts.prompt_lengths)
     outcomes = {}
@@ -51,7 +51,7 @@ def judged(
 def diverged(
     policy: Policy, params: Any, reference: Any, batching: Batching, prompts: PreferenceBatch, responses: Responses
 ) -> Outcomes:
-    """KL to the reference in nats, for the first prompts, as many as there are responses."""
+    """KL to the reference in nats, for the first prompts: one for each response."""
     count = len(responses[0])
     asked = (prompts.prompts[:count], prompts.prompt_lengths[:count])
     answered = (responses[0][:, None], responses[1][:, None])
@@ -76,9 +76,9 @@ def classified_own(
     prompts: PreferenceBatch,
     samples: tuple[Responses, Responses],
 ) -> Outcomes:
-    """How a policy classifies pairs of its own samples by a judge's labels, for the first prompts, as accuracy.own.
+    """How a policy classifies pairs of its own samples, labelled by a judge, for the first prompts, as accuracy.own.
 
-    It is nan for a pair that the judge gave no answer for.
+    The value is nan if the judge gave no answer for a pair.
     """
     count = len(samples[0][0])
     asked = prompts.prompts[:count], prompts.prompt_lengths[:count]
@@ -92,10 +92,10 @@ def classified_own(
 def agreed(
     judge: Judge, others: Mapping[str, Judge], batching: Batching, pairs: PreferenceBatch, labels: str
 ) -> Outcomes:
-    """How often a judge prefers what the labels prefer, as accuracy, and what others do, as agreement.OTHER.
+    """How often a judge agrees with the labels, as accuracy, and with other judges, as agreement.OTHER.
 
-    A tie of one of the two counts half; a pair that a judge gave no answer for is nan. `labels` says what the scores of
-    the pairs are, as `Judge.kind` does.
+    If one of the two is undecided, the pair counts as half. If a judge gave no answer for a pair, the value is nan.
+    `labels` is the kind of the pairs' scores, like `Judge.kind`.
     """
     texts = (pairs.prompts, pairs.prompt_lengths, pairs.responses, pairs.response_lengths)
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is measured by, as one value per prompt or pair, so that every mean has its interval."""
+"""Metrics of a checkpoint: one value for each prompt or pair, so that every mean has an interval."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from alignment_gap.sharding import LogicalMesh, batch_sharding, within
 def make_divergence(policy: Policy, mesh: LogicalMesh) -> Callable[..., Float[Array, "B"]]:
     """A jitted `(params, reference_params, prompts, prompt_lengths, responses [B, 1, R], lengths [B, 1]) -> KL [B]`.
 
-    The paper's estimator of KL(policy || reference) in nats: for one response y drawn from the policy the exact
-    categorical KL over the vocabulary at every token, sum_t KL(policy(.|x, y_<t) || reference(.|x, y_<t)).
+    The paper's estimator of KL(policy || reference) in nats. For one response y drawn from the policy, it sums the
+    exact categorical KL of every token over the vocabulary: sum_t KL(policy(.|x, y_<t) || reference(.|x, y_<t)).
     """
 
     def divergence(
@@ -42,7 +42,7 @@ def make_divergence(policy: Policy, mesh: LogicalMesh) -> Callable[..., Float[Ar
 
 
 def preferences(scores: Float[np.ndarray, "N 2"], kind: str) -> Float[np.ndarray, "N"]:
-    """A judge's preference for the first of two responses: its probability, or 1, 0 or 0.5 by the larger reward."""
+    """A judge's preference for the first of two responses: a probability, or 1, 0 or 0.5 from comparing rewards."""
     if kind == PROBABILITIES:
         return scores[:, 0].astype(np.float64)
     return (np.sign(scores[:, 0] - scores[:, 1]).astype(np.float64) + 1) / 2
@@ -51,16 +51,16 @@ def preferences(scores: Float[np.ndarray, "N 2"], kind: str) -> Float[np.ndarray
 def classification(
     log_probs: Float[np.ndarray, "N 2 R"], reference: Float[np.ndarray, "N 2 R"], scores: Float[np.ndarray, "N 2"]
 ) -> dict[str, Float[np.ndarray, "N"]]:
-    """How a policy classifies labelled pairs, and how far it moved on both sides.
+    """How a policy classifies labelled pairs, and how far it moved from SFT on each response.
 
     Args:
-      log_probs: of both responses' tokens under the policy, 0 at padding.
+      log_probs: log-probs of both responses' tokens under the policy, 0 at padding.
       reference: the same under the SFT policy.
-      scores: the label; the higher is the better one.
+      scores: the labels; the response with the higher score is the winner.
 
     Returns:
-      accuracy: 1 where f = log pi(winner)/pi(loser) - log pi_sft(winner)/pi_sft(loser) > 0, 0 where < 0, else 0.5.
-      chosen_log_ratio, rejected_log_ratio: log pi/pi_sft of winner and loser in nats.
+      accuracy: 1 if f = log pi(winner)/pi(loser) - log pi_sft(winner)/pi_sft(loser) > 0, 0 if f < 0, else 0.5.
+      chosen_log_ratio, rejected_log_ratio: log pi/pi_sft of winner and loser, in nats.
     """
     ratios = (log_probs - reference).sum(-1, dtype=np.float64)
     rows, winner = np.arange(len(scores)), np.argmax(scores, axis=1)

@@ -1,4 +1,4 @@
-"""Measured values as tables: rows of means with their intervals, as CSV and as text for a terminal."""
+"""Tables of measured values: rows of means with their intervals, as CSV and as text for a terminal."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 from alignment_gap.evaluation.intervals import mean_interval
 
 Outcomes = Mapping[str, np.ndarray]
-"""A value for each example, by metric: N prompts or N pairs."""
+"""For each metric, a value for each of N prompts or N pairs."""
 
 
 def means(outcomes: Outcomes, metrics: Sequence[str], seed: int = 0) -> dict[str, float]:
-    """The mean of each metric with the ends of its interval as METRIC_low and METRIC_high; nan if not measured.
+    """The mean of each metric, and the ends of its interval as METRIC_low and METRIC_high; nan if not measured.
 
-    Examples whose value is nan, which a judge gave no answer for, are left out.
+    Examples with the value nan are left out: a judge gave no answer for them.
     """
     row: dict[str, float] = {}
     for metric in metrics:
@@ -39,7 +39,7 @@ def csv_text(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> st
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns for a terminal, each as wide as its widest cell."""
+    """A table for a terminal; each column is as wide as its widest cell."""
     lines = [list(headers), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
