@@ -1,1 +1,1 @@
-"""Planning on hardware that is not here: what a job needs of a slice, and how long its steps take at best."""
+"""Plans for hardware that is not here: whether a job fits a slice, and how long its steps take at best."""

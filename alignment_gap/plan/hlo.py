@@ -1,6 +1,6 @@
-"""What a compiled program moves: its collectives and its traffic with HBM, each times the loops around it.
+"""The data that a compiled program moves: its collectives and its HBM traffic.
 
-The compiler's own cost analysis counts the body of a loop once; here every instruction counts as often as it runs.
+The compiler's own cost analysis counts the body of a loop once. Here every instruction counts as often as it runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-# What moves no bytes of its own: names for parts of other buffers, control flow (its body counts), ends of copies.
+# Instructions that move no bytes: names for parts of other buffers, control flow (its body counts), ends of copies.
 _FREE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|(partition|replica)-id"
     r"|.*-done|async-update"
@@ -25,7 +25,7 @@ _CALLED = re.compile(r"(calls|to_apply|body|condition|branch_computations)=(\{[^
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line of a computation: its name, type, operation, operands and all that follows them."""
+    """A line of a computation: its name, type, operation and operands; `text` is the line after the type."""
 
     name: str
     type: str
@@ -35,7 +35,7 @@ class Instruction:
     is_root: bool
 
     def called(self, attribute: str) -> list[str]:
-        """Computations under an attribute such as "calls" or "body"."""
+        """Names of the computations in an attribute such as "calls" or "body"."""
         return [
             name
             for key, value in _CALLED.findall(self.text)
@@ -49,7 +49,7 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations by name, and that which is entered."""
+    """Computations by name, and the name of the entry computation."""
 
     computations: dict[str, Computation]
     entry: str
@@ -60,11 +60,11 @@ class Collective:
     """Equal collectives of a program.
 
     Attributes:
-      kind: "all-gather" and so on; TPU's fusion of an all-reduce and a slice is a "reduce-scatter".
-      bytes: of the largest of one collective's operand and result, per device.
-      count: runs in one call of the program.
-      group: partition ids of the first of its groups; of a permute the first source and its target. Empty where a
-        device sends its part to the other slices of TPUs.
+      kind: "all-gather" and so on; the TPU's fusion of an all-reduce and a slice is a "reduce-scatter".
+      bytes: bytes of the operand or the result of one collective, whichever is larger, per device.
+      count: number of runs in one call of the program.
+      group: partition ids of its first group; for a permute, the first source and its target. Empty if a device sends
+        its part to other TPU slices.
     """
 
     kind: str
@@ -102,7 +102,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Index behind the bracket that closes the one that the text begins with."""
+    """The index after the bracket that closes the text's first character."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -112,7 +112,7 @@ def _closing(text: str) -> int:
 
 
 def type_bytes(text: str, *, hbm_only: bool = False) -> int:
-    """Bytes of an array's or tuple's type; with `hbm_only` without what its layout puts in a memory on the chip."""
+    """Bytes of an array's or tuple's type; with `hbm_only`, without arrays whose layout is in on-chip memory."""
     return sum(
         math.prod(int(size) for size in shape.split(",") if size) * _bits(dtype) // 8
         for dtype, shape, layout in _ARRAY.findall(text)
@@ -121,15 +121,15 @@ def type_bytes(text: str, *, hbm_only: bool = False) -> int:
 
 
 def _bits(dtype: str) -> int:
-    """Bits of an element: the first number in the name of its type, and none of a token."""
+    """Bits of an element: the first number in the type's name, 8 for pred, 0 for a token."""
     size = re.search(r"\d+", dtype)
     return int(size[0]) if size else 8 * (dtype == "pred")
 
 
 def trip_count(program: Program, loop: Instruction) -> int:
-    """How often a while's body runs: as the compiler knows it, else the bound that its condition compares with.
+    """How often a while loop's body runs: the compiler's count, or else the bound in the loop's condition.
 
-    Of a loop that may stop sooner, such as a sampler's, that is the most that it runs.
+    If a loop may stop early, as a sampler's loop may, this is the maximum.
     """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(known[1])
@@ -145,7 +145,7 @@ def trip_count(program: Program, loop: Instruction) -> int:
 
 
 def executed(program: Program) -> Iterator[tuple[str, int, bool]]:
-    """(computation, runs in one call, whether it is the inside of a fusion), once for every place that calls it."""
+    """Yields (computation, runs in one call, whether it is inside a fusion), once for every place that calls it."""
     stack = [(program.entry, 1, False)]
     while stack:
         name, runs, fused = stack.pop()
@@ -162,28 +162,28 @@ def executed(program: Program) -> Iterator[tuple[str, int, bool]]:
 
 
 def collectives(program: Program, devices: int) -> list[Collective]:
-    """All collectives between these many partitions, equal ones added up; those of one device are left out."""
+    """All collectives between this many partitions; counts equal ones together, and ignores groups of one device."""
     counts: dict[tuple[str, int, tuple[int, ...]], int] = {}
     chains: set[tuple[str, str, int]] = set()
     for name, runs, _ in executed(program):
         for instruction in program.computations[name].values():
             kind = instruction.opcode.removesuffix("-start")
             if instruction.opcode == "send" and (between := re.search(r'transfer_type="(\w+)"', instruction.text)):
-                # Between TPU slices the host's runtime does what the name of the transfer says.
+                # Between TPU slices, the host's runtime does the collective; the transfer type gives its name.
                 sent = type_bytes(program.computations[name][instruction.operands[0]].type)
                 key: tuple[str, int, tuple[int, ...]] = (between[1].lower().replace("_", "-"), sent, ())
                 counts[key] = counts.get(key, 0) + runs
             if kind not in COLLECTIVES:
                 continue
             times = runs
-            # A gather that the TPU spreads over several fusions stands in each of them, as links of one chain.
+            # The TPU may spread a gather over several fusions. Each contains it, with the same chain id.
             if chain := re.search(r'chain_id="(\w+)"', instruction.text):
                 channel = re.search(r"channel_id=(\d+)", instruction.text)
                 link = (chain[1], channel[1] if channel else "", runs)
                 if link in chains:
                     continue
                 chains.add(link)
-                # And where it is none of a loop's own, one gather goes on beside all of the loop's iterations.
+                # If the gather is not the loop's own, a single gather runs alongside all iterations of the loop.
                 times = runs if "while/body" in instruction.text else 1
             group = _group(instruction.text, devices)
             if len(group) > 1:
@@ -196,7 +196,7 @@ def collectives(program: Program, devices: int) -> list[Collective]:
 
 
 def _moved(computation: Computation, instruction: Instruction) -> int:
-    """Bytes of operands or results, whichever are more; a permute's result stands beside its operand."""
+    """Bytes of the operands or the results, whichever are more; the type of a "-start" holds operands and results."""
     operands = sum(type_bytes(computation[name].type) for name in instruction.operands if name in computation)
     if instruction.opcode.endswith("-start"):
         return max(operands, type_bytes(instruction.type) - operands) if operands else type_bytes(instruction.type)
@@ -204,7 +204,7 @@ def _moved(computation: Computation, instruction: Instruction) -> int:
 
 
 def _group(text: str, devices: int) -> tuple[int, ...]:
-    """The first group of partition ids, in any of the three ways that XLA writes them."""
+    """The first group of partition ids, in any of the notations of XLA."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
         return int(pairs[1]), int(pairs[2])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
@@ -228,8 +228,8 @@ def _numbers(text: str) -> list[int]:
 def hbm_traffic(program: Program) -> int:
     """Bytes that a device reads from and writes to HBM in one call.
 
-    What an instruction takes and gives counts, unless it lies in a memory on the chip. Of an operand that is only
-    sliced or indexed the slices count, and of a buffer that is updated in place the update.
+    The operands and results of an instruction count, unless they are in on-chip memory. If an operand is only sliced or
+    indexed, only the slices count. If a buffer is updated in place, only the update counts.
     """
     return sum(
         runs * _traffic(program, program.computations[name], instruction)
@@ -267,7 +267,7 @@ def _users(computation: Computation) -> dict[str, list[Instruction]]:
 
 
 def _reads(program: Program, fusion: Instruction) -> list[int]:
-    """Bytes of each of a fusion's operands that it reads."""
+    """For each operand of a fusion, the bytes that the fusion reads of it."""
     inside = program.computations[fusion.called("calls")[0]]
     parameters = {i.text.partition("(")[2].partition(")")[0]: i for i in inside.values() if i.opcode == "parameter"}
     users = _users(inside)
@@ -276,7 +276,7 @@ def _reads(program: Program, fusion: Instruction) -> list[int]:
 
 
 def _read(program: Program, users: list[Instruction], parameter: Instruction) -> int:
-    """Bytes of a fusion's operand that it reads, by those inside of it that use it, other fusions among them."""
+    """Bytes that a fusion reads of an operand, from the instructions inside that use it; they may be fusions too."""
     if "S(" in parameter.type:
         return 0
     total = 0
@@ -294,7 +294,7 @@ def _read(program: Program, users: list[Instruction], parameter: Instruction) ->
 
 
 def _written(inside: Computation) -> int:
-    """Bytes of HBM that a fusion writes: its results, without what it hands through."""
+    """Bytes of HBM that a fusion writes: its results, except operands that it passes through."""
     root = next(instruction for instruction in inside.values() if instruction.is_root)
     parts = [inside[name] for name in root.operands if name in inside] if root.opcode == "tuple" else [root]
     total = 0

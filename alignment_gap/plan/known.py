@@ -1,4 +1,4 @@
-"""What is known of the folders that a job reads before they are there: the networks of runs, and datasets' lengths."""
+"""Facts about the folders that a job reads, even before they exist: the networks of runs, and the datasets' lengths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from alignment_gap.jobs.served import REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS, ne
 from alignment_gap.judges import REWARDS, JudgeConfig, is_model
 from alignment_gap.models import ModelConfig, make_policy, sizes
 
-# The ids of a preference model's markers, which come from a vocabulary; no program depends on their values.
+# Stand-ins for the marker ids of a preference model, which come from a vocabulary; no program depends on them.
 MARKERS = (2, 3, 4, 5, 6)
 
 Config = TypeVar("Config")
@@ -30,20 +30,20 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True)
 class Overrides:
-    """What is planned in place of what a job and its folders say; None for what they say.
+    """Settings that replace those of a job and its folders in a plan; None keeps the job's own.
 
     Attributes:
       model: size of the policy by name, such as t5_xxl or palm_8b.
       judge: size of the judge's network by name.
-      batch: prompts of a step, over all devices.
+      batch: prompts in a step, over all devices.
       prompt_length: tokens of a prompt.
       response_length: tokens of a response.
-      microbatches: parts of a batch whose gradients are added up.
-      layout: how networks and batches are laid out: data, fsdp, tensor, fsdp_tensor or sequence.
-      slices: slices of the topology, joined by the data-centre network.
+      microbatches: number of parts of a batch; their gradients are summed.
+      layout: sharding of networks and batches: data, fsdp, tensor, fsdp_tensor or sequence.
+      slices: number of slices of the topology; the data-centre network joins them.
       optimizer: one of `training.optimizers.NAMES`.
-      adapter_rank: rank of the low-rank adapters that are trained in place of all parameters.
-      remat: what the backward pass computes again: none, dots or full.
+      adapter_rank: rank of the low-rank adapters; the plan then trains them instead of all parameters.
+      remat: what the backward pass recomputes: none, dots or full.
       dtype: precision of the computation: float32 or bfloat16.
     """
 
@@ -61,11 +61,11 @@ class Overrides:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError if a size is out of its range."""
+        """Raises UserError if a size is out of range."""
         checks.at_least(self, 1, "batch", "prompt_length", "response_length")
 
     def applied(self, job: JobConfig) -> JobConfig:
-        """The job with these settings; raises UserError for one that the job refuses."""
+        """The job with these settings; raises UserError if the job refuses one of them."""
         mesh = _replaced(job.mesh, layout=self.layout, slices=self.slices)
         optimizer = _replaced(job.optimizer, name=self.optimizer)
         adapter = _replaced(job.adapter, rank=self.adapter_rank)
@@ -73,13 +73,13 @@ class Overrides:
 
 
 def _replaced(config: Config, **changes: Any) -> Config:
-    """The dataclass with the changes that are not None."""
+    """The dataclass with the changes, except those that are None."""
     given = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(config, **given)  # type: ignore[type-var]
 
 
 class Contents(NamedTuple):
-    """What a dataset holds: the longest prompt, responses to each, the longest response, and arrays by name."""
+    """The sizes of a dataset: the longest prompt, responses per prompt, and the longest response; and its arrays."""
 
     prompt: int
     samples: int
@@ -89,18 +89,18 @@ class Contents(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What is known of folders: from themselves, from the jobs that will make them, or from the user.
+    """Facts about folders: from the folders, from the jobs that will make them, or from the user.
 
     Attributes:
-      jobs: of a graph.
-      given: what the user says; it goes before what folders and jobs say.
+      jobs: the jobs of a graph.
+      given: the user's settings; they take precedence over folders and jobs.
     """
 
     jobs: Sequence[Job] = ()
     given: Overrides = Overrides()
 
     def trained(self, job: JobConfig) -> Network:
-        """The network that a job trains, of the size that the user gives."""
+        """The network that a job trains, in the user's size if given."""
         return self._trained(job, self.given.model)
 
     def _trained(self, job: JobConfig, size: str | None) -> Network:
@@ -118,7 +118,7 @@ class Known:
         return self._network(path, step, Network(), self.given.model, "--model")
 
     def judge_of(self, config: JudgeConfig) -> Network | None:
-        """The network of a judge; None for one that is asked on the host."""
+        """The network of a judge; None for a judge on the host."""
         if config.judge is None or not is_model(config.judge):
             return None
         usual = Network("bradley_terry" if config.labels == REWARDS else "pairwise", markers=MARKERS)
@@ -134,18 +134,18 @@ class Known:
         return _replaced(shape, batch=given.batch, prompt=given.prompt_length, response=given.response_length)
 
     def contents(self, source: SourceConfig) -> Contents:
-        """What the datasets of a source hold together."""
+        """The contents of all datasets of a source together."""
         each = [self._contents(folder.strip()) for folder in (recorded(source).folder or "").split(",")]
         prompt, samples, response = (max(sizes) for sizes in zip(*(found[:3] for found in each), strict=True))
         return Contents(prompt, samples, response, each[0].fields)
 
     @property
     def _made(self) -> dict[str, Any]:
-        """The settings of the graph's jobs by their folders."""
+        """The config of each job of the graph, by its folder."""
         return {str(job.folder): job.config for job in self.jobs}
 
     def _network(self, path: str, step: int | None, usual: Network, size: str | None, flag: str) -> Network:
-        """What a folder holds or will hold, with a given size; the usual where only the size is known."""
+        """The network that a folder holds or will hold, in a given size; `usual` if only the size is known."""
         if isinstance(job := self._made.get(path), JobConfig):
             return self._trained(job, size)
         if size is not None:
@@ -155,12 +155,12 @@ class Known:
         raise UserError(f"{path} is not there yet, so its network is not known: give {flag}")
 
     def _computed(self, network: Network, model: ModelConfig | str | None) -> Network:
-        """The network with another model and precision; raises UserError where its settings do not go together."""
+        """The network with another model and precision; raises UserError if its settings do not fit together."""
         model = sizes.get(model) if isinstance(model, str) else model or network.model
         model = _replaced(model, remat=self.given.remat, dtype=self.given.dtype)
         make_policy(model)
         network = dataclasses.replace(network, model=model)
-        _ = network.adapters  # Raises where there can be none.
+        _ = network.adapters  # Raises if the network cannot have these adapters.
         return network
 
     def _contents(self, path: str) -> Contents:
@@ -181,7 +181,7 @@ class Known:
         return Contents(prompt, 2, response)
 
     def _contents_made(self, config: Any) -> Contents:
-        """What the dataset that a job makes will hold."""
+        """The contents of the dataset that a job will make."""
         if isinstance(config, PrepareConfig):
             return Contents(config.limits.prompt_length, 2, config.limits.response_length)
         if isinstance(config, LabelConfig):

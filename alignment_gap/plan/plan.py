@@ -1,8 +1,8 @@
-"""Whether a job fits a slice and how long its steps take at best: the plan of all programs that it runs.
+"""The plan of a job: whether its programs fit a slice, and how long its steps take at best.
 
-The programs are those of `steps.programs_of`. An online step samples, asks the judge and the reference, and updates
-the policy. An offline one updates, and asks the reference where its log-probs are not stored. All networks of a step
-stay in memory together.
+`steps.programs_of` gives the programs. An online step samples, asks the judge and the reference, and updates the
+policy. An offline step updates the policy, and asks the reference if its log-probs are not stored. All networks of a
+step are in memory at the same time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ class Part:
 
     Attributes:
       program: the program.
-      compiled: what the compiler says.
-      times: of one call at best; None where it does not fit.
-      token_seconds: of a sampler, the time to read parameters and cache once, which each token takes at least; else 0.
+      compiled: the compiler's figures.
+      times: the times of one call, at best; None if the program does not fit.
+      token_seconds: for a sampler, the time to read parameters and cache once, which is the minimum for each token;
+        else 0.
     """
 
     program: Program
@@ -41,28 +42,28 @@ class Part:
 
     @property
     def tokens(self) -> int:
-        """The tokens that it samples one after another; 0 where it samples none."""
+        """The number of tokens that it samples one after another; 0 if it does not sample."""
         return self.program.batch.response if self.program.kind in SAMPLES else 0
 
     @property
     def working(self) -> int:
-        """Bytes that it needs beside the networks and the code that stay in memory."""
+        """Bytes that it needs in addition to the networks and the code that stay in memory."""
         held = self.compiled.state or self.compiled.networks * self.compiled.parameters
         return max(self.compiled.peak - self.compiled.code - held, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is found.
+    """The result of planning.
 
     Attributes:
-      config: what was planned.
+      config: the planned job and hardware.
       parts: the programs.
-      capacity: bytes of HBM that a device grants.
-      resident: bytes of what stays in a device's HBM from step to step, by name.
-      working: bytes that the program which needs most has beside those.
-      largest_batch: that fits; 0 where none does, None where it was not looked for.
-      advice: what would help, where it does not fit.
+      capacity: bytes of HBM that a program can use on a device.
+      resident: bytes that stay in a device's HBM from step to step, by name.
+      working: additional bytes that the most demanding program needs.
+      largest_batch: the largest batch that fits; 0 if none does, None without a search.
+      advice: changes that would help if the job does not fit.
     """
 
     config: PlanConfig
@@ -75,22 +76,22 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes of a device's HBM that a step's programs need together."""
+        """Bytes of a device's HBM that the programs of a step need together."""
         return sum(self.resident.values()) + self.working
 
     @property
     def fits(self) -> bool:
-        """Whether the device grants them."""
+        """Whether a device has the bytes that are needed."""
         return self.needed <= self.capacity
 
     @property
     def step_seconds(self) -> float:
-        """The time of its programs, one after another, at best; infinite where one cannot be compiled."""
+        """The time of the programs, one after another, at best; infinite if one does not fit."""
         return sum(part.times.seconds if part.times else math.inf for part in self.parts)
 
     @property
     def utilisation(self) -> float:
-        """Model FLOPs over what the devices could do in that time (MFU), an upper bound."""
+        """Model FLOPs / the FLOPs that the devices could do in the step's time (MFU); an upper bound."""
         done = sum(part.compiled.model_flops for part in self.parts)
         return done / (self.step_seconds * self.config.topology.devices * self.config.topology.chip.flops)
 
@@ -99,15 +100,15 @@ Compile = Callable[[PlanConfig, Program], Compiled]
 
 
 def make_plan(config: PlanConfig, compile_: Compile = compile_program, say: Callable[[str], None] = print) -> Plan:
-    """Compiles each program of a step and adds up what they need.
+    """Compiles each program of a step and adds up what the programs need.
 
     Args:
-      config: what is planned.
+      config: the job and hardware to plan.
       compile_: compiles one program.
-      say: is told of each program before it is compiled.
+      say: gets a line about each program before it is compiled.
 
     Raises:
-      UserError: where the batch cannot be split over the mesh, or the compiler is not to be had.
+      UserError: the mesh cannot split the batch, or the compiler is not available.
     """
     for program in config.programs:
         check_batch_size("batch", program.batch.batch, config.batch_unit)
@@ -135,7 +136,7 @@ def _part(config: PlanConfig, program: Program, compile_: Compile, say: Callable
 
 
 def _token_seconds(program: Program, topology: Topology, compiled: Compiled) -> float:
-    """Reading a device's part of the parameters, as the computation takes them, and of the cache once."""
+    """Seconds to read a device's part of the parameters, in the computation's dtype, and of the cache once."""
     if program.kind not in SAMPLES:
         return 0.0
     is_cast = program.model.dtype == "bfloat16" and program.facts.network.adapter is None
@@ -155,16 +156,16 @@ def cache_bytes(program: Program) -> int:
 
 
 def _capacity(topology: Topology) -> float:
-    """Of a device; of a virtual one its part of this machine's memory."""
+    """Bytes that a device has; a virtual CPU device has its part of this machine's memory."""
     if topology.kind == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / topology.devices
     return topology.chip.hbm
 
 
 def _largest_batch(plan: Plan, compile_: Compile, say: Callable[[str], None]) -> int:
-    """The largest batch that fits: a line through the memory of two, and each guess compiled before it is believed.
+    """The largest batch that fits, by linear interpolation between two batches; each guess is compiled to confirm it.
 
-    Only the program of the step that needs most is compiled again; what stays in memory does not depend on the batch.
+    Only the most demanding program is compiled again, because the memory that stays does not depend on the batch.
     """
     unit, first = plan.config.batch_unit, plan.config.programs[0].batch.batch
     binding = max(plan.parts, key=lambda part: part.working)
@@ -189,36 +190,36 @@ def _largest_batch(plan: Plan, compile_: Compile, say: Callable[[str], None]) ->
 
 
 def _guess(known: dict[int, int], capacity: float, unit: int) -> int:
-    """Where a line through the two batches nearest to the capacity meets it."""
+    """The batch at which a line through the two batches nearest to the capacity reaches the capacity."""
     (first, low), (second, high) = sorted(sorted(known.items(), key=lambda each: abs(each[1] - capacity))[:2])
     slope = (high - low) / max(second - first, 1)
     return int((first + (capacity - low) / slope) // unit) * unit if slope > 0 else second * 2
 
 
 def _advice(plan: Plan) -> tuple[str, ...]:
-    """Settings that would help, those that change least first."""
+    """Settings that would help, the smallest change first."""
     config, first, advice = plan.config, plan.config.programs[0], list[str]()
     job, unit, is_update = config.job, config.batch_unit, first.kind == "update"
     per_part = first.batch.batch // unit
     if is_update and first.model.remat != "full":
-        advice.append("--remat=full: activations are computed again in the backward pass instead of kept")
+        advice.append("--remat=full: the backward pass recomputes activations instead of keeping them")
     if is_update and per_part > 1:
-        advice.append(f"--microbatches={job.microbatches * per_part}: gradients of a part of the batch at a time")
+        advice.append(f"--microbatches={job.microbatches * per_part}: gradients for a part of the batch at a time")
     if plan.largest_batch:
         advice.append(f"--batch={plan.largest_batch}: the largest that fits")
     elif per_part > 1:
-        advice.append(f"--batch={unit}: the smallest that this mesh takes")
+        advice.append(f"--batch={unit}: the smallest batch that this mesh can split")
     if job.mesh.layout == "data":
-        advice.append("--layout=fsdp: parameters and optimizer state are split over the devices too")
+        advice.append("--layout=fsdp: also splits parameters and optimizer state over the devices")
     elif job.mesh.layout == "fsdp":
-        advice.append("--layout=fsdp_tensor: heads and MLP are split too, and the batch over fewer parts")
+        advice.append("--layout=fsdp_tensor: also splits heads and MLP, and splits the batch into fewer parts")
     if is_update and job.optimizer.name == "adamw":
         saved = 2 * plan.parts[0].compiled.parameters / GIB
-        advice.append(f"--optimizer=adafactor: {saved:.1f} GiB less a device, AdamW's two moments")
+        advice.append(f"--optimizer=adafactor: saves {saved:.1f} GiB per device, AdamW's two moments")
     if first.model.dtype != "bfloat16":
-        advice.append("--dtype=bfloat16: activations take half")
+        advice.append("--dtype=bfloat16: halves the memory of activations")
     if config.topology.kind in TPUS:
         share = plan.needed / plan.capacity
         devices = config.topology.devices << math.ceil(math.log2(share))
-        advice.append(f"a slice of {devices} devices: {share:.1f} times the memory is needed")
+        advice.append(f"a slice of {devices} devices: the job needs {share:.1f} times the memory of this slice")
     return tuple(advice)

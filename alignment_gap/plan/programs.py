@@ -1,7 +1,7 @@
-"""The programs of a job, the very functions that a run calls, compiled for devices that need not be here.
+"""Compiles the programs of a job, the same functions that a run calls, for devices that need not be here.
 
-Each is compiled in a process of its own: jax reads the variables that let libtpu compile without a TPU when it is
-imported, and a process that ends gives all its memory back.
+Each program is compiled in its own process, for two reasons. When jax is imported, it reads the variables that let
+libtpu compile without a TPU. And a process that ends returns all its memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from alignment_gap.sharding.chips import TPUS, Topology
 from alignment_gap.training import abstract_base, abstract_params
 from alignment_gap.training.flops import count_flops
 
-# With these nothing looks for a TPU or asks the network; without the last, two processes cannot both load libtpu.
+# With these variables, nothing looks for a TPU or asks the network. The last lets two processes load libtpu.
 TPU_VARIABLES = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -52,22 +52,22 @@ TPU_VARIABLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What jax and the compiler say of a program; bytes are those of one device.
+    """Figures of a program from jax and the compiler; bytes are per device.
 
     Attributes:
-      parameters: bytes of the network's parameters among the arguments; in an update step of those that are trained.
-      state: bytes of those, of the optimizer's state and of the adapters' base, in an update step; 0 in other programs.
-      networks: whose parameters are among the arguments, each of so many bytes.
-      flops: of one call, over all devices.
-      model_flops: those of them that the model needs: without what a backward pass computes again.
-      arguments, outputs, aliased, temporaries, code: bytes; aliased bytes are among arguments and outputs both.
-      exceeded: bytes that the program needs, where the compiler gave up because they do not fit; the sizes above and
+      parameters: bytes of one network's parameters among the arguments; in an update step, of the trained parameters.
+      state: in an update step, bytes of the trained parameters, the optimizer's state and the adapters' base; else 0.
+      networks: number of networks whose parameters are among the arguments; each has `parameters` bytes.
+      flops: FLOPs of one call, over all devices.
+      model_flops: the part of `flops` that the model needs, without recomputation in the backward pass.
+      arguments, outputs, aliased, temporaries, code: bytes; arguments and outputs both include the aliased bytes.
+      exceeded: bytes that the program needs, if the compiler gave up because they do not fit; the five sizes above and
         the traffic are then 0.
       traffic: bytes that move between chip and HBM in one call.
-      collectives: in one call.
-      compile_seconds: on this machine.
-      host_bytes: the most memory that the compiling process held.
-      shared: bytes of the parameters that are the base of the policy's adapters too.
+      collectives: collectives in one call.
+      compile_seconds: compile time on this machine.
+      host_bytes: peak memory of the compiling process.
+      shared: bytes of the parameters that are also the base of the policy's adapters.
     """
 
     parameters: int
@@ -94,7 +94,7 @@ class Compiled:
 
 
 def compile_program(config: PlanConfig, program: Program) -> Compiled:
-    """Compiles in a process of its own; raises UserError where that cannot be done here."""
+    """Compiles a program in its own process; raises UserError if this machine cannot do it."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result"
         command = [sys.executable, "-c", "from alignment_gap.plan import programs; programs.main()", str(result)]
@@ -111,7 +111,7 @@ def compile_program(config: PlanConfig, program: Program) -> Compiled:
 
 
 def main() -> None:
-    """Compiles what standard input asks for and writes what came of it to the file named by the only argument."""
+    """Compiles the program that standard input describes, and writes the result to the file in the only argument."""
     found: Compiled | UserError
     try:
         found = compile_here(*pickle.load(sys.stdin.buffer))
@@ -122,7 +122,7 @@ def main() -> None:
 
 def environment(topology: Topology) -> dict[str, str]:
     """The variables that a compiling process starts with."""
-    # A cache of compiled programs of this machine's own devices would be of no use to it.
+    # The cache holds programs for this machine's own devices, which are no use here.
     base = {"JAX_COMPILATION_CACHE_DIR": ""}
     if topology.kind in TPUS:
         return base | TPU_VARIABLES | {"XLA_FLAGS": ""}
@@ -133,7 +133,7 @@ def environment(topology: Topology) -> dict[str, str]:
 
 
 def _failure(what: str, status: int, text: str) -> str:
-    """One line on a process that ended without a result."""
+    """An error line about a process that ended without a result."""
     if status < 0:
         return f"compiling {what} was killed by signal {-status}: it may need more memory than this machine has free"
     lines = [line for line in text.strip().splitlines() if line.strip()] or ["no message"]
@@ -141,24 +141,24 @@ def _failure(what: str, status: int, text: str) -> str:
 
 
 def devices_of(topology: Topology) -> Sequence[Any]:
-    """The devices of a topology; described by libtpu where they are TPUs, else those of this machine.
+    """The devices of a topology; libtpu describes TPUs, other devices must be present on this machine.
 
     Raises:
-      UserError: where they are not to be had here.
+      UserError: the devices are not available here.
     """
     if topology.kind not in TPUS:
         try:
             present = jax.devices(topology.kind)
-        except (AssertionError, RuntimeError) as error:  # jax asserts where the only platform asked for has no plugin.
+        except (AssertionError, RuntimeError) as error:  # jax asserts if the only requested platform has no plugin.
             raise UserError(
-                f"topology {topology.name}: jax finds no {topology.kind} device here, and plans for {topology.kind} "
-                "compile on the machine itself; TPUs need none"
+                f"topology {topology.name}: jax finds no {topology.kind} device here; a plan for {topology.kind} "
+                "compiles on the device itself, only plans for TPUs need no device"
             ) from error
         if len(present) < topology.devices:
             raise UserError(f"topology {topology.name}: {len(present)} {topology.kind} devices are present")
         return present[: topology.devices]
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    if topology.kind == "v4":  # Else its two cores are two devices.
+    if topology.kind == "v4":  # Otherwise its two cores would be two devices.
         options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
@@ -170,7 +170,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
 
 
 def build(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[Any, tuple[Any, ...], Any]:
-    """The jitted function that a run calls, its abstract arguments, and the network's parameters among them."""
+    """The jitted function that a run calls, its abstract arguments, and the argument with the network's parameters."""
     assembly = Assembly(job, program.facts, mesh)
     if program.kind == "update":
         state = assembly.abstract
@@ -194,7 +194,7 @@ def build(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[Any, tup
 
 
 def _abstract_whole(program: Program, mesh: LogicalMesh) -> Any:
-    """Shapes and shardings of the parameters that a program takes: adapters are in their base, or it reads that."""
+    """Shapes and shardings of a program's parameters; if it uses the adapters' base, this is the base's tree."""
     network = program.facts.network
     if network.adapters is None and not program.shares:
         return abstract_params(network.init, mesh)
@@ -211,9 +211,9 @@ def compile_here(config: PlanConfig, program: Program) -> Compiled:
     start, job, topology = time.perf_counter(), config.job, config.topology
     mesh = make_mesh(job.mesh, devices_of(topology))
     function, arguments, params = build(program, job, mesh)
-    # Adapters' base is in memory with them; it is an argument after the batch.
+    # The base of adapters is in memory too; it is an argument after the batch.
     state = _shard_bytes((arguments[0], arguments[2:])) if program.kind == "update" else 0
-    # The reference's parameters are those of a second network of the same shapes.
+    # The same abstract parameters twice mean two networks: the reference has the policy's shapes.
     networks = max(sum(each is params for each in arguments), 1)
     base = Compiled(_shard_bytes(params), state, networks, *_flops(program, job, mesh), shared=_shared(program, mesh))
     platform = "tpu" if topology.kind in TPUS else topology.kind
@@ -241,7 +241,7 @@ def compile_here(config: PlanConfig, program: Program) -> Compiled:
 
 
 def _flops(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[int, int]:
-    """FLOPs of a call, and those that the model needs: of an update without what its backward pass computes again."""
+    """FLOPs of a call, and the part that the model needs: an update's without recomputation in the backward pass."""
     if program.kind == "update":
         assembly = Assembly(job, program.facts, mesh)
         return assembly.update_flops(assembly.abstract_batch())
@@ -252,7 +252,7 @@ def _flops(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[int, in
 
 
 def _shard_bytes(tree: Any) -> int:
-    """Bytes of a device's part of abstract arrays; random keys among them are a few and not counted."""
+    """Bytes of a device's part of abstract arrays; random keys are small and not counted."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -261,7 +261,7 @@ def _shard_bytes(tree: Any) -> int:
 
 
 def exceeded_bytes(message: str, arguments: int) -> int:
-    """What a program needs in all, from the compiler's words where it ran out of memory."""
+    """The total bytes that a program needs, from the compiler's out-of-memory message."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     patterns = (
         (r"[Tt]otal hbm usage >= ([\d.]+)([KMGT]?)", 0),

@@ -17,7 +17,7 @@ _BOUNDS = {"compute": "arithmetic", "hbm": "HBM", "interconnect": "interconnect"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Everything of the plan, in bytes, FLOPs and seconds; a time that is not known is None."""
+    """The whole plan, in bytes, FLOPs and seconds; an unknown time is None."""
     values, finite = dataclasses.asdict(plan), math.isfinite(plan.step_seconds)
     del values["config"]["programs"]  # They are among the parts.
     for part, each in zip(plan.parts, values["parts"], strict=True):

@@ -1,6 +1,7 @@
 """How long a program takes at best: the longest of its arithmetic, its HBM traffic and its collectives.
 
-Each alone at full speed, all three at once. A real step is slower; which of the three binds says what to change.
+This assumes that each runs at full speed, and that all three overlap. A real step is slower. The longest of the three
+shows what to change.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ class Moved:
 
     Attributes:
       kind: as in `hlo.Collective`.
-      axes: mesh axes that they span, joined by "+".
-      devices: in a group.
-      count: runs in one call.
-      bytes: of all of them, per device: the larger of operand and result.
-      seconds: at the speed of the links that the group has.
+      axes: the mesh axes that they span, joined by "+".
+      devices: number of devices in a group.
+      count: number of runs in one call.
+      bytes: total bytes per device; for each collective, the larger of operand and result.
+      seconds: total time at the speed of the group's links.
     """
 
     kind: str
@@ -39,7 +40,7 @@ class Moved:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds that each part of a device takes alone."""
+    """Seconds that arithmetic, HBM traffic and collectives would take alone."""
 
     compute: float
     hbm: float
@@ -47,27 +48,27 @@ class Times:
 
     @property
     def seconds(self) -> float:
-        """All three at once."""
+        """The time if all three overlap: the longest."""
         return max(self.compute, self.hbm, self.interconnect)
 
     @property
     def bound(self) -> str:
-        """The name of the longest."""
+        """The name of the longest of the three."""
         return max(("compute", "hbm", "interconnect"), key=lambda name: getattr(self, name))
 
 
 def times(chip: Chip, flops: float, traffic: float, collectives: Sequence[Moved]) -> Times:
-    """Of one call, from a device's FLOPs, its bytes between chip and HBM, and its collectives."""
+    """The times of one call, from a device's FLOPs, its bytes between chip and HBM, and its collectives."""
     return Times(flops / chip.flops, traffic / chip.hbm_bandwidth, sum(each.seconds for each in collectives))
 
 
 def describe(collectives: Sequence[Collective], mesh: Any, topology: Topology) -> tuple[Moved, ...]:
-    """Collectives by kind and mesh axes, with their time, the most bytes first.
+    """Collectives by kind and mesh axes, with their times, the longest first.
 
     Args:
-      collectives: of one program over all devices of the mesh.
-      mesh: a `jax.sharding.Mesh`; partition ids count its devices in order.
-      topology: what the links are.
+      collectives: collectives of one program over all devices of the mesh.
+      mesh: a `jax.sharding.Mesh`; partition ids number its devices in order.
+      topology: gives the links.
     """
     devices, found = mesh.devices.ravel(), dict[tuple[str, str, int], list[float]]()
     for each in collectives:
@@ -81,7 +82,7 @@ def describe(collectives: Sequence[Collective], mesh: Any, topology: Topology) -
 
 
 def _axes(collective: Collective, mesh: Any, topology: Topology) -> tuple[str, int]:
-    """Names of the mesh axes that a collective spans, and the devices of a group."""
+    """Names of the mesh axes that a collective spans, and the number of devices in a group."""
     if not collective.group:
         return "slices", topology.slices
     positions = np.array([np.unravel_index(index, mesh.devices.shape) for index in collective.group])
@@ -90,14 +91,15 @@ def _axes(collective: Collective, mesh: Any, topology: Topology) -> tuple[str, i
 
 
 def seconds(collective: Collective, group: Sequence[Any], topology: Topology) -> float:
-    """Of one collective: its bytes over the links of its group, and what crosses slices over the network's share.
+    """The time of one collective: its bytes over the group's links, plus its part between slices over the network.
 
-    A ring passes (n - 1) / n of a gathered array through each device, an all-reduce twice that. An all-to-all among n
-    in a ring costs a quarter of gathering all n parts, for an array goes half the way on average, either way.
+    A ring passes (n - 1) / n of a gathered array through each device; an all-reduce passes twice that. In a ring of n
+    devices, an all-to-all costs a quarter of gathering all n arrays: with both directions in use, data travels a
+    quarter of the ring on average.
     """
     n, size = len(group), float(collective.bytes)
     rounds = 2.0 if collective.kind == "all-reduce" else 1.0
-    if not collective.group:  # Between slices: what is sent is a device's own part of a gathered array, else all.
+    if not collective.group:  # Between slices: a gather sends a device's own part, other collectives the whole array.
         part = size if collective.kind == "all-gather" else size / topology.slices
         return rounds * part * (topology.slices - 1) / topology.chip.dcn_bandwidth
     slices = len({getattr(device, "slice_index", None) for device in group})
@@ -105,7 +107,7 @@ def seconds(collective: Collective, group: Sequence[Any], topology: Topology) ->
         return size / (topology.chip.dcn_bandwidth if slices > 1 else topology.chip.link_bandwidth)
     time = 0.0
     if slices > 1:
-        # Each device sends and takes its part of what its slice has reduced or is to gather.
+        # Each device exchanges its part of the array that its slice has reduced or will gather.
         part = size / max(n // slices, 1)
         time += rounds * part * (slices - 1) / slices / topology.chip.dcn_bandwidth
     inside = n // slices
@@ -117,9 +119,9 @@ def seconds(collective: Collective, group: Sequence[Any], topology: Topology) ->
 
 
 def _wires(group: Sequence[Any], topology: Topology) -> tuple[float, float]:
-    """Links that a device of the group takes in by at once, and the length of its rings.
+    """The number of links over which a device of the group receives at once, and the length of its rings.
 
-    Both directions of every torus axis that the group fills and that closes; one of an axis that does not.
+    A torus axis that the group fills, and that closes to a ring, counts both directions; any other axis counts one.
     """
     if not topology.chip.dimensions:
         return 1.0, len(group)

@@ -1,4 +1,4 @@
-"""The programs that a job runs: of an update step, of sampling, of judges, of an evaluation."""
+"""The programs that a job runs: for updates, sampling, judges and evaluations."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Program:
     Attributes:
       name: such as "judge golden".
       kind: "update", "score", "sample", "opponents", "judge" or "divergence".
-      facts: the network that it runs, and the shape of the batches that it is called with.
-      holds: whether its parameters are others than the policy's, and stay in memory beside them.
-      labels: what a judge gives.
-      shares: whether its parameters are the base of the policy's adapters, alone or with adapters of its own.
+      facts: the network that it runs, and the shape of its batches.
+      holds: whether it has parameters of its own, which stay in memory in addition to the policy's.
+      labels: the kind of a judge's labels.
+      shares: whether its parameters are the base of the policy's adapters, alone or with its own adapters.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Program:
 
     @property
     def model(self) -> ModelConfig:
-        """The policy, or the one that a preference model asks."""
+        """The config of the policy, or of the policy inside a preference model."""
         return self.facts.network.model
 
     def with_batch(self, prompts: int) -> Program:
-        """The same program with another number of prompts, in the batch of a second source too."""
+        """The same program with another number of prompts, also in the batch of a second source."""
         facts = dataclasses.replace(self.facts, batch=dataclasses.replace(self.batch, batch=prompts))
         if facts.fresh is not None:
             facts = dataclasses.replace(facts, fresh=dataclasses.replace(facts.fresh, batch=prompts))
@@ -63,13 +63,13 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-    """What is planned.
+    """The programs and devices to plan.
 
     Attributes:
-      job: the training job by whose settings the programs are built: mesh, loss, optimizer, source.
-      programs: what runs, the update of a training job first.
+      job: the training job whose settings the programs use: mesh, loss, optimizer, source.
+      programs: the programs; a training job's update comes first.
       topology: the devices.
-      search: whether the largest batch that fits is looked for.
+      search: whether to search for the largest batch that fits.
     """
 
     job: JobConfig
@@ -79,20 +79,20 @@ class PlanConfig:
 
     @property
     def batch_unit(self) -> int:
-        """A batch is a multiple of this: its parts over the devices, times the microbatches."""
+        """Every batch must be a multiple of this: its parts over the devices, times the microbatches."""
         data, fsdp, _ = self.job.mesh.shape(self.topology.devices)
         return data * fsdp * self.job.microbatches
 
 
-# A training job by whose settings programs are built, and the programs.
+# The training job whose settings the programs use, and the programs.
 Planned = tuple[JobConfig, list[Program]]
 
 
 def programs_of(config: Any, known: Known) -> tuple[JobConfig, tuple[Program, ...]]:
-    """The programs of a job, and the training job by whose settings they are built.
+    """The programs of a job, and the training job whose settings they use.
 
     Raises:
-      UserError: the job computes on no device, or something that it needs is not known.
+      UserError: the job uses no device, or a fact that it needs is not known.
     """
     plans: dict[type, Callable[[Any, Known], Planned]] = {
         JobConfig: _training,
@@ -107,7 +107,7 @@ def programs_of(config: Any, known: Known) -> tuple[JobConfig, tuple[Program, ..
 
 
 def _training(config: JobConfig, known: Known) -> Planned:
-    """The update first, then what an online step runs before it."""
+    """The update first, then the programs that a step runs before it."""
     config = known.given.applied(config)
     online = config.source if isinstance(config.source, OnlineConfig) else None
     facts = Facts(
@@ -132,9 +132,9 @@ def _training(config: JobConfig, known: Known) -> Planned:
             "reference, fresh": facts.fresh,
             "reference, mismatched": facts.batch if reads_mismatched(loss) else None,
         }
-        # The reference of adapters is their base, if the job names no other.
+        # With adapters, the reference is their base, unless the job names another.
         is_base = config.adapter.rank is not None and config.reference is None
-        # One that moves is in the state, and has adapters as the policy has.
+        # A reference that moves is part of the state, and has adapters if the policy has.
         moves = config.reference_every is not None
         network = facts.network if moves else dataclasses.replace(facts.network, adapter=None)
         scoring = dataclasses.replace(facts, network=network)
@@ -161,12 +161,12 @@ def _sampling(online: OnlineConfig, facts: Facts, known: Known) -> list[Program]
 def _judging(
     name: str, judge: JudgeConfig, shape: BatchShape, known: Known, policy: Network | None = None
 ) -> list[Program]:
-    """The program of a judge on the devices; none where it is asked on the host."""
+    """The program of a judge on the devices; no program for a judge on the host."""
     network = known.judge_of(judge)
     if network is None:
         return []
-    network.preference_model()  # Raises where it is a policy.
-    # The base that a checkpoint names is a step's folder, that of a job a run's.
+    network.preference_model()  # Raises if the network is a policy.
+    # A checkpoint names a step's folder as its base, a job names a run's folder.
     shares = bool(policy and policy.adapter and network.adapter and f"{network.base}/".startswith(f"{policy.base}/"))
     return [Program(name, "judge", Facts(network, shape), True, judge.labels, shares)]
 
@@ -206,7 +206,7 @@ def _evaluation(config: EvaluateConfig, known: Known) -> Planned:
 def _answering(
     config: GenerateConfig | EvaluateConfig, folder: str | None, samples: int, known: Known
 ) -> tuple[JobConfig, BatchShape]:
-    """A job that samples responses to the prompts of a dataset, and the shape of its batches."""
+    """A training job that samples responses to the prompts of a dataset, and the shape of its batches."""
     prompts = DatasetConfig(folder, batch_size=config.batch_size)
     source = OnlineConfig(prompts, samples, sampler=config.sampler, response_length=config.response_length)
     return known.given.applied(JobConfig(source=source, mesh=config.mesh)), known.shape(source)
