@@ -1,7 +1,7 @@
-"""Engines that run a graph of jobs on what people have.
+"""Engines that run a graph of jobs: on this machine, Slurm, TPU slices or Kubernetes.
 
-An engine is a config and two functions of `(tasks, config, logs)`: one gives the text of what would be run, the other
-runs or submits it.
+An engine is a config and two functions of `(tasks, config, logs)`. One returns as text what would run; the other runs
+or submits it.
 """
 
 from alignment_gap.launch.jobset import JobSetConfig, jobset_text, submit_jobset

@@ -1,4 +1,4 @@
-"""Gives a graph of jobs to Kubernetes: a JobSet for each, and an Argo workflow that creates them in their order."""
+"""Runs a graph of jobs on Kubernetes: a JobSet for each job, and an Argo workflow that creates them in order."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from alignment_gap.errors import UserError
 from alignment_gap.launch.slices import Slice, slice_of
 from alignment_gap.launch.tasks import USER_ERROR, Task, waiting_tasks
 
-# A pod's name has at most 63 characters: the JobSet's name, "-slice-0-0-" and five of its own.
+# A pod's name has at most 63 characters: the JobSet's name, "-slice-0-0-" and five characters of its own.
 _LONGEST_NAME = 40
 
 
 @dataclasses.dataclass(frozen=True)
 class JobSetConfig:
-    """Where in a cluster jobs run.
+    """Settings of the jobs in a Kubernetes cluster.
 
     Attributes:
       image: container image with this package; see the Containerfile of this project.
-      topology: of a slice, such as v5e:4x4.
-      slices: of each job, joined by the data-centre network.
-      volume: PersistentVolumeClaim with all folders; every pod can write to it.
-      mount: where pods see the volume; commands run there, so that relative folders are in it.
-      namespace: of Kubernetes; None for kubectl's.
-      queue: Kueue's LocalQueue; None for no queue.
-      service_account: of the pods; None for the namespace's default.
-      spot: whether slices may be taken back at any time.
-      cpus: of the pod of a command that needs no TPU.
-      memory: of that pod, in Kubernetes' notation.
+      topology: topology of a slice, such as v5e:4x4.
+      slices: number of slices for each job, joined by the data-centre network.
+      volume: PersistentVolumeClaim with all folders; every pod must be able to write to it.
+      mount: path of the volume in the pods; commands run there, so relative folders are in the volume.
+      namespace: Kubernetes namespace; None for kubectl's default.
+      queue: a LocalQueue of Kueue; None for no queue.
+      service_account: service account of the pods; None for the namespace's default.
+      spot: whether to use spot slices, which may be taken back at any time.
+      cpus: CPUs of the pod of a command that needs no TPU.
+      memory: memory of this pod, in Kubernetes' notation.
       grace: seconds that a job has to save after SIGTERM.
-      restarts: further attempts of a job of which a pod was evicted, killed or has crashed.
-      cluster: of xpk's lines in a dry run.
+      restarts: how often a job is restarted after a pod was evicted, was killed or crashed.
+      cluster: name of the cluster in the xpk commands of a dry run.
     """
 
     image: str | None = None
@@ -60,7 +60,7 @@ class JobSetConfig:
     cluster: str = "CLUSTER"
 
     def __post_init__(self) -> None:
-        """Raises UserError if a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "slices", "cpus", "grace")
         checks.at_least(self, 0, "restarts")
         if not PurePosixPath(self.mount).is_absolute():
@@ -69,7 +69,7 @@ class JobSetConfig:
 
 
 def object_name(name: str) -> str:
-    """A name that Kubernetes accepts. A name that has to change gets digits that keep it apart from others."""
+    """A name that Kubernetes accepts; if the name must change, a hash keeps it distinct from other names."""
     allowed = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if not allowed[:1].isalpha():
         allowed = f"job-{allowed}"
@@ -86,7 +86,7 @@ def manifest(task: Task, config: JobSetConfig) -> dict[str, Any]:
         "parallelism": hosts,
         "completions": hosts,
         "completionMode": "Indexed",
-        # The first pod that fails ends its job, and all begin again: jobs of several processes go on together.
+        # If a pod fails, its job ends and all pods start again, because processes can only continue together.
         "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [
@@ -104,7 +104,7 @@ def manifest(task: Task, config: JobSetConfig) -> dict[str, Any]:
     if config.queue:
         metadata["labels"]["kueue.x-k8s.io/queue-name"] = config.queue
     if task.processes:
-        # Each job of the set gets a slice of its own.
+        # Each job of the set gets its own slice.
         metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -113,7 +113,7 @@ def manifest(task: Task, config: JobSetConfig) -> dict[str, Any]:
         "spec": {
             "failurePolicy": {
                 "maxRestarts": config.restarts,
-                # An error that the user has to mend fails the set; any other begins it again.
+                # An error that the user must fix fails the set; any other error restarts it.
                 "rules": [{"name": "userError", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
             },
             "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": job}}],
@@ -152,7 +152,7 @@ def _pod(task: Task, config: JobSetConfig, slice_: Slice) -> dict[str, Any]:
         container["env"] = [{"name": "JAX_PLATFORMS", "value": "cpu"}]
         return pod
     container["resources"] = {"limits": {"google.com/tpu": str(slice_.chips)}}
-    # 8471 is libtpu's, 8482 that of jax's coordinator, 8080 megascale's.
+    # Port 8471 is for libtpu, 8482 for jax's coordinator, 8080 for megascale.
     container["ports"] = [{"containerPort": port} for port in (8471, 8482, 8080)]
     pod["nodeSelector"] = {
         "cloud.google.com/gke-tpu-accelerator": slice_.accelerator,
@@ -167,7 +167,7 @@ def _pod(task: Task, config: JobSetConfig, slice_: Slice) -> dict[str, Any]:
 
 
 def workflow(tasks: Sequence[Task], config: JobSetConfig, name: str) -> dict[str, Any]:
-    """An Argo workflow that creates the JobSet of each task after those that it needs have completed."""
+    """An Argo workflow that creates the JobSet of each task after the tasks that it needs have completed."""
     steps, templates = [], []
     for task in tasks:
         step = {"name": object_name(task.name), "template": object_name(task.name)}
@@ -191,7 +191,7 @@ def workflow(tasks: Sequence[Task], config: JobSetConfig, name: str) -> dict[str
         metadata["namespace"] = config.namespace
     spec: dict[str, Any] = {
         "entrypoint": "graph",
-        # A job that fails stops what needs it and nothing else.
+        # A failed job stops only the jobs that need it.
         "templates": [{"name": "graph", "dag": {"failFast": False, "tasks": steps}}, *templates],
     }
     if config.service_account:
@@ -200,7 +200,7 @@ def workflow(tasks: Sequence[Task], config: JobSetConfig, name: str) -> dict[str
 
 
 def _objects(tasks: Sequence[Task], config: JobSetConfig, logs: Path) -> list[dict[str, Any]]:
-    """What would be created for the tasks that are not done: one JobSet, or a workflow named after their folder."""
+    """The objects to create for the tasks that are not done: one JobSet, or a workflow named after their folder."""
     missing = [setting for setting in ("image", "volume") if getattr(config, setting) is None]
     if missing:
         raise UserError(f"jobset.{missing[0]} is not set: add --jobset.{missing[0]}={missing[0].upper()}")
@@ -211,7 +211,7 @@ def _objects(tasks: Sequence[Task], config: JobSetConfig, logs: Path) -> list[di
 
 
 def xpk_line(task: Task, config: JobSetConfig) -> str:
-    """The command of xpk for a workload with the same image, slice and command; a storage of xpk has the folders."""
+    """The xpk command for the same image, slice and command; an xpk storage must hold the folders."""
     slice_ = slice_of(config.topology)
     # xpk does not set a working directory.
     command = f"cd {shlex.quote(config.mount)} && {shlex.join(_command(task, config, slice_))}"
@@ -229,24 +229,24 @@ def xpk_line(task: Task, config: JobSetConfig) -> str:
 
 
 def jobset_text(tasks: Sequence[Task], config: JobSetConfig, logs: Path) -> str:
-    """The manifests that would be created, and for those who have xpk its line for each job on a slice."""
+    """The manifests that would be created, and, for users of xpk, the xpk command of each job on a slice."""
     made = _objects(tasks, config, logs)
     lines = [f"# {xpk_line(task, config)}" for task in waiting_tasks(tasks) if task.processes]
     return yaml.safe_dump_all(made, sort_keys=False) + "\n".join(lines) if made else "all jobs are done"
 
 
 def submit_jobset(tasks: Sequence[Task], config: JobSetConfig, logs: Path, say: Callable[[str], None] = print) -> None:
-    """Creates what runs every task that is not done, with kubectl; Kubernetes keeps the logs.
+    """Creates the objects for all tasks that are not done, with kubectl; Kubernetes keeps the logs.
 
     Raises:
-      UserError: where a setting is missing, kubectl is not installed, or the cluster refuses.
+      UserError: a setting is missing, kubectl is not installed, or the cluster refuses.
     """
     made = _objects(tasks, config, logs)
     if not made:
         say("all jobs are done")
         return
     if shutil.which("kubectl") is None:
-        raise UserError("this machine has no kubectl: install it and its access to the cluster, or give --dry_run")
+        raise UserError("this machine has no kubectl: install it and give it access to the cluster, or give --dry_run")
     done = subprocess.run(
         ["kubectl", "create", "--filename=-"], input=yaml.safe_dump_all(made), capture_output=True, text=True
     )

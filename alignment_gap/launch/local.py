@@ -1,4 +1,4 @@
-"""Runs a graph of jobs on this machine: several at once, each in its own processes, a pod in miniature."""
+"""Runs a graph of jobs on this machine: several at once, each in its own processes, like a small pod."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from alignment_gap import checks
 from alignment_gap.errors import UserError
 from alignment_gap.launch.tasks import COMMAND, USER_ERROR, Task, waiting_tasks
 
-# Seconds between two looks at the processes of a job, and those that the others get when one has ended in failure.
+# Seconds between two looks at a job's processes, and seconds that the others get to end after one has failed.
 _LOOK_EVERY, _GRACE = 0.1, 30.0
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalConfig:
-    """How jobs are run on this machine.
+    """How jobs run on this machine.
 
     Attributes:
-      jobs: how many run at once.
-      processes: of each job that can have several.
-      retries: further attempts of a job whose processes were killed or have crashed.
+      jobs: number of jobs that run at once.
+      processes: number of processes of each job that can have several.
+      retries: how often a job is tried again after its processes were killed or crashed.
     """
 
     jobs: int = 1
@@ -37,20 +37,20 @@ class LocalConfig:
     retries: int = 2
 
     def __post_init__(self) -> None:
-        """Raises UserError if a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "jobs", "processes")
         checks.at_least(self, 0, "retries")
 
 
 class _Processes:
-    """The processes that run now, which all get a signal when the engine is asked to end."""
+    """The running processes; all get a signal when the engine has to end."""
 
     def __init__(self) -> None:
         self.stopped, self._lock, self._running = False, threading.Lock(), set[subprocess.Popen[bytes]]()
 
     @contextlib.contextmanager
     def started(self, commands: Sequence[Sequence[str]], log: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-        """Starts processes that write to one log; kills those that are left at the end."""
+        """Starts processes that write to one log; at the end, kills those that still run."""
         with log.open("ab") as file, self._lock:
             begun = [] if self.stopped else [subprocess.Popen(each, stdout=file, stderr=file) for each in commands]
             self._running.update(begun)
@@ -64,7 +64,7 @@ class _Processes:
                 self._running.difference_update(begun)
 
     def stop(self) -> None:
-        """Asks all to save and to end, and starts no others."""
+        """Asks all processes to save and end; no more processes start."""
         with self._lock:
             self.stopped = True
             for process in self._running:
@@ -72,16 +72,16 @@ class _Processes:
 
 
 def run_local(tasks: Sequence[Task], config: LocalConfig, logs: Path, say: Callable[[str], None] = print) -> None:
-    """Runs every task that is not done after those that it needs; one that fails stops only what needs it.
+    """Runs every task that is not done, after the tasks that it needs; a failed task stops only tasks that need it.
 
     Args:
-      tasks: of the graph.
-      config: how many at once, and in how many processes each.
-      logs: folder for what each prints.
+      tasks: the tasks of the graph.
+      config: how many jobs run at once, and in how many processes.
+      logs: folder for the output of each task.
       say: prints a line.
 
     Raises:
-      UserError: where tasks have failed, with the last line of the first.
+      UserError: tasks failed; the message has the error line of the first one.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = {task.name: task for task in waiting_tasks(tasks)}
@@ -95,7 +95,7 @@ def run_local(tasks: Sequence[Task], config: LocalConfig, logs: Path, say: Calla
                 for name in order.get_ready():
                     running[pool.submit(_attempt, waiting[name], config, logs, processes, say)] = name
                 if not running:
-                    break  # All that is left needs what has failed.
+                    break  # All remaining tasks need one that failed.
                 ended, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in ended:
                     name = running.pop(future)
@@ -111,12 +111,12 @@ def run_local(tasks: Sequence[Task], config: LocalConfig, logs: Path, say: Calla
         first, left = next(iter(failed)), len(waiting) - len(failed)
         raise UserError(
             f"{len(failed)} of {len(waiting)} jobs failed, first {first}: {failed[first]} (its output is in "
-            f"{logs / waiting[first].file_name}.log; {left} were done or need what failed): mend it and launch again"
+            f"{logs / waiting[first].file_name}.log; {left} were done or need a failed job): fix it and launch again"
         )
 
 
 def _attempt(task: Task, config: LocalConfig, logs: Path, processes: _Processes, say: Callable[[str], None]) -> str:
-    """Runs a task, again where its processes died; gives the last line of what it printed where it failed."""
+    """Runs a task, and again if its processes died; returns the last line of its output if it failed, else ""."""
     log = logs / f"{task.file_name}.log"
     for attempt in range(1 + config.retries):
         say(f"{task.name}: started" + (f" again, for the {attempt}. time" if attempt else ""))
@@ -132,7 +132,7 @@ def _attempt(task: Task, config: LocalConfig, logs: Path, processes: _Processes,
 
 
 def _run(task: Task, config: LocalConfig, log: Path, processes: _Processes) -> int:
-    """Runs one attempt; gives 0, or the exit status of the process that failed first, after which the others end."""
+    """Runs one attempt; returns 0, or the exit status of the process that failed first; the others then end too."""
     count = config.processes if task.processes else 1
     together = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}"] if count > 1 else []
     numbered = [[*together, f"--process={number}"] if together else [] for number in range(count)]
@@ -148,7 +148,7 @@ def _run(task: Task, config: LocalConfig, log: Path, processes: _Processes) -> i
 
 
 def local_text(tasks: Sequence[Task], config: LocalConfig, logs: Path) -> str:
-    """The commands that would be run, those of a job that needs no other first."""
+    """The commands that would run, each after the commands that it needs."""
     lines = []
     for task in waiting_tasks(tasks):
         needs = f" after {', '.join(task.needs)}" if task.needs else ""
@@ -164,7 +164,7 @@ def _last_line(log: Path) -> str:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,6 +1,6 @@
-"""Runs jobs one after the other on a TPU slice asked for as a queued resource, for those without Kubernetes.
+"""Runs jobs one after another on a TPU slice, requested as a queued resource; this needs no Kubernetes.
 
-The script below asks for the slice, waits for it, runs each command on all of its hosts, and gives the slice back.
+The script below requests the slice, waits for it, runs each command on all of its hosts, and gives the slice back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from alignment_gap.launch.tasks import USER_ERROR, Task, waiting_tasks
 
 _SCRIPT = """\
 #!/bin/bash
-# Asks for a TPU slice, runs jobs on all of its hosts, and gives it back.
+# Requests a TPU slice, runs jobs on all of its hosts, and gives it back.
 set -u
 gcloud_tpus() {{ gcloud compute tpus "$@" {place}; }}
 
@@ -29,7 +29,7 @@ state() {{ gcloud_tpus queued-resources describe {name} '--format=value(state.st
 give_back() {{ gcloud_tpus queued-resources delete {name} --force --quiet; }}
 
 ask() {{
-    # What was taken back stays in the list until it is deleted, and so does what failed.
+    # A slice that was taken back or that failed stays in the list until it is deleted.
     case "$(state)" in SUSPENDED | FAILED) give_back || exit 1 ;; esac
     if [ -z "$(state)" ]; then
         gcloud_tpus queued-resources create {name} {request} || exit 1
@@ -37,7 +37,7 @@ ask() {{
     fi
     while [ "$(state)" != ACTIVE ]; do
         case "$(state)" in
-            FAILED | "") echo "error: the slice {name} cannot be had" >&2; exit 1 ;;
+            FAILED | "") echo "error: the slice {name} is not available" >&2; exit 1 ;;
         esac
         sleep {look_every}
     done
@@ -53,13 +53,13 @@ run() {{
         echo "$1: started"
         on_hosts "$2" "$3"
         status=$?
-        # {user_error}: another attempt would meet the same. {try_again}: it was asked to end, and has saved.
+        # {user_error}: another attempt would fail again. {try_again}: the job was asked to end, and has saved.
         case $status in
             0) echo "$1: done"; return ;;
             {user_error}) break ;;
         esac
     done
-    echo "error: $1 failed with exit status $status: mend it and launch again" >&2
+    echo "error: $1 failed with exit status $status: fix it and launch again" >&2
     exit "$status"
 }}
 
@@ -71,18 +71,18 @@ trap give_back EXIT
 
 @dataclasses.dataclass(frozen=True)
 class QueuedConfig:
-    """The slice that is asked for.
+    """The slice to request.
 
     Attributes:
-      name: of the queued resource and of its node.
-      topology: of the slice, such as v5e:4x4.
-      zone: where it is; None for gcloud's.
-      project: that is charged; None for gcloud's.
-      spot: whether the slice may be taken back at any time; it is asked for again then.
-      setup: a shell command on each host when the slice is new: installs this package, mounts what all hosts share.
-      folder: where commands run on each host; the same storage on all of them.
-      retries: further attempts of a job whose slice was taken back, or whose processes have crashed.
-      look_every: seconds between two looks at a request that waits.
+      name: name of the queued resource and of its node.
+      topology: topology of the slice, such as v5e:4x4.
+      zone: zone of the slice; None for gcloud's default.
+      project: project that pays; None for gcloud's default.
+      spot: whether to use a spot slice, which may be taken back at any time; the script then requests it again.
+      setup: shell command for each host of a new slice; it installs this package and mounts the shared storage.
+      folder: folder in which commands run; it must be the same shared storage on all hosts.
+      retries: how often a job is tried again after its slice was taken back or its processes crashed.
+      look_every: seconds between two looks at a waiting request.
     """
 
     name: str = "alignment-gap"
@@ -96,15 +96,15 @@ class QueuedConfig:
     look_every: int = 30
 
     def __post_init__(self) -> None:
-        """Raises UserError if a setting is out of its range, or TPU VMs do not offer the slice."""
+        """Raises UserError if a setting is out of range, or TPU VMs do not offer the slice."""
         checks.at_least(self, 0, "retries")
         checks.at_least(self, 1, "look_every")
         if slice_of(self.topology).runtime is None:
-            raise UserError(f"topology {self.topology!r} cannot be had as a queued resource: use the engine jobset")
+            raise UserError(f"topology {self.topology!r} is not offered as a queued resource: use the engine jobset")
 
 
 def queued_text(tasks: Sequence[Task], config: QueuedConfig, logs: Path) -> str:
-    """The script that would be run."""
+    """The script that would run."""
     waiting = waiting_tasks(tasks)
     if not waiting:
         return "all jobs are done"
@@ -139,17 +139,17 @@ def _run(task: Task, config: QueuedConfig, hosts: int) -> str:
     together = task.processes and hosts > 1
     command = shlex.join(["alignment-gap", *task.words, *(["--coordinator=auto"] if together else [])])
     if not task.processes:
-        # On one host, whose TPU would wait for those of the others.
+        # It runs on one host only, where the TPU would wait for the other hosts' TPUs.
         command = f"JAX_PLATFORMS=cpu {command}"
     words = ["run", task.name, "all" if task.processes else "0", f"cd {shlex.quote(config.folder)} && {command}"]
     return shlex.join(words)
 
 
 def run_queued(tasks: Sequence[Task], config: QueuedConfig, logs: Path, say: Callable[[str], None] = print) -> None:
-    """Runs the script, which is kept beside the logs.
+    """Runs the script, and keeps it in the folder of logs.
 
     Raises:
-      UserError: where a setting is missing, gcloud is not installed, or the script fails.
+      UserError: a setting is missing, gcloud is not installed, or the script fails.
     """
     text = queued_text(tasks, config, logs)
     if not waiting_tasks(tasks):
@@ -161,4 +161,4 @@ def run_queued(tasks: Sequence[Task], config: QueuedConfig, logs: Path, say: Cal
     path = logs / "queued.sh"
     path.write_text(text)
     if status := subprocess.run(["bash", str(path)]).returncode:
-        raise UserError(f"the script {path} ended with exit status {status}: see what it printed")
+        raise UserError(f"the script {path} ended with exit status {status}: see its output")

@@ -1,4 +1,4 @@
-"""TPU slices: the names that Google's services give them, and their hosts."""
+"""TPU slices: their names in Google's services, and their hosts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import math
 from alignment_gap.errors import UserError
 from alignment_gap.sharding.chips import Topology, parse_topology
 
-# Name in node selectors of GKE, prefix of accelerator types, what that prefix counts per chip, runtime of TPU VMs.
+# For each kind: its name in GKE's node selectors, the prefix of its accelerator types, the number that accelerator
+# types count for each chip, and the runtime of its TPU VMs.
 # https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus and https://cloud.google.com/tpu/docs/runtimes
 _NAMES = {
     "v4": ("tpu-v4-podslice", "v4", 2, "tpu-ubuntu2204-base"),
@@ -18,7 +19,7 @@ _NAMES = {
     # Not offered as a queued resource.
     "tpu7x": ("tpu7x", "tpu7x", 2, None),
 }
-# Chips of a host in slices of several hosts, and in the largest slice of a single one.
+# Chips of a host in slices of several hosts, and chips of the largest slice with a single host.
 _CHIPS_OF_A_HOST, _SINGLE_HOST = 4, {"v5e": 8, "v6e": 8}
 
 
@@ -27,12 +28,12 @@ class Slice:
     """A TPU slice.
 
     Attributes:
-      topology: its chips and how they are joined.
+      topology: its chips and how they are connected.
       accelerator: the value of GKE's node selector.
-      accelerator_type: as queued resources and xpk name it, such as v5litepod-16.
-      runtime: software of its TPU VMs; None where there are none.
-      chips: of one host.
-      hosts: with one process each.
+      accelerator_type: its name for queued resources and xpk, such as v5litepod-16.
+      runtime: software of its TPU VMs; None if there are no TPU VMs of this kind.
+      chips: number of chips of one host.
+      hosts: number of hosts, with one process each.
     """
 
     topology: Topology

@@ -1,4 +1,4 @@
-"""Gives a graph of jobs to Slurm: a batch script for each, arrays of those alike, dependencies, and requeueing."""
+"""Runs a graph of jobs on Slurm: batch scripts with dependencies and requeueing; similar jobs form arrays."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from alignment_gap.launch.tasks import COMMAND, USER_ERROR, Task, waiting_tasks
 
 @dataclasses.dataclass(frozen=True)
 class SlurmConfig:
-    """What each job asks of Slurm.
+    """What each job requests from Slurm.
 
     Attributes:
-      nodes: of each job, with one process on each.
-      processes: on each node; more than one where each is to have its own devices.
-      partition: where jobs run; None for Slurm's default.
-      account: that is charged; None for the user's.
-      time: limit of a job, in Slurm's notation; a job that reaches it goes on in another.
-      gres: devices of each node, such as gpu:8; None for none.
-      cpus: of each process; None for Slurm's default.
-      memory: of each node, such as 64G; None for Slurm's default.
-      grace: seconds before the time limit at which a job is asked to save.
-      setup: a shell command at the start of each job, such as one that activates an environment.
-      at_once: how many jobs of an array run at once; None for as many as there is room for.
-      retries: a job whose processes were killed or crashed is queued again until it was started so many times more.
+      nodes: number of nodes for each job.
+      processes: number of processes on each node; more than one if each gets its own devices.
+      partition: partition of the jobs; None for Slurm's default.
+      account: account that pays; None for the user's default.
+      time: time limit of a job, in Slurm's notation; a job that reaches it is queued again and continues.
+      gres: devices of each node, such as gpu:8; None for no devices.
+      cpus: CPUs of each process; None for Slurm's default.
+      memory: memory of each node, such as 64G; None for Slurm's default.
+      grace: a job is asked to save this many seconds before its time limit.
+      setup: shell command at the start of each job, for example to activate an environment.
+      at_once: number of jobs of an array that run at once; None for no limit.
+      retries: how often a job is queued again after its processes were killed or crashed.
     """
 
     nodes: int = 1
@@ -49,19 +49,19 @@ class SlurmConfig:
     retries: int = 2
 
     def __post_init__(self) -> None:
-        """Raises UserError if a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "nodes", "processes", "cpus", "grace", "at_once")
         checks.at_least(self, 0, "retries")
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A job of Slurm: one task, or an array of tasks with the same needs.
+    """A Slurm job: one task, or an array of tasks with the same needs.
 
     Attributes:
-      name: of the batch.
-      tasks: one for each element of the array.
-      needs: the tasks that have to end well before.
+      name: name of the batch.
+      tasks: the tasks, one for each element of the array.
+      needs: names of the tasks that must succeed first.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Batch:
 
 
 def batches(tasks: Sequence[Task]) -> list[Batch]:
-    """The tasks that are not done, in an order in which each comes after what it needs; those alike become arrays."""
+    """The tasks that are not done, each after the tasks that it needs; similar tasks become arrays."""
     alike: dict[tuple[tuple[str, ...], str, bool], list[Task]] = collections.defaultdict(list)
     for task in waiting_tasks(tasks):
         alike[tuple(sorted(task.needs)), task.words[0], task.processes].append(task)
@@ -91,7 +91,7 @@ def _ordered(made: Sequence[Batch]) -> Iterator[Batch]:
 
 
 def script(batch: Batch, config: SlurmConfig, logs: Path) -> str:
-    """The batch script, without its dependencies, which Slurm numbers."""
+    """The batch script, without its dependencies, because Slurm assigns their numbers."""
     is_array, together = len(batch.tasks) > 1, batch.tasks[0].processes
     nodes, processes = (config.nodes, config.processes) if together else (1, 1)
     options = {
@@ -106,7 +106,7 @@ def script(batch: Batch, config: SlurmConfig, logs: Path) -> str:
         "gres": config.gres,
         "cpus-per-task": config.cpus,
         "mem": config.memory,
-        # To the steps of the job, which are the processes that save.
+        # Slurm sends the signal to the job's steps, which are the processes that save.
         "signal": f"TERM@{config.grace}",
     }
     if is_array:
@@ -125,9 +125,9 @@ def script(batch: Batch, config: SlurmConfig, logs: Path) -> str:
         lines += commands
     lines += [
         "status=$?",
-        f"# {TRY_AGAIN}: it was asked to end, has saved, and goes on when it is run again.",
+        f"# {TRY_AGAIN}: the job was asked to end, has saved, and continues when it runs again.",
         f"if [ $status -eq {TRY_AGAIN} ]; then scontrol requeue $SLURM_JOB_ID; exit $status; fi",
-        f"# {USER_ERROR}: another attempt would meet the same. Any other status: processes were killed or crashed.",
+        f"# {USER_ERROR}: another attempt would fail again. Any other status: processes were killed or crashed.",
         f"if [ $status -ne 0 -a $status -ne {USER_ERROR} -a ${{SLURM_RESTART_COUNT:-0}} -lt {config.retries} ]; then",
         "    scontrol requeue $SLURM_JOB_ID",
         "fi",
@@ -137,7 +137,7 @@ def script(batch: Batch, config: SlurmConfig, logs: Path) -> str:
 
 
 def slurm_text(tasks: Sequence[Task], config: SlurmConfig, logs: Path) -> str:
-    """The scripts that would be submitted, each with the line that submits it."""
+    """The scripts that would be submitted, each with its sbatch command."""
     blocks = []
     for batch in batches(tasks):
         after = f" --dependency=afterok:{':'.join(f'<{name}>' for name in batch.needs)}" if batch.needs else ""
@@ -146,10 +146,10 @@ def slurm_text(tasks: Sequence[Task], config: SlurmConfig, logs: Path) -> str:
 
 
 def submit_slurm(tasks: Sequence[Task], config: SlurmConfig, logs: Path, say: Callable[[str], None] = print) -> None:
-    """Submits every task that is not done, after those that it needs.
+    """Submits every task that is not done, after the tasks that it needs.
 
     Raises:
-      UserError: where Slurm is not installed, or refuses.
+      UserError: Slurm is not installed, or refuses a job.
     """
     if shutil.which("sbatch") is None:
         raise UserError("this machine has no sbatch: launch from a login node of the cluster, or give --dry_run")
@@ -157,7 +157,7 @@ def submit_slurm(tasks: Sequence[Task], config: SlurmConfig, logs: Path, say: Ca
     numbers: dict[str, str] = {}
     for batch in batches(tasks):
         needed = sorted({numbers[name] for name in batch.needs})
-        # What can never run any more is not left in the queue.
+        # Slurm removes jobs whose dependencies have failed from the queue.
         after = [f"--dependency=afterok:{':'.join(needed)}", "--kill-on-invalid-dep=yes"] if needed else []
         done = subprocess.run(
             ["sbatch", "--parsable", *after],

@@ -1,4 +1,4 @@
-"""How far each job of a graph is, from its folder alone."""
+"""The progress of each job of a graph, read from its folder alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from alignment_gap.training.monitor import METRICS
 
 
 def status_text(tasks: Sequence[Task]) -> str:
-    """A line for every job: done, running with its step, rate and time to go, failed with its line, or waiting."""
+    """A line for every job: done, running (with step, rate and remaining time), failed (with its error), or waiting."""
     width = max(len(task.name) for task in tasks)
     done = {task.name for task in tasks if task.is_done}
     return "\n".join(f"{task.name:{width}}  {_state(task, done)}" for task in tasks)
@@ -36,7 +36,7 @@ def _state(task: Task, done: set[str]) -> str:
 
 
 def _progress(folder: AnyPath) -> str:
-    """Step, rate and time to go of a training job, from its last line of metrics."""
+    """Step, rate and remaining time of a training job, from its last line of metrics."""
     path = folder / METRICS
     lines = path.read_text().splitlines() if path.exists() else []
     steps = read_json(folder / JOB, remedy="remove the folder").get("steps")
@@ -44,7 +44,7 @@ def _progress(folder: AnyPath) -> str:
         return ""
     try:
         last = json.loads(lines[-1])
-    except ValueError:  # It is being written.
+    except ValueError:  # The line is being written.
         return ""
     if "pairs_per_second" not in last:
         return f", step {last['step']} of {steps}"

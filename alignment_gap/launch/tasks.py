@@ -1,4 +1,4 @@
-"""What an engine runs: a command that fills a folder, and the commands that have to end before it."""
+"""The tasks that an engine runs: commands that fill a folder, and the tasks that must end before them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.folder import finished_with
 
-# This installation's alignment-gap, whatever the PATH of the process that runs it.
+# Runs alignment-gap of this installation, whatever PATH is.
 COMMAND = (sys.executable, "-c", "from alignment_gap.cli.main import main; main()")
-# The exit status of what the user has to mend: another attempt would meet the same.
+# The exit status of an error that the user must fix; another attempt would fail again.
 USER_ERROR = 2
 
 
@@ -21,10 +21,10 @@ class Task:
     """A command of a graph.
 
     Attributes:
-      name: unique in its graph.
-      words: of the command, after "alignment-gap".
-      folder: of the job; None for a command that leaves none, which is run in any case.
-      needs: names of the tasks that come before it.
+      name: a name that is unique in the graph.
+      words: the command's words after "alignment-gap".
+      folder: folder of the job; None if the command leaves no folder: then it always runs.
+      needs: names of the tasks that must come before.
       processes: whether it may run in several processes.
     """
 
@@ -41,12 +41,12 @@ class Task:
 
     @property
     def file_name(self) -> str:
-        """Its name as that of a file."""
+        """Its name in a form that is valid for a file."""
         return re.sub(r"[^A-Za-z0-9_.-]+", "_", self.name)
 
 
 def waiting_tasks(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks that are not done, without the needs that are."""
+    """The tasks that are not done; their `needs` omit the tasks that are done."""
     waiting = [task for task in tasks if not task.is_done]
     names = {task.name for task in waiting}
     return [dataclasses.replace(task, needs=tuple(n for n in task.needs if n in names)) for task in waiting]

@@ -91,14 +91,14 @@ def test_a_job_that_fails_ends_the_script_and_gives_the_slice_back(gcloud, task_
         run_queued(tasks, config(tmp_path), tmp_path / "logs")
     asked, ran = gcloud()
     assert len(ran) == 1 and "delete" in asked[-1]
-    assert "error: bad failed with exit status 2: mend it and launch again" in capfd.readouterr().err
+    assert "error: bad failed with exit status 2: fix it and launch again" in capfd.readouterr().err
 
 
 def test_a_slice_that_cannot_be_had(gcloud, task_of, tmp_path, capfd):
     gcloud.install("FAILED")
     with pytest.raises(UserError, match="exit status 1"):
         run_queued([task_of("a")], config(tmp_path), tmp_path / "logs")
-    assert "error: the slice alignment-gap cannot be had" in capfd.readouterr().err and gcloud()[1] == []
+    assert "error: the slice alignment-gap is not available" in capfd.readouterr().err and gcloud()[1] == []
 
 
 def test_words_stay_whole(gcloud, task_of, tmp_path):
@@ -111,7 +111,7 @@ def test_words_stay_whole(gcloud, task_of, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"topology": "tpu7x:2x2x1"}, "cannot be had as a queued resource: use the engine jobset"),
+        ({"topology": "tpu7x:2x2x1"}, "is not offered as a queued resource: use the engine jobset"),
         ({"retries": -1}, "retries is -1"),
         ({"look_every": 0}, "look_every is 0"),
     ],
