@@ -1,4 +1,4 @@
-"""Checkpoints as others keep them and as we do: what a checkpoint holds, its tensors one by one, other formats."""
+"""Checkpoints of ours and of other libraries: their networks, and their tensors read and written one at a time."""
 
 from alignment_gap.checkpoints.layout import (
     CHECKPOINTS,

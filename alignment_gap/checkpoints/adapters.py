@@ -1,4 +1,4 @@
-"""Checkpoints of adapters, tensor by tensor: the base that they are for, and both as plain parameters."""
+"""Checkpoints of adapters: find their base, and read base and adapters as plain parameters, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from alignment_gap.folders import AnyPath, at
 
 
 def base_of(folder: AnyPath, network: Network) -> AnyPath:
-    """The checkpoint whose parameters the adapters of a step's folder were trained on.
+    """The base checkpoint of the adapters in a step's folder.
 
     Raises:
-      UserError: it is not where it was, or is another one.
+      UserError: the base is no longer there, or has other parameters.
     """
     try:
         base = find_checkpoint(at(str(network.base)))
@@ -29,13 +29,13 @@ def base_of(folder: AnyPath, network: Network) -> AnyPath:
     if found != network.base_digest:
         raise UserError(
             f"{folder} holds adapters of another base: {network.base} had the digest {str(network.base_digest)[:12]} "
-            f"and has {str(found)[:12]} now: put the base back"
+            f"and now has {str(found)[:12]}: put the base back"
         )
     return base
 
 
 def plain_tensors(stored: Stored) -> dict[str, Tensor]:
-    """A checkpoint's parameters with plain kernels: adapters are added to those of their base as these are read."""
+    """A checkpoint's parameters with plain kernels; reading a kernel adds its adapter to the base's kernel."""
     network = stored.network
     if network is None or network.adapter is None:
         return stored.tensors

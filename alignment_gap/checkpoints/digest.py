@@ -1,4 +1,4 @@
-"""A digest of parameters: the same bits give the same digest, on any mesh, in arrays or read tensor by tensor."""
+"""A digest of parameters: equal bits give equal digests, on any mesh, from arrays or from tensors read one by one."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from jaxtyping import Array, UInt
 
 from alignment_gap.checkpoints.tensors import Tensor
 
-# Elements of a tensor on the host that are hashed at once.
+# The number of elements of a host tensor that are hashed at once.
 _AT_ONCE = 2**20
 
 
 def json_digest(values: Any) -> str:
-    """SHA-256 in hexadecimal of what JSON can hold."""
+    """SHA-256, in hexadecimal, of a value that JSON can represent."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def params_digest(params: Any) -> str:
-    """SHA-256 in hexadecimal of every parameter's name, shape, dtype and bits, whatever mesh they are laid out on.
+    """SHA-256, in hexadecimal, of every parameter's name, shape, dtype and bits; it does not depend on the mesh.
 
-    The bits enter by two checksums of 32 bits each, sums of a hash of each element with its place; sums of integers
-    do not depend on their order, so that no device needs the whole of a parameter.
+    Two 32-bit checksums stand for the bits. Each is a sum over the elements of a hash of the element and its index.
+    Sums of integers do not depend on the order, so no device needs a whole parameter.
     """
     checksums = jax.device_get(_checksums(params))
     return _digest_of(
@@ -41,10 +41,10 @@ def params_digest(params: Any) -> str:
 
 
 class TensorsDigest:
-    """The `params_digest` of tensors that are read one by one, from what is read of them.
+    """Computes the `params_digest` of tensors while they are read one by one.
 
     Attributes:
-      tensors: the same ones, of which floating ones are read as float32; each part has to be read once.
+      tensors: the same tensors, with floating dtypes read as float32; read each part exactly once.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -52,7 +52,7 @@ class TensorsDigest:
         self.tensors = {name: self._watched(name, tensor) for name, tensor in tensors.items()}
 
     def value(self) -> str:
-        """The digest, once all is read."""
+        """The digest; valid after all parts have been read."""
         return _digest_of(
             [
                 ["".join(f"['{key}']" for key in name.split(".")), list(each.shape), each.dtype, total.tolist()]
@@ -72,13 +72,13 @@ class TensorsDigest:
 
 
 def checksum_of(values: np.ndarray, first: int = 0) -> np.ndarray:
-    """The two checksums of an array whose elements have the places from `first` on in the whole one."""
+    """The two checksums of a part of an array; `first` is the index of the part's first element in the whole array."""
     flat = np.ascontiguousarray(values).reshape(-1)
     bits, total = flat.view(f"uint{8 * flat.dtype.itemsize}"), np.zeros(2, np.uint32)
     for start in range(0, flat.size, _AT_ONCE):
         part = bits[start : start + _AT_ONCE].astype(np.uint32)
         whole = np.pad(part, (0, _AT_ONCE - len(part)))
-        # Places count modulo 2**32.
+        # Indices count modulo 2**32.
         place = np.uint32((first + start) % 2**32)
         total += jax.device_get(_checksum_of_part(whole, place, np.uint32(len(part))))
     return total
@@ -95,7 +95,7 @@ def _digest_of(content: list[Any]) -> str:
     return hashlib.sha256(json.dumps(sorted(content)).encode()).hexdigest()
 
 
-# One function for all calls, which is traced once for each network.
+# One function for all calls, so that each network is traced once.
 @jax.jit
 def _checksums(params: Any) -> Any:
     return jax.tree.map(_checksum, params)
@@ -110,8 +110,8 @@ def _checksum(x: Array) -> UInt[Array, "2"]:
 
 
 def _hashed(place: Any, bits: Any) -> list[Any]:
-    """Two hashes of each element with its place, all of uint32."""
-    # Multipliers of MurmurHash3's finaliser and of the golden ratio.
+    """Two hashes of each element and its index, all in uint32."""
+    # The multipliers come from MurmurHash3's finaliser and from the golden ratio.
     return [_mix(_mix(place * np.uint32(0x9E3779B9) + np.uint32(seed)) ^ bits) for seed in (1, 2)]
 
 

@@ -1,4 +1,4 @@
-"""Flax's msgpack files, of which arrays are found without being loaded."""
+"""Flax's msgpack files: finds the arrays without loading them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from alignment_gap.checkpoints.layout import first_line
 from alignment_gap.checkpoints.tensors import Tensor
 from alignment_gap.errors import UserError
 
-# Bytes that hold any key, number or list that stands between arrays, and the head of an array.
+# Enough bytes for any key, number or list between arrays, and for the head of an array.
 SMALL = 2**16
 # Flax's extension types.
 ARRAY, NUMPY_SCALAR = 1, 3
-# An array beyond 2^30 bytes is a dictionary with this key.
+# Flax stores an array above 2^30 bytes as a dictionary with this key.
 CHUNKED = "__msgpack_chunked_array__"
-# What reading raises where a file is cut short or is something else.
+# The exceptions from reading a truncated file or one of another format.
 _DAMAGE = (ValueError, TypeError, IndexError, KeyError, struct.error, msgpack.UnpackException)
-# First byte of an extension -> bytes of its length, or the length itself.
+# For the first byte of an extension: the size of its length field, or its fixed length.
 _EXTENSIONS = {0xC7: 1, 0xC8: 2, 0xC9: 4}
 _FIXED_EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 _MAPS = {0xDE: ">H", 0xDF: ">I"}
 
 
 def is_flax_file(path: Path) -> bool:
-    """Whether a file begins with a dictionary whose first key is a text, as flax's do."""
+    """Whether a file begins with a dictionary whose first key is a string, as flax's files do."""
     try:
         with path.open("rb") as file:
             return _map_size(file) not in (None, 0) and isinstance(_small(file), str)
@@ -42,7 +42,7 @@ def read_tree(path: Path) -> dict[str, Any]:
     """The nested dictionaries of a file, with a `Tensor` for each array; arrays are not loaded.
 
     Raises:
-      UserError: where the file is cut short, naming the array, or is no such file.
+      UserError: the file is cut short (the message names the array), or has another format.
     """
     try:
         with path.open("rb") as file:
@@ -70,7 +70,7 @@ def _value(file: BinaryIO, path: Path, name: str) -> Any:
 
 
 def _map_size(file: BinaryIO) -> int | None:
-    """The size of the dictionary that starts here, which is read past; None where none does."""
+    """Reads the header of a dictionary and returns its size; returns None if no dictionary starts here."""
     first = _peek(file)
     if first & 0xF0 == 0x80:
         file.read(1)
@@ -91,7 +91,7 @@ def _peek(file: BinaryIO) -> int:
 
 
 def _small(file: BinaryIO) -> Any:
-    """The object that starts here, which is read past."""
+    """Reads the small object that starts here."""
     start = file.tell()
     unpacker = msgpack.Unpacker(strict_map_key=False)
     unpacker.feed(file.read(SMALL))
@@ -101,14 +101,14 @@ def _small(file: BinaryIO) -> Any:
 
 
 def _extension(file: BinaryIO, path: Path, name: str) -> Any:
-    """The array of an extension, which is skipped; of a scalar its value."""
+    """The array or scalar of an extension, as a `Tensor`; skips its bytes."""
     first = file.read(1)[0]
     size = _FIXED_EXTENSIONS.get(first) or int.from_bytes(file.read(_EXTENSIONS[first]), "big")
     kind, start = file.read(1)[0], file.tell()
     there = path.stat().st_size - start
     if there < size:
         raise UserError(
-            f"{path} is cut short: {name} has {there} of its {size} bytes, and what comes behind is missing"
+            f"{path} is cut short: {name} has {there} of its {size} bytes, and everything after it is missing"
         )
     if kind not in (ARRAY, NUMPY_SCALAR):
         raise UserError(f"{path}: {name} is of flax's extension type {kind}, which is no array")
@@ -117,7 +117,7 @@ def _extension(file: BinaryIO, path: Path, name: str) -> Any:
     if unpacker.read_array_header() != 3:
         raise UserError(f"{path} is damaged: {name} is no array of flax")
     shape, dtype = tuple(unpacker.unpack()), unpacker.unpack()
-    # What is left is the array's bytes, behind the length of them.
+    # The rest is the length of the array's bytes, then the bytes.
     length = np.dtype(jnp.dtype(dtype)).itemsize * int(np.prod(shape, dtype=np.int64))
     data = start + size - length
     if data < start + unpacker.tell():
@@ -132,7 +132,7 @@ def _read(path: Path, start: int, shape: tuple[int, ...], dtype: str, layer: int
 
 
 def _joined(tree: dict[str, Any]) -> Tensor:
-    """The array that flax has cut into flat pieces."""
+    """The array that flax split into flat chunks."""
     shape = tuple(tree["shape"][str(i)] for i in range(len(tree["shape"])))
     pieces = [tree["chunks"][str(i)] for i in range(len(tree["chunks"]))]
 

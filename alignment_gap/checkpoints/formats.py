@@ -1,10 +1,10 @@
-"""Checkpoints of other libraries in and out, whatever their format; a module for each format.
+"""Imports and exports checkpoints of other libraries; each format is a module.
 
-A format is a module with
-  recognises(path) -> bool              whether the file or folder is of this format, from a look at it
-  open_foreign(path) -> Foreign           what it holds; nothing is loaded
-  write(output, model, tensors, companions)   writes our parameters in it, tensor by tensor, and the files of a folder
-                                        that go with them, where it has such
+A format's module has:
+  recognises(path) -> bool                  whether the file or folder has this format
+  open_foreign(path) -> Foreign             its contents; loads nothing
+  write(output, model, tensors, companions) writes our parameters in this format, tensor by tensor; also copies the
+                                            companion files, such as a tokenizer's, if the format has them
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ FORMATS = {
     "t5x-legacy": "alignment_gap.checkpoints.t5x_legacy",
     "t5x-file": "alignment_gap.checkpoints.t5x_file",
 }
-# The format of adapters alone, which are for a base: `open_adapters` and `write` of its module take further arguments.
+# The format of adapters without their base. Its module has `open_adapters`, and its `write` takes other arguments.
 PEFT = "peft"
 _ADAPTERS = {PEFT: "alignment_gap.checkpoints.huggingface.peft"}
 
 
 class Foreign(NamedTuple):
-    """A checkpoint of another format, of which nothing is loaded yet.
+    """An open checkpoint in another format; nothing is loaded yet.
 
     Attributes:
-      model: the network, from its config or from its tensors.
-      tensors: all that it holds, by its own names.
-      entries: how they make up our parameters.
-      ignored: names that may be there and are not used.
-      companions: files that go with the tensors, such as a tokenizer's.
+      model: the network, from the checkpoint's config or tensors.
+      tensors: all its tensors, by their names in this format.
+      entries: how the tensors map to our parameters.
+      ignored: names of tensors that may be present and are not used.
+      companions: files that belong to the tensors, such as a tokenizer's.
     """
 
     model: ModelConfig
@@ -76,24 +76,24 @@ def import_checkpoint(
     tokenizer_digest: Callable[[Path], str | None] = lambda folder: None,
     base: AnyPath | None = None,
 ) -> Stored:
-    """Writes a checkpoint of another format into the run folder `output`, as its step 0, tensor by tensor.
+    """Writes a checkpoint of another format to the run folder `output`, as its step 0, tensor by tensor.
 
     Args:
-      path: of the file or folder.
-      output: the new folder; training starts from it, and `load_policy` loads it.
-      name: of the format; None to find it by looking.
-      tokenizer_digest: the digest of the vocabulary in a folder of tokenizer files, None for none that can be used.
-      base: the run that adapters of PEFT are for; nothing else has one.
+      path: the file or folder to import.
+      output: the new folder; training can start from it, and `load_policy` can load it.
+      name: name of the format; None detects it.
+      tokenizer_digest: maps a folder of tokenizer files to the digest of its vocabulary, or None if it is not usable.
+      base: the run with the base of PEFT adapters; for PEFT only.
 
     Raises:
-      UserError: where the format is unknown, or tensors are wrong, missing or too many: before anything is loaded.
+      UserError: the format is unknown, or tensors are wrong, missing or unexpected. Raised before anything is loaded.
     """
     if output.exists():
         raise UserError(f"{output} exists already: give a new folder")
     if name == PEFT or (name is None and _module(PEFT).recognises(path)):
         return _import_adapters(path, output, base)
     if base is not None:
-        raise UserError(f"base is {base}, but {path} holds no adapters of PEFT: leave it out")
+        raise UserError(f"base is {base}, but {path} holds no adapters of PEFT: leave base out")
     source = open_foreign(path, name)
     tensors = imported(source.tensors, source.entries)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -110,7 +110,7 @@ def import_checkpoint(
 
 
 def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
-    """Writes PEFT's adapters as the checkpoint of a run whose base is another run."""
+    """Writes PEFT adapters as the checkpoint of a run; their base is another run."""
     if base is None:
         raise UserError(f"{path} holds adapters of PEFT: give base, the run that they are for")
     folder = find_checkpoint(base)
@@ -126,19 +126,19 @@ def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
 def export_checkpoint(
     path: AnyPath, output: Path, name: str, step: int | None = None, companions: Path | None = None
 ) -> None:
-    """Writes the policy of a checkpoint of ours in another format, tensor by tensor; `output` appears when complete.
+    """Writes the policy of our checkpoint in another format, tensor by tensor; `output` appears when it is complete.
 
-    Adapters are added to their base or, in the format "peft", written alone.
+    Adapters are merged into their base; the format "peft" writes the adapters alone.
 
     Args:
       path: a run's folder, its checkpoints/, or the folder of a step.
       output: the new file or folder.
-      name: of the format.
-      step: which of a run's checkpoints; None for the last.
-      companions: a folder whose files go with the tensors, such as a tokenizer's; None for those of the run.
+      name: name of the format.
+      step: step of the checkpoint; None for the last.
+      companions: a folder with files that belong to the tensors, such as a tokenizer's; None uses the run's files.
 
     Raises:
-      UserError: where the format is unknown or cannot hold the policy, or the checkpoint is damaged.
+      UserError: the format is unknown or cannot hold the policy, or the checkpoint is damaged.
     """
     if output.exists():
         raise UserError(f"{output} exists already: give a new name")
@@ -167,26 +167,26 @@ def export_checkpoint(
 
 
 def open_foreign(path: Path, name: str | None = None) -> Foreign:
-    """A checkpoint of another format, all of whose tensors are there in their shapes; nothing is loaded.
+    """Opens a checkpoint of another format, and checks that all tensors are there in the right shapes; loads nothing.
 
     Raises:
-      UserError: where the format is unknown, or tensors are wrong, missing or too many.
+      UserError: the format is unknown, or tensors are wrong, missing or unexpected.
     """
     names = [name] if name else [known for known in FORMATS if _module(known).recognises(path)]
-    if not path.exists() and names != ["huggingface"]:  # Which finds on the hub what is not here.
+    if not path.exists() and names != ["huggingface"]:  # A missing path may name a repository on the hub.
         raise UserError(f"{path} does not exist: give the file or folder of a checkpoint")
     if not names:
-        raise UserError(f"{path} is in no format that is known here: it must be of {', '.join(FORMATS)}")
+        raise UserError(f"{path} is in no known format: the formats are {', '.join(FORMATS)}")
     source = _module(names[0]).open_foreign(path)
     check_entries(str(path), source.tensors, source.entries, source.ignored)
     return source
 
 
 def describe(path: AnyPath) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """What a checkpoint of ours or of another format says of itself, and its tensors, in its own names.
+    """The description of a checkpoint, ours or of another format, and its tensors by their own names.
 
     Raises:
-      UserError: where it is neither, or is damaged.
+      UserError: the path is no checkpoint, or the checkpoint is damaged.
     """
     names = [name for name in FORMATS if isinstance(path, Path) and _module(name).recognises(path)]
     if names and isinstance(path, Path):

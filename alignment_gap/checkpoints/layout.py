@@ -1,12 +1,12 @@
-"""Checkpoints on disk, tensor by tensor: the layout that Orbax writes and restores, without the whole in memory.
+"""Checkpoints on disk in Orbax's layout, read and written tensor by tensor, never whole in memory.
 
-RUN/tokenizer/           the files that came with imported parameters, and go with what is trained from them
+RUN/tokenizer/           the tokenizer files that came with imported parameters; runs that start from them copy them
 RUN/checkpoints/STEP/
-  params/                what `Checkpoints` keeps of the parameters: an OCDBT store of zarr arrays, one for each
-  optimizer/             of a training run only
-  _CHECKPOINT_METADATA   Orbax's, with the network as custom metadata
+  params/                the parameters, as `Checkpoints` writes them: an OCDBT store with a zarr array for each
+  optimizer/             the optimizer's state, in training runs only
+  _CHECKPOINT_METADATA   Orbax's metadata, with the network as custom metadata
 
-In a bucket each array is a zarr store of its own, and the metadata are written last: a step is complete with them.
+In a bucket, each array is its own zarr store. The metadata are written last, so a step with metadata is complete.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from alignment_gap.storage import Url, explained, is_of_the_store
 
 CHECKPOINTS, PARAMS, NETWORK, TOKENIZER = "checkpoints", "params", "network", "tokenizer"
 METADATA = "_CHECKPOINT_METADATA"
-# Under this name a checkpoint says what it holds, to be compared with what is read.
+# The custom metadata with this name hold digests, to compare with the data that is read.
 DIGESTS = "digests"
-# Of another library's message, as much as one line bears.
+# The longest part of another library's message that our error lines quote.
 LONGEST = 160
-# Bytes of the largest chunk of an array: what a device that restores its part reads at least.
+# Bytes of an array's largest chunk. A device reads at least one chunk to restore its part.
 LARGEST_CHUNK = 2**26
 _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 
 
 class Stored(NamedTuple):
-    """A checkpoint, of which nothing is loaded yet.
+    """An open checkpoint; nothing is loaded yet.
 
     Attributes:
-      folder: of this step.
-      network: what it holds, or None where it does not say.
+      folder: folder of the step.
+      network: the network that it holds; None if the checkpoint does not record it.
       tensors: its parameters by dotted names.
     """
 
@@ -59,10 +59,14 @@ class Stored(NamedTuple):
 
 
 def find_checkpoint(path: AnyPath, step: int | None = None) -> AnyPath:
-    """The folder of a step, or of the last one, in a run's folder, its checkpoints/ or the step's folder itself.
+    """The folder of a step; the last step by default.
+
+    Args:
+      path: a run's folder, its checkpoints/, or the step's folder itself.
+      step: the step; None for the last.
 
     Raises:
-      UserError: where there is none.
+      UserError: there is no such checkpoint.
     """
     if (path / PARAMS).is_dir():
         return path
@@ -77,28 +81,28 @@ def find_checkpoint(path: AnyPath, step: int | None = None) -> AnyPath:
 
 
 def complete_steps(folder: AnyPath) -> list[int]:
-    """The steps of the checkpoints in a run's checkpoints/, in order; none where it is not there."""
+    """The steps of the complete checkpoints in a run's checkpoints/, in order; empty if the folder does not exist."""
     if isinstance(folder, Url):
         return sorted(int(path.parent.name) for path in folder.glob(f"*/{METADATA}") if path.parent.name.isdigit())
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
 def tokenizer_of(folder: AnyPath) -> AnyPath | None:
-    """Where the files are that came with the parameters of a step's folder, in its run; None where there are none."""
+    """The folder of tokenizer files in the run of a step's folder; None if it does not exist."""
     tokenizer = folder.parent.parent / TOKENIZER
     return tokenizer if tokenizer.is_dir() else None
 
 
 def read_network(folder: AnyPath) -> Network | None:
-    """What the checkpoint of a step says of its network; None for one written before checkpoints did."""
+    """The network that a step's checkpoint records; None for an old checkpoint that does not record it."""
     values = _said(folder, NETWORK)
     return from_json(values) if values else None
 
 
 def read_digest(folder: AnyPath) -> str | None:
-    """The `params_digest` that the checkpoint of a step says it has; None for one written before checkpoints did.
+    """The `params_digest` that a step's checkpoint records; None for an old checkpoint that does not record it.
 
-    That of adapters is one of them, their settings and their base.
+    For adapters, the digest covers the adapters, their settings and their base.
     """
     digest, network = (_said(folder, DIGESTS) or {}).get(PARAMS), read_network(folder)
     if digest is None or network is None or network.adapter is None:
@@ -115,44 +119,44 @@ def _said(folder: AnyPath, name: str) -> Any:
 
 
 def known_network(folder: AnyPath) -> Network:
-    """As `read_network`; raises UserError where the checkpoint does not say."""
+    """As `read_network`, but raises UserError if the checkpoint does not record its network."""
     network = read_network(folder)
     if network is None:
         raise UserError(
-            f"{folder} does not say what network it holds, as checkpoints did before they carried it: "
+            f"{folder} does not say what network it holds, because it is old: "
             "give MODEL, the model that it was trained as"
         )
     return network
 
 
 def open_checkpoint(path: AnyPath, step: int | None = None) -> Stored:
-    """A checkpoint's network and parameters, to be read one by one; `path` and `step` as of `find_checkpoint`."""
+    """Opens a checkpoint: its network, and its parameters to read one by one. Arguments are as in `find_checkpoint`."""
     folder = find_checkpoint(path, step)
     return Stored(folder, read_network(folder), open_store(folder / PARAMS))
 
 
 def write_checkpoint(run: Path, step: int, network: Network, tensors: Mapping[str, Tensor]) -> Path:
-    """Writes parameters as the checkpoint of a step, which `Checkpoints` restores; it appears when it is complete.
+    """Writes parameters as the checkpoint of a step, for `Checkpoints` to restore; it appears when it is complete.
 
-    Tensors are read one at a time, of a stacked one a layer; what the libraries buffer comes to that. What is not
-    float32 becomes it, as parameters are.
+    Only one tensor, or one layer of a stacked tensor, is in memory at a time, plus the libraries' buffers. Floating
+    dtypes become float32, the dtype of parameters.
 
     Args:
-      run: the folder that will have checkpoints/.
-      step: of the checkpoint.
-      network: what it holds.
+      run: the folder that will contain checkpoints/.
+      step: step of the checkpoint.
+      network: the network that it holds.
       tensors: its parameters by dotted names.
 
     Returns:
       The checkpoint's folder.
 
     Raises:
-      UserError: where there is a checkpoint of this step already.
+      UserError: there already is a checkpoint of this step.
     """
     folder = run / CHECKPOINTS / str(step)
     if folder.exists():
         raise UserError(f"{folder} exists already: give another folder, or remove it")
-    # By this name Orbax knows an unfinished checkpoint.
+    # Orbax recognises an unfinished checkpoint by this name.
     partial = folder.with_name(f"{step}.orbax-checkpoint-tmp")
     shutil.rmtree(partial, ignore_errors=True)
     digest, holds = TensorsDigest(tensors), to_json(network)
@@ -169,7 +173,7 @@ def write_checkpoint(run: Path, step: int, network: Network, tensors: Mapping[st
 
 
 def write_store(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors as one Orbax tree, which `open_store` and Orbax read; floating ones as float32."""
+    """Writes tensors as one Orbax tree, for `open_store` and Orbax to read; floating dtypes become float32."""
     folder.mkdir(parents=True)
     for name, tensor in tensors.items():
         stored = jnp.dtype("float32" if jnp.issubdtype(tensor.dtype, jnp.floating) else tensor.dtype)
@@ -189,10 +193,10 @@ def write_store(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def open_store(folder: AnyPath) -> dict[str, Tensor]:
-    """The tensors of an Orbax tree by dotted names, of which nothing is read yet.
+    """Opens the tensors of an Orbax tree, by dotted names; reads no values yet.
 
     Raises:
-      UserError: where it is none, or a part of a tensor is not there.
+      UserError: the folder is no Orbax tree, or a part of a tensor is missing.
     """
     try:
         keys = [key.decode() for key in ts.KvStore.open(_kvstore(folder)).result().list().result()]
@@ -210,7 +214,7 @@ def open_store(folder: AnyPath) -> dict[str, Tensor]:
 
 
 def stored_tensor(array: Any, name: str) -> Tensor:
-    """An open array of tensorstore as a tensor; `name` is for the error where it cannot be read."""
+    """An open tensorstore array as a tensor; if reading fails, the error gives `name`."""
 
     def read(layer: int | None) -> np.ndarray:
         try:
@@ -222,7 +226,7 @@ def stored_tensor(array: Any, name: str) -> Tensor:
 
 
 def check_parts(where: str, parts: Mapping[str, tuple[int, int]]) -> None:
-    """Raises UserError if the parts of a tensor that are there are not as many as it has, both given by name."""
+    """Raises UserError if a tensor lacks parts; `parts` maps its name to (parts present, parts in all)."""
     lost = [
         f"{name} has {there} of {all_of_it} parts" for name, (there, all_of_it) in parts.items() if there < all_of_it
     ]
@@ -232,26 +236,26 @@ def check_parts(where: str, parts: Mapping[str, tuple[int, int]]) -> None:
 
 
 def parts_of(array: Any) -> int:
-    """How many chunks an open array of tensorstore is stored in."""
+    """The number of chunks of an open tensorstore array."""
     chunk = array.chunk_layout.read_chunk.shape or ()  # None for a scalar.
     return math.prod(-(-size // part) for size, part in zip(array.shape, chunk, strict=True))
 
 
 def first_line(error: BaseException) -> str:
-    """Another library's message, as much as a line of ours bears."""
+    """The start of another library's message, to quote in our error line."""
     return str(error).strip().splitlines()[0][:LONGEST]
 
 
 def _check_parts(folder: AnyPath, keys: list[str], arrays: Mapping[str, Any]) -> None:
     there = collections.Counter(key.rpartition("/")[0] for key in keys)
-    # Each array has its .zarray beside its parts.
+    # Each array's folder has a .zarray in addition to the parts.
     check_parts(str(folder), {name: (there[name] - 1, parts_of(array)) for name, array in arrays.items()})
 
 
 def zarr_spec(folder: AnyPath, name: str) -> dict[str, Any]:
-    """Tensorstore's description of the array of a dotted name in a tree."""
+    """The tensorstore spec of an array in a tree, by its dotted name."""
     if isinstance(folder, Url):
-        # Each array is read or written once: what tensorstore kept of it would only take memory.
+        # Each array is read or written once, so a tensorstore cache would only take memory.
         return {"driver": "zarr", "kvstore": (folder / name).spec(), "cache_pool": {"total_bytes_limit": 0}}
     return {"driver": "zarr", "kvstore": _kvstore(folder) | {"path": name + "/"}}
 
@@ -263,7 +267,7 @@ def _kvstore(folder: AnyPath) -> dict[str, Any]:
 
 
 def _chunk_shape(tensor: Tensor, itemsize: int) -> list[int]:
-    """A layer of a stack, halved along its longest axis until it is small enough."""
+    """The chunk shape: one layer of a stack, or the whole array, halved along the longest axis until small enough."""
     chunk = [1, *tensor.shape[1:]] if tensor.stacked else list(tensor.shape)
     while math.prod(chunk) * itemsize > LARGEST_CHUNK:
         longest = chunk.index(max(chunk))
@@ -272,7 +276,7 @@ def _chunk_shape(tensor: Tensor, itemsize: int) -> list[int]:
 
 
 def _parts(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """The slices that chunks are; one of nothing for a scalar."""
+    """The slices of all chunks; one empty tuple for a scalar."""
     axes = [
         [slice(start, min(start + step, size)) for start in range(0, size, step)]
         for size, step in zip(shape, chunk, strict=True)
@@ -288,7 +292,7 @@ def _tree_metadata(names: Iterable[str]) -> dict[str, Any]:
         keys = [{"key": key, "key_type": 2} for key in path]  # 2: a key of a dictionary.
         tree[str(tuple(path))] = {
             "key_metadata": keys,
-            # Orbax restores jax arrays only with a sharding, which depends on the devices of the reader.
+            # To restore jax arrays, Orbax would need a sharding, which depends on the reader's devices.
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
         }
     return {

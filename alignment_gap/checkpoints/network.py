@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: the network whose parameters it holds."""
+"""The record in a checkpoint of the network whose parameters it holds."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from alignment_gap.models import (
 )
 from alignment_gap.models.preference import Markers
 
-# Fields of a model's config that change how it runs, not what it computes nor its parameters.
+# Fields of a model's config that change how it runs, but neither its function nor its parameters.
 RUN_TIME = ("attention", "dtype", "remat", "scan_unroll")
-# Fields in which checkpoints of the first version say "" or 0 for None.
+# Fields in which checkpoints of the first version have "" or 0 for None.
 _UNSET = (
     "vocabulary",
     "vocabulary_digest",
@@ -38,16 +38,15 @@ class Network:
     """The network that a checkpoint holds.
 
     Attributes:
-      kind: "policy", or the kind of a preference model, "pairwise" or "bradley_terry".
-      model: the policy, or the one that a preference model asks.
+      kind: "policy", or the kind of a preference model: "pairwise" or "bradley_terry".
+      model: config of the policy, or of the policy inside a preference model.
       markers: a preference model's reserved token ids, in the order of `Markers`; empty for a policy.
-      vocabulary: where its vocabulary is; None where that is not known.
-      vocabulary_digest: of the vocabulary; None where that is not known.
-      end_prompts: whether the prompts that it was trained on end with the vocabulary's end id; None where that is not
-        known.
-      adapter: where the checkpoint holds adapters and no other parameters, which; else None.
-      base: the checkpoint whose parameters the adapters are added to.
-      base_digest: of those parameters.
+      vocabulary: path of its vocabulary; None if unknown.
+      vocabulary_digest: digest of the vocabulary; None if unknown.
+      end_prompts: whether its training prompts end with the vocabulary's end id; None if unknown.
+      adapter: settings of the adapters, if the checkpoint holds adapters alone; else None.
+      base: the checkpoint with the adapters' base.
+      base_digest: digest of the base's parameters.
     """
 
     kind: str = "policy"
@@ -61,33 +60,33 @@ class Network:
     end_prompts: bool | None = None
 
     def policy(self) -> Policy:
-        """The policy itself; of a preference model the one that it asks."""
+        """The policy, or the policy inside a preference model."""
         return make_policy(self.model)
 
     @property
     def adapters(self) -> Adapters | None:
-        """The adapters that the checkpoint holds, where it holds such."""
+        """The adapters that the checkpoint holds; None if it holds whole parameters."""
         return None if self.adapter is None else Adapters(self.policy(), self.adapter)
 
     @property
     def init(self) -> Callable[[Any], Any]:
-        """Makes fresh parameters of those that the checkpoint holds, in boxes, from a key."""
+        """The function that makes fresh parameters, in boxes, of the kind that the checkpoint holds, from a key."""
         return (self.adapters or self.policy()).init
 
     def preference_model(self) -> PreferenceModel:
-        """The preference model; raises UserError where the network is a policy."""
+        """The preference model; raises UserError if the network is a policy."""
         if self.kind == "policy":
             raise UserError("the network is a policy, no preference model: give the folder of a preference model")
         return PreferenceModel(self.policy(), Markers(*self.markers), self.kind)
 
 
 def to_json(network: Network) -> dict[str, Any]:
-    """The network as a checkpoint keeps it."""
+    """The network as a checkpoint stores it."""
     return to_dict(network) | {"markers": list(network.markers)}
 
 
 def from_json(values: Mapping[str, Any]) -> Network:
-    """The network from what a checkpoint keeps; raises UserError for a field that this version does not know."""
+    """The network from its stored form; raises UserError for a field that this version does not know."""
     return from_dict(Network, {**_with_none(values), "model": _with_none(values["model"])}, path="network")
 
 
@@ -96,12 +95,12 @@ def _with_none(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_vocabulary(network: Network, digest: str | None, checkpoint: str, dataset: str) -> None:
-    """Raises UserError if a checkpoint and a dataset are known to be of different vocabularies.
+    """Raises UserError if a checkpoint and a dataset are known to have different vocabularies.
 
     Args:
-      network: of the checkpoint.
-      digest: of the dataset's vocabulary.
-      checkpoint, dataset: where they are, for the error.
+      network: network of the checkpoint.
+      digest: digest of the dataset's vocabulary.
+      checkpoint, dataset: their paths, for the error.
     """
     if network.vocabulary_digest and digest and network.vocabulary_digest != digest:
         raise UserError(
@@ -111,21 +110,21 @@ def check_vocabulary(network: Network, digest: str | None, checkpoint: str, data
 
 
 def agreed_model(asked: ModelConfig | None, network: Network, where: str) -> ModelConfig:
-    """The model to train from a checkpoint: its own, or the one that is asked for, where they are the same network.
+    """The model to train from a checkpoint: the requested model if it is the same network, or the checkpoint's own.
 
     Args:
-      asked: the model of the settings, which may differ in `RUN_TIME`; None for the checkpoint's own.
-      network: of the checkpoint.
-      where: the checkpoint, for the error.
+      asked: the requested model, which may differ in the fields `RUN_TIME`; None for the checkpoint's own.
+      network: network of the checkpoint.
+      where: path of the checkpoint, for the error.
 
     Raises:
-      UserError: naming the fields that differ.
+      UserError: the networks differ; the message names the fields.
     """
     if asked is None:
         return network.model
     ours, theirs = to_dict(asked), to_dict(network.model)
     differences = [
-        f"{name} is {ours.get(name, 'absent')}, there {theirs.get(name, 'absent')}"
+        f"{name} is {ours.get(name, 'absent')}, but {theirs.get(name, 'absent')} in the checkpoint"
         for name in dict.fromkeys((*ours, *theirs))
         if name not in RUN_TIME and ours.get(name) != theirs.get(name)
     ]

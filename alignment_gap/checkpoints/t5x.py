@@ -1,4 +1,4 @@
-"""T5X's checkpoints as it writes them today: checkpoint_STEP/state/ is an Orbax tree of target and optimizer state."""
+"""T5X's current checkpoints: checkpoint_STEP/state/ is an Orbax tree with the target and the optimizer state."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheck
 
 
 def recognises(path: Path) -> bool:
-    """Whether it is a folder of T5X's with an Orbax tree, or a model's folder with such ones."""
+    """Whether it is a T5X checkpoint folder with an Orbax tree, or a model's folder that contains such checkpoints."""
     return (last_step(path) / STATE).is_dir()
 
 
 def open_foreign(path: Path) -> Foreign:
-    """The T5 network of the target; raises UserError where it is none."""
+    """The T5 network in the target; raises UserError if there is none."""
     return t5_foreign(path, open_store(last_step(path) / STATE))
 
 
@@ -40,6 +40,6 @@ def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor], compa
 
 
 def last_step(path: Path) -> Path:
-    """The checkpoint of the last step where the folder is a model's, else the path itself."""
+    """The last checkpoint if the path is a model's folder, else the path itself."""
     steps = [int(p.name.removeprefix(PREFIX)) for p in path.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
     return path / f"{PREFIX}{max(steps)}" if steps else path

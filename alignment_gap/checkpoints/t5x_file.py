@@ -1,4 +1,4 @@
-"""T5X's oldest checkpoints: one file of flax's msgpack with every tensor in it."""
+"""T5X's oldest checkpoints: a single msgpack file of flax, with every tensor in it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from alignment_gap.models import ModelConfig
 
 
 def recognises(path: Path) -> bool:
-    """Whether it is such a file."""
+    """Whether it is a msgpack file of flax, and not the index of a legacy checkpoint."""
     return path.is_file() and path.name != INDEX and is_flax_file(path)
 
 
 def open_foreign(path: Path) -> Foreign:
-    """The T5 network of the target; raises UserError where it is none, or the file is cut short."""
+    """The T5 network in the target; raises UserError if there is none, or the file is cut short."""
     return t5_foreign(path, open_tree(path))
 
 

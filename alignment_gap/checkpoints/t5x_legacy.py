@@ -1,7 +1,7 @@
 """T5X's legacy checkpoints (version 3): checkpoint_STEP/ with a msgpack index and a zarr folder for each large tensor.
 
-The index is the file `checkpoint`, {version, optimizer: {target, state}}; its leaves are arrays, or specs of
-tensorstore whose paths are relative to its folder.
+The index is the file `checkpoint`, {version, optimizer: {target, state}}. Its leaves are arrays, or tensorstore specs
+whose paths are relative to the index's folder.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from alignment_gap.errors import UserError
 from alignment_gap.models import ModelConfig
 
 INDEX = "checkpoint"
-# Of a gzip file: its last four bytes are the size of what was compressed.
+# The last four bytes of a gzip file give the uncompressed size.
 _TRAILER = 4
 
 
 def recognises(path: Path) -> bool:
-    """Whether it is a folder with an index, or a model's folder with such ones, or the index itself."""
+    """Whether it is a folder with an index, a model's folder that contains such folders, or the index itself."""
     index = _index(path)
     return index.parent.is_dir() and index.name == INDEX and is_flax_file(index)
 
 
 def open_foreign(path: Path) -> Foreign:
-    """The T5 network of the target; raises UserError where it is none, or a part of a tensor is missing."""
+    """The T5 network in the target; raises UserError if there is none, or a part of a tensor is missing."""
     return t5_foreign(path, open_tree(_index(path)))
 
 
 def open_tree(index: Path) -> dict[str, Tensor]:
-    """All tensors of an index by dotted names, of its target and of its state; nothing is loaded.
+    """All tensors of an index, in its target and its state, by dotted names; loads nothing.
 
     Raises:
-      UserError: where the index is damaged, or parts of tensors are missing or cut short; all of them are named.
+      UserError: the index is damaged, or parts of tensors are missing or cut short; the message names the tensors.
     """
     tree = read_tree(index)
     tensors: dict[str, Tensor] = {}
@@ -67,7 +67,7 @@ def open_tree(index: Path) -> dict[str, Tensor]:
 
 
 def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor], companions: Path | None = None) -> None:
-    """Writes a model's folder with checkpoint_0, every parameter in a zarr folder, no optimizer state."""
+    """Writes a model's folder with checkpoint_0: each parameter in a zarr folder, without optimizer state."""
     theirs = exported(tensors, t5_entries(model))
     folder = output / f"{PREFIX}0"
     folder.mkdir(parents=True)
@@ -91,7 +91,7 @@ def write(output: Path, model: ModelConfig, tensors: Mapping[str, Tensor], compa
 
 
 def index_tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """What an index holds: the target with these leaves, and of the state the step alone, as T5X for inference."""
+    """The contents of an index: the target with these leaves, and only the step as state, as T5X has for inference."""
     return {
         "version": 3,
         "optimizer": {"target": unflatten_dict(leaves, sep="."), "state": {"step": np.asarray(0, np.int32)}},
@@ -104,14 +104,14 @@ def _index(path: Path) -> Path:
 
 
 def _open_array(name: str, folder: Path, spec: Mapping[str, Any]) -> Any:
-    """The zarr array of a spec, whose bucket and driver are those of the machine that wrote it."""
+    """Opens the zarr array of a spec in this folder; the spec's own bucket and driver belong to its writer."""
     kvstore, metadata = spec.get("kvstore", {}), dict(spec.get("metadata", {}))
     path = folder / Path(kvstore.get("path") or spec.get("path") or name).name
     ours = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path.absolute()}/"}}
     try:
         if (path / ".zarray").exists():
             return ts.open(ours, open=True, read=True).result()
-        # Some copies lack the hidden files: the spec has what they say.
+        # Some copies lack the hidden files; the spec has the same metadata.
         stored = ts.dtype(spec["dtype"]).numpy_dtype if "dtype" in spec else np.dtype(metadata["dtype"])
         encoding = "bfloat16" if stored == jnp.bfloat16 else stored.str
         metadata = {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None, "dtype": encoding} | metadata
@@ -121,7 +121,7 @@ def _open_array(name: str, folder: Path, spec: Mapping[str, Any]) -> Any:
 
 
 def _whole_parts(array: Any) -> int:
-    """How many chunks of an array are there and, where they are compressed by gzip, whole."""
+    """The number of chunks of an array that exist and, if compressed by gzip, are complete."""
     spec = array.spec(retain_context=False).to_json()
     chunk = array.chunk_layout.read_chunk.shape or ()
     size = math.prod(chunk) * array.dtype.numpy_dtype.itemsize % 2**32

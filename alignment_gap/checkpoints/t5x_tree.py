@@ -1,4 +1,4 @@
-"""T5X's tree of a T5 v1.1 network and ours: the same names, but for layers, joined heads and the logits."""
+"""Maps T5X's tree of T5 v1.1 to ours: the names are the same, except for layers, joined heads and the logits."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from alignment_gap.checkpoints.tensors import STACK, Entries, Entry, Tensor
 from alignment_gap.errors import UserError
 from alignment_gap.models import ModelConfig, T5Config
 
-# Before the names of parameters in T5X's state; "state." is before those of the optimizer.
+# The prefix of parameters in T5X's state; the optimizer's state has the prefix "state.".
 TARGET = "target."
 OUTPUT, LOGITS = "output_embedder.embedding", "decoder.logits_dense.kernel"
-# Where T5X scans over layers, their axis is the second of each parameter.
+# If T5X scans over layers, their axis is the second axis of each parameter.
 SCAN_AXIS = 1
 
 
 def t5_foreign(path: Path, tensors: Mapping[str, Tensor]) -> Foreign:
-    """The T5 network that the tensors of T5X's `target` make; raises UserError where they are no T5 v1.1."""
+    """The T5 network from the tensors of T5X's `target`; raises UserError if they are no T5 v1.1."""
     tensors = {name.removeprefix(TARGET): t for name, t in tensors.items() if name.startswith(TARGET)}
     if any("relative_posemb" in name for name in tensors):
         raise UserError(
-            f"{path} has a relative position bias in each layer, as T5X's scalable T5: a T5 here shares one for all "
-            "layers, import a checkpoint of T5X's t5_1_1"
+            f"{path} has a relative position bias in each layer, like T5X's scalable T5, but T5 here shares one "
+            "for all layers: import a checkpoint of T5X's t5_1_1"
         )
     scanned = any(name.startswith("encoder.layers.") for name in tensors)
     config = _config(path, tensors, scanned)
@@ -35,7 +35,7 @@ def t5_foreign(path: Path, tensors: Mapping[str, Tensor]) -> Foreign:
 
 
 def t5_entries(model: ModelConfig, *, scanned: bool = False) -> Entries:
-    """How T5X keeps each parameter of a T5: a tensor for each layer or, `scanned`, one for all."""
+    """How T5X stores each parameter of a T5: one tensor for each layer or, if `scanned`, one for all layers."""
     if not isinstance(model, T5Config):
         raise UserError(f"the network is a {model.architecture}: T5X's format is for T5, choose another format")
     entries = {}
@@ -56,7 +56,7 @@ def t5_entries(model: ModelConfig, *, scanned: bool = False) -> Entries:
 
 
 def _scanned(name: str, shape: tuple[int, ...]) -> Entry:
-    """One tensor for all layers, whose axis is not the first."""
+    """The entry of a tensor for all layers; in T5X, the axis of layers is not the first."""
     joined = _joined(name, shape[1:])
     their_shape = (joined[0], shape[0], *joined[1:])
 
@@ -74,14 +74,14 @@ def _reshape(shape: tuple[int, ...], array: np.ndarray) -> np.ndarray:
 
 
 def _joined(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A layer's shape with the axes of heads and head size as one, last in query, key and value, first in out."""
+    """A layer's shape with heads and head size joined: the last axis of query, key and value, the first of out."""
     if len(shape) < 3:
         return shape
     return (shape[0] * shape[1], shape[2]) if ".out." in name else (shape[0], shape[1] * shape[2])
 
 
 def _config(path: Path, tensors: Mapping[str, Tensor], scanned: bool) -> T5Config:
-    """The sizes, read off the shapes; the distance that the last position bucket starts at is T5X's, always 128."""
+    """The config, from the tensors' shapes. It keeps the default largest relative distance, 128, as T5X always has."""
     first = "encoder.layers" if scanned else "encoder.layers_0"
     sized = {
         "embedding": "token_embedder.embedding",

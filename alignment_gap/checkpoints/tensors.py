@@ -1,4 +1,4 @@
-"""Tensors that are read when they are asked for, and how those of another format make up our parameters."""
+"""Tensors that are read on demand, and how tensors of another format map to our parameters."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import numpy as np
 
 from alignment_gap.errors import UserError
 
-# Of many problems, as many as a line bears.
+# An error line names this many problems, and counts the rest.
 SHOWN = 4
-# The part of a parameter's name that says that its first axis is that of layers.
+# A parameter with this part in its name has the layers on its first axis.
 STACK = "layers"
 
 
 class Tensor(NamedTuple):
-    """A tensor of a checkpoint, of which nothing is loaded yet.
+    """A tensor of a checkpoint; nothing is loaded yet.
 
     Attributes:
-      shape: of all of it.
-      dtype: by name, such as "float32" or "bfloat16".
-      read: `read(None)` loads all of it and, where it is `stacked`, `read(i)` the slice i of its first axis.
-      stacked: whether its first axis is that of layers, to be read and written one by one.
+      shape: its whole shape.
+      dtype: name of its dtype, such as "float32" or "bfloat16".
+      read: `read(None)` loads the whole tensor; if it is `stacked`, `read(i)` loads slice i of its first axis.
+      stacked: whether its first axis is the layers, which are then read and written one by one.
     """
 
     shape: tuple[int, ...]
@@ -35,14 +35,14 @@ class Tensor(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """How another format keeps one of our parameters.
+    """How another format stores one of our parameters.
 
     Attributes:
-      names: their tensors: one, or one for each layer.
-      shape: of each of their tensors.
-      ours: makes one of their tensors the parameter, or its layer.
-      theirs: the inverse.
-      per_layer: whether there is one of their tensors for each layer.
+      names: names of the tensors in that format: one, or one for each layer.
+      shape: shape of each of these tensors.
+      ours: converts such a tensor to our parameter, or to one layer of it.
+      theirs: the inverse of `ours`.
+      per_layer: whether the format has a tensor for each layer.
     """
 
     names: tuple[str, ...]
@@ -72,13 +72,13 @@ def check_shapes(
     wanted: Mapping[str, tuple[int, ...]],
     ignored: Collection[str] = (),
 ) -> None:
-    """Raises one UserError that names the tensors that are missing, of another shape or too many.
+    """Raises one UserError that names the tensors that are missing, have another shape or are unexpected.
 
     Args:
-      where: the checkpoint.
-      found: shapes of what it holds.
-      wanted: shapes of what the model has.
-      ignored: names that may be there and are not used.
+      where: path of the checkpoint.
+      found: shapes of the checkpoint's tensors.
+      wanted: shapes of the model's tensors.
+      ignored: names of tensors that may be present and are not used.
     """
     problems = []
     for name in sorted(found.keys() | wanted.keys()):
@@ -96,13 +96,13 @@ def check_shapes(
 
 
 def check_entries(where: str, found: Mapping[str, Tensor], entries: Entries, ignored: Collection[str] = ()) -> None:
-    """Raises one UserError that names every tensor of another format that does not fit; see `check_shapes`."""
+    """Checks the tensors of another format, with one UserError for all that do not fit; see `check_shapes`."""
     wanted = {name: entry.shape for entry in entries.values() for name in entry.names}
     check_shapes(where, {name: tensor.shape for name, tensor in found.items()}, wanted, ignored)
 
 
 def imported(found: Mapping[str, Tensor], entries: Entries) -> dict[str, Tensor]:
-    """Our parameters made of the tensors of another format, which `check_entries` has checked; reads nothing."""
+    """Our parameters, as tensors converted from another format after `check_entries`; reads nothing yet."""
 
     def read(entry: Entry, layer: int | None) -> np.ndarray:
         if not entry.per_layer:
@@ -114,7 +114,7 @@ def imported(found: Mapping[str, Tensor], entries: Entries) -> dict[str, Tensor]
 
     tensors = {}
     for name, entry in entries.items():
-        # The shape of what `ours` makes of their tensor, found on one that takes no memory.
+        # The shape of the result of `ours`, found with an array that takes no memory.
         part = entry.ours(np.broadcast_to(np.zeros((), np.int8), entry.shape)).shape
         shape = (len(entry.names), *part) if entry.per_layer else part
         dtype = found[entry.names[0]].dtype
@@ -123,7 +123,7 @@ def imported(found: Mapping[str, Tensor], entries: Entries) -> dict[str, Tensor]
 
 
 def exported(ours: Mapping[str, Tensor], entries: Entries) -> dict[str, Tensor]:
-    """The tensors of another format made of our parameters; reads nothing."""
+    """The tensors of another format, converted from our parameters; reads nothing yet."""
 
     def read(name: str, entry: Entry, layer: int | None, _: int | None) -> np.ndarray:
         return np.ascontiguousarray(entry.theirs(ours[name].read(layer)))
@@ -138,5 +138,5 @@ def exported(ours: Mapping[str, Tensor], entries: Entries) -> dict[str, Tensor]:
 
 
 def parameter_count(tensors: Mapping[str, Tensor]) -> int:
-    """Numbers in all tensors together."""
+    """The number of elements in all tensors together."""
     return sum(math.prod(tensor.shape) for tensor in tensors.values())

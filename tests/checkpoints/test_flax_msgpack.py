@@ -110,7 +110,7 @@ def test_the_array_that_is_cut_is_named_with_its_bytes(path):
     content = flax.serialization.msgpack_serialize({"a": {"b": np.zeros(100, np.uint8)}})
     path.write_bytes(content[:-30])
     size = len(content) - content.index(b"\xc7") - 3
-    with pytest.raises(UserError, match=rf"cut short: a.b has {size - 30} of its {size} bytes, and what comes behind"):
+    with pytest.raises(UserError, match=rf"cut short: a.b has {size - 30} of its {size} bytes, and everything"):
         read_tree(path)
 
 

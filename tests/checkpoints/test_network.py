@@ -163,7 +163,8 @@ def test_a_model_may_differ_from_its_checkpoint_in_how_it_runs_alone(name, field
         # So that the checkpoint's parameters are its own.
         assert field == "attention" or model_shapes(asked) == model_shapes(network.model)
         return
-    message = rf"^run is of another model \({field} is {getattr(asked, field)}, there {getattr(network.model, field)}\)"
+    values = rf"{getattr(asked, field)}, but {getattr(network.model, field)} in the checkpoint"
+    message = rf"^run is of another model \({field} is {values}\)"
     with pytest.raises(UserError, match=message + ": leave MODEL out to take the checkpoint's own$"):
         agreed_model(asked, network, "run")
 
@@ -180,14 +181,14 @@ def test_a_model_that_is_not_asked_for_is_the_checkpoints_own():
 
 def test_of_many_differences_three_are_shown():
     asked = dataclasses.replace(CONFIGS["decoder"], width=1, layers=2, heads=3, mlp_width=4, dtype="bfloat16")
-    message = r"\(width is 1, there 12; layers is 2, there 3; heads is 3, there 4; 1 more\)"
+    message = r"\(width is 1, but 12 .*; layers is 2, but 3 .*; heads is 3, but 4 in the checkpoint; 1 more\)"
     with pytest.raises(UserError, match=message):
         agreed_model(asked, Network(model=CONFIGS["decoder"]), "run")
 
 
 def test_another_architecture_is_the_first_difference():
-    with pytest.raises(UserError, match=r"\(architecture is t5, there decoder; .* more\): leave MODEL out"):
+    with pytest.raises(UserError, match=r"\(architecture is t5, but decoder in .* more\): leave MODEL out"):
         agreed_model(CONFIGS["t5"], Network(model=DecoderConfig()), "run")
     ours = dataclasses.replace(T5Config(), vocabulary_size=DecoderConfig().vocabulary_size)
-    with pytest.raises(UserError, match=r"encoder_layers is 2, there absent"):
+    with pytest.raises(UserError, match=r"encoder_layers is 2, but absent in the checkpoint"):
         agreed_model(ours, Network(model=DecoderConfig()), "run")

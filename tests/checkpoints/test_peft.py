@@ -148,7 +148,7 @@ def test_a_base_is_asked_for_and_is_for_adapters_alone(base, folder, tmp_path):
     with pytest.raises(UserError, match="holds no adapters: choose one of huggingface"):
         export_checkpoint(base, tmp_path / "out", "peft")
     export_checkpoint(base, tmp_path / "whole", "huggingface")
-    assert "holds no adapters of PEFT: leave it out" in refused(tmp_path / "whole", tmp_path, base=base)
+    assert "holds no adapters of PEFT: leave base out" in refused(tmp_path / "whole", tmp_path, base=base)
 
 
 def test_a_policy_that_no_architecture_computes_has_no_such_folder(folder, tmp_path):

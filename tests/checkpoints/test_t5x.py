@@ -302,8 +302,8 @@ def test_pieces_of_a_large_array_are_one_tensor(tmp_path, monkeypatch):
 
 BAD = {
     "nothing": (None, "does not exist"),
-    "text": (b"hello", "is in no format that is known here: it must be of huggingface, t5x, "),
-    "empty": (b"", "is in no format"),
+    "text": (b"hello", "is in no known format: the formats are huggingface, t5x, "),
+    "empty": (b"", "is in no known format"),
     "numbers": (b"\x81\xa3abc", "is damaged or no file of flax"),
 }
 

@@ -195,7 +195,7 @@ BAD = {
     "no model": ({"model": None}, "set MODEL, .* or START"),
     "reference of another model": (
         {"reference": "START", "loss": LossConfig("dpo"), "model": dataclasses.replace(MODEL, mlp_width=8)},
-        r"of another model \(mlp_width is 8, there 16\)",
+        r"of another model \(mlp_width is 8, but 16 in the checkpoint\)",
     ),
     "step without a checkpoint": (
         {"start": "START", "start_step": 3},
@@ -203,7 +203,7 @@ BAD = {
     ),
     "start of another model": (
         {"start": "START", "model": dataclasses.replace(MODEL, width=32)},
-        r"of another model \(width is 32, there 16\)",
+        r"of another model \(width is 32, but 16 in the checkpoint\)",
     ),
     "start of another architecture": (
         {"start": "START", "model": DecoderConfig(vocabulary_size=136)},

@@ -1,7 +1,7 @@
-"""Hugging Face's folders: config.json, safetensors in one file or several, and the tokenizer's files along with them.
+"""Hugging Face folders: config.json, safetensors in one or several files, and the tokenizer's files.
 
-Neither torch nor transformers is needed. T5 v1.1 (Flan-T5, mT5, ByT5) and, of the decoders, the text models of Gemma 1
-to 3, Llama 3, Qwen 2 and 3 are read and written.
+Needs neither torch nor transformers. Reads and writes T5 v1.1 (Flan-T5, mT5, ByT5), and these decoders: the text models
+of Gemma 1 to 3, Llama 3, Mistral, Qwen 2 and 3.
 """
 
 from alignment_gap.checkpoints.huggingface.folder import open_foreign, recognises, write

@@ -1,4 +1,4 @@
-"""Between a Hugging Face config.json and the config of a policy, both ways; what no policy computes is refused."""
+"""Converts between a Hugging Face config.json and the config of a policy; refuses what no policy here computes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Family(NamedTuple):
-    """What the decoders of one `model_type` have in common.
+    """The common settings of the decoders of one `model_type`.
 
     Attributes:
-      architecture: transformers' class.
+      architecture: the class in transformers.
       model: fields of DecoderConfig that all of them share.
-      optional: fields of config.json that not every family has, and what transformers takes where they are absent.
-      only: fields of config.json that decide what is computed, and the values that the decoder can; the first is what
-        transformers takes where they are absent.
+      optional: fields of config.json that not every family has, and their defaults in transformers.
+      only: fields of config.json that change the computation, and the values that our decoder supports; the first is
+        the default in transformers.
     """
 
     architecture: str
@@ -43,7 +43,7 @@ _CAUSAL: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, Fal
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _SERIAL, {}, {**_SILU, **_NO_BIAS, "mlp_bias": (False,)}),
-    # Every layer has a window, or none has. The config does not list layers.
+    # Either every layer has a window or no layer has. The config does not list layers.
     "mistral": Family("MistralForCausalLM", _SERIAL, {"sliding_window": 4096, "sliding_window_pattern": None}, _SILU),
     "qwen2": Family("Qwen2ForCausalLM", {**_SERIAL, "query_key_value_bias": True}, _QWEN_WINDOW, _SILU),
     "qwen3": Family(
@@ -56,7 +56,7 @@ FAMILIES = {
         "GemmaForCausalLM",
         _GEMMA,
         {"tie_word_embeddings": True, "head_dim": 256},
-        # The first releases say "gelu" and were trained with its tanh form, which transformers computes.
+        # The first releases have "gelu", but were trained with its tanh form, which transformers computes.
         {"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": (None, *_GELU["hidden_activation"])}
         | _NO_BIAS
         | _CAUSAL,
@@ -86,13 +86,13 @@ FAMILIES = {
     ),
 }
 T5_FAMILIES = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}
-# The names of llama3's factors there and here.
+# The names of llama3's factors in transformers and here.
 _LLAMA3 = {
     "low_freq_factor": "rope_low_frequency_factor",
     "high_freq_factor": "rope_high_frequency_factor",
     "original_max_position_embeddings": "rope_original_length",
 }
-# Fields that say again what other fields say, in the notation of another version of transformers.
+# Fields that repeat other fields in the notation of another version of transformers.
 _NOTATIONS = {
     "dtype",
     "rope_parameters",
@@ -113,7 +113,7 @@ def read_config(values: Values, source: str) -> ModelConfig:
       source: its path, for errors.
 
     Raises:
-      UserError: for a field that is missing, of another type, or asks for what the policies do not compute.
+      UserError: a field is missing, has another type, or needs something that the policies do not compute.
     """
     fields, model_type = _Fields(values, source), values.get("model_type")
     if model_type not in (*T5_FAMILIES, *FAMILIES):
@@ -130,11 +130,11 @@ def write_config(model: ModelConfig, like: Values | None = None) -> dict[str, An
 
     Args:
       model: the policy's config.
-      like: the config.json that the policy came with: its family is kept, and what a policy does not know, such as
-        token ids.
+      like: the config.json that the policy came with. The result keeps its family, and settings that a policy does not
+        have, such as token ids.
 
     Raises:
-      UserError: where no family of transformers computes what the policy does; the nearest is named.
+      UserError: no family of transformers computes the same as the policy; the message names the nearest.
     """
     like = like or {}
     families = [*T5_FAMILIES] if isinstance(model, T5Config) else [*FAMILIES]
@@ -159,7 +159,7 @@ class _Fields:
         self.values, self.source, self.path = values, source, path
 
     def get(self, name: str, kind: type, default: Any = REQUIRED) -> Any:
-        """A field's value; null stays None where there is a default."""
+        """A field's value; null becomes None if there is a default."""
         value = self.values.get(name, default)
         if value is REQUIRED:
             raise UserError(f"{self.source} has no field {self.path}{name}: it is no complete config of its model_type")
@@ -170,7 +170,7 @@ class _Fields:
         raise UserError(f"{self.source}: {self.path}{name} is {value!r}: it must be of type {kind.__name__}")
 
     def only(self, name: str, allowed: tuple[Any, ...]) -> None:
-        """Refuses a value that is not allowed; an absent field is the first of those that are."""
+        """Refuses a value that is not allowed; an absent field counts as the first allowed value."""
         value = self.values.get(name, allowed[0])
         if value not in allowed:
             choices = " or ".join(map(repr, allowed))
@@ -179,19 +179,19 @@ class _Fields:
             )
 
     def group(self, name: str) -> _Fields:
-        """The fields of a field, none where it is absent or null."""
+        """The fields inside a field; empty if it is absent or null."""
         return _Fields(self.get(name, dict, None) or {}, self.source, f"{self.path}{name}.")
 
 
 def _read_t5(fields: _Fields, model_type: str) -> T5Config:
-    # What transformers takes where the field is absent: T5's first version, or mT5, which is of version 1.1.
+    # The defaults of transformers: T5's first version, or mT5's, which is version 1.1.
     activation = fields.get("feed_forward_proj", str, "relu" if model_type == "t5" else "gated-gelu")
     _Fields({"feed_forward_proj": activation}, fields.source).only("feed_forward_proj", ("gated-gelu",))
     fields.only("layer_norm_epsilon", (1e-6,))
     fields.only("decoder_start_token_id", (0, None))
     tied = fields.get("tie_word_embeddings", bool, True)
-    # transformers 5 says that all are tied, and whether the logits are scaled, which is what tied meant, elsewhere;
-    # of mT5 it never scales them.
+    # transformers 5 sets tie_word_embeddings for all T5s. Whether the logits are scaled, which is what tied means here,
+    # is in scale_decoder_outputs. It never scales mT5's logits.
     tied = model_type == "t5" and fields.get("scale_decoder_outputs", bool, tied)
     depth = fields.get("num_layers", int)
     return T5Config(
@@ -235,7 +235,7 @@ def _read_decoder(fields: _Fields, family: Family) -> DecoderConfig:
         fields.only(name, allowed)
 
     def optional(name: str, kind: type) -> Any:
-        """A field that not every family has: None where this one has not."""
+        """A field that not every family has; None if this family does not have it."""
         return fields.get(name, kind, family.optional[name]) if name in family.optional else None
 
     width, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
@@ -260,7 +260,7 @@ def _read_decoder(fields: _Fields, family: Family) -> DecoderConfig:
 
 
 def _read_windows(fields: _Fields, family: Family, depth: int) -> dict[str, Any]:
-    """Window and distance of the layers without one; transformers lists the layers or says how the list is made."""
+    """The window, and every how many layers have none; transformers lists the layers or gives the list's pattern."""
     if "sliding_window" not in family.optional:
         return {}
     window = fields.get("sliding_window", int, family.optional["sliding_window"])
@@ -288,7 +288,7 @@ def _layer_types(depth: int, every: int) -> list[str]:
 
 
 def _read_rope(fields: _Fields, family: Family) -> dict[str, Any]:
-    """Rotary positions in the notation of transformers 5, `rope_parameters`, or in that of version 4."""
+    """The rotary positions, in the notation of transformers 5, `rope_parameters`, or of version 4."""
     local, parameters = "rope_local_base_freq" in family.optional, fields.group("rope_parameters")
     full = parameters.group(FULL) if local else parameters
     full.only(FULL, (None,))
@@ -330,7 +330,7 @@ def _write_decoder(model: DecoderConfig, model_type: str) -> dict[str, Any]:
         "attn_logit_softcapping": model.attention_soft_cap,
         "use_sliding_window": windowed,
         "max_window_layers": 0,
-        # Where the layers are listed, transformers wants a width even if none has a window.
+        # If the config lists layers, transformers needs a width even if no layer has a window.
         "sliding_window": model.window or (family.optional.get("sliding_window") if lists_layers else None),
         "sliding_window_pattern": model.full_attention_every if lists_layers else None,
         "rope_local_base_freq": model.rope_local_base or model.rope_base,
@@ -359,7 +359,7 @@ def _write_decoder(model: DecoderConfig, model_type: str) -> dict[str, Any]:
 
 
 def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
-    """Fields in which what two configs compute differs, with both values."""
+    """Fields that make two configs compute different things, with both values."""
     ours, theirs = _normal(model), _normal(other)
     names = [field.name for field in dataclasses.fields(ours) if field.name not in RUN_TIME]
     pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
@@ -367,7 +367,7 @@ def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
 
 
 def _normal(model: ModelConfig) -> ModelConfig:
-    """The one config of those that compute the same which has the least set."""
+    """Among all configs that compute the same, the one with the fewest settings."""
     if isinstance(model, T5Config):
         return model
     changes: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Where each parameter of a policy is in a Hugging Face folder: its tensor's name there, transposed and reshaped.
+"""How a Hugging Face folder stores each parameter of a policy: the tensor's name, transposed and reshaped.
 
-A linear map is [outputs, inputs] there and [inputs, outputs] here, where heads are an axis of their own. Embeddings
-and norms are the same, those of the (1 + w) form too.
+A linear map is [outputs, inputs] there and [inputs, outputs] here; here heads have an axis of their own. Embeddings
+and norms are the same in both, including norms of the (1 + w) form.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from alignment_gap.checkpoints.formats import model_shapes
 from alignment_gap.checkpoints.tensors import Entries, Entry
 from alignment_gap.models import DecoderConfig, ModelConfig, T5Config
 
-# Tensors that some versions of transformers write besides those that they read.
+# Copies of tensors that some versions of transformers also write.
 _COPIES = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
 UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", "rotary_emb.inv_freq")
 
 
 def copies_of(model: ModelConfig) -> dict[str, str]:
-    """Tensors that a folder may hold once more, and of which: those that the model ties."""
+    """Tied tensors that a folder may store twice: maps the copy's name to the original's name."""
     if isinstance(model, T5Config):
         return _COPIES | ({"lm_head.weight": "shared.weight"} if model.tied_embeddings else {})
     return {"lm_head.weight": "model.embed_tokens.weight"} if model.tied_embeddings else {}
 
 
 def entries_of(model: ModelConfig) -> Entries:
-    """Every parameter of the policy, by its dotted name, as transformers keeps it."""
+    """How transformers stores every parameter of the policy, by its dotted name."""
     names = _t5_names() if isinstance(model, T5Config) else _decoder_names(model)
     return {name: _entry(name, names[name], shape) for name, shape in model_shapes(model).items()}
 
@@ -40,7 +40,7 @@ def _t5_names() -> dict[str, str]:
     def attention(ours: str, theirs: str) -> dict[str, str]:
         return {f"{ours}.{name}": f"{theirs}.{letter}" for name, letter in projections.items()}
 
-    # The sub-layers of a block in their order: the norm in front, then what it is.
+    # The sub-layers of a block, in order: the name of the norm before it, then its projections.
     encoder = [
         ("pre_attention_layer_norm", attention("attention", "SelfAttention")),
         ("pre_mlp_layer_norm", mlp),
@@ -70,7 +70,7 @@ def _decoder_names(model: DecoderConfig) -> dict[str, str]:
         "out.kernel": "self_attn.o_proj",
         "query_norm.scale": "self_attn.q_norm",
         "key_norm.scale": "self_attn.k_norm",
-        # One name for two norms: the one behind attention where there are such, else the one in front of the MLP.
+        # One name for two norms: the norm after attention if the model has it, else the norm before the MLP.
         "post_attention_layer_norm.scale": "post_attention_layernorm",
         "pre_mlp_layer_norm.scale": "pre_feedforward_layernorm" if model.post_norms else "post_attention_layernorm",
         "post_mlp_layer_norm.scale": "post_feedforward_layernorm",
@@ -91,7 +91,7 @@ def _decoder_names(model: DecoderConfig) -> dict[str, str]:
 
 
 def _entry(ours: str, theirs: str, shape: tuple[int, ...]) -> Entry:
-    """How a parameter is kept there, told from its name: heads are inputs of `out` alone."""
+    """How transformers stores a parameter, by its name: only `out` has heads as inputs."""
     per_layer = "{}" in theirs
     names = tuple(theirs.format(layer) for layer in range(shape[0])) if per_layer else (theirs,)
     shape = shape[1:] if per_layer else shape
@@ -106,10 +106,10 @@ def _entry(ours: str, theirs: str, shape: tuple[int, ...]) -> Entry:
 
 
 def from_linear(shape: tuple[int, ...], array: np.ndarray) -> np.ndarray:
-    """A linear map [outputs, inputs] of torch as one of ours."""
+    """Converts a linear map [outputs, inputs] of torch to our shape."""
     return array.T.reshape(shape)
 
 
 def to_linear(shape: tuple[int, ...], array: np.ndarray) -> np.ndarray:
-    """A linear map of ours as one of torch, of the shape [outputs, inputs]."""
+    """Converts a linear map of ours to torch's shape [outputs, inputs]."""
     return array.reshape(shape[::-1]).T

@@ -23,7 +23,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.models import ModelConfig, T5Config
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# What a folder has besides its tensors and goes with them, in and out.
+# Files that belong to a folder's tensors; an import and an export copy them.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -39,20 +39,20 @@ COMPANIONS = (
     "chat_template.json",
 )
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Bytes of a file beyond which the next one is begun; an export holds one file in memory.
+# The largest size of a file in bytes; then the next file begins. An export holds one file in memory.
 SHARD_BYTES = 5_000_000_000
 
 
 def recognises(path: Path) -> bool:
-    """Whether `path` is a folder with a config.json, or reads as the id of a repository on the hub and no path."""
+    """Whether `path` is a folder with a config.json, or looks like the id of a repository on the hub."""
     return (path / CONFIG).is_file() or (not path.parent.exists() and _is_hub_id(path))
 
 
 def open_foreign(path: Path) -> Foreign:
-    """A folder, or a repository of the hub by its id, of which no tensor is read yet.
+    """Opens a folder, or a repository of the hub by its id; reads no tensor yet.
 
     Raises:
-      UserError: where it cannot be had, or its config or a file of tensors cannot be used.
+      UserError: the folder is not available, or its config or a file of tensors is not usable.
     """
     folder = path if path.exists() or not _is_hub_id(path) else _download(str(path))
     model = read_config(read_json(folder / CONFIG), str(folder / CONFIG))
@@ -65,7 +65,7 @@ def open_foreign(path: Path) -> Foreign:
             _check_copy(folder, tensors, name, original)
             ignored.add(name)
     if isinstance(model, T5Config) and not model.tied_embeddings and "shared.weight" in tensors:
-        # transformers takes the input embedding where version 1.1's own output embedding is not there.
+        # If version 1.1 lacks its output embedding, transformers uses the input embedding.
         tensors.setdefault("lm_head.weight", tensors["shared.weight"])
     return Foreign(model, tensors, entries_of(model), ignored, companions_of(folder))
 
@@ -82,13 +82,13 @@ def write(
     Args:
       output: the new folder.
       model: the policy's config.
-      ours: its parameters by dotted names; one file's worth of them is in memory at a time.
-      companions: a folder whose tokenizer's files are copied, and whose config.json and generation_config.json say
-        what a policy does not know.
-      shard_bytes: size of a file beyond which the next one is begun.
+      ours: its parameters by dotted names; the parameters of one file are in memory at a time.
+      companions: a folder with tokenizer files to copy; its config.json and generation_config.json provide settings
+        that a policy does not have.
+      shard_bytes: the largest size of a file in bytes; then the next file begins.
 
     Raises:
-      UserError: where transformers has no architecture that computes what the policy does.
+      UserError: transformers has no architecture that computes the same as the policy.
     """
     save_file = installed("safetensors.numpy").save_file
     there = companions_of(companions) if companions else []
@@ -113,12 +113,12 @@ def write(
 
 
 def companions_of(folder: Path) -> list[Path]:
-    """The files of a folder that go with its tensors: the tokenizer's and the configs."""
+    """The files of a folder that belong to its tensors: the tokenizer's files and the configs."""
     return [folder / name for name in COMPANIONS if (folder / name).is_file()]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises UserError where there is none."""
+    """The object in a JSON file; raises UserError if there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -138,7 +138,7 @@ def _is_hub_id(path: Path) -> bool:
 
 
 def _download(name: str) -> Path:
-    """The folder that a repository of the hub is kept in; fetched where it is not there."""
+    """The local folder of a repository of the hub; downloads the repository if needed."""
     hub = installed("huggingface_hub")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=[*COMPANIONS, INDEX, "*.safetensors"]))
@@ -150,7 +150,7 @@ def _download(name: str) -> Path:
 
 
 def installed(module: str) -> Any:
-    """A module that the extra `huggingface` brings; raises UserError where it is not there."""
+    """A module from the extra `huggingface`; raises UserError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -160,7 +160,7 @@ def installed(module: str) -> Any:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of tensors, as the index lists them, or the only one."""
+    """The files of tensors: those that the index lists, or the single one."""
     if not (folder / INDEX).is_file():
         if not (folder / WEIGHTS).is_file():
             there = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
@@ -175,7 +175,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def tensors_of(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file; it is opened anew for each, so that no more than one is mapped into memory."""
+    """The tensors of a file; each read opens the file again, so that at most one tensor is mapped into memory."""
     safetensors = installed("safetensors")
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
@@ -187,7 +187,7 @@ def tensors_of(file: Path) -> dict[str, Tensor]:
         if dtype not in DTYPES:
             raise UserError(
                 f"{file}: {name} of the shape {shape} is {dtype}, which is not supported: save it as "
-                f"{' or '.join(DTYPES)}, quantised models not at all"
+                f"{' or '.join(DTYPES)}; quantised models are not supported"
             )
     return {name: Tensor(shape, DTYPES[dtype], partial(_read, file, name)) for name, (shape, dtype) in found.items()}
 
@@ -198,7 +198,7 @@ def _read(file: Path, name: str, _: None = None) -> np.ndarray:
 
 
 def _damage(file: Path) -> str:
-    """The first tensor that a file which was cut short does not have, or nothing where that is not what it is."""
+    """A line about the first tensor that a truncated file lacks; "" if the file is not truncated."""
     try:
         content = file.stat().st_size
         with file.open("rb") as opened:
@@ -216,7 +216,7 @@ def _damage(file: Path) -> str:
 
 
 def _check_copy(folder: Path, tensors: Mapping[str, Tensor], name: str, original: str) -> None:
-    """Raises UserError if a tensor that the model ties to another is not the same."""
+    """Raises UserError if two tensors that the model ties are not equal."""
 
     def digest(tensor: Tensor) -> bytes:
         return hashlib.sha256(tensor.read(None).view(np.uint8).data).digest()
@@ -224,8 +224,8 @@ def _check_copy(folder: Path, tensors: Mapping[str, Tensor], name: str, original
     copy, tensor = tensors[name], tensors[original]
     if copy.shape != tensor.shape or digest(copy) != digest(tensor):
         raise UserError(
-            f"{folder}: {name} of the shape {copy.shape} differs from {original} of the shape {tensor.shape}, to which "
-            "the config ties it: set tie_word_embeddings to false where that is meant"
+            f"{folder}: {name} of the shape {copy.shape} differs from {original} of the shape {tensor.shape}, but the "
+            "config ties them: if they should differ, set tie_word_embeddings to false"
         )
 
 
@@ -234,7 +234,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
-    """Names by files, layers in their order."""
+    """The tensors' names for each file, with layers in order."""
     names: list[str] = []
     size = 0
     for name in sorted(tensors, key=lambda name: [part.zfill(6) for part in name.split(".")]):

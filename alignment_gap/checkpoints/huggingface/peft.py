@@ -1,6 +1,6 @@
-"""PEFT's folders of LoRA adapters in and out: adapter_config.json and adapter_model.safetensors, without torch.
+"""Reads and writes PEFT folders of LoRA adapters (adapter_config.json, adapter_model.safetensors), without torch.
 
-A folder holds the adapters alone. What they are added to is said by whoever imports it: the run of their base.
+A folder holds only the adapters. Whoever imports it names the run with their base.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from alignment_gap.models import AdapterConfig, ModelConfig, T5Config, make_poli
 from alignment_gap.models.adapters import kernel_name, projections, split_axes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# In front of every tensor's name: the model inside of PEFT's two wrappers.
+# The prefix of every tensor's name: the model inside PEFT's two wrappers.
 _WRAPPED = "base_model.model."
-# Fields that change what is computed, and the values that are supported; the first is PEFT's where a field is absent.
+# Fields that change the computation, and the supported values; the first value is PEFT's default.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -42,11 +42,11 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 class ForeignAdapters(NamedTuple):
-    """Adapters in a folder, of which no tensor is read yet.
+    """The adapters in a folder; no tensor is read yet.
 
     Attributes:
       config: their settings.
-      tensors: all of them by our names.
+      tensors: their tensors by our names.
     """
 
     config: AdapterConfig
@@ -59,10 +59,10 @@ def recognises(path: Path) -> bool:
 
 
 def open_adapters(path: Path, model: ModelConfig) -> ForeignAdapters:
-    """The adapters of a folder for a policy; nothing is loaded.
+    """Opens a folder of adapters for a policy; loads nothing.
 
     Raises:
-      UserError: they are of another kind or for another model, or tensors are missing.
+      UserError: the adapters are of an unsupported kind or for another model, or tensors are missing.
     """
     values = read_json(path / CONFIG)
     for name, allowed in _ONLY.items():
@@ -87,7 +87,7 @@ def open_adapters(path: Path, model: ModelConfig) -> ForeignAdapters:
 
 
 def write(output: Path, model: ModelConfig, adapter: AdapterConfig, ours: Mapping[str, Tensor]) -> None:
-    """Writes a folder that PEFT loads onto the base as transformers has it, in float32.
+    """Writes a folder that PEFT loads on top of the base in transformers, in float32.
 
     Args:
       output: the new folder.
@@ -96,7 +96,7 @@ def write(output: Path, model: ModelConfig, adapter: AdapterConfig, ours: Mappin
       ours: the adapters by dotted names.
 
     Raises:
-      UserError: where transformers has no architecture that computes what the policy does.
+      UserError: transformers has no architecture that computes the same as the policy.
     """
     save_file, rank = installed("safetensors.numpy").save_file, adapter.rank or 0
     modules = _modules(model)
@@ -121,7 +121,7 @@ def write(output: Path, model: ModelConfig, adapter: AdapterConfig, ours: Mappin
 
 
 def _modules(model: ModelConfig) -> dict[str, list[str]]:
-    """Hugging Face's modules of every projection, one a layer; raises UserError where it has no such model."""
+    """Hugging Face's modules for every projection, one for each layer; raises UserError if it has no such model."""
     write_config(model)
     entries = entries_of(model)
     return {
@@ -131,7 +131,7 @@ def _modules(model: ModelConfig) -> dict[str, list[str]]:
 
 
 def _target_modules(modules: Mapping[str, list[str]], targets: Collection[str]) -> list[str]:
-    """How PEFT finds the targets: by the last part of their names or, where others share it, by all of it."""
+    """The names by which PEFT finds the targets: the last part of each name, or the whole name if others share it."""
     targeted = {module for name in targets for module in modules[name]}
     last = {module.rpartition(".")[2] for module in targeted}
     sharing = {module for each in modules.values() for module in each if module.rpartition(".")[2] in last}
@@ -143,7 +143,7 @@ def _names(module: str) -> tuple[str, str]:
 
 
 def _entries(model: ModelConfig, targets: Collection[str], rank: int) -> dict[str, Entry]:
-    """How PEFT keeps our adapters: its A is [r, inputs] and its B [outputs, r]."""
+    """How PEFT stores our adapters: its A is [r, inputs] and its B is [outputs, r]."""
     modules, kernels, found = _modules(model), projections(make_policy(model)), {}
     for name in targets:
         box = kernels[name]
