@@ -1,4 +1,4 @@
-"""State, optimizers, the update step, sources, checkpoints and the loop that all training shares."""
+"""The parts that all training shares: state, optimizers, update step, sources, checkpoints and loop."""
 
 from alignment_gap.training.checkpoints import (
     Bases,

@@ -1,8 +1,8 @@
-"""Checkpoints of a run in a bucket: written by jax's serialisation, for Orbax writes to no s3:// and renames folders.
+"""Checkpoints of a run in a bucket, written by jax's serialisation: Orbax cannot write to s3://, and renames folders.
 
 CHECKPOINTS/STEP/
-  params/NAME/, optimizer/NAME/   an array each, in chunks that no two processes share: every process writes its own
-  _CHECKPOINT_METADATA            written last, if nobody else has; with it the checkpoint is complete
+  params/NAME/, optimizer/NAME/   one array each; no two processes share a chunk, and every process writes its own
+  _CHECKPOINT_METADATA            written last, if no other run wrote it; it makes the checkpoint complete
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _PATIENCE = 3600
 
 
 class _Saved(NamedTuple):
-    """What Orbax's policies read of a checkpoint."""
+    """The facts about a checkpoint that Orbax's policies read."""
 
     step: int
     metrics: dict[str, float] | None
 
 
 class BucketManager:
-    """Those methods of Orbax's `CheckpointManager` that `Checkpoints` calls, for a folder in a bucket.
+    """The methods of Orbax's `CheckpointManager` that `Checkpoints` calls, for a folder in a bucket.
 
     Args:
-      folder: of the checkpoints.
-      preserved: Orbax's policy of which ones stay.
+      folder: folder of the checkpoints.
+      preserved: Orbax's policy that decides which checkpoints stay.
     """
 
     def __init__(self, folder: Url, preserved: Any) -> None:
@@ -51,7 +51,7 @@ class BucketManager:
         self.reload()
 
     def reload(self) -> None:
-        """Looks which checkpoints are complete."""
+        """Reads again which checkpoints are complete."""
         self._steps = complete_steps(self._folder)
 
     def all_steps(self) -> list[int]:
@@ -61,11 +61,11 @@ class BucketManager:
     def save(
         self, step: int, args: ocp.args.Composite, metrics: dict[str, float], custom_metadata: Mapping[str, Any]
     ) -> None:
-        """Begins to write a checkpoint; returns when it is copied to the host."""
+        """Begins to write a checkpoint; returns when the arrays are copied to the host."""
         place = self._folder / str(step)
-        on_first_process(place.remove_all)  # What a kill left would be taken for a part of it.
+        on_first_process(place.remove_all)  # Leftovers of a killed run would become a part of the checkpoint.
         named = {name: leaf for item, save in args.items() for name, leaf in _leaves(place / item, save.item)}
-        # On a CPU what is written would be the memory that the next step reuses.
+        # On a CPU, the next step would reuse the memory while it is being written.
         arrays = [jnp.copy(leaf) if jax.default_backend() == "cpu" else leaf for leaf in named.values()]
         specs = [zarr_spec(name.parent, name.name) | _stored(leaf) for name, leaf in named.items()]
         self._metrics[step] = metrics or None
@@ -78,9 +78,9 @@ class BucketManager:
         self._calling(lambda: self._writer.serialize(arrays, specs, on_commit_callback=commit))
 
     def wait_until_finished(self) -> None:
-        """Waits until what was saved is complete; raises StorageError where the store refuses it.
+        """Waits until the saved checkpoint is complete; raises StorageError if the store refuses it.
 
-        After a failure there is nothing to wait for: the other processes will not come.
+        After a failure it does not wait, because the other processes will not come.
         """
         if not self._has_failed:
             self._has_failed = True
@@ -88,7 +88,7 @@ class BucketManager:
             self._has_failed = False
 
     def restore(self, step: int, args: ocp.args.Composite) -> ocp.args.Composite:
-        """The parts of a checkpoint, laid out as the abstract arrays are."""
+        """The parts of a checkpoint, sharded like the abstract arrays."""
         return on_every_process(lambda: self._calling(lambda: self._read(self._folder / str(step), args)))
 
     def delete(self, step: int) -> None:
@@ -97,23 +97,23 @@ class BucketManager:
         self._steps = [each for each in self._steps if each != step]
 
     def close(self) -> None:
-        """Nothing: no thread is left."""
+        """Does nothing: no thread is left."""
 
     def _metrics_of(self, step: int) -> dict[str, float] | None:
-        """By which the best checkpoints are told; None where they were not measured."""
+        """The metrics that decide which checkpoints are best; None if there was no validation."""
         if step not in self._metrics:
             self._metrics[step] = json.loads((self._folder / str(step) / METADATA).read_text()).get("metrics") or None
         return self._metrics[step]
 
     def _commit(self, place: Url, content: Mapping[str, Any], superseded: Sequence[int]) -> None:
         if (place / METADATA).replace_content(json.dumps(content).encode(), None) is None:
-            raise UserError(f"{place} was written by another run meanwhile: give one of the two another folder")
+            raise UserError(f"{place} was meanwhile written by another run: give one of the two runs another folder")
         for step in superseded:
             self._remove(step)
 
     def _remove(self, step: int) -> None:
         place = self._folder / str(step)
-        (place / METADATA).unlink(missing_ok=True)  # First, for without it the rest is no checkpoint.
+        (place / METADATA).unlink(missing_ok=True)  # First: without the metadata, the rest is no checkpoint.
         place.remove_all()
 
     def _read(self, place: Url, args: ocp.args.Composite) -> ocp.args.Composite:
@@ -130,7 +130,7 @@ class BucketManager:
         )
 
     def _calling(self, function: Any) -> Any:
-        """What the function gives; what it meets of the store is told in a line."""
+        """Calls the function; turns errors of the store into one line."""
         try:
             return function()
         except (ValueError, OSError, RuntimeError) as error:
@@ -140,13 +140,13 @@ class BucketManager:
 
 
 def _leaves(place: Url, tree: Any) -> Iterator[tuple[Url, Any]]:
-    """The arrays of a tree with their places, by the names that Orbax gives them."""
+    """The arrays of a tree with their places in the bucket, under the names that Orbax gives them."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield place / jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
 def _stored(array: jax.Array) -> dict[str, Any]:
-    """How an array is stored: in chunks of a device's part, or of a fraction of it where that is large."""
+    """How an array is stored: a chunk is a device's part, or a fraction of it if the part is large."""
     chunk = list(array.sharding.shard_shape(array.shape))
     while math.prod(chunk) * array.dtype.itemsize > LARGEST_CHUNK:
         longest = chunk.index(max(chunk))

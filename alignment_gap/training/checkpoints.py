@@ -1,4 +1,4 @@
-"""Checkpoints of a run: complete or absent, saying what network they hold, the parameters readable on their own."""
+"""Checkpoints of a run: complete or absent, with a record of their network; parameters can be read on their own."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ from alignment_gap.training.bucket import BucketManager
 from alignment_gap.training.state import TrainState, abstract_base, abstract_params, shardings_like
 
 OPTIMIZER, INTERIM, DAMAGED = "optimizer", "interim", ".damaged"
-# Among so many of the last checkpoints a kill may have left interim ones.
+# A kill may have left interim checkpoints among this many last ones.
 _LEFT = 3
-# Orbax numbers the saves of all threads together, and reads the number again while a save begins.
+# Orbax counts the saves of all threads together, and reads the count again while a save begins.
 _SAVING = threading.Lock()
-# Metrics that the best checkpoints are told by: by what a value is multiplied so that the highest is the best.
+# Metrics that can choose the best checkpoints, and a sign for each: signed, the highest value is the best.
 _SIGNS = {"loss": -1.0, "accuracy": 1.0}
-# Each of Orbax's threads logs what a save raises, with a traceback, before the save raises it and it is told.
+# If a save fails, each of Orbax's threads logs the error with a traceback. Not shown: the save raises the error too.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that cannot be read, or whose values are not those that were saved."""
+    """A checkpoint that cannot be read, or whose values differ from the saved ones."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KeepConfig:
-    """Which checkpoints stay. The last one always does; without any setting all do.
+    """Which checkpoints are kept. The last one always is; without any setting all are.
 
     Attributes:
-      last: how many of the last ones.
-      every: beside these, the ones at the multiples of so many steps.
-      best: beside these, so many that are the best by `metric`; of equal ones the later.
-      metric: of the validation: "loss", the lower the better, or "accuracy", the higher the better.
+      last: number of last checkpoints to keep.
+      every: also keeps checkpoints at multiples of this number of steps.
+      best: also keeps this many checkpoints with the best `metric`; if equal, the later ones.
+      metric: metric of the validation: "loss" (lower is better) or "accuracy" (higher is better).
     """
 
     last: int | None = None
@@ -66,19 +66,19 @@ class KeepConfig:
     metric: str = "loss"
 
     def __post_init__(self) -> None:
-        """Raises UserError if a setting is out of its range, or two do not go together."""
+        """Raises UserError if a setting is out of range, or two settings do not fit together."""
         checks.at_least(self, 1, "last", "every", "best")
         checks.one_of(self, _SIGNS, "metric")
         for name in ("every", "best"):
             if getattr(self, name) is not None and self.last is None:
-                raise UserError(f"keep.{name} is {getattr(self, name)}, but keep.last is not set: set it, as to 1")
+                raise UserError(f"keep.{name} is {getattr(self, name)}, but keep.last is not set: set it to 1 or more")
 
     def policy(self) -> Any:
-        """Orbax's policy of which checkpoints are preserved."""
+        """Orbax's preservation policy for these settings."""
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(self.last)]
         policies += [ocp.checkpoint_managers.EveryNSteps(self.every)] if self.every else []
         if self.best:
-            # A checkpoint without metrics was saved before the best were asked for.
+            # A checkpoint without metrics was saved before `best` was set.
             policies.append(
                 ocp.checkpoint_managers.BestN(
                     get_metric_fn=self.goodness, n=self.best, keep_checkpoints_without_metrics=False
@@ -87,20 +87,20 @@ class KeepConfig:
         return ocp.checkpoint_managers.AnyPreservationPolicy(policies)
 
     def goodness(self, metrics: Mapping[str, float]) -> float:
-        """The higher the better; the lowest where there is no metric or it is not finite."""
+        """A score, higher is better; minus infinity if the metric is missing or not finite."""
         value = _SIGNS[self.metric] * metrics.get(self.metric, math.nan)
         return value if math.isfinite(value) else -math.inf
 
 
 @dataclasses.dataclass
 class _OfThoseDue:
-    """What a policy preserves of the checkpoints that were due. Interim ones are removed by `Checkpoints` itself."""
+    """Applies a policy to the checkpoints that were due. `Checkpoints` itself removes interim checkpoints."""
 
     policy: Any
     interim: Callable[[], Collection[int]]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Whether each of the checkpoints stays."""
+        """Whether to keep each of the checkpoints."""
         interim = self.interim()
         due = [each for each in checkpoints if each.step not in interim]
         kept = iter(self.policy.should_preserve(due, context=context))
@@ -108,23 +108,22 @@ class _OfThoseDue:
 
 
 class Checkpoints:
-    """The checkpoints in a folder, one per step, written by Orbax; use as a context manager.
+    """The checkpoints in a folder, one for each step, written by Orbax; use as a context manager.
 
-    A checkpoint appears under its name only when all of it is on disk, so one that a kill cut short is never restored.
-    It holds a digest of each of its parts, which is compared when it is restored. Checkpoints of a folder in a bucket
-    are written by `BucketManager`.
+    A checkpoint appears under its name only when all of it is on disk, so an incomplete one is never restored. It holds
+    a digest of each of its parts; a restore compares them. In a bucket, `BucketManager` writes the checkpoints.
 
     Args:
-      folder: of the checkpoints; made by the first save.
-      network: what they hold, which they then say; not needed to read them.
-      keep: which ones stay.
+      folder: folder of the checkpoints; the first save makes it.
+      network: the network to record in new checkpoints; not needed for reading.
+      keep: which checkpoints are kept.
     """
 
     def __init__(self, folder: AnyPath, network: Network | None = None, keep: KeepConfig = KeepConfig()) -> None:
         self.folder = folder
         self._metadata = {NETWORK: to_json(network)} if network else {}
         self._own_digest = {NETWORK: json_digest(self._metadata.get(NETWORK))}
-        # Steps of checkpoints to be removed; None before the first save.
+        # Steps of interim checkpoints to remove; None before the first save.
         self._interim: set[int] | None = None
         self._manager: Any = _open_manager(folder, keep, lambda: self._interim or ())
 
@@ -140,17 +139,17 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, *, interim: bool = False, metrics: Mapping[str, float] | None = None) -> None:
-        """Writes the state under its step; returns when it is copied to the host, and writes on meanwhile.
+        """Saves the state under its step. It returns when the state is copied to the host; writing then continues.
 
-        An interim one is for a run that ends before its next checkpoint is due: the save after it removes it.
+        An interim checkpoint is for a run that ends before its next checkpoint is due; the next save removes it.
 
         Args:
-          state: of the run.
-          interim: whether no checkpoint is due.
-          metrics: of the validation of this state, by which the best are told; None where it was not validated.
+          state: state of the run.
+          interim: whether the checkpoint is interim, because none is due.
+          metrics: validation metrics of this state, for `keep.best`; None if it was not validated.
 
         Raises:
-          UserError: the disk is full, now or when the checkpoint before it was written.
+          UserError: the disk is full, now or when the previous checkpoint was written.
         """
         self._finish()
         with self._told_when_full():
@@ -170,7 +169,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _told_when_full(self) -> Iterator[None]:
-        """Turns what a full disk raises into one line. What was saved before stays."""
+        """Turns the error of a full disk into one line. Earlier checkpoints stay."""
         try:
             yield
         except Exception as error:
@@ -183,13 +182,13 @@ class Checkpoints:
             ) from error
 
     def _find_interim(self) -> np.ndarray:
-        """The steps of interim checkpoints that an earlier process left, and -1 up to the size that all are given."""
+        """The steps of interim checkpoints that an earlier process left, padded with -1 to a fixed size."""
         last = self.steps()[-_LEFT:]
         found = [step for step in last if (self._said(step) or {}).get(INTERIM)]
         return np.array((found + [-1] * _LEFT)[:_LEFT])
 
     def _finish(self) -> None:
-        """Waits until what was saved is on the disk, then removes the interim checkpoints before it."""
+        """Waits until the last save is on disk, then removes the interim checkpoints before it."""
         with self._told_when_full():
             self._manager.wait_until_finished()
         if self._interim:
@@ -199,11 +198,11 @@ class Checkpoints:
             self._interim.intersection_update(there[-1:])
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """The whole state of a step, laid out as `abstract` says.
+        """The whole state of a step, sharded like `abstract`.
 
         Raises:
-          DamagedCheckpoint: it cannot be read, or is not what was saved.
-          UserError: it was imported, or is of an earlier version of this library.
+          DamagedCheckpoint: the checkpoint cannot be read, or differs from what was saved.
+          UserError: the checkpoint was imported, or is from an earlier version of this library.
         """
         said = self._said(step)
         if said is not None and OPTIMIZER not in said.get(DIGESTS, {}):
@@ -216,17 +215,17 @@ class Checkpoints:
         return TrainState(rest["step"], restored.params, rest["optimizer_state"], copies, rest["skipped"])
 
     def restore_last(self, abstract: TrainState, say: Callable[[str], None]) -> TrainState | None:
-        """Restores the newest checkpoint that is whole, and renames the damaged ones after it.
+        """Restores the newest undamaged checkpoint, and renames the damaged ones after it.
 
         Args:
           abstract: the state's shapes and shardings.
           say: prints a line for each damaged checkpoint.
 
         Returns:
-          The state; None where no checkpoint is whole.
+          The state; None if there is no undamaged checkpoint.
 
         Raises:
-          UserError: the last checkpoint is of another model, or of an earlier version of this library.
+          UserError: the last checkpoint is of another model, or from an earlier version of this library.
         """
         while self.steps():
             last = self.steps()[-1]
@@ -241,11 +240,11 @@ class Checkpoints:
         return None
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
-        """The parameters of a step, or of the last one.
+        """The parameters of a step, or of the last step.
 
         Raises:
-          UserError: where there is none, it is damaged, or it is of another model: the tensors that differ are named,
-            with both shapes.
+          UserError: there is no checkpoint, it is damaged, or it is of another model; the message names the tensors
+            that differ, with both shapes.
         """
         if step is None:
             if not self.steps():
@@ -254,14 +253,14 @@ class Checkpoints:
         return self._restore(step, {"params": abstract_params}).params
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
-        """The parts of a checkpoint, all of them as they were saved; where this raises in one process, all raise."""
+        """The parts of a checkpoint, checked against their digests; if one process raises, all raise."""
         on_every_process(lambda: _check_shapes(self.folder / str(step) / PARAMS, items["params"]))
         targets = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in items.items()})
         try:
             restored, reason = self._manager.restore(step, args=targets), ""
         except (jax.errors.JaxRuntimeError, StorageError):
-            raise  # Of the device, such as no memory left, or of the way to a bucket.
-        except Exception as error:  # Orbax raises whatever it stumbles over in a damaged file, a bare Exception too.
+            raise  # An error of the device, such as no memory left, or of the connection to a bucket.
+        except Exception as error:  # For a damaged file, Orbax may raise anything, even a bare Exception.
             restored, reason = None, first_line(error) or type(error).__name__
         reason = first_reason(reason) or self._difference(step, {name: restored[name] for name in items})
         if reason:
@@ -271,7 +270,7 @@ class Checkpoints:
         return restored
 
     def _difference(self, step: int, items: dict[str, Any]) -> str:
-        """In which parts a checkpoint is not what was saved; nothing where it is, or is too old to say."""
+        """The parts in which a checkpoint differs from what was saved; "" if none does, or it has no digests."""
         said = self._said(step)
         if said is None:
             return f"{METADATA} cannot be read"
@@ -282,7 +281,7 @@ class Checkpoints:
         return f"{' and '.join(changed)} are not what was saved" if changed else ""
 
     def _said(self, step: int) -> dict[str, Any] | None:
-        """What the checkpoint of a step says of itself; None where it cannot be read."""
+        """The custom metadata of a step's checkpoint; None if they cannot be read."""
         try:
             return json.loads((self.folder / str(step) / METADATA).read_text())["custom_metadata"] or {}
         except (OSError, ValueError, KeyError, TypeError):
@@ -295,7 +294,7 @@ def _open_manager(folder: AnyPath, keep: KeepConfig, interim: Callable[[], Colle
         return BucketManager(folder, preserved)
     options = ocp.CheckpointManagerOptions(
         create=False,
-        # With it Orbax keeps the metrics of a checkpoint beside it.
+        # With this function, Orbax stores the metrics in the checkpoint.
         best_fn=keep.goodness if keep.best else None,
         preservation_policy=preserved,
     )
@@ -315,7 +314,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _aside(folder: AnyPath) -> AnyPath:
-    """The name that a damaged checkpoint gets; in a bucket that of its metadata, without which it is no checkpoint."""
+    """The new name of a damaged checkpoint; in a bucket, the new name of its metadata, which hides the checkpoint."""
     return folder / (METADATA + DAMAGED) if isinstance(folder, Url) else folder.with_name(folder.name + DAMAGED)
 
 
@@ -329,20 +328,20 @@ def _put_aside(folder: AnyPath) -> None:
         os.replace(folder, aside)
 
 
-# Reads the parameters of a base that is there already, by its digest and the dtype in which it is held.
+# Functions that return the parameters of a base already in memory, by its digest and its dtype in memory.
 Bases = Mapping[tuple[str | None, str], Callable[[], Any]]
 
 
 def load_policy(path: str | AnyPath, mesh: LogicalMesh, step: int | None = None) -> tuple[Policy, Any]:
-    """The policy that a checkpoint holds and its parameters, laid out over the mesh; adapters with their base.
+    """The policy of a checkpoint, and its parameters, sharded over the mesh; adapters come with their base.
 
     Args:
       path: a run's folder, its checkpoints/, or the folder of a step.
       mesh: the device mesh.
-      step: which of a run's checkpoints; None for the last.
+      step: step of the checkpoint; None for the last.
 
     Raises:
-      UserError: where there is none, it is damaged, or it does not say what network it holds.
+      UserError: there is no checkpoint, it is damaged, or it does not record its network.
     """
     folder = find_checkpoint(at(path), step)
     network = known_network(folder)
@@ -352,20 +351,20 @@ def load_policy(path: str | AnyPath, mesh: LogicalMesh, step: int | None = None)
 def load_preference_model(
     path: str | AnyPath, mesh: LogicalMesh, step: int | None = None, bases: Bases = MappingProxyType({})
 ) -> tuple[PreferenceModel, Any]:
-    """The preference model that a checkpoint holds and its parameters; see `load_policy` and `load_params`."""
+    """The preference model of a checkpoint, and its parameters; see `load_policy` and `load_params`."""
     folder = find_checkpoint(at(path), step)
     network = known_network(folder)
     return network.preference_model(), load_params(folder, network, mesh, bases)
 
 
 def load_params(folder: AnyPath, network: Network, mesh: LogicalMesh, bases: Bases = MappingProxyType({})) -> Any:
-    """The parameters of the checkpoint of a step, laid out over the mesh.
+    """The parameters of a step's checkpoint, sharded over the mesh.
 
-    Those of adapters are the base's with the adapters in their places. They share the base with others of `bases` that
-    have the same one; else it is loaded, and held in the dtype of the computation.
+    For a checkpoint of adapters, the result is the base with the adapters in place. If the base is in `bases`, it is
+    shared; else it is loaded, and kept in the dtype of the computation.
 
     Raises:
-      UserError: where the checkpoint is damaged or of another network, or the adapters' base is not what it was.
+      UserError: the checkpoint is damaged or of another network, or the adapters' base has changed.
     """
     params = _restored(folder, network, mesh)
     if network.adapters is None:
@@ -380,14 +379,14 @@ def load_params(folder: AnyPath, network: Network, mesh: LogicalMesh, bases: Bas
 def load_base(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
     """The parameters of a checkpoint as the base of adapters: plain kernels, in the dtype of the computation."""
     held, tree = jax.tree.flatten(load_plain(folder, network, mesh))
-    # One at a time, so that there is no second copy of them all.
+    # One array at a time, so that there is no second copy of all parameters.
     for place, like in enumerate(jax.tree.leaves(abstract_base(network.policy(), mesh))):
         held[place] = held[place].astype(like.dtype)
     return jax.tree.unflatten(tree, held)
 
 
 def load_plain(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
-    """The float32 parameters of a checkpoint with plain kernels: adapters are added to those of their base."""
+    """The float32 parameters of a checkpoint with plain kernels: adapters are added to the kernels of their base."""
     params = _restored(folder, network, mesh)
     if network.adapters is None:
         return params
@@ -398,13 +397,13 @@ def load_plain(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
 
 
 def _restored(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
-    """What a checkpoint holds: all parameters, or adapters alone."""
+    """The parameters that a checkpoint holds: all, or adapters alone."""
     with Checkpoints(folder.parent) as checkpoints:
         return checkpoints.restore_params(abstract_params(network.init, mesh), int(folder.name))
 
 
 def _check_shapes(path: AnyPath, params: Any) -> None:
-    """Raises UserError naming the parameters that the checkpoint has not, or has in another shape."""
+    """Raises UserError that names the parameters that are missing in the checkpoint, or have another shape."""
     try:
         if isinstance(path, Url):
             found = {name: tensor.shape for name, tensor in open_store(path).items()}
@@ -412,6 +411,6 @@ def _check_shapes(path: AnyPath, params: Any) -> None:
             found = shapes_of(ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute())).tree)
     except StorageError:
         raise
-    except Exception:  # Damaged: the restore says how. Orbax raises whatever it stumbles over.
+    except Exception:  # The checkpoint is damaged, and the restore reports how. Orbax may raise anything.
         return
     check_shapes(str(path), found, shapes_of(params))

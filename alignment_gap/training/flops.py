@@ -1,7 +1,7 @@
-"""FLOPs of a program as jax traces it: 2 for each multiply-add of a matrix product, as often as loops run it.
+"""FLOPs of a traced program: 2 for each multiply-add of a matrix product, multiplied by the runs of its loops.
 
-Attention counts all positions that a query is multiplied with, masked or not, as in PaLM's MFU (2204.02311, appendix
-B). Norms, softmax, rotations and the look-up of embeddings are less than a hundredth of the rest and are not counted.
+For attention, all positions count, masked or not, as in PaLM's MFU (2204.02311, appendix B). Norms, softmax, rotations
+and embedding look-ups are less than 1 % of the rest and do not count.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 
 def count_flops(jaxpr: Any) -> int:
-    """The FLOPs of one call, over all devices; of branches the dearest one counts.
+    """The FLOPs of one call, over all devices; the most expensive branch of a conditional counts.
 
     Args:
-      jaxpr: of a function without fused attention kernels, whose products are not in it.
+      jaxpr: the jaxpr of a function. It must not use fused attention kernels, whose products do not appear in it.
     """
     return sum(_flops(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
@@ -34,15 +34,15 @@ def _flops(equation: Any) -> int:
 
 
 def _jaxprs(equation: Any) -> Iterator[Any]:
-    """What an equation runs: the body of a loop, branches, a function that is called."""
+    """The jaxprs that an equation runs: a loop's body, branches, or a called function."""
     for value in equation.params.values():
         yield from (each for each in (value if isinstance(value, tuple) else (value,)) if hasattr(each, "eqns"))
 
 
 def _most_runs(loop: Any) -> int:
-    """How often a loop with a condition runs at most: the bound that its condition compares with.
+    """The largest number of runs of a loop with a condition: the bound in the condition.
 
-    A sampler's loop may stop sooner, where all samples have ended.
+    A sampler's loop may stop earlier, when all samples have ended.
     """
     inputs = [each for equation in loop.params["cond_jaxpr"].eqns for each in equation.invars]
     bounds = [int(each.val) for each in inputs if hasattr(each, "val") and each.aval.dtype.kind == "i"]

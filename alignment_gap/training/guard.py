@@ -1,4 +1,4 @@
-"""What keeps an update that would ruin the parameters from being made: it is skipped inside of the compiled step."""
+"""The guard against updates that would ruin the parameters: the compiled step skips them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from jaxtyping import Array, Bool, Float, Int
 from alignment_gap import checks
 from alignment_gap.errors import UserError
 
-# The settings that a job which was stopped may change, to go on with them.
+# After the guard stopped a job, the job may continue with other values of these settings.
 REMEDIES = ("optimizer.learning_rate", "optimizer.clip_norm", "guard.spike")
-# Of the running mean of gradient norms: each new norm's share, and the updates before it is compared with.
+# For the running mean of gradient norms: the weight of a new norm, and the number of updates before it is used.
 _SHARE, _LEARNED = 0.02, 50
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """Which updates are skipped. One whose loss or gradient is not finite always is.
+    """Which updates are skipped. An update whose loss or gradient is not finite is always skipped.
 
     Attributes:
-      stop_after: skipped updates in a row after which the job stops; counted at every line of metrics.
-      spike: skip also an update whose gradient norm is more than so many times the running mean; None for no limit.
+      stop_after: the job stops after this many skipped updates in a row; checked at every line of metrics.
+      spike: also skips an update whose gradient norm is more than this many times the running mean; None for no limit.
     """
 
     stop_after: int = 10
     spike: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError if a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "stop_after")
         checks.above(self, 1, "spike")
 
@@ -39,12 +39,12 @@ class GuardConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """What a run remembers of its updates, as part of its state.
+    """A run's memory of its updates, as part of its state.
 
     Attributes:
-      total: updates that were skipped.
-      in_a_row: of those, the ones since the last update that was made.
-      norm: the running mean of the gradient norms of the updates that were made.
+      total: number of skipped updates.
+      in_a_row: number of skipped updates since the last update that was made.
+      norm: running mean of the gradient norms, over the updates that were made.
     """
 
     total: Int[Array, ""]
@@ -53,7 +53,7 @@ class Skipped:
 
 
 def nothing_skipped() -> Skipped:
-    """The memory of a run at its start."""
+    """The memory at the start of a run."""
     return Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros(()))
 
 
@@ -64,12 +64,12 @@ def guard(
     loss: Float[Array, ""],
     gradient_norm: Float[Array, ""],
 ) -> tuple[Bool[Array, ""], Skipped]:
-    """Whether the update of a step is made, and the memory after it."""
+    """Whether to make the update of a step, and the memory after it."""
     made = step - skipped.total
     is_good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     if config.spike is not None:
         is_good &= (made < _LEARNED) | (gradient_norm <= config.spike * skipped.norm)
-    # A plain mean at first, so that the zero at the start has no weight.
+    # At first a plain mean, so that the initial zero has no weight.
     share = jnp.maximum(_SHARE, 1 / (made + 1).astype(jnp.float32))
     norm = jnp.where(is_good, (1 - share) * skipped.norm + share * gradient_norm, skipped.norm)
     one = (~is_good).astype(jnp.int32)
@@ -83,6 +83,6 @@ def check_progress(config: GuardConfig, in_a_row: int, step: int, loss: float, g
     met = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {gradient_norm:.3g}"
     raise UserError(
         f"the last {in_a_row} updates up to step {step} were skipped, {met}: lower learning_rate or clip_norm and run "
-        "the command again, which goes on from the last checkpoint",
+        "the command again; it continues from the last checkpoint",
         may_change=REMEDIES,
     )

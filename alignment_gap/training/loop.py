@@ -1,4 +1,4 @@
-"""The training loop: one for SFT, preference models and every arm, online or offline."""
+"""The training loop, the same for SFT, preference models and every arm, online or offline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alignment_gap.training.sources import Source
 from alignment_gap.training.state import TrainState
 from alignment_gap.training.update import Metrics, UpdateStep
 
-# Metrics of a step that are told a second too, and as what.
+# Metrics of a step that are also reported per second, and the names of these rates.
 _RATES = (("prompts", "pairs"), ("tokens", "tokens"))
 
 
@@ -39,25 +39,24 @@ def train(
 ) -> TrainState:
     """Trains from the state's step up to the last of `checkpoint_steps`.
 
-    Inside the loop nothing is copied between host and device but what is asked for explicitly.
+    Inside the loop, only explicit transfers copy data between host and device.
 
     Args:
-      state: of the start, or of the last checkpoint.
+      state: the state at the start, or from the last checkpoint.
       update_step: from `make_update_step`.
-      source: the batches.
-      checkpoint_steps: increasing; the state is saved after each.
-      checkpoints: where to.
-      monitor: writes metrics, and what else is seen of the run.
+      source: gives the batches.
+      checkpoint_steps: increasing; the state is saved after each of these steps.
+      checkpoints: saves the state.
+      monitor: writes metrics and other observations of the run.
       log_every: steps between two lines of metrics.
-      skip: after how many skipped updates in a row to stop.
-      refresh: changes the state's copies before a step, from `make_refresh` and `make_moving`.
-      record: is given the step and the whole batches since the last checkpoint as numpy arrays, before the next one is
-        saved.
-      bar: shows the steps that are done, those of an earlier run included, and the loss.
+      skip: sets how many skipped updates in a row stop the run.
+      refresh: updates the state's copies before a step, from `make_refresh` and `make_moving`.
+      record: takes the step and all batches since the last checkpoint, as whole numpy arrays; called before each save.
+      bar: shows the loss and the number of finished steps, including steps of an earlier run.
 
     Raises:
-      UserError: where too many updates in a row were skipped.
-      Interrupted: where a signal asked for it; the state is saved at the step where it stood.
+      UserError: too many updates in a row were skipped.
+      Interrupted: a signal asked the run to end; the state is saved at the current step.
     """
     start = int(jax.device_get(state.step))
     bar.update(start)
@@ -76,12 +75,12 @@ def train(
                 batch = source(step, state)
                 state, metrics = update_step(state, batch)
             if record:
-                # One step late: the devices already run the next step while this process fetches the batch.
+                # Fetched one step late, so that the devices already run the next step meanwhile.
                 if drawn is not None:
                     recorded.append(to_host(drawn))
                 drawn = batch
             if step == start:
-                # Rates and times count from here: what came before was compiling.
+                # Rates and times count from here; the time before was spent compiling.
                 jax.block_until_ready(metrics)
                 bar.unpause()
                 monitor.times.forget()
@@ -110,7 +109,7 @@ def train(
 
 
 def _rates(line: Mapping[str, float], steps: int, seconds: float) -> dict[str, float]:
-    """How many prompts and tokens were trained on a second; nothing where no step was timed."""
+    """Prompts and tokens trained per second; empty if no step was timed."""
     there = [(name, what) for name, what in _RATES if name in line and steps]
     return {f"{what}_per_second": line[name] * steps / seconds for name, what in there}
 

@@ -1,12 +1,13 @@
 """Observes a run while it trains: metrics, times, validation, a profile, and a watchdog. It changes no result.
 
 FOLDER/
-  metrics.jsonl      a line per `log_every` steps
-  validation.jsonl   a line per validation
-  tensorboard/       the same for TensorBoard, where that is asked for
-  profile/           the trace of jax's profiler, where that is asked for
+  metrics.jsonl      a line for every `log_every` steps
+  validation.jsonl   a line for each validation
+  tensorboard/       the same for TensorBoard, if requested
+  profile/           the trace of jax's profiler, if requested
 
-Of a folder in a bucket these files are on this machine; they are copied there when the run is saved, and at its end.
+If the folder is in a bucket, these files are on this machine first. They are copied to the bucket when the run is
+saved, and at its end.
 """
 
 from __future__ import annotations
@@ -31,34 +32,34 @@ from alignment_gap.sharding import fail_together, is_first_process
 from alignment_gap.training.state import TrainState
 
 METRICS, VALIDATION, TENSORBOARD, PROFILE = "metrics.jsonl", "validation.jsonl", "tensorboard", "profile"
-# Model FLOPs utilisation of the update step, and the time that it follows from.
+# Model FLOPs utilisation of the update step, and the time from which it is computed.
 MFU, _UPDATE = "mfu", "seconds_update"
-# Names of metrics that tell times. These differ between two runs of one job.
+# Names of metrics that report times. They differ between two runs of the same job.
 _CLOCK = ("seconds_", "_per_second")
 
 
 def is_of_the_clock(name: str) -> bool:
-    """Whether a metric tells times."""
+    """Whether a metric reports times."""
     return name.startswith(_CLOCK[0]) or name.endswith(_CLOCK[1]) or name == MFU
 
 
 class Writer(Protocol):
-    """What clu's writers of metrics have."""
+    """The interface of clu's metric writers."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """The metrics of a step."""
+        """Writes the metrics of a step."""
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes what is not yet written."""
 
 
 class Validation(NamedTuple):
     """Metrics of a run on held-out examples.
 
     Attributes:
-      every: steps between two validations; the last step has one too.
-      measure: gives the metrics of a state; every process calls it.
-      at_checkpoints: whether a step that a checkpoint is due at has one too.
+      every: steps between two validations; the last step also has one.
+      measure: returns the metrics of a state; every process calls it.
+      at_checkpoints: whether steps with a due checkpoint also have one.
     """
 
     every: int
@@ -67,10 +68,10 @@ class Validation(NamedTuple):
 
 
 class Times:
-    """Seconds a step by what they go to.
+    """Seconds per step, by what they are spent on.
 
     The host's waits are summed over all steps. The devices' times are measured on one step for each line of metrics:
-    this process waits for the devices before and after that step. All other steps start while the last still runs.
+    this process waits for the devices before and after that step. Every other step starts while the previous one runs.
     """
 
     def __init__(self) -> None:
@@ -79,7 +80,7 @@ class Times:
         self._waited: dict[str, float] = {}
 
     def of_devices(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose time counts where a step is measured."""
+        """Wraps the function so that its time counts on measured steps."""
 
         def timed(*arguments: Any) -> Any:
             if not self.measures:
@@ -92,7 +93,7 @@ class Times:
         return timed
 
     def of_host(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose time counts in every step."""
+        """Wraps the function so that its time counts on every step."""
 
         def timed(*arguments: Any, **settings: Any) -> Any:
             with self.waiting(name):
@@ -102,29 +103,29 @@ class Times:
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:
-        """What is done inside counts in every step."""
+        """The time inside this context counts on every step."""
         start = time.perf_counter()
         yield
         self._waited[name] = self._waited.get(name, 0.0) + time.perf_counter() - start
 
     def line(self, steps: int) -> dict[str, float]:
-        """Seconds a step over so many steps since the last line, and begins anew; nothing where there are none."""
+        """Seconds per step over `steps`, the steps since the last line; resets. If 0, omits the host's waits."""
         waited = {name: seconds / steps for name, seconds in self._waited.items() if steps}
         found = {f"seconds_{name}": seconds for name, seconds in (waited | self._measured).items()}
         self.forget()
         return found
 
     def forget(self) -> None:
-        """Begins anew."""
+        """Discards all measured times."""
         self._measured, self._waited, self.measures = {}, {}, False
 
 
 class Monitor:
-    """Observes a run, and writes into its folder from the first process.
+    """Observes a run; the first process writes the files.
 
     Attributes:
-      folder: of the run, or the one on this machine for what is on its way there.
-      times: what parts of a step take; the source's functions are timed by it too.
+      folder: folder of the run; for a bucket, the folder on this machine from which files are copied there.
+      times: times of the parts of a step, including the source's functions.
     """
 
     def __init__(
@@ -139,17 +140,17 @@ class Monitor:
         learning_rate: Callable[[int], Any] | None = None,
         counts: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
-        """Takes what to observe.
+        """Sets what to observe.
 
         Args:
-          folder: of the run.
-          tensorboard: whether lines are written for TensorBoard too.
-          profile: the first and the last step, counted from 1, that jax's profiler sees.
-          validation: on held-out examples; None for none.
-          hang_after: seconds without a step after which the watchdog ends the run; None for never.
-          least_seconds: how long the devices take for a batch's update at their peak; None where that is not known.
-          learning_rate: by the number of updates that were made before; None to leave it out of the metrics.
-          counts: further metrics since the last line; every process calls it.
+          folder: folder of the run.
+          tensorboard: whether to write the lines for TensorBoard too.
+          profile: the first and the last step for jax's profiler, counted from 1.
+          validation: validation on held-out examples; None for no validation.
+          hang_after: the watchdog ends the run after this many seconds without a step; None for never.
+          least_seconds: seconds for a batch's update at the devices' peak; None if unknown.
+          learning_rate: maps the number of earlier updates to the learning rate; None omits it from the metrics.
+          counts: returns other metrics since the last line; every process calls it.
         """
         self._outbox, self.times = Outbox(folder), Times()
         self.folder = self._outbox.folder
@@ -162,7 +163,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def running(self, start: int) -> Iterator[None]:
-        """While the run goes on from step `start`; lines of later steps, which a kill left, are dropped."""
+        """The context of a run that continues from step `start`; drops lines of later steps, which a kill left."""
         self._last, self._alive = start, time.monotonic()
         if is_first_process():
             self._outbox.fetch(METRICS, VALIDATION)
@@ -185,12 +186,12 @@ class Monitor:
             self.saved()
 
     def saved(self) -> None:
-        """When the state was saved: a folder in a bucket gets what was written since."""
+        """Call it after a save; it copies new lines to a folder in a bucket."""
         if is_first_process():
             self._outbox.send()
 
     def begin(self, step: int, state: TrainState, *, is_logged: bool) -> None:
-        """Before the step of this number, counted from 1."""
+        """Call it before each step; steps count from 1."""
         if is_logged:
             jax.block_until_ready(state)
             self.times.measures = True
@@ -200,16 +201,16 @@ class Monitor:
             self._is_profiled = True
 
     def end(self, step: int, state: TrainState, *, is_last: bool, is_due: bool = False) -> Mapping[str, float] | None:
-        """After the step, when all that belongs to it is done but its checkpoint.
+        """Call it after each step, before its checkpoint.
 
         Args:
-          step: that was done.
-          state: after it.
-          is_last: whether the run ends with it.
-          is_due: whether a checkpoint does.
+          step: number of the finished step.
+          state: the state after it.
+          is_last: whether it is the run's last step.
+          is_due: whether a checkpoint is due.
 
         Returns:
-          The metrics of the validation, where there was one.
+          The metrics of the validation; None if there was no validation.
         """
         self._last, self._alive = step, time.monotonic()
         if self._is_profiled and self._profile and (step == self._profile[1] or is_last):
@@ -227,13 +228,13 @@ class Monitor:
         return found
 
     def utilisation(self, batch: PreferenceBatch, line: Mapping[str, float]) -> dict[str, float]:
-        """MFU of the update of a batch whose line has its time; nothing where either is not known."""
+        """MFU of a batch's update, from the time in the metrics line; empty if the time or the peak is unknown."""
         if self._least_seconds is None or _UPDATE not in line:
             return {}
         return {MFU: self._least_seconds(batch) / line[_UPDATE]}
 
     def write(self, step: int, line: Mapping[str, float]) -> None:
-        """A line of metrics, with the further counts and the learning rate of the last update that was made."""
+        """Writes a line of metrics, with the counts and the learning rate of the last update that was made."""
         line = {**line, **self._counts()}
         if self._learning_rate is not None:
             made = step - int(line.get("skipped", 0))
@@ -243,7 +244,7 @@ class Monitor:
     def _append(self, name: str, step: int, line: Mapping[str, float]) -> None:
         if not is_first_process():
             return
-        # What is not finite becomes null, which JSON can hold.
+        # JSON cannot hold nan and infinity; they become null.
         finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
         with (self.folder / name).open("a") as file:
             file.write(json.dumps({"step": step} | finite) + "\n")
@@ -261,7 +262,7 @@ class Monitor:
         while not ended.wait(look_every):
             now, before, looked = time.monotonic(), looked, time.monotonic()
             if now - before > limit / 2:
-                self._alive = now  # All of this process stood still, as a laptop that slept.
+                self._alive = now  # The whole process was suspended, for example on a sleeping laptop.
             if now - self._alive > limit:
                 line = f"no step was done for {limit:g} s after step {self._last}: see above where each thread waits"
 
@@ -275,7 +276,7 @@ class Monitor:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines after `step`, which a resumed run writes again; a line that a kill cut short goes with them."""
+    """Drops the lines after `step`, which a resumed run writes again, and a last line that a kill cut short."""
     if not path.exists():
         return
     kept = []

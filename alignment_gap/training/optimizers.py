@@ -31,18 +31,18 @@ class OptimizerConfig:
 
     Attributes:
       name: "adamw" (0.9, 0.999), "adafactor" (decay 0.8; 1804.04235), "lion" (0.9, 0.99; 2302.06675), "muon" (0.95) or
-        "sgd". Muon takes the matrices inside of layers, with updates as large as AdamW's (2502.16982), and AdamW with
-        Nesterov's momentum all other parameters.
-      learning_rate: after warm-up, the highest.
-      warmup_steps: linear from 0.
-      schedule: after warm-up "constant"; "linear" or "cosine" down to the last step; "inverse_square_root" of the step,
-        from the end of warm-up; or "warmup_stable_decay", constant and then linear (2404.06395).
-      final_rate: what is left of the learning rate at the last step, as a share.
-      decay_share: share of all steps in which "warmup_stable_decay" goes down.
-      clip_norm: global gradient norm above which gradients are scaled down; None means never.
-      weight_decay: decoupled, per step, times the learning rate.
-      decayed: "all" parameters, or the "matrices" alone: no scales of norms, no biases.
-      moment_dtype: of the first moment of adamw, lion and muon: "float32", or "bfloat16" for half of its memory.
+        "sgd". Muon updates the matrices inside layers, with updates as large as AdamW's (2502.16982); AdamW with
+        Nesterov momentum updates all other parameters.
+      learning_rate: learning rate after warm-up, the maximum.
+      warmup_steps: steps of linear warm-up from 0.
+      schedule: learning rate after warm-up: "constant"; "linear" or "cosine" decay down to the last step;
+        "inverse_square_root" of the step; or "warmup_stable_decay", first constant, then linear decay (2404.06395).
+      final_rate: learning rate at the last step, as a fraction of the maximum.
+      decay_share: fraction of all steps in which "warmup_stable_decay" decays.
+      clip_norm: gradients with a larger global norm are scaled down to this norm; None means never.
+      weight_decay: decoupled weight decay; per step it is multiplied by the learning rate.
+      decayed: which parameters decay: "all", or only "matrices", without norm scales and biases.
+      moment_dtype: dtype of the first moment of adamw, lion and muon: "float32", or "bfloat16" for half the memory.
     """
 
     name: str = "adamw"
@@ -57,7 +57,7 @@ class OptimizerConfig:
     moment_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Raises UserError if a setting is unknown or out of its range."""
+        """Raises UserError if a setting is unknown or out of range."""
         checks.one_of(self, NAMES, "name")
         checks.one_of(self, SCHEDULES, "schedule")
         checks.one_of(self, DECAYED, "decayed")
@@ -77,11 +77,11 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, steps: int | None = None) -> optax.Schedule:
-    """The learning rate by the number of updates that were done before.
+    """The learning rate as a function of the number of earlier updates.
 
     Args:
       config: the settings.
-      steps: of the whole run, for a schedule that `ends`.
+      steps: number of steps of the whole run, for a schedule that `ends`.
 
     Raises:
       UserError: the run ends before the learning rate can fall.
@@ -97,7 +97,7 @@ def make_schedule(config: OptimizerConfig, steps: int | None = None) -> optax.Sc
         if left < 1:
             raise UserError(
                 f"optimizer.warmup_steps is {warmup}, but the run has {steps} steps: schedule={config.schedule} needs "
-                "some after warm-up, so lower it"
+                "steps after warm-up, so lower it"
             )
         end = peak * config.final_rate
         if config.schedule == "linear":
@@ -118,9 +118,9 @@ def make_optimizer(
 
     Args:
       config: the settings.
-      steps: of the whole run, for a schedule that `ends`.
-      parameters: (abstract) ones, in boxes with the logical names of their axes; for muon, and where the matrices alone
-        are decayed.
+      steps: number of steps of the whole run, for a schedule that `ends`.
+      parameters: the (abstract) parameters, in boxes with the logical names of their axes; needed for muon, and if only
+        matrices decay.
     """
     rate = make_schedule(config, steps)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity()
@@ -134,7 +134,7 @@ def make_optimizer(
         step = optax.chain(optax.add_decayed_weights(decay, mask), optax.sgd(rate))
     else:
         step = optax.adafactor(rate, decay_rate=0.8) if config.name == "adafactor" else _muon(rate, parameters, moment)
-        if decay:  # Adafactor's own would not be times the learning rate, and Muon's leaves out what AdamW takes.
+        if decay:  # Adafactor's own decay ignores the learning rate; Muon's omits the parameters of its AdamW.
             step = optax.chain(step, optax.add_decayed_weights(lambda count: -decay * rate(count), mask))
     return optax.chain(clip, step)
 
@@ -147,12 +147,12 @@ def _muon(rate: optax.Schedule, parameters: Any, moment: Any) -> optax.GradientT
 
 
 def _is_matrix(names: Axes) -> bool:
-    """Whether a parameter maps from the width of the network or to it, or is a part of an adapter that does."""
+    """Whether a parameter is a matrix from or to the network's width, or a part of an adapter of such a matrix."""
     return bool({"embed", "rank"} & set(names)) and len(set(names) - {"layers"}) > 1
 
 
 def _as_matrix(names: Axes) -> contrib.MuonDimensionNumbers | None:
-    """Which axes of a kernel are the rows and which the columns of its matrix; None for what Muon leaves to AdamW."""
+    """Which axes of a kernel are its matrix's rows and columns; None for parameters that Muon leaves to AdamW."""
     if not _is_matrix(names) or "vocab" in names:
         return None
     inside = [axis for axis, name in enumerate(names) if name != "layers"]

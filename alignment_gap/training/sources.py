@@ -1,4 +1,4 @@
-"""What makes the batch of a step, and what is added to batches on their way to the update step."""
+"""Sources, which give the batch of a step, and wrappers that add arrays to the batches of a source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alignment_gap.models import Policy, score
 from alignment_gap.sharding import LogicalMesh, batch_sharding, within
 from alignment_gap.training.state import TrainState
 
-# A batch on the devices: a function of the step and of the state that is about to be updated.
+# Gives a batch on the devices: a function of the step, and of the state that the step will update.
 Source = Callable[[int, TrainState], PreferenceBatch]
 # (params, prompts, prompt_lengths, responses, response_lengths) -> log-probs [B, K, R] in nats.
 TokenLogProbs = Callable[..., Float[Array, "B K R"]]
@@ -29,12 +29,12 @@ def make_score(policy: Policy, mesh: LogicalMesh) -> TokenLogProbs:
 
 
 def with_fresh(source: Source, second: Source) -> Source:
-    """The source with the batch of a second source beside its own, such as fresh samples beside recorded pairs."""
+    """A source whose batches also carry a second source's batch, such as fresh samples along with recorded pairs."""
     return lambda step, state: dataclasses.replace(source(step, state), fresh=second(step, state))
 
 
 def with_mismatched(source: Source, mesh: LogicalMesh) -> Source:
-    """The source with every prompt also beside the responses of the batch's next prompt, as KTO's KL term needs."""
+    """A source whose batches also pair every prompt with the next prompt's responses, for KTO's KL term."""
     mismatch = _make_mismatch(mesh)
 
     def attached(step: int, state: TrainState) -> PreferenceBatch:
@@ -45,12 +45,12 @@ def with_mismatched(source: Source, mesh: LogicalMesh) -> Source:
 
 
 def with_reference(source: Source, score: TokenLogProbs, reference: Callable[[TrainState], Any]) -> Source:
-    """The source with the reference policy's log-probs attached to a batch, and to those beside it, that have none.
+    """A source that adds the reference's log-probs to each batch, and to its `fresh` and `mismatched`, if missing.
 
     Args:
-      source: of batches.
-      score: from `make_score`, the very function that the policy's evaluation uses.
-      reference: the parameters of the reference policy, at a state.
+      source: gives the batches.
+      score: from `make_score`, the same function that the policy's evaluation uses.
+      reference: gives the reference's parameters for a state.
     """
 
     def scored(batch: PreferenceBatch | None, params: Any) -> PreferenceBatch | None:

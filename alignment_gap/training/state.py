@@ -1,4 +1,4 @@
-"""What a training step changes, created or restored sharded from the start."""
+"""The training state. It is sharded from the start, whether it is created or restored."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from alignment_gap.models import Policy, abstract_parameters, compute_params
 from alignment_gap.sharding import LogicalMesh, shardings_of, unbox
 from alignment_gap.training.guard import Skipped, nothing_skipped
 
-# Functions that make the first state of a run and stay compiled.
+# The number of compiled functions to keep that make the first state of a run.
 _KEPT = 4
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a run is made of at a step.
+    """The whole state of a run at a step.
 
     Attributes:
-      step: updates done.
-      params: of the network.
-      optimizer_state: of all parameters.
-      copies: earlier parameters by name: of a sampler that lags behind (`make_refresh`), of a reference that moves
+      step: number of finished steps.
+      params: parameters of the network.
+      optimizer_state: optimizer state of all parameters.
+      copies: earlier parameters by name, for a sampler that lags behind (`make_refresh`) or a reference that moves
         (`make_moving`).
-      skipped: the updates that were not made.
+      skipped: the memory of skipped updates.
     """
 
     step: Int[Array, ""]
@@ -47,17 +47,17 @@ def abstract_state(
     mesh: LogicalMesh,
     copies: Sequence[str] = (),
 ) -> TrainState:
-    """Shapes, dtypes and shardings of a state, with nothing allocated: the target of a restore."""
+    """Shapes, dtypes and shardings of a state, without allocation; the target of a restore."""
     return _laid_out(jax.eval_shape(lambda params: _build(params, optimizer, copies), abstract_parameters(init)), mesh)
 
 
 def abstract_params(init: Callable[[Array], Any], mesh: LogicalMesh) -> Any:
-    """Shapes, dtypes and shardings of a network's parameters, with nothing allocated."""
+    """Shapes, dtypes and shardings of a network's parameters, without allocation."""
     return _laid_out(abstract_parameters(init), mesh)
 
 
 def abstract_base(policy: Policy, mesh: LogicalMesh) -> Any:
-    """As `abstract_params`, of the base of adapters, which is held in the dtype of the computation."""
+    """As `abstract_params`, for the base of adapters, which is kept in the dtype of the computation."""
     params = abstract_params(policy.init, mesh)
     return jax.tree.map(
         lambda held, like: jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=like.sharding),
@@ -69,19 +69,19 @@ def abstract_base(policy: Policy, mesh: LogicalMesh) -> Any:
 def create_state(
     init: Callable[[Array], Any], abstract: TrainState, optimizer: optax.GradientTransformation, key: Key[Array, ""]
 ) -> TrainState:
-    """Fresh parameters and optimizer state, laid out as `abstract` says; each device makes only its own part."""
+    """Fresh parameters and optimizer state, sharded like `abstract`; each device makes only its own part."""
     return _creating(init, optimizer, _Layout.of(abstract))(key)
 
 
 def state_from_params(params: Any, abstract: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 from given parameters, which are copied: the update step overwrites its state in place."""
+    """The state at step 0 with a copy of the given parameters; a copy, because the update step overwrites its state."""
     return _copying(optimizer, _Layout.of(abstract))(params)
 
 
 def make_refresh(name: str, every: int, abstract: TrainState) -> Callable[[int, TrainState], TrainState]:
-    """Before every `every`-th step the copy of this name takes the current parameters; between them it stays.
+    """A function that sets the copy of this name to the current parameters before every `every`-th step.
 
-    The copy is a part of the state, so that a run which was killed goes on with the very same one.
+    The copy is part of the state, so a killed run continues with the same copy.
     """
     take = jax.jit(
         lambda state: dataclasses.replace(state, copies=state.copies | {name: _copy(state.params)}),
@@ -92,10 +92,10 @@ def make_refresh(name: str, every: int, abstract: TrainState) -> Callable[[int, 
 
 
 def make_moving(name: str, every: int, alpha: float, abstract: TrainState) -> Callable[[int, TrainState], TrainState]:
-    """After every `every` steps the copy of this name moves: copy <- alpha * parameters + (1 - alpha) * copy.
+    """A function that moves the copy of this name every `every` steps: copy <- alpha * parameters + (1 - alpha) * copy.
 
-    TR-DPO, arXiv 2404.09656: alpha of 1 is its hard update, one below 1 its soft update. The copy stays where the last
-    update was skipped. It moves before the next step, so that a run which was stopped goes on with the very same one.
+    TR-DPO, arXiv 2404.09656: alpha = 1 is its hard update, alpha < 1 its soft update. If the last update was skipped,
+    the copy does not move. It moves before the next step, so a stopped run continues with the same copy.
     """
 
     def moved(state: TrainState) -> TrainState:
@@ -110,7 +110,7 @@ def make_moving(name: str, every: int, alpha: float, abstract: TrainState) -> Ca
 
 
 def with_copy(state: TrainState, name: str, params: Any, abstract: TrainState) -> TrainState:
-    """The state whose copy of this name is a copy of other parameters, laid out as `abstract` says."""
+    """The state with a copy of other parameters under this name, sharded like `abstract`."""
     copy = jax.jit(_copy, out_shardings=shardings_like(abstract.copies[name]))(params)
     return dataclasses.replace(state, copies=state.copies | {name: copy})
 
@@ -121,7 +121,7 @@ def shardings_like(abstract: Any) -> Any:
 
 
 class _Layout(NamedTuple):
-    """Where the parts of a state lie, as a key of functions that make one."""
+    """The shardings of a state's parts, as a hashable key for cached functions that make a state."""
 
     copies: tuple[str, ...]
     leaves: tuple[Any, ...]
@@ -137,7 +137,7 @@ class _Layout(NamedTuple):
         return jax.tree.unflatten(self.tree, self.leaves)
 
 
-# A study starts many runs of one network, which share these functions.
+# A study starts many runs of one network; they share these functions.
 @functools.lru_cache(maxsize=_KEPT)
 def _creating(init: Callable[[Array], Any], optimizer: optax.GradientTransformation, layout: _Layout) -> Any:
     return jax.jit(lambda key: unbox(_build(init(key), optimizer, layout.copies)), out_shardings=layout.shardings)

@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard, written by clu, which writes them with TensorFlow."""
+"""Metrics for TensorBoard, written by clu, which uses TensorFlow."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from alignment_gap.errors import UserError
 
 
 def check_tensorboard() -> None:
-    """Raises UserError if what writes for TensorBoard is not installed."""
+    """Raises UserError if clu or TensorFlow is not installed."""
     try:
         import clu.metric_writers  # noqa: F401
         import tensorflow  # noqa: F401
@@ -21,7 +21,7 @@ def check_tensorboard() -> None:
 
 
 def open_writer(folder: Path) -> Any:
-    """A writer of clu's; TensorFlow is kept from the accelerators, which it would take for itself."""
+    """A clu writer; hides the GPUs from TensorFlow, which would otherwise occupy them."""
     import tensorflow as tf
     from clu.metric_writers import SummaryWriter
 

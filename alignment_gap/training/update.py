@@ -1,4 +1,4 @@
-"""The one update step: a batch, wherever it comes from, and a loss, whichever it is, change the state."""
+"""The one update step: it updates the state with a batch of any source and with any loss."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ Metrics = dict[str, Array]
 UpdateStep = Callable[..., tuple[TrainState, Metrics]]
 
 
-# The log-prob in nats of the responses in empty slots of packed rows, whose losses do not count but must be finite.
+# The log-prob in nats of responses in the empty slots of packed rows. Their losses are ignored, but must be finite.
 _EMPTY = -1.0
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What is minimised: one loss per prompt, and diagnostics per prompt."""
+    """The function to minimise: it gives a loss and diagnostics for each prompt."""
 
     def __call__(
         self, params: Any, batch: PreferenceBatch, step: Int[Array, ""], *frozen: Any
     ) -> tuple[Float[Array, "N *K"], dict[str, Float[Array, "N"]]]:
-        """The losses [N] in nats and named diagnostics [N], of B prompts or of the B * S slots of packed rows.
+        """The losses [N] in nats and named diagnostics [N], for B prompts or for the B * S slots of packed rows.
 
-        A loss of single responses gives [N, K]. Values at empty slots are ignored. `frozen` is read and not
-        trained: the base of adapters, or nothing.
+        A loss on single responses gives [N, K]. Values at empty slots are ignored. `frozen` is used but not trained:
+        the base of adapters, or nothing.
         """
 
 
@@ -61,16 +61,21 @@ def make_update_step(
       optimizer: an optax transformation.
       mesh: the device mesh.
       abstract: the state's shapes and shardings, from `abstract_state`.
-      microbatches: parts of the batch whose gradients are computed one after the other and averaged; they, times
-        `mesh.batch_parts`, divide its size. The step is that of the whole batch, but for a loss that looks at the
-        batch as one (as kto and bco do), which sees a part.
-      skip: which updates are not made: parameters and optimizer state stay, the step counts.
-      frozen: shapes and shardings of what the objective reads and nothing changes.
+      microbatches: number of parts of the batch; their gradients are computed one after another and averaged. This
+        number times `mesh.batch_parts` must divide the batch size. The step equals the step on the whole batch, except
+        for losses that depend on other prompts (such as kto and bco): they see only a part.
+      skip: which updates to skip; a skipped update keeps parameters and optimizer state, but counts as a step.
+      frozen: shapes and shardings of the objective's `frozen` arguments.
 
     Returns:
-      The step. Its metrics are means over the batch's prompts, in float32: "loss" and the objective's own; further
-      "gradient_norm"; "prompts" and "tokens", how many there are; "padding", the share of the batch that is padding;
-      "skipped" and "skipped_in_a_row", how many updates were not made so far and how many of them last.
+      The step. Its metrics are in float32:
+
+      - "loss" and the objective's diagnostics: means over the batch's prompts
+      - "gradient_norm"
+      - "prompts" and "tokens": their numbers
+      - "padding": the fraction of token slots that hold padding
+      - "skipped": the number of skipped updates so far
+      - "skipped_in_a_row": the number of skipped updates since the last update that was made
     """
 
     shardings = shardings_like(abstract)
@@ -109,10 +114,10 @@ def make_update_step(
 def make_validation_step(
     objective: Objective, mesh: LogicalMesh, abstract: TrainState, frozen: Sequence[Any] = ()
 ) -> Callable[..., Metrics]:
-    """A jitted `(params, batch, *frozen) -> metrics`: what the update step would report, without an update."""
+    """A jitted `(params, batch, *frozen) -> metrics`: the update step's means, without an update."""
 
     def validate(params: Any, batch: PreferenceBatch, *frozen: Any) -> Metrics:
-        # A preference model's pairs are in the same order each time.
+        # A fixed step, so that a preference model reads its pairs in the same order each time.
         loss, found = objective(params, batch, jnp.int32(0), *frozen)
         weights = _weights(batch)
         return {name: _mean(value, weights) for name, value in ({"loss": loss} | found).items()}
@@ -122,7 +127,7 @@ def make_validation_step(
 
 
 def _weights(batch: PreferenceBatch) -> Float[Array, "B *S"]:
-    """What each prompt's loss is multiplied by in a mean over prompts and empty slots: 1 where there are none."""
+    """The weight of each prompt's loss in a mean over prompts and empty slots; 1 if there are no empty slots."""
     there = (batch.prompt_lengths > 0).astype(jnp.float32)
     return there / jnp.mean(there)
 
@@ -142,7 +147,7 @@ def _mean_over(
 ) -> tuple[Any, Metrics]:
     """The mean of gradients and metrics over equal parts of the batch.
 
-    A part takes every n-th row, so that a batch that is split over devices stays split within each part.
+    A part takes every n-th row: a batch that is sharded over devices is then sharded in each part too.
     """
     if microbatches == 1:
         return gradients_of(batch)
@@ -151,7 +156,7 @@ def _mean_over(
         parts = jnp.swapaxes(array.reshape(-1, microbatches, *array.shape[1:]), 0, 1)
         return constrain(parts, None, "batch", *[None] * (parts.ndim - 2))
 
-    # Jitted, its trace for the shapes is that of the loop too.
+    # Jitted, so that the loop reuses the trace for the shapes.
     gradients_of = jax.jit(gradients_of)
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
@@ -164,15 +169,15 @@ def _mean_over(
 
 
 def policy_objective(policy: Policy, loss: Callable[..., Array], *, rewards: bool = False) -> Objective:
-    """Trains a policy with any loss whose parameters are named after what `loss_inputs` offers.
+    """An objective that trains a policy with any loss whose parameters are names from `loss_inputs`.
 
     Args:
       policy: the network.
-      loss: from `losses.get`, or a callable of one's own.
-      rewards: whether a batch's scores are rewards, to be compared, and not probabilities.
+      loss: from `losses.get`, or a callable of your own.
+      rewards: whether the scores of a batch are rewards to compare, not probabilities.
 
     Raises:
-      UserError: where the loss needs an array that the batch does not have.
+      UserError: the loss needs an array that the batch does not have.
     """
     wanted, reads = _required_inputs(loss), losses.reads(loss)
 
@@ -192,9 +197,9 @@ def policy_objective(policy: Policy, loss: Callable[..., Array], *, rewards: boo
         if missing:
             batches, remedy = "this batch", ""
             if batch.scores.shape[-1] == 1:
-                batches, remedy = "a batch of one response a prompt", "choose one of single responses, as kto or sft; "
+                batches, remedy = "a batch of one response a prompt", "choose one of single responses, such as kto; "
             raise UserError(
-                f"the loss asks for {', '.join(missing)}, which {batches} has not: {remedy}it has "
+                f"the loss needs {', '.join(missing)}, which {batches} does not have: {remedy}it has "
                 f"{', '.join(sorted(inputs))}",
                 page="jobs.md#which-source-serves-which-loss",
             )
@@ -204,9 +209,10 @@ def policy_objective(policy: Policy, loss: Callable[..., Array], *, rewards: boo
 
 
 def preference_objective(model: PreferenceModel, run_key: Key[Array, ""], *, rewards: bool = False) -> Objective:
-    """Trains a preference model on pairs by cross-entropy, each pair in an order drawn from (run, step, prompt).
+    """An objective that trains a preference model on pairs by cross-entropy.
 
-    Scores are the probabilities of each response to be preferred or, where `rewards` says so, compared.
+    Each pair is read in a random order, drawn from (run, step, prompt). Scores are the probabilities that a response is
+    preferred or, with `rewards`, rewards to compare.
     """
 
     def objective(params: Any, batch: PreferenceBatch, step: Array, *_: Any) -> tuple[Array, dict[str, Array]]:
@@ -231,10 +237,10 @@ def preference_objective(model: PreferenceModel, run_key: Key[Array, ""], *, rew
 
 
 def adapter_objective(objective: Objective, adapters: Adapters, run_key: Key[Array, ""] | None = None) -> Objective:
-    """The objective as one of adapters; the base's parameters are its further argument, which has no gradient.
+    """The objective with adapters as its parameters; the base's parameters are a further argument, without gradient.
 
-    With a key, adapters have their dropout. What it drops is drawn from run, step and the first prompt of the batch, so
-    that every microbatch has its own.
+    With a key, the adapters use dropout. The mask depends on run, step and the batch's first prompt, so every
+    microbatch has its own mask.
     """
 
     def of_adapters(params: Any, batch: PreferenceBatch, step: Array, *base: Any) -> tuple[Array, dict[str, Array]]:
@@ -255,24 +261,27 @@ def loss_inputs(
 ) -> dict[str, Array]:
     """Every array that a loss may name, from a batch and the policy's log-probs of its responses.
 
-    Of packed rows, B is that of all slots from here on. An empty one has equal scores and responses of one token.
+    For packed rows, B in the result counts all slots. An empty slot has equal scores and responses of one token.
 
-    The chosen response is the one of the highest score and the rejected one of the lowest. `preference` is the
-    probability that the chosen one is better. The scores of a pair are probabilities and say it; rewards, and the
-    scores of more than two responses, are compared: 1, or 0.5 where both are equal.
+    The chosen response has the highest score, the rejected response the lowest. `preference` is the probability that
+    the chosen response is better. For a pair of probabilities it is the chosen response's score. Rewards, and scores of
+    more than two responses, are compared: it is 1, or 0.5 if both are equal.
 
     Args:
-      batch: of any source.
-      token_log_probs: of its responses under the policy, in nats.
-      rewards: whether the scores of pairs are rewards, and not probabilities.
+      batch: a batch of any source.
+      token_log_probs: log-probs of its responses under the policy, in nats.
+      log_collisions: log sum_v pi(v)^2 at every token, in nats, or None.
+      rewards: whether the scores of pairs are rewards, not probabilities.
 
     Returns:
-      token_logps, mask [B, K, R]; logps, scores, lengths [B, K]; preference [B]; and of the chosen and of the rejected
-      response chosen_logps, chosen_lengths [B], chosen_token_logps, chosen_mask [B, R] and so on. Where they are given,
-      log_collisions [B, K, R], chosen_log_collisions and rejected_log_collisions. Where the batch has reference
-      log-probs, those of the reference too: ref_logps, ref_token_logps, ref_chosen_logps and so on. Where it has those
-      of the sampler, old_token_logps [B, K, R] and old_logps [B, K]. Where there is one response a prompt, nothing is
-      chosen or rejected, and there is no preference.
+      The arrays by name:
+
+      - token_logps, mask [B, K, R]; logps, scores, lengths [B, K]
+      - with two responses or more: preference [B]; chosen_logps, chosen_lengths [B]; chosen_token_logps, chosen_mask
+        [B, R]; and the same for the rejected response
+      - if given: log_collisions [B, K, R]; chosen_log_collisions, rejected_log_collisions [B, R]
+      - if the batch has reference log-probs: ref_logps, ref_token_logps, ref_chosen_logps and so on
+      - if the batch has the sampler's log-probs: old_token_logps [B, K, R], old_logps [B, K]
     """
     lengths, reference, samples = batch.response_lengths, batch.reference_log_probs, batch.scores.shape[-1]
     scores = batch.scores.reshape(-1, samples)
@@ -319,11 +328,11 @@ def loss_inputs(
 
 
 def _beside(policy: Policy, params: Any, batch: PreferenceBatch) -> dict[str, Array]:
-    """The log-probs [B, K] of the batches beside this one: fresh samples, and responses to other prompts."""
+    """The log-probs [B, K] of the batch's `fresh` samples, and of its `mismatched` responses to other prompts."""
     inputs = {}
     for name, other, weights in (
         ("fresh", batch.fresh, params),
-        ("kl", batch.mismatched, jax.lax.stop_gradient(params)),  # Only a threshold is made of it.
+        ("kl", batch.mismatched, jax.lax.stop_gradient(params)),  # Losses only use it as a threshold.
     ):
         if other is not None:
             texts = (other.prompts, other.prompt_lengths, other.responses, other.response_lengths)
@@ -334,13 +343,13 @@ def _beside(policy: Policy, params: Any, batch: PreferenceBatch) -> dict[str, Ar
 
 
 def diagnostics(inputs: dict[str, Array]) -> dict[str, Array]:
-    """What tells whether a run is healthy, per prompt: log-ratios to the reference in nats, accuracy, length."""
+    """Health metrics of a run for each prompt: log-ratios to the reference in nats, accuracy, length."""
     values = {"length": inputs["lengths"].mean(-1), "log_prob": inputs["logps"].mean(-1)}
     if "ref_chosen_logps" in inputs:
         pair = losses.pairwise_diagnostics(
             inputs["chosen_logps"], inputs["rejected_logps"], inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         )
-        # Not the implicit rewards: they need the loss's beta, which a loss may not have.
+        # Without the implicit rewards, which need a beta; not every loss has one.
         values |= {name: pair[name] for name in ("chosen_log_ratio", "rejected_log_ratio", "margin", "accuracy")}
     return values
 

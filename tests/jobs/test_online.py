@@ -296,7 +296,7 @@ def test_a_loss_trains_on_fresh_samples(name, online, tmp_path):
     [
         ("reinforce", {"refresh_every": 2}, "set refresh_every to 1, which is 2"),
         ("nash_md", {"mixture": 0.5}, "leave mixture=0.5 out, or set against to 'mixture'"),
-        ("ipo", {"keep": "best"}, "the loss asks for chosen_logps, .* which a batch of one response a prompt has not"),
+        ("ipo", {"keep": "best"}, "needs chosen_logps, .* which a batch of one response a prompt does not have"),
     ],
 )
 def test_what_a_source_cannot_serve_is_told_before_the_first_step(loss, settings, message, online, tmp_path):

@@ -454,8 +454,8 @@ def test_mfu_is_three_forward_passes_by_hand_over_what_the_devices_could_do(sft_
     ("settings", "message"),
     [
         ({"last": 0}, "last is 0: it must be at least 1"),
-        ({"every": 2}, "keep.every is 2, but keep.last is not set: set it, as to 1"),
-        ({"best": 2}, "keep.best is 2, but keep.last is not set: set it, as to 1"),
+        ({"every": 2}, "keep.every is 2, but keep.last is not set: set it to 1 or more"),
+        ({"best": 2}, "keep.best is 2, but keep.last is not set: set it to 1 or more"),
         ({"last": 1, "best": 0}, "best is 0: it must be at least 1"),
         ({"last": 1, "best": 1, "metric": "acuracy"}, "metric is 'acuracy': did you mean accuracy"),
     ],
@@ -513,5 +513,5 @@ def test_held_out_examples_that_do_not_go_with_the_job(sft, sft_config, held_out
         fresh=OnlineConfig(sft_config.source, samples=1),
         monitor=MonitorConfig(str(held_out)),
     )
-    with pytest.raises(UserError, match=r"monitor\.validation: the loss asks for fresh_logps"):
+    with pytest.raises(UserError, match=r"monitor\.validation: the loss needs fresh_logps"):
         run_job(hypo, tmp_path / "run")

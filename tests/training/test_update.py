@@ -353,7 +353,7 @@ def test_log_collisions_are_offered_where_a_loss_reads_them(unigram_batch):
         assert log_collisions.shape == (8, 2, 5)
         return jnp.sum(chosen_log_collisions - 0.0 * rejected_log_collisions, axis=-1)
 
-    with pytest.raises(UserError, match="asks for chosen_log_collisions, log_collisions, rejected_log_collisions"):
+    with pytest.raises(UserError, match="needs chosen_log_collisions, log_collisions, rejected_log_collisions"):
         policy_objective(UNIGRAM, mine)(PARAMS, unigram_batch, jnp.int32(0))
     mine.reads = {losses.LOG_COLLISIONS}
     objective = policy_objective(Counted(), mine)
@@ -382,9 +382,9 @@ def test_sampled_alignment_of_wpo_trains_as_its_weights_say(unigram_batch):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda logps, rewards: logps, "the loss asks for rewards, which this batch has not: it has chosen_lengths, "),
-        (losses.get("hypo"), "asks for fresh_logps, ref_chosen_logps, ref_fresh_logps, ref_rejected_logps"),
-        (losses.get("dpo"), "asks for ref_chosen_logps, ref_rejected_logps, which this batch has not"),
+        (lambda logps, rewards: logps, "the loss needs rewards, which this batch does not have: it has chosen_len"),
+        (losses.get("hypo"), "needs fresh_logps, ref_chosen_logps, ref_fresh_logps, ref_rejected_logps"),
+        (losses.get("dpo"), "needs ref_chosen_logps, ref_rejected_logps, which this batch does not have"),
     ],
 )
 def test_a_loss_that_asks_for_what_no_batch_has_is_refused(loss, message):
@@ -397,7 +397,7 @@ def test_one_response_a_prompt_is_no_pair_of_itself():
     batch = dataclasses.replace(BATCH, **first)
     singles = with_reference(UNIGRAM, PARAMS, batch)
     for name in ("dpo", "ipo", "bco", "simpo"):
-        with pytest.raises(UserError, match="a batch of one response a prompt has not: choose one of single resp"):
+        with pytest.raises(UserError, match="a batch of one response a prompt does not have: choose one of single"):
             policy_objective(UNIGRAM, losses.get(name))(PARAMS, singles, jnp.int32(0))
     value, diagnostics = policy_objective(UNIGRAM, losses.get("kto"))(PARAMS, singles, jnp.int32(0))
     # At the reference z = r = 0, and either side is sigma(0).
