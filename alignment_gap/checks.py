@@ -1,6 +1,6 @@
-"""Checks of settings, for the `__post_init__` of a config: each raises UserError with the value, the limit, the remedy.
+"""Checks of settings for a config's `__post_init__`; each raises UserError with the value, the limit and the remedy.
 
-A setting that is None is not set and passes. NaN passes no check of a range.
+None means that a setting is not set, and passes every check. NaN fails every range check.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from alignment_gap.errors import UserError
 
 
 def at_least(config: Any, least: float, *names: str) -> None:
-    """Each named setting is `least` or more."""
+    """Checks that each named setting is `least` or more."""
     for name, value in _numbers(config, names):
         if not value >= least:
             raise UserError(f"{name} is {value}: it must be at least {least}")
 
 
 def above(config: Any, limit: float, *names: str) -> None:
-    """Each named setting is more than `limit`, and finite."""
+    """Checks that each named setting is more than `limit`, and finite."""
     for name, value in _numbers(config, names):
         if not limit < value < float("inf"):
             raise UserError(f"{name} is {value}: it must be above {limit} and finite")
 
 
 def within(config: Any, low: float, high: float, *names: str) -> None:
-    """Each named setting is from `low` to `high`."""
+    """Checks that each named setting is from `low` to `high`."""
     for name, value in _numbers(config, names):
         if not low <= value <= high:
             raise UserError(f"{name} is {value}: it must be from {low} to {high}")
 
 
 def one_of(config: Any, choices: Iterable[Any], *names: str) -> None:
-    """Each named setting is one of the choices; the nearest is named where it is not."""
+    """Checks that each named setting is one of the choices; the error names the nearest choice."""
     for name, value in _values(config, names):
         if value not in (valid := tuple(choices)):
             raise UserError(f"{name} is {value!r}: {nearest(str(value), map(str, valid))}")
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:
-    """The remedy for a name that is none of the choices: the nearest of them, or all."""
+    """The remedy for a name that is not among the choices: the nearest choice, or all of them."""
     valid = tuple(choices)
     near = get_close_matches(value, valid, n=1)
     return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(valid)}"

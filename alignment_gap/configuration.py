@@ -1,4 +1,4 @@
-"""Between the tree of frozen dataclasses and the plain dictionaries that ml_collections, gin and files hold."""
+"""Converts between the tree of frozen dataclasses and the plain dictionaries of ml_collections, gin and files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ABSENT = object()
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as nested dictionaries; tuples stay tuples."""
+    """Converts a dataclass to nested dictionaries; tuples stay tuples."""
     return {
         field.name: to_dict(value) if dataclasses.is_dataclass(value) else value
         for field in dataclasses.fields(config)
@@ -26,7 +26,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def defaults(config: Any) -> dict[str, Any]:
-    """What `to_dict` would give if every field that has a default had it."""
+    """The result of `to_dict` if every field with a default had its default."""
     return {
         field.name: defaults(value) if dataclasses.is_dataclass(value) else _default(field, value)
         for field in dataclasses.fields(config)
@@ -35,9 +35,10 @@ def defaults(config: Any) -> dict[str, Any]:
 
 
 def differences(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass, and of those in it, that differ from their defaults.
+    """The fields of a dataclass, and of the dataclasses in it, that differ from their defaults.
 
-    They tell a config from every other of its class. A field that a later version adds changes nothing until it is set.
+    They distinguish a config from all others of its class. A field that a later version adds changes nothing until it
+    is set.
     """
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -59,13 +60,13 @@ def _default(field: Any, absent: Any) -> Any:
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], path: str = "config") -> Config:
-    """Builds a dataclass, and those in it, from nested dictionaries.
+    """Builds a dataclass, and the dataclasses in it, from nested dictionaries.
 
-    A field that allows several dataclasses takes the one whose first field, its tag, has the given value; or the one
-    that has fields of all the given names.
+    If a field allows several dataclasses, its value is the one whose first field, the tag, has the given value; or else
+    the one that has all the given fields.
 
     Raises:
-      UserError: for an unknown key, a value of another type or one that the dataclass refuses, with the key's path.
+      UserError: a key is unknown, or a value has another type or is refused by the dataclass; it gives the key's path.
     """
     hints, names = typing.get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
@@ -79,7 +80,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], path: str = "config"
 
 
 def _below(path: str, name: str) -> str:
-    """The path of a key; the settings of a command line have "--" before them, and no name above."""
+    """The path of a key; a command-line setting has "--" before it, and no group above it."""
     return f"{path}{name}" if path == "--" else f"{path}.{name}"
 
 
@@ -113,7 +114,7 @@ def _choose(choices: list[Any], value: Mapping[str, Any], path: str) -> Any:
     fitting = [choice for choice, each in fields.items() if set(value) <= {field.name for field in each}]
     is_tag = len({name for name, _ in tags.values()}) == 1
     if is_tag and not tagged and tags[choices[0]][0] in value:
-        fitting = []  # A tag that none of them has, whatever else is given.
+        fitting = []  # No choice has the given tag, so the other fields do not matter.
     found = [choice for choice in tagged if choice in fitting] or tagged or fitting
     if len(found) == 1:
         return found[0]
@@ -123,7 +124,7 @@ def _choose(choices: list[Any], value: Mapping[str, Any], path: str) -> Any:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys."""
+    """Converts nested dictionaries to one dictionary with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -134,7 +135,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load_named(name: str, what: str) -> Any:
-    """The object of a name such as "my_package.judges:brevity"; raises UserError naming what is not there."""
+    """The object with a name such as "my_package.judges:brevity"; raises UserError that names the missing part."""
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

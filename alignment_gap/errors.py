@@ -1,16 +1,16 @@
-"""The exceptions that end a command with one line."""
+"""Exceptions that end a command with a one-line message."""
 
 import errno
 from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """Bad input or a condition the user can mend: shown as one line, without a traceback.
+    """Bad input, or a condition that the user can fix: shown as one line, without a traceback.
 
     Args:
       line: says what is wrong, with the value, the limit and the remedy.
-      may_change: settings that the remedy names, which the job that failed may then change; see `jobs.folder`.
-      page: of docs/, with the section that explains more than one line can, such as "jobs.md#train".
+      may_change: settings in the remedy that the failed job may change when it runs again; see `jobs.folder`.
+      page: page and section of docs/ that explain more, such as "jobs.md#train".
     """
 
     def __init__(self, line: str, *, may_change: Sequence[str] = (), page: str | None = None) -> None:
@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A job was asked to end and has saved where it stood; the same command goes on from there."""
+    """A job was asked to end, and has saved its state; the same command continues from there."""
 
 
 class StorageError(Exception):
@@ -28,7 +28,7 @@ class StorageError(Exception):
 
     Args:
       line: says where, what is wrong, and the remedy.
-      status: the command's exit status: 2 where the user has to mend something, 1 where another attempt may do.
+      status: the command's exit status: 2 if the user must fix something, 1 if another attempt may succeed.
     """
 
     def __init__(self, line: str, status: int) -> None:
@@ -37,7 +37,7 @@ class StorageError(Exception):
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether this or what caused it is a full disk; tensorstore reports that in the text of another error."""
+    """Whether an error or one of its causes is a full disk; tensorstore reports it in the text of another error."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             return True

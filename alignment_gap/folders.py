@@ -1,7 +1,7 @@
-"""Folders that survive a kill: files whole or absent, one process at a time, one set of settings.
+"""Folders that survive a kill: files are whole or absent; one process at a time; one set of settings.
 
-A folder is on this machine, or in a bucket: `at` tells which. Files of runs, datasets and studies are opened through
-what it gives and through the functions below, and by nothing else.
+A folder is on this machine or in a bucket; `at` decides which. All files of runs, datasets and studies are opened with
+the result of `at` and with the functions below, and in no other way.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from alignment_gap.errors import UserError
 from alignment_gap.storage import SCHEMES, Url, fetched, is_leased, leased, working_folder
 
 AnyPath = Path | Url
-"""A file or folder of this machine, or in a bucket."""
+"""A file or folder on this machine or in a bucket."""
 
 
 def at(place: str | os.PathLike[str]) -> AnyPath:
-    """The file or folder of a place: a path of this machine, s3://BUCKET/NAME or gs://BUCKET/NAME."""
+    """The file or folder at a place: a path on this machine, s3://BUCKET/NAME or gs://BUCKET/NAME."""
     if isinstance(place, Url):
         return place
     scheme, separator, rest = str(place).partition("://")
@@ -38,7 +38,7 @@ def at(place: str | os.PathLike[str]) -> AnyPath:
 
 
 def here(place: str | os.PathLike[str], what: str) -> Path:
-    """The file or folder of a place on this machine; raises UserError for a URL, where `what` has to be a file."""
+    """The file or folder at a place on this machine; raises UserError for a URL, because `what` must be local."""
     path = at(place)
     if isinstance(path, Url):
         raise UserError(f"{place}: {what} is read and written on this machine alone: copy it here, or give a folder")
@@ -46,12 +46,12 @@ def here(place: str | os.PathLike[str], what: str) -> Path:
 
 
 def copy_here(path: AnyPath, sha256: str) -> Path:
-    """The file itself, or this machine's copy of an object with that digest."""
+    """The file itself, or a local copy of the object with this digest."""
     return fetched(path, sha256) if isinstance(path, Url) else path
 
 
 def write_json(path: AnyPath, content: Any) -> None:
-    """Writes JSON under a temporary name, then renames: readers see the old file or the new, never half of one."""
+    """Writes JSON under a temporary name, then renames it: readers see the old file or the new one, never a part."""
     write_bytes(path, _json(content))
 
 
@@ -60,7 +60,7 @@ def _json(content: Any) -> bytes:
 
 
 def read_json(path: AnyPath, *, remedy: str) -> Any:
-    """What `write_json` wrote; raises UserError with the remedy where it is JSON no longer."""
+    """Reads what `write_json` wrote; raises UserError with the remedy if it is not valid JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -68,7 +68,7 @@ def read_json(path: AnyPath, *, remedy: str) -> Any:
 
 
 def write_bytes(path: AnyPath, content: bytes) -> None:
-    """Writes a file under a temporary name, then renames; an object is whole or absent by itself."""
+    """Writes a file under a temporary name, then renames it; objects in a bucket need no rename."""
     if isinstance(path, Url):
         path.write_bytes(content)
         return
@@ -82,7 +82,7 @@ def write_bytes(path: AnyPath, content: bytes) -> None:
 
 
 def write_last(path: AnyPath, content: Any) -> None:
-    """As `write_json`, for what completes a folder; raises UserError where an object is there meanwhile."""
+    """As `write_json`, for the file that completes a folder; raises UserError if another run already wrote it."""
     if not isinstance(path, Url):
         write_json(path, content)
     elif path.replace_content(_json(content), None) is None:
@@ -90,13 +90,13 @@ def write_last(path: AnyPath, content: Any) -> None:
 
 
 def discard_last(path: AnyPath) -> None:
-    """Removes the object that `write_last` wrote for a folder that is to be completed anew."""
+    """Removes the object that `write_last` wrote, so that the folder can be completed again."""
     if isinstance(path, Url):
         path.unlink(missing_ok=True)
 
 
 def remove_folder(path: AnyPath) -> None:
-    """Removes a folder with all that is in it, if it is there."""
+    """Removes a folder and its contents, if it exists."""
     if isinstance(path, Url):
         path.remove_all()
     else:
@@ -104,7 +104,7 @@ def remove_folder(path: AnyPath) -> None:
 
 
 def copy_files(source: AnyPath, target: AnyPath) -> None:
-    """Copies the files of a folder, without those of the folders in it."""
+    """Copies the files of a folder, without its subfolders."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.is_file():
@@ -112,27 +112,27 @@ def copy_files(source: AnyPath, target: AnyPath) -> None:
 
 
 class Outbox:
-    """A folder of this machine, for what is appended to or mapped into memory, whose files are copied to its place.
+    """A local folder for files that are appended to or memory-mapped; `send` copies them to their place.
 
     Attributes:
-      folder: where the files are made; the place itself where that is on this machine.
+      folder: the folder for the files; the place itself if it is on this machine.
     """
 
     def __init__(self, place: AnyPath, key: str = "") -> None:
-        """The folder of a place; `key` tells apart what must not go on with the other's files."""
+        """The local folder of a place; different keys get different folders, so that they do not share files."""
         self._place = place
         self.folder = working_folder(place, key) if isinstance(place, Url) else place
         self._sent: dict[Path, tuple[int, int]] = {}
 
     def fetch(self, *names: str) -> None:
-        """Takes these files as the place has them."""
+        """Replaces these local files by the place's versions."""
         for name in names if isinstance(self._place, Url) else ():
             (self.folder / name).unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / name).write_bytes((self._place / name).read_bytes())
 
     def send(self, last: Sequence[str] = ()) -> None:
-        """Copies what has changed, those files last that are complete only with the others, in the order given."""
+        """Copies changed files to the place; the files in `last` come last, in this order, as they need the others."""
         if not isinstance(self._place, Url):
             return
 
@@ -146,13 +146,13 @@ class Outbox:
                 self._sent[path] = state
 
     def empty(self) -> None:
-        """Removes the folder, once the place has all of it."""
+        """Removes the local folder; call it when the place has all files."""
         if isinstance(self._place, Url):
             remove_folder(self.folder)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -162,7 +162,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: AnyPath) -> Iterator[None]:
-    """Holds the folder for this process; raises UserError where another one works in it, or it cannot be written."""
+    """Locks the folder for this process; raises UserError if another process works in it, or it is not writable."""
     if isinstance(folder, Url):
         with _flocked(working_folder(folder, "lock"), str(folder)), leased(folder):
             yield
@@ -189,7 +189,10 @@ def _flocked(folder: Path, name: str) -> Iterator[None]:
 
 
 def is_held(folder: AnyPath) -> bool:
-    """Whether a process works in the folder: one of this machine, of a file system that knows locks, or a lease's."""
+    """Whether a process works in the folder, by its lock file, or by its lease in a bucket.
+
+    The lock file shows processes of this machine, and of others if the file system shares locks.
+    """
     if isinstance(folder, Url):
         return is_leased(folder)
     try:
@@ -210,17 +213,17 @@ def claim(
     may_change: Collection[str] = (),
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Writes the settings that a folder is made with into it, as the file `path`.
+    """Writes a folder's settings to the file `path`, and refuses a folder that was made with other settings.
 
     Args:
-      path: of the file.
-      settings: flat, as JSON values.
-      remedy: what to do where the folder holds others.
-      may_change: settings that do not alter what is there.
-      defaults: of settings; the file of an earlier version, which did not know one, stands for its default.
+      path: path of the file.
+      settings: the settings, flat, as JSON values.
+      remedy: what the user can do if the folder has other settings.
+      may_change: settings that may differ, because they do not alter the contents.
+      defaults: default values for settings that the file of an earlier version does not have.
 
     Raises:
-      UserError: where the folder holds something of other settings, naming what differs, or settings nobody can read.
+      UserError: the folder has other settings (the message names the differences), or the file is not readable.
     """
     settings = json.loads(json.dumps(settings))
     if path.exists():

@@ -1,4 +1,4 @@
-"""What the allocator of the C library does with memory that is freed."""
+"""Settings for how the C library's allocator treats freed memory."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import importlib.util
 import os
 import sys
 
-# Parameters of mallopt(3), and the largest value that one takes.
+# Parameters of mallopt(3), and the largest value of a parameter.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _MOST = 2**31 - 1
 
 
 def keep_on_cpu() -> None:
-    """Has glibc keep memory that is freed, for the next allocation, where jax can find no devices but CPUs.
+    """Makes glibc keep freed memory for the next allocation, if jax can find no devices except CPUs.
 
-    On them XLA allocates the temporary arrays of a function at each call. By default glibc gets large ones from the
-    system, which clears every page, and gives them back after the call. benchmarks/freed_memory.py measures the gain.
+    On CPUs, XLA allocates a function's temporary arrays at each call. By default glibc gets large arrays from the
+    system, which clears every page, and returns them after the call. benchmarks/freed_memory.py measures the gain.
 
-    It has to be called before the first thread is started, so before numpy is imported: a thread has a heap of its own,
-    and memory that is kept in it serves no other.
+    Call it before the first thread starts, and so before numpy is imported: a thread may have its own heap, and memory
+    kept there is not available to other threads.
     """
     if sys.platform != "linux" or (os.environ.get("JAX_PLATFORMS") != "cpu" and _may_have_accelerators()):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # Another C library than glibc may have none.
+    if mallopt is not None:  # C libraries other than glibc may not have it.
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _MOST)
         mallopt(_M_TRIM_THRESHOLD, _MOST)

@@ -1,7 +1,7 @@
-"""Signals that ask a command to end: ctrl-c, and the SIGTERM of a scheduler that takes the machine back.
+"""Signals that ask a command to end: ctrl-c, and SIGTERM from a scheduler that takes the machine back.
 
-A loop of steps asks `requested` after each of them, saves and raises `Interrupted`. All other work ends at once, or in
-a thread beside the main one at the next update of its progress bar.
+A loop of steps calls `requested` after each step; then it saves and raises `Interrupted`. All other work ends at once,
+or, in a thread other than the main thread, at the next update of its progress bar.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-# The exit status of what SIGTERM has ended, EX_TEMPFAIL of sysexits.h.
+# The exit status after SIGTERM: EX_TEMPFAIL of sysexits.h.
 TRY_AGAIN = 75
-# The signals that came, how many loops ask for them, and whether one does in this thread.
+# The received signals, the number of loops that call `requested`, and whether one of them runs in this thread.
 _received: list[int] = []
 _watching = 0
 _lock, _asks = threading.Lock(), threading.local()
@@ -24,9 +24,10 @@ _lock, _asks = threading.Lock(), threading.local()
 
 @contextlib.contextmanager
 def signals_caught() -> Iterator[None]:
-    """The first SIGINT or SIGTERM waits for the loop that asks for it; without one, or a second time, it ends.
+    """Catches SIGINT and SIGTERM: the first one waits for a loop that calls `requested`.
 
-    It then raises KeyboardInterrupt. Of several processes jax catches SIGTERM itself, so that all end after one step.
+    Without such a loop, or at the second signal, it raises KeyboardInterrupt. With several processes, jax catches
+    SIGTERM itself, so that all processes end after the same step.
     """
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -47,7 +48,7 @@ def signals_caught() -> Iterator[None]:
 
 @contextlib.contextmanager
 def watching() -> Iterator[None]:
-    """For a loop that asks `requested`: until it ends, the first signal does not."""
+    """The context of a loop that calls `requested`: inside, the first signal does not interrupt."""
     _count(1)
     _asks.here = True
     try:
@@ -64,9 +65,9 @@ def _count(change: int) -> None:
 
 
 def requested(step: int) -> bool:
-    """Whether this process was asked to end or, of several processes, all shall end after this step.
+    """Whether this process was asked to end; with several processes, whether all should end after this step.
 
-    Several processes have to ask after every step, all of them after the same ones.
+    With several processes, all must call it after the same steps, and after every step.
     """
     if not _several_processes():
         return bool(_received)
@@ -76,21 +77,21 @@ def requested(step: int) -> bool:
 
 
 def check_not_requested() -> None:
-    """Raises KeyboardInterrupt where a signal came and no loop of this thread asks for it.
+    """Raises KeyboardInterrupt if a signal came and no loop in this thread calls `requested`.
 
-    A signal interrupts the main thread alone. Work in other threads ends here.
+    A signal interrupts only the main thread; work in other threads ends here.
     """
     if _received and not getattr(_asks, "here", False):
         raise KeyboardInterrupt
 
 
 def from_keyboard() -> bool:
-    """Whether ctrl-c was among the signals that came; of several processes jax may have caught the others itself."""
+    """Whether ctrl-c was among the received signals; with several processes, jax may have caught the other signals."""
     return signal.SIGINT in _received
 
 
 def from_scheduler() -> bool:
-    """Whether SIGTERM was among the signals that came to this process."""
+    """Whether SIGTERM was among the signals that this process received."""
     return signal.SIGTERM in _received
 
 

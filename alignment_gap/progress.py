@@ -1,4 +1,4 @@
-"""The progress bar of all that takes long."""
+"""The progress bar for all long work."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from alignment_gap.interruption import check_not_requested
 
 @runtime_checkable
 class Bar(Protocol):
-    """What long work tells of itself; a context manager. The bars of tqdm are such."""
+    """The interface through which long work reports progress; a context manager. tqdm's bars have it."""
 
     def __enter__(self) -> Bar: ...
 
     def __exit__(self, *exception: Any) -> Any: ...
 
     def update(self, n: float = 1) -> Any:
-        """So much more is done."""
+        """Adds `n` to the finished work."""
 
     def unpause(self) -> Any:
-        """The rate counts from now."""
+        """Measures the rate from now on."""
 
     def set_postfix(self, **values: Any) -> Any:
-        """Shows values beside the bar."""
+        """Shows values next to the bar."""
 
     def write(self, s: str) -> Any:
         """Prints a line above the bar."""
 
 
-# Opens the bar of a job: (total or None, title, unit) -> the bar, a context manager.
+# Opens a job's bar: (total or None, title, unit) -> the bar, a context manager.
 OpenBar = Callable[[int | None, str, str], Bar]
 
 
 class _Bar(tqdm):
-    """Where work that a signal asked to end ends, if it is in a thread that no signal interrupts."""
+    """A bar whose update ends the work after a signal; needed in threads, which signals do not interrupt."""
 
     def update(self, n: float = 1) -> Any:
-        """So much more is done."""
+        """Adds `n` to the finished work."""
         check_not_requested()
         return super().update(n)
 
 
 class _NoBar(tqdm):
-    """Says nothing; tqdm's own prints lines even where it is disabled."""
+    """A bar that prints nothing; tqdm itself prints lines even if it is disabled."""
 
     def write(self, *args: Any, **kwargs: Any) -> None:
         """Drops a line."""
@@ -56,14 +56,14 @@ NO_BAR: Bar = _NoBar(disable=True)
 
 
 def progress_bar(total: int | None, title: str, unit: str = "it", *, silent: bool = False) -> Bar:
-    """A bar on standard error, with rate and time to go; without a terminal a line now and then is enough.
+    """A bar on standard error, with rate and remaining time; without a terminal it prints a line now and then.
 
-    A silent one shows nothing, and prints no line.
+    A silent bar prints nothing at all.
     """
     if silent:
         return NO_BAR
     shown = sys.stderr.isatty()
     every = 0.5 if shown else 30.0
-    # Of several bars at the same time each has a line of its own on a terminal. Elsewhere nothing moves the cursor.
+    # On a terminal, each of several bars has its own line. Elsewhere, the cursor cannot move.
     position = None if shown else 0
     return _Bar(total=total, desc=title, unit=unit, mininterval=every, maxinterval=max(every, 10.0), position=position)

@@ -1,8 +1,8 @@
 """Buckets as folders: s3:// and gs://, read and written by tensorstore.
 
-An object store has no rename and no lock files. An object appears whole or not at all. Objects that are complete only
-together are so once their manifest is there, which is written last. Preconditions keep two writers apart: a write can
-ask that the object is still the one that was read, or still absent.
+An object store has no rename and no lock files. An object appears whole or not at all. A group of objects is complete
+when its manifest is there, which is written last. Preconditions keep two writers apart: a write can require that the
+object is unchanged since it was read, or still absent.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from typing import Any
 from alignment_gap.errors import StorageError, UserError
 
 SCHEMES = ("s3", "gs")
-# Tensorstore waits longer before each try: 4 minutes in all.
+# Tensorstore waits longer before each retry: 4 minutes in total.
 RETRIES = {"max_retries": 12, "initial_delay": "500ms", "max_delay": "32s"}
-# Seconds without a byte after which a request is tried again; libcurl itself would wait for ever.
+# After this many seconds without a byte, a request is tried again; libcurl itself would wait forever.
 _STALLED = 60
-# Seconds between two renewals of a lease, and after which a lease that nobody renews is taken over.
+# Seconds between two renewals of a lease, and seconds without a renewal after which another run takes it over.
 RENEW_EVERY, STALE_AFTER = 10.0, 60.0
 _LOOK_EVERY = 1.0
-# Characters of the store's own message that a line has room for.
+# The longest part of the store's own message that an error line quotes.
 _LONGEST = 160
-# What the store's message has, what the line says, and the exit status: engines try again what ends with 1.
+# A part of the store's message, our message for it, and the exit status; engines try again after status 1.
 _REASONS = (
-    ("retry attempts failed", "the store does not answer: run the same command again, which goes on from here", 1),
+    ("retry attempts failed", "the store does not answer: run the same command again; it continues from here", 1),
     ("NoSuchBucket", "the bucket does not exist: create it, or give another place", 2),
     ("bucket does not exist", "the bucket does not exist: create it, or give another place", 2),
     ("Invalid S3 bucket name", "the name of the bucket is not valid: write s3://BUCKET/FOLDER", 2),
@@ -49,28 +49,28 @@ _REASONS = (
 
 
 class Url(PurePosixPath):
-    """An object of a bucket, or all objects under a name, with those methods of `pathlib.Path` that are used here.
+    """An object in a bucket, or all objects under a name, with the methods of `pathlib.Path` that this library uses.
 
-    Methods raise StorageError where the store refuses or does not answer.
+    Methods raise StorageError if the store refuses or does not answer.
     """
 
     __slots__ = ()
 
     def __str__(self) -> str:
-        """The URL with both slashes, which the parts of a path do not keep."""
+        """The URL with "://"; a path's parts keep only one slash."""
         return super().__str__().replace(":/", "://", 1)
 
     @property
     def key(self) -> str:
-        """Its name in the bucket."""
+        """The name in the bucket."""
         return "/".join(self.parts[2:])
 
     def exists(self) -> bool:
-        """Whether there is such an object, or one under this name."""
+        """Whether there is an object with this name, or objects under it."""
         return self.is_file() or self.is_dir()
 
     def is_file(self) -> bool:
-        """Whether there is such an object."""
+        """Whether there is an object with this name."""
         return self.key in self._keys(self.key, f"{self.key}\0")
 
     def is_dir(self) -> bool:
@@ -82,12 +82,12 @@ class Url(PurePosixPath):
         return [Url(*self.parts[:2], key) for key in self._keys(*self._range)]
 
     def iterdir(self) -> Iterator[Url]:
-        """What a listing of this folder has, in order."""
+        """The files and folders directly in this folder, in order."""
         depth = len(self.parts)
         yield from sorted({Url(*file.parts[: depth + 1]) for file in self.files()})
 
     def glob(self, pattern: str) -> Iterator[Url]:
-        """The files and folders whose names below this one match, in order; each part of the pattern is one name."""
+        """The files and folders below this one that match, in order; each part of the pattern matches one name."""
         depth, wanted = len(self.parts), PurePosixPath(pattern).parts
         for found in sorted({Url(*file.parts[: depth + len(wanted)]) for file in self.files()}):
             names = found.parts[depth:]
@@ -95,11 +95,11 @@ class Url(PurePosixPath):
                 yield found
 
     def read_bytes(self) -> bytes:
-        """The content of the object; raises FileNotFoundError where there is none."""
+        """The content of the object; raises FileNotFoundError if it does not exist."""
         return self.read()[0]
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """The content of the object as text, with the ends of lines that a file's text has."""
+        """The content of the object as text, with line ends translated as in a text file."""
         return io.TextIOWrapper(io.BytesIO(self.read_bytes()), encoding).read()
 
     def open(self, mode: str = "rb") -> io.BytesIO:
@@ -108,31 +108,31 @@ class Url(PurePosixPath):
         return io.BytesIO(self.read_bytes())
 
     def read(self) -> tuple[bytes, bytes]:
-        """The content of the object, and its generation; raises FileNotFoundError where there is none."""
+        """The content of the object, and its generation; raises FileNotFoundError if it does not exist."""
         found = self._done(self._bucket.read(self.key))
         if found.state != "value":
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         return found.value, found.stamp.generation
 
     def write_bytes(self, content: bytes) -> None:
-        """Writes the object, in place of an earlier one."""
+        """Writes the object; replaces an earlier one."""
         self._done(self._bucket.write(self.key, content))
 
     def replace_content(self, content: bytes, generation: bytes | None) -> bytes | None:
-        """Writes the object if it is still of this generation, or still absent where that is None.
+        """Writes the object if it still has this generation or, for None, if it is still absent.
 
         Returns:
-          The new generation; None where somebody else has written or removed the object.
+          The new generation; None if another writer changed or removed the object.
         """
         if generation is None:
             found = self._done(self._bucket.read(self.key))
             if found.state == "value":
                 return found.stamp.generation if found.value == content else None
-            generation = found.stamp.generation  # The one of what is absent.
+            generation = found.stamp.generation  # The generation of an absent object.
         written = self._done(self._bucket.write(self.key, content, if_equal=generation))
         if written.generation:
             return bytes(written.generation)
-        # A write whose answer was lost is tried again, and meets what it wrote itself.
+        # If the answer to a write was lost, its retry finds the content that the write itself wrote.
         with contextlib.suppress(FileNotFoundError):
             now, generation = self.read()
             return generation if now == content else None
@@ -149,10 +149,10 @@ class Url(PurePosixPath):
         self._done(self._bucket.delete_range(_key_range(*self._range)))
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a folder is there with its first object."""
+        """Does nothing: a folder exists as soon as it has an object."""
 
     def spec(self) -> dict[str, Any]:
-        """Tensorstore's description of the objects under this name."""
+        """The tensorstore spec of the objects under this name."""
         scheme, bucket, key = self.parts[0][:-1], self.parts[1], self.key
         spec = {"driver": "gcs", "gcs_request_retries": RETRIES}
         if scheme == "s3":
@@ -169,11 +169,11 @@ class Url(PurePosixPath):
 
     @property
     def _range(self) -> tuple[str, str]:
-        """The first name under this one, and the first after all of them; "0" follows "/"."""
+        """The range of names under this one: its start, and its end (exclusive); "0" comes after "/"."""
         return (f"{self.key}/", f"{self.key}0") if self.key else ("", "")
 
     def _keys(self, first: str, end: str) -> list[str]:
-        """The names in the bucket from `first` on and before `end`, in order."""
+        """The names in the bucket from `first` to `end` (exclusive), in order."""
         found = self._done(self._bucket.list(_key_range(first, end)))
         return sorted(key.decode() for key in found)
 
@@ -185,26 +185,26 @@ class Url(PurePosixPath):
 
 
 def explained(place: Url, error: Exception) -> StorageError:
-    """The line of what tensorstore met at a place."""
+    """Turns a tensorstore error at a place into a one-line StorageError."""
     text = str(error).strip()
-    # The request's headers follow.
+    # The rest of the message holds the request's headers.
     said = text.splitlines()[0].partition(" [")[0][:_LONGEST]
     for sign, remedy, status in _REASONS:
         if sign in text:
             return StorageError(f"{place}: {remedy} ({said})", status)
-    return StorageError(f"{place} cannot be used ({said}): see whether the bucket and the network are as they were", 1)
+    return StorageError(f"{place} cannot be used ({said}): check that the bucket and the network still work", 1)
 
 
 def is_of_the_store(error: Exception) -> bool:
-    """Whether an error of tensorstore is of the store or the way to it, and not of what is stored."""
+    """Whether a tensorstore error comes from the store or the connection to it, not from the stored data."""
     return any(sign in str(error) for sign, _, _ in _REASONS)
 
 
 def _s3_settings() -> dict[str, Any]:
-    """What AWS's own tools read from the environment, and tensorstore does not."""
+    """Settings that AWS's own tools read from the environment, but tensorstore does not."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    # The usual search for credentials logs every file that it does not find.
+    # The default search for credentials logs every file that it does not find.
     credentials = {"type": "environment" if "AWS_ACCESS_KEY_ID" in os.environ else "default"}
     given = {"endpoint": endpoint, "aws_region": region}
     return {name: value for name, value in given.items() if value} | {"aws_credentials": credentials}
@@ -229,14 +229,14 @@ def _key_range(first: str, end: str) -> Any:
 
 
 def cache_folder() -> Path:
-    """The folder of this machine for copies of what is in buckets, and for what is on its way there."""
+    """The local folder for copies of objects, and for files that are not yet in a bucket."""
     given = os.environ.get("ALIGNMENT_GAP_CACHE")
     usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "alignment_gap"
     return (Path(given) if given else usual).expanduser()
 
 
 def working_folder(place: Url, key: str = "") -> Path:
-    """The folder of this machine where what belongs at a place is made; `key` tells apart what differs there."""
+    """The local folder in which files for a place are made; different keys give different folders."""
     digest = hashlib.sha256(f"{place}\n{key}".encode()).hexdigest()[:16]
     folder = cache_folder() / "working" / f"{place.name}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ def working_folder(place: Url, key: str = "") -> Path:
 
 
 def fetched(place: Url, sha256: str) -> Path:
-    """A copy of an object in this machine's cache; raises UserError where its content is another than it was."""
+    """A copy of an object in this machine's cache; raises UserError if its content does not match the digest."""
     path = cache_folder() / "files" / sha256
     if path.is_file() and _sha256(path.read_bytes()) == sha256:
         return path
@@ -266,7 +266,7 @@ def _sha256(content: bytes) -> str:
 
 
 def _machine() -> str:
-    """Names this machine's cache, whose lock files keep the processes that share it apart."""
+    """A name for this machine's cache; processes that share the cache are kept apart by its lock files."""
     path = cache_folder() / "machine"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -277,11 +277,11 @@ def _machine() -> str:
 
 @contextlib.contextmanager
 def leased(folder: Url) -> Iterator[None]:
-    """Holds a folder for this process by a lease, an object that is renewed; a lock file of this machine is held.
+    """Holds a folder for this process by a lease: an object that this process keeps renewing.
 
-    A lease that this machine wrote is of a process that has died. One of another machine is watched: where it is
-    renewed its owner lives, and where it is not for `STALE_AFTER` seconds it is taken over. A process that finds its
-    own lease taken over ends at once.
+    The caller already holds the lock file on this machine, so an existing lease of this machine is left from a dead
+    process. A lease of another machine is watched. If it is renewed, its owner is alive; if not for `STALE_AFTER`
+    seconds, this process takes it over. A process that finds its own lease taken over ends at once.
 
     Raises:
       UserError: another machine works in the folder.
@@ -297,7 +297,7 @@ def leased(folder: Url) -> Iterator[None]:
     finally:
         ended.set()
         renewing.join()
-        with contextlib.suppress(StorageError):  # It becomes stale.
+        with contextlib.suppress(StorageError):  # A lease that stays becomes stale.
             lease.unlink(missing_ok=True)
 
 
@@ -306,7 +306,7 @@ def _lease_content(owner: Mapping[str, Any]) -> bytes:
 
 
 def read_lease(lease: Url) -> tuple[dict[str, Any], bytes | None]:
-    """Who holds a lease, and its generation; nothing and None where nobody does."""
+    """The holder of a lease, and its generation; an empty dict and None if there is no lease."""
     try:
         content, generation = lease.read()
     except FileNotFoundError:
@@ -317,12 +317,12 @@ def read_lease(lease: Url) -> tuple[dict[str, Any], bytes | None]:
 
 
 def is_leased(folder: Url) -> bool:
-    """Whether somebody works in a folder, by the clocks of both."""
+    """Whether a run works in a folder; compares the clocks of both machines."""
     return time.time() - read_lease(folder / ".lock")[0].get("renewed", 0) < STALE_AFTER
 
 
 def _taken(lease: Url, owner: Mapping[str, Any]) -> bytes:
-    """Writes the lease in place of none or of one that is over; gives its generation."""
+    """Writes the lease if there is none or it has expired; returns its generation."""
     holder, seen = read_lease(lease)
     since = time.monotonic()
     while True:
@@ -343,9 +343,9 @@ def _renew(lease: Url, owner: Mapping[str, Any], held: bytes, ended: threading.E
         try:
             renewed = lease.replace_content(_lease_content(owner), held)
         except StorageError:
-            continue  # Another owner is found at the next try.
+            continue  # The next try finds out if there is another owner.
         if renewed is None:
-            line = f"{lease.parent} was taken over by another run, for this one was silent for {STALE_AFTER:g} s"
+            line = f"{lease.parent} was taken over by another run, because this one was silent for {STALE_AFTER:g} s"
             print(f"\nerror: {line}: this one ends", file=sys.stderr, flush=True)
             os._exit(1)
         held = renewed

@@ -355,5 +355,5 @@ def test_a_run_whose_lease_was_taken_over_ends_at_once(s3_folder, quick, monkeyp
             time.sleep(0.05)
         assert ended[0] == 1
         storage.RENEW_EVERY = 100.0
-    line = f"error: {s3_folder} was taken over by another run, for this one was silent for 1 s: this one ends"
+    line = f"error: {s3_folder} was taken over by another run, because this one was silent for 1 s: this one ends"
     assert line in capfd.readouterr().err
