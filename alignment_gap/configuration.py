@@ -66,7 +66,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], path: str = "config"
     the one that has all the given fields.
 
     Raises:
-      UserError: a key is unknown, or a value has another type or is refused by the dataclass; it gives the key's path.
+      UserError: a key is unknown, or a value has another type or is refused by the dataclass. It names the key's path.
     """
     hints, names = typing.get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:

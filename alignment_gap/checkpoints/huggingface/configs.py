@@ -260,7 +260,7 @@ def _read_decoder(fields: _Fields, family: Family) -> DecoderConfig:
 
 
 def _read_windows(fields: _Fields, family: Family, depth: int) -> dict[str, Any]:
-    """The window, and every how many layers have none; transformers lists the layers or gives the list's pattern."""
+    """The fields `window` and `full_attention_every`; transformers lists the layers or gives the list's pattern."""
     if "sliding_window" not in family.optional:
         return {}
     window = fields.get("sliding_window", int, family.optional["sliding_window"])
