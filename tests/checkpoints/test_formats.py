@@ -135,7 +135,7 @@ def test_a_bias_in_each_layer_is_another_t5(tmp_path):
     """T5X's scalable T5 has one where its t5_1_1 shares one."""
     name = "target.encoder.layers_0.relative_posemb.rel_embedding"
     write_store(tmp_path / "checkpoint_1" / "state", {name: from_array(np.ones((2, 8), np.float32))})
-    with pytest.raises(UserError, match=r"relative position bias in each layer, .*: a T5 here shares one for all"):
+    with pytest.raises(UserError, match=r"relative position bias in each layer, .*, but T5 here shares one for all"):
         import_checkpoint(tmp_path, tmp_path / "run")
 
 

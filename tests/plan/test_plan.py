@@ -146,7 +146,7 @@ def test_what_does_not_fit_says_what_would_help():
         "--optimizer=adafactor",
         "a slice of 16 devices",
     ]
-    assert "2.0 GiB less" in plan.advice[3]
+    assert "saves 2.0 GiB" in plan.advice[3]
     assert f"{(3 + 25.6) / 15.75:.1f} times" in plan.advice[4]
 
 
