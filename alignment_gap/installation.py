@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 
 DISTRIBUTION = "alignment-gap"
+# The default folder of compiled functions, in the working folder.
+COMPILATION_CACHE = ".cache/jax"
 # A requirement as setuptools writes it: name, extras, versions, and the extra that it belongs to.
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([\w,-]+)\])?\s*([^;]*?)\s*(?:;.*?extra == ['\"]([\w-]+)['\"].*)?(?:;.*)?")
 

@@ -31,11 +31,12 @@ import jax
 import optax
 import pytest
 from bucket_servers import BUCKET, gcs_server, s3_server
-from judge_server import judge_server
+from judge_server import SECRET, judge_server
 from tiny_models import CONFIGS, EVEN_CONFIGS, MESHES, random_params
 
 from alignment_gap import storage
 from alignment_gap.data.batches import PreferenceBatch
+from alignment_gap.judges import endpoint
 from alignment_gap.models import make_policy
 from alignment_gap.sharding import make_mesh
 from alignment_gap.training import TrainState
@@ -156,6 +157,14 @@ def server(one_judge_server):
     """The server of a language model that judges, as if it was never asked before."""
     one_judge_server.reset()
     return one_judge_server
+
+
+@pytest.fixture
+def quick_endpoint(monkeypatch, tmp_path):
+    """A judge over HTTP waits hardly between two tries, has a key, and keeps its answers in a folder of the test."""
+    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.001)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setenv("ALIGNMENT_GAP_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ def base_of(folder: AnyPath, network: Network) -> AnyPath:
     """The base checkpoint of the adapters in a step's folder.
 
     Raises:
-      UserError: the base is no longer there, or has other parameters.
+      UserError: the base is missing, or its parameters have changed.
     """
     try:
         base = find_checkpoint(at(str(network.base)))

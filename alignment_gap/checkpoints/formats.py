@@ -186,7 +186,7 @@ def describe(path: AnyPath) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """The description of a checkpoint, ours or of another format, and its tensors by their own names.
 
     Raises:
-      UserError: the path is no checkpoint, or the checkpoint is damaged.
+      UserError: the path holds no checkpoint, or a damaged one.
     """
     names = [name for name in FORMATS if isinstance(path, Path) and _module(name).recognises(path)]
     if names and isinstance(path, Path):

@@ -66,7 +66,7 @@ def find_checkpoint(path: AnyPath, step: int | None = None) -> AnyPath:
       step: the step; None for the last.
 
     Raises:
-      UserError: there is no such checkpoint.
+      UserError: the checkpoint does not exist.
     """
     if (path / PARAMS).is_dir():
         return path

@@ -24,7 +24,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_foreign(path: Path) -> Foreign:
-    """The T5 network in the target; raises UserError if there is none."""
+    """Reads the T5 network in the target; raises UserError if the target holds no T5."""
     return t5_foreign(path, open_store(last_step(path) / STATE))
 
 

@@ -23,7 +23,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_foreign(path: Path) -> Foreign:
-    """The T5 network in the target; raises UserError if there is none, or the file is cut short."""
+    """Reads the T5 network in the target; raises UserError if the target holds no T5, or the file is cut short."""
     return t5_foreign(path, open_tree(path))
 
 

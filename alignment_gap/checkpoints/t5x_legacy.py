@@ -39,7 +39,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_foreign(path: Path) -> Foreign:
-    """The T5 network in the target; raises UserError if there is none, or a part of a tensor is missing."""
+    """Reads the T5 network in the target; raises UserError if it holds no T5, or a part of a tensor is missing."""
     return t5_foreign(path, open_tree(_index(path)))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import alignment_gap
 from alignment_gap.cli.packaged import FILES
 from alignment_gap.errors import UserError
-from alignment_gap.installation import DISTRIBUTION, Package, needed, version
+from alignment_gap.installation import COMPILATION_CACHE, DISTRIBUTION, Package, needed, version
 from alignment_gap.study.versions import COMMIT, git_commit
 
 # Commands that need more than the core: what for, and the extra that brings it.
@@ -109,7 +109,7 @@ def _folder() -> Iterator[tuple[str, str]]:
     disk = shutil.disk_usage(".")
     writable = "" if os.access(".", os.W_OK) else "; not writable"
     yield "free disk", f"{disk.free / GIB:.1f} of {disk.total / GIB:.1f} GiB{writable}"
-    cache = Path(".cache/jax")
+    cache = Path(COMPILATION_CACHE)
     held = [file.stat().st_size for file in cache.glob("*")] if cache.is_dir() else []
     yield "compilation cache", f"{cache}, {len(held)} files, {sum(held) / GIB:.2f} GiB" if held else f"{cache}, empty"
 

@@ -17,6 +17,7 @@ from absl import flags
 from alignment_gap.checks import nearest
 from alignment_gap.configuration import from_dict
 from alignment_gap.errors import UserError
+from alignment_gap.installation import COMPILATION_CACHE
 from alignment_gap.jobs.words import flag_name
 
 Config = TypeVar("Config")
@@ -121,7 +122,10 @@ def read_config(values: flags.FlagValues, cls: type[Config], short: Mapping[str,
 def define_shared(values: flags.FlagValues) -> None:
     """Adds the flags of every command that computes: compiled functions that are kept, and several processes."""
     flags.DEFINE_string(
-        "compilation_cache", ".cache/jax", "Folder that keeps compiled functions; empty for none.", flag_values=values
+        "compilation_cache",
+        COMPILATION_CACHE,
+        "Folder that keeps compiled functions; empty for none.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "coordinator",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,10 +65,18 @@ def shares_of_wins(rewards: Float[Array, "B K"]) -> Float[Array, "B K"]:
     """The share of the other responses that each response beats; an equal one counts half.
 
     Raises:
-      UserError: there is one response a prompt, which no other is compared with.
+      UserError: there is one response a prompt, so there is no other to compare it with.
     """
-    samples = rewards.shape[1]
+    return over_the_others((jnp.sign(rewards[:, :, None] - rewards[:, None, :]) + 1) / 2)
+
+
+def over_the_others(preferences: Any) -> Any:
+    """The mean preference [B, K] for each response over the others, from preferences [B, K, K], with 0.5 for itself.
+
+    Raises:
+      UserError: there is one response a prompt, so there is no other to compare it with.
+    """
+    samples = preferences.shape[1]
     if samples < 2:
         raise UserError(f"{samples} response a prompt: a preference needs 2 or more")
-    wins = (jnp.sign(rewards[:, :, None] - rewards[:, None, :]) + 1) / 2
-    return (wins.sum(axis=2) - 0.5) / (samples - 1)
+    return (preferences.sum(axis=2) - 0.5) / (samples - 1)

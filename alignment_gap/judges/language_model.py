@@ -30,7 +30,7 @@ from alignment_gap.data.records import Dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at, read_json
-from alignment_gap.judges.contract import PROBABILITIES, REWARDS, Judge, JudgeConfig
+from alignment_gap.judges.contract import PROBABILITIES, REWARDS, Judge, JudgeConfig, over_the_others
 from alignment_gap.judges.endpoint import Endpoint, EndpointConfig, Messages
 from alignment_gap.judges.host import own_texts
 from alignment_gap.sharding import LogicalMesh, on_every_process, put_batch, to_host
@@ -155,15 +155,8 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judg
 
 
 def mean_preferences(preferences: Float[np.ndarray, "N K K"]) -> Float[np.ndarray, "N K"]:
-    """The mean preference for each response over the others, float32; nan for a prompt with a pair that has none.
-
-    Raises:
-      UserError: there is one response a prompt, which no other is compared with.
-    """
-    samples = preferences.shape[1]
-    if samples < 2:
-        raise UserError(f"{samples} response a prompt: a preference needs 2 or more")
-    means = (preferences.sum(axis=2) - 0.5) / (samples - 1)
+    """As `over_the_others`, in float32; nan for all responses to a prompt if one of its pairs has no preference."""
+    means = over_the_others(preferences)
     means[np.isnan(means).any(axis=1)] = np.nan
     return means.astype(np.float32)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -37,12 +39,18 @@ def write_outcomes(folder: AnyPath, results: Sequence[CheckpointResult]) -> None
 
 
 def read_outcomes(folder: AnyPath) -> list[CheckpointResult]:
-    """The checkpoints of outcomes.npz in their order; raises UserError where there is no such file."""
+    """The checkpoints of outcomes.npz in their order; raises UserError if the file is missing or damaged."""
     path = folder / OUTCOMES
     if not path.exists():
         raise UserError(f"{folder} has no {OUTCOMES}: write its report anew by alignment-gap study --job=report")
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-        columns = {name: arrays[name] for name in arrays.files}
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            return _results({name: arrays[name] for name in arrays.files})
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError):
+        raise UserError(f"{path} is damaged: write the report anew by alignment-gap study --job=report") from None
+
+
+def _results(columns: Mapping[str, np.ndarray]) -> list[CheckpointResult]:
     outcomes: list[dict[str, np.ndarray]] = [{} for _ in columns["step"]]
     for key in columns:
         metric, _, examples = key.partition(" ")

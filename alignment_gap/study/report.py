@@ -121,16 +121,20 @@ def _write_facts(folder: AnyPath, context: ReportContext) -> None:
 
 
 def read_facts(folder: AnyPath) -> ReportContext:
-    """What `write_report` kept of its context; raises UserError where the folder has no report of a study."""
-    if not (folder / FACTS).exists():
-        raise UserError(f"{folder} has no {FACTS}: write its report anew by alignment-gap study --job=report")
-    facts = read_json(folder / FACTS, remedy="write the report anew by alignment-gap study --job=report")
-    return ReportContext(
-        config=from_dict(StudyConfig, facts["settings"]),
-        versions=facts["versions"],
-        judges=[JudgeFacts(**judge) for judge in facts["judges"]],
-        wall_time={job: datetime.timedelta(seconds=seconds) for job, seconds in facts["seconds"].items()},
-    )
+    """What `write_report` kept of its context; raises UserError if the folder has no report of a study."""
+    path, remedy = folder / FACTS, "write its report anew by alignment-gap study --job=report"
+    if not path.exists():
+        raise UserError(f"{folder} has no {FACTS}: {remedy}")
+    facts = read_json(path, remedy=remedy)
+    try:
+        return ReportContext(
+            config=from_dict(StudyConfig, facts["settings"]),
+            versions=facts["versions"],
+            judges=[JudgeFacts(**judge) for judge in facts["judges"]],
+            wall_time={job: datetime.timedelta(seconds=seconds) for job, seconds in facts["seconds"].items()},
+        )
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{path} lacks facts of a report: {remedy}") from None
 
 
 def peaks_text(results: Sequence[CheckpointResult]) -> str:

@@ -33,7 +33,7 @@ def train(
     monitor: Monitor,
     log_every: int = 20,
     skip: GuardConfig = GuardConfig(),
-    refresh: Callable[[int, TrainState], TrainState] | None = None,
+    refresh: Callable[[int, TrainState], TrainState] = lambda step, state: state,
     record: Callable[[int, list[PreferenceBatch]], None] | None = None,
     bar: Bar = NO_BAR,
 ) -> TrainState:
@@ -71,7 +71,7 @@ def train(
             # The first step compiles, so it is not timed.
             monitor.begin(done, state, is_logged=is_logged and step > start)
             with jax.transfer_guard("disallow"):
-                state = refresh(step, state) if refresh else state
+                state = refresh(step, state)
                 batch = source(step, state)
                 state, metrics = update_step(state, batch)
             if record:

@@ -203,7 +203,10 @@ def policy_objective(policy: Policy, loss: Callable[..., Array], *, rewards: boo
                 f"{', '.join(sorted(inputs))}",
                 page="jobs.md#which-source-serves-which-loss",
             )
-        return loss(**{name: inputs[name] for name in _accepted_inputs(loss, inputs)}), diagnostics(inputs)
+        found = loss(**{name: inputs[name] for name in _accepted_inputs(loss, inputs)})
+        # A prompt that its judge gave no scores has no loss, whether the loss reads scores or not.
+        scored = ~jnp.isnan(inputs["scores"]).any(axis=-1)
+        return jnp.where(scored.reshape(-1, *[1] * (found.ndim - 1)), found, jnp.nan), diagnostics(inputs)
 
     return objective
 

@@ -14,7 +14,8 @@ from built_in import write_posts
 from job_runs import MODEL, run_job
 
 from alignment_gap.jobs import assembly
-from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig
+from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
+from alignment_gap.judges import JudgeConfig
 from alignment_gap.training import OptimizerConfig
 
 # These tests go back and forth between more settings than the runs of a study, for which a few update steps are kept.
@@ -53,6 +54,26 @@ def judge(sft, sft_config, tmp_path_factory):
     """The folder of a pairwise preference model."""
     config = dataclasses.replace(sft_config, kind="pairwise", start=str(sft), steps=4)
     return run_job(config, tmp_path_factory.mktemp("jobs") / "judge")
+
+
+@pytest.fixture(scope="session")
+def prompts(pairs):
+    return DatasetConfig(str(pairs), batch_size=8)
+
+
+@pytest.fixture(scope="session")
+def online(sft, judge, prompts):
+    """Online IPO against the judge."""
+    return JobConfig(
+        loss=LossConfig("ipo", {"beta": 0.1}),
+        source=OnlineConfig(prompts, judge=JudgeConfig(str(judge))),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        start=str(sft),
+        steps=6,
+        checkpoint_every=2,
+        log_every=1,
+        seed=5,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Jobs of the smallest size: run, stopped half way, and compared bit for bit."""
 
 import contextlib
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -53,6 +54,11 @@ class Bar:
 
     def unpause(self):
         pass
+
+
+def changed(config, **settings):
+    """The job with other settings of its online source."""
+    return dataclasses.replace(config, source=dataclasses.replace(config.source, **settings))
 
 
 def run_job(config, folder, bar=None):

@@ -5,31 +5,33 @@ import json
 
 import numpy as np
 import pytest
-from job_runs import Bar, Stopped, arrays, assert_equal_checkpoints, assert_equal_runs, metrics, run_and_stop, run_job
-from judge_server import MODEL, parts, shorter
+from job_runs import (
+    Bar,
+    Stopped,
+    arrays,
+    assert_equal_checkpoints,
+    assert_equal_runs,
+    changed,
+    metrics,
+    run_and_stop,
+    run_job,
+)
+from judge_server import MODEL, SECRET, parts, shorter
 
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.errors import StorageError, UserError
 from alignment_gap.jobs import parts as job_parts
-from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
+from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig, load_outcomes
 from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.generate import GENERATE, GenerateConfig
 from alignment_gap.jobs.label import LABEL, LabelConfig
-from alignment_gap.judges import JudgeConfig, endpoint
-from alignment_gap.training import OptimizerConfig
+from alignment_gap.judges import JudgeConfig
 
-SECRET = "sk-no-one-may-read-this"
+pytestmark = pytest.mark.usefixtures("quick_endpoint")
 # To the trial question.
 OK = (200, {}, '{"choices": [{"message": {"content": "A"}}]}')
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.001)
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    monkeypatch.setenv("ALIGNMENT_GAP_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -129,24 +131,9 @@ def test_an_endpoint_that_goes_down_leaves_the_line_in_the_folder(pairs, name, s
 
 
 @pytest.fixture(scope="module")
-def online(sft, pairs):
-    """Online IPO whose samples are compared by their words, by a function."""
-    return JobConfig(
-        loss=LossConfig("ipo", {"beta": 0.1}),
-        source=OnlineConfig(
-            DatasetConfig(str(pairs), batch_size=8), judge=JudgeConfig("judge_functions:brevity"), response_length=8
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
-        start=str(sft),
-        steps=6,
-        checkpoint_every=2,
-        log_every=1,
-        seed=5,
-    )
-
-
-def changed(config, **settings):
-    return dataclasses.replace(config, source=dataclasses.replace(config.source, **settings))
+def online(online):
+    """The job with samples that a function compares by their words."""
+    return changed(online, judge=JudgeConfig("judge_functions:brevity"), response_length=8)
 
 
 def learned(folder):

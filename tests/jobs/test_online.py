@@ -5,44 +5,18 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from job_runs import arrays, assert_equal_checkpoints, assert_equal_runs, metrics, run_and_stop, run_job
+from job_runs import arrays, assert_equal_checkpoints, assert_equal_runs, changed, metrics, run_and_stop, run_job
 
 from alignment_gap import losses
 from alignment_gap.data.records import open_dataset
 from alignment_gap.errors import UserError
 from alignment_gap.jobs import sources, train
-from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
+from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.sharding import MeshConfig
-from alignment_gap.training import OptimizerConfig
 
 IPO = LossConfig("ipo", {"beta": 0.1})
-
-
-@pytest.fixture(scope="module")
-def prompts(pairs):
-    return DatasetConfig(str(pairs), batch_size=8)
-
-
-@pytest.fixture(scope="module")
-def online(sft, judge, prompts):
-    """Online IPO against the judge."""
-    return JobConfig(
-        loss=IPO,
-        source=OnlineConfig(prompts, judge=JudgeConfig(str(judge))),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
-        start=str(sft),
-        steps=6,
-        checkpoint_every=2,
-        log_every=1,
-        seed=5,
-    )
-
-
-def changed(config, **settings):
-    """The job with other settings of its online source."""
-    return dataclasses.replace(config, source=dataclasses.replace(config.source, **settings))
 
 
 def replay(config, folder, batch_size=8):

@@ -8,6 +8,7 @@ import threading
 import time
 
 MODEL = "llama"
+SECRET = "sk-no-one-may-read-this"
 
 
 def parts(messages):

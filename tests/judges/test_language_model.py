@@ -9,21 +9,14 @@ import threading
 import jax
 import numpy as np
 import pytest
-from judge_server import MODEL, parts, shorter
+from judge_server import MODEL, SECRET, parts, shorter
 
 from alignment_gap.errors import StorageError, UserError
-from alignment_gap.judges import JudgeConfig, by_itself, check_judge, endpoint, is_model, language_model, open_judge
+from alignment_gap.judges import JudgeConfig, by_itself, check_judge, is_model, language_model, open_judge
 from alignment_gap.judges.language_model import mean_preferences, verdict
 from alignment_gap.sharding import batch_sharding
 
-SECRET = "sk-no-one-may-read-this"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.001)
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    monkeypatch.setenv("ALIGNMENT_GAP_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("quick_endpoint")
 
 
 @pytest.fixture

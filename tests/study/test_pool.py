@@ -15,7 +15,7 @@ from alignment_gap.study.analysis import CheckpointResult
 from alignment_gap.study.config import ArmsConfig, StudyConfig
 from alignment_gap.study.outcomes import OUTCOMES, read_outcomes, write_outcomes
 from alignment_gap.study.pool import write_pooled
-from alignment_gap.study.report import JudgeFacts, ReportContext, write_report
+from alignment_gap.study.report import FACTS, JudgeFacts, ReportContext, write_report
 
 CONFIG = StudyConfig(arms=ArmsConfig(names=("online", "offline"), losses=("ipo",)))
 TABLES = ("results.csv", "claims.csv", "outcomes.npz", "facts.json")
@@ -91,11 +91,21 @@ def test_what_is_no_piece_is_refused(pieces, tmp_path):
     other = piece(at(tmp_path / "other"), 4, microbatches=2)
     doubled = piece(at(tmp_path / "doubled"), 2)
     (tmp_path / "none").mkdir()
+
+    def damaged(name, file, change):
+        folder = piece(at(tmp_path / name), 9)
+        (folder / file).write_bytes(change((folder / file).read_bytes()))
+        return folder
+
     for folders, line in (
         ([*pieces, other], "microbatches is 1 and 2; leave out --pool"),
         ([*pieces, doubled], "both have seed 2: give each seed once"),
         (pieces[:1], "one folder of --runs: give all pieces"),
         ([*pieces, at(tmp_path / "none")], "has no facts.json: write its report anew"),
+        ([*pieces, damaged("cut", OUTCOMES, lambda content: content[:-100])], "cut/outcomes.npz is damaged: write"),
+        ([*pieces, damaged("other_file", OUTCOMES, lambda content: b"text")], "other_file/outcomes.npz is damaged"),
+        ([*pieces, damaged("lacking", FACTS, lambda content: b"{}")], "lacking/facts.json lacks facts of a report"),
+        ([*pieces, damaged("no_json", FACTS, lambda content: content[:9])], "no_json/facts.json"),
     ):
         with pytest.raises(UserError, match=line):
             write_pooled(folders, at(tmp_path / "out"))

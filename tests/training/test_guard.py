@@ -9,6 +9,7 @@ import optax
 import pytest
 from tiny_models import MESHES, Unigram, make_batch
 
+from alignment_gap import losses
 from alignment_gap.errors import UserError
 from alignment_gap.sharding import batch_sharding, make_mesh
 from alignment_gap.training import (
@@ -88,6 +89,25 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(score, update, abst
     healthy, _ = update(start(abstract), batch_of(mesh, 0.5))
     healthy, _ = update(healthy, batch_of(mesh, 0.25))
     assert_same(copied(state.params), copied(healthy.params))
+
+
+@pytest.mark.parametrize("name", ["best_of_n", "kto", "ipo"])
+def test_no_loss_trains_on_prompts_without_scores(name, abstract, mesh):
+    """Not even one that reads no scores, or reads which of three responses has the highest."""
+    responses = np.repeat(np.asarray(BATCH.responses)[:, :1], 3, axis=1)
+    lengths, scores = np.repeat(np.asarray(BATCH.response_lengths)[:, :1], 3, axis=1), np.full((8, 3), 0.5, np.float32)
+    batch = dataclasses.replace(
+        BATCH,
+        responses=responses,
+        response_lengths=lengths,
+        reference_log_probs=np.zeros(responses.shape, np.float32),
+    )
+    update = make_update_step(policy_objective(UNIGRAM, losses.get(name)), OPTIMIZER, mesh, abstract)
+    for value, skipped in ((0.5, 0), (np.nan, 1)):
+        scored = dataclasses.replace(batch, scores=np.full_like(scores, value))
+        state, metrics = update(start(abstract), jax.device_put(scored, batch_sharding(mesh)))
+        assert int(metrics["skipped"]) == skipped
+    assert_same(copied(state.params), copied(start(abstract).params))
 
 
 def test_a_healthy_step_is_the_same_without_the_guard(update, abstract, mesh, monkeypatch, step_of):

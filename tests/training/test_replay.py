@@ -101,7 +101,7 @@ class Rig:
         )
         return lambda step, _: jax.device_put(batches(step), batch_sharding(self.mesh))
 
-    def run(self, folder, source, *, update_step=None, record=None, refresh=None):
+    def run(self, folder, source, *, update_step=None, record=None, refresh=lambda step, state: state):
         folder.mkdir(exist_ok=True)
         with Checkpoints(folder / "checkpoints") as checkpoints:
             state = train(

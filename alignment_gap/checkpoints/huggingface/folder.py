@@ -118,7 +118,7 @@ def companions_of(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises UserError if there is none."""
+    """Reads the object in a JSON file; raises UserError if the file holds no object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
