@@ -318,7 +318,7 @@ def test_a_loss_of_ones_own_is_in_titles_as_it_is_named_and_in_no_name_of_a_file
 def test_without_the_extra_the_remedy_is_named(package, module, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, f"alignment_gap.{module}", raising=False)
-    with pytest.raises(UserError, match=rf"^{package} .* is not installed: pip install alignment-gap\[study\]$"):
+    with pytest.raises(UserError, match=rf'^{package} .* is not installed: pip install "alignment-gap\[study\]"$'):
         importlib.import_module(f"alignment_gap.{module}")
 
 
