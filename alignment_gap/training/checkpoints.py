@@ -41,8 +41,10 @@ _LEFT = 3
 _SAVING = threading.Lock()
 # Metrics that can choose the best checkpoints, and a sign for each: signed, the highest value is the best.
 _SIGNS = {"loss": -1.0, "accuracy": 1.0}
-# If a save fails, each of Orbax's threads logs the error with a traceback. Not shown: the save raises the error too.
+# If a save fails, each of Orbax's threads logs the error with a traceback, and so does each of its asyncio tasks that
+# nobody awaits any more. Not shown: the save raises the error too.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and "orbax" in record.getMessage()))
 
 
 class DamagedCheckpoint(UserError):
