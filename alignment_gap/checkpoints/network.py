@@ -44,6 +44,7 @@ class Network:
       vocabulary: path of its vocabulary; None if unknown.
       vocabulary_digest: digest of the vocabulary; None if unknown.
       end_prompts: whether its training prompts end with the vocabulary's end id; None if unknown.
+      template: the template that its training prompts were prepared with; None if unknown.
       adapter: settings of the adapters, if the checkpoint holds adapters alone; else None.
       base: the checkpoint with the adapters' base.
       base_digest: digest of the base's parameters.
@@ -58,6 +59,7 @@ class Network:
     base: str | None = None
     base_digest: str | None = None
     end_prompts: bool | None = None
+    template: str | None = None
 
     def policy(self) -> Policy:
         """The policy, or the policy inside a preference model."""

@@ -195,7 +195,13 @@ class Assembly:
         is_random = not self.is_policy or config.adapter.dropout > 0
         return _traced_once(
             dataclasses.replace(
-                network, vocabulary=None, vocabulary_digest=None, base=None, base_digest=None, end_prompts=None
+                network,
+                vocabulary=None,
+                vocabulary_digest=None,
+                base=None,
+                base_digest=None,
+                end_prompts=None,
+                template=None,
             ),
             config.loss if self.is_policy else None,
             config.seed if is_random else None,

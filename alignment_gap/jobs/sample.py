@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from alignment_gap import checks
-from alignment_gap.checkpoints import Network
+from alignment_gap.checkpoints import Network, find_checkpoint, tokenizer_of
 from alignment_gap.data.batches.order import SEED_LIMIT
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import prompt_id
 from alignment_gap.data.text import Vocabulary, load_vocabulary, prompt_ids
+from alignment_gap.data.text.chat import PLAIN, Messages, Template, folder_template, load_template, messages_of
+from alignment_gap.data.text.pair import BadPair, Malformed
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
-from alignment_gap.folders import AnyPath, at
+from alignment_gap.folders import AnyPath, at, read_json
 from alignment_gap.jobs.generate import drawing, policy_network
 from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig, first_says, is_first_process, make_mesh, on_every_process
 from alignment_gap.training import load_policy
 
 FORMATS = ("text", "jsonl")
+# The value of `template` for prompts that no template writes.
+AS_THEY_ARE = "none"
+# A checkpoint's own file of settings for sampling, beside its tokenizer.
+GENERATION = "generation_config.json"
 # Bytes of a prompt that is typed.
 _LONGEST = 2**16
+# Maps a prompt and its place to token ids.
+Encode = Callable[[str | Messages, str], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +52,17 @@ class SampleConfig:
       step: which of its checkpoints; None for the last.
       prompts: a dataset, a .jsonl file whose records have a field "prompt", or a text file with a prompt on each line;
         None for the keyboard.
+      template: the chat template that writes prompts of a file or of the keyboard: a jinja file, the folder of a
+        tokenizer, "plain" for the marks of HH, or "none" for texts as they are; None for the template that the run's
+        prompts were prepared with or, if that is not known, the one that its tokenizer brings.
       limit: prompts that are answered, the first so many; None for all.
       samples: responses to a prompt.
       sampler: how tokens are drawn.
       response_length: most tokens of a response.
       seed: of the responses.
       vocabulary: the run's vocabulary, if it is not known or has moved.
-      end_prompts: whether prompts of a file or of the keyboard end with the vocabulary's end id; None for as those that
-        the run was trained on or, where that is not known, as the vocabulary's models are used to.
+      end_prompts: whether prompts of a file or of the keyboard end with the vocabulary's end id; None for what the
+        run's prompts did or, if that is not known, what is usual for the vocabulary.
       format: "text" to read, or "jsonl": a record for each prompt.
       batch_size: prompts at a time, over all devices.
       mesh: the device mesh.
@@ -59,6 +71,7 @@ class SampleConfig:
     run: str | None = None
     step: int | None = None
     prompts: str | None = None
+    template: str | None = None
     limit: int | None = None
     samples: int = 1
     sampler: SamplerConfig = SamplerConfig()
@@ -80,21 +93,27 @@ class SampleConfig:
 def sample_texts(config: SampleConfig) -> Iterator[str]:
     """A text for every prompt, as soon as it is answered.
 
+    With a chat template, an answer also ends with any end id of the tokenizer's generation_config.json.
+
     Raises:
-      UserError: the run or its vocabulary cannot be used, or a prompt cannot be read or encoded.
+      UserError: the run, its vocabulary or the template cannot be used, or a prompt cannot be read or encoded.
     """
     if config.run is None:
         raise UserError("run is not set: give the folder of a policy")
     mesh, run = make_mesh(config.mesh), config.run
     network = policy_network(run, config.step)
     vocabulary = on_every_process(lambda: _vocabulary(config, network))
+    template = on_every_process(lambda: _template(config, network))
+    stops = (vocabulary.eos_id, *(on_every_process(lambda: _further_ends(run, config.step)) if template else ()))
     policy, params = load_policy(run, mesh, config.step)
     ends = network.end_prompts if config.end_prompts is None else config.end_prompts
-    prompts = itertools.islice(_prompts(config.prompts, vocabulary, ends), config.limit)
+    conversation: list[dict[str, str]] | None = [] if template and config.prompts is None else None
+    encode = functools.partial(_encode, vocabulary, ends, template)
+    prompts = itertools.islice(_prompts(config.prompts, encode, conversation), config.limit)
     settings = {
         "samples": config.samples,
         "max_length": config.response_length,
-        "eos_id": vocabulary.eos_id,
+        "eos_id": stops,
         "config": config.sampler,
     }
     draw = drawing(policy, params, mesh, jax.random.key(config.seed), **settings)
@@ -108,6 +127,8 @@ def sample_texts(config: SampleConfig) -> Iterator[str]:
         for row, prompt in enumerate(asked):
             lengths = drawn.lengths[row]
             answers = [tokens[:length] for tokens, length in zip(drawn.responses[row], lengths, strict=True)]
+            if conversation is not None:
+                conversation.append({"role": "assistant", "content": _without_end(vocabulary, answers[0], stops)})
             yield show(vocabulary, prompt, answers, drawn.log_probs[row].sum(axis=-1))
 
 
@@ -135,14 +156,59 @@ def _vocabulary(config: SampleConfig, network: Network) -> Vocabulary:
     return vocabulary
 
 
-def _prompts(place: str | None, vocabulary: Vocabulary, ends: bool | None) -> Iterator[np.ndarray]:
-    """The prompts as token ids."""
+def _template(config: SampleConfig, network: Network) -> Template | None:
+    """How prompts are written as conversations; None for texts as they are."""
+    own = tokenizer_of(find_checkpoint(at(str(config.run)), config.step))
+    if config.template is not None:
+        return None if config.template == AS_THEY_ARE else load_template(config.template)
+    if network.template is not None:  # Prepared with "plain", records without messages are texts as they are.
+        return None if network.template == PLAIN else load_template(network.template)
+    return load_template(own) if own and folder_template(own)[0] else None
 
-    def encode(text: str) -> np.ndarray:
-        return np.array(prompt_ids(text, vocabulary, ends), np.int32)
 
+def _further_ends(run: str, step: int | None) -> tuple[int, ...]:
+    """The ids that end an answer beside the vocabulary's end id, as a tokenizer's generation_config.json names them."""
+    own = tokenizer_of(find_checkpoint(at(run), step))
+    if own is None or not (own / GENERATION).exists():
+        return ()
+    named = read_json(own / GENERATION, remedy="fetch the file again").get("eos_token_id", ())
+    return tuple(named) if isinstance(named, list) else ()
+
+
+def _without_end(vocabulary: Vocabulary, answer: np.ndarray, stops: Sequence[int]) -> str:
+    return vocabulary.decode(answer[:-1] if answer[-1] in stops else answer)
+
+
+def _encode(
+    vocabulary: Vocabulary, ends: bool | None, template: Template | None, prompt: str | Messages, where: str
+) -> np.ndarray:
+    """The token ids of a prompt: of a text, which is what a user says if there is a template, or of messages."""
+    try:
+        if template is not None:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            prompt = template.render(messages_of(messages, "prompt"), ask=True)
+        if not isinstance(prompt, str):
+            raise UserError(f"{where} holds messages, and the run has no chat template: give template")
+    except (BadPair, Malformed) as problem:
+        raise UserError(f"{where}: {': '.join(filter(None, problem.args))}") from None
+    return np.array(prompt_ids(prompt, vocabulary, ends), np.int32)
+
+
+def _prompts(place: str | None, encode: Encode, conversation: list[dict[str, str]] | None) -> Iterator[np.ndarray]:
+    """The prompts as token ids.
+
+    With a conversation, each line from the keyboard is the user's next turn in it; an empty line begins a new one.
+    """
     if place is None:
-        yield from map(encode, _typed())
+        for line in _typed():
+            if conversation is None:
+                if line:
+                    yield encode(line, "the keyboard")
+            elif not line:
+                conversation.clear()
+            else:
+                conversation.append({"role": "user", "content": line})
+                yield encode(conversation, "the keyboard")
     elif (at(place) / CARD).exists():
         yield from (example.prompt for example in open_dataset(place))
     elif not at(place).is_file():
@@ -150,30 +216,32 @@ def _prompts(place: str | None, vocabulary: Vocabulary, ends: bool | None) -> It
             f"prompts is {place!r}: give a dataset's folder or a file of prompts, or leave it out to type them"
         )
     else:
-        yield from map(encode, _lines(at(place)))
+        yield from itertools.starmap(encode, _lines(at(place)))
 
 
-def _lines(path: AnyPath) -> Iterator[str]:
+def _lines(path: AnyPath) -> Iterator[tuple[str | Messages, str]]:
+    """The prompts of a file, each with its place."""
     for number, line in enumerate(io.StringIO(path.read_text(encoding="utf-8")), 1):
+        where = f"{path}:{number}"
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
-            yield line.rstrip("\n")
+            yield line.rstrip("\n"), where
             continue
         try:
-            yield json.loads(line)["prompt"]
+            prompt = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}:{number} has no prompt: write {{"prompt": ...}}') from None
+            prompt = None
+        is_messages = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
+        if not (isinstance(prompt, str) or is_messages):
+            raise UserError(f'{where} has no prompt: write {{"prompt": ...}}, a text or messages with role and content')
+        yield prompt, where
 
 
 def _typed() -> Iterator[str]:
     """Lines from the keyboard of the first process, for all processes, up to the end of input."""
-    while True:
-        line = first_says(_read_line).tobytes().rstrip(b"\0").decode(errors="replace")
-        if not line:
-            return
-        if line.strip():
-            yield line.rstrip("\n")
+    while line := first_says(_read_line).tobytes().rstrip(b"\0").decode(errors="replace"):
+        yield line.strip("\n") if line.strip() else ""
 
 
 def _read_line() -> np.ndarray:

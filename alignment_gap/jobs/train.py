@@ -29,7 +29,7 @@ from alignment_gap.checkpoints import (
     tokenizer_of,
 )
 from alignment_gap.data.batches import PreferenceBatch
-from alignment_gap.data.records.card import ends_prompts, find_vocabulary, vocabulary_place
+from alignment_gap.data.records.card import ends_prompts, find_vocabulary, template_place, vocabulary_place
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at, copy_files
 from alignment_gap.jobs.assembly import (
@@ -137,7 +137,7 @@ def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
     vocabulary = find_vocabulary(dataset, place) if needs_vocabulary else None
     digest = dataset.card.vocabulary_digest
     network = on_every_process(lambda: _with_base(config, trained_network(config, digest, place, vocabulary)))
-    network = dataclasses.replace(network, end_prompts=ends_prompts(dataset))
+    network = dataclasses.replace(network, end_prompts=ends_prompts(dataset), template=template_place(dataset))
     online = config.source if isinstance(config.source, OnlineConfig) else None
     return Facts(
         network,

@@ -36,7 +36,7 @@ def make_generate(
     *,
     samples: int,
     max_length: int,
-    eos_id: int,
+    eos_id: int | tuple[int, ...],
     config: SamplerConfig,
     mixture: float | None = None,
 ) -> Callable[..., Samples]:

@@ -93,11 +93,11 @@ def sample(
     keys: Key[Array, "B K"],
     *,
     max_length: int,
-    eos_id: int,
+    eos_id: int | tuple[int, ...],
     config: SamplerConfig,
     mixture: Mixture | None = None,
 ) -> Samples:
-    """Draws K responses of at most `max_length` tokens for each prompt, each ending with its EOS.
+    """Draws K responses of at most `max_length` tokens for each prompt, each ending with its EOS, or one of several.
 
     Token t is drawn with the response's key folded with t. Decoding stops when all rows have ended. With a mixture,
     each token comes from the mixture of both networks' distributions; each network has its own cache.
@@ -124,7 +124,7 @@ def _decode(
     draw_from: Callable[[list[Array]], Array],
     *,
     max_length: int,
-    eos_id: int,
+    eos_id: int | tuple[int, ...],
 ) -> Samples:
     """The loop over tokens. It starts from caches that hold the prompts, and from each row's first input.
 
@@ -155,7 +155,7 @@ def _decode(
             drawn.log_probs.at[..., position].set(jnp.where(ended, 0.0, _chosen(logits[0], tokens))),
             drawn.sampler_log_probs.at[..., position].set(jnp.where(ended, 0.0, _chosen(from_, tokens))),
         )
-        return position + 1, tokens, ended | (tokens == eos_id), [cache for _, cache in steps], drawn
+        return position + 1, tokens, ended | jnp.isin(tokens, jnp.array(eos_id)), [cache for _, cache in steps], drawn
 
     def unfinished(state: Any) -> Any:
         return (state[0] < max_length) & ~jnp.all(state[2])

@@ -73,6 +73,18 @@ def _ends_prompts(provenance: Mapping[str, Any]) -> bool:
     return bool(provenance.get(END_PROMPTS)) or any(_ends_prompts(part["provenance"]) for part in inputs)
 
 
+def template_place(dataset: Dataset) -> str | None:
+    """The template that conversations of a dataset's first source were written with; None if nothing says it."""
+    return _template_of(dataset.card.provenance)
+
+
+def _template_of(provenance: Mapping[str, Any]) -> str | None:
+    own = provenance.get("source")
+    inputs = provenance.get("inputs", ())
+    named = own.get("template") if isinstance(own, Mapping) else None
+    return named or next((found for part in inputs if (found := _template_of(part["provenance"]))), None)
+
+
 def find_vocabulary(dataset: Dataset, given: str | None = None) -> Vocabulary:
     """The vocabulary that a dataset was encoded with.
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from alignment_gap.data.text.pair import BadPair, Malformed, as_text
 from alignment_gap.errors import UserError
+from alignment_gap.folders import AnyPath, at
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -84,15 +84,15 @@ def messages_of(rows: Messages, field: str) -> list[dict[str, str]]:
     return result
 
 
-def load_template(name: str) -> Template:
-    """The plain form, a jinja file, or what a tokenizer's folder brings.
+def load_template(name: str | AnyPath) -> Template:
+    """The plain form, a jinja file, or the chat template of a tokenizer's folder.
 
     Raises:
       UserError: there is no template, or it is not jinja.
     """
     if name == PLAIN:
         return Template()
-    path = pathlib.Path(name)
+    path = at(name)
     source, tokens = folder_template(path) if path.is_dir() else (_read(path), ())
     if source is None:
         raise UserError(f'{path} brings no chat template: give a jinja file, or "{PLAIN}"')
@@ -100,7 +100,7 @@ def load_template(name: str) -> Template:
     return Template(source, tokens)
 
 
-def folder_template(folder: pathlib.Path) -> tuple[str | None, tuple[tuple[str, str], ...]]:
+def folder_template(folder: AnyPath) -> tuple[str | None, tuple[tuple[str, str], ...]]:
     """A tokenizer folder's chat template, None where it has none, and the special tokens' texts."""
     config = _json(folder / "tokenizer_config.json")
     tokens = tuple((key, _token(value)) for key, value in config.items() if key.endswith("_token") and _token(value))
@@ -174,7 +174,7 @@ def _token(value: Any) -> str:
     return value.get("content", "") if isinstance(value, Mapping) else value if isinstance(value, str) else ""
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
+def _json(path: AnyPath) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
@@ -183,7 +183,7 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({error}): fetch the file again") from None
 
 
-def _read(path: pathlib.Path) -> str:
+def _read(path: AnyPath) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

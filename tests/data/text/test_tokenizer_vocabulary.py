@@ -1,8 +1,7 @@
 import json
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from byte_tokenizer import CHATML, make_tokenizer
 
 from alignment_gap.data.text import (
     Dropped,
@@ -17,31 +16,6 @@ from alignment_gap.data.text import (
 from alignment_gap.data.text.tokenizer_vocabulary import TokenizerVocabulary
 from alignment_gap.errors import UserError
 
-SPECIAL = {"<pad>": 0, "</s>": 1, "<s>": 2, "<unk>": 3}
-CHATML = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def make(folder, *, begins: bool = True, ends: bool = False, tokens: tuple = (), **names) -> tokenizers.Tokenizer:
-    """A tokenizer of single bytes with special tokens, saved as a checkpoint has it."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = SPECIAL | {piece: index for index, piece in enumerate(alphabet, start=len(SPECIAL))}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=pieces, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([*SPECIAL, *tokens])
-    if begins or ends:
-        template = ["<s>"] * begins + ["$A"] + ["</s>"] * ends
-        special = [("<s>", 2), ("</s>", 1)]
-        tokenizer.post_processor = processors.TemplateProcessing(single=" ".join(template), special_tokens=special)
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    named = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<pad>", "unk_token": "<unk>"} | names
-    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in named.items() if v}))
-    return tokenizer
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -49,7 +23,7 @@ def folder(tmp_path):
 
 
 def test_ids_are_those_of_the_library_with_explicit_special_ids(folder):
-    theirs = make(folder)
+    theirs = make_tokenizer(folder)
     for path in (folder, folder / "tokenizer.json"):
         ours = load_vocabulary(path)
         assert (ours.pad_id, ours.eos_id, ours.bos_id, ours.unk_id, ours.size) == (0, 1, 2, 3, 4 + 256)
@@ -61,9 +35,9 @@ def test_ids_are_those_of_the_library_with_explicit_special_ids(folder):
 
 
 def test_prompts_begin_as_the_tokenizers_own_do(folder):
-    make(folder)
+    make_tokenizer(folder)
     assert load_vocabulary(folder).bos_id == 2
-    make(folder, begins=False)
+    make_tokenizer(folder, begins=False)
     assert load_vocabulary(folder).bos_id is None
 
 
@@ -71,37 +45,37 @@ def test_prompts_begin_as_the_tokenizers_own_do(folder):
 @pytest.mark.parametrize("ends", [False, True])
 def test_prompts_end_as_the_tokenizers_own_do(folder, begins, ends):
     """Also where one token begins and ends."""
-    theirs = make(folder, begins=begins, ends=ends)
+    theirs = make_tokenizer(folder, begins=begins, ends=ends)
     assert prompt_ids("hello", load_vocabulary(folder)) == theirs.encode("hello").ids
     assert load_vocabulary(folder).ends_prompts == ends
     if begins:
-        make(folder, ends=ends, eos_token="<s>")
+        make_tokenizer(folder, ends=ends, eos_token="<s>")
         assert not load_vocabulary(folder).ends_prompts
 
 
 def test_without_a_padding_token_the_end_pads(folder):
-    make(folder, pad_token=None)
+    make_tokenizer(folder, pad_token=None)
     vocabulary = load_vocabulary(folder)
     assert vocabulary.pad_id == vocabulary.eos_id == 1
 
 
 def test_the_special_tokens_map_is_read_and_the_config_wins(folder):
-    make(folder, eos_token=None)
+    make_tokenizer(folder, eos_token=None)
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<unk>"}))
     assert load_vocabulary(folder).eos_id == 3
-    make(folder)
+    make_tokenizer(folder)
     assert load_vocabulary(folder).eos_id == 1
 
 
 def test_t5s_sentinels_are_counted(folder):
-    make(folder, tokens=tuple(f"<extra_id_{i}>" for i in reversed(range(5))))
+    make_tokenizer(folder, tokens=tuple(f"<extra_id_{i}>" for i in reversed(range(5))))
     vocabulary = load_vocabulary(folder)
     assert (vocabulary.extra_ids, vocabulary.size) == (5, 265)
     assert vocabulary.decode([vocabulary.size - 1]) == "<extra_id_0>"
 
 
 def test_truncation_and_padding_of_the_file_are_not_used(folder):
-    tokenizer = make(folder)
+    tokenizer = make_tokenizer(folder)
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=10)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -109,20 +83,20 @@ def test_truncation_and_padding_of_the_file_are_not_used(folder):
 
 
 def test_the_digest_follows_tokens_and_special_ids(folder):
-    make(folder)
+    make_tokenizer(folder)
     first = load_vocabulary(folder).digest
     assert load_vocabulary(folder).digest == first
-    make(folder, pad_token=None)
+    make_tokenizer(folder, pad_token=None)
     second = load_vocabulary(folder).digest
-    make(folder, tokens=("<x>",))
+    make_tokenizer(folder, tokens=("<x>",))
     assert len({first, second, load_vocabulary(folder).digest}) == 3
 
 
 def test_what_is_no_tokenizer_is_one_line(folder):
-    make(folder, eos_token=None)
+    make_tokenizer(folder, eos_token=None)
     with pytest.raises(UserError, match=r"tokenizer\.json has no eos_token: keep special_tokens_map\.json or"):
         load_vocabulary(folder)
-    make(folder)
+    make_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not JSON"):
         load_vocabulary(folder)
@@ -139,7 +113,9 @@ def test_what_is_no_tokenizer_is_one_line(folder):
 
 
 def test_a_checkpoints_template_and_tokenizer_make_one_begin_and_one_end(folder, tmp_path):
-    tokenizer = make(folder, tokens=("<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>", chat_template=CHATML)
+    tokenizer = make_tokenizer(
+        folder, tokens=("<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>", chat_template=CHATML
+    )
     row = {
         "prompt": [{"role": "user", "content": "hi"}],
         "chosen": [{"role": "assistant", "content": "yes"}],
@@ -158,12 +134,12 @@ def test_a_checkpoints_template_and_tokenizer_make_one_begin_and_one_end(folder,
 
 
 def test_a_prompt_over_the_limit_keeps_its_end_and_its_begin_id(folder):
-    make(folder)
+    make_tokenizer(folder)
     vocabulary, pair = load_vocabulary(folder), TextPair("abcdef", ("y", "n"), (1.0, 0.0))
     ids = vocabulary.encode("abcdef")
     for length, expected in [(7, [2, *ids]), (6, [2, *ids[1:]]), (2, [2, ids[-1]]), (1, [2])]:
         encoded = encode_pair(pair, vocabulary, Limits(length, 8, long_prompts="keep_end"))
         assert encoded.prompt.tolist() == expected and encoded.prompt_was_cut == (length < 7)
-    make(folder, begins=False)
+    make_tokenizer(folder, begins=False)
     encoded = encode_pair(pair, load_vocabulary(folder), Limits(2, 8, long_prompts="keep_end"))
     assert encoded.prompt.tolist() == ids[-2:]
