@@ -49,6 +49,8 @@ FORMATS = {
 # The format of adapters without their base. Its module has `open_adapters`, and its `write` takes other arguments.
 PEFT = "peft"
 _ADAPTERS = {PEFT: "alignment_gap.checkpoints.huggingface.peft"}
+# The formats whose folders have a model card, with the library that loads them.
+WITH_CARD = {"huggingface": "transformers", PEFT: "peft"}
 
 
 class Foreign(NamedTuple):
@@ -124,7 +126,12 @@ def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
 
 
 def export_checkpoint(
-    path: AnyPath, output: Path, name: str, step: int | None = None, companions: Path | None = None
+    path: AnyPath,
+    output: Path,
+    name: str,
+    step: int | None = None,
+    companions: Path | None = None,
+    card: str | None = None,
 ) -> None:
     """Writes the policy of our checkpoint in another format, tensor by tensor; `output` appears when it is complete.
 
@@ -136,6 +143,7 @@ def export_checkpoint(
       name: name of the format.
       step: step of the checkpoint; None for the last.
       companions: a folder with files that belong to the tensors, such as a tokenizer's; None uses the run's files.
+      card: text of the README.md of the new folder, for the formats in `WITH_CARD`; None for no such file.
 
     Raises:
       UserError: the format is unknown or cannot hold the policy, or the checkpoint is damaged.
@@ -163,6 +171,8 @@ def export_checkpoint(
             module.write(partial, network.model, network.adapter, stored.tensors)
         else:
             module.write(partial, network.model, plain_tensors(stored), companions or tokenizer)
+    if card is not None:
+        (partial / "README.md").write_text(card, encoding="utf-8")
     os.replace(partial, output)
 
 

@@ -62,17 +62,47 @@ def export(arguments: list[str]) -> None:
         flags.DEFINE_string(
             "tokenizer", None, "Folder of tokenizer files to go with it; by default the run's own.", flag_values=values
         )
+        flags.DEFINE_string(
+            "evaluation", None, "Folder of an evaluation of this checkpoint, for the model card.", flag_values=values
+        )
 
     parsed = parse(arguments, define, export.__doc__)
     if parsed is None:
         return
     values, _ = parsed
     checkpoint, name, output = (require(values, flag) for flag in ("checkpoint", "format", "output"))
-    from alignment_gap.checkpoints.formats import export_checkpoint
+    from alignment_gap.checkpoints.formats import WITH_CARD, export_checkpoint
+    from alignment_gap.jobs.model_card import model_card
 
+    run, folder = at(checkpoint), here(output, "another library's checkpoint")
+    if values.evaluation and name not in WITH_CARD:
+        raise UserError(f"evaluation is set, and {name} has no model card: leave it out, or export as huggingface")
+    library = WITH_CARD.get(name)
+    card = model_card(run, folder.name, library, values.step, values.evaluation) if library else None
     tokenizer = Path(values.tokenizer) if values.tokenizer else None
-    export_checkpoint(at(checkpoint), here(output, "another library's checkpoint"), name, values.step, tokenizer)
+    export_checkpoint(run, folder, name, values.step, tokenizer, card)
     print(output)
+
+
+def push(arguments: list[str]) -> None:
+    """Push an exported folder to the Hugging Face Hub, with the token in HF_TOKEN or of `hf auth login`.
+
+    alignment-gap checkpoint push --from=exported --to=me/online-ipo
+    """
+
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("from", None, "Folder that checkpoint export wrote.", flag_values=values)
+        flags.DEFINE_string("to", None, "Repository of the hub, USER/NAME.", flag_values=values)
+        flags.DEFINE_bool("private", False, "Whether a new repository is private.", flag_values=values)
+
+    parsed = parse(arguments, define, push.__doc__)
+    if parsed is None:
+        return
+    values, _ = parsed
+    folder, name = here(require(values, "from"), "what is pushed"), require(values, "to")
+    from alignment_gap.checkpoints.huggingface.hub import push as push_folder
+
+    print(push_folder(folder, name, values.private))
 
 
 def show(arguments: list[str]) -> None:
@@ -97,7 +127,12 @@ def show(arguments: list[str]) -> None:
         print(f"  {name:60}{tensor.dtype:10}{'x'.join(map(str, tensor.shape)) or 'scalar'}")
 
 
-SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {"import": import_, "export": export, "show": show}
+SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "import": import_,
+    "export": export,
+    "push": push,
+    "show": show,
+}
 
 
 def _summary(tensors: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ OF_ABSL = {"flagfile", "undefok"}
 LEAVES = [
     *(name for name in COMMANDS if name not in ("data", "checkpoint", "completion")),
     *(f"data {word}" for word in SUBCOMMANDS),
-    *(f"checkpoint {word}" for word in ("import", "export", "show")),
+    *(f"checkpoint {word}" for word in ("import", "export", "push", "show")),
     *(f"completion {word}" for word in ("bash", "zsh", "fish")),
 ]
 

@@ -45,7 +45,7 @@ SHARD_BYTES = 5_000_000_000
 
 def recognises(path: Path) -> bool:
     """Whether `path` is a folder with a config.json, or looks like the id of a repository on the hub."""
-    return (path / CONFIG).is_file() or (not path.parent.exists() and _is_hub_id(path))
+    return (path / CONFIG).is_file() or (not path.parent.exists() and is_hub_id(path))
 
 
 def open_foreign(path: Path) -> Foreign:
@@ -54,7 +54,7 @@ def open_foreign(path: Path) -> Foreign:
     Raises:
       UserError: the folder is not available, or its config or a file of tensors is not usable.
     """
-    folder = path if path.exists() or not _is_hub_id(path) else _download(str(path))
+    folder = path if path.exists() or not is_hub_id(path) else _download(str(path))
     model = read_config(read_json(folder / CONFIG), str(folder / CONFIG))
     tensors: dict[str, Tensor] = {}
     for file in _files(folder):
@@ -133,7 +133,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_hub_id(path: Path) -> bool:
+def is_hub_id(path: Path | str) -> bool:
+    """Whether a path or a name has the form of a repository of the hub, OWNER/NAME."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) is not None
 
 
