@@ -6,8 +6,8 @@ import http.server
 import json
 import threading
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from alignment_gap.checkpoints.huggingface.hub import push
 from alignment_gap.errors import UserError
@@ -62,8 +62,7 @@ def hub(monkeypatch):
     server.address = f"http://127.0.0.1:{server.server_port}"
     server.files, server.paths, server.private = {}, [], None
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(huggingface_hub.hf_api.constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with contextlib.closing(server.socket):
         yield server
@@ -98,7 +97,7 @@ BAD = {
 def test_what_cannot_be_pushed_is_one_line_without_the_token(name, hub, folder, tmp_path, monkeypatch):
     changes, message = BAD[name]
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     if "HF_TOKEN" in changes:
         monkeypatch.setenv("HF_TOKEN", changes["HF_TOKEN"]) if changes["HF_TOKEN"] else monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match=message) as error:
