@@ -11,6 +11,8 @@ from alignment_gap.checkpoints.network import Network
 from alignment_gap.checkpoints.tensors import Tensor
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at
+from alignment_gap.models.adapters import input_axes
+from alignment_gap.models.quantized import INT8, rounded
 
 
 def base_of(folder: AnyPath, network: Network) -> AnyPath:
@@ -35,13 +37,26 @@ def base_of(folder: AnyPath, network: Network) -> AnyPath:
 
 
 def plain_tensors(stored: Stored) -> dict[str, Tensor]:
-    """A checkpoint's parameters with plain kernels; reading a kernel adds its adapter to the base's kernel."""
+    """A checkpoint's parameters with plain kernels; reading a kernel adds its adapter to the base's kernel.
+
+    Kernels that the adapters' run held in int8 have the values of int8.
+    """
     network = stored.network
     if network is None or network.adapter is None:
         return stored.tensors
     base, scale = plain_tensors(open_checkpoint(base_of(stored.folder, network))), network.adapter.scale
+    if network.adapter.base_dtype == INT8:
+        base = base | {name: _rounded(base[name], inputs) for name, inputs in input_axes(network.policy()).items()}
     kernels = [name.removesuffix(".a") for name in stored.tensors if name.endswith(".a")]
     return base | {name: _sum(base[name], stored.tensors, name, scale) for name in kernels}
+
+
+def _rounded(kernel: Tensor, inputs: int) -> Tensor:
+    def read(layer: int | None) -> np.ndarray:
+        values = kernel.read(layer)
+        return np.asarray(rounded(values, inputs) if layer is None else rounded(values[None], inputs)[0])
+
+    return kernel._replace(read=read)
 
 
 def _sum(kernel: Tensor, adapters: Mapping[str, Tensor], name: str, scale: float) -> Tensor:

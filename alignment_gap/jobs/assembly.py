@@ -345,7 +345,7 @@ def _traced_once(
     evaluated: Objective = objective
     frozen: tuple[Any, ...] = ()
     if network.adapters is not None:
-        frozen = (abstract_base(network.policy(), mesh),)
+        frozen = (abstract_base(network.policy(), mesh, network.adapters.config.base_dtype),)
         evaluated = adapter_objective(objective, network.adapters)
         objective = adapter_objective(objective, network.adapters, None if seed is None else _key(seed, DROPOUT))
     transformation = make_optimizer(optimizer, steps=steps, parameters=abstract_parameters(network.init))

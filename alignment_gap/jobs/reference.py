@@ -117,26 +117,34 @@ def stored_references(assembly: Assembly, inputs: Inputs, open_bar: OpenBar) -> 
         return []
     policy, reference = assembly.policy, inputs.reference
     assert reference is not None
+    # Without a reference of its own, the job reads the base of its adapters, as it is held.
+    base_dtype = config.adapter.base_dtype if config.reference is None else None
     if config.reference_log_probs == "stored":
         size = reading.config.batch_size
         with open_bar(len(reading.examples), "scoring", " examples") as bar:
             shared: dict[str, Any] = {"batch_size": size, "buckets": reading.shapes, "progress": bar.update}
+            shared["base_dtype"] = base_dtype
             return [store_reference(dataset, policy, reference, mesh, **shared) for dataset in reading.datasets]
-    identities = [reference_identity(data, policy, reference.digest, reading.shapes) for data in reading.datasets]
+    identities = [
+        reference_identity(data, policy, reference.digest, reading.shapes, base_dtype) for data in reading.datasets
+    ]
     found = [open_reference(*each) for each in zip(reading.datasets, identities, strict=True)]
     # One process that does not see them yet, on a slow file system, would wait for the others in another program.
     is_incomplete = first_reason("" if all(found) else "something is not stored")
     return [] if is_incomplete else [stored for stored in found if stored]
 
 
-def reference_identity(dataset: Dataset, policy: Policy, digest: str, buckets: Sequence[Bucket]) -> dict[str, Any]:
+def reference_identity(
+    dataset: Dataset, policy: Policy, digest: str, buckets: Sequence[Bucket], base_dtype: str | None = None
+) -> dict[str, Any]:
     """What decides a dataset's log-probs: the dataset, the digest of the parameters, the lengths and the precision."""
+    precision = {"compute": policy.config.dtype, "matmul": jax.config.values["jax_default_matmul_precision"]}
     return {
         "dataset": dataset.card.digest,
         "checkpoint": digest,
         "model": {name: value for name, value in to_dict(policy.config).items() if name not in _OF_TRAINING},
         "lengths": [list(bucket) for bucket in buckets],
-        "precision": {"compute": policy.config.dtype, "matmul": jax.config.values["jax_default_matmul_precision"]},
+        "precision": precision | ({"base": base_dtype} if base_dtype else {}),
     }
 
 
@@ -149,6 +157,7 @@ def store_reference(
     batch_size: int,
     buckets: Sequence[Bucket],
     progress: Callable[[int], object] = lambda examples: None,
+    base_dtype: str | None = None,
 ) -> ReferenceLogProbs:
     """The dataset's log-probs under the policy: those that are stored, or else computed and stored now.
 
@@ -162,12 +171,13 @@ def store_reference(
       batch_size: examples that are scored at once, over all devices.
       buckets: the shapes (P, R) that batches are padded to, the last one of the longest lengths.
       progress: is told how many examples are newly done.
+      base_dtype: dtype of the parameters' projections if they are the base of adapters; see `AdapterConfig`.
 
     Raises:
       UserError: what is stored is of another version of the dataset or was changed, or a token id is outside of the
         policy's vocabulary.
     """
-    identity = reference_identity(dataset, policy, params.digest, buckets)
+    identity = reference_identity(dataset, policy, params.digest, buckets, base_dtype)
     if stored := on_every_process(lambda: open_reference(dataset, identity)):
         return stored
     batches = offline_source(

@@ -63,6 +63,7 @@ from alignment_gap.training import (
     Checkpoints,
     KeepConfig,
     TrainState,
+    base_key,
     create_state,
     load_base,
     load_params,
@@ -98,7 +99,7 @@ def open_training(config: JobConfig) -> Opened:
     assembly.check_loss(_example_batch(assembly, reading))
     start, network = _start(assembly), assembly.facts.network
     # Judge and reference share the base, where they are adapters of the same one.
-    bases: Bases = {(network.base_digest, network.model.dtype): start.read} if start and network.base_digest else {}
+    bases: Bases = {base_key(network): start.read} if start and network.base_digest else {}
     judge, online = None, config.online
     if online is not None and online.judge.judge is not None:
         judge = open_judge(online.judge, (fresh or reading).datasets[0], assembly.mesh, bases)
@@ -183,7 +184,8 @@ def _start(assembly: Assembly) -> Parameters | None:
     if config.start is None:
         return None
     folder, network = _checked(config.start, config.start_step, assembly)
-    load = load_base if assembly.adapters else load_plain
+    adapter = assembly.facts.network.adapter
+    load = functools.partial(load_base, base_dtype=adapter.base_dtype) if adapter else load_plain
     return Parameters(lambda: load(folder, network, assembly.mesh), read_digest(folder))
 
 

@@ -20,7 +20,9 @@ from jaxtyping import Array
 from alignment_gap import checks
 from alignment_gap.errors import UserError
 from alignment_gap.models.low_rank import LowRank
-from alignment_gap.models.policy import Policy, abstract_parameters
+from alignment_gap.models.policy import Policy, abstract_parameters, compute_params
+from alignment_gap.models.quantized import INT8, Quantized, quantize, rounded
+from alignment_gap.sharding import is_box, unbox
 
 ATTENTION, MLP = ("query", "key", "value", "out"), ("wi_0", "wi_1", "wo")
 # Names for groups of projections, and PEFT's names of single projections, for decoders and T5.
@@ -43,12 +45,15 @@ class AdapterConfig:
         projection by its name here ("query") or in PEFT ("q_proj"). The name of a part takes all its projections
         ("decoder"); as a prefix it takes one projection of this part only ("self_attention.query").
       dropout: fraction of the adapters' inputs that is set to zero in training.
+      base_dtype: "int8" holds all projections of the base in int8, with a scale for each output; None holds them in the
+        dtype of the computation.
     """
 
     rank: int | None = None
     alpha: float = 32.0
     targets: tuple[str, ...] = ("attention", "mlp")
     dropout: float = 0.0
+    base_dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError if a setting is out of range."""
@@ -56,6 +61,8 @@ class AdapterConfig:
         checks.above(self, 0, "alpha")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
+        if self.base_dtype not in (None, INT8):
+            raise UserError(f"base_dtype is {self.base_dtype!r}: choose {INT8}, or None for that of the computation")
         if not self.targets:
             raise UserError(f"targets is empty: name projections, such as {', '.join(AdapterConfig.targets)}")
 
@@ -121,6 +128,13 @@ class Adapters:
             tree = _with(tree, place, LowRank(_at(base, place), a, b, keys, self.config.dropout))
         return tree
 
+    def rounded(self, base: Any) -> Any:
+        """A base in float32 whose projections have the values that int8 gives them."""
+        for name, inputs in input_axes(self.policy).items():
+            path = tuple(name.split("."))
+            base = _with(base, path, rounded(_at(base, path), inputs))
+        return base
+
     def _targeted(self) -> dict[str, Any]:
         """The kernels, in boxes, of the targeted projections."""
         named = projections(self.policy)
@@ -146,6 +160,32 @@ def projections(policy: Policy) -> dict[str, Any]:
         if path[-1] == "kernel" and "layers" in path:
             found[".".join(part for part in path[:-1] if part != "layers")] = box
     return found
+
+
+def abstract_base(policy: Policy, base_dtype: str | None = None) -> Any:
+    """Shapes and dtypes of a base as it is held in memory, in boxes with their logical axes; see `AdapterConfig`."""
+    boxed = abstract_parameters(policy.init)
+    held = jax.eval_shape(functools.partial(compute_params, policy), unbox(boxed))
+    tree = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), boxed, held, is_leaf=is_box)
+    if base_dtype == INT8:
+        for name, box in projections(policy).items():
+            tree = _with(tree, _place(name), _abstract_quantized(box))
+    return tree
+
+
+def _abstract_quantized(box: Any) -> Quantized:
+    layers, *axes = box.names
+    inputs, outputs = split_axes(axes, axes)
+    shapes = jax.eval_shape(functools.partial(quantize, inputs=len(inputs)), box.value)
+    return Quantized(
+        nn.LogicallyPartitioned(shapes.values, box.names), nn.LogicallyPartitioned(shapes.scale, (layers, *outputs))
+    )
+
+
+def input_axes(policy: Policy) -> dict[str, int]:
+    """The number of input axes of each projection's kernel, by the dotted name of the kernel among the parameters."""
+    named = projections(policy)
+    return {kernel_name(name): len(split_axes(box.names[1:], box.names[1:])[0]) for name, box in named.items()}
 
 
 def kernel_name(name: str) -> str:

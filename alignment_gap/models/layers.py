@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from alignment_gap.models.low_rank import LowRank
+from alignment_gap.models.quantized import Quantized, quantized_product
 from alignment_gap.models.stack import PRODUCT
 from alignment_gap.sharding import constrain
 
@@ -83,13 +84,19 @@ def _product_backward(
 product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
-def _named_product(x: Array, kernel: Array | LowRank, dimensions: Any, precision: Any) -> Array:
+def _named_product(x: Array, kernel: Array | LowRank | Quantized, dimensions: Any, precision: Any) -> Array:
     """The product with a name for remat, whose policies do not see products inside a custom gradient rule."""
     if not isinstance(kernel, LowRank):
-        return checkpoint_name(product(x, kernel, dimensions, precision), PRODUCT)
+        return checkpoint_name(_product_of(x, kernel, dimensions, precision), PRODUCT)
     low = product(kernel.dropped(x), kernel.a, dimensions, precision)
     delta = product(low, kernel.b, (((low.ndim - 1,), (0,)), ((), ())), precision)
-    return checkpoint_name(product(x, kernel.kernel, dimensions, precision) + delta, PRODUCT)
+    return checkpoint_name(_product_of(x, kernel.kernel, dimensions, precision) + delta, PRODUCT)
+
+
+def _product_of(x: Array, kernel: Array | Quantized, dimensions: Any, precision: Any) -> Array:
+    if isinstance(kernel, Quantized):
+        return quantized_product(x, kernel.values, kernel.scale, dimensions, precision)
+    return product(x, kernel, dimensions, precision)
 
 
 def _cast(x: Any, kernel: Any, bias: Any, *, dtype: Any) -> tuple[Any, ...]:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from alignment_gap.models.quantized import is_quantized
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,12 @@ class LowRank:
 
 
 def merged(params: Any) -> Any:
-    """Parameters with plain kernels: every low-rank delta is added to its kernel."""
-    return jax.tree.map(lambda leaf: leaf.merged() if is_low_rank(leaf) else leaf, params, is_leaf=is_low_rank)
+    """Parameters in which every low-rank delta is added to its kernel, except to kernels in int8, which stay so."""
+
+    def whole(leaf: Any) -> Any:
+        return leaf.merged() if is_low_rank(leaf) and not is_quantized(leaf.kernel) else leaf
+
+    return jax.tree.map(whole, params, is_leaf=is_low_rank)
 
 
 def is_low_rank(leaf: Any) -> bool:

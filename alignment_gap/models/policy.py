@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -163,13 +163,14 @@ def _log_probs(output: Output, hidden: Array, responses: Array, mask: Array) -> 
 def compute_params(policy: Policy, params: Any) -> Any:
     """Casts the parameters to the dtype of the computation, except norms and position biases, which stay float32.
 
-    Each use casts them anyway, so results do not change. Cast once, a loop over tokens reads half the bytes.
+    Each use casts them anyway, so results do not change. Cast once, a loop over tokens reads half the bytes. Kernels in
+    int8 stay so.
     """
 
-    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
         return leaf if path[-1].key in ("scale", "rel_embedding") else leaf.astype(policy.config.dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda node: not isinstance(node, Mapping))
 
 
 # Tracing `init` is the slow part of finding a state's shapes, and a study opens the same network often.

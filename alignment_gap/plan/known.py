@@ -43,6 +43,7 @@ class Overrides:
       slices: number of slices of the topology; the data-centre network joins them.
       optimizer: one of `training.optimizers.NAMES`.
       adapter_rank: rank of the low-rank adapters; the plan then trains them instead of all parameters.
+      base_dtype: dtype of the adapters' base: int8, or that of the computation.
       remat: what the backward pass recomputes: none, dots or full.
       dtype: precision of the computation: float32 or bfloat16.
     """
@@ -57,6 +58,7 @@ class Overrides:
     slices: int | None = None
     optimizer: str | None = None
     adapter_rank: int | None = None
+    base_dtype: str | None = None
     remat: str | None = None
     dtype: str | None = None
 
@@ -68,7 +70,7 @@ class Overrides:
         """The job with these settings; raises UserError if the job refuses one of them."""
         mesh = _replaced(job.mesh, layout=self.layout, slices=self.slices)
         optimizer = _replaced(job.optimizer, name=self.optimizer)
-        adapter = _replaced(job.adapter, rank=self.adapter_rank)
+        adapter = _replaced(job.adapter, rank=self.adapter_rank, base_dtype=self.base_dtype)
         return _replaced(job, mesh=mesh, optimizer=optimizer, adapter=adapter, microbatches=self.microbatches)
 
 

@@ -175,7 +175,7 @@ def build(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[Any, tup
     if program.kind == "update":
         state = assembly.abstract
         return assembly.update_step, (state, assembly.abstract_batch(), *assembly.frozen), state.params
-    params = _abstract_whole(program, mesh)
+    params = _abstract_whole(program, job, mesh)
     batch = assembly.texts(program.batch)
     prompts, texts = (batch.prompts, batch.prompt_lengths), (batch.responses, batch.response_lengths)
     if program.kind in SAMPLES:
@@ -193,17 +193,18 @@ def build(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[Any, tup
     return scores, (params, *prompts, *texts), params
 
 
-def _abstract_whole(program: Program, mesh: LogicalMesh) -> Any:
+def _abstract_whole(program: Program, job: JobConfig, mesh: LogicalMesh) -> Any:
     """Shapes and shardings of a program's parameters; if it uses the adapters' base, this is the base's tree."""
     network = program.facts.network
     if network.adapters is None and not program.shares:
         return abstract_params(network.init, mesh)
-    base = abstract_base(network.policy(), mesh)
+    base = _abstract_base(program, job, mesh)
     return base if network.adapters is None else network.adapters.placed(base, abstract_params(network.init, mesh))
 
 
-def _shared(program: Program, mesh: LogicalMesh) -> int:
-    return _shard_bytes(abstract_base(program.facts.network.policy(), mesh)) if program.shares else 0
+def _abstract_base(program: Program, job: JobConfig, mesh: LogicalMesh) -> Any:
+    network = program.facts.network
+    return abstract_base(network.policy(), mesh, (network.adapter or job.adapter).base_dtype)
 
 
 def compile_here(config: PlanConfig, program: Program) -> Compiled:
@@ -215,7 +216,8 @@ def compile_here(config: PlanConfig, program: Program) -> Compiled:
     state = _shard_bytes((arguments[0], arguments[2:])) if program.kind == "update" else 0
     # The same abstract parameters twice mean two networks: the reference has the policy's shapes.
     networks = max(sum(each is params for each in arguments), 1)
-    base = Compiled(_shard_bytes(params), state, networks, *_flops(program, job, mesh), shared=_shared(program, mesh))
+    shared = _shard_bytes(_abstract_base(program, job, mesh)) if program.shares else 0
+    base = Compiled(_shard_bytes(params), state, networks, *_flops(program, job, mesh), shared=shared)
     platform = "tpu" if topology.kind in TPUS else topology.kind
     lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
     try:

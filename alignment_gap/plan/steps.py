@@ -166,8 +166,10 @@ def _judging(
     if network is None:
         return []
     network.preference_model()  # Raises if the network is a policy.
-    # A checkpoint names a step's folder as its base, a job names a run's folder.
-    shares = bool(policy and policy.adapter and network.adapter and f"{network.base}/".startswith(f"{policy.base}/"))
+    shares = False
+    if policy and policy.adapter and network.adapter and network.adapter.base_dtype == policy.adapter.base_dtype:
+        # A checkpoint names a step's folder as its base, a job names a run's folder.
+        shares = f"{network.base}/".startswith(f"{policy.base}/")
     return [Program(name, "judge", Facts(network, shape), True, judge.labels, shares)]
 
 

@@ -115,13 +115,22 @@ def spec_within(shape: Sequence[int], *names: str | None) -> PartitionSpec | Non
     return partition_spec(names, shape, mesh.shape, rules)
 
 
-def _is_box(leaf: Any) -> bool:
+def is_box(leaf: Any) -> bool:
+    """Whether a node of parameters is a box: an array with its logical axis names."""
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
 def constrain_like(boxed: Any, tree: Any) -> Any:
-    """Shards a tree of arrays, as `constrain` does, by the axis names of (abstract) boxed parameters."""
-    return jax.tree.map(lambda box, x: constrain(x, *box.names), boxed, tree, is_leaf=_is_box)
+    """Shards a tree of arrays, as `constrain` does, by the axis names of (abstract) boxed parameters.
+
+    Several arrays may be in the place of one parameter, such as a kernel with adapters; the first has the axes' names.
+    """
+
+    def constrained(box: Any, node: Any) -> Any:
+        (first, *rest), structure = jax.tree.flatten(node)
+        return jax.tree.unflatten(structure, [constrain(first, *box.names), *rest])
+
+    return jax.tree.map(constrained, boxed, tree, is_leaf=is_box)
 
 
 def shardings_of(tree: Any, mesh: LogicalMesh) -> Any:
@@ -132,21 +141,21 @@ def shardings_of(tree: Any, mesh: LogicalMesh) -> Any:
     """
 
     def sharding(leaf: Any) -> NamedSharding:
-        if not _is_box(leaf) or len(leaf.names) != leaf.value.ndim:
+        if not is_box(leaf) or len(leaf.names) != leaf.value.ndim:
             return replicated(mesh)
         return NamedSharding(mesh.devices, partition_spec(leaf.names, leaf.value.shape, mesh.shape, mesh.rules))
 
-    return jax.tree.map(sharding, tree, is_leaf=_is_box)
+    return jax.tree.map(sharding, tree, is_leaf=is_box)
 
 
 def of_axes(function: Callable[[tuple[str | None, ...]], Any], boxed: Any) -> Any:
     """The tree of a function's results for the axis names of each of the (abstract) boxed parameters."""
-    return jax.tree.map(lambda box: function(box.names), boxed, is_leaf=_is_box)
+    return jax.tree.map(lambda box: function(box.names), boxed, is_leaf=is_box)
 
 
 def unbox(tree: Any) -> Any:
     """The tree with plain arrays, without the boxes that hold logical axis names."""
-    return jax.tree.map(lambda leaf: leaf.value if _is_box(leaf) else leaf, tree, is_leaf=_is_box)
+    return jax.tree.map(lambda leaf: leaf.value if is_box(leaf) else leaf, tree, is_leaf=is_box)
 
 
 def batch_sharding(mesh: LogicalMesh) -> NamedSharding:

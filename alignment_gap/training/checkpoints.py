@@ -29,6 +29,7 @@ from alignment_gap.checkpoints.tensors import shapes_of
 from alignment_gap.errors import StorageError, UserError, is_disk_full
 from alignment_gap.folders import AnyPath, at, remove_folder
 from alignment_gap.models import Policy, PreferenceModel, merged
+from alignment_gap.models.quantized import INT8, is_quantized, quantize
 from alignment_gap.sharding import LogicalMesh, first_reason, first_says, on_every_process, on_first_process
 from alignment_gap.storage import Url
 from alignment_gap.training.bucket import BucketManager
@@ -330,8 +331,15 @@ def _put_aside(folder: AnyPath) -> None:
         os.replace(folder, aside)
 
 
-# Functions that return the parameters of a base already in memory, by its digest and its dtype in memory.
-Bases = Mapping[tuple[str | None, str], Callable[[], Any]]
+# What tells a base in memory: its digest, the dtype of the computation, and the dtype of its projections if another.
+BaseKey = tuple[str | None, str, str | None]
+# Functions that return the parameters of a base already in memory.
+Bases = Mapping[BaseKey, Callable[[], Any]]
+
+
+def base_key(network: Network) -> BaseKey:
+    """What tells the base of a network's adapters in memory."""
+    return network.base_digest, network.model.dtype, network.adapter.base_dtype if network.adapter else None
 
 
 def load_policy(path: str | AnyPath, mesh: LogicalMesh, step: int | None = None) -> tuple[Policy, Any]:
@@ -363,7 +371,7 @@ def load_params(folder: AnyPath, network: Network, mesh: LogicalMesh, bases: Bas
     """The parameters of a step's checkpoint, sharded over the mesh.
 
     For a checkpoint of adapters, the result is the base with the adapters in place. If the base is in `bases`, it is
-    shared; else it is loaded, and kept in the dtype of the computation.
+    shared; else it is loaded, and kept as `AdapterConfig.base_dtype` says.
 
     Raises:
       UserError: the checkpoint is damaged or of another network, or the adapters' base has changed.
@@ -371,30 +379,41 @@ def load_params(folder: AnyPath, network: Network, mesh: LogicalMesh, bases: Bas
     params = _restored(folder, network, mesh)
     if network.adapters is None:
         return params
-    known = bases.get((network.base_digest, network.model.dtype))
+    known = bases.get(base_key(network))
     if known is None:
-        base = base_of(folder, network)
-        known = functools.partial(load_base, base, dataclasses.replace(known_network(base), model=network.model), mesh)
+        base, base_dtype = base_of(folder, network), network.adapters.config.base_dtype
+        source = dataclasses.replace(known_network(base), model=network.model)
+        known = functools.partial(load_base, base, source, mesh, base_dtype)
     return network.adapters.on(known(), params)
 
 
-def load_base(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
-    """The parameters of a checkpoint as the base of adapters: plain kernels, in the dtype of the computation."""
+def load_base(folder: AnyPath, network: Network, mesh: LogicalMesh, base_dtype: str | None = None) -> Any:
+    """The parameters of a checkpoint as the base of adapters, held as `AdapterConfig.base_dtype` says."""
     held, tree = jax.tree.flatten(load_plain(folder, network, mesh))
+    abstract = abstract_base(network.policy(), mesh, base_dtype)
     # One array at a time, so that there is no second copy of all parameters.
-    for place, like in enumerate(jax.tree.leaves(abstract_base(network.policy(), mesh))):
-        held[place] = held[place].astype(like.dtype)
+    for place, like in enumerate(jax.tree.leaves(abstract, is_leaf=is_quantized)):
+        if is_quantized(like):
+            inputs = like.values.ndim - like.scale.ndim
+            held[place] = jax.jit(quantize, static_argnums=1, out_shardings=shardings_like(like))(held[place], inputs)
+        else:
+            held[place] = held[place].astype(like.dtype)
     return jax.tree.unflatten(tree, held)
 
 
 def load_plain(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
-    """The float32 parameters of a checkpoint with plain kernels: adapters are added to the kernels of their base."""
+    """The float32 parameters of a checkpoint with plain kernels: adapters are added to the kernels of their base.
+
+    Kernels that the adapters' run held in int8 have the values of int8.
+    """
     params = _restored(folder, network, mesh)
     if network.adapters is None:
         return params
     place = base_of(folder, network)
     base = load_plain(place, known_network(place), mesh)
     shardings = shardings_like(abstract_params(network.policy().init, mesh))
+    if network.adapters.config.base_dtype == INT8:
+        base = jax.jit(network.adapters.rounded, out_shardings=shardings)(base)
     return jax.jit(merged, out_shardings=shardings)(network.adapters.on(base, params))
 
 

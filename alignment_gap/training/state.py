@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from alignment_gap.models import Policy, abstract_parameters, compute_params
+from alignment_gap.models import Policy, abstract_parameters, adapters
 from alignment_gap.sharding import LogicalMesh, shardings_of, unbox
 from alignment_gap.training.guard import Skipped, nothing_skipped
 
@@ -56,14 +56,9 @@ def abstract_params(init: Callable[[Array], Any], mesh: LogicalMesh) -> Any:
     return _laid_out(abstract_parameters(init), mesh)
 
 
-def abstract_base(policy: Policy, mesh: LogicalMesh) -> Any:
-    """As `abstract_params`, for the base of adapters, which is kept in the dtype of the computation."""
-    params = abstract_params(policy.init, mesh)
-    return jax.tree.map(
-        lambda held, like: jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=like.sharding),
-        jax.eval_shape(functools.partial(compute_params, policy), params),
-        params,
-    )
+def abstract_base(policy: Policy, mesh: LogicalMesh, base_dtype: str | None = None) -> Any:
+    """As `abstract_params`, for the base of adapters as it is held in memory; see `AdapterConfig.base_dtype`."""
+    return _laid_out(adapters.abstract_base(policy, base_dtype), mesh)
 
 
 def create_state(

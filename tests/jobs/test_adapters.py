@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -18,9 +19,9 @@ from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig
 from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.train import open_training
 from alignment_gap.judges import JudgeConfig
-from alignment_gap.models import AdapterConfig, merged
+from alignment_gap.models import AdapterConfig, merged, score
 from alignment_gap.sharding import MeshConfig, make_mesh
-from alignment_gap.training import OptimizerConfig, load_policy
+from alignment_gap.training import OptimizerConfig, load_plain, load_policy
 
 
 @pytest.fixture(scope="session")
@@ -127,6 +128,53 @@ def test_online_its_own_samples_are_judged_and_trained_on(ipo_config, adapted_ju
     assert lines[0]["margin"] == 0.0 and lines[1]["margin"] != 0.0
     names = {name for name in arrays(run) if name.startswith("copies.sampler.")}
     assert len(names) == len(open_checkpoint(run).tensors)
+
+
+@pytest.fixture(scope="module")
+def rounded(ipo_config, tmp_path_factory):
+    """The folder of a run of adapters on a base in int8."""
+    adapter = dataclasses.replace(ipo_config.adapter, base_dtype="int8")
+    return run_job(dataclasses.replace(ipo_config, adapter=adapter), tmp_path_factory.mktemp("adapters") / "int8")
+
+
+def test_a_base_in_int8_is_the_reference_too(rounded, ipo, sft):
+    first, *_, last = metrics(rounded)
+    assert first["chosen_log_ratio"] == first["rejected_log_ratio"] == 0.0 and first["loss"] == 25.0
+    assert last["loss"] < first["loss"]
+    # Close to the run on the base itself, and not equal to it.
+    other = metrics(ipo)[-1]["loss"]
+    assert last["loss"] != other and last["loss"] == pytest.approx(other, rel=0.1)
+    (_, params), (_, base) = (load_policy(folder, make_mesh(MeshConfig())) for folder in (rounded, sft))
+    held = kernels(params).kernel
+    assert held.values.dtype == np.int8
+    largest = np.abs(kernels(base)).max(axis=1, keepdims=True)
+    assert (np.abs(held.dequantized() - kernels(base)) <= largest / 254 + 1e-7).all()
+
+
+def test_a_sum_with_a_base_in_int8_is_the_policy_that_was_trained(rounded):
+    """Tensor by tensor for an export, and on the devices for a run that starts from it."""
+    mesh, stored = make_mesh(MeshConfig()), open_checkpoint(rounded)
+    policy, params = load_policy(rounded, mesh)
+    plain = load_plain(stored.folder, stored.network, mesh)
+    for name, tensor in plain_tensors(stored).items():
+        value = plain
+        for part in name.split("."):
+            value = value[part]
+        np.testing.assert_allclose(value, tensor.read(None), rtol=1e-6, atol=1e-7, err_msg=name)
+    scored = jax.jit(functools.partial(score, policy))
+    rng = np.random.default_rng(0)
+    prompts, responses = (rng.integers(2, 100, shape).astype(np.int32) for shape in ((3, 6), (3, 2, 5)))
+    texts = prompts, np.full(3, 6, np.int32), responses, np.full((3, 2), 5, np.int32)
+    np.testing.assert_allclose(scored(params, *texts), scored(plain, *texts), atol=1e-4)
+
+
+def test_stored_log_probs_of_the_base_itself_are_not_those_of_int8(ipo_config, pairs, tmp_path):
+    shutil.copytree(pairs, tmp_path / "pairs")
+    source = dataclasses.replace(ipo_config.source, folder=str(tmp_path / "pairs"))
+    config = dataclasses.replace(ipo_config, source=source, steps=1, reference_log_probs="stored")
+    adapter = dataclasses.replace(config.adapter, base_dtype="int8")
+    for number, each in enumerate((config, dataclasses.replace(config, adapter=adapter))):
+        assert metrics(run_job(each, tmp_path / f"run{number}"))[0]["chosen_log_ratio"] == pytest.approx(0, abs=1e-5)
 
 
 def test_it_is_evaluated_against_its_base(ipo, pairs, tmp_path):
