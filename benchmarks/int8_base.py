@@ -2,7 +2,7 @@
 
     python benchmarks/int8_base.py --run runs/sft --dataset runs/prepared/validation --prompts 256
 
-Rounded are all parameters to bfloat16, or the projections to int8 as `AdapterConfig.base_dtype` does. The computation is
+It rounds all parameters to bfloat16, or the projections to int8 as `AdapterConfig.base_dtype` does. The computation is
 in float32 both times, so that the parameters alone differ. Responses are samples of the policy; the KL of each token is
 exact over the vocabulary.
 """
