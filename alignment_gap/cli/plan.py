@@ -5,6 +5,7 @@ alignment-gap plan --gin_file=gin/runs/online_ipo.gin --gin.PROMPTS=prepared/tra
 alignment-gap plan --config=configs/study/tiny.py --job=seed0-golden --topology=v5e:2x4
 alignment-gap plan --model=t5_xxl --topology=v5e:16x16 --layout=fsdp --batch=512 --json=plan.json
 alignment-gap plan --model=t5_xl --online --judge=t5_large --topology=v5p:4x4x4 --batch=64
+alignment-gap plan --model=t5_large --topology=v5e:2x4 --batch=32 --best=t5_large_v5e-8.gin
 
 The job is that of gin files, one of a study's, or, without either, IPO of --model. Its folders need not be there: then
 --model, --judge, --prompt_length and --response_length say what they will hold. These and the other flags go before
@@ -15,10 +16,12 @@ compiler (pip install 'jax[tpu]'). Exit status 1 where the job does not fit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,7 @@ from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
     from alignment_gap.plan.known import Overrides
+    from alignment_gap.plan.plan import Plan
     from alignment_gap.plan.steps import PlanConfig
 
 # What is planned without a job: lengths and batch of the paper (2405.08448), and the least memory.
@@ -56,7 +60,8 @@ def main(arguments: list[str]) -> None:
     from alignment_gap.plan.plan import make_plan
     from alignment_gap.plan.report import as_json, as_text
 
-    plan = make_plan(config, say=lambda line: print(line, file=sys.stderr))
+    say: Callable[[str], None] = functools.partial(print, file=sys.stderr)
+    plan = make_plan(config, say=say) if values.best is None else _best_plan(config, values, arguments, say)
     print(as_text(plan))
     if values.json is not None:
         path = at(values.json)
@@ -64,6 +69,27 @@ def main(arguments: list[str]) -> None:
         write_bytes(path, json.dumps(as_json(plan), indent=1).encode())
     if not plan.fits:
         sys.exit(1)
+
+
+def _best_plan(
+    config: PlanConfig, values: flags.FlagValues, arguments: Sequence[str], say: Callable[[str], None]
+) -> Plan:
+    """Searches the best settings and writes them as a gin file; the plan of what is nearest if nothing fits."""
+    from alignment_gap.folders import at, write_bytes
+    from alignment_gap.plan.best import find_best
+    from alignment_gap.plan.report import gin_text
+
+    search = find_best(config, values.compiles, say=say)
+    found = "all that are tried" if search.is_complete else f"--compiles={values.compiles} ended the search"
+    print(f"{len(search.trials)} settings tried, {search.compiled} programs compiled: {found}")
+    if search.best is None:
+        return min((trial.plan for trial in search.trials), key=lambda plan: plan.needed)
+    path = at(values.best)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["alignment-gap", "plan", *arguments[1:]])
+    write_bytes(path, gin_text(search, command, values.model).encode())
+    print(f"{search.best.choice}: {path}\n")
+    return search.best.plan
 
 
 def read_config(arguments: Sequence[str]) -> tuple[PlanConfig, flags.FlagValues] | None:
@@ -113,10 +139,12 @@ def _define(values: flags.FlagValues) -> None:
         ("job", "A job of the study that --config gives, by its name."),
         ("topology", "Devices: v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, cpu:8 or cuda:8."),
         ("json", "File for everything that is found."),
+        ("best", "Gin file for the settings with the least step time: layout, mesh, remat, microbatches, moments."),
     ):
         flags.DEFINE_string(name, None, says, flag_values=values)
     flags.DEFINE_boolean("online", False, "Without a job: sampling, reference and judge too.", flag_values=values)
     flags.DEFINE_boolean("search", True, "Look for the largest batch that fits.", flag_values=values)
+    flags.DEFINE_integer("compiles", 40, "With --best: the number of programs to compile at most.", flag_values=values)
 
 
 def _usual_job(given: Overrides, *, online: bool) -> Any:

@@ -10,7 +10,9 @@ import jax
 
 from alignment_gap.evaluation.results import text_table
 from alignment_gap.models import abstract_parameters, count_parameters
+from alignment_gap.plan.best import Search
 from alignment_gap.plan.plan import Plan
+from alignment_gap.sharding import AXES
 from alignment_gap.sharding.chips import GIB
 
 _BOUNDS = {"compute": "arithmetic", "hbm": "HBM", "interconnect": "interconnect"}
@@ -61,6 +63,43 @@ def as_text(plan: Plan) -> str:
     return "\n".join(
         [*head, *_memory_lines(plan), "", *_time_lines(plan), "", *_collective_lines(plan), *_verdict(plan)]
     )
+
+
+def gin_text(search: Search, command: str, model: str | None) -> str:
+    """The settings of the best trial as a gin file, which goes after the job's own on the command line.
+
+    Args:
+      search: a search that found one.
+      command: the command that made it.
+      model: the policy's size by name, whose gin file is included; None if the job's own files set the model.
+    """
+    assert search.best is not None
+    plan, choice = search.best.plan, search.best.choice
+    config, shape, policy = plan.config, plan.config.programs[0].batch, plan.config.programs[0].model
+    data, fsdp, of_model = choice.sizes
+    lines = [
+        f"# The fastest of {len(search.trials)} settings for {config.topology.name}, by {search.compiled} compiled "
+        "programs:",
+        f"#   {command}",
+        f"# A step of {shape.batch} prompts of {shape.prompt} tokens with {shape.samples} responses of "
+        f"{shape.response} takes at best {1e3 * plan.step_seconds:,.3g} ms,",
+        f"# MFU {plan.utilisation:.0%}, and {_gib(plan.needed)} of {_gib(plan.capacity)} GiB a device.",
+        *([f'include "models/{model}.gin"'] if model else []),
+        "",
+        "MeshConfig:",
+        f'  layout = "{choice.layout}"',
+        *(f"  {axis} = {size}" for axis, size in zip(AXES, (data, fsdp, of_model), strict=True)),
+        *([f"  slices = {config.job.mesh.slices}"] if config.job.mesh.slices > 1 else []),
+        "",
+        f"{type(policy).__name__}:",
+        f'  remat = "{choice.remat}"',
+        f'  dtype = "{policy.dtype}"',
+        "",
+        f"BATCH_SIZE = {shape.batch}",
+        f"MICROBATCHES = {choice.microbatches}",
+        f'OptimizerConfig.moment_dtype = "{choice.moment_dtype}"',
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _memory_lines(plan: Plan) -> list[str]:

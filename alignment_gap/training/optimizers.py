@@ -15,7 +15,7 @@ from alignment_gap.models.adapters import split_axes
 from alignment_gap.sharding import of_axes
 
 NAMES = ("adafactor", "adamw", "lion", "muon", "sgd")
-_WITH_MOMENT = ("adamw", "lion", "muon")
+WITH_MOMENT = ("adamw", "lion", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_square_root", "warmup_stable_decay")
 _TO_THE_END = ("linear", "cosine", "warmup_stable_decay")
 DECAYED = ALL, MATRICES = ("all", "matrices")
@@ -65,7 +65,7 @@ class OptimizerConfig:
         checks.above(self, 0, "learning_rate", "clip_norm", "decay_share")
         checks.at_least(self, 0, "warmup_steps", "weight_decay")
         checks.within(self, 0, 1, "final_rate", "decay_share")
-        if self.moment_dtype != "float32" and self.name not in _WITH_MOMENT:
+        if self.moment_dtype != "float32" and self.name not in WITH_MOMENT:
             raise UserError(
                 f"moment_dtype is {self.moment_dtype!r}, but {self.name} keeps no first moment: leave it out"
             )

@@ -1,0 +1,223 @@
+"""The settings of a job that take the least time a step and fit: layout, mesh sizes, remat, microbatches, moments.
+
+The search compiles the update of every mesh first, with all activations recomputed, which needs the least memory. On
+the two fastest meshes it then keeps more activations, in as few microbatches as fit. The other programs of a step, such
+as the sampler, depend on the mesh alone: they are compiled for the fastest of these updates, until one fits with all of
+them. No program is compiled twice, and never more programs than were asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from alignment_gap.errors import UserError
+from alignment_gap.models import ModelConfig
+from alignment_gap.plan.plan import Compile, Plan, make_plan
+from alignment_gap.plan.programs import Compiled, compile_program
+from alignment_gap.plan.steps import PlanConfig, Program
+from alignment_gap.sharding import AXES
+from alignment_gap.sharding.chips import GIB
+from alignment_gap.training.optimizers import WITH_MOMENT
+
+# What the backward pass recomputes, the most first.
+_REMAT = ("full", "dots", "none")
+# Sizes of the model axis that are tried, beside all devices.
+_MODEL_AXES = (2, 4, 8, 16)
+# Meshes whose updates are tried with less recomputed.
+_MESHES = 2
+_MOST_MICROBATCHES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Settings that change how fast a job is, and not what it computes; but for the moments' dtype.
+
+    Attributes:
+      layout: the layout of the mesh.
+      sizes: sizes of its axes data, fsdp and model.
+      remat: what the backward pass recomputes.
+      microbatches: parts of a batch, one after another.
+      moment_dtype: dtype of the optimizer's first moments.
+    """
+
+    layout: str
+    sizes: tuple[int, int, int]
+    remat: str
+    microbatches: int
+    moment_dtype: str
+
+    def __str__(self) -> str:
+        """The settings as a line."""
+        sizes = " ".join(f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True))
+        return (
+            f"{self.layout} {sizes}, remat {self.remat}, {self.microbatches} microbatches, moments {self.moment_dtype}"
+        )
+
+    def applied(self, config: PlanConfig) -> PlanConfig:
+        """The plan of the job with these settings."""
+        job = config.job
+        data, fsdp, model = self.sizes
+        mesh = dataclasses.replace(job.mesh, layout=self.layout, data=data, fsdp=fsdp, model=model)
+        optimizer = dataclasses.replace(job.optimizer, moment_dtype=self.moment_dtype)
+        job = dataclasses.replace(job, mesh=mesh, optimizer=optimizer, microbatches=self.microbatches)
+        first, *others = config.programs
+        return dataclasses.replace(config, job=job, programs=(_with_remat(first, self.remat), *others), search=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Settings that were tried, and the plan with them: of the update alone, or of the whole step."""
+
+    choice: Choice
+    plan: Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """The result of a search.
+
+    Attributes:
+      best: the fastest trial that fits with all programs of a step; None if none does.
+      trials: all that was tried, in this order.
+      compiled: number of programs that were compiled.
+      is_complete: whether the number of programs was enough for the whole search.
+    """
+
+    best: Trial | None
+    trials: tuple[Trial, ...]
+    compiled: int
+    is_complete: bool
+
+
+class _Spent(Exception):
+    """All compiles that were asked for are done."""
+
+
+def find_best(
+    config: PlanConfig,
+    compiles: int,
+    compile_: Compile = compile_program,
+    say: Callable[[str], None] = print,
+) -> Search:
+    """Searches the settings of a training job for the least time of a step that fits.
+
+    Args:
+      config: the job, with the batch that a step has over all devices, and the devices.
+      compiles: number of programs to compile at most.
+      compile_: compiles one program.
+      say: gets a line about each program before it is compiled, and one about each trial.
+
+    Raises:
+      UserError: the job does not train, no mesh can split its batch, or the compiler is not available.
+    """
+    if config.programs[0].kind != "update":
+        raise UserError("best is set, but this job trains nothing: there is no update to choose settings for")
+    if compiles < 1:
+        raise UserError(f"compiles is {compiles}: it must be at least 1")
+    choices = [*_meshes(config)]
+    if not choices:
+        raise UserError(
+            f"batch is {config.programs[0].batch.batch}: no mesh of {config.topology.devices} devices can split it: "
+            "give a multiple of the number of devices, or fewer devices"
+        )
+    known, done = dict[str, Compiled](), dict[tuple[Choice, int], Trial]()
+
+    def compile_once(config: PlanConfig, program: Program) -> Compiled:
+        key = repr((config.job if program.kind == "update" else config.job.mesh, program))
+        if key not in known:
+            if len(known) == compiles:
+                raise _Spent
+            known[key] = compile_(config, program)
+        return known[key]
+
+    def tried(choice: Choice, *, whole: bool = False) -> Trial:
+        planned = choice.applied(config)
+        programs = planned.programs if whole else planned.programs[:1]
+        if (choice, len(programs)) in done:
+            return done[choice, len(programs)]
+        quiet = make_plan(dataclasses.replace(planned, programs=programs), compile_once, lambda line: None)
+        trial = done[choice, len(programs)] = Trial(choice, quiet)
+        say(_line(trial))
+        return trial
+
+    best, is_complete = None, True
+    try:
+        best = _search(choices, config.job.optimizer.name in WITH_MOMENT, tried)
+    except _Spent:
+        is_complete = False
+        whole = [trial for (_, programs), trial in done.items() if programs == len(config.programs)]
+        best = next(iter(_fitting(whole)), None)
+    return Search(best, tuple(done.values()), len(known), is_complete)
+
+
+def _search(choices: list[Choice], moments: bool, tried: Callable[..., Trial]) -> Trial | None:
+    updates = [tried(choice) for choice in choices]
+    if moments and not any(trial.plan.fits for trial in updates):
+        nearest = sorted(updates, key=lambda trial: trial.plan.needed)[:_MESHES]
+        updates += [tried(dataclasses.replace(trial.choice, moment_dtype="bfloat16")) for trial in nearest]
+    for trial in _fitting(updates)[:_MESHES]:
+        updates += _keeping_more(trial.choice, tried)
+    best: Trial | None = None
+    for trial in _fitting(updates):
+        if best is not None and _seconds(trial) >= _seconds(best):
+            break  # Its update alone takes longer than the best whole step.
+        whole = tried(trial.choice, whole=True)
+        if whole.plan.fits and (best is None or _seconds(whole) < _seconds(best)):
+            best = whole
+    return best
+
+
+def _fitting(trials: list[Trial]) -> list[Trial]:
+    """The trials that fit, the fastest first."""
+    return sorted((trial for trial in trials if trial.plan.fits), key=_seconds)
+
+
+def _keeping_more(choice: Choice, tried: Callable[..., Trial]) -> Iterator[Trial]:
+    """Trials that recompute less, each in the fewest microbatches that fit."""
+    for remat in _REMAT[1:]:
+        microbatches = choice.microbatches
+        while microbatches <= _MOST_MICROBATCHES:
+            try:
+                trial = tried(dataclasses.replace(choice, remat=remat, microbatches=microbatches))
+            except UserError:  # The mesh cannot split the batch into so many parts.
+                break
+            yield trial
+            if trial.plan.fits:
+                break
+            microbatches *= 2
+
+
+def _meshes(config: PlanConfig) -> Iterator[Choice]:
+    """Every mesh that can split the batch, with all activations recomputed."""
+    job, devices, slices = config.job, config.topology.devices, config.topology.slices
+    batch, inside = config.programs[0].batch.batch, devices // slices
+    models = sorted({size for size in (*_MODEL_AXES, inside) if 1 < size <= inside and inside % size == 0})
+    shapes: list[tuple[str, tuple[int, int, int]]] = [("data", (devices, 1, 1))]
+    shapes += [("fsdp", (slices, inside, 1))] if inside > 1 else []
+    for size in models:
+        if config.programs[0].model.heads % size == 0:
+            split = (slices, inside // size, size)
+            shapes += [("tensor", split)] if size == inside else [("fsdp_tensor", split), ("sequence", split)]
+    for layout, sizes in shapes:
+        if batch % (sizes[0] * sizes[1] * job.microbatches) == 0:
+            yield Choice(layout, sizes, _REMAT[0], job.microbatches, job.optimizer.moment_dtype)
+
+
+def _with_remat(program: Program, remat: str) -> Program:
+    model: ModelConfig = dataclasses.replace(program.model, remat=remat)
+    network = dataclasses.replace(program.facts.network, model=model)
+    return dataclasses.replace(program, facts=dataclasses.replace(program.facts, network=network))
+
+
+def _line(trial: Trial) -> str:
+    plan = trial.plan
+    update = plan.parts[0]
+    time = f"{1e3 * plan.step_seconds:,.3g} ms, bound by {update.times.bound}" if update.times else "not compiled"
+    what = "a step" if len(plan.parts) > 1 else "the update"
+    need = f"{plan.needed / GIB:.2f} of {plan.capacity / GIB:.2f} GiB"
+    return f"  {trial.choice}: {what} {time}; {need}{'' if plan.fits else ', does not fit'}"
+
+
+def _seconds(trial: Trial) -> float:
+    return trial.plan.step_seconds
