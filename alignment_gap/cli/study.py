@@ -111,8 +111,10 @@ def read(
     arguments: Sequence[str], define: Any, help_text: str | None
 ) -> tuple[flags.FlagValues, dict[str, Any]] | None:
     """Flags, and the settings of a config file with those that `--config.KEY=VALUE` changes; None after help."""
-    changes = [word.removeprefix(OVERRIDE) for word in arguments if word.startswith(OVERRIDE)]
-    others = [_located(word) for word in arguments if not word.startswith(OVERRIDE)]
+    words = iter(arguments)
+    joined = [f"{word}={next(words, '')}" if word == "--config" else word for word in words]
+    changes = [word.removeprefix(OVERRIDE) for word in joined if word.startswith(OVERRIDE)]
+    others = [_located(word) for word in joined if not word.startswith(OVERRIDE)]
 
     def define_all(values: flags.FlagValues) -> None:
         config_flags.DEFINE_config_file("config", None, ABOUT, flag_values=values, sys_argv=others)

@@ -49,6 +49,13 @@ def test_a_config_of_the_package_is_found_with_what_it_loads(word, name, empty, 
     assert f"--config={file} is not in this folder: taken from {packaged.FILES / file}\n" in capsys.readouterr().err
 
 
+def test_the_flag_and_its_file_may_be_two_words(empty):
+    words = ["--config", "configs/study/paper.py", "--config.seeds=2"]
+    assert settings_of(*words) == settings_of("--config=configs/study/paper.py", "--config.seeds=2")
+    with pytest.raises(UserError, match="no --config: give a study's config file"):
+        settings_of("--config")
+
+
 def test_a_config_of_this_folder_comes_first(empty, capsys):
     (empty / "configs" / "study").mkdir(parents=True)
     (empty / "configs" / "study" / "tiny.py").write_text(

@@ -7,8 +7,8 @@ import sys
 WITH_TRL = importlib.util.find_spec("trl") is not None
 
 collect_ignore_glob = [] if WITH_TRL else ["test_*.py"]
-# The tests import trl_harness from this folder.
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+# The tests import trl_harness from this folder, and byte_tokenizer from that of the data.
+sys.path += [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1] / "data")]
 
 
 def pytest_terminal_summary(terminalreporter):
