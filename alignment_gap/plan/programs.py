@@ -198,12 +198,13 @@ def _abstract_whole(program: Program, mesh: LogicalMesh) -> Any:
     network = program.facts.network
     if network.adapters is None and not program.shares:
         return abstract_params(network.init, mesh)
-    base = abstract_base(network.policy(), mesh)
+    base = abstract_base(network.policy(), mesh, network.whole_init)
     return base if network.adapters is None else network.adapters.placed(base, abstract_params(network.init, mesh))
 
 
 def _shared(program: Program, mesh: LogicalMesh) -> int:
-    return _shard_bytes(abstract_base(program.facts.network.policy(), mesh)) if program.shares else 0
+    network = program.facts.network
+    return _shard_bytes(abstract_base(network.policy(), mesh, network.whole_init)) if program.shares else 0
 
 
 def compile_here(config: PlanConfig, program: Program) -> Compiled:

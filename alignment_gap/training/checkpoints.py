@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from alignment_gap import checks
-from alignment_gap.checkpoints import Network, check_shapes, find_checkpoint, known_network
+from alignment_gap.checkpoints import Network, check_policy, check_shapes, find_checkpoint, known_network
 from alignment_gap.checkpoints.adapters import base_of
 from alignment_gap.checkpoints.digest import json_digest, params_digest
 from alignment_gap.checkpoints.layout import DIGESTS, METADATA, NETWORK, PARAMS, first_line, open_store
@@ -343,10 +343,11 @@ def load_policy(path: str | AnyPath, mesh: LogicalMesh, step: int | None = None)
       step: step of the checkpoint; None for the last.
 
     Raises:
-      UserError: there is no checkpoint, it is damaged, or it does not record its network.
+      UserError: there is no checkpoint, it is damaged, it does not record its network, or it is no policy.
     """
     folder = find_checkpoint(at(path), step)
     network = known_network(folder)
+    check_policy(network, str(path))
     return network.policy(), load_params(folder, network, mesh)
 
 
@@ -382,7 +383,7 @@ def load_base(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
     """The parameters of a checkpoint as the base of adapters: plain kernels, in the dtype of the computation."""
     held, tree = jax.tree.flatten(load_plain(folder, network, mesh))
     # One array at a time, so that there is no second copy of all parameters.
-    for place, like in enumerate(jax.tree.leaves(abstract_base(network.policy(), mesh))):
+    for place, like in enumerate(jax.tree.leaves(abstract_base(network.policy(), mesh, network.whole_init))):
         held[place] = held[place].astype(like.dtype)
     return jax.tree.unflatten(tree, held)
 
@@ -394,7 +395,7 @@ def load_plain(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
         return params
     place = base_of(folder, network)
     base = load_plain(place, known_network(place), mesh)
-    shardings = shardings_like(abstract_params(network.policy().init, mesh))
+    shardings = shardings_like(abstract_params(network.whole_init, mesh))
     return jax.jit(merged, out_shardings=shardings)(network.adapters.on(base, params))
 
 

@@ -56,9 +56,12 @@ def abstract_params(init: Callable[[Array], Any], mesh: LogicalMesh) -> Any:
     return _laid_out(abstract_parameters(init), mesh)
 
 
-def abstract_base(policy: Policy, mesh: LogicalMesh) -> Any:
-    """As `abstract_params`, for the base of adapters, which is kept in the dtype of the computation."""
-    params = abstract_params(policy.init, mesh)
+def abstract_base(policy: Policy, mesh: LogicalMesh, init: Callable[[Array], Any] | None = None) -> Any:
+    """As `abstract_params`, for the base of adapters, which is kept in the dtype of the computation.
+
+    `init` is the policy's own, unless a reward head belongs to the base.
+    """
+    params = abstract_params(init or policy.init, mesh)
     return jax.tree.map(
         lambda held, like: jax.ShapeDtypeStruct(held.shape, held.dtype, sharding=like.sharding),
         jax.eval_shape(functools.partial(compute_params, policy), params),
