@@ -13,7 +13,7 @@ from alignment_gap.checkpoints.layout import (
     tokenizer_of,
     write_checkpoint,
 )
-from alignment_gap.checkpoints.network import Network, agreed_model, check_vocabulary
+from alignment_gap.checkpoints.network import Network, agreed_model, check_policy, check_vocabulary
 from alignment_gap.checkpoints.tensors import Entry, Tensor, check_entries, check_shapes, exported, imported
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Tensor",
     "agreed_model",
     "check_entries",
+    "check_policy",
     "check_shapes",
     "check_vocabulary",
     "complete_steps",

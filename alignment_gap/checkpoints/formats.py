@@ -31,12 +31,14 @@ from alignment_gap.checkpoints.layout import (
     tokenizer_of,
     write_checkpoint,
 )
-from alignment_gap.checkpoints.network import Network
+from alignment_gap.checkpoints.network import Network, check_policy
+from alignment_gap.checkpoints.rewards import has_linear_reward, with_head
 from alignment_gap.checkpoints.tensors import Entries, Tensor, check_entries, check_shapes, imported, shapes_of
 from alignment_gap.configuration import to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, copy_files
-from alignment_gap.models import ModelConfig, abstract_parameters, make_policy
+from alignment_gap.models import ModelConfig, RewardHead, abstract_parameters, make_policy
+from alignment_gap.models.reward_head import make_init
 from alignment_gap.sharding import unbox
 from alignment_gap.storage import Url
 
@@ -46,6 +48,8 @@ FORMATS = {
     "t5x-legacy": "alignment_gap.checkpoints.t5x_legacy",
     "t5x-file": "alignment_gap.checkpoints.t5x_file",
 }
+# The format that has reward models.
+REWARDS = "huggingface"
 # The format of adapters without their base. Its module has `open_adapters`, and its `write` takes other arguments.
 PEFT = "peft"
 _ADAPTERS = {PEFT: "alignment_gap.checkpoints.huggingface.peft"}
@@ -62,6 +66,7 @@ class Foreign(NamedTuple):
       entries: how the tensors map to our parameters.
       ignored: names of tensors that may be present and are not used.
       companions: files that belong to the tensors, such as a tokenizer's.
+      head: how a reward model reads a response; None for a policy.
     """
 
     model: ModelConfig
@@ -69,6 +74,12 @@ class Foreign(NamedTuple):
     entries: Entries
     ignored: Collection[str] = ()
     companions: Collection[Path] = ()
+    head: RewardHead | None = None
+
+    @property
+    def kind(self) -> str:
+        """The kind of the network: a policy, or a Bradley-Terry model with a head."""
+        return "policy" if self.head is None else "bradley_terry"
 
 
 def import_checkpoint(
@@ -99,7 +110,7 @@ def import_checkpoint(
     source = open_foreign(path, name)
     tensors = imported(source.tensors, source.entries)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    check_shapes(str(path), shapes, model_shapes(source.model))
+    check_shapes(str(path), shapes, model_shapes(source.model, source.head))
     tokenizer, digest = output / TOKENIZER, None
     if source.companions:
         tokenizer.mkdir(parents=True)
@@ -107,7 +118,8 @@ def import_checkpoint(
             shutil.copyfile(file, tokenizer / file.name)
         digest = tokenizer_digest(tokenizer)
     vocabulary = str(tokenizer) if digest else None
-    write_checkpoint(output, 0, Network(model=source.model, vocabulary=vocabulary, vocabulary_digest=digest), tensors)
+    network = Network(source.kind, source.model, vocabulary=vocabulary, vocabulary_digest=digest, head=source.head)
+    write_checkpoint(output, 0, network, tensors)
     return open_checkpoint(output)
 
 
@@ -117,6 +129,7 @@ def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
         raise UserError(f"{path} holds adapters of PEFT: give base, the run that they are for")
     folder = find_checkpoint(base)
     network = known_network(folder)
+    check_policy(network, str(base))
     source = _module(PEFT).open_adapters(path, network.model)
     network = dataclasses.replace(network, adapter=source.config, base=str(folder), base_digest=read_digest(folder))
     if tokenizer := tokenizer_of(folder):
@@ -133,9 +146,10 @@ def export_checkpoint(
     companions: Path | None = None,
     card: str | None = None,
 ) -> None:
-    """Writes the policy of our checkpoint in another format, tensor by tensor; `output` appears when it is complete.
+    """Writes the network of our checkpoint in another format, tensor by tensor; `output` appears when it is complete.
 
-    Adapters are merged into their base; the format "peft" writes the adapters alone.
+    Adapters are merged into their base; the format "peft" writes the adapters alone. The format "huggingface" has
+    reward models. Of any other preference model, the policy inside is written.
 
     Args:
       path: a run's folder, its checkpoints/, or the folder of a step.
@@ -157,6 +171,8 @@ def export_checkpoint(
     network, stored = known_network(folder), open_checkpoint(folder)
     if name == PEFT and network.adapter is None:
         raise UserError(f"{folder} holds no adapters: choose one of {', '.join(FORMATS)}")
+    if name != REWARDS and network.head is not None:
+        raise UserError(f"{folder} is a reward model with a head, which {name} has no place for: choose {REWARDS}")
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
     check_shapes(str(folder), shapes, shapes_of(unbox(abstract_parameters(network.init))))
     partial = output.with_name(output.name + ".partial")
@@ -169,6 +185,9 @@ def export_checkpoint(
             copy_files(tokenizer, tokenizer := Path(made_in))
         if name == PEFT:
             module.write(partial, network.model, network.adapter, stored.tensors)
+        elif name == REWARDS and (network.head is not None or has_linear_reward(network)):
+            scored, tensors = with_head(network, plain_tensors(stored))
+            module.write(partial, scored.model, tensors, companions or tokenizer, head=scored.head)
         else:
             module.write(partial, network.model, plain_tensors(stored), companions or tokenizer)
     if card is not None:
@@ -201,15 +220,17 @@ def describe(path: AnyPath) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     names = [name for name in FORMATS if isinstance(path, Path) and _module(name).recognises(path)]
     if names and isinstance(path, Path):
         source = open_foreign(path, names[0])
-        return {"format": names[0], "model": to_dict(source.model)}, source.tensors
+        head = {} if source.head is None else {"kind": source.kind, "head": to_dict(source.head)}
+        return {"format": names[0], **head, "model": to_dict(source.model)}, source.tensors
     stored = open_checkpoint(path)
     network = to_dict(stored.network) if stored.network else {"network": "it does not say"}
     return {"checkpoint": str(stored.folder), **network}, stored.tensors
 
 
-def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model's parameters by dotted names, without allocating them."""
-    return shapes_of(unbox(jax.eval_shape(make_policy(model).init, jax.random.key(0))))
+def model_shapes(model: ModelConfig, head: RewardHead | None = None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a policy, or of a reward model, by dotted names, without allocating them."""
+    policy = make_policy(model)
+    return shapes_of(unbox(jax.eval_shape(policy.init if head is None else make_init(policy), jax.random.key(0))))
 
 
 def _module(name: str) -> Any:

@@ -14,10 +14,12 @@ from alignment_gap.models import (
     ModelConfig,
     Policy,
     PreferenceModel,
+    RewardHead,
     T5Config,
     make_policy,
 )
 from alignment_gap.models.preference import Markers
+from alignment_gap.models.reward_head import make_init
 
 # Fields of a model's config that change how it runs, but neither its function nor its parameters.
 RUN_TIME = ("attention", "dtype", "remat", "scan_unroll")
@@ -40,11 +42,12 @@ class Network:
     Attributes:
       kind: "policy", or the kind of a preference model: "pairwise" or "bradley_terry".
       model: config of the policy, or of the policy inside a preference model.
-      markers: a preference model's reserved token ids, in the order of `Markers`; empty for a policy.
+      markers: a preference model's reserved token ids, in the order of `Markers`; empty for a policy and with a head.
       vocabulary: path of its vocabulary; None if unknown.
       vocabulary_digest: digest of the vocabulary; None if unknown.
       end_prompts: whether its training prompts end with the vocabulary's end id; None if unknown.
       template: the template that its training prompts were prepared with; None if unknown.
+      head: how a reward model with a head of its own reads a response; None for all other networks.
       adapter: settings of the adapters, if the checkpoint holds adapters alone; else None.
       base: the checkpoint with the adapters' base.
       base_digest: digest of the base's parameters.
@@ -60,6 +63,7 @@ class Network:
     base_digest: str | None = None
     end_prompts: bool | None = None
     template: str | None = None
+    head: RewardHead | None = None
 
     def policy(self) -> Policy:
         """The policy, or the policy inside a preference model."""
@@ -73,13 +77,19 @@ class Network:
     @property
     def init(self) -> Callable[[Any], Any]:
         """The function that makes fresh parameters, in boxes, of the kind that the checkpoint holds, from a key."""
-        return (self.adapters or self.policy()).init
+        return self.whole_init if self.adapters is None else self.adapters.init
+
+    @property
+    def whole_init(self) -> Callable[[Any], Any]:
+        """The same for whole parameters, which adapters are added to."""
+        return self.policy().init if self.head is None else make_init(self.policy())
 
     def preference_model(self) -> PreferenceModel:
         """The preference model; raises UserError if the network is a policy."""
         if self.kind == "policy":
             raise UserError("the network is a policy, no preference model: give the folder of a preference model")
-        return PreferenceModel(self.policy(), Markers(*self.markers), self.kind)
+        markers = Markers(*self.markers) if self.head is None else None
+        return PreferenceModel(self.policy(), markers, self.kind, self.head)
 
 
 def to_json(network: Network) -> dict[str, Any]:
@@ -108,6 +118,15 @@ def check_vocabulary(network: Network, digest: str | None, checkpoint: str, data
         raise UserError(
             f"{dataset} was prepared with the vocabulary {digest[:12]}, {checkpoint} was trained with "
             f"{network.vocabulary_digest[:12]}: prepare the dataset with the checkpoint's vocabulary"
+        )
+
+
+def check_policy(network: Network, checkpoint: str) -> None:
+    """Raises UserError if a checkpoint cannot be a policy, because a reward head replaces its output embedding."""
+    if network.head is not None:
+        raise UserError(
+            f"{checkpoint} is a reward model, whose head replaces the output embedding: give a policy, or set "
+            "KIND='bradley_terry' to train the reward model"
         )
 
 

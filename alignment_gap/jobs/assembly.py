@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignment_gap.checkpoints import Network, agreed_model, find_checkpoint, read_network
+from alignment_gap.checkpoints import Network, agreed_model, check_policy, find_checkpoint, read_network
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.text import Vocabulary, extra_id
 from alignment_gap.errors import UserError
@@ -27,7 +27,7 @@ from alignment_gap.jobs.served import (
     reads_mismatched,
 )
 from alignment_gap.judges import REWARDS
-from alignment_gap.models import Adapters, ModelConfig, Policy, abstract_parameters
+from alignment_gap.models import Adapters, Policy, abstract_parameters
 from alignment_gap.models.preference import Markers
 from alignment_gap.sampling import Samples, make_generate
 from alignment_gap.sharding import LogicalMesh, batch_sharding, check_batch_size
@@ -345,7 +345,7 @@ def _traced_once(
     evaluated: Objective = objective
     frozen: tuple[Any, ...] = ()
     if network.adapters is not None:
-        frozen = (abstract_base(network.policy(), mesh, network.adapters.config.base_dtype),)
+        frozen = (abstract_base(network.policy(), mesh, network.whole_init, network.adapters.config.base_dtype),)
         evaluated = adapter_objective(objective, network.adapters)
         objective = adapter_objective(objective, network.adapters, None if seed is None else _key(seed, DROPOUT))
     transformation = make_optimizer(optimizer, steps=steps, parameters=abstract_parameters(network.init))
@@ -384,11 +384,13 @@ def trained_network(
     Raises:
       UserError: there is no model, or it is another one than the start's.
     """
-    model: ModelConfig | None = config.model
+    model, head = config.model, None
     if config.start is not None:
         network = stored(config.start, config.start_step)
         if network is not None:
-            model = agreed_model(config.model, network, config.start)
+            model, head = agreed_model(config.model, network, config.start), network.head
+            if config.kind != "bradley_terry":
+                check_policy(network, config.start)
         elif model is None:
             raise UserError(f"{config.start} does not say what model it holds: set MODEL to the one it was trained as")
     if model is None:
@@ -396,11 +398,11 @@ def trained_network(
             "there is no model: set MODEL, such as by --gin_file=gin/models/t5_tiny.gin, or START to a run's folder"
         )
     markers: tuple[int, ...] = ()
-    if config.kind != POLICY:
+    if config.kind != POLICY and head is None:
         assert vocabulary is not None
         markers = tuple(extra_id(vocabulary, i) for i in range(len(Markers._fields)))
     adapter = None if config.adapter.rank is None else config.adapter
-    return Network(config.kind, model, markers, place, digest, adapter)
+    return Network(config.kind, model, markers, place, digest, adapter, head=head)
 
 
 def samples_kept(online: OnlineConfig) -> int:

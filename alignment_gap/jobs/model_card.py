@@ -12,11 +12,12 @@ from pathlib import PurePath
 from typing import Any
 
 from alignment_gap import __version__
-from alignment_gap.checkpoints import find_checkpoint
+from alignment_gap.checkpoints import find_checkpoint, known_network
 from alignment_gap.checkpoints.huggingface.folder import installed
 from alignment_gap.data.records import open_dataset
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at, read_json
+from alignment_gap.jobs.config import POLICY
 from alignment_gap.jobs.evaluate import RESULTS
 from alignment_gap.jobs.folder import JOB, finished_with
 
@@ -60,7 +61,7 @@ def model_card(path: AnyPath, name: str, library: str, step: int | None = None, 
     metadata = hub.ModelCardData(
         library_name=library,
         model_name=name,
-        tags=["alignment_gap", *([str(settings["loss.name"]), _kind(settings)] if settings else [])],
+        tags=["alignment_gap", *([_objective(settings), _kind(settings)] if settings else [])],
         eval_results=[
             hub.EvalResult(
                 task_type="text-generation",
@@ -73,11 +74,12 @@ def model_card(path: AnyPath, name: str, library: str, step: int | None = None, 
         ]
         or None,
     )
-    origin = f"trained by {_kind(settings)} {settings['loss.name']}" if settings else "imported, not trained here"
+    origin = f"trained by {_kind(settings)} {_objective(settings)}" if settings else "imported, not trained here"
+    network = "policy" if known_network(folder).kind == POLICY else "preference model"
     lines = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {name}",
-        f"Step {folder.name} of a policy that was {origin}, with alignment_gap {__version__}.",
+        f"Step {folder.name} of a {network} that was {origin}, with alignment_gap {__version__}.",
     ]
     if settings:
         lines += ["## Method", _table(("setting", "value"), _method(settings))]
@@ -96,13 +98,21 @@ def model_card(path: AnyPath, name: str, library: str, step: int | None = None, 
     return "\n\n".join(lines) + "\n"
 
 
+def _objective(settings: Mapping[str, Any]) -> str:
+    """The loss of a policy; a preference model has none, and its kind says what it learns."""
+    return str(settings["loss.name"] if settings["kind"] == POLICY else settings["kind"])
+
+
 def _kind(settings: Mapping[str, Any]) -> str:
     return "online" if "source.prompts.folder" in settings else "offline"
 
 
 def _method(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     bound = {key.removeprefix("loss.settings."): value for key, value in settings.items() if "loss.settings." in key}
-    yield "loss", str(settings["loss.name"]) + (f" ({_joined(bound)})" if bound else "")
+    if settings["kind"] == POLICY:
+        yield "loss", _objective(settings) + (f" ({_joined(bound)})" if bound else "")
+    else:
+        yield "kind", _objective(settings)
     for role, key in (("judge", "source.judge.judge"), ("start", "start"), ("reference", "reference")):
         if settings.get(key) is not None:
             digest = settings.get(f"{role}.digest")

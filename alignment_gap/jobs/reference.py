@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from alignment_gap import checks
-from alignment_gap.checkpoints import check_vocabulary, find_checkpoint, known_network, read_digest
+from alignment_gap.checkpoints import check_policy, check_vocabulary, find_checkpoint, known_network, read_digest
 from alignment_gap.configuration import to_dict
 from alignment_gap.data.batches import Bucket, PreferenceBatch, Prefetched, offline_source
 from alignment_gap.data.records import Dataset
@@ -91,6 +91,7 @@ def compute_reference(config: ReferenceConfig, open_bar: OpenBar) -> list[Datase
     check_batch_size("batch_size", config.batch_size, mesh.batch_parts)
     folder = on_every_process(lambda: find_checkpoint(at(str(config.checkpoint)), config.step))
     network = on_every_process(lambda: known_network(folder))
+    check_policy(network, str(config.checkpoint))
     check_vocabulary(network, digest, config.checkpoint, str(config.dataset))
     changes = {name: value for name in ("dtype", "attention") if (value := getattr(config, name)) is not None}
     network = dataclasses.replace(network, model=dataclasses.replace(network.model, **changes))

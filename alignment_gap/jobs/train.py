@@ -21,6 +21,7 @@ from alignment_gap.checkpoints import (
     TOKENIZER,
     Network,
     agreed_model,
+    check_policy,
     check_vocabulary,
     complete_steps,
     find_checkpoint,
@@ -195,6 +196,8 @@ def _checked(path: str, step: int | None, assembly: Assembly) -> tuple[AnyPath, 
     network = read_network(folder)
     if network is None:
         return folder, dataclasses.replace(wanted, adapter=None)
+    if wanted.head is None:
+        check_policy(network, path)
     agreed_model(wanted.model, network, path)
     check_vocabulary(network, wanted.vocabulary_digest, path, str(assembly.config.recorded.folder))
     return folder, dataclasses.replace(network, model=wanted.model)

@@ -16,6 +16,7 @@ from alignment_gap.models.policy import (
     score_with_collisions,
 )
 from alignment_gap.models.preference import PreferenceModel
+from alignment_gap.models.reward_head import RewardHead
 from alignment_gap.models.t5 import T5Config, T5Policy
 
 ModelConfig = T5Config | DecoderConfig
@@ -36,6 +37,7 @@ __all__ = [
     "Output",
     "Policy",
     "PreferenceModel",
+    "RewardHead",
     "T5Config",
     "T5Policy",
     "abstract_parameters",

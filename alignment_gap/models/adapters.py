@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -162,9 +162,12 @@ def projections(policy: Policy) -> dict[str, Any]:
     return found
 
 
-def abstract_base(policy: Policy, base_dtype: str | None = None) -> Any:
-    """Shapes and dtypes of a base as it is held in memory, in boxes with their logical axes; see `AdapterConfig`."""
-    boxed = abstract_parameters(policy.init)
+def abstract_base(policy: Policy, init: Callable[[Array], Any], base_dtype: str | None = None) -> Any:
+    """Shapes and dtypes of a base as it is held in memory, in boxes with their logical axes; see `AdapterConfig`.
+
+    `init` is the policy's own, unless a reward head belongs to the base.
+    """
+    boxed = abstract_parameters(init)
     held = jax.eval_shape(functools.partial(compute_params, policy), unbox(boxed))
     tree = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), boxed, held, is_leaf=is_box)
     if base_dtype == INT8:

@@ -17,6 +17,9 @@ from alignment_gap.models.packing import Packing
 from alignment_gap.models.stack import REMAT_POLICIES
 from alignment_gap.sharding import constrain
 
+# The name of a reward model's head among its parameters; see `models.reward_head`.
+HEAD = "score"
+
 
 class Output(NamedTuple):
     """How hidden states become logits: z = scale * hidden @ embedding.T, then soft_cap * tanh(z / soft_cap).
@@ -161,14 +164,15 @@ def _log_probs(output: Output, hidden: Array, responses: Array, mask: Array) -> 
 
 
 def compute_params(policy: Policy, params: Any) -> Any:
-    """Casts the parameters to the dtype of the computation, except norms and position biases, which stay float32.
+    """Casts the parameters to the dtype of the computation, except norms, position biases and a reward head.
 
-    Each use casts them anyway, so results do not change. Cast once, a loop over tokens reads half the bytes. Kernels in
-    int8 stay so.
+    Each use casts the others anyway, so results do not change. Cast once, a loop over tokens reads half the bytes.
+    Kernels in int8 stay so.
     """
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        return leaf if path[-1].key in ("scale", "rel_embedding") else leaf.astype(policy.config.dtype)
+        stays = path[-1].key in ("scale", "rel_embedding") or path[0].key == HEAD
+        return leaf if stays else leaf.astype(policy.config.dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda node: not isinstance(node, Mapping))
 

@@ -3,12 +3,14 @@
 The judge is an ordinary policy, with the same sizes, checkpoints and sharding. Its context is the prompt, both
 responses and a question; its answer is the log-odds of two label tokens, as in text-to-text preference models. So the
 parameters of an SFT policy initialise it unchanged, and both orders of the responses share the prompt's computation.
+A Bradley-Terry model may have a head of its own instead, as reward models of transformers have.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from alignment_gap.errors import UserError
+from alignment_gap.models import reward_head
 from alignment_gap.models.policy import Policy, response_hidden
+from alignment_gap.models.ragged import column, join
+from alignment_gap.models.reward_head import RewardHead
 
 KINDS = ("pairwise", "bradley_terry")
 
@@ -37,18 +42,22 @@ class PreferenceModel:
 
     Attributes:
       policy: the network.
-      markers: reserved token ids.
+      markers: reserved token ids; None if the model has a head.
       kind: "pairwise" reads both responses in one context; "bradley_terry" reads one at a time and compares rewards.
+      head: how a Bradley-Terry model with a head of its own reads a response; None if two label tokens answer.
     """
 
     policy: Policy
-    markers: Markers
+    markers: Markers | None
     kind: str = "pairwise"
+    head: RewardHead | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError for an unknown kind."""
+        """Raises UserError for an unknown kind, or for a pairwise model with a head."""
         if self.kind not in KINDS:
             raise UserError(f"preference model kind {self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
+        if self.head is not None and self.kind != "bradley_terry":
+            raise UserError(f"preference model kind is {self.kind!r}: a reward head needs bradley_terry")
 
     def log_odds(
         self,
@@ -106,7 +115,7 @@ class PreferenceModel:
         """Each response's mean preference over the K - 1 other responses to its prompt, or its reward.
 
         Args:
-          params: parameters of the policy.
+          params: parameters of the policy, and of the head if there is one.
           prompts, prompt_lengths, responses, response_lengths: a batch.
           labels: "hard" or "soft" preferences (a pair scores p and 1 - p), or "rewards" of a Bradley-Terry model.
         """
@@ -136,8 +145,14 @@ class PreferenceModel:
     ) -> Float[Array, "B rows"]:
         """Log-odds of "the first is better" for each row; a row lists the responses in one context, in order.
 
-        The policy treats the rows as responses, so they share the prompt's computation.
+        The policy treats the rows as responses, so they share the prompt's computation. With a head, each row has one
+        response, and its answer is the head's reward.
         """
+        if self.head is not None:
+            order = jnp.array([i for (i,) in rows])
+            picked = (responses[:, order], response_lengths[:, order])
+            return reward_head.rewards(self.policy, self.head, params, prompts, prompt_lengths, *picked)
+        assert self.markers is not None
         contexts = [self._context(responses, response_lengths, row) for row in rows]
         text, lengths = (jnp.stack(part, axis=1) for part in zip(*contexts, strict=True))
         hidden = response_hidden(self.policy, params, prompts, prompt_lengths, text)
@@ -151,30 +166,13 @@ class PreferenceModel:
         self, responses: Array, response_lengths: Array, row: tuple[int, ...]
     ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
         """Each response after its marker, then the question and a slot for the answer; also the answer's index."""
-        ones = jnp.ones_like(response_lengths[:, 0])
-
-        def mark(token: int) -> tuple[Array, Array]:
-            return jnp.full((len(ones), 1), token, responses.dtype), ones
-
+        assert self.markers is not None
+        mark = partial(column, rows=len(responses), dtype=responses.dtype)
         parts = []
         for marker, i in zip((self.markers.first, self.markers.second), row, strict=False):
             parts += [mark(marker), (responses[:, i], response_lengths[:, i])]
-        room = (jnp.zeros((len(ones), 1), responses.dtype), jnp.zeros_like(ones))
+        room = (jnp.zeros((len(responses), 1), responses.dtype), jnp.zeros_like(response_lengths[:, 0]))
         return join([*parts, mark(self.markers.question), room])
-
-
-def join(parts: list[tuple[Int[Array, "B _S"], Int[Array, "B"]]]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """Concatenates ragged rows without gaps; T is the sum of the parts' sizes, and the rest of a row is 0."""
-    batch, size = len(parts[0][1]), sum(tokens.shape[1] for tokens, _ in parts)
-    joined = jnp.zeros((batch, size), parts[0][0].dtype)
-    offset = jnp.zeros((batch,), parts[0][1].dtype)
-    rows = jnp.arange(batch)[:, None]
-    for tokens, lengths in parts:
-        position = jnp.arange(tokens.shape[1])
-        target = jnp.where(position < lengths[:, None], offset[:, None] + position, size)
-        joined = joined.at[rows, target].set(tokens, mode="drop")
-        offset += lengths
-    return joined, offset
 
 
 def pair_loss(log_odds: Float[Array, "B"], preference: Float[Array, "B"]) -> Float[Array, "B"]:

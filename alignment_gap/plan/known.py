@@ -112,7 +112,8 @@ class Known:
         if job.start is None and job.model is None and size is None:
             raise UserError("there is no model: give --model, or the gin file of one such as gin/models/t5_tiny.gin")
         if job.model is None:
-            network = dataclasses.replace(network, model=self.run(str(job.start), job.start_step).model)
+            start = self.run(str(job.start), job.start_step)
+            network = dataclasses.replace(network, model=start.model, head=start.head)
         return self._computed(network, size or job.model)
 
     def run(self, path: str, step: int | None = None) -> Network:

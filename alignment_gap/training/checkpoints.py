@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from alignment_gap import checks
-from alignment_gap.checkpoints import Network, check_shapes, find_checkpoint, known_network
+from alignment_gap.checkpoints import Network, check_policy, check_shapes, find_checkpoint, known_network
 from alignment_gap.checkpoints.adapters import base_of
 from alignment_gap.checkpoints.digest import json_digest, params_digest
 from alignment_gap.checkpoints.layout import DIGESTS, METADATA, NETWORK, PARAMS, first_line, open_store
@@ -351,10 +351,11 @@ def load_policy(path: str | AnyPath, mesh: LogicalMesh, step: int | None = None)
       step: step of the checkpoint; None for the last.
 
     Raises:
-      UserError: there is no checkpoint, it is damaged, or it does not record its network.
+      UserError: there is no checkpoint, it is damaged, it does not record its network, or it is no policy.
     """
     folder = find_checkpoint(at(path), step)
     network = known_network(folder)
+    check_policy(network, str(path))
     return network.policy(), load_params(folder, network, mesh)
 
 
@@ -390,7 +391,7 @@ def load_params(folder: AnyPath, network: Network, mesh: LogicalMesh, bases: Bas
 def load_base(folder: AnyPath, network: Network, mesh: LogicalMesh, base_dtype: str | None = None) -> Any:
     """The parameters of a checkpoint as the base of adapters, held as `AdapterConfig.base_dtype` says."""
     held, tree = jax.tree.flatten(load_plain(folder, network, mesh))
-    abstract = abstract_base(network.policy(), mesh, base_dtype)
+    abstract = abstract_base(network.policy(), mesh, network.whole_init, base_dtype)
     # One array at a time, so that there is no second copy of all parameters.
     for place, like in enumerate(jax.tree.leaves(abstract, is_leaf=is_quantized)):
         if is_quantized(like):
@@ -411,7 +412,7 @@ def load_plain(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
         return params
     place = base_of(folder, network)
     base = load_plain(place, known_network(place), mesh)
-    shardings = shardings_like(abstract_params(network.policy().init, mesh))
+    shardings = shardings_like(abstract_params(network.whole_init, mesh))
     if network.adapters.config.base_dtype == INT8:
         base = jax.jit(network.adapters.rounded, out_shardings=shardings)(base)
     return jax.jit(merged, out_shardings=shardings)(network.adapters.on(base, params))

@@ -75,6 +75,13 @@ def test_what_was_measured_stands_in_the_table_and_in_the_hub_s_metadata(run, ev
     assert found == {name: float(expected[name]) for name in rows}
 
 
+def test_a_preference_model_has_its_kind_in_the_place_of_a_loss(judge):
+    text = model_card(judge, "mine", "transformers")
+    method = dict(table(text, "Method"))
+    assert method["kind"] == "pairwise" and "loss" not in method
+    assert "of a preference model that was trained by offline pairwise" in text
+
+
 def test_a_dataset_that_has_gone_is_named(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

@@ -14,7 +14,8 @@ from tiny_models import CONFIGS, initial_params, make_batch, random_params, text
 
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, Output, PreferenceModel, make_policy
-from alignment_gap.models.preference import KINDS, Markers, join, pair_loss
+from alignment_gap.models.preference import KINDS, Markers, pair_loss
+from alignment_gap.models.ragged import join
 from alignment_gap.training import preference_objective
 
 MARKERS = Markers(8, 9, 10, 11, 12)

@@ -17,6 +17,15 @@ CLASSES = {
     "Mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "Qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "Qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "T5Classifier": (transformers.T5Config, transformers.T5ForSequenceClassification),
+    "MT5Classifier": (transformers.MT5Config, transformers.MT5ForSequenceClassification),
+    "GemmaClassifier": (transformers.GemmaConfig, transformers.GemmaForSequenceClassification),
+    "Gemma2Classifier": (transformers.Gemma2Config, transformers.Gemma2ForSequenceClassification),
+    "Gemma3Classifier": (transformers.Gemma3TextConfig, transformers.Gemma3TextForSequenceClassification),
+    "LlamaClassifier": (transformers.LlamaConfig, transformers.LlamaForSequenceClassification),
+    "MistralClassifier": (transformers.MistralConfig, transformers.MistralForSequenceClassification),
+    "Qwen2Classifier": (transformers.Qwen2Config, transformers.Qwen2ForSequenceClassification),
+    "Qwen3Classifier": (transformers.Qwen3Config, transformers.Qwen3ForSequenceClassification),
 }
 
 
@@ -49,6 +58,15 @@ def their_logits(model, prompt, response):
             return model(input_ids=prompt, decoder_input_ids=inputs).logits[0].numpy()
         logits = model(input_ids=torch.cat([prompt, response[:, :-1]], 1)).logits
         return logits[0, prompt.shape[1] - 1 :].numpy()
+
+
+def their_rewards(model, texts, pad):
+    """The score of each text, in one batch that is padded on the right."""
+    size = max(map(len, texts))
+    rows = torch.tensor([[*text, *[pad] * (size - len(text))] for text in texts], dtype=torch.long)
+    mask = torch.tensor([[1] * len(text) + [0] * (size - len(text)) for text in texts])
+    with torch.no_grad():
+        return model(input_ids=rows, attention_mask=mask).logits[:, 0].numpy()
 
 
 def our_logits(policy, params, prompts, prompt_lengths, responses):

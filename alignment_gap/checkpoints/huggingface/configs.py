@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from alignment_gap.checkpoints.network import RUN_TIME
 from alignment_gap.errors import UserError
-from alignment_gap.models import DecoderConfig, ModelConfig, T5Config
+from alignment_gap.models import DecoderConfig, ModelConfig, RewardHead, T5Config
+from alignment_gap.models.reward_head import without_output
 
 Values = Mapping[str, Any]
 REQUIRED: Any = object()
@@ -86,6 +88,13 @@ FAMILIES = {
     ),
 }
 T5_FAMILIES = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}
+# The classes of reward models. All but one are named after the class of the policy.
+REWARD_MODELS = {
+    name: re.sub("For[A-Z].*", "ForSequenceClassification", policy)
+    for name, policy in {**T5_FAMILIES, **{name: family.architecture for name, family in FAMILIES.items()}}.items()
+} | {"gemma3_text": "Gemma3TextForSequenceClassification"}
+# A field of ours: the tokens before and after the response in the text of a reward model that was trained here.
+_AROUND = "tokens_around_response"
 # The names of llama3's factors in transformers and here.
 _LLAMA3 = {
     "low_freq_factor": "rope_low_frequency_factor",
@@ -103,6 +112,8 @@ _NOTATIONS = {
     "_sliding_window_pattern",
     "scale_decoder_outputs",
 }
+# Fields that belong to the head of a classifier.
+_OF_HEAD = {"id2label", "label2id", "num_labels", "problem_type", _AROUND}
 
 
 def read_config(values: Values, source: str) -> ModelConfig:
@@ -125,13 +136,40 @@ def read_config(values: Values, source: str) -> ModelConfig:
     return _normal(_read_decoder(fields, FAMILIES[model_type]))
 
 
-def write_config(model: ModelConfig, like: Values | None = None) -> dict[str, Any]:
-    """The config.json of a policy.
+def read_head(values: Values, source: str) -> RewardHead | None:
+    """How the reward model that a config.json describes reads a response; None if it describes a policy.
+
+    Raises:
+      UserError: it is a classifier of a class that is not read here, or with more than one label.
+    """
+    architecture = str((values.get("architectures") or [None])[0])
+    if not re.search("Classification|Reward", architecture):
+        return None
+    if architecture != REWARD_MODELS.get(str(values.get("model_type"))):
+        there = ", ".join(REWARD_MODELS.values())
+        raise UserError(
+            f"{source}: architectures is {architecture!r}, which is not supported: the reward models are {there}"
+        )
+    fields = _Fields(values, source)
+    named = fields.get("id2label", dict, None)
+    labels = fields.get("num_labels", int, 2) if named is None else len(named)  # transformers' default is 2.
+    if labels != 1:
+        raise UserError(
+            f"{source}: the model has {labels} labels (id2label, num_labels), but a judge needs one reward: give a "
+            "model with one label"
+        )
+    before, after = fields.get(_AROUND, list, None) or (None, None)
+    return RewardHead(fields.get("pad_token_id", int, None), before, after)
+
+
+def write_config(model: ModelConfig, like: Values | None = None, head: RewardHead | None = None) -> dict[str, Any]:
+    """The config.json of a policy, or of a reward model with a head.
 
     Args:
       model: the policy's config.
       like: the config.json that the policy came with. The result keeps its family, and settings that a policy does not
         have, such as token ids.
+      head: the reward model's head; None for a policy.
 
     Raises:
       UserError: no family of transformers computes the same as the policy; the message names the nearest.
@@ -141,15 +179,28 @@ def write_config(model: ModelConfig, like: Values | None = None) -> dict[str, An
     differences = {}
     for family in sorted(families, key=lambda family: family != like.get("model_type")):
         values = _write_t5(model, family) if isinstance(model, T5Config) else _write_decoder(model, family)
-        differences[family] = _differences(model, read_config(values, "config.json"))
+        found = read_config(values, "config.json")
+        differences[family] = _differences(model, found if head is None else without_output(found))
         if not differences[family]:
             kept = like if family == like.get("model_type") else {}
-            return {name: value for name, value in kept.items() if name not in _NOTATIONS} | values
+            kept = {name: value for name, value in kept.items() if name not in (*_NOTATIONS, *_OF_HEAD)}
+            return kept | values | (_write_head(head, family) if head else {})
     nearest = min(differences, key=lambda family: len(differences[family]))
     raise UserError(
         f"no architecture of transformers computes this policy: {nearest} is the nearest and differs in "
         f"{', '.join(differences[nearest])}; export it to another format"
     )
+
+
+def _write_head(head: RewardHead, family: str) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "architectures": [REWARD_MODELS[family]],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+    }
+    if head.pad_id is not None:
+        values["pad_token_id"] = head.pad_id
+    return values | ({_AROUND: [head.before, head.after]} if head.after is not None else {})
 
 
 class _Fields:

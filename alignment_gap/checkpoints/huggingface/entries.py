@@ -1,4 +1,4 @@
-"""How a Hugging Face folder stores each parameter of a policy: the tensor's name, transposed and reshaped.
+"""How a Hugging Face folder stores each parameter of a network: the tensor's name, transposed and reshaped.
 
 A linear map is [outputs, inputs] there and [inputs, outputs] here; here heads have an axis of their own. Embeddings
 and norms are the same in both, including norms of the (1 + w) form.
@@ -13,24 +13,38 @@ import numpy as np
 
 from alignment_gap.checkpoints.formats import model_shapes
 from alignment_gap.checkpoints.tensors import Entries, Entry
-from alignment_gap.models import DecoderConfig, ModelConfig, T5Config
+from alignment_gap.models import DecoderConfig, ModelConfig, RewardHead, T5Config
 
 # Copies of tensors that some versions of transformers also write.
 _COPIES = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
+# T5's classifier: the prefix of its policy's tensors, and its head.
+_T5_CLASSIFIER = "transformer."
+_T5_HEAD = {
+    f"score.{ours}.{part}": f"classification_head.{theirs}.{name}"
+    for ours, theirs in (("dense", "dense"), ("output", "out_proj"))
+    for part, name in (("kernel", "weight"), ("bias", "bias"))
+}
 UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", "rotary_emb.inv_freq")
 
 
-def copies_of(model: ModelConfig) -> dict[str, str]:
+def copies_of(model: ModelConfig, head: RewardHead | None = None) -> dict[str, str]:
     """Tied tensors that a folder may store twice: maps the copy's name to the original's name."""
+    if head is not None:  # It has no output embedding.
+        prefix = _T5_CLASSIFIER if isinstance(model, T5Config) else ""
+        return {prefix + copy: prefix + original for copy, original in _COPIES.items()} if prefix else {}
     if isinstance(model, T5Config):
         return _COPIES | ({"lm_head.weight": "shared.weight"} if model.tied_embeddings else {})
     return {"lm_head.weight": "model.embed_tokens.weight"} if model.tied_embeddings else {}
 
 
-def entries_of(model: ModelConfig) -> Entries:
-    """How transformers stores every parameter of the policy, by its dotted name."""
+def entries_of(model: ModelConfig, head: RewardHead | None = None) -> Entries:
+    """How transformers stores every parameter of the policy, or of the reward model, by its dotted name."""
     names = _t5_names() if isinstance(model, T5Config) else _decoder_names(model)
-    return {name: _entry(name, names[name], shape) for name, shape in model_shapes(model).items()}
+    if head is not None and isinstance(model, T5Config):
+        names = {ours: _T5_CLASSIFIER + theirs for ours, theirs in names.items()} | _T5_HEAD
+    elif head is not None:
+        names |= {"score.kernel": "score.weight"}
+    return {name: _entry(name, names[name], shape) for name, shape in model_shapes(model, head).items()}
 
 
 def _t5_names() -> dict[str, str]:

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from alignment_gap.checkpoints.formats import Foreign
-from alignment_gap.checkpoints.huggingface.configs import read_config, write_config
+from alignment_gap.checkpoints.huggingface.configs import read_config, read_head, write_config
 from alignment_gap.checkpoints.huggingface.entries import UNUSED, copies_of, entries_of
 from alignment_gap.checkpoints.tensors import Tensor, exported
 from alignment_gap.errors import UserError
-from alignment_gap.models import ModelConfig, T5Config
+from alignment_gap.models import ModelConfig, RewardHead, T5Config
+from alignment_gap.models.reward_head import without_output
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Files that belong to a folder's tensors; an import and an export copy them.
@@ -51,23 +52,30 @@ def recognises(path: Path) -> bool:
 def open_foreign(path: Path) -> Foreign:
     """Opens a folder, or a repository of the hub by its id; reads no tensor yet.
 
+    The config is checked before the tensors are downloaded.
+
     Raises:
       UserError: the folder is not available, or its config or a file of tensors is not usable.
     """
-    folder = path if path.exists() or not is_hub_id(path) else _download(str(path))
-    model = read_config(read_json(folder / CONFIG), str(folder / CONFIG))
+    is_on_hub = not path.exists() and is_hub_id(path)
+    folder = _download(str(path), [CONFIG]) if is_on_hub else path
+    values, place = read_json(folder / CONFIG), str(folder / CONFIG)
+    head, model = read_head(values, place), read_config(values, place)
+    model = model if head is None else without_output(model)
+    if is_on_hub:
+        folder = _download(str(path), [*COMPANIONS, INDEX, "*.safetensors"])
     tensors: dict[str, Tensor] = {}
     for file in _files(folder):
         tensors |= tensors_of(file)
     ignored = {name for name in tensors if name.endswith(UNUSED)}
-    for name, original in copies_of(model).items():
+    for name, original in copies_of(model, head).items():
         if name in tensors and original in tensors:
             _check_copy(folder, tensors, name, original)
             ignored.add(name)
     if isinstance(model, T5Config) and not model.tied_embeddings and "shared.weight" in tensors:
         # If version 1.1 lacks its output embedding, transformers uses the input embedding.
         tensors.setdefault("lm_head.weight", tensors["shared.weight"])
-    return Foreign(model, tensors, entries_of(model), ignored, companions_of(folder))
+    return Foreign(model, tensors, entries_of(model, head), ignored, companions_of(folder), head)
 
 
 def write(
@@ -76,6 +84,7 @@ def write(
     ours: Mapping[str, Tensor],
     companions: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    head: RewardHead | None = None,
 ) -> None:
     """Writes a folder that transformers loads, in float32.
 
@@ -86,6 +95,7 @@ def write(
       companions: a folder with tokenizer files to copy; its config.json and generation_config.json provide settings
         that a policy does not have.
       shard_bytes: the largest size of a file in bytes; then the next file begins.
+      head: how a reward model with a head reads a response; None for a policy.
 
     Raises:
       UserError: transformers has no architecture that computes the same as the policy.
@@ -93,8 +103,8 @@ def write(
     save_file = installed("safetensors.numpy").save_file
     there = companions_of(companions) if companions else []
     like = next((read_json(file) for file in there if file.name == CONFIG), None)
-    config = write_config(model, like)
-    tensors = exported(ours, entries_of(model))
+    config = write_config(model, like, head)
+    tensors = exported(ours, entries_of(model, head))
     output.mkdir(parents=True)
     shards = list(_shards(tensors, shard_bytes))
     weight_map: dict[str, str] = {}
@@ -138,11 +148,11 @@ def is_hub_id(path: Path | str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) is not None
 
 
-def _download(name: str) -> Path:
-    """The local folder of a repository of the hub; downloads the repository if needed."""
+def _download(name: str, files: list[str]) -> Path:
+    """The local folder of a repository of the hub; downloads the files, given by patterns, if needed."""
     hub = installed("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=[*COMPANIONS, INDEX, "*.safetensors"]))
+        return Path(hub.snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name} is no folder, and the hub does not give it ({str(error).strip().splitlines()[0]}): give the path "
