@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from alignment_gap import checks
-from alignment_gap.checkpoints import Network, find_checkpoint, known_network
+from alignment_gap.checkpoints import Network, check_policy, find_checkpoint, known_network
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import PrepareConfig
@@ -113,7 +113,10 @@ class Known:
             raise UserError("there is no model: give --model, or the gin file of one such as gin/models/t5_tiny.gin")
         if job.model is None:
             start = self.run(str(job.start), job.start_step)
-            network = dataclasses.replace(network, model=start.model, head=start.head)
+            if job.kind != "bradley_terry":
+                check_policy(start, str(job.start))
+            markers = network.markers if start.head is None else ()
+            network = dataclasses.replace(network, model=start.model, markers=markers, head=start.head)
         return self._computed(network, size or job.model)
 
     def run(self, path: str, step: int | None = None) -> Network:

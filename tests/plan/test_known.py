@@ -21,7 +21,7 @@ from alignment_gap.jobs.label import LABEL, LabelConfig
 from alignment_gap.jobs.prepare import PREPARE
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
-from alignment_gap.models import sizes
+from alignment_gap.models import RewardHead, sizes
 from alignment_gap.plan.known import MARKERS, Contents, Known, Overrides
 from alignment_gap.sharding import MeshConfig
 from alignment_gap.training import OptimizerConfig
@@ -55,6 +55,15 @@ def test_a_job_trains_its_model_or_that_of_its_start(runs):
     assert Known().trained(JobConfig(start=str(runs / "policy"))) == Network(model=DECODER)
     judge = Known().trained(JobConfig(kind="pairwise", start=str(runs / "policy")))
     assert judge == Network("pairwise", DECODER, MARKERS)
+
+
+def test_a_reward_model_with_a_head_passes_its_head_on(tmp_path):
+    network = Network("bradley_terry", T5, head=RewardHead(pad_id=3))
+    write_run(tmp_path / "reward", network)
+    assert Known().judge_of(JudgeConfig(str(tmp_path / "reward"))) == network
+    assert Known().trained(JobConfig(kind="bradley_terry", start=str(tmp_path / "reward"))) == network
+    with pytest.raises(UserError, match="is a reward model, whose head replaces the output embedding: give a policy"):
+        Known().trained(JobConfig(start=str(tmp_path / "reward")))
 
 
 def test_a_job_of_the_graph_passes_its_model_on():

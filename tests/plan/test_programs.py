@@ -13,7 +13,7 @@ from planning import CPU, DECODER, SHAPE, T5, config_of, facts_of, program_of, r
 
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import LossConfig, OnlineConfig
-from alignment_gap.models import count_parameters, make_policy
+from alignment_gap.models import RewardHead, count_parameters, make_policy
 from alignment_gap.plan import programs
 from alignment_gap.plan.programs import build, compile_here, compile_program, environment, exceeded_bytes
 from alignment_gap.plan.steps import Program
@@ -176,6 +176,15 @@ def test_a_judge_scores_every_response(labels):
     judge = replaced(program_of("judge", T5, labels=labels), samples=3)
     function, arguments, _ = build(judge, config_of(judge).job, make_mesh(MeshConfig()))
     assert jax.eval_shape(function, *arguments).shape == (8, 3)
+
+
+def test_a_reward_model_with_a_head_is_compiled_with_its_head():
+    judge = program_of("judge", T5, labels="rewards")
+    network = dataclasses.replace(judge.facts.network, kind="bradley_terry", markers=(), head=RewardHead())
+    judge = dataclasses.replace(judge, facts=dataclasses.replace(judge.facts, network=network))
+    function, arguments, params = build(judge, config_of(judge).job, make_mesh(MeshConfig()))
+    assert jax.eval_shape(function, *arguments).shape == (8, 2)
+    assert params["score"]["output"]["kernel"].shape == (T5.width, 1)
 
 
 def test_a_batch_that_the_mesh_does_not_split_is_refused():
