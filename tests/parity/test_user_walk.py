@@ -56,7 +56,7 @@ def walked(tmp_path_factory):
         ("scorer", transformers.LlamaForSequenceClassification, {"num_labels": 1}),
     ):
         model_class(transformers.LlamaConfig(**SIZES, **settings)).save_pretrained(folder / name)
-        make_tokenizer(folder / name, tokens=("<|im_start|>", "<|im_end|>"), chat_template=CHATML)
+        make_tokenizer(folder / name, tokens=("<|im_start|>", "<|im_end|>"), eos_token="</s>", chat_template=CHATML)
         command("checkpoint", "import", f"--from={folder / name}", f"--output={folder / name}_run")
     rows = [
         {
