@@ -183,7 +183,8 @@ def write_config(model: ModelConfig, like: Values | None = None, head: RewardHea
         differences[family] = _differences(model, found if head is None else without_output(found))
         if not differences[family]:
             kept = like if family == like.get("model_type") else {}
-            kept = {name: value for name, value in kept.items() if name not in (*_NOTATIONS, *_OF_HEAD)}
+            dropped = _NOTATIONS if head is None else _NOTATIONS | _OF_HEAD
+            kept = {name: value for name, value in kept.items() if name not in dropped}
             return kept | values | (_write_head(head, family) if head else {})
     nearest = min(differences, key=lambda family: len(differences[family]))
     raise UserError(
