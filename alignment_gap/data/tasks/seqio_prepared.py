@@ -39,7 +39,7 @@ def prepared_task(
 
     Raises:
       UserError: the dataset cannot be read or holds no pairs, or as `find_reference`. When the Task is read: a pair is
-        over the lengths that are asked for.
+        over the lengths that are asked for, or its judge gave it no scores.
     """
     dataset = open_dataset(folder)
     if dataset.card.responses_per_prompt != 2:
@@ -114,8 +114,10 @@ def prepared_vocabulary(folder: str, vocabulary: str | None = None) -> seqio.Voc
 
 
 def _rows(dataset: Dataset, stored: ReferenceLogProbs | None, order: np.ndarray) -> Iterator[_Arrays]:
-    for number in order:
+    for number in order.tolist():
         example = dataset[number]
+        if np.isnan(example.scores).any():
+            raise UserError(f"{dataset.folder}: the prompt {example.prompt_id} has no scores: label it, or leave it out")
         chosen, rejected = int(np.argmax(example.scores)), 1 - int(np.argmin(example.scores[::-1]))
         log_probs = _reference_of(example, stored, number)
         yield {

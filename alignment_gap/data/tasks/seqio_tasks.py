@@ -116,8 +116,8 @@ class PreferenceFeatureConverter(seqio.FeatureConverter):
     def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
         if missing := sorted(self._OF_TOKENS.keys() - ds.element_spec.keys()):
             raise UserError(
-                f"the Task has no {', '.join(missing)}: store them beside the dataset by alignment-gap reference, or "
-                "choose a loss without a reference, such as simpo"
+                f"the Task has no {', '.join(missing)}: store them beside the dataset by alignment-gap data reference, "
+                "or choose a loss without a reference, such as simpo"
             )
 
         def convert(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
