@@ -59,8 +59,7 @@ class EncoderDecoderPolicy(models.EncoderDecoderModel):
           **settings: of `models.EncoderDecoderModel`, such as `decode_fn`.
 
         Raises:
-          UserError: there is no such loss or setting, a pair cannot serve the loss, or the network has fewer tokens than
-            the vocabulary.
+          UserError: there is no such loss or setting, or the network has fewer tokens than the vocabulary.
         """
         try:
             self._loss = losses.get(loss, **(loss_settings or {}))

@@ -317,7 +317,15 @@ def loss_inputs(
 
 
 def apply_loss(loss: Callable[..., Array], inputs: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-    """The losses [N] or [N, K] of the prompts, and their `diagnostics`, from arrays by name as `loss_inputs` gives them.
+    """The losses of the prompts and their `diagnostics`, from arrays by name.
+
+    Args:
+      loss: from `losses.get`, or a callable of your own.
+      inputs: arrays as `loss_inputs` gives them, and others that the loss names.
+
+    Returns:
+      The losses [N], or [N, K] of a loss on single responses, nan where a prompt has no scores; and the diagnostics
+      [N].
 
     Raises:
       UserError: the loss needs an array that is not there.

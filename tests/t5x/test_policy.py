@@ -81,7 +81,7 @@ def our_loss(params, features, ours):
     source = t5_foreign("t5x", {TARGET + name: from_array(np.asarray(leaf)) for name, leaf in flat.items()})
     tensors = imported(source.tensors, source.entries)
     tree = flax.traverse_util.unflatten_dict({name: t.read(None) for name, t in tensors.items()}, sep=".")
-    batch, policy = ours.tasks.preference_batch(features), make_policy(source.config)
+    batch, policy = ours.tasks.preference_batch(features), make_policy(source.model)
 
     def loss(name):
         return policy_objective(policy, losses.get(name))(tree, batch, jnp.int32(0))
@@ -161,8 +161,8 @@ def test_rewards_are_compared(ours, params, features):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "ippo"}, "did you mean ipo"),
-        ({"loss": "ipo", "loss_settings": {"bata": 1}}, "did you mean beta"),
+        ({"loss": "ippo"}, "did you mean .ipo"),
+        ({"loss": "ipo", "loss_settings": {"bata": 1}}, "did you mean .beta"),
         ({"scores": "reward"}, "did you mean rewards"),
     ],
 )

@@ -95,18 +95,21 @@ def test_two_steps_of_t5x_are_two_of_ours(case, t5x, start, pairs, tmp_path):
     alignment_gap(
         "train",
         f"--gin_file={ROOT / 'gin/runs/offline_ipo.gin'}",
-        *(f"--gin.{name}={value}" for name, value in {
-            "DATASET": pairs,
-            "START": start / "ours",
-            "LossConfig.name": loss,
-            "LossConfig.settings": settings,
-            "OPTIMIZER": "sgd",
-            "LEARNING_RATE": rate,
-            "OptimizerConfig.clip_norm": None,
-            "BATCH_SIZE": BATCH,
-            "DatasetConfig.order": "recorded",
-            "TRAIN_STEPS": 2,
-        }.items()),
+        *(
+            f"--gin.{name}={value}"
+            for name, value in {
+                "DATASET": pairs,
+                "START": start / "ours",
+                "LossConfig.name": loss,
+                "LossConfig.settings": settings,
+                "OPTIMIZER": "sgd",
+                "LEARNING_RATE": rate,
+                "OptimizerConfig.clip_norm": None,
+                "BATCH_SIZE": BATCH,
+                "DatasetConfig.order": "recorded",
+                "TRAIN_STEPS": 2,
+            }.items()
+        ),
         f"--workdir={tmp_path / 'ours'}",
     )
     before, ours, theirs = map(params_of, (start / "ours", tmp_path / "ours", tmp_path / "theirs"))

@@ -147,7 +147,9 @@ def find_reference(dataset: Dataset, key: str | None = None) -> ReferenceLogProb
     if key is None and len(names) > 1:
         raise UserError(f"{dataset.folder} has the log-probs of several references: choose one of {', '.join(names)}")
     if key is not None and key not in names:
-        raise UserError(f"{dataset.folder} has no log-probs of the reference {key!r}: it has {', '.join(names) or 'none'}")
+        raise UserError(
+            f"{dataset.folder} has no log-probs of the reference {key!r}: it has {', '.join(names) or 'none'}"
+        )
     if not names:
         return None
     return open_reference(dataset, _read_card(dataset.folder / FOLDER / (key or names[0]) / CARD)["of"])

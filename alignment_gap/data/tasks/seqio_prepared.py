@@ -20,9 +20,7 @@ from alignment_gap.errors import UserError
 _Arrays = dict[str, np.ndarray]
 
 
-def prepared_task(
-    folder: str, vocabulary: seqio.Vocabulary | None = None, reference: str | None = None
-) -> seqio.Task:
+def prepared_task(folder: str, vocabulary: seqio.Vocabulary | None = None, reference: str | None = None) -> seqio.Task:
     """A dataset of pairs as a Task of one split, "train".
 
     Without shuffling, it has the pairs in the order of the dataset. `alignment_gap.training.loss_inputs` and this Task
@@ -117,7 +115,9 @@ def _rows(dataset: Dataset, stored: ReferenceLogProbs | None, order: np.ndarray)
     for number in order.tolist():
         example = dataset[number]
         if np.isnan(example.scores).any():
-            raise UserError(f"{dataset.folder}: the prompt {example.prompt_id} has no scores: label it, or leave it out")
+            raise UserError(
+                f"{dataset.folder}: the prompt {example.prompt_id} has no scores: label it or drop it"
+            )
         chosen, rejected = int(np.argmax(example.scores)), 1 - int(np.argmin(example.scores[::-1]))
         log_probs = _reference_of(example, stored, number)
         yield {

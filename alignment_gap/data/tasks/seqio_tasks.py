@@ -92,8 +92,8 @@ class PreferenceFeatureConverter(seqio.FeatureConverter):
         prompt_length, chosen_length, rejected_length int32[], the end id counted,
         scores float32[2] of the chosen and the rejected response: their probabilities to be the better one.
 
-    A Task may have `scores` in place of `preference`; they can be rewards. There is no packing. `preference_batch` turns
-    a batch into what this library trains on.
+    A Task may have `scores` in place of `preference`; they can be rewards. There is no packing. `preference_batch`
+    turns a batch into what this library trains on.
     """
 
     TASK_FEATURES = {name: seqio.FeatureConverter.FeatureSpec(tf.int32) for name in _TEXTS}  # noqa: RUF012
