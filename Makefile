@@ -7,8 +7,13 @@ CONFIG ?= configs/study/tiny.py
 WORKDIR ?= runs/study
 PARITY := .cache/parity-venv
 DOCS := .cache/docs-venv
+# A checkout of google-research/t5x, and those of google/airio and google-research/jestimator, which T5X imports.
+T5X ?=
+AIRIO ?= $(T5X)/../airio
+JESTIMATOR ?= $(T5X)/../jestimator
+T5X_VENV := .cache/t5x-venv
 
-.PHONY: study test results parity docs lint lock clean
+.PHONY: study test results parity t5x t5x-checkouts docs lint lock clean
 
 study: $(VENV)/installed
 	$(VENV)/bin/alignment-gap study --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
@@ -23,6 +28,16 @@ results: $(VENV)/installed
 # Not part of `make test`: torch (the CPU build), TRL, transformers and PEFT never meet the library's own pins.
 parity: $(PARITY)/installed
 	$(PARITY)/bin/python -m pytest tests/parity -W default --confcutdir tests/parity $(FLAGS)
+
+# Not part of `make test`: T5X and what it imports are on no registry.
+t5x: t5x-checkouts $(T5X_VENV)/installed
+	PYTHONPATH=$(abspath $(T5X)):$(abspath $(AIRIO)):$(abspath $(JESTIMATOR)) $(T5X_VENV)/bin/python -m pytest tests/t5x -W default --confcutdir tests/t5x \
+	    $(FLAGS)
+
+t5x-checkouts:
+	@test -n "$(T5X)" || { echo "T5X is not set: give a checkout of google-research/t5x, as in make t5x T5X=../t5x" >&2; exit 2; }
+	@for file in $(T5X)/t5x/train.py $(AIRIO)/airio/core.py $(JESTIMATOR)/jestimator/amos.py; do test -f $$file || \
+	    { echo "$$file is not there: set T5X, AIRIO and JESTIMATOR to checkouts; by default the latter are beside T5X" >&2; exit 2; }; done
 
 # Reads the sources without importing them, so that the package and its dependencies are not installed for it.
 docs: $(DOCS)/installed
@@ -53,6 +68,13 @@ $(DOCS)/installed: requirements-docs.lock
 	$(DOCS)/bin/python -m pip install --quiet --no-deps --requirement requirements-docs.lock
 	touch $@
 
+$(T5X_VENV)/installed: requirements-t5x.lock setup.py
+	$(PYTHON) -m venv $(T5X_VENV)
+	$(T5X_VENV)/bin/python -m pip install --quiet uv==0.13.9
+	$(T5X_VENV)/bin/uv pip install --quiet --python $(T5X_VENV)/bin/python --compile-bytecode --requirement $<
+	$(T5X_VENV)/bin/uv pip install --quiet --python $(T5X_VENV)/bin/python --no-deps --editable .
+	touch $@
+
 UV_COMPILE := $(TEST_VENV)/bin/uv pip compile --python-version 3.11 --no-emit-index-url --no-header --upgrade
 COMPILE := $(UV_COMPILE) setup.py
 
@@ -62,6 +84,8 @@ lock:
 	    --constraint requirements.lock --output-file requirements-test.lock
 	grep '"docs": \[' setup.py | grep -o '"[^"]*=[^"]*"' | tr -d '"' | \
 	    $(UV_COMPILE) - --constraint requirements-test.lock --output-file requirements-docs.lock
+	echo cached_property fiddle grain pytest | tr ' ' '\n' | $(COMPILE) - --extra data --extra tensorboard \
+	    --constraint requirements-test.lock --output-file requirements-t5x.lock
 
 clean:
 	rm -rf $(VENV) $(TEST_VENV) runs site .cache

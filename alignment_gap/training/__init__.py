@@ -31,11 +31,13 @@ from alignment_gap.training.update import (
     Objective,
     UpdateStep,
     adapter_objective,
+    apply_loss,
     loss_inputs,
     make_update_step,
     make_validation_step,
     policy_objective,
     preference_objective,
+    required_inputs,
 )
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "abstract_params",
     "abstract_state",
     "adapter_objective",
+    "apply_loss",
     "base_key",
     "create_state",
     "load_base",
@@ -72,6 +75,7 @@ __all__ = [
     "make_validation_step",
     "policy_objective",
     "preference_objective",
+    "required_inputs",
     "state_from_params",
     "train",
     "with_copy",

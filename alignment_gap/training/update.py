@@ -179,7 +179,7 @@ def policy_objective(policy: Policy, loss: Callable[..., Array], *, rewards: boo
     Raises:
       UserError: the loss needs an array that the batch does not have.
     """
-    wanted, reads = _required_inputs(loss), losses.reads(loss)
+    reads = losses.reads(loss)
 
     def objective(params: Any, batch: PreferenceBatch, step: Array, *_: Any) -> tuple[Array, dict[str, Array]]:
         if batch.is_packed and losses.OTHER_PROMPTS in reads:
@@ -192,21 +192,7 @@ def policy_objective(policy: Policy, loss: Callable[..., Array], *, rewards: boo
             inputs = loss_inputs(batch, *score_with_collisions(policy, params, *texts), rewards=rewards)
         else:
             inputs = loss_inputs(batch, score(policy, params, *texts), rewards=rewards)
-        inputs |= _beside(policy, params, batch)
-        missing = sorted(wanted - inputs.keys())
-        if missing:
-            batches, remedy = "this batch", ""
-            if batch.scores.shape[-1] == 1:
-                batches, remedy = "a batch of one response a prompt", "choose one of single responses, such as kto; "
-            raise UserError(
-                f"the loss needs {', '.join(missing)}, which {batches} does not have: {remedy}it has "
-                f"{', '.join(sorted(inputs))}",
-                page="jobs.md#which-source-serves-which-loss",
-            )
-        found = loss(**{name: inputs[name] for name in _accepted_inputs(loss, inputs)})
-        # A prompt that its judge gave no scores has no loss, whether the loss reads scores or not.
-        scored = ~jnp.isnan(inputs["scores"]).any(axis=-1)
-        return jnp.where(scored.reshape(-1, *[1] * (found.ndim - 1)), found, jnp.nan), diagnostics(inputs)
+        return apply_loss(loss, inputs | _beside(policy, params, batch))
 
     return objective
 
@@ -330,6 +316,35 @@ def loss_inputs(
     return inputs
 
 
+def apply_loss(loss: Callable[..., Array], inputs: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """The losses of the prompts and their `diagnostics`, from arrays by name.
+
+    Args:
+      loss: from `losses.get`, or a callable of your own.
+      inputs: arrays as `loss_inputs` gives them, and others that the loss names.
+
+    Returns:
+      The losses [N], or [N, K] of a loss on single responses, nan where a prompt has no scores; and the diagnostics
+      [N].
+
+    Raises:
+      UserError: the loss needs an array that is not there.
+    """
+    if missing := sorted(required_inputs(loss) - inputs.keys()):
+        batches, remedy = "this batch", ""
+        if inputs["scores"].shape[-1] == 1:
+            batches, remedy = "a batch of one response a prompt", "choose one of single responses, such as kto; "
+        raise UserError(
+            f"the loss needs {', '.join(missing)}, which {batches} does not have: {remedy}it has "
+            f"{', '.join(sorted(inputs))}",
+            page="jobs.md#which-source-serves-which-loss",
+        )
+    found = loss(**{name: inputs[name] for name in _accepted_inputs(loss, inputs)})
+    # A prompt that its judge gave no scores has no loss, whether the loss reads scores or not.
+    scored = ~jnp.isnan(inputs["scores"]).any(axis=-1)
+    return jnp.where(scored.reshape(-1, *[1] * (found.ndim - 1)), found, jnp.nan), diagnostics(inputs)
+
+
 def _beside(policy: Policy, params: Any, batch: PreferenceBatch) -> dict[str, Array]:
     """The log-probs [B, K] of the batch's `fresh` samples, and of its `mismatched` responses to other prompts."""
     inputs = {}
@@ -361,7 +376,8 @@ def _parameters(loss: Callable[..., Array]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(loss).parameters)
 
 
-def _required_inputs(loss: Callable[..., Array]) -> set[str]:
+def required_inputs(loss: Callable[..., Array]) -> set[str]:
+    """The names of the arrays that a loss cannot do without."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {
         name

@@ -133,6 +133,28 @@ def open_reference(dataset: Dataset, identity: Mapping[str, Any]) -> ReferenceLo
     return ReferenceLogProbs(dataset, np.load(values, mmap_mode="r"))
 
 
+def find_reference(dataset: Dataset, key: str | None = None) -> ReferenceLogProbs | None:
+    """The stored log-probs of a dataset, whatever their reference; None where there are none.
+
+    Args:
+      dataset: what was scored.
+      key: the name of their folder; None for the only ones.
+
+    Raises:
+      UserError: several are stored and `key` is None, none is stored under `key`, or as `open_reference`.
+    """
+    names = sorted(path.parent.name for path in (dataset.folder / FOLDER).glob(f"*/{CARD}"))
+    if key is None and len(names) > 1:
+        raise UserError(f"{dataset.folder} has the log-probs of several references: choose one of {', '.join(names)}")
+    if key is not None and key not in names:
+        raise UserError(
+            f"{dataset.folder} has no log-probs of the reference {key!r}: it has {', '.join(names) or 'none'}"
+        )
+    if not names:
+        return None
+    return open_reference(dataset, _read_card(dataset.folder / FOLDER / (key or names[0]) / CARD)["of"])
+
+
 def _read_card(path: AnyPath) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text())

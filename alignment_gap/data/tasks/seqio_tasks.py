@@ -5,7 +5,8 @@
     ..._sft                                                                     the same for supervised training
 
 A preference Task has the features `prompt`, `chosen` and `rejected`, their texts as `..._pretokenized`, and
-`preference`; `PreferenceFeatureConverter` makes padded arrays of it. A `_sft` Task has seqio's usual `inputs` and
+`preference`; `PreferenceFeatureConverter` makes padded arrays of it. `seqio_prepared` has the Task of a dataset that
+this library prepared. A `_sft` Task has seqio's usual `inputs` and
 `targets`, the prompt and the chosen response. They read the TFDS dataset `alignment_pairs` of `tfds_pairs`, from
 `seqio.set_tfds_data_dir_override` or `TFDS_DATA_DIR`. Pairs over a length are left out, never cut.
 """
@@ -16,16 +17,19 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 import seqio
 import tensorflow as tf
 
 from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.data.tasks import tfds_pairs
+from alignment_gap.errors import UserError
 
 T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
 _TEXTS = ("prompt", "chosen", "rejected")
+# Features of a Task with reference log-probs, and the tokens that they are of.
+REFERENCE_FEATURES = {f"{side}_reference_log_probs": side for side in ("chosen", "rejected")}
 
 
 def register(vocabulary: seqio.Vocabulary, suffix: str = "") -> None:
@@ -34,6 +38,8 @@ def register(vocabulary: seqio.Vocabulary, suffix: str = "") -> None:
     Importing the module does this with T5's vocabulary and no suffix; the file is read when a Task is first used.
     """
     preference = {name: seqio.Feature(vocabulary) for name in _TEXTS}
+    # A Mixture keeps nothing but output features.
+    preference["preference"] = number_feature(rank=0)
     sft = {name: seqio.Feature(vocabulary) for name in ("inputs", "targets")}
     to_sft = functools.partial(seqio.preprocessors.rekey, key_map={"inputs": "prompt", "targets": "chosen"})
     for kind, features, first in (("", preference, []), ("_sft", sft, [to_sft])):
@@ -59,6 +65,14 @@ def register(vocabulary: seqio.Vocabulary, suffix: str = "") -> None:
         )
 
 
+def number_feature(rank: int, vocabulary: seqio.Vocabulary | None = None) -> seqio.Feature:
+    """A feature of float32, which seqio passes through.
+
+    T5X compares the vocabularies of all features of a Task whose tokens are passed through too: give it theirs.
+    """
+    return seqio.Feature(vocabulary or seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32, rank=rank)
+
+
 def leave_out_long(
     dataset: tf.data.Dataset, output_features: Mapping[str, Any], sequence_length: Mapping[str, int] | None
 ) -> tf.data.Dataset:
@@ -76,18 +90,22 @@ class PreferenceFeatureConverter(seqio.FeatureConverter):
 
         prompt_tokens int32[P], chosen_tokens and rejected_tokens int32[R], padded on the right with 0,
         prompt_length, chosen_length, rejected_length int32[], the end id counted,
-        preference float32[], the probability that the chosen response is the better.
+        scores float32[2] of the chosen and the rejected response: their probabilities to be the better one.
 
-    There is no packing. `preference_batch` turns a batch of it into what this library trains on.
+    A Task may have `scores` in place of `preference`; they can be rewards. There is no packing. `preference_batch`
+    turns a batch into what this library trains on.
     """
 
     TASK_FEATURES = {name: seqio.FeatureConverter.FeatureSpec(tf.int32) for name in _TEXTS}  # noqa: RUF012
     MODEL_FEATURES = {  # noqa: RUF012
         **{f"{name}_tokens": seqio.FeatureConverter.FeatureSpec(tf.int32) for name in _TEXTS},
         **{f"{name}_length": seqio.FeatureConverter.FeatureSpec(tf.int32, rank=0) for name in _TEXTS},
-        "preference": seqio.FeatureConverter.FeatureSpec(tf.float32, rank=0),
+        "scores": seqio.FeatureConverter.FeatureSpec(tf.float32),
     }
     PACKING_FEATURE_DTYPES: Mapping[str, tf.DType] = {}
+
+    # Further features with a number for each token, and the tokens that they are of.
+    _OF_TOKENS: Mapping[str, str] = {}
 
     def __init__(self, pack: bool = False, **settings: Any):
         """Raises ValueError where packing is asked for."""
@@ -96,34 +114,73 @@ class PreferenceFeatureConverter(seqio.FeatureConverter):
         super().__init__(pack=False, **settings)
 
     def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
+        if missing := sorted(self._OF_TOKENS.keys() - ds.element_spec.keys()):
+            raise UserError(
+                f"the Task has no {', '.join(missing)}: store them beside the dataset by alignment-gap data reference, "
+                "or choose a loss without a reference, such as simpo"
+            )
+
         def convert(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
             tokens = {f"{name}_tokens": example[name] for name in _TEXTS}
             lengths = {f"{name}_length": tf.size(example[name]) for name in _TEXTS}
-            return tokens | lengths | {"preference": example["preference"]}
+            for name, of in self._OF_TOKENS.items():
+                # One that was cut has lost its end.
+                message = f"{name} has another length than {of}: set trim_output_features=False"
+                tf.debugging.assert_equal(tf.size(example[name]), tf.size(example[of]), message)
+            return tokens | lengths | {"scores": _scores(example)} | {name: example[name] for name in self._OF_TOKENS}
 
+        return self._pack_or_pad(
+            ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE), self._padded_lengths(task_feature_lengths)
+        )
+
+    def _padded_lengths(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
         lengths = {f"{name}_tokens": task_feature_lengths[name] for name in _TEXTS}
-        return self._pack_or_pad(ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE), lengths)
+        return lengths | {name: task_feature_lengths[of] for name, of in self._OF_TOKENS.items()}
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
-        """Lengths of the padded arrays; 1 for what is a number."""
-        lengths = {f"{name}_tokens": task_feature_lengths[name] for name in _TEXTS}
+        """Lengths of the arrays; 1 for what is a number."""
+        lengths = self._padded_lengths(task_feature_lengths) | {"scores": 2}
         return {name: lengths.get(name, 1) for name in self.MODEL_FEATURES}
 
 
-def preference_batch(features: Mapping[str, np.ndarray], first_prompt_id: int = 0) -> PreferenceBatch:
+class ReferenceFeatureConverter(PreferenceFeatureConverter):
+    """Pairs with their log-probs under the reference.
+
+    Like `PreferenceFeatureConverter`, and from `chosen_reference_log_probs` and `rejected_reference_log_probs`, float32
+    in nats for each token, to arrays of the same names, float32[R] padded with 0.
+    """
+
+    MODEL_FEATURES = {  # noqa: RUF012
+        **PreferenceFeatureConverter.MODEL_FEATURES,
+        **dict.fromkeys(REFERENCE_FEATURES, seqio.FeatureConverter.FeatureSpec(tf.float32)),
+    }
+    _OF_TOKENS = REFERENCE_FEATURES
+
+
+def _scores(example: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    if "scores" in example:
+        return tf.ensure_shape(example["scores"], [2])
+    return tf.stack([example["preference"], 1 - example["preference"]])
+
+
+def preference_batch(features: Mapping[str, Any], first_prompt_id: int = 0) -> PreferenceBatch:
     """A PreferenceBatch of a batch of `PreferenceFeatureConverter`'s features, whose responses have one length R.
 
     Prompt ids count from `first_prompt_id`: seqio gives an example no number that stays with it.
     """
     arrays = {name: jnp.asarray(value) for name, value in features.items()}
-    chosen, preference = arrays["chosen_tokens"], arrays["preference"]
+
+    def both(name: str) -> jax.Array:
+        return jnp.stack([arrays[f"{side}_{name}"] for side in ("chosen", "rejected")], axis=1)
+
     return PreferenceBatch(
-        prompt_ids=first_prompt_id + jnp.arange(len(chosen), dtype=jnp.int32),
+        prompt_ids=first_prompt_id + jnp.arange(len(arrays["prompt_length"]), dtype=jnp.int32),
         prompts=arrays["prompt_tokens"],
         prompt_lengths=arrays["prompt_length"],
-        responses=jnp.stack([chosen, arrays["rejected_tokens"]], axis=1),
-        response_lengths=jnp.stack([arrays["chosen_length"], arrays["rejected_length"]], axis=1),
-        scores=jnp.stack([preference, 1 - preference], axis=1),
+        responses=both("tokens"),
+        response_lengths=both("length"),
+        scores=arrays["scores"],
+        reference_log_probs=both("reference_log_probs") if "chosen_reference_log_probs" in arrays else None,
     )
 
 

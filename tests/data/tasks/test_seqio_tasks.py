@@ -150,7 +150,8 @@ def test_importing_one_module_registers_the_four_tasks_and_their_mixtures(tasks)
     for kind in ("", "_sft"):
         assert {f"{name}{kind}" for name in names} <= set(tasks.TaskRegistry.names())
         assert f"alignment_pairs{kind}" in tasks.MixtureRegistry.names()
-    assert set(tasks.TaskRegistry.get(names[0]).output_features) == {"prompt", "chosen", "rejected"}
+    features = tasks.TaskRegistry.get(names[0]).output_features
+    assert set(features) == {"prompt", "chosen", "rejected", "preference"}
 
 
 def test_a_preference_task_gives_our_own_tokens_and_leaves_out_long_pairs(tasks, tfds_folder, monkeypatch):
@@ -215,3 +216,13 @@ def test_a_mixture_draws_from_its_tasks(tasks):
     arena = sum(prompt.startswith("\n\nHuman: q") and "question" not in prompt for prompt in drawn)
     # About 59 of 67 examples are the arena's.
     assert 0.75 < arena / 200 < 0.97
+
+
+def test_a_mixture_goes_through_the_converter(tasks):
+    from alignment_gap.data.tasks import seqio_tasks
+
+    if "one" not in tasks.MixtureRegistry.names():
+        tasks.MixtureRegistry.add("one", ["alignment_pairs_harmlessness_test"], default_rate=1)
+    converter = seqio_tasks.PreferenceFeatureConverter()
+    dataset = tasks.get_dataset("one", LENGTHS, converter, "validation", shuffle=False)
+    assert next(dataset.as_numpy_iterator())["scores"].tolist() == [1, 0]

@@ -1,0 +1,182 @@
+"""The model that T5X trains: every loss of a pair has our own value, and what a pair cannot serve is one line."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+LENGTHS = {"prompt": 9, "chosen": 6, "rejected": 6}
+VOCABULARY = 17
+# Losses that need more than a pair with its reference, and what.
+BEYOND_A_PAIR = {"old_logps", "old_token_logps", "fresh_logps", "kl_logps"}
+
+
+@pytest.fixture(scope="module")
+def ours(t5x):
+    """What these tests take from us and from T5X; both are imported where T5X is."""
+    import seqio
+    from t5x import optimizers
+    from t5x.examples.t5 import network
+
+    from alignment_gap.data.tasks import seqio_tasks
+    from alignment_gap.t5x import EncoderDecoderPolicy
+
+    config = network.T5Config(
+        vocab_size=VOCABULARY,
+        emb_dim=12,
+        num_heads=2,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        head_dim=4,
+        mlp_dim=16,
+        mlp_activations=("gelu", "linear"),
+        dropout_rate=0.1,
+    )
+    vocabulary = seqio.PassThroughVocabulary(VOCABULARY, 1)
+
+    def make(loss="ipo", module=None, **settings):
+        module = module or network.Transformer(config)
+        return EncoderDecoderPolicy(module, vocabulary, vocabulary, optimizers.sgd(0.1), loss, **settings)
+
+    return types.SimpleNamespace(
+        make=make, config=config, tasks=seqio_tasks, network=network, optimizers=optimizers, vocabulary=vocabulary
+    )
+
+
+@pytest.fixture(scope="module")
+def features():
+    """A batch as the feature converter gives it; four pairs, one of them a tie."""
+    rng = np.random.default_rng(0)
+    batch = {"scores": np.array([[1, 0], [0.7, 0.3], [0.5, 0.5], [1, 0]], np.float32)}
+    for name, longest in LENGTHS.items():
+        lengths = rng.integers(2, longest + 1, 4)
+        mask = np.arange(longest) < lengths[:, None]
+        batch |= {f"{name}_length": lengths.astype(np.int32)}
+        batch |= {f"{name}_tokens": np.where(mask, rng.integers(2, VOCABULARY, mask.shape), 0).astype(np.int32)}
+        if name != "prompt":
+            batch |= {f"{name}_reference_log_probs": np.where(mask, -3 * rng.random(mask.shape), 0).astype(np.float32)}
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+@pytest.fixture(scope="module")
+def params(ours, features):
+    shapes = {name: value.shape for name, value in features.items()}
+    return ours.make().get_initial_variables(jax.random.PRNGKey(0), shapes)["params"]
+
+
+@pytest.fixture(scope="module")
+def our_loss(params, features, ours):
+    """The mean loss of our own network with the same parameters, for a loss by name."""
+    import flax
+
+    from alignment_gap import losses
+    from alignment_gap.checkpoints.t5x_tree import TARGET, t5_foreign
+    from alignment_gap.checkpoints.tensors import from_array, imported
+    from alignment_gap.models import make_policy
+    from alignment_gap.training import policy_objective
+
+    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(params), sep=".")
+    source = t5_foreign("t5x", {TARGET + name: from_array(np.asarray(leaf)) for name, leaf in flat.items()})
+    tensors = imported(source.tensors, source.entries)
+    tree = flax.traverse_util.unflatten_dict({name: t.read(None) for name, t in tensors.items()}, sep=".")
+    batch, policy = ours.tasks.preference_batch(features), make_policy(source.model)
+
+    def loss(name):
+        return policy_objective(policy, losses.get(name))(tree, batch, jnp.int32(0))
+
+    return loss
+
+
+def names():
+    from alignment_gap import losses
+
+    return [name for name in losses.names() if name not in losses.aliases()]
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_loss_has_our_own_value(name, ours, params, features, our_loss):
+    """Or both miss the same arrays; float32, and logits of magnitude 1 to 10 are summed in another order."""
+    from alignment_gap.errors import UserError
+
+    model = ours.make(name)
+    try:
+        expected, diagnostics = our_loss(name)
+    except UserError as error:
+        assert any(each in str(error) for each in BEYOND_A_PAIR)
+        with pytest.raises(UserError) as theirs:
+            model.loss_fn(params, features, None)
+        assert str(theirs.value) == str(error)
+        return
+    loss, metrics = model.loss_fn(params, features, None)
+    np.testing.assert_allclose(loss, expected.mean(), rtol=2e-5, atol=2e-5)
+    found = {name: float(metrics[name].compute()) for name in ("loss", *diagnostics)}
+    np.testing.assert_allclose(found["loss"], expected.mean(), rtol=2e-5, atol=2e-5)
+    for each, value in diagnostics.items():
+        np.testing.assert_allclose(found[each], value.mean(), rtol=2e-5, atol=2e-5, err_msg=each)
+
+
+def test_a_loss_without_a_reference_asks_for_none(ours, params, features):
+    assert ours.make("simpo").FEATURE_CONVERTER_CLS is ours.tasks.PreferenceFeatureConverter
+    assert ours.make("dpo").FEATURE_CONVERTER_CLS is ours.tasks.ReferenceFeatureConverter
+    without = {name: value for name, value in features.items() if "reference" not in name}
+    assert np.isfinite(ours.make("simpo").loss_fn(params, without, None)[0])
+
+
+def test_microbatches_sum_to_the_batch(ours, params, features):
+    """As T5X adds them, with the batch size as the normalizing factor."""
+    model = ours.make("dpo", loss_settings={"beta": 0.5}, loss_normalizing_factor=4)
+    whole = model.loss_fn(params, features, None)[0]
+    parts = [{name: value[rows] for name, value in features.items()} for rows in (slice(0, 2), slice(2, 4))]
+    np.testing.assert_allclose(whole, sum(model.loss_fn(params, part, None)[0] for part in parts), rtol=1e-6)
+    np.testing.assert_allclose(whole, ours.make("dpo", loss_settings={"beta": 0.5}).loss_fn(params, features, None)[0])
+
+
+def test_padding_and_what_follows_the_end_do_not_count(ours, params, features):
+    model = ours.make("dpo")
+    longer = dict(features)
+    for name in ("chosen_tokens", "rejected_tokens", "chosen_reference_log_probs", "rejected_reference_log_probs"):
+        longer[name] = jnp.pad(features[name], ((0, 0), (0, 3)))
+    np.testing.assert_allclose(
+        model.loss_fn(params, longer, None)[0], model.loss_fn(params, features, None)[0], rtol=1e-6
+    )
+
+
+def test_dropout_follows_its_key(ours, params, features):
+    model = ours.make("simpo")
+    plain, one, again, other = (
+        float(model.loss_fn(params, features, key and jax.random.PRNGKey(key))[0]) for key in (None, 1, 1, 2)
+    )
+    assert one == again and len({plain, one, other}) == 3
+
+
+def test_rewards_are_compared(ours, params, features):
+    rewards = features | {"scores": jnp.array([[3.0, -1.0], [7.0, 5.0], [2.0, 2.0], [0.1, 0.0]])}
+    compared = features | {"scores": jnp.array([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5], [1.0, 0.0]])}
+    found = ours.make("dpo", scores="rewards").loss_fn(params, rewards, None)[0]
+    np.testing.assert_allclose(found, ours.make("dpo").loss_fn(params, compared, None)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "ippo"}, "did you mean .ipo"),
+        ({"loss": "ipo", "loss_settings": {"bata": 1}}, "did you mean .beta"),
+        ({"scores": "reward"}, "did you mean rewards"),
+    ],
+)
+def test_wrong_settings_are_one_line(settings, message, ours):
+    from alignment_gap.errors import UserError
+
+    with pytest.raises(UserError, match=message) as error:
+        ours.make(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_network_of_fewer_tokens_is_refused(ours):
+    from alignment_gap.errors import UserError
+
+    module = ours.network.Transformer(ours.config.replace(vocab_size=16))
+    with pytest.raises(UserError, match="vocab_size is 16, but the vocabulary has 17 tokens"):
+        ours.make(module=module)
