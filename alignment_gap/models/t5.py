@@ -376,8 +376,10 @@ class T5Policy:
         return self._norm(encoder["encoder_norm"], x)[:, 0]
 
     def _is_fused(self) -> bool:
-        attention = self.config.attention
-        return attention == "pallas" or (attention == "auto" and platform() == "tpu")
+        attention, machine = self.config.attention, platform()
+        if attention == "pallas" and machine not in ("tpu", "cpu"):
+            raise UserError(f"T5Config.attention is 'pallas' on {machine}: it needs a TPU; use auto or xla")
+        return attention == "pallas" or (attention == "auto" and machine == "tpu")
 
     def _line(self, params: Any, length: int, *, bidirectional: bool) -> Float[Array, "H W"]:
         """The biases of the distances that a fused kernel reads."""

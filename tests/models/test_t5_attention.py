@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tiny_models import CONFIGS, EVEN_CONFIGS, make_batch, random_params, texts
 
+from alignment_gap.errors import UserError
 from alignment_gap.models import T5Config, layers, make_policy, score, t5_attention
 from alignment_gap.models.packing import Packing, Ranges
 from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, shardings_of, within
@@ -187,6 +188,13 @@ def test_t5_takes_the_kernel_on_tpus_unasked(platform, monkeypatch):
     jax.eval_shape(partial(score, policy), random_params(policy), *texts(BATCH))
     # One for the encoder, two for the decoder.
     assert len(calls) == (3 if platform == "tpu" else 0)
+
+
+def test_the_kernel_is_refused_on_gpus(monkeypatch):
+    monkeypatch.setattr("alignment_gap.models.t5.platform", lambda: "cuda")
+    policy = make_policy(T5Config(attention="pallas"))
+    with pytest.raises(UserError, match="attention is 'pallas' on cuda: it needs a TPU; use auto or xla"):
+        jax.eval_shape(partial(score, policy), random_params(policy), *texts(BATCH))
 
 
 TPU_PROGRAM = """
