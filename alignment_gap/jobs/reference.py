@@ -56,7 +56,7 @@ class ReferenceConfig:
       prompt_length: tokens that prompts are padded to, as in the job; None for the longest.
       response_length: tokens that responses are padded to, as in the job; None for the longest.
       dtype: float32 or bfloat16, as in the job's model; None for the checkpoint's own.
-      attention: xla, cudnn or splash, as in the job's model; None for the checkpoint's own.
+      attention: as in the job's model: xla, cudnn, splash, or T5's auto, xla, pallas; None for the checkpoint's own.
       batch_size: prompts at a time, over all devices.
       mesh: the device mesh.
     """

@@ -159,8 +159,8 @@ def make(config: Any, row: Row, segments: Int[Array, "B S"], *, scale: float) ->
 
 
 def _cudnn(mask: np.ndarray, segments: Array, scale: float, query: Array, keys: Array, values: Array) -> Array:
-    if CUDNN == "cudnn" and _platform() not in ("cuda", "gpu"):
-        raise UserError(f"DecoderConfig.attention is 'cudnn' on {_platform()}: it needs a CUDA GPU; use xla")
+    if CUDNN == "cudnn" and platform() not in ("cuda", "gpu"):
+        raise UserError(f"DecoderConfig.attention is 'cudnn' on {platform()}: it needs a CUDA GPU; use xla")
     seen = (segments[:, :, None] == segments[:, None]) & mask
     masked: Any = {"mask": seen[:, None], "implementation": CUDNN}
     return jax.nn.dot_product_attention(query, keys, values, scale=scale, **masked)
@@ -193,8 +193,8 @@ def _splash_on_device(
 ) -> Float[Array, "B S H C"]:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    if _platform() not in ("tpu", "cpu"):
-        raise UserError(f"DecoderConfig.attention is 'splash' on {_platform()}: it needs a TPU; use xla or cudnn")
+    if platform() not in ("tpu", "cpu"):
+        raise UserError(f"DecoderConfig.attention is 'splash' on {platform()}: it needs a TPU; use xla or cudnn")
     size = next(size for size in (512, 256, 128) if len(mask) % size == 0)
     blocks: Any = {f"block_{name}": size for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
     kernel = splash_attention_kernel.make_splash_mha(
@@ -203,7 +203,7 @@ def _splash_on_device(
         attn_logits_soft_cap=soft_cap,
         head_shards=1,
         q_seq_shards=1,
-        interpret=_platform() == "cpu",
+        interpret=platform() == "cpu",
     )
 
     def attend(query: Array, keys: Array, values: Array, segments: Array) -> Array:
@@ -213,7 +213,7 @@ def _splash_on_device(
     return jax.vmap(attend)(query, keys, values, segments)
 
 
-def _platform() -> str:
+def platform() -> str:
     """The platform of the mesh that the function is compiled for, maybe on another machine; else of this machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

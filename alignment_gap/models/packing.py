@@ -31,6 +31,29 @@ class Places(NamedTuple):
         return cls(slot, tokens - at(slot, ends - lengths))
 
 
+class Ranges(NamedTuple):
+    """The keys that each query attends to: those from `begin` until before `end`; none if the two are equal."""
+
+    begin: Int[Array, "B K Q"]
+    end: Int[Array, "B K Q"]
+
+    @classmethod
+    def prefix(cls, lengths: Int[Array, "B"], shape: tuple[int, ...]) -> Ranges:
+        """Every query attends to its whole prompt."""
+        end = jnp.broadcast_to(lengths[:, None, None], shape)
+        return cls(jnp.zeros_like(end), end)
+
+    @classmethod
+    def causal(cls, shape: tuple[int, ...]) -> Ranges:
+        """Every query attends to its own row, up to itself."""
+        end = jnp.broadcast_to(jnp.arange(1, shape[-1] + 1), shape)
+        return cls(jnp.zeros_like(end), end)
+
+    def only(self, mask: Bool[Array, "B K Q"]) -> Ranges:
+        """The ranges with no keys where the mask is false."""
+        return Ranges(*(jnp.where(mask, x, 0) for x in self))
+
+
 class Packing(NamedTuple):
     """The places of all tokens in packed rows.
 
@@ -84,6 +107,23 @@ class Packing(NamedTuple):
     def across(self) -> Bool[Array, "B K R P"]:
         """True where a response's token and a prompt's token belong together."""
         return _same(self.responses.slot, self.prompts.slot[:, None])
+
+    def prompt_ranges(self) -> Ranges:
+        """`within_prompts` as ranges, without the padding."""
+        begin = jnp.arange(self.prompts.slot.shape[-1]) - self.prompts.position
+        ranges = Ranges(begin[:, None], (begin + at(self.prompts.slot, self.prompt_lengths))[:, None])
+        return ranges.only((self.prompts.slot < self.prompt_lengths.shape[-1])[:, None])
+
+    def causal_ranges(self) -> Ranges:
+        """`within_responses` as ranges up to each token itself, without the padding."""
+        end = Ranges.causal(self.responses.slot.shape).end
+        return Ranges(end - 1 - self.responses.position, end).only(self.is_response)
+
+    def across_ranges(self) -> Ranges:
+        """`across` as ranges, without the padding."""
+        ends = jnp.cumsum(self.prompt_lengths, axis=1)
+        begins = ends - self.prompt_lengths
+        return Ranges(self.at_responses(begins), self.at_responses(ends)).only(self.is_response)
 
 
 def at(slot: Int[Array, "*B T"], values: Int[Array, "*#B S"]) -> Int[Array, "*B T"]:

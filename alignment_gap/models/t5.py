@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from alignment_gap.errors import UserError
-from alignment_gap.models import layers
-from alignment_gap.models.packing import Packing
-from alignment_gap.models.policy import Output, check_sizes
+from alignment_gap.models import layers, t5_attention
+from alignment_gap.models.fused_attention import platform
+from alignment_gap.models.packing import Packing, Ranges
+from alignment_gap.models.policy import Output, check_choice, check_sizes
 from alignment_gap.models.stack import constrain_stream, decode_stack, init_stack, scan_stack
 from alignment_gap.sharding import constrain
+
+ATTENTIONS = ("auto", "xla", "pallas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +39,8 @@ class T5Config:
       relative_position_buckets: buckets of the learned position bias of each head.
       relative_position_max_distance: greater distances share the last bucket.
       tied_embeddings: whether the input embedding / sqrt(width) is also the output embedding (not in v1.1).
-      attention: "xla"; the fused kernels have no gradient for the learned position bias.
+      attention: implementation for training, scoring and prompts: "xla", "pallas" (a fused kernel for TPUs) or "auto",
+        pallas on TPUs and xla elsewhere; decoding always uses xla.
       dtype: dtype of the computation; parameters, norms, softmax and losses are float32.
       remat: what the backward pass recomputes: "none", "dots" or "full".
       scan_unroll: layers in each iteration of the loop over layers; a larger value compiles longer and runs faster on
@@ -53,7 +58,7 @@ class T5Config:
     relative_position_buckets: int = 32
     relative_position_max_distance: int = 128
     tied_embeddings: bool = False
-    attention: str = "xla"
+    attention: str = "auto"
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
@@ -83,6 +88,12 @@ class Attention(nn.Module):
         """The queries of x attend to the segment."""
         return self.out(layers.attend(self.query(x), [segment], scale=1.0))
 
+    def fused(
+        self, x: Float[Array, "B K Q D"], source: Float[Array, "B *K S D"], attend: t5_attention.Attend
+    ) -> Float[Array, "B K Q D"]:
+        """The queries of x attend to the keys of the source by a fused kernel."""
+        return self.out(attend(self.query(x), self.key(source), self.value(source)))
+
 
 class EncoderLayer(nn.Module):
     """Self-attention, then MLP; each reads the normalised stream and adds to the stream."""
@@ -101,6 +112,12 @@ class EncoderLayer(nn.Module):
         """One layer over the prompts."""
         y = self.pre_attention_layer_norm(x)
         x = x + self.attention(y, layers.Segment(*self.attention.keys_values(y), mask, bias))
+        return x + self.mlp(self.pre_mlp_layer_norm(x))
+
+    def fused(self, x: Float[Array, "B 1 P D"], attend: t5_attention.Attend) -> Float[Array, "B 1 P D"]:
+        """One layer over the prompts; a fused kernel computes the attention."""
+        y = self.pre_attention_layer_norm(x)
+        x = x + self.attention.fused(y, y, attend)
         return x + self.mlp(self.pre_mlp_layer_norm(x))
 
 
@@ -145,6 +162,20 @@ class DecoderLayer(nn.Module):
         x = x + self.encoder_decoder_attention(self.pre_cross_attention_layer_norm(x), prompt)
         return x + self.mlp(self.pre_mlp_layer_norm(x)), cache
 
+    def fused(
+        self,
+        x: Float[Array, "B K R D"],
+        encoded: Float[Array, "B P D"],
+        to_own: t5_attention.Attend,
+        to_prompt: t5_attention.Attend,
+    ) -> Float[Array, "B K R D"]:
+        """One layer over whole responses; fused kernels compute the attention."""
+        y = self.pre_self_attention_layer_norm(x)
+        x = x + self.self_attention.fused(y, y, to_own)
+        y = self.pre_cross_attention_layer_norm(x)
+        x = x + self.encoder_decoder_attention.fused(y, encoded, to_prompt)
+        return x + self.mlp(self.pre_mlp_layer_norm(x))
+
 
 @dataclasses.dataclass(frozen=True)
 class T5Policy:
@@ -155,10 +186,7 @@ class T5Policy:
     def __post_init__(self) -> None:
         """Raises UserError if a size is not positive, the position buckets do not work, or a setting is unknown."""
         check_sizes(self.config)
-        if self.config.attention != "xla":
-            raise UserError(
-                f"T5Config.attention is {self.config.attention!r}: its learned position bias needs attention=xla"
-            )
+        check_choice(self.config, "attention", ATTENTIONS)
         buckets, distance = self.config.relative_position_buckets, self.config.relative_position_max_distance
         if buckets < 4:
             raise UserError(f"T5Config.relative_position_buckets is {buckets}: it must be at least 4")
@@ -227,15 +255,24 @@ class T5Policy:
 
         Packed rows differ only in the masks: within a text, distances in the row equal distances in the text.
         """
-        positions = jnp.arange(inputs.shape[-1])
+        encoded = self._encode(params, prompts, prompt_lengths, packing)
+        if self._is_fused():
+            layer = self._fused_layer(params, encoded, prompt_lengths, inputs.shape, packing)
+        else:
+            layer = self._layer(params, encoded, prompt_lengths, inputs.shape[-1], packing)
+        x, _ = scan_stack(layer, self._embed(params, inputs), params["decoder"]["layers"], config=self.config)
+        return self._norm(params["decoder"]["decoder_norm"], x)
+
+    def _layer(
+        self, params: Any, encoded: Array, prompt_lengths: Array, length: int, packing: Packing | None
+    ) -> Callable[[Array, Any, Any], tuple[Array, None]]:
+        """A layer of the decoder over whole responses, for `scan_stack`."""
+        positions = jnp.arange(length)
         bias: Any = self._relative_bias(False).apply({"params": params["decoder"]["relpos_bias"]}, positions, positions)
         mask = layers.causal_mask(positions, positions)
-        if packing is None:
-            within_prompts = prompt_mask = layers.prefix_mask(prompt_lengths, prompts.shape[-1])
-        else:
-            within_prompts, prompt_mask = packing.within_prompts(), packing.across()
+        prompt_mask = layers.prefix_mask(prompt_lengths, encoded.shape[1]) if packing is None else packing.across()
+        if packing is not None:
             mask &= packing.within_responses()
-        encoded = self._encode(params, prompts, within_prompts)
         decoder = DecoderLayer(self.config)
 
         def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
@@ -246,16 +283,32 @@ class T5Policy:
             outputs: Any = nn.apply(apply, decoder)({"params": layer_params})
             return outputs, None
 
-        x, _ = scan_stack(layer, self._embed(params, inputs), params["decoder"]["layers"], config=self.config)
-        return self._norm(params["decoder"]["decoder_norm"], x)
+        return layer
+
+    def _fused_layer(
+        self, params: Any, encoded: Array, prompt_lengths: Array, shape: tuple[int, ...], packing: Packing | None
+    ) -> Callable[[Array, Any, Any], tuple[Array, None]]:
+        """`_layer` with fused attention."""
+        if packing is None:
+            own, prompt = Ranges.causal(shape), Ranges.prefix(prompt_lengths, shape)
+        else:
+            own, prompt = packing.causal_ranges(), packing.across_ranges()
+        to_own = t5_attention.make(own, self._line(params["decoder"], shape[-1], bidirectional=False))
+        to_prompt = t5_attention.make(prompt)
+        decoder = DecoderLayer(self.config)
+
+        def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
+            outputs: Any = decoder.apply({"params": layer_params}, x, encoded, to_own, to_prompt, method="fused")
+            return outputs, None
+
+        return layer
 
     def prefill(
         self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
     ) -> Any:
         """The cache for sampling: each decoder layer's keys and values of the prompts, and space for the responses."""
         config = self.config
-        mask = layers.prefix_mask(prompt_lengths, prompts.shape[-1])
-        encoded = self._encode(params, prompts, mask)
+        encoded = self._encode(params, prompts, prompt_lengths)
         decoder = DecoderLayer(config)
 
         def layer(_: None, layer_params: Any, __: None) -> tuple[None, Any]:
@@ -265,7 +318,7 @@ class T5Policy:
         shape = (config.decoder_layers, len(prompts), samples, config.heads, max_length, config.head_size)
         return {
             "prompt": prompt,
-            "prompt_mask": mask,
+            "prompt_mask": layers.prefix_mask(prompt_lengths, prompts.shape[-1]),
             "responses": layers.empty_cache(shape, config.dtype),
         }
 
@@ -295,17 +348,45 @@ class T5Policy:
         x = self._norm(params["decoder"]["decoder_norm"], x)
         return x[:, :, 0], {**cache, "responses": responses}
 
-    def _encode(self, params: Any, prompts: Array, mask: Array) -> Float[Array, "B P D"]:
-        encoder, positions = params["encoder"], jnp.arange(prompts.shape[-1])
-        bias: Any = self._relative_bias(True).apply({"params": encoder["relpos_bias"]}, positions, positions)
+    def _encode(
+        self, params: Any, prompts: Array, prompt_lengths: Array, packing: Packing | None = None
+    ) -> Float[Array, "B P D"]:
+        encoder, size = params["encoder"], prompts.shape[-1]
+        module = EncoderLayer(self.config)
+        if self._is_fused():
+            if packing is None:
+                ranges = Ranges.prefix(prompt_lengths, (len(prompts), 1, size))
+                ranges = ranges.only(layers.prefix_mask(prompt_lengths, size)[:, 0])
+            else:
+                ranges = packing.prompt_ranges()
+            given: tuple[Any, ...] = (t5_attention.make(ranges, self._line(encoder, size, bidirectional=True)),)
+        else:
+            positions = jnp.arange(size)
+            mask = layers.prefix_mask(prompt_lengths, size) if packing is None else packing.within_prompts()
+            bias = self._relative_bias(True).apply({"params": encoder["relpos_bias"]}, positions, positions)
+            given = mask, bias
 
         def layer(x: Array, layer_params: Any, _: None) -> tuple[Array, None]:
-            outputs: Any = EncoderLayer(self.config).apply({"params": layer_params}, x, mask, bias)
+            method = "fused" if self._is_fused() else "__call__"
+            outputs: Any = module.apply({"params": layer_params}, x, *given, method=method)
             return outputs, None
 
         x = self._embed(params, prompts)[:, None]
         x, _ = scan_stack(layer, x, encoder["layers"], config=self.config)
         return self._norm(encoder["encoder_norm"], x)[:, 0]
+
+    def _is_fused(self) -> bool:
+        attention, machine = self.config.attention, platform()
+        if attention == "pallas" and machine not in ("tpu", "cpu"):
+            raise UserError(f"T5Config.attention is 'pallas' on {machine}: it needs a TPU; use auto or xla")
+        return attention == "pallas" or (attention == "auto" and machine == "tpu")
+
+    def _line(self, params: Any, length: int, *, bidirectional: bool) -> Float[Array, "H W"]:
+        """The biases of the distances that a fused kernel reads."""
+        distances = t5_attention.line_distances(length, self.config.relative_position_max_distance)
+        bias = self._relative_bias(bidirectional)
+        found: Any = bias.apply({"params": params["relpos_bias"]}, jnp.zeros(1, jnp.int32), jnp.asarray(distances))
+        return found[:, 0]
 
     def _embed(self, params: Any, tokens: Array) -> Array:
         return constrain_stream(params["token_embedder"]["embedding"].astype(self.config.dtype)[tokens])

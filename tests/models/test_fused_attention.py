@@ -214,7 +214,7 @@ def test_cudnn_is_what_a_gpu_would_run(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(fused_attention, "_platform", lambda: "cuda")
+    monkeypatch.setattr(fused_attention, "platform", lambda: "cuda")
     policy = make_policy(DecoderConfig(heads=4, kv_heads=2, head_size=64, dtype="bfloat16", attention="cudnn"))
     params = unbox(jax.eval_shape(policy.init, jax.random.key(0)))
     step = jax.grad(lambda params, *texts: score(policy, params, *texts).sum())
@@ -240,7 +240,7 @@ def test_a_kernel_of_another_machine_is_refused():
             {"attention": "cudnn", "attention_soft_cap": 5.0},
             "'cudnn', which has no attention_soft_cap",
         ),
-        (T5Config(), {"attention": "splash"}, "T5Config.attention is 'splash': its learned position bias needs"),
+        (T5Config(), {"attention": "splash"}, "T5Config.attention is 'splash': choose one of auto, xla, pallas"),
     ],
 )
 def test_settings_that_no_kernel_can_do_are_refused(config, change, message):

@@ -166,6 +166,10 @@ def test_packed_rows_by_splash():
     assert_equal_to_unpacked(dataclasses.replace(CONFIGS["decoder"], attention="splash"))
 
 
+def test_packed_rows_by_t5s_kernel():
+    assert_equal_to_unpacked(dataclasses.replace(CONFIGS["t5"], attention="pallas"))
+
+
 def test_packed_rows_by_cudnns_form(monkeypatch):
     monkeypatch.setattr(fused_attention, "CUDNN", "xla")
     monkeypatch.setattr(fused_attention, "check", lambda config: None)
