@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
 
 
 def read_job(arguments: list[str]) -> tuple[flags.FlagValues, JobConfig] | None:
-    """The flags and the settings of a job; None after help. Raises UserError where they cannot be used."""
+    """The flags and the settings of a job; None after help. Raises UserError if they cannot be used."""
     rest, overrides = gin_files.split_overrides(arguments)
     parsed = parse(rest, _define, f"{__doc__}\n{gin_files.__doc__}")
     if parsed is None:

@@ -62,7 +62,7 @@ class Branch:
     pairs: Callable[[str, Sequence[AnyPath]], AnyPath]
 
     def run_of(self, arm: str) -> AnyPath:
-        """The run of another arm under the same loss; raises UserError where none comes before this one."""
+        """The run of another arm under the same loss; raises UserError if none comes before this one."""
         if arm not in self.runs:
             raise UserError(f"arms.names has an arm that reads the run of {arm!r}: name that one, and before it")
         return self.runs[arm]

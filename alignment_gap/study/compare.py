@@ -88,7 +88,7 @@ def write_comparison(folders: Sequence[AnyPath], workdir: AnyPath) -> AnyPath:
       The path of the page.
 
     Raises:
-      UserError: where the folders are not of one kind, hold neither, or `workdir` holds a study or a job.
+      UserError: the folders are not of one kind, hold neither, or `workdir` holds a study or a job.
     """
     is_study = _is_of_studies(folders)
     if any((workdir / name).exists() for name in (STUDY, JOB, CLAIM_TABLE)):

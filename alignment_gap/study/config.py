@@ -46,7 +46,7 @@ class SftConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "steps", "batch_size")
         if self.weights is not None and len(self.weights) != 1 + len(self.also):
             raise UserError(f"weights is {self.weights}: give one for the task and for each of also, or None")
@@ -69,7 +69,7 @@ class BaseConfig:
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range, or there is no network."""
+        """Raises UserError if a setting is out of its range, or there is no network."""
         checks.at_least(self, 1, "batch_size")
         checks.above(self, 0, "learning_rate")
         if self.model is None and (self.sft is None or self.sft.start is None):
@@ -98,7 +98,7 @@ class PreferenceModelConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range, or two do not go together."""
+        """Raises UserError if a setting is out of range, or two settings conflict."""
         checks.one_of(self, KINDS, "kind")
         checks.at_least(self, 1, "steps", "batch_size")
         if self.start is None and self.model is None:
@@ -139,7 +139,7 @@ class ArmsConfig:
     offline_steps: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is unknown or out of its range."""
+        """Raises UserError if a setting is unknown or out of its range."""
         names = [arm.name for arm in arms_of((*self.names, *self.further))]
         for name in self.swept:
             if name not in names and not any(name == arm.name for arm in ARMS):
@@ -186,7 +186,7 @@ class EvaluationConfig:
     shown: int = 4
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "prompts", "kl_prompts", "pairs", "batch_size")
         checks.at_least(self, 0, "shown")
         for name in self.classified:
@@ -243,7 +243,7 @@ class StudyConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         claims_of(self.claims)
         checks.at_least(self, 0, "seed")
         checks.at_least(self, 1, "seeds", "checkpoint_every", "microbatches")

@@ -96,7 +96,7 @@ class StudyGraph:
     seeds: tuple[SeedJobs, ...]
 
     def job(self, name: str) -> Job:
-        """The job of a name; raises UserError where there is none."""
+        """The job of a name; raises UserError if there is none."""
         names = {job.name: job for job in self.jobs}
         if name not in names:
             raise UserError(f"the study has no job {name!r}: {nearest(name, names)}")

@@ -30,7 +30,7 @@ def write_pooled(folders: Sequence[AnyPath], workdir: AnyPath) -> AnyPath:
       The path of the page.
 
     Raises:
-      UserError: where a folder has no report, two have a seed in common or other settings, or `workdir` is a study's.
+      UserError: a folder has no report, two have a seed in common or other settings, or `workdir` is a study's.
     """
     if (workdir / STUDY).exists():
         raise UserError(f"{workdir} holds a study, whose report this would replace: give another --workdir")

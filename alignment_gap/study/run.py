@@ -121,7 +121,7 @@ def run_study(study: Study, *, update: bool = False, at_once: int | None = None,
       The report's path.
 
     Raises:
-      UserError: where a setting or an input cannot be used, the folder is another study's or in use, or `at_once` is
+      UserError: a setting or an input cannot be used, the folder is another study's or in use, or `at_once` is
         above 1 in one of several processes, which have to run the jobs in the same order.
     """
     at_once = default_at_once() if at_once is None else at_once
@@ -169,14 +169,14 @@ def run_job(job: Job, title: str, say: Say = say_once) -> None:
 
 
 def check_done(study: Study) -> None:
-    """Raises UserError where a job of the study is not done."""
+    """Raises UserError if a job of the study is not done."""
     missing = [job.name for job in study.graph.jobs if not job.is_done]
     if missing:
         raise UserError(f"{len(missing)} jobs are not done, such as {missing[0]}: run the study, or these jobs")
 
 
 def write_study_report(study: Study, say: Say = say_once) -> None:
-    """Writes the report of a study whose jobs are done; raises UserError where one is not."""
+    """Writes the report of a study whose jobs are done; raises UserError if one is not."""
     check_done(study)
     results = study_results(study.graph)
     study.workdir.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ def write_study_report(study: Study, say: Say = say_once) -> None:
 
 
 def write_sizes_report(config: StudyConfig, studies: Sequence[Study], workdir: AnyPath, say: Say = say_once) -> None:
-    """Writes the report over several sizes; raises UserError where a job is not done.
+    """Writes the report over several sizes; raises UserError if a job is not done.
 
     The first size is the study's own, of which the claims are told; claims on scale and the figure of it read all.
     """
@@ -233,7 +233,7 @@ def checked_graph(config: StudyConfig, root: AnyPath) -> StudyGraph:
 
 
 def _check_loss(name: str, config: JobConfig) -> None:
-    """Raises UserError where the source of an arm does not serve its loss; a recorded stream has all that was drawn."""
+    """Raises UserError if the source of an arm does not serve its loss; a recorded stream has all that was drawn."""
     is_stream = at(str(config.recorded.folder)).name == RECORD
     try:
         check_served(config, config.loss.function(), (REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS) if is_stream else ())
@@ -242,7 +242,7 @@ def _check_loss(name: str, config: JobConfig) -> None:
 
 
 def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
-    """Raises UserError where what a late job reads is not there, or a network cannot be or has too few ids."""
+    """Raises UserError if what a late job reads is not there, or a network cannot be or has too few ids."""
     for start in (config.sft.start, config.golden.start, config.proxy.start, config.arms.start):
         if start not in (None, ORIGIN):
             find_checkpoint(at(start))
@@ -277,7 +277,7 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
 
 @contextlib.contextmanager
 def owned(study: Study, *, update: bool) -> Iterator[None]:
-    """Holds the folder of a study in the first process; raises UserError where it is another config's, or in use."""
+    """Holds the folder of a study in the first process; raises UserError if it is another config's, or in use."""
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(_claimed(study, update=update)))
         yield

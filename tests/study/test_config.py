@@ -61,8 +61,8 @@ INPUTS = {
     "arms.losses": (("ippo",), "did you mean 'ipo'"),
     "arms.batch_size": (6, "arms.batch_size is 6: it must be a multiple of"),
     "evaluation.batch_size": (7, "evaluation.batch_size is 7"),
-    "evaluation.kl_prompts": (17, "kl_prompts is 17, over prompts=16: lower it"),
-    "evaluation.judges": (("a/x", "b/x"), "judges has a name twice among x, x"),
+    "evaluation.kl_prompts": (17, "kl_prompts is 17, above prompts=16: lower it"),
+    "evaluation.judges": (("a/x", "b/x"), "judges has the names x, x, and one comes twice"),
     "mesh.model": (3, "takes a multiple of 6 devices but 8 are present"),
     "prepared": ("nowhere", "nowhere/train"),
     "policy.vocabulary_size": (50, "policy has vocabulary_size=50 but the task's vocabulary has"),
@@ -92,7 +92,7 @@ def test_what_a_later_job_would_refuse(config, path, tmp_path):
 def test_a_loss_that_the_source_of_an_arm_does_not_serve(config, tmp_path):
     """Recorded pairs have no log-probs of a sampler; the record of the online arm, which another arm shuffles, has."""
     message = refused(config, "arms.losses", ("grpo",), tmp_path)
-    assert message.startswith("seed0-offline-grpo-beta0.1-lr0.01: the loss grpo is for samples of the policy with")
+    assert message.startswith("seed0-offline-grpo-beta0.1-lr0.01: the loss grpo needs samples of the policy with")
     arms = dataclasses.replace(config.arms, losses=("grpo",), names=("online", "shuffled"))
     open_studies(dataclasses.replace(config, arms=arms), tmp_path)
 

@@ -24,7 +24,7 @@ def check_buckets(buckets: Sequence[Bucket]) -> None:
 
 
 def bucket_of(lengths: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
-    """The number uint8[N] of the smallest bucket that fits each example; raises UserError where none does."""
+    """The number uint8[N] of the smallest bucket that fits each example; raises UserError if none does."""
     longest = (lengths[:, 0], lengths[:, 1:].max(axis=1))
     fitting = np.zeros(len(lengths), np.uint8)
     for axis, what in enumerate(("prompt", "response")):

@@ -304,7 +304,7 @@ def open_dataset(folder: _Path) -> Dataset:
 
 
 def verify_dataset(dataset: Dataset) -> None:
-    """Reads every file; raises UserError where one is not what the card says, naming the record that is damaged."""
+    """Reads every file; raises UserError if one is not what the card says, naming the record that is damaged."""
     for chunk, file in zip(dataset.card.files, dataset._files, strict=True):
         path = dataset.folder / chunk.name
         if _sha256(file) != chunk.sha256:
@@ -330,7 +330,7 @@ def discard_damaged(folder: _Path) -> list[str]:
 
 
 def read_chunk(folder: _Path, name: str) -> list[Example]:
-    """The examples of a chunk; raises UserError where it is missing or damaged."""
+    """The examples of a chunk; raises UserError if it is missing or damaged."""
     return [*_read_all(chunk_path(folder, name))]
 
 

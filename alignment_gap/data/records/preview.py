@@ -44,7 +44,7 @@ def visible_text(ids: Iterable[SupportsIndex], vocabulary: Vocabulary) -> str:
 
 
 def lengths_picture(lengths: Mapping[str, Any]) -> bytes:
-    """A PNG of the histograms of a card's `lengths`; raises UserError where what draws it is not installed."""
+    """A PNG of the histograms of a card's `lengths`; raises UserError if what draws it is not installed."""
     try:
         import altair as alt
         import vl_convert

@@ -283,7 +283,7 @@ class Preparation:
 
 
 def open_preparation(config: PrepareConfig) -> Preparation:
-    """Opens the source and the vocabulary of a config; raises UserError where one of them cannot be used."""
+    """Opens the source and the vocabulary of a config; raises UserError if one of them cannot be used."""
     vocabulary, source = vocabulary_place(config), open_source(config.source)
     size = part_size(len(source)) if config.records_per_file is None else config.records_per_file
     config = dataclasses.replace(config, source=source.config, vocabulary=vocabulary, records_per_file=size)

@@ -90,7 +90,7 @@ class PreferenceFeatureConverter(seqio.FeatureConverter):
     PACKING_FEATURE_DTYPES: Mapping[str, tf.DType] = {}
 
     def __init__(self, pack: bool = False, **settings: Any):
-        """Raises ValueError where packing is asked for."""
+        """Raises ValueError if packing is asked for."""
         if pack:
             raise ValueError("pairs are not packed here: pass pack=False")
         super().__init__(pack=False, **settings)

@@ -39,7 +39,7 @@ class Parquet:
             return _parquet_file(self.path).metadata.num_rows
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """The records of rows [start, stop), counted from 0; raises UserError where the file is damaged."""
+        """The records of rows [start, stop), counted from 0; raises UserError if the file is damaged."""
         with _reading(self.path):
             metadata = _parquet_file(self.path).metadata
             sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
@@ -96,7 +96,7 @@ class HuggingFace:
         return len(self._dataset)
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """The records of rows [start, stop), counted from 0; raises UserError where the dataset is damaged."""
+        """The records of rows [start, stop), counted from 0; raises UserError if the dataset is damaged."""
         stop = len(self) if stop is None else min(stop, len(self))
         place = self.name if self.split is None else f"{self.name}:{self.split}"
         for first in range(start, stop, _BATCH):
@@ -151,7 +151,7 @@ def _library(name: str) -> Any:
 
 
 def _decoded(decode: Callable[[], list[Any]], table: Any, place: object, first: int) -> list[Any]:
-    """What `decode` makes of the rows of an Arrow table; raises UserError where a text is not UTF-8."""
+    """What `decode` makes of the rows of an Arrow table; raises UserError if a text is not UTF-8."""
     try:
         return decode()
     except UnicodeDecodeError:

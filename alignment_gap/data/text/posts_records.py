@@ -36,7 +36,7 @@ class PostsRecords:
         return self.config.pairs + self.config.validation_pairs
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """Records [start, stop), counted from 0; raises UserError where the settings allow no pair of a post."""
+        """Records [start, stop), counted from 0; raises UserError if the settings allow no pair of a post."""
         stop = len(self) if stop is None else min(stop, len(self))
         return (self._record(number) for number in range(start, stop))
 

@@ -41,7 +41,7 @@ class TfdsRecords:
         return int(_builder(self.name).info.splits[self.split].num_examples)
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """Records [start, stop), counted from 0; raises UserError where a record cannot be read."""
+        """Records [start, stop), counted from 0; raises UserError if a record cannot be read."""
         stop = len(self) if stop is None else min(stop, len(self))
         if start >= stop:
             return
@@ -61,7 +61,7 @@ class TfdsRecords:
 
 
 def tfds_parts(location: str) -> list[TfdsRecords]:
-    """The splits of `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`; raises UserError where it is not prepared."""
+    """The splits of `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`; raises UserError if it is not prepared."""
     whole = location.removeprefix("tfds:")
     name, _, last = whole.rpartition(":")
     name, split = (name, last) if name and not re.fullmatch(r"[\d.*]+", last) else (whole, None)

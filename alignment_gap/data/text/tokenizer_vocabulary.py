@@ -23,7 +23,7 @@ class TokenizerVocabulary:
     """
 
     def __init__(self, path: str | AnyPath):
-        """Raises UserError where `path` is missing or no tokenizer, or has no end token."""
+        """Raises UserError if `path` is missing or no tokenizer, or has no end token."""
         self.path = at(path)
         content = self._read()
         self._tokenizer = _parse(content, self.path)

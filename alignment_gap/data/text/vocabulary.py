@@ -63,14 +63,14 @@ class Vocabulary(Protocol):
         """SHA-256 in hexadecimal of everything that decides how text is encoded."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without an end id; raises EncodingError where `text` cannot be expressed."""
+        """Token ids of `text`, without an end id; raises EncodingError if `text` cannot be expressed."""
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of `ids` up to the first end id; sentinels read `<extra_id_i>`, ids beyond `<no_token_i>`."""
 
 
 def extra_id(vocabulary: Vocabulary, index: int) -> int:
-    """Id of sentinel `index`, T5's `<extra_id_index>`; raises UserError where there are fewer."""
+    """Id of sentinel `index`, T5's `<extra_id_index>`; raises UserError if there are fewer."""
     if not 0 <= index < vocabulary.extra_ids:
         raise UserError(
             f"sentinel {index} is not in a vocabulary with {vocabulary.extra_ids} of them: build it with more extra_ids"
@@ -91,7 +91,7 @@ class WordVocabulary:
     ends_prompts = False
 
     def __init__(self, words: Sequence[str], extra_ids: int = 8):
-        """Raises UserError where a word is empty, holds a blank or comes twice."""
+        """Raises UserError if a word is empty, holds a blank or comes twice."""
         self.words = tuple(words)
         self.extra_ids = extra_ids
         self.size = 2 + len(self.words) + extra_ids
@@ -169,7 +169,7 @@ class SentencePieceVocabulary:
     def __init__(self, path: str | AnyPath, extra_ids: int | None = None):
         """`extra_ids` is 100 without a begin id, as in T5, and 0 with one, where not given.
 
-        Raises UserError where `path` is missing, is no SentencePiece model, or has no pad or end id."""
+        Raises UserError if `path` is missing, is no SentencePiece model, or has no pad or end id."""
         self.path = at(path)
         content = read_bytes(self.path)
         self._model = _parse_model(content, self.path)
@@ -184,7 +184,7 @@ class SentencePieceVocabulary:
         self.digest = hashlib.sha256(hashlib.sha256(content).digest() + str(self.extra_ids).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Piece ids of `text`, without an end id; raises EncodingError where nothing of it is known."""
+        """Piece ids of `text`, without an end id; raises EncodingError if nothing of it is known."""
         ids: list[int] = self._model.encode(text)
         if self.unk_id in ids and not self.decode(i for i in ids if i != self.unk_id).strip():
             raise EncodingError(
@@ -210,7 +210,7 @@ class SentencePieceVocabulary:
 
 
 def read_bytes(path: AnyPath) -> bytes:
-    """The content of a vocabulary's file; raises UserError where it cannot be read."""
+    """The content of a vocabulary's file; raises UserError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
