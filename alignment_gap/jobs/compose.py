@@ -52,7 +52,7 @@ class ComposeConfig:
                 f"window is {self.window} with order {self.order!r}: set it for order window, and only then"
             )
         if self.weights is not None and self.order != "shuffle":
-            raise UserError(f"weights are given with order {self.order!r}: leave them out, or shuffle")
+            raise UserError(f"weights is {self.weights} with order {self.order!r}: leave weights out, or shuffle")
 
 
 def open_composition(config: ComposeConfig) -> Opened:

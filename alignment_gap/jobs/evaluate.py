@@ -112,7 +112,7 @@ class EvaluateConfig:
         checks.at_least(self, 0, "pairs")
         checks.within(self, 0, SEED_LIMIT - 1, "seed")
         if self.kl_prompts > self.prompts:
-            raise UserError(f"kl_prompts is {self.kl_prompts}, above prompts={self.prompts}: lower it")
+            raise UserError(f"kl_prompts is {self.kl_prompts}, over prompts={self.prompts}: lower it")
         if any(number < 1 for number in self.best_of) or len(set(self.best_of)) < len(self.best_of):
             raise UserError(f"best_of is {self.best_of}: give numbers of at least 1, each only once")
         if bool(self.best_of) != (self.best_by is not None):

@@ -208,7 +208,7 @@ def test_the_best_of_n_is_the_best_of_the_first_n_responses_by_its_judge(config,
 
 BAD = {
     "best of none": ({"best_of": (0, 2), "best_by": "rubric"}, r"best_of is \(0, 2\): give numbers of at least 1"),
-    "best by nobody": ({"best_of": (2,)}, r"best_of is \(2,\) and best_by None: set both"),
+    "best by nobody": ({"best_of": (2,)}, r"best_of is \(2,\) and best_by is None: set both"),
     "best of, classified": (
         {"best_of": (2,), "best_by": "rubric", "own_labels": "rubric"},
         "best_of is set, and then nothing is classified: leave classified and own_labels out",
@@ -222,7 +222,7 @@ BAD = {
     "a name twice": ({"judges": ("a=rubric", "a=runs/b")}, "judges has the names a, a, and one comes twice"),
     "opponent": ({"opponents": ("nowhere",)}, "nowhere has no complete checkpoint"),
     "prompts": ({"prompts": 0}, "prompts is 0"),
-    "kl": ({"kl_prompts": 30}, "kl_prompts is 30, above prompts=24"),
+    "kl": ({"kl_prompts": 30}, "kl_prompts is 30, over prompts=24"),
     "batch": ({"batch_size": 9}, "batch_size is 9"),
     "reference": ({"run": "SFT"}, "was trained without a reference: set reference"),
     "answers": ({"prompts": 48}, "answers 24 of the 48 prompts"),
