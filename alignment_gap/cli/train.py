@@ -1,4 +1,4 @@
-"""Train a policy or a preference model, online or offline, from gin files. A job that was stopped goes on.
+"""Train a policy or a preference model, online or offline, from gin files. A stopped job continues.
 
 alignment-gap train --gin_file=gin/runs/offline_ipo.gin --gin.DATASET=pairs --gin.START=runs/sft --workdir=runs/ipo
 alignment-gap train --gin_file=gin/runs/online_ipo.gin --gin.PROMPTS=pairs --gin.START=runs/sft \\
@@ -46,5 +46,5 @@ def read_job(arguments: list[str]) -> tuple[flags.FlagValues, JobConfig] | None:
 
 def _define(values: flags.FlagValues) -> None:
     gin_files.define_gin(values)
-    flags.DEFINE_string("workdir", WORKDIR, "Folder of the job; one that was stopped goes on.", flag_values=values)
+    flags.DEFINE_string("workdir", WORKDIR, "Folder of the job; a stopped job continues.", flag_values=values)
     define_shared(values)
