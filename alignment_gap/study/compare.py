@@ -92,7 +92,7 @@ def write_comparison(folders: Sequence[AnyPath], workdir: AnyPath) -> AnyPath:
     """
     is_study = _is_of_studies(folders)
     if any((workdir / name).exists() for name in (STUDY, JOB, CLAIM_TABLE)):
-        raise UserError(f"{workdir} holds a study or a job, and this could replace its report: give another --workdir")
+        raise UserError(f"{workdir} holds a study or a job, and this would replace its report: give another --workdir")
     names = _names(folders)
     if is_study:
         page, figures = _studies_page([read_study(*each) for each in zip(names, folders, strict=True)])

@@ -71,7 +71,7 @@ _PANELS = {
     ),
     DATASETS: (
         "Which offline pairs help?",
-        "Those with at least one side from SFT; neither contrast nor quality alone does it.",
+        "Pairs with at least one side from SFT; neither contrast nor quality is enough by itself.",
     ),
     REFRESH: ("How fresh must the samples be?", "The paper stops at online and offline; 2506.21495 is between them."),
     BEST_OF_N: ("Does it help to train on the best of more samples?", "The paper takes the better of two."),
@@ -85,15 +85,15 @@ _PANELS = {
     ),
     PROXY_LABELS: (
         "How many labels does the proxy need?",
-        "Its proxy learns from all of D_golden, and tells 70 to 90 % of it as the golden model does.",
+        "Its proxy learns from all of D_golden, and agrees with the golden model on 70 to 90 % of it.",
     ),
     BETAS: (
         "Does online depend on the strength of its regularisation?",
-        "It has online at beta 0.1 alone, and sweeps offline.",
+        "It has online only at beta 0.1, and sweeps offline.",
     ),
     OBJECTIVES: (
         "Do offline objectives that bound the distance to SFT close the gap?",
-        "The paper has none of them; they are of 2406.01462 and 2407.13399.",
+        "The paper has none of them; they come from 2406.01462 and 2407.13399.",
     ),
     SELF_PLAY: (
         "Does play against a mixture with SFT beat plain online training?",
@@ -230,7 +230,7 @@ def _quality_figure(study: _Study, loss: str) -> Figure:
 def _loss_figure(study: _Study, loss: str, lead: str) -> Figure:
     words, behind = loss_name(loss), loss_name(lead)
     title = f"Figure 9: {METRICS['win_rate'].words} over KL to SFT, {words}, with {behind} in lighter marks"
-    question = f"Do the arms order themselves under {words} as under {behind}?"
+    question = f"Do the arms have the same order under {words} as under {behind}?"
     claims = study.claims("9") if loss == "best_of_n" else ()
     base = Figure(f"figure_9_{file_word(loss)}", title, question, _saw(_OVER_KL, loss, "win rates"), claims)
     return _over_kl(study, base, loss, "win_rate", behind=lead)

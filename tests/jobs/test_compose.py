@@ -72,7 +72,7 @@ def test_rewards_stay_rewards_and_are_not_mixed_with_probabilities(pairs, tmp_pa
     assert compose(tmp_path / "shuffled", rewards).card.scores == "rewards"
     assert compose(tmp_path / "mixed", rewards, rewards).card.scores == "rewards"
     assert compose(tmp_path / "plain", pairs).card.scores == "probabilities"
-    with pytest.raises(UserError, match=r"has scores that are probabilities, .* rewards: mix datasets"):
+    with pytest.raises(UserError, match=r"has scores that are probabilities, .* has rewards: use datasets"):
         compose(tmp_path / "both", rewards, pairs)
 
 

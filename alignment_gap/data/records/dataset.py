@@ -463,7 +463,9 @@ def _open_records(path: pathlib.Path) -> ArrayRecordReader:
     except RuntimeError as error:
         reason = _first_clause(error)
         if os.strerror(errno.EMFILE) in reason:
-            raise UserError(f"cannot open {path} ({reason}): raise the limit, as ulimit -n 65536 does") from None
+            raise UserError(
+                f"cannot open {path} ({reason}): raise the limit, for example with ulimit -n 65536"
+            ) from None
     raise UserError(f"{path} is not a whole record file ({reason}): prepare the dataset again")
 
 

@@ -16,7 +16,7 @@ from alignment_gap.data.text.pair import Record
 from alignment_gap.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-# The positions of every so many lines of a plain file are kept; reading starts at one of them.
+# In a plain file, the position of every line with a multiple of this number is kept; reading starts at one of them.
 _STRIDE = 4096
 
 
