@@ -1,4 +1,4 @@
-"""What is installed of what this package needs, by its own metadata; imports the standard library alone."""
+"""Finds which requirements of this package are installed, from its metadata; imports only the standard library."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import re
 from collections.abc import Iterator
 
 DISTRIBUTION = "alignment-gap"
-# The default folder of compiled functions, in the working folder.
+# The default folder for compiled functions, relative to the working folder.
 COMPILATION_CACHE = ".cache/jax"
-# A requirement as setuptools writes it: name, extras, versions, and the extra that it belongs to.
+# A requirement in setuptools' format: name, extras, versions, and the extra that it belongs to.
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([\w,-]+)\])?\s*([^;]*?)\s*(?:;.*?extra == ['\"]([\w-]+)['\"].*)?(?:;.*)?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A package that is needed.
+    """A required package.
 
     Attributes:
-      name: on the package index.
-      needs: the versions that will do, such as ">=0.10.2".
-      version: the one that is installed, or None.
+      name: name on the package index.
+      needs: accepted versions, such as ">=0.10.2".
+      version: the installed version, or None.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Package:
 
     @property
     def fault(self) -> str:
-        """Why it will not do: "missing", or "older than VERSION"; else empty. Upper limits are pip's to keep."""
+        """The problem with it: "missing", "older than VERSION", or empty. Upper limits are left to pip."""
         if self.version is None:
             return "missing"
         least = re.search(r">=\s*([\d.]+)", self.needs)
@@ -38,7 +38,7 @@ class Package:
 
 
 def version(name: str) -> str | None:
-    """The version of a distribution that is installed, or None."""
+    """The version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -46,14 +46,14 @@ def version(name: str) -> str | None:
 
 
 def needed(extra: str = "", by: str = DISTRIBUTION) -> list[Package]:
-    """The packages that a distribution needs, or those that an extra of it adds, with what their own extras add.
+    """The packages that a distribution or one of its extras needs, including the extras of these packages.
 
     Args:
-      extra: its name; empty for what is always needed.
-      by: the distribution, which is installed.
+      extra: name of the extra; empty for packages that are always needed.
+      by: the distribution; it must be installed.
 
     Raises:
-      PackageNotFoundError: it is not.
+      PackageNotFoundError: the distribution is not installed.
     """
     return [*_needed(extra, by)]
 
@@ -70,6 +70,6 @@ def _needed(extra: str, by: str) -> Iterator[Package]:
 
 
 def _numbers(text: str) -> list[int]:
-    """The release of a version: of "0.10.2rc1" 0, 10, 2."""
+    """The release numbers of a version: [0, 10, 2] for "0.10.2rc1"."""
     found = re.match(r"\d+(?:\.\d+)*", text)
     return [*map(int, found[0].split("."))] if found else []

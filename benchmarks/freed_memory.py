@@ -1,10 +1,10 @@
-"""What it gains on the CPU that freed memory is kept for the next call: a job of a study with and without.
+"""Measures the gain on a CPU from keeping freed memory for the next call: a job of a study with and without it.
 
 python benchmarks/freed_memory.py --pairs 3
 
-The job is the SFT of configs/study/tiny.py, shortened, in a process of its own, start and compiling included. It runs
-so often in turn, kept first. CPU seconds are of user and system together, so that other work on the machine counts
-less than in seconds of the clock.
+The job is the SFT of configs/study/tiny.py, shortened, in its own process, including start-up and compilation. Runs
+with and without kept memory take turns; a run with kept memory is first. CPU seconds include user and system time;
+other work on the machine disturbs them less than wall time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def run(code: str, words: list[str]) -> struct_rusage:
-    """Runs a command in a process; gives what it used."""
+    """Runs a command in a process; returns its resource usage."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([sys.executable, "-c", code, *words], env=environment, **quiet) as process:

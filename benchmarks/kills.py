@@ -1,11 +1,11 @@
-"""Kills commands with signal 9 at random moments, runs them again each time, and compares all bytes with an unhurt run.
+"""Kills commands with signal 9 at random moments, runs them again, and compares all bytes with an undisturbed run.
 
 python benchmarks/kills.py --chain study --kills 50
 
-A chain is run once without kills, which tells how long each of its commands takes. Then it is run again and again, and
-each command killed at moments drawn from that time, start-up included, until each was killed as often as asked. After
-every pass all is compared. Every file has to be the same, but for the time that something took; of checkpoints, every
-array.
+The chain first runs once without kills, to measure how long each command takes. Then it runs again and again. Each
+command is killed at random moments within its time, including start-up, until it was killed `--kills` times. After
+every pass, everything is compared: all files must be the same except for durations, and so must all arrays of
+checkpoints.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def prepare(source: str, vocabulary: str | None) -> str:
 
 
 def jobs(source: str, vocabulary: str | None) -> list[str]:
-    """The README's way from pairs to policies, in short."""
+    """The README's way from pairs to policies, with short jobs."""
     return [
         prepare(source, vocabulary),
         "data compose --datasets=prepared/train --limit=512 --output=pairs",
@@ -66,14 +66,14 @@ def jobs(source: str, vocabulary: str | None) -> list[str]:
 
 
 def main() -> None:
-    """Runs a chain of commands with and without kills and prints what happened."""
+    """Runs a chain of commands with and without kills, and prints a summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chain", choices=("prepare", "jobs", "study"), default="jobs")
-    parser.add_argument("--kills", type=int, default=3, help="of each command")
-    parser.add_argument("--processes", type=int, default=1, help="that do each command but prepare together")
-    parser.add_argument("--source", default="posts", help="of the pairs, as of data prepare")
-    parser.add_argument("--vocabulary", help="of the pairs, as of data prepare")
-    parser.add_argument("--config", default="tests/study/nano.py", help="of the study")
+    parser.add_argument("--kills", type=int, default=3, help="kills of each command")
+    parser.add_argument("--processes", type=int, default=1, help="processes of each command except prepare")
+    parser.add_argument("--source", default="posts", help="source of the pairs, as for data prepare")
+    parser.add_argument("--vocabulary", help="vocabulary of the pairs, as for data prepare")
+    parser.add_argument("--config", default="tests/study/nano.py", help="config of the study")
     parser.add_argument("--workdir", type=Path, default=ROOT / ".cache" / "kills", help="removed at the start")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
@@ -108,9 +108,9 @@ def main() -> None:
 
 
 def run(command: str, folder: Path, processes: int, after: float | None = None) -> tuple[int, float]:
-    """Runs a command in a folder; gives the exit status of its first process and the seconds that it took.
+    """Runs a command in a folder; returns the exit status of its first process and its duration in seconds.
 
-    Where `after` is given, all its processes are killed with signal 9 after so many seconds.
+    If `after` is given, all its processes are killed with signal 9 after this many seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     words = shlex.split(command)
@@ -146,7 +146,7 @@ def run(command: str, folder: Path, processes: int, after: float | None = None) 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file without the folder's place and without durations, and of every array of a checkpoint."""
+    """The bytes of every file without the folder's path and durations, and of every array of a checkpoint."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -162,7 +162,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def without_durations(name: str, content: bytes) -> bytes:
-    """A file of a job as it is whenever and however fast it was made."""
+    """The content of a job's file without times and durations."""
     if name == "done.json":
         return json.dumps(json.loads(content) | {"seconds": 0}).encode()
     if name == "metrics.jsonl":
@@ -177,7 +177,7 @@ def without_durations(name: str, content: bytes) -> bytes:
 
 
 def compare(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
-    """Ends with the first names that only one of two runs has, or that differ."""
+    """Exits with the first names that differ, or that only one of the two runs has."""
     differing = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
     if differing:
         sys.exit(f"{len(differing)} of {len(expected)} files and arrays differ, such as {', '.join(differing[:5])}")

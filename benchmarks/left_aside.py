@@ -1,14 +1,14 @@
-"""What three well-kept libraries would cost in the places where the package does without them.
+"""Measures three well-kept libraries in places where this package does not use them.
 
     python benchmarks/left_aside.py
 
-- grain, to read and batch records: pairs per second of CPU time, beside the offline source, with which it takes turns.
-  Both read the same records in a shuffled order, a batch of any step, and make the same arrays of them. grain has a
-  file of its own, in the form that it is fastest with.
-- Orbax, to write a checkpoint that comes from a file: how far the peak memory of a process grows while it writes
-  parameters of 512 MiB that can be read one by one. docs/architecture.md says why that matters.
-- The compiler's own cost analysis, instead of the text of the compiled program: FLOPs and bytes that either finds in an
-  update step of 2 and of 8 layers, which are scanned.
+- grain, to read and batch records: pairs per second of CPU time, in turn with the offline source. Both read the same
+  records in a shuffled order, the batch of any step, and make the same arrays. grain has its own file, in the format
+  that is fastest for it.
+- Orbax, to write a checkpoint that is read from a file: the growth of a process's peak memory while it writes 512 MiB
+  of parameters, which can be read one by one. docs/architecture.md explains why this matters.
+- The compiler's own cost analysis, instead of the text of the compiled program: the FLOPs and bytes that each finds in
+  an update step with 2 and with 8 scanned layers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LAYERS, MIB = 32, 2**20
 
 
 def reading(dataset: Dataset, steps: int, repeats: int) -> dict[str, float]:
-    """Pairs per second of CPU time of each way to read, the median over repeats in which they take turns."""
+    """Pairs per second of CPU time for each way to read; the median over repeats, in which they take turns."""
     import grain
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -71,7 +71,7 @@ def reading(dataset: Dataset, steps: int, repeats: int) -> dict[str, float]:
 
 
 def write(library: str) -> None:
-    """Prints by how much the peak of this process grows, in MiB, while one of the two writes a checkpoint."""
+    """Prints the growth of this process's peak memory, in MiB, while one of the two writes a checkpoint."""
     import jax
 
     from alignment_gap.checkpoints import Network
@@ -90,7 +90,7 @@ def write(library: str) -> None:
         if library == "orbax":
             import orbax.checkpoint as ocp
 
-            # What Orbax writes is a tree of arrays: all of it is in memory.
+            # Orbax writes a tree of arrays, so the whole tree is in memory.
             tree = {name: jax.device_put(read(number), replicated(mesh)) for number, name in enumerate(names)}
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(pathlib.Path(folder) / "params", tree)
@@ -104,7 +104,7 @@ def write(library: str) -> None:
 
 
 def counts(layers: int) -> dict[str, float]:
-    """What the cost analysis and the program's text say of an update step of a decoder with so many layers."""
+    """FLOPs and bytes of a decoder's update step, by the cost analysis and by the program's text."""
     import jax
 
     from alignment_gap.checkpoints import Network
@@ -132,10 +132,10 @@ def counts(layers: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints a table for each of the three."""
+    """Prints a table for each of the three libraries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20_000, help="pairs of the dataset whose reading is timed")
-    parser.add_argument("--steps", type=int, default=200, help="batches in a repeat")
+    parser.add_argument("--pairs", type=int, default=20_000, help="pairs in the dataset that is read")
+    parser.add_argument("--steps", type=int, default=200, help="batches per repeat")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--write", choices=("orbax", "ours"), help=argparse.SUPPRESS)
     options = parser.parse_args()

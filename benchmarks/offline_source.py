@@ -1,22 +1,22 @@
-"""Speed and memory of the offline source: against raw records, against the update step, and at 10 million pairs.
+"""Speed and memory of the offline source: compared with raw records and the update step, and for 10 million pairs.
 
     python benchmarks/offline_source.py                      # speed
     python benchmarks/offline_source.py --indexed 10000000   # memory, too
     python benchmarks/offline_source.py --indexed 10000000 --on-disk /big/disk
 
-Speed: pairs with lengths like HH's, prompts to 128 tokens and responses to 64, in batches of 32, shuffled. "raw" reads
-the same records in the same order, a batch at once, and does nothing with them; "raw, 512" reads as many together as
-the source does; "source" makes the arrays of the batch; "prefetched" makes them in a thread; "buckets" are four,
-prefetched; "packed" has several prompts in a row, prefetched. They take turns, so that a busy machine disturbs all
-alike; each row has the median over the repeats.
+Speed: shuffled pairs with lengths like HH's (prompts up to 128 tokens, responses up to 64) in batches of 32. "raw"
+reads the same records in the same order, one batch at a time, without decoding. "raw, 512" reads 512 records together,
+as the source does. "source" makes the arrays of the batch. "prefetched" makes them in a thread. "buckets" has four
+buckets, prefetched. "packed" has several prompts per row, prefetched. All take turns, so that other work on the machine
+disturbs them equally. Each row has the median over the repeats.
 
-The update step is that of T5 small with SimPO, which needs no reference, on all devices, in the same run: over batches
-of one shape, of four, and over packed rows, which take turns step by step, with the same prompts for the first and the
-last. Each takes its steps twice, and the second time counts: then all shapes are compiled.
+The update step is that of T5 small with SimPO, which needs no reference, on all devices, in the same run. It runs on
+batches of one shape, of four shapes, and with packed rows; these take turns step by step. The first and the last have
+the same prompts. Each takes its steps twice, and only the second time counts, when all shapes are compiled.
 
-Memory: in a process of its own, synthetic lengths are put into buckets and two epochs are shuffled and cut into
-batches; with --on-disk a dataset of as many records is written there first, its lengths are read from the records, and
-batches are read. The peak is the process's own, from /proc.
+Memory: a separate process puts synthetic lengths into buckets, and shuffles two epochs and cuts them into batches. With
+--on-disk, it first writes a dataset with this many records, then reads the lengths from the records and some batches.
+The peak is that of this process, from /proc.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ VOCABULARY = 32128
 
 
 def hh_like_lengths(count: int, seed: int = 0) -> np.ndarray:
-    """Tokens int32[count, 3] of prompt and responses: lognormal, medians 60 and 30, cut at the limits."""
+    """Lengths of prompt and responses in tokens, int32[count, 3]: lognormal, medians 60 and 30, cut at the limits."""
     rng = np.random.default_rng(seed)
     drawn = rng.lognormal(np.log([60.0, 30.0, 30.0]), [0.7, 0.8, 0.8], (count, 3))
     return np.clip(drawn, [8, 2, 2], [PROMPT, RESPONSE, RESPONSE]).astype(np.int32)
 
 
 def examples(lengths: np.ndarray, first: int = 0) -> Iterator[Example]:
-    """Examples of these lengths, of random tokens."""
+    """Examples with these lengths and random tokens."""
     tokens = np.random.default_rng(first).integers(0, VOCABULARY, PROMPT + RESPONSE).astype(np.int32)
     scores = np.array([1, 0], np.float32)
     for number, (prompt, chosen, rejected) in enumerate(lengths.tolist(), start=first):
@@ -81,7 +81,7 @@ def source_of(dataset: Dataset, buckets: int = 1, packing: int | None = None, ro
 
 
 def speed(dataset: Dataset, steps: int, repeats: int) -> dict[str, float]:
-    """Pairs per second of each way to read, the median over repeats in which they take turns."""
+    """Pairs per second for each way to read; the median over repeats, in which they take turns."""
     source, bucketed, packed = source_of(dataset), source_of(dataset, buckets=4), source_of(dataset, packing=2)
 
     def together(step: int) -> np.ndarray:
@@ -112,7 +112,7 @@ def speed(dataset: Dataset, steps: int, repeats: int) -> dict[str, float]:
 
 
 def update_step_rates(dataset: Dataset, steps: int) -> dict[str, tuple[float, float]]:
-    """Share of padding, and pairs per second of T5 small's update step, on the source's batches by their form."""
+    """Padding fraction, and pairs per second of T5 small's update step, for each form of the source's batches."""
     import jax
 
     from alignment_gap.checkpoints import Network
@@ -144,13 +144,13 @@ def update_step_rates(dataset: Dataset, steps: int) -> dict[str, tuple[float, fl
 
 
 def peak_memory() -> float:
-    """The most memory in GiB that this process has held. getrusage would count what the process that made it held."""
+    """This process's peak memory in GiB. getrusage would include the memory of its parent."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 class Lengths(Examples):
-    """Examples of which only the lengths exist."""
+    """Examples that have only lengths."""
 
     def __init__(self, lengths: np.ndarray):
         self._lengths, self.sizes = lengths, (len(lengths),)
@@ -159,12 +159,12 @@ class Lengths(Examples):
         return len(self._lengths)
 
     def lengths(self) -> np.ndarray:
-        """Tokens int32[N, 3]."""
+        """Lengths in tokens, int32[N, 3]."""
         return self._lengths
 
 
 def index(count: int, on_disk: str) -> None:
-    """Prints what it takes to index, shuffle and bucket so many pairs; runs in a process of its own."""
+    """Prints the time and memory to index, shuffle and bucket `count` pairs; runs in a separate process."""
     start = time.perf_counter()
     pairs = Examples([open_dataset(on_disk)]) if on_disk else Lengths(hh_like_lengths(count))
     shapes = choose_buckets(pairs.lengths(), 4, (PROMPT, RESPONSE))[:-1]
@@ -193,7 +193,7 @@ def index(count: int, on_disk: str) -> None:
 
 
 def write_many(folder: pathlib.Path, count: int, chunk: int = 500_000) -> None:
-    """A dataset of so many short pairs, one file after another; a file that is there is kept."""
+    """Writes a dataset of `count` short pairs, one file after another; existing files are kept."""
     for first in range(0, count, chunk):
         if not list(folder.glob(f"pairs-{first:012}.array_record")):
             lengths = np.maximum(hh_like_lengths(min(chunk, count - first), first) // 8, 1)
@@ -203,14 +203,14 @@ def write_many(folder: pathlib.Path, count: int, chunk: int = 500_000) -> None:
 
 
 def in_a_process(*flags: str) -> dict[str, Any]:
-    """What this script prints in a process of its own."""
+    """The output of this script, run in a separate process."""
     done = subprocess.run([sys.executable, sys.argv[0], *flags], check=True, stdout=subprocess.PIPE, text=True)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Markdown."""
+    """Prints a markdown table."""
     print("| " + " | ".join(rows[0]) + " |\n| " + " | ".join("---" for _ in rows[0]) + " |")
     for row in rows:
         print(
@@ -220,14 +220,14 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Prints a table of speeds and, where asked for, one of memory."""
+    """Prints a table of speeds and, with --indexed, a table of memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20_000, help="pairs of the dataset whose reading is timed")
-    parser.add_argument("--steps", type=int, default=200, help="batches in a repeat")
+    parser.add_argument("--pairs", type=int, default=20_000, help="pairs in the dataset that is read")
+    parser.add_argument("--steps", type=int, default=200, help="batches per repeat")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--update-steps", type=int, default=4, help="timed update steps of each form")
     parser.add_argument("--indexed", type=int, default=0, help="pairs that are indexed and shuffled; 0 for none")
-    parser.add_argument("--on-disk", default="", help="folder in which as many records are written and indexed")
+    parser.add_argument("--on-disk", default="", help="folder in which this many records are written and indexed")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -1,12 +1,12 @@
-"""Plans of the paper's networks and of the PaLM ladder, one JSON each; what is there is not made again.
+"""Plans of the paper's networks and of the PaLM sizes, one JSON file each; existing plans are not made again.
 
     python benchmarks/plan_matrix.py
     python benchmarks/plan_matrix.py palm_10m t5_xxl_online_v5e
 
-The online step of the paper: policies T5 Large, XL and XXL, each with the reference of its size and the judge T5 Large.
-A v5e-256 is 256 chips. The name v5p-128 counts cores, two a chip; it is 64 chips, 4x4x4. No TPU is needed. Each of the
-four programs of T5-XXL takes some minutes on two cores. Afterwards benchmarks/results/plan.md is the table of all, and
-plan/memory.png and plan/time.png are the pictures.
+The paper's online step has the policies T5 Large, XL and XXL, each with a reference of its size and the judge T5 Large.
+A v5e-256 has 256 chips. The name v5p-128 counts cores, two per chip, so it has 64 chips, 4x4x4. No TPU is needed. Each
+of the four programs of T5-XXL takes several minutes on two cores. The script also writes a table of all plans,
+benchmarks/results/plan.md, and the pictures plan/memory.png and plan/time.png.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LADDER = {
 
 
 def commands() -> dict[str, list[str]]:
-    """The flags of each plan by its name."""
+    """The flags of each plan, by name."""
     plans = {}
     for model, topology in LADDER.items():
         batch = {"v5e:2x4": 32, "v5e:4x4": 64, "v5e:4x8": 128}.get(topology, 1024)
@@ -63,7 +63,7 @@ def commands() -> dict[str, list[str]]:
 
 
 def compile_once(config: PlanConfig, program: Program) -> Compiled:
-    """From the cache, where a run before this one was stopped, or compiled."""
+    """Compiles a program, or takes it from the cache of an earlier run."""
     asked = repr((config.job, config.topology, program))
     path = CACHE / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.pickle"
     if not path.exists():
@@ -74,7 +74,7 @@ def compile_once(config: PlanConfig, program: Program) -> Compiled:
 
 
 def make(name: str, arguments: list[str]) -> None:
-    """One plan, unless it is there."""
+    """Makes one plan, unless it exists."""
     path = RESULTS / f"{name}.json"
     if path.exists():
         return
@@ -86,7 +86,7 @@ def make(name: str, arguments: list[str]) -> None:
 
 
 def results() -> dict[str, dict[str, Any]]:
-    """All plans that are there."""
+    """All existing plans."""
     paths = {name: RESULTS / f"{name}.json" for name in commands()}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
@@ -116,7 +116,7 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(plans: dict[str, dict[str, Any]]) -> None:
-    """HBM by part and time by bound, of every plan."""
+    """Draws HBM by part and time by bound, for every plan."""
     memory = [
         {"plan": name, "part": part, "value": size / plan["capacity"]}
         for name, plan in plans.items()
@@ -152,9 +152,11 @@ def _chart(marks: alt.Chart, x: alt.X) -> alt.Chart:
 
 
 def main() -> None:
-    """Makes what is missing, then writes table and pictures anew."""
+    """Makes the missing plans, then writes the table and the pictures again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all where none is given: {', '.join(commands())}")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"plans to make, by default all: {', '.join(commands())}"
+    )
     for name in parser.parse_args().names or commands():
         arguments = commands()[name]
         try:

@@ -2,9 +2,9 @@
 
     python benchmarks/sampler.py --sizes tiny --repeats 5
 
-No end id can be drawn, so every response has its full length and the same work is done in every call. One untimed
-repeat warms up and compiles. A row has the median over the repeats, and the slowest and the fastest. The table is
-followed by a line of JSON for each row.
+The end id is never drawn, so every response has its full length, and every call does the same work. One untimed repeat
+warms up and compiles. A row has the median over the repeats, the slowest and the fastest. After the table comes a line
+of JSON for each row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from alignment_gap.training import create_state
 
 
 def measure(config: ModelConfig, options: argparse.Namespace) -> list[float]:
-    """Tokens per second of two samples a prompt."""
+    """Tokens per second, with two samples per prompt."""
     online = OnlineConfig(samples=SAMPLES)
     assembly = assembly_of(config, options, online)
     state = create_state(assembly.policy.init, assembly.abstract, assembly.optimizer, jax.random.key(0))

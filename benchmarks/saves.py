@@ -1,16 +1,16 @@
-"""What a save costs a run: update steps after a save and without one, in pairs that take turns in one process.
+"""Measures the cost of a save: update steps with and without a save, in pairs of windows in one process.
 
     python benchmarks/saves.py
 
-A window is some update steps in a row, each of which is waited for. One window of a pair begins with a save, as the
-training loop calls it, and the other does not; which comes first changes from pair to pair. Between two windows
-nothing is written any more. Every figure is the median over the pairs, with the lowest and the highest:
+A window is a number of update steps in a row; each step is waited for. One window of a pair begins with a save, called
+as in the training loop, and the other does not. Which comes first alternates. A window starts after all earlier writes
+have ended. Every figure is the median over the pairs, with the lowest and the highest:
 
-- "save" is how long the call takes, in steps: digests, and the copy to the host. The loop waits for it.
-- "while it is written" is the time of a step before the checkpoint is whole, over that of a step without a save.
-- "a window" is the time of a window with its save over that of the other, however many steps it has.
+- "save" is the duration of the call, in steps: digests, and the copy to the host. The loop waits for it.
+- "while it is written": the time of a step before the checkpoint is whole, divided by that of a step without a save.
+- "a window": the time of a window with its save, divided by that of the window without a save.
 
-Ratios of one pair hold on a machine with other work; the milliseconds do not.
+On a machine with other work, the ratios of a pair are meaningful, but milliseconds are not.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Window:
 
     @property
     def seconds(self) -> float:
-        """Of the whole."""
+        """Duration of the whole window."""
         return self.save + sum(self.steps)
 
 
 def run_window(
     update_step: UpdateStep, state: TrainState, batch: Any, steps: int, folder: Path | None
 ) -> tuple[TrainState, Window]:
-    """The state after so many steps, and their times; a folder is where the state is saved first."""
+    """Runs a window; returns the state and the times. If a folder is given, the state is first saved there."""
     with Checkpoints(folder or Path("nowhere")) as checkpoints:
         start = time.perf_counter()
         if folder is not None:
@@ -69,7 +69,7 @@ def run_window(
 
 
 def run_pairs(options: argparse.Namespace) -> tuple[list[tuple[Window, Window]], float]:
-    """The windows with and without a save of each pair, and the MB of a checkpoint."""
+    """The windows with and without a save of each pair, and the size of a checkpoint in MB."""
     assembly = assembly_of(SIZES[options.size][options.policy], options)
     batch = random_batch(options)
     batch = dataclasses.replace(batch, reference_log_probs=np.zeros(batch.responses.shape, np.float32))
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="prompts, each with two responses")
     parser.add_argument("--prompt-length", type=int, default=48, help="tokens")
     parser.add_argument("--response-length", type=int, default=12, help="tokens")
-    parser.add_argument("--steps", type=int, default=10, help="steps of a window")
+    parser.add_argument("--steps", type=int, default=10, help="steps per window")
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
     pairs, written = run_pairs(options)

@@ -1,10 +1,10 @@
-"""Runs a study of several seeds and sizes on a real Slurm, hurts it on the way, and compares it with an unhurt run.
+"""Runs a study of several seeds and sizes on a real Slurm, disturbs it, and compares it with an undisturbed run.
 
 python benchmarks/slurm_study.py --seeds 3 --events 24
 
-The unhurt study runs in one process. Then the same study is launched on a Slurm of three nodes on this machine, which
-tests/launch/slurm_cluster.py starts. At random moments the jobs that run there are preempted by jobs of a higher
-priority, requeued, or killed with signal 9. Every results.csv has to be the same, byte for byte.
+The undisturbed study runs in one process. Then the same study is launched on a Slurm with three nodes on this machine,
+started by tests/launch/slurm_cluster.py. At random moments its running jobs are preempted by jobs of a higher priority,
+requeued, or killed with signal 9. Every results.csv must be the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ NODES = 3
 
 
 def main() -> None:
-    """Runs both studies and prints what happened."""
+    """Runs both studies and prints a summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="tests/study/nano.py", help="of the study")
+    parser.add_argument("--config", default="tests/study/nano.py", help="config of the study")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sizes", default="palm_30k,palm_300k")
-    parser.add_argument("--events", type=int, default=24, help="how often the study is hurt")
+    parser.add_argument("--events", type=int, default=24, help="number of disturbances")
     parser.add_argument("--workdir", type=Path, default=ROOT / ".cache" / "slurm_study", help="removed at the start")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and of what happens")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and kinds of disturbances")
     flags = parser.parse_args()
     if reason := missing():
         sys.exit(reason)
@@ -61,7 +61,7 @@ def main() -> None:
         environment |= {name: found[name] for name in ("SLURM_CONF", "PATH")}
         draw = random.Random(flags.seed)
         engine = ["launch", "--engine=slurm", "--slurm.partition=low", "--slurm.retries=5"]
-        # A job that was killed more often than its retries stops what needs it. The user launches what is left again.
+        # If a job is killed more often than its retries allow, jobs that need it stop, and the user launches again.
         while not all((hurt / report).exists() for report in reports):
             launches += 1
             print(f"launch {launches}:", *output([*engine, *words], hurt, environment).splitlines()[-1:], flush=True)
@@ -81,14 +81,14 @@ def main() -> None:
 
 
 def timed(words: list[str], folder: Path, environment: Mapping[str, str]) -> float:
-    """Runs a command in a folder; gives its seconds."""
+    """Runs a command in a folder; returns its duration in seconds."""
     start = time.monotonic()
     output(words, folder, environment)
     return time.monotonic() - start
 
 
 def output(words: list[str], folder: Path, environment: Mapping[str, str]) -> str:
-    """What a command in a folder prints; ends with its last lines where it fails."""
+    """The output of a command in a folder; if it fails, exits with its last lines."""
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run([*COMMAND, *words], cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -97,12 +97,12 @@ def output(words: list[str], folder: Path, environment: Mapping[str, str]) -> st
 
 
 def slurm(command: str, environment: Mapping[str, str], *words: str) -> str:
-    """What a command of Slurm prints."""
+    """The output of a Slurm command."""
     return subprocess.run([command, *words], env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def disturb(draw: random.Random, folder: Path, environment: Mapping[str, str]) -> str | None:
-    """Preempts, requeues or kills what runs; says which, None where nothing ran."""
+    """Preempts, requeues or kills a running job; returns what it did, or None if no job was running."""
     running = slurm("squeue", environment, "-h", "-t", "R", "-p", "low", "-o", "%A").split()
     if not running:
         return None
@@ -111,7 +111,7 @@ def disturb(draw: random.Random, folder: Path, environment: Mapping[str, str]) -
         nodes = str(draw.randint(1, NODES))
         slurm("sbatch", environment, "-p", "high", "-N", nodes, "-o", "/dev/null", "--wrap", "sleep 3")
     elif event == "requeued":
-        # The job may have ended meanwhile.
+        # The job may have ended in the meantime.
         subprocess.run(["scontrol", "requeue", draw.choice(running)], env=environment, capture_output=True)
     else:
         processes = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if runs_in(path, folder)]
@@ -122,7 +122,7 @@ def disturb(draw: random.Random, folder: Path, environment: Mapping[str, str]) -
 
 
 def runs_in(path: Path, folder: Path) -> bool:
-    """Whether a process of a job of Slurm has a folder as its own and is one of our commands."""
+    """Whether a process of a Slurm job has this working folder and runs one of our commands."""
     try:
         command = (path.parent / "cmdline").read_bytes().split(b"\0")
         return (path.parent / "cwd").resolve() == folder.resolve() and COMMAND[0].encode() == command[0]

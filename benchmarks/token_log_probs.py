@@ -1,11 +1,11 @@
-"""Time and peak temporary memory of `token_log_probs` against the plain form, value and gradient.
+"""Time and peak temporary memory of `token_log_probs`, value and gradient, compared with the plain form.
 
     python benchmarks/token_log_probs.py --tokens 8192 --vocabulary 32128 --width 1024 --dtype float32
 
-The two are timed in turn within one run, so that their ratio stands where a single time would not: the best wall time
-of each, and on a CPU its processor time over all threads, which a busy machine disturbs less. The floor is the
-arithmetic of the three products that any form computes (logits, and the gradients of both factors) at the rate that
-the same run measures for the logits' product alone.
+Both are timed in turn in one run, because on a busy machine their ratio is more reliable than a single time. The table
+has the best wall time of each and, on a CPU, the processor time over all threads, which is disturbed less. The floor is
+the time of the three products that every form computes (the logits, and the gradients of both factors) at the rate that
+the same run measures for the product of the logits alone.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/update_step.py --sizes tiny --repeats 5
 
-"precomputed" is the update step alone, the batch having its reference log-probs; "every step" scores the batch under
-the reference policy first, as a run does without them. One untimed repeat warms up and compiles. A row has the median
-over the repeats, and the slowest and the fastest. The table is followed by a line of JSON for each row.
+"precomputed" is the update step alone, on a batch with reference log-probs. "every step" first scores the batch under
+the reference policy, as a run without stored log-probs does. One untimed repeat warms up and compiles. A row has the
+median over the repeats, the slowest and the fastest. After the table comes a line of JSON for each row.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from alignment_gap.training import TrainState, create_state, with_reference
 
 VOCABULARY, SAMPLES = 136, 2
 RECORDED = DatasetConfig()
-# "tiny" and "mini" are the models of gin/models/*_tiny.gin and *_mini.gin with few ids; "compared" has the sizes that
-# the scripts in peers/ give to other libraries, and T5 v1.1 small.
+# "tiny" and "mini" are the models of gin/models/*_tiny.gin and *_mini.gin with few ids; "compared" has the size of the
+# models in peers/, and T5 v1.1 small.
 SIZES: dict[str, dict[str, ModelConfig]] = {
     "tiny": {
         "t5": T5Config(vocabulary_size=VOCABULARY, heads=2, head_size=32, scan_unroll=2),
@@ -62,7 +62,7 @@ PEERS = pathlib.Path(__file__).parent / "peers"
 
 
 def arguments(description: str, samples: str) -> argparse.Namespace:
-    """The flags that both benchmarks have."""
+    """The flags of both benchmarks."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--policies", nargs="+", choices=("t5", "decoder"), default=["t5", "decoder"])
@@ -77,7 +77,7 @@ def arguments(description: str, samples: str) -> argparse.Namespace:
 
 
 def configs(options: argparse.Namespace) -> Iterator[tuple[str, str, ModelConfig]]:
-    """Size, policy and config of every model that was asked for."""
+    """Size, policy and config of every requested model."""
     for size in options.sizes:
         for name in options.policies:
             values = {**vars(SIZES[size][name]), "dtype": options.dtype}
@@ -85,7 +85,7 @@ def configs(options: argparse.Namespace) -> Iterator[tuple[str, str, ModelConfig
 
 
 def rates(call: Callable[[], Any], work: float, options: argparse.Namespace) -> list[float]:
-    """Work per second of each repeat after one that warms up; the device is waited for at the end of a repeat."""
+    """Work per second of each repeat, after one to warm up; every repeat waits for the device at its end."""
     found = []
     for _ in range(options.repeats + 1):
         start = time.perf_counter()
@@ -97,7 +97,7 @@ def rates(call: Callable[[], Any], work: float, options: argparse.Namespace) -> 
 
 
 def peer(script: str, *flags: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What a script of peers/ prints: the rates of another library with the same batch and lengths."""
+    """The output of a script in peers/: the rates of another library with the same batch and lengths."""
     sizes = [
         f"--{name}={getattr(options, name.replace('-', '_'))}" for name in ("batch", "prompt-length", "response-length")
     ]
@@ -106,7 +106,7 @@ def peer(script: str, *flags: str, options: argparse.Namespace) -> dict[str, Any
 
 
 def product_rate() -> float:
-    """GFLOP/s of a large float32 product, the measure of what a machine could do."""
+    """GFLOP/s of a large float32 product, which shows how fast the machine is now."""
     x = jnp.ones((2048, 2048))
     multiply = jax.jit(jnp.matmul)
     found = []
@@ -157,7 +157,7 @@ def random_batch(options: argparse.Namespace) -> PreferenceBatch:
 def assembly_of(
     config: ModelConfig, options: argparse.Namespace, source: DatasetConfig | OnlineConfig = RECORDED
 ) -> Assembly:
-    """A job of IPO with the batch and the lengths of the flags; no sample of it ends early."""
+    """A job of IPO with the batch and the lengths of the flags; its samples never end early."""
     shape = BatchShape(options.batch, options.prompt_length, SAMPLES, options.response_length)
     job = JobConfig(config, loss=LossConfig("ipo", {"beta": 0.1}), source=source, start="start")
     facts = Facts(Network(model=config), shape, eos_id=config.vocabulary_size)
@@ -187,7 +187,7 @@ def measure(config: ModelConfig, options: argparse.Namespace) -> Iterator[tuple[
 
 
 def main() -> None:
-    """Prints a row for each size, policy and treatment of the reference."""
+    """Prints a row for each size and policy, with and without a precomputed reference."""
     options = arguments(__doc__, "two responses")
     rows = []
     for size, name, config in configs(options):

@@ -1,4 +1,4 @@
-"""Scripts with which a shell completes commands, their flags and files. Each holds the flags of this version.
+"""Print a script that lets a shell complete commands, flags and files. It has the flags of this version.
 
 alignment-gap completion bash >> ~/.bashrc
 """
@@ -18,15 +18,15 @@ from alignment_gap.cli.flags import HELP_XML, parse, run_subcommand
 from alignment_gap.cli.launch import LAUNCHED
 from alignment_gap.cli.main import COMMANDS
 
-# absl's own, which every command has.
+# absl's own flags, which every command has.
 _OF_ABSL = ("flagfile", "undefok")
-# Of a description, as much as one line bears.
+# Maximum length of a description.
 _LONGEST = 70
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag as a shell sees it: with a value, one of a few where there are `choices`, or with none."""
+    """A flag for completion: it takes a value or none; if there are `choices`, the value is one of them."""
 
     name: str
     about: str
@@ -36,14 +36,14 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What may follow the words of a command: sub-commands with their descriptions, and flags."""
+    """The completions after the words of a command: sub-commands with descriptions, and flags."""
 
     words: Mapping[str, str]
     flags: tuple[Flag, ...] = ()
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the script of the shell that the first argument names."""
+    """Prints the script for the shell that the first argument names."""
     run_subcommand(arguments, SUBCOMMANDS, __doc__)
 
 
@@ -80,7 +80,7 @@ def _print(arguments: list[str], script: Callable[[Mapping[str, Place]], str], h
 
 
 def places() -> dict[str, Place]:
-    """What may follow, by the words so far: "" for none, "data", "data prepare", "launch study"."""
+    """The completions by the words so far: "" (no words yet), "data", "data prepare", "launch study"."""
     found = {"": Place(COMMANDS)}
     for name in COMMANDS:
         command = importlib.import_module(f"alignment_gap.cli.{name}")
@@ -99,7 +99,7 @@ def _first_line(run: Callable[[list[str]], None]) -> str:
 
 
 def _flags(run: Callable[[list[str]], None], words: str) -> tuple[Flag, ...]:
-    """The flags of a command, from the XML that absl writes of them."""
+    """The flags of a command, from absl's XML."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         run([f"alignment-gap {words}", HELP_XML])
     flags = [
@@ -116,7 +116,7 @@ def _flags(run: Callable[[list[str]], None], words: str) -> tuple[Flag, ...]:
 
 
 def bash_script(found: Mapping[str, Place]) -> str:
-    """The script for bash, which takes --flag=value apart at the equals sign. Files are what readline completes."""
+    """The script for bash, which splits --flag=value at the equals sign. Readline completes files."""
 
     def quoted(words: Iterator[str]) -> str:
         return shlex.quote(" ".join(words))
@@ -164,7 +164,7 @@ complete -o default -F _alignment_gap alignment-gap"""
 
 
 def zsh_script(found: Mapping[str, Place]) -> str:
-    """The script for zsh, as a file of $fpath or to be sourced."""
+    """The script for zsh, to put in a folder of $fpath or to source."""
 
     def flag(each: Flag) -> str:
         about = each.about.translate({ord(sign): f"\\{sign}" for sign in "[]:\\"})

@@ -1,6 +1,6 @@
-"""Prepare datasets, make new ones from them, score them with a reference policy, show what they are.
+"""Prepare datasets, make new datasets from them, score them with a reference policy, show them.
 
-A command that was stopped goes on from its finished parts. alignment-gap data COMMAND --help tells a command's flags.
+A stopped command continues after its finished parts. alignment-gap data COMMAND --help shows a command's flags.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
 
 
 def prepare(arguments: list[str]) -> None:
-    """Prepare a source's pairs: record files, a card, a preview and a picture of the lengths.
+    """Prepare the pairs of a source: writes record files, a card, a preview and a picture of the lengths.
 
     alignment-gap data prepare --source=pairs.jsonl.gz --vocabulary=own.model --output=prepared
     """
@@ -30,7 +30,7 @@ def prepare(arguments: list[str]) -> None:
 
 
 def label(arguments: list[str]) -> None:
-    """Give a dataset the labels of a judge.
+    """Label a dataset by a judge.
 
     alignment-gap data label --dataset=prepared/train --judge=runs/golden --output=labelled
     """
@@ -40,7 +40,7 @@ def label(arguments: list[str]) -> None:
 
 
 def generate(arguments: list[str]) -> None:
-    """Sample responses to a dataset's prompts from one policy, or from two against each other, and label them.
+    """Sample responses to a dataset's prompts from one policy or from two, and label them.
 
     alignment-gap data generate --prompts=prepared/train --policies=runs/a,runs/b --judge=runs/golden --output=a_vs_b
     """
@@ -60,7 +60,7 @@ def compose(arguments: list[str]) -> None:
 
 
 def baselines(arguments: list[str]) -> None:
-    """Tell how well the labels of held-out pairs are told by length, and by a regression on n-grams.
+    """Measure how well length, and a regression on n-grams, predict the labels of held-out pairs.
 
     alignment-gap data baselines --train=prepared/train --dataset=prepared/validation --output=baselines
     """
@@ -70,11 +70,11 @@ def baselines(arguments: list[str]) -> None:
 
 
 def reference(arguments: list[str]) -> None:
-    """Compute the log-probs of a job's datasets under its reference policy ahead of it, and store them beside each.
+    """Compute the log-probs of a job's datasets under its reference policy in advance, and store them beside each.
 
     alignment-gap data reference --dataset=prepared/train --checkpoint=runs/sft
 
-    A job with REFERENCE_LOG_PROBS stored or auto uses them where it has the same datasets, reference, lengths, buckets,
+    A job with REFERENCE_LOG_PROBS=stored or auto uses them if it has the same datasets, reference, lengths, buckets,
     dtype and attention.
     """
     from alignment_gap.jobs.reference import ReferenceConfig, compute_reference
@@ -98,7 +98,7 @@ def reference(arguments: list[str]) -> None:
 
 
 def show(arguments: list[str]) -> None:
-    """Show a dataset's card, what it was made from, and some of its examples.
+    """Show a dataset's card, its inputs, and some of its examples.
 
     alignment-gap data show prepared/train --examples=3
     """
@@ -107,8 +107,10 @@ def show(arguments: list[str]) -> None:
     from alignment_gap.data.records.preview import preview
 
     def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_integer("examples", 3, "Examples to show.", lower_bound=0, flag_values=values)
-        flags.DEFINE_string("vocabulary", None, "What encoded the examples, if it has moved.", flag_values=values)
+        flags.DEFINE_integer("examples", 3, "Number of examples to show.", lower_bound=0, flag_values=values)
+        flags.DEFINE_string(
+            "vocabulary", None, "Path of the dataset's vocabulary, if it has moved.", flag_values=values
+        )
 
     parsed = parse(arguments, define, show.__doc__, positional=1)
     if parsed is None:
@@ -134,8 +136,10 @@ def vocabulary(arguments: list[str]) -> None:
 
     def define(values: flags.FlagValues) -> None:
         define_config(values, TextSourceConfig, SOURCE_FLAGS)
-        flags.DEFINE_string("output", None, "The file, *.model.", flag_values=values)
-        flags.DEFINE_integer("size", 32_000, "Pieces, special ones and 256 bytes included.", flag_values=values)
+        flags.DEFINE_string("output", None, "The file to write, *.model.", flag_values=values)
+        flags.DEFINE_integer(
+            "size", 32_000, "Number of pieces, including special pieces and 256 bytes.", flag_values=values
+        )
         flags.DEFINE_enum("model", "unigram", ("unigram", "bpe"), "Kind of SentencePiece model.", flag_values=values)
 
     parsed = parse(arguments, define, vocabulary.__doc__)

@@ -1,8 +1,8 @@
-"""Versions, devices, disk, and what is missing for which command. Nothing is changed.
+"""Show versions, devices, disk space, and what each command lacks. Changes nothing.
 
 alignment-gap doctor
 
-Exit status 1 where a package that every command needs is missing or too old.
+The exit status is 1 if a package that every command needs is missing or too old.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.installation import COMPILATION_CACHE, DISTRIBUTION, Package, needed, version
 from alignment_gap.study.versions import COMMIT, git_commit
 
-# Commands that need more than the core: what for, and the extra that brings it.
+# Commands that need more than the core packages: for what, and the extra to install.
 EXTRAS = (
     ("study", "all of it", "study"),
     ("report", "all of it", "study"),
@@ -36,9 +36,9 @@ EXTRAS = (
     ("plan", "for TPUs", "tpu"),
     ("checkpoint", "Hugging Face's format", "huggingface"),
 )
-# Engines of `launch`, and the program that each calls.
+# Engines of `launch`, and the program that each engine calls.
 ENGINES = {"slurm": "sbatch", "jobset": "kubectl", "queued": "gcloud"}
-# Devices are opened in another process: a driver may hang, or end its process.
+# Devices are opened in another process, because a driver may hang or end its process.
 DEVICES = """
 import json, jax
 from alignment_gap.sharding.chips import device_lines
@@ -49,14 +49,14 @@ GIB = 2.0**30
 
 
 def main(arguments: list[str]) -> None:
-    """Prints what is found; raises SystemExit(1) where a package that every command needs will not do."""
+    """Prints its findings; raises SystemExit(1) if a package that every command needs is missing or too old."""
     if arguments[1:]:
-        from alignment_gap.cli.flags import parse  # Needs absl, which may be what is missing.
+        from alignment_gap.cli.flags import parse  # Needs absl, which may be missing.
 
         if parse(arguments, lambda values: None, __doc__) is None:
             return
     if version(DISTRIBUTION) is None:
-        raise UserError(f"{DISTRIBUTION} is not installed, so that nothing tells what it needs: pip install it")
+        raise UserError(f"{DISTRIBUTION} is not installed, so its requirements are not known: pip install it")
     core, extras = needed(), {extra: needed(extra) for _, _, extra in EXTRAS}
     for title, rows in (
         ("software", _software()),
@@ -80,7 +80,7 @@ def _software() -> Iterator[tuple[str, str]]:
 
 
 def _packages(core: Sequence[Package], extras: Mapping[str, Sequence[Package]]) -> Iterator[tuple[str, str]]:
-    """What every command needs, then what there is of the extras."""
+    """The packages that every command needs, then the installed packages of the extras."""
     for package in core:
         fault = f"{package.fault}: {_install([package])}" if package.fault else ""
         yield package.name, f"{package.version or ''} {fault}".strip()

@@ -1,4 +1,4 @@
-"""The flags of a command: those of a config, taken from its dataclasses, and those that all commands share."""
+"""The flags of a command: flags from the dataclasses of a config, and flags that all commands share."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def parse(
     positional: int = 0,
     also: tuple[type[Exception], ...] = (),
 ) -> tuple[flags.FlagValues, list[str]] | None:
-    """Reads the flags of a command and its other arguments; gives None after it has printed the help.
+    """Parses the flags and the other arguments of a command; returns None after it has printed the help.
 
-    The help is a text, or by --helpxml the flags alone in absl's XML, which `completion` reads.
+    --help prints a text and the flags. --helpxml prints only the flags, in absl's XML, which `completion` reads.
 
     Args:
-      arguments: what the user wrote; the first names the command.
+      arguments: the command line; the first argument is the name of the command.
       define: adds the command's flags.
-      help_text: printed before the flags where help is asked for.
-      positional: how many arguments may be no flags.
-      also: errors beside those of flags that are the user's to mend.
+      help_text: the text that help prints before the flags.
+      positional: maximum number of arguments that are not flags.
+      also: further errors that the user can fix, in addition to flag errors.
 
     Raises:
-      UserError: for a flag that is unknown or has a value that it cannot have, or an argument too many.
+      UserError: a flag is unknown or has an invalid value, or there are too many arguments.
     """
     values = flags.FlagValues()
     define(values)
@@ -62,7 +62,7 @@ def parse(
     except to_mend as error:
         met = "" if isinstance(error, flags.Error) else f"the config file raises {type(error).__name__}: "
         first, *others = str(error).strip().splitlines()
-        # What a config file raises comes as text: a traceback, whose last line is the reason.
+        # An error in a config file arrives as text: a traceback whose last line is the reason.
         reason = f" {others[-1]}" if any(line.startswith("Traceback") for line in others) else ""
         raise UserError(met + first + reason) from error
     if len(rest) > positional:
@@ -73,10 +73,10 @@ def parse(
 def run_subcommand(
     arguments: Sequence[str], subcommands: Mapping[str, Callable[[list[str]], None]], help_text: str | None
 ) -> None:
-    """Runs what the first argument names with the rest; without one, prints the help and that of each sub-command.
+    """Runs the sub-command that the first argument names; without arguments, prints all help texts.
 
     Raises:
-      UserError: the first argument names no sub-command.
+      UserError: the first argument is not a sub-command.
     """
     command, *rest = arguments
     if not rest or rest[0] in ("--help", "-h"):
@@ -92,7 +92,7 @@ def run_subcommand(
 
 
 def define_config(values: flags.FlagValues, cls: type, short: Mapping[str, str]) -> None:
-    """Adds a flag for every setting of a dataclass and of those in it, with its default and its docstring's line."""
+    """Adds a flag for every setting of a dataclass and the dataclasses in it; the docstrings are the help."""
     for path, hint, default, text in _settings(cls, ""):
         name, wanted = flag_name(path, short), [each for each in _options(hint) if each is not type(None)]
         if bool in wanted:
@@ -105,7 +105,7 @@ def define_config(values: flags.FlagValues, cls: type, short: Mapping[str, str])
 
 
 def read_config(values: flags.FlagValues, cls: type[Config], short: Mapping[str, str]) -> Config:
-    """The dataclass that the flags of `define_config` give; raises UserError for a value that it refuses."""
+    """The dataclass from the flags of `define_config`; raises UserError if it refuses a value."""
     tree: dict[str, Any] = {}
     for path, hint, _, _ in _settings(cls, ""):
         name = flag_name(path, short)
@@ -120,28 +120,28 @@ def read_config(values: flags.FlagValues, cls: type[Config], short: Mapping[str,
 
 
 def define_shared(values: flags.FlagValues) -> None:
-    """Adds the flags of every command that computes: compiled functions that are kept, and several processes."""
+    """Adds the flags of every command that computes: the compilation cache, and several processes."""
     flags.DEFINE_string(
         "compilation_cache",
         COMPILATION_CACHE,
-        "Folder that keeps compiled functions; empty for none.",
+        "Folder for the cache of compiled functions; empty for no cache.",
         flag_values=values,
     )
     flags.DEFINE_string(
         "coordinator",
         os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "HOST:PORT of process 0 of a run of several processes; auto finds it on TPU pods and Slurm.",
+        "HOST:PORT of process 0, for a run of several processes; auto finds it on TPU pods and Slurm.",
         flag_values=values,
     )
     for name, variable, default, meaning in (
-        ("processes", _PROCESSES, 1, "How many processes run together."),
-        ("process", "JAX_PROCESS_ID", 0, "Number of this process, from 0."),
+        ("processes", _PROCESSES, 1, "Number of processes that run together."),
+        ("process", "JAX_PROCESS_ID", 0, "Index of this process, from 0."),
     ):
         flags.DEFINE_integer(name, _from_environment(variable, default), meaning, flag_values=values)
 
 
 def start_jax(values: flags.FlagValues) -> None:
-    """Has jax keep compiled functions and joins this process to the others, as the shared flags say."""
+    """Sets jax's compilation cache and connects this process to the others, according to the shared flags."""
     import jax
 
     from alignment_gap.sharding import initialize
@@ -153,14 +153,14 @@ def start_jax(values: flags.FlagValues) -> None:
 
 
 def require(values: flags.FlagValues, name: str) -> str:
-    """The value of a flag that has to be given."""
+    """The value of a required flag; raises UserError if it is not set."""
     if not values[name].value:
         raise UserError(f"--{name} is not set: add --{name}=VALUE")
     return str(values[name].value)
 
 
 def _settings(cls: Any, path: str) -> Iterator[tuple[str, Any, Any, str]]:
-    """Path, type, default and description of every setting of a dataclass and of those in it."""
+    """Path, type, default and description of every setting of a dataclass and the dataclasses in it."""
     hints, about = typing.get_type_hints(cls), _attributes(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
@@ -172,7 +172,7 @@ def _settings(cls: Any, path: str) -> Iterator[tuple[str, Any, Any, str]]:
 
 
 def _attributes(cls: type) -> dict[str, str]:
-    """What a docstring's section "Attributes:" says of each field, in one line."""
+    """The description of each field in a docstring's section "Attributes:", as one line."""
     section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
     found = re.findall(r"^  (\w+): ((?:.|\n(?!  \w+: ))*)", section, flags=re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}
@@ -183,14 +183,14 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _value(value: Any, hint: Any, name: str) -> Any:
-    """A flag's value in the type of its setting; only the items of lists are still texts."""
+    """Converts a flag's value to the type of its setting; only the items of lists are still texts."""
     if not isinstance(value, list):
         return value
     of = next(typing.get_args(each)[0] for each in _options(hint) if typing.get_origin(each) is tuple)
     try:
         return tuple(of(item) for item in value)
     except ValueError:
-        raise UserError(f"--{name}={','.join(value)}: give values of type {of.__name__} with commas between") from None
+        raise UserError(f"--{name}={','.join(value)}: give values of type {of.__name__}, separated by commas") from None
 
 
 def _define_text(name: str, default: str | None, text: str, flag_values: flags.FlagValues) -> None:

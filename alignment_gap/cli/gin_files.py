@@ -1,10 +1,9 @@
 """A training job from gin files, in T5X's conventions.
 
-Files can be given several times, later ones win. `--gin.NAME=value` sets a macro (--gin.TRAIN_STEPS=100) or a field
-(--gin.OptimizerConfig.clip_norm=0.5). Files include each other and are looked for in this folder, in
---gin_search_paths and in those that come with the package. A value that is not in Python's notation, a reference
-(@NAME) or a macro (%NAME) is taken as a text, so that a path needs no quotes. A macro that nothing sets has the default
-of the field that it stands for.
+--gin_file may be given several times; later files win. `--gin.NAME=value` sets a macro (--gin.TRAIN_STEPS=100) or a
+field (--gin.OptimizerConfig.clip_norm=0.5). Files may include other files. A file is looked for in this folder, in
+--gin_search_paths, and among the files of the package. A value is read as Python, as a reference (@NAME) or as a macro
+(%NAME); anything else is a text, so paths need no quotes. A macro without a value has the default of its field.
 """
 
 from __future__ import annotations
@@ -30,28 +29,28 @@ from alignment_gap.jobs.words import is_notation
 if TYPE_CHECKING:
     from alignment_gap.jobs.config import JobConfig
 
-# A plain import would be taken by ruff and mypy for the folder gin/ of this repository.
+# Ruff and mypy would take a plain import for the folder gin/ of this repository.
 gin: Any = importlib.import_module("gin")
-# gin would look for runs/job.gin in a package named runs, and fail where the folder of that name holds runs instead.
+# By default, gin would also look for runs/job.gin in a package named runs, and fail if a folder runs/ holds runs.
 gin.config._FILE_READERS = [(open, os.path.isfile)]
 
 OVERRIDE = "--gin."
 
 
 def define_gin(values: flags.FlagValues) -> None:
-    """Adds --gin_file and --gin_search_paths; `split_overrides` reads --gin.NAME=value, which absl cannot."""
+    """Adds --gin_file and --gin_search_paths; `split_overrides` reads --gin.NAME=value, because absl cannot."""
     flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times.", flag_values=values)
-    flags.DEFINE_list("gin_search_paths", [], "Folders in which gin files are looked for.", flag_values=values)
+    flags.DEFINE_list("gin_search_paths", [], "Further folders with gin files.", flag_values=values)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments without --gin.NAME=value, and these as NAME=value."""
+    """Splits the arguments: those without --gin.NAME=value, and the overrides as NAME=value."""
     overrides = [argument.removeprefix(OVERRIDE) for argument in arguments if argument.startswith(OVERRIDE)]
     return [argument for argument in arguments if not argument.startswith(OVERRIDE)], overrides
 
 
 def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str] = ()) -> JobConfig:
-    """The job of gin files and of "NAME=value" overrides; raises UserError for what they cannot mean."""
+    """The job from gin files and "NAME=value" overrides; raises UserError if they are not valid."""
     from alignment_gap.configuration import from_dict, to_dict
     from alignment_gap.jobs.config import JobConfig
 
@@ -59,7 +58,7 @@ def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Se
         raise UserError("no --gin_file: give a run's gin file, such as --gin_file=gin/runs/offline_ipo.gin")
     classes = _register()
     gin.clear_config()
-    # gin logs an error for every folder that does not have a file before it finds it in another.
+    # gin logs an error for every folder without the file, even if it then finds the file in another folder.
     logging.disable(logging.ERROR)
     try:
         for file in files:
@@ -76,7 +75,7 @@ def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Se
     except (AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError, TokenError) as error:
         raise UserError(_one_line(error)) from error
     except (OSError, ImportError) as error:
-        raise UserError(f"{_one_line(error)}: check the path, or give its folder by --gin_search_paths") from error
+        raise UserError(f"{_one_line(error)}: check the path, or give its folder with --gin_search_paths") from error
     finally:
         logging.disable(logging.NOTSET)
         gin.clear_config()
@@ -85,14 +84,14 @@ def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Se
 
 @functools.cache
 def _register() -> dict[str, Any]:
-    """Makes gin know the dataclasses of a job by their names; returns them as gin calls them."""
+    """Registers the dataclasses of a job with gin by name; returns gin's versions of them."""
     from alignment_gap.jobs.config import JobConfig
 
     return {part.__name__: gin.external_configurable(part) for part in dict.fromkeys(_parts(JobConfig))}
 
 
 def _parts(cls: Any) -> Iterator[Any]:
-    """A dataclass after all those in it."""
+    """All dataclasses inside a dataclass, then the dataclass itself."""
     for hint in typing.get_type_hints(cls).values():
         for each in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(each):
@@ -101,7 +100,7 @@ def _parts(cls: Any) -> Iterator[Any]:
 
 
 def _defaults(config: str, classes: dict[str, Any]) -> str:
-    """Bindings that give each macro that nothing sets the default of a field that it stands for."""
+    """Bindings that set each macro without a value to the default of its field."""
     bound = set(re.findall(r"^(\w+) = ", config, flags=re.MULTILINE))
     lines = []
     for name, field, macro in re.findall(r"^(?:\w+/)?(?:\w+\.)*(\w+)\.(\w+) = %(\w+)$", config, flags=re.MULTILINE):
@@ -115,7 +114,7 @@ def _defaults(config: str, classes: dict[str, Any]) -> str:
 
 
 def _find(file: str, search_paths: Sequence[str]) -> str:
-    """The path of a gin file; the folders are searched for what it includes, too."""
+    """The path of a gin file; the search folders also apply to the files that it includes."""
     for folder in (*search_paths, str(GIN), str(FILES)):
         gin.add_config_file_search_path(folder)
     found = find_file("gin_file", file, search_paths)
@@ -125,7 +124,7 @@ def _find(file: str, search_paths: Sequence[str]) -> str:
 
 
 def _binding(override: str, config: str) -> str:
-    """An override in gin's notation; raises UserError for a macro that no file has."""
+    """An override in gin's notation; raises UserError if no file has its macro."""
     name, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"--gin.{override}: write --gin.NAME=value")
@@ -142,9 +141,9 @@ def _check_required(config: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """gin's message with the place in the file, which it puts on further lines."""
+    """gin's message in one line, with the place in the file, which gin puts on further lines."""
     if isinstance(error, TokenError):
-        return f"a gin file ends inside of a statement: {error.args[0]}"
+        return f"a gin file ends inside a statement: {error.args[0]}"
     if unset := re.search(r"configurable 'macro' .* in scope '(\w+)'", str(error)):
         return f"the macro {unset[1]} is not set: add --gin.{unset[1]}=value, or a gin file that sets it"
     if isinstance(error, UserError):

@@ -1,4 +1,4 @@
-"""A command that is one job: its flags are the settings of the job's config, and the folder's."""
+"""A command that runs one job; its flags are the settings of the job, and the folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from alignment_gap.jobs.folder import Kind, make
 
 
 def run_command(kind: Kind, arguments: Sequence[str], help_text: str | None) -> None:
-    """Runs the job of a command line in its folder and says what the folder holds."""
+    """Runs the job of a command line in its folder, and prints a summary of the folder."""
 
     def define(values: flags.FlagValues) -> None:
         define_config(values, kind.config, kind.short)
-        flags.DEFINE_string(kind.output, None, "Folder of the job; one that was stopped goes on.", flag_values=values)
+        flags.DEFINE_string(kind.output, None, "Folder of the job; a stopped job continues.", flag_values=values)
         define_shared(values)
 
     parsed = parse(arguments, define, help_text)
@@ -28,7 +28,7 @@ def run_command(kind: Kind, arguments: Sequence[str], help_text: str | None) -> 
 
 
 def run_job(kind: Kind, config: object, folder: AnyPath, values: flags.FlagValues) -> None:
-    """Runs a job with the shared flags, and says what its folder holds."""
+    """Runs a job with the shared flags, and prints a summary of its folder."""
     start_jax(values)
     make(kind, config, folder)
 

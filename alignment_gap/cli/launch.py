@@ -1,4 +1,4 @@
-"""Give a command to an engine. A study is taken apart into its jobs, which run side by side where they can.
+"""Run a command on an engine. A study is split into its jobs, which run at the same time if possible.
 
 alignment-gap launch study --config=configs/study/tiny.py --workdir=runs/study
 alignment-gap launch --engine=local --local.jobs=2 study --config=configs/study/tiny.py --workdir=runs/study
@@ -10,7 +10,7 @@ alignment-gap launch --status study --config=configs/study/tiny.py --workdir=run
 alignment-gap launch --sweep=LEARNING_RATE=1e-5,3e-5,1e-4 train --gin_file=gin/runs/offline_ipo.gin \\
     --gin.DATASET=pairs --gin.START=sft --workdir=runs/sweep
 
-A finished job is not run again. Write the flags of the launch before the command, and the command's own after it.
+Finished jobs do not run again. Write the flags of launch before the command, and the command's own flags after it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at
 from alignment_gap.launch import JobSetConfig, LocalConfig, QueuedConfig, SlurmConfig, Task
 
-# What would be run, as a text, and what runs it.
+# For each engine: a function that describes what would run, and a function that runs it.
 _FUNCTIONS: dict[str, tuple[Callable[..., str], Callable[..., None]]] = {
     "local": (launch.local_text, launch.run_local),
     "slurm": (launch.slurm_text, launch.submit_slurm),
@@ -40,18 +40,18 @@ _FUNCTIONS: dict[str, tuple[Callable[..., str], Callable[..., None]]] = {
     "queued": (launch.queued_text, launch.run_queued),
 }
 ENGINES = ("here", *_FUNCTIONS)
-# Commands that fill one folder, and the flag that names it with its default.
+# Commands that fill one folder: the flag of the folder, and its default.
 _FOLDERS = {"train": ("workdir", train.WORKDIR), "evaluate": ("output", None), "data": ("output", None)}
 LAUNCHED = (*_FOLDERS, "study")
 
 
 @dataclasses.dataclass(frozen=True)
 class LaunchConfig:
-    """Where jobs are run.
+    """Where jobs run.
 
     Attributes:
-      engine: "here" (this process, one job after the other), "local" (processes of this machine), "slurm", "jobset"
-        (TPU slices of a Kubernetes cluster) or "queued" (a TPU slice as a queued resource).
+      engine: "here" (this process, one job after the other), "local" (processes on this machine), "slurm", "jobset"
+        (TPU slices in a Kubernetes cluster) or "queued" (a TPU slice as a queued resource).
       local: settings of the engine local.
       slurm: settings of the engine slurm.
       jobset: settings of the engine jobset.
@@ -65,12 +65,12 @@ class LaunchConfig:
     queued: QueuedConfig = QueuedConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError for an engine that there is not."""
+        """Raises UserError for an unknown engine."""
         one_of(self, ENGINES, "engine")
 
 
 def main(arguments: list[str]) -> None:
-    """Launches a command; raises UserError for flags that cannot be used, before anything is run."""
+    """Launches a command; raises UserError for flags that cannot be used, before anything runs."""
     first = next((i for i, word in enumerate(arguments[1:], 1) if not word.startswith("-")), len(arguments))
     parsed = parse(arguments[:first], _define, __doc__)
     if parsed is None:
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> None:
     if words[0] not in LAUNCHED:
         raise UserError(f"cannot launch {words[0]!r}: {nearest(words[0], LAUNCHED)}")
     if values.sweep and words[0] != "train":
-        raise UserError(f"--sweep is of a training job: {words[0]} cannot be swept, leave it out")
+        raise UserError(f"--sweep needs the command train, not {words[0]}: leave --sweep out")
     runs_here = config.engine == "here" and not (values.status or values.dry_run or values.sweep)
     if runs_here or {"--help", "-h"} & {*words}:
         importlib.import_module(f"alignment_gap.cli.{words[0]}").main([f"alignment-gap {words[0]}", *words[1:]])
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
     if values.status:
         print(launch.status_text(tasks))
         return
-    # What this process would do is what "local" would, one job after the other.
+    # This process would run the same jobs as "local", one after the other.
     engine = "local" if config.engine == "here" else config.engine
     text, run = _FUNCTIONS[engine]
     settings = getattr(config, engine)
@@ -103,14 +103,14 @@ def main(arguments: list[str]) -> None:
 
 def _define(values: flags.FlagValues) -> None:
     define_config(values, LaunchConfig, {})
-    flags.DEFINE_boolean("dry_run", False, "Print what would be run or submitted, and do nothing.", flag_values=values)
-    flags.DEFINE_boolean("status", False, "Print how far each job is, and do nothing.", flag_values=values)
-    text = "NAME=VALUE,VALUE,...: a training job for each value of --gin.NAME, each in a folder of the workdir."
+    flags.DEFINE_boolean("dry_run", False, "Print what would run or be submitted, and do nothing.", flag_values=values)
+    flags.DEFINE_boolean("status", False, "Print the state of each job, and do nothing.", flag_values=values)
+    text = "NAME=VALUE,VALUE,...: run a training job for each value of --gin.NAME, each in its own folder in workdir."
     flags.DEFINE_string("sweep", None, text, flag_values=values)
 
 
 def _tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
-    """The tasks of a command, and the folder for what they print."""
+    """The tasks of a command, and the folder for their output."""
     if words[0] == "study":
         return _study_tasks(words)
     flag, default = _FOLDERS[words[0]]
@@ -124,10 +124,10 @@ def _tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
 
 
 def _sweep_tasks(sweep: str, words: Sequence[str]) -> tuple[list[Task], Path]:
-    """A training job for each value, and the page that compares them.
+    """The tasks of a sweep: a training job for each value, then the page that compares them.
 
     Raises:
-      UserError: a value is missing or comes twice, or the job does not take it.
+      UserError: a value is missing or repeated, or the job refuses it.
     """
     setting, _, listed = sweep.partition("=")
     values = [value.strip() for value in listed.split(",")]
@@ -140,10 +140,10 @@ def _sweep_tasks(sweep: str, words: Sequence[str]) -> tuple[list[Task], Path]:
     for value in values:
         name = _sweep_name(setting, value)
         if name in tasks:
-            raise UserError(f"--sweep={sweep}: {value} comes twice, give each value once")
+            raise UserError(f"--sweep={sweep}: {value} comes twice: give each value once")
         folder = whole.folder / name
         own = (*given, f"--gin.{setting}={value}", f"--workdir={folder}")
-        train.read_job([f"alignment-gap {own[0]}", *own[1:]])  # Raises where the job does not take the value.
+        train.read_job([f"alignment-gap {own[0]}", *own[1:]])  # Raises if the job refuses the value.
         tasks[name] = Task(name, own, folder)
     runs = ",".join(str(task.folder) for task in tasks.values())
     report = ("report", f"--runs={runs}", f"--workdir={whole.folder / 'compared'}")
@@ -151,7 +151,7 @@ def _sweep_tasks(sweep: str, words: Sequence[str]) -> tuple[list[Task], Path]:
 
 
 def _sweep_name(setting: str, value: str) -> str:
-    """The folder of a value, such as lr1e-05."""
+    """The name of a value's folder, such as lr1e-05."""
     with contextlib.suppress(ValueError):
         value = f"{float(value):g}"
     name = setting.rpartition(".")[2].lower()
@@ -159,7 +159,7 @@ def _sweep_name(setting: str, value: str) -> str:
 
 
 def _logs(folder: AnyPath, *names: str) -> Path:
-    """The folder for what jobs print: on this machine, by these names in `folder` where that is here too."""
+    """The local folder for the output of jobs: in `folder`, by these names, if `folder` is local."""
     return folder.joinpath(*names) if isinstance(folder, Path) else Path("logs", folder.name)
 
 
@@ -181,7 +181,7 @@ def _study_tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
     for study, size in zip(open_studies(config, workdir), sizes, strict=True):
         prefix = f"{study.workdir.name}-" if size else ""
         for job in study.graph.jobs:
-            # Studies over sizes share folders: the first one's name stands for all.
+            # Studies of different sizes share folders; the first study's name is used.
             needs = tuple(tasks[need.folder].name for need in job.needs)
             tasks.setdefault(
                 job.folder, Task(prefix + job.name, job.words, job.folder, needs, processes=job.kind is not PREPARE)

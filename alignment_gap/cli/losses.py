@@ -1,4 +1,4 @@
-"""Every loss by name, with its settings and what it reads beyond its arrays; and the aliases.
+"""List all losses with their settings and their further needs, and all aliases.
 
 alignment-gap losses
 """

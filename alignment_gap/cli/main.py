@@ -1,4 +1,4 @@
-"""The `alignment-gap` command: one entry point, a module for each sub-command."""
+"""The `alignment-gap` command: one entry point, and a module for each sub-command."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from alignment_gap.errors import Interrupted, StorageError, UserError, is_disk_f
 from alignment_gap.interruption import TRY_AGAIN, from_keyboard, from_scheduler, signals_caught
 
 COMMANDS = {
-    "study": "run the controlled study, or what is left of it, and write its report",
-    "report": "put studies, or training jobs, side by side on one page",
-    "launch": "give a command, or the jobs of a study, to an engine: this machine, Slurm, Kubernetes",
+    "study": "run the controlled study, or continue it, and write its report",
+    "report": "compare studies or training jobs side by side on one page",
+    "launch": "run a command, or the jobs of a study, on an engine: this machine, Slurm, Kubernetes",
     "train": "train a policy or a preference model, online or offline, from gin files",
     "evaluate": "measure the checkpoints of a run: win rates by any judge, KL, accuracy, length",
-    "sample": "responses of a policy to prompts from a dataset, a file or the keyboard",
-    "data": "prepare datasets, make new ones from them, score them, show what they are",
-    "plan": "tell whether a job fits a TPU slice and how fast it is at best, without a TPU",
+    "sample": "sample responses of a policy to prompts from a dataset, a file or the keyboard",
+    "data": "prepare datasets, make new ones from them, score them, show them",
+    "plan": "check whether a job fits a TPU slice, and how fast it can be, without a TPU",
     "losses": "list the losses",
-    "checkpoint": "checkpoints of other libraries in and out, and what a checkpoint holds",
-    "doctor": "tell what is installed, which devices there are, and what is missing for which command",
-    "completion": "print a script with which bash, zsh or fish completes commands and flags",
+    "checkpoint": "import and export checkpoints of other libraries, show what a checkpoint holds",
+    "doctor": "show what is installed, which devices there are, and what each command lacks",
+    "completion": "print a script for bash, zsh or fish that completes commands and flags",
 }
 
 # The exit status of a program that SIGPIPE ends.
 UNREAD = 141
-# Of another library's message, as much as one line bears.
+# The longest part of another library's message that an error line quotes.
 LONGEST = 120
 
 USAGE = f"""alignment-gap {__version__}: preference training of language models in JAX, online and offline
@@ -42,11 +42,11 @@ usage: alignment-gap COMMAND [flags]
 
 {{commands}}
 
-alignment-gap COMMAND --help tells a command's flags."""
+alignment-gap COMMAND --help shows a command's flags."""
 
 
 def main() -> None:
-    """Runs a command; what the user can mend is one line on standard error and exit status 2."""
+    """Runs a command; an error that the user can fix is one line on standard error, with exit status 2."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(USAGE.format(commands="\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())))
@@ -66,11 +66,12 @@ def _run(arguments: list[str]) -> None:
 
 
 def guarded(run: Callable[[], None]) -> int:
-    """Exit status of `run`: 0, or 2 after one line where the user can mend what went wrong, 130 after ctrl-c.
+    """Calls `run`; returns the exit status.
 
-    After SIGTERM it is 75, which asks a scheduler to run the command again. It is 141 where what reads the
-    output has ended. Any other exception is raised, and ends Python with 1. Where one of several processes fails, all
-    end with its status.
+    The status is 0 after success, 2 after one line on an error that the user can fix, and 130 after ctrl-c. After
+    SIGTERM it is 75, which asks a scheduler to run the command again. It is 141 if the reader of the output has ended.
+    Any other exception is raised, and ends Python with status 1. If one of several processes fails, all end with its
+    status.
     """
     with signals_caught(), _late_callbacks_ignored():
         return _status(run)
@@ -78,7 +79,7 @@ def guarded(run: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def _late_callbacks_ignored() -> Iterator[None]:
-    """Once a read or a save has failed, what else of it ends calls Orbax's event loop, which is closed by then."""
+    """Hides errors of late callbacks: after a failed read or save, they call Orbax's event loop, which is closed."""
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -105,7 +106,7 @@ def _status(run: Callable[[], None]) -> int:
     except StorageError as error:
         return _failed(str(error), error.status)
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"interrupted{f', {error}' if str(error) else ''}: the same command goes on from here", file=sys.stderr)
+        print(f"interrupted{f', {error}' if str(error) else ''}: the same command continues from here", file=sys.stderr)
         asked = isinstance(error, Interrupted) or from_scheduler()
         return TRY_AGAIN if asked and not from_keyboard() else 130
     except Exception as error:
@@ -120,10 +121,10 @@ def _status(run: Callable[[], None]) -> int:
 
 
 def _is_unread(stream: TextIO) -> bool:
-    """Whether what reads a stream has ended, as `head` does; the stream then leads nowhere, for Python's last flush."""
+    """Whether the reader of a stream has ended, as `head` does; if so, sends the last flush to /dev/null."""
     try:
         number = stream.fileno()
-    except OSError:  # It is none of the system's.
+    except OSError:  # Not a stream of the system.
         return False
     poll = select.poll()
     poll.register(number, 0)
@@ -143,7 +144,7 @@ def _failed(line: str, status: int = 2) -> int:
 
 
 def _fail_together(line: str, show: Callable[[], None], status: int) -> None:
-    """Shows what happened and ends all processes of a run, if this is one of several; jax is there then."""
+    """Shows the error and ends all processes of a run, if there are several; jax is imported in that case."""
     if "alignment_gap.sharding" in sys.modules and "jax" in sys.modules:
         from alignment_gap.sharding import fail_together
 

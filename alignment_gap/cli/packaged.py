@@ -1,6 +1,6 @@
 """The gin files and study configs that come with the package.
 
-A clone has gin/ and configs/ beside the package, an installation has them in it.
+In a clone, gin/ and configs/ are beside the package; in an installation, they are inside it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
-# The folder that holds gin/ and configs/; setup.py fills the one of an installation.
+# The folder that holds gin/ and configs/; in an installation, setup.py fills it.
 FILES = _PACKAGE / "_files" if (_PACKAGE / "_files").is_dir() else _PACKAGE.parent
 GIN = FILES / "gin"
 
 
 def find_file(flag: str, file: str, folders: Sequence[str | Path] = ()) -> Path | None:
-    """The path of the file that a flag names: here, in `folders`, or else one that comes with the package.
+    """The path of the file that a flag names: in this folder, in `folders`, or among the package's own files.
 
-    Says on standard error which file it is where that comes with the package.
+    If it is one of the package's own files, prints its path on standard error.
     """
     found = [path for path in (Path(folder) / file for folder in ("", *folders)) if path.is_file()]
     if found:

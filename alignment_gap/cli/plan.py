@@ -1,4 +1,4 @@
-"""Tell whether a job fits a slice, and how long its steps take at best, without a TPU.
+"""Check whether a job fits a TPU slice, and how fast its steps can be, without a TPU.
 
 alignment-gap plan --gin_file=gin/runs/online_ipo.gin --gin.PROMPTS=prepared/train --gin.START=runs/sft \\
     --gin.JUDGE=runs/proxy --topology=v5e:4x4 --layout=fsdp
@@ -7,10 +7,10 @@ alignment-gap plan --model=t5_xxl --topology=v5e:16x16 --layout=fsdp --batch=512
 alignment-gap plan --model=t5_xl --online --judge=t5_large --topology=v5p:4x4x4 --batch=64
 alignment-gap plan --model=t5_large --topology=v5e:2x4 --batch=32 --best=t5_large_v5e-8.gin
 
-The job is that of gin files, one of a study's, or, without either, IPO of --model. Its folders need not be there: then
---model, --judge, --prompt_length and --response_length say what they will hold. These and the other flags go before
-what the job and its folders say. The functions are those that a run calls, lowered and compiled by the TPU's own
-compiler (pip install 'jax[tpu]'). Exit status 1 where the job does not fit.
+The job comes from gin files or from a study; without either, it is IPO of --model. The job's folders need not exist:
+--model, --judge, --prompt_length and --response_length describe what they will hold. Flags win over what the job and
+its folders say. The plan lowers the functions of a run and compiles them with the TPU's own compiler (pip install
+'jax[tpu]'). The exit status is 1 if the job does not fit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from alignment_gap.plan.plan import Plan
     from alignment_gap.plan.steps import PlanConfig
 
-# What is planned without a job: lengths and batch of the paper (2405.08448), and the least memory.
+# The defaults of a plan without a job: lengths and batch of the paper (2405.08448), and the least memory.
 USUAL: dict[str, Any] = {
     "batch": 512,
     "prompt_length": 1024,
@@ -48,8 +48,8 @@ USUAL: dict[str, Any] = {
 
 
 def main(arguments: list[str]) -> None:
-    """Makes and shows the plan; raises UserError for flags that cannot be used, SystemExit(1) where it does not fit."""
-    # This process only counts; those that compile have devices of their own, and a TPU library looks for none here.
+    """Makes and shows the plan; raises UserError for invalid flags, and SystemExit(1) if the job does not fit."""
+    # This process only counts; the processes that compile have their own devices. No TPU library starts in this one.
     os.environ["JAX_PLATFORMS"] = "cpu"
     parsed = read_config(arguments)
     if parsed is None:
@@ -93,10 +93,10 @@ def _best_plan(
 
 
 def read_config(arguments: Sequence[str]) -> tuple[PlanConfig, flags.FlagValues] | None:
-    """What the arguments ask to plan; None after help was printed.
+    """The plan's settings and the flags; None after help was printed.
 
     Raises:
-      UserError: for what they cannot mean, before anything is compiled.
+      UserError: the arguments are not valid; raised before anything is compiled.
     """
     from alignment_gap.plan.known import Known, Overrides
     from alignment_gap.plan.steps import PlanConfig, programs_of
@@ -112,7 +112,7 @@ def read_config(arguments: Sequence[str]) -> tuple[PlanConfig, flags.FlagValues]
     if values.topology is None:
         raise UserError("no --topology: give one, such as --topology=v5e:16x16")
     if from_study == (values.job is None) or (from_study and from_gin):
-        raise UserError("--config and --job give a job of a study together, and gin files a job alone: choose one")
+        raise UserError("give a job either by --config and --job together, or by gin files, but not by both")
     if from_study:
         job, jobs = _study_job(values.job, settings)
     elif from_gin:
@@ -136,19 +136,19 @@ def _define(values: flags.FlagValues) -> None:
     gin_files.define_gin(values)
     define_config(values, Overrides, {})
     for name, says in (
-        ("job", "A job of the study that --config gives, by its name."),
+        ("job", "Name of a job in the study of --config."),
         ("topology", "Devices: v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, cpu:8 or cuda:8."),
-        ("json", "File for everything that is found."),
+        ("json", "JSON file for all results."),
         ("best", "Gin file for the settings with the least step time: layout, mesh, remat, microbatches, moments."),
     ):
         flags.DEFINE_string(name, None, says, flag_values=values)
-    flags.DEFINE_boolean("online", False, "Without a job: sampling, reference and judge too.", flag_values=values)
+    flags.DEFINE_boolean("online", False, "Without a job: plan sampling, reference and judge too.", flag_values=values)
     flags.DEFINE_boolean("search", True, "Look for the largest batch that fits.", flag_values=values)
     flags.DEFINE_integer("compiles", 40, "With --best: the number of programs to compile at most.", flag_values=values)
 
 
 def _usual_job(given: Overrides, *, online: bool) -> Any:
-    """IPO of a policy by its size, on samples or on pairs whose reference log-probs are stored."""
+    """IPO of a policy of this size, on samples or on pairs with stored reference log-probs."""
     from alignment_gap.jobs.config import DatasetConfig, JobConfig, OnlineConfig
     from alignment_gap.judges import JudgeConfig
     from alignment_gap.sharding import MeshConfig

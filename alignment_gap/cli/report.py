@@ -1,12 +1,12 @@
-"""Put finished studies side by side on one page, or training jobs: their curves, settings, last metrics, throughput.
+"""Compare finished studies, or training jobs with their curves, settings, metrics and throughput, on one page.
 
 alignment-gap report --runs=runs/study_a,runs/study_b --workdir=runs/compared
 alignment-gap report --runs=runs/sft,runs/online --workdir=runs/curves
 alignment-gap report --runs=runs/seeds_0_1,runs/seeds_2_4 --pool --workdir=runs/seeds_0_4
 
-The folders are of one kind; a training job may still run. --pool writes one report over studies that differ in their
-seeds alone, as if one study had run them all. It needs the folders of their reports, not those of their jobs.
-The report of one study is a job of that study: alignment-gap study --job=report.
+All folders must be studies, or all training jobs; a training job may still be running. --pool writes one report over
+studies that differ only in their seeds, as if one study had run all seeds. It needs the folders of the reports, not
+those of the jobs. To write the report of a single study, run alignment-gap study --job=report.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_list("runs", None, "Folders of studies or of training jobs, with commas between.", flag_values=values)
-    flags.DEFINE_boolean("pool", False, "One report over studies that differ in their seeds.", flag_values=values)
+    flags.DEFINE_list("runs", None, "Folders of studies or of training jobs, separated by commas.", flag_values=values)
+    flags.DEFINE_boolean(
+        "pool", False, "Write one report over studies that differ only in their seeds.", flag_values=values
+    )
     flags.DEFINE_string("workdir", "runs/compared", "Folder of the page.", flag_values=values)

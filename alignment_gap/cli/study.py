@@ -1,10 +1,10 @@
-"""Run the controlled study, or what is left of it, and write its report.
+"""Run the controlled study, or continue it, and write its report.
 
 alignment-gap study --config=configs/study/tiny.py --config.seeds=3 --workdir=runs/study
 alignment-gap study --config=configs/study/tiny.py --workdir=runs/study --list
 alignment-gap study --config=configs/study/tiny.py --workdir=runs/study --job=seed0-sft
 
---list prints every job with its state and the command that runs it alone. --job runs one job, or writes the report.
+--list prints every job with its state and its own command. --job runs one job, or writes the report.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from alignment_gap.folders import at
 OVERRIDE = "--config."
 REPORT = "report"
 ABOUT = "A study's config file; --config.KEY=VALUE changes a setting."
-# What running a config file may raise.
+# Errors that a config file may raise.
 CONFIG_ERRORS = (AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError)
 
 
@@ -82,27 +82,31 @@ def main(arguments: list[str]) -> None:
 
 
 def define(values: flags.FlagValues) -> None:
-    """Adds the flags of the command, but for the config."""
+    """Adds the flags of the command, except --config."""
+    flags.DEFINE_string("workdir", "runs/study", "Folder of the study; a stopped study continues.", flag_values=values)
+    flags.DEFINE_boolean("list", False, "Print the jobs without running them.", flag_values=values)
     flags.DEFINE_string(
-        "workdir", "runs/study", "Folder of the study; one that was stopped goes on there.", flag_values=values
+        "job", None, "Run only this job; report writes the report of finished jobs.", flag_values=values
     )
-    flags.DEFINE_boolean("list", False, "Print the jobs, and run none.", flag_values=values)
-    flags.DEFINE_string("job", None, "Run this job alone, or the report of finished jobs.", flag_values=values)
     flags.DEFINE_integer(
         "at_once",
         None,
-        "How many jobs run at the same time; changes no result. By default 2 on the CPU of one process, else 1.",
+        "Number of jobs that run at the same time; it does not change the results. By default 2 for one process on a "
+        "CPU, otherwise 1.",
         lower_bound=1,
         flag_values=values,
     )
     flags.DEFINE_boolean(
-        "update", False, "Allow the folder of another config; redo only what the change affects.", flag_values=values
+        "update",
+        False,
+        "Allow a folder with the study of another config; redo only what the change affects.",
+        flag_values=values,
     )
     define_shared(values)
 
 
 def _alone(arguments: Sequence[str]) -> list[str]:
-    """The words of this command, without --list."""
+    """The words of this command without --list."""
     kept = (word for word in arguments[1:] if word.lstrip("-").partition("=")[0] != "list")
     return [*arguments[0].split(), *kept]
 
@@ -110,7 +114,7 @@ def _alone(arguments: Sequence[str]) -> list[str]:
 def read(
     arguments: Sequence[str], define: Any, help_text: str | None
 ) -> tuple[flags.FlagValues, dict[str, Any]] | None:
-    """Flags, and the settings of a config file with those that `--config.KEY=VALUE` changes; None after help."""
+    """The flags, and the settings of a config file changed by `--config.KEY=VALUE`; None after help."""
     words = iter(arguments)
     joined = [f"{word}={next(words, '')}" if word == "--config" else word for word in words]
     changes = [word.removeprefix(OVERRIDE) for word in joined if word.startswith(OVERRIDE)]
@@ -132,7 +136,7 @@ def read(
     if not isinstance(values.config, ConfigDict):
         kind = type(values.config).__name__
         raise UserError(
-            f"--config={path}: its get_config gives a {kind}: return a ConfigDict, as configs/study/tiny.py"
+            f"--config={path}: its get_config returns a {kind}: return a ConfigDict, as configs/study/tiny.py does"
         )
     settings = values.config.to_dict()
     for change in changes:
@@ -141,7 +145,7 @@ def read(
 
 
 def _located(word: str) -> str:
-    """A word of the command; a config file that is not here is the one that comes with the package, if it has that."""
+    """A word of the command; if it names a config file that is not here, the package's own file replaces it."""
     flag, _, value = word.partition("=")
     if flag != "--config":
         return word
@@ -150,7 +154,7 @@ def _located(word: str) -> str:
 
 
 def _change(settings: dict[str, Any], key: str, text: str) -> None:
-    """Sets one of the nested settings to the written value: a Python literal, or else the text itself."""
+    """Sets one of the nested settings to a value: a Python literal, or the text itself."""
     keys = flatten(settings)
     if key not in keys:
         raise UserError(f"unknown setting --config.{key}: {nearest(key, list(keys))}")
@@ -162,7 +166,7 @@ def _change(settings: dict[str, Any], key: str, text: str) -> None:
 
 
 def _literal(text: str) -> Any:
-    """The number, tuple, bool or None that is written; other text as it is."""
+    """Parses a number, tuple, bool or None; other text stays as it is."""
     try:
         return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
     except (SyntaxError, ValueError):

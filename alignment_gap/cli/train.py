@@ -1,4 +1,4 @@
-"""Train a policy or a preference model, online or offline, from gin files. A job that was stopped goes on.
+"""Train a policy or a preference model, online or offline, from gin files. A stopped job continues.
 
 alignment-gap train --gin_file=gin/runs/offline_ipo.gin --gin.DATASET=pairs --gin.START=runs/sft --workdir=runs/ipo
 alignment-gap train --gin_file=gin/runs/online_ipo.gin --gin.PROMPTS=pairs --gin.START=runs/sft \\
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
 
 
 def read_job(arguments: list[str]) -> tuple[flags.FlagValues, JobConfig] | None:
-    """The flags and the settings of a job; None after help. Raises UserError where they cannot be used."""
+    """The flags and the settings of a job; None after help. Raises UserError if they cannot be used."""
     rest, overrides = gin_files.split_overrides(arguments)
     parsed = parse(rest, _define, f"{__doc__}\n{gin_files.__doc__}")
     if parsed is None:
@@ -46,5 +46,5 @@ def read_job(arguments: list[str]) -> tuple[flags.FlagValues, JobConfig] | None:
 
 def _define(values: flags.FlagValues) -> None:
     gin_files.define_gin(values)
-    flags.DEFINE_string("workdir", WORKDIR, "Folder of the job; one that was stopped goes on.", flag_values=values)
+    flags.DEFINE_string("workdir", WORKDIR, "Folder of the job; a stopped job continues.", flag_values=values)
     define_shared(values)

@@ -1,1 +1,1 @@
-"""Data: text (sources, vocabularies), records (datasets on disk), batches (what training reads), tasks."""
+"""Data: text (sources and vocabularies), records (datasets on disk), batches (for training), tasks."""

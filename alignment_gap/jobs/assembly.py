@@ -1,6 +1,6 @@
-"""The one place where network, objective, source, judge, reference, optimizer and mesh become a training run.
+"""Assembles network, objective, source, judge, reference, optimizer and mesh into a training run.
 
-An `Assembly` has all parts that need neither data nor parameters: what runs, and what a plan compiles.
+An `Assembly` has all parts that need neither data nor parameters. Jobs run them, and plans compile them.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ from alignment_gap.training import (
 )
 from alignment_gap.training.flops import count_flops
 
-# Copies in a `TrainState`: the parameters that a sampler which lags behind draws from, and a reference that moves.
+# Names of the copies in a `TrainState`: the parameters of a lagging sampler, and those of a moving reference.
 SAMPLER, REFERENCE = "sampler", "reference"
-# Folded into the run's key: what is random beside fresh parameters.
+# Uses of randomness other than fresh parameters; each number is folded into the run's key.
 ORDER_OF_PAIRS, SAMPLES, OPPONENTS, DROPOUT = 1, 2, 3, 4
-# Update steps that stay compiled for the next run of this process with the same settings, as a study has many.
+# How many compiled update steps are kept. A study has many runs with the same settings in one process.
 _KEPT = 4
 
 
@@ -64,10 +64,10 @@ class BatchShape:
     """Sizes of a batch.
 
     Attributes:
-      batch: prompts.
-      prompt: tokens of each, padding included.
-      samples: responses to a prompt.
-      response: tokens of each, padding included.
+      batch: number of prompts.
+      prompt: tokens of a prompt, including padding.
+      samples: responses per prompt.
+      response: tokens of a response, including padding.
     """
 
     batch: int
@@ -78,15 +78,15 @@ class BatchShape:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a job's inputs say, that its parts depend on.
+    """Facts about a job's inputs that its parts depend on.
 
     Attributes:
-      network: what is trained.
-      batch: shape of the source's batches, of the largest where there are several.
-      fresh: shape of the second source's batches, if there is one.
-      fields: what the recorded examples of the source hold; nothing where it samples.
-      rewards: whether scores are rewards, to be compared, and not probabilities.
-      eos_id: ends a response.
+      network: the network that is trained.
+      batch: shape of the source's batches; the largest one if there are several.
+      fresh: shape of the second source's batches, if there is a second source.
+      fields: optional arrays of the source's recorded examples; empty for an online source.
+      rewards: whether scores are rewards, which only compare responses; otherwise they are probabilities.
+      eos_id: the token id that ends a response.
     """
 
     network: Network
@@ -97,7 +97,7 @@ class Facts:
     eos_id: int = 1
 
     def with_plain_attention(self) -> Facts:
-        """The same with XLA's attention, whose products are in a traced program; those of a fused kernel are not."""
+        """The same with XLA's attention; a traced program shows its matrix products, but not those of fused kernels."""
         model = dataclasses.replace(self.network.model, attention="xla")
         return dataclasses.replace(self, network=dataclasses.replace(self.network, model=model))
 
@@ -107,8 +107,8 @@ class Assembly:
     """A training run without its data and parameters.
 
     Attributes:
-      config: the job.
-      facts: what its inputs say.
+      config: settings of the job.
+      facts: facts about its inputs.
       mesh: the device mesh.
     """
 
@@ -117,7 +117,7 @@ class Assembly:
     mesh: LogicalMesh
 
     def __post_init__(self) -> None:
-        """Raises UserError where a batch cannot be split over the mesh, or the sources do not serve the loss."""
+        """Raises UserError if a batch cannot be split over the mesh, or the sources do not serve the loss."""
         parts, microbatches = self.mesh.batch_parts, self.config.microbatches
         for shape in filter(None, (self.facts.batch, self.facts.fresh)):
             check_batch_size("batch_size", shape.batch, parts, microbatches)
@@ -126,7 +126,7 @@ class Assembly:
 
     @property
     def is_policy(self) -> bool:
-        """Whether a policy is trained, and no preference model."""
+        """Whether the job trains a policy rather than a preference model."""
         return self.facts.network.kind == POLICY
 
     @functools.cached_property
@@ -136,26 +136,26 @@ class Assembly:
 
     @functools.cached_property
     def policy(self) -> Policy:
-        """The network; of a preference model the one that it asks."""
+        """The network; for a preference model, the policy network inside it."""
         return self.facts.network.policy()
 
     @property
     def adapters(self) -> Adapters | None:
-        """The adapters that are trained in place of the network's parameters; None where those are trained."""
+        """The adapters, if only they are trained; None if all parameters are trained."""
         return self.facts.network.adapters
 
     def whole(self, params: Any, *frozen: Any) -> Any:
-        """The parameters that the policy takes: those of a state or, where these are adapters, the base's with them."""
+        """The policy's parameters: `params` themselves or, if these are adapters, the base with the adapters on it."""
         return self.adapters.on(frozen[0], params) if self.adapters else params
 
     @functools.cached_property
     def loss(self) -> Callable[..., Any]:
-        """Of a policy, with its settings bound."""
+        """The loss of a policy, with its settings bound."""
         return self.config.loss.function()
 
     @property
     def objective(self) -> Objective:
-        """What is minimised."""
+        """The function that training minimises."""
         return self._traced.objective
 
     @property
@@ -170,7 +170,7 @@ class Assembly:
 
     @property
     def frozen(self) -> tuple[Any, ...]:
-        """Shapes and shardings of what is read and not trained: of the base of adapters, or nothing."""
+        """Shapes and shardings of parameters that are not trained: the base of adapters, or an empty tuple."""
         return self._traced.frozen
 
     @property
@@ -190,7 +190,7 @@ class Assembly:
         every = self._refresh_every
         lags = every > 1 or (every == 0 and config.start is None)
         moves = config.reference_every is not None
-        # A plan of a job by epochs does not know its steps; what is compiled has the same form for any number.
+        # A plan does not know the steps of a job that counts epochs. The compiled program has the same form anyway.
         steps = (config.steps or MOST_STEPS) if config.optimizer.ends else None
         is_random = not self.is_policy or config.adapter.dropout > 0
         return _traced_once(
@@ -216,12 +216,12 @@ class Assembly:
 
     @property
     def score(self) -> Callable[..., Any]:
-        """The jitted log-probs of responses, under the reference too."""
+        """The jitted function for the log-probs of responses; also used with the reference's parameters."""
         return make_score(self.policy, self.mesh)
 
     @property
     def refresh(self) -> Callable[[int, TrainState], TrainState]:
-        """What changes the copies of the state before a step: of a sampler that lags behind, of a moving reference."""
+        """Updates the copies in the state before a step: those of a lagging sampler and of a moving reference."""
         config, every, changes = self.config, self._refresh_every, list[Callable[[int, TrainState], TrainState]]()
         if every > 1:
             changes.append(make_refresh(SAMPLER, every, self.abstract))
@@ -234,7 +234,7 @@ class Assembly:
         return self.config.online.refresh_every if self.config.online else 1
 
     def generate(self, online: OnlineConfig, response: int, *, opponents: bool = False) -> Callable[..., Samples]:
-        """The jitted sampler of an online source, or of its opponents."""
+        """The jitted sampler of an online source, or of the opponents of its samples."""
         of_mixture = opponents or online.against == "each_other"
         return make_generate(
             self.policy,
@@ -247,11 +247,11 @@ class Assembly:
         )
 
     def key(self, use: int) -> jax.Array:
-        """The random key of one use; the seed's own is that of fresh parameters."""
+        """The random key for one use; fresh parameters use the seed's own key."""
         return _key(self.config.seed, use)
 
     def abstract_batch(self) -> PreferenceBatch:
-        """Shapes, dtypes and shardings of the largest batch that the update step takes, one prompt a row."""
+        """Shapes, dtypes and shardings of the update step's largest batch, with one prompt per row."""
         sampled = isinstance(self.config.source, OnlineConfig) or SAMPLER_LOG_PROBS in self.facts.fields
         batch = self._abstract_batch(self.facts.batch, sampled=sampled)
         if self.facts.fresh is not None:
@@ -261,10 +261,10 @@ class Assembly:
         return batch
 
     def update_flops(self, batch: PreferenceBatch) -> tuple[int, int]:
-        """FLOPs of the update step on a batch of these shapes, over all devices, and those that the model needs.
+        """FLOPs of the update step for a batch of these shapes, and the model FLOPs among them; both over all devices.
 
-        The model needs three forward passes, two with adapters, whose base has no gradient; or all FLOPs where these
-        are fewer. What remat computes again is not among them. Both are counted as `count_flops` says.
+        The model FLOPs are three forward passes, or two with adapters because their base has no gradient. They are
+        never more than all FLOPs of the step, and leave out recomputation by remat. `count_flops` counts both.
         """
         plain = dataclasses.replace(self, facts=self.facts.with_plain_attention())
         update: Any = plain.update_step
@@ -273,7 +273,7 @@ class Assembly:
         return done, min((2 if self.adapters else 3) * count_flops(forward.jaxpr), done)
 
     def check_loss(self, batch: PreferenceBatch) -> list[str]:
-        """Traces the objective on the shapes of a batch, and gives the names of its metrics.
+        """Traces the objective with the shapes of a batch; returns the names of its metrics.
 
         Raises:
           UserError: the loss does not run on the batch.
@@ -289,7 +289,7 @@ class Assembly:
         return ["loss", *found]
 
     def texts(self, shape: BatchShape) -> PreferenceBatch:
-        """Abstract prompts and responses, laid out over the mesh, without log-probs."""
+        """Abstract prompts and responses, sharded over the mesh, without log-probs."""
         return self._abstract_batch(shape, sampled=False, scored=False)
 
     def _abstract_batch(self, shape: BatchShape, *, sampled: bool, scored: bool = True) -> PreferenceBatch:
@@ -333,9 +333,9 @@ def _traced_once(
     microbatches: int,
     skip: GuardConfig,
 ) -> _Traced:
-    """What is traced and compiled, of a policy with its loss or of a preference model.
+    """The traced and compiled parts, of a policy with its loss or of a preference model.
 
-    The seed is that of a preference model's orders and of the adapters' dropout; None where there is neither.
+    The seed decides the order of a preference model's pairs and the adapters' dropout; it is None if neither is used.
     """
     objective: Objective = (
         policy_objective(network.policy(), loss.function(), rewards=rewards)
@@ -361,7 +361,7 @@ def _key(seed: int, use: int) -> jax.Array:
 
 
 def stored_network(path: str, step: int | None) -> Network | None:
-    """What the checkpoint of a run's folder holds; None where it does not say."""
+    """The network in a checkpoint of a run; None if the checkpoint does not describe it."""
     return read_network(find_checkpoint(at(path), step))
 
 
@@ -372,17 +372,17 @@ def trained_network(
     vocabulary: Vocabulary | None,
     stored: Callable[[str, int | None], Network | None] = stored_network,
 ) -> Network:
-    """The network that a job trains: the model of its settings or, where they have none, that of its start.
+    """The network that a job trains: the model of its settings or, if they have none, the model of its start.
 
     Args:
-      config: the job.
-      digest: of the dataset's vocabulary.
-      place: where the vocabulary is.
-      vocabulary: the vocabulary, from whose sentinels a preference model takes its markers; a policy needs none.
+      config: settings of the job.
+      digest: digest of the dataset's vocabulary.
+      place: path of the vocabulary.
+      vocabulary: the vocabulary; a preference model uses its sentinels as markers, and a policy does not need it.
       stored: reads the network of a run's folder.
 
     Raises:
-      UserError: there is no model, or it is another one than the start's.
+      UserError: there is no model, or it differs from the model of the start.
     """
     model, head = config.model, None
     if config.start is not None:
@@ -392,7 +392,7 @@ def trained_network(
             if config.kind != "bradley_terry":
                 check_policy(network, config.start)
         elif model is None:
-            raise UserError(f"{config.start} does not say what model it holds: set MODEL to the one it was trained as")
+            raise UserError(f"{config.start} does not say which model it holds: set MODEL to that model")
     if model is None:
         raise UserError(
             "there is no model: set MODEL, such as by --gin_file=gin/models/t5_tiny.gin, or START to a run's folder"
@@ -406,10 +406,10 @@ def trained_network(
 
 
 def samples_kept(online: OnlineConfig) -> int:
-    """Responses a prompt in the batches of an online source."""
+    """Responses per prompt in the batches of an online source."""
     return {"all": online.samples, "best_and_worst": 2, "best": 1}[online.keep]
 
 
 def gives_rewards(online: OnlineConfig) -> bool:
-    """Whether an online source's scores are to be compared: rewards, and shares of wins among more than two samples."""
+    """Whether scores of an online source only compare responses: rewards, or win rates among more than two samples."""
     return online.judge.labels == REWARDS or (online.samples > 2 and online.against == "each_other")

@@ -1,4 +1,4 @@
-"""How well the labels of held-out pairs are told without a language model: what a preference model has to beat."""
+"""Predicts the labels of held-out pairs without a language model: accuracies that a preference model has to beat."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from alignment_gap.sharding import on_first_process
 RESULTS = "results.csv"
 _COLUMNS = ("baseline", "pairs", "accuracy", "accuracy_low", "accuracy_high")
 SHORTER, NGRAMS = "shorter", "ngrams"
-# The penalty is the one of these that tells most of the last tenth of the training pairs.
+# The L2 penalty is the one of these with the best accuracy on the last tenth of the training pairs.
 _PENALTIES = (1e-4, 1e-3, 1e-2)
 _HELD_OUT = 10
-# n-grams of fewer training responses tell nothing of other pairs.
+# An n-gram in fewer training responses than this does not help on other pairs.
 _FEWEST = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class BaselinesConfig:
-    """Pairs to learn from, and pairs to tell.
+    """Pairs to learn from, and pairs to predict.
 
     Attributes:
-      train: dataset of pairs that the regression learns from.
+      train: dataset of the pairs that the regression learns from.
       dataset: dataset of held-out pairs.
-      pairs: how many of its last pairs are told, as `alignment-gap evaluate` takes them; 0 for all.
+      pairs: how many of the last pairs of `dataset` are predicted, as in `alignment-gap evaluate`; 0 for all.
     """
 
     train: str | None = None
@@ -47,17 +47,17 @@ class BaselinesConfig:
     pairs: int = 1000
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 0, "pairs")
 
 
 def open_baselines(config: BaselinesConfig) -> Opened:
-    """Opens both datasets; raises UserError where one cannot be used or holds no pairs."""
+    """Opens both datasets; raises UserError if one cannot be used or holds no pairs."""
     train, held_out = open_checked(config.train, "train"), open_checked(config.dataset, "dataset")
     for setting, dataset in (("train", train), ("dataset", held_out)):
         if dataset.card.responses_per_prompt != 2:
             raise UserError(
-                f"{setting} has {dataset.card.responses_per_prompt} responses a prompt: give a dataset of pairs"
+                f"{setting} has {dataset.card.responses_per_prompt} responses per prompt: give a dataset of pairs"
             )
 
     def run(folder: AnyPath, open_bar: OpenBar) -> None:
@@ -77,11 +77,11 @@ def open_baselines(config: BaselinesConfig) -> Opened:
 
 
 def tell(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Whether each baseline tells the preferred response of every held-out pair: 1, 0, or 1/2 for a tie.
+    """Whether each baseline predicts the preferred response of every held-out pair: 1, 0, or 1/2 for a tie.
 
-    - "shorter": the shorter response is preferred.
-    - "ngrams": a logistic regression on which unigrams and bigrams of tokens the one response has and the other has
-      not, with an L2 penalty that is chosen on the last tenth of the training pairs.
+    - "shorter": predicts the shorter response.
+    - "ngrams": a logistic regression. Its features are the unigrams and bigrams of tokens that only one of the two
+      responses has. Its L2 penalty is chosen on the last tenth of the training pairs.
 
     Returns:
       float64[N] for each baseline; pairs without a preferred response are left out.
@@ -89,7 +89,7 @@ def tell(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, np.
     train, held_out = _decided(train), _decided(held_out)
     if len(train) < _HELD_OUT or not held_out:
         raise UserError(
-            f"train has {len(train)} pairs with a preferred response, dataset {len(held_out)}: give at least "
+            f"train has {len(train)} pairs with a preferred response and dataset has {len(held_out)}: give at least "
             f"{_HELD_OUT} and 1"
         )
     lengths = np.array([[len(response) for response in _ordered(example)] for example in held_out])
@@ -102,7 +102,7 @@ def tell(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, np.
 
 
 def load_accuracies(folder: AnyPath) -> dict[str, float]:
-    """The share of pairs that each baseline tells, of a finished job."""
+    """The accuracy of each baseline in a finished job."""
     rows = csv.DictReader(io.StringIO((folder / RESULTS).read_text()))
     return {row["baseline"]: float(row["accuracy"]) for row in rows}
 
@@ -112,7 +112,7 @@ def _decided(examples: Sequence[Example]) -> list[Example]:
 
 
 def _ordered(example: Example) -> tuple[np.ndarray, np.ndarray]:
-    """The preferred response of a pair, and the other."""
+    """The preferred response of a pair, then the other."""
     first, second = example.responses
     return (first, second) if example.scores[0] > example.scores[1] else (second, first)
 
@@ -127,7 +127,7 @@ def _ngrams(response: np.ndarray) -> set[tuple[int, ...]]:
 
 
 def _ngrams_of_several(train: Sequence[Example]) -> dict[tuple[int, ...], int]:
-    """The column of every n-gram that several training responses have."""
+    """The column of every n-gram that enough training responses have."""
     counts: dict[tuple[int, ...], int] = {}
     for example in train:
         for response in example.responses:
@@ -137,7 +137,7 @@ def _ngrams_of_several(train: Sequence[Example]) -> dict[tuple[int, ...], int]:
 
 
 def _differences(examples: Sequence[Example], columns: dict[tuple[int, ...], int]) -> sparse.csr_matrix:
-    """Row by row 1 for an n-gram that the preferred response alone has, -1 for one that the other alone has."""
+    """A row per pair: 1 for an n-gram that only the preferred response has, -1 for one that only the other has."""
     values, places, ends = [], [], [0]
     for example in examples:
         chosen, rejected = map(_ngrams, _ordered(example))

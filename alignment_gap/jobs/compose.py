@@ -1,4 +1,4 @@
-"""A dataset composed of others: shuffled, mixed by weight, or cut to its first examples."""
+"""Composes a dataset from others: shuffled, mixed by weight, or cut to the first examples."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from alignment_gap.progress import OpenBar
 
 @dataclasses.dataclass(frozen=True)
 class ComposeConfig:
-    """Datasets to compose one of.
+    """Datasets to combine into one.
 
     Attributes:
-      datasets: folders, with commas between; of one vocabulary and form.
-      weights: each dataset's share of as many places as there are examples, in any unit; of a dataset with a smaller
-        share than its size a random part is taken, of one with a larger share examples come again, none twice before
-        all came once. None for every example once.
+      datasets: folders, separated by commas; all have one vocabulary and one form.
+      weights: the weight of each dataset, in any unit; None to take every example once. The result has as many examples
+        as all datasets together, split by the weights. If a dataset has more examples than its part, a random subset is
+        taken. If it has fewer, examples repeat, but none comes twice before all have come once.
       order: "shuffle", "recorded" (one dataset after another), or "window" (shuffled within successive windows).
-      window: examples of a window; for order "window" only.
-      seed: of the order.
-      limit: examples that are kept, the first in that order; None for all.
+      window: examples in a window; only for order "window".
+      seed: seed of the order.
+      limit: keep only this many examples, the first in that order; None for all.
     """
 
     datasets: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class ComposeConfig:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range, or two do not go together."""
+        """Raises UserError if a setting is out of range, or two settings conflict."""
         checks.one_of(self, ORDERS, "order")
         checks.at_least(self, 1, "window", "limit")
         checks.within(self, 0, SEED_LIMIT - 1, "seed")
@@ -52,15 +52,15 @@ class ComposeConfig:
                 f"window is {self.window} with order {self.order!r}: set it for order window, and only then"
             )
         if self.weights is not None and self.order != "shuffle":
-            raise UserError(f"weights are given with order {self.order!r}: leave them out, or shuffle")
+            raise UserError(f"weights is {self.weights} with order {self.order!r}: leave weights out, or shuffle")
 
 
 def open_composition(config: ComposeConfig) -> Opened:
-    """Opens the datasets; raises UserError where one cannot be used, or they cannot be in one dataset."""
+    """Opens the datasets; raises UserError if one cannot be used, or they cannot be combined."""
     if not config.datasets:
-        raise UserError("datasets is not set: give the folder of a prepared dataset, or several with commas between")
+        raise UserError("datasets is not set: give the folder of a prepared dataset, or several separated by commas")
     datasets = [open_checked(folder, "datasets") for folder in config.datasets]
-    Examples(datasets)  # Raises where they differ in vocabulary or form.
+    Examples(datasets)  # Raises if they differ in vocabulary or form.
     sizes = tuple(map(len, datasets))
     order = Order(sizes, draws_of(sizes, config.weights), config.seed, config.order, config.window)
     roles = ["pairs"] if len(datasets) == 1 else [f"pairs {i}" for i in range(len(datasets))]
@@ -91,7 +91,7 @@ def open_composition(config: ComposeConfig) -> Opened:
 
 
 def distinct_prompts(dataset: Dataset, limit: int | None = None) -> np.ndarray:
-    """The numbers int64[N] of the first example of every prompt, of the first `limit` prompts."""
+    """The index of the first example of each distinct prompt, int64[N]; for the first `limit` prompts if it is set."""
     seen: set[bytes] = set()
     numbers: list[int] = []
     for number, example in enumerate(dataset):

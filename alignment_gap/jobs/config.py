@@ -1,4 +1,4 @@
-"""The settings of a training job: one tree of frozen dataclasses, which gin files and studies build."""
+"""The settings of a training job: one tree of frozen dataclasses. Gin files and studies build it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LossConfig:
     """A loss by name.
 
     Attributes:
-      name: one of `losses.names()`, or "module:function" for a loss of one's own.
+      name: one of `losses.names()`, or "module:function" for a custom loss.
       settings: its keyword-only parameters, such as {"beta": 0.1}.
     """
 
@@ -38,14 +38,14 @@ class LossConfig:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        """Raises UserError for a name or a setting that there is not, or a number that is not finite."""
+        """Raises UserError if the name or a setting is unknown, or a number is not finite."""
         self.function()
         for name, value in self.settings.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"settings.{name} is {value}: it must be finite")
 
     def function(self) -> Callable[..., Any]:
-        """The loss with its settings bound; raises UserError where they, or what it says that it reads, are wrong."""
+        """The loss with its settings bound; raises UserError if a setting, or the loss's list of inputs, is wrong."""
         try:
             loss = losses.get(self.name, **self.settings)
             losses.reads(loss)
@@ -56,23 +56,23 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """Recorded examples: a source of batches, or of the prompts that an online source answers.
+    """Recorded examples: a source of batches, or of the prompts of an online source.
 
     Attributes:
-      folder: a prepared dataset, or several, with commas between.
-      weights: of each dataset, in any unit; None for every example of all of them once an epoch.
-      batch_size: prompts of a step, over all devices.
-      order: "shuffle" (anew in every epoch), "recorded" or "window"; see `offline_source`.
-      window: batches in a window; for order "window" only.
-      prompt_length: tokens that prompts are padded to at most; None for the datasets' longest.
-      response_length: tokens that responses are padded to at most; None for the datasets' longest.
-      buckets: shapes that batches are padded to at most, chosen from the lengths so that padding is least; each is
-        compiled once.
-      packing: rows hold as many prompts with their responses as fit into so many times the longest; None for one
-        prompt a row. Without buckets only.
-      epochs: how often the data may be gone through; None for any number of times.
-      vocabulary: where the datasets' vocabulary is, if it has moved.
-      prefetch: batches that are read and put on the devices ahead of their step.
+      folder: folder of a prepared dataset; or several, separated by commas.
+      weights: the weight of each dataset, in any unit; None to use every example of all datasets once per epoch.
+      batch_size: prompts per step, over all devices.
+      order: "shuffle" (a new order in every epoch), "recorded" or "window"; see `offline_source`.
+      window: batches in a window; only for order "window".
+      prompt_length: maximum padded length of prompts, in tokens; None for the longest in the datasets.
+      response_length: maximum padded length of responses, in tokens; None for the longest in the datasets.
+      buckets: maximum number of padded shapes. They are chosen from the lengths to minimise padding; each is compiled
+        once.
+      packing: a row holds as many prompts, with their responses, as fit into this many times the longest; None for one
+        prompt per row. Packing excludes buckets.
+      epochs: maximum number of passes over the data; None for no limit.
+      vocabulary: path of the datasets' vocabulary, if it has moved.
+      prefetch: number of batches that are read and put on the devices ahead of their step.
     """
 
     folder: str | None = None
@@ -89,7 +89,7 @@ class DatasetConfig:
     prefetch: int = 2
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range, or two do not go together."""
+        """Raises UserError if a setting is out of range, or two settings conflict."""
         checks.one_of(self, ORDERS, "order")
         lengths = ("prompt_length", "response_length")
         checks.at_least(self, 1, "batch_size", "window", *lengths, "buckets", "packing", "epochs")
@@ -104,20 +104,21 @@ class DatasetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OnlineConfig:
-    """Fresh samples of the policy that is trained, labelled by a judge: a source of batches.
+    """A source of batches that samples the trained policy; a judge scores the samples.
 
     Attributes:
-      prompts: the datasets whose prompts are answered, and how many a step.
-      samples: responses drawn for each prompt, K.
-      judge: who scores them; without one all scores are 0.5.
-      keep: what is made of the K samples: "all", "best_and_worst" (a pair) or "best" (one response).
-      against: what a sample is scored against: "each_other", or one sample of the "mixture" for each prompt (Nash-MD).
-      mixture: b of the mixture pi^(1 - b) ref^b, from 0 to 1. Against each other, the samples come from it (IPO-MD).
+      prompts: the datasets with the prompts, and the number of prompts per step.
+      samples: K, the number of responses drawn for each prompt.
+      judge: the judge that scores the samples; without a judge all scores are 0.5.
+      keep: which of the K samples to train on: "all", "best_and_worst" (a pair) or "best" (one response).
+      against: what a sample is compared with: "each_other", or one sample of the "mixture" per prompt (Nash-MD).
+      mixture: b in the mixture pi^(1 - b) ref^b, from 0 to 1. With against="each_other", the samples are drawn from the
+        mixture (IPO-MD).
       sampler: how tokens are drawn.
-      response_length: most tokens of a response; None for the longest of the prompts' datasets.
-      refresh_every: steps after which the sampler takes the policy's parameters: 1 is online, s is semi-online, 0 never
-        (the sampler stays at the start).
-      record: whether the stream is kept as a dataset, in the job's folder `record`.
+      response_length: maximum tokens of a response; None for the longest in the prompts' datasets.
+      refresh_every: the sampler takes the policy's parameters after this many steps. 1 is online, more is semi-online;
+        0 means never: the sampler keeps the parameters of the start.
+      record: whether the samples are recorded as a dataset, in the subfolder `record`.
     """
 
     prompts: DatasetConfig = DatasetConfig()
@@ -132,7 +133,7 @@ class OnlineConfig:
     record: bool = True
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range, or two do not go together."""
+        """Raises UserError if a setting is out of range, or two settings conflict."""
         checks.at_least(self, 1, "samples", "response_length")
         checks.at_least(self, 0, "refresh_every")
         checks.one_of(self, KEEP, "keep")
@@ -140,11 +141,11 @@ class OnlineConfig:
         checks.within(self, 0, 1, "mixture")
         if self.prompts.packing is not None:
             raise UserError(
-                f"prompts.packing is {self.prompts.packing}: samples are drawn one prompt a row, leave it out"
+                f"prompts.packing is {self.prompts.packing}: an online source has one prompt per row, leave it out"
             )
         compared = self.judge.judge is not None and self.against == "each_other" and self.judge.labels != REWARDS
         if self.samples < 2 and (compared or self.keep != "all"):
-            raise UserError(f"samples is {self.samples}: nothing can be compared, draw 2 or more")
+            raise UserError(f"samples is {self.samples}: there is nothing to compare, draw 2 or more")
         if self.keep != "all" and self.judge.judge is None:
             raise UserError(f"keep is {self.keep!r}, but there is no judge: set judge, or keep all")
         if self.against == "mixture" and (self.mixture is None or self.judge.judge is None):
@@ -158,15 +159,15 @@ SourceConfig = DatasetConfig | OnlineConfig
 
 @dataclasses.dataclass(frozen=True)
 class MonitorConfig:
-    """What is seen of a job while it trains; none of it changes what is trained.
+    """How a training job is monitored; these settings do not change the training.
 
     Attributes:
-      validation: folder of held-out examples, in the vocabulary of the source's; None for none. Loss and diagnostics
-        are means over their whole batches, of the size of the source's.
-      validate_every: steps between two validations; the last step has one too.
-      tensorboard: whether metrics are written for TensorBoard beside JSON lines.
-      profile: the first and the last step, counted from 1, that jax's profiler sees; None for no profile.
-      hang_after: seconds without a step after which the job ends with exit status 1; None for never.
+      validation: folder of held-out examples with the source's vocabulary; None for no validation. Loss and diagnostics
+        are means over whole batches, with the source's batch size; an incomplete last batch is left out.
+      validate_every: steps between two validations; the last step is validated too.
+      tensorboard: whether metrics are also written for TensorBoard.
+      profile: the first and the last step that jax's profiler traces, counted from 1; None for no profile.
+      hang_after: the job ends with exit status 1 after this many seconds without a step; None for never.
     """
 
     validation: str | None = None
@@ -176,7 +177,7 @@ class MonitorConfig:
     hang_after: float | None = 3600.0
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "validate_every")
         checks.above(self, 0, "hang_after")
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[-1]:
@@ -188,34 +189,35 @@ class JobConfig:
     """One training job: network, objective, source, reference and optimizer.
 
     Attributes:
-      model: the policy; None for the one of `start`.
-      kind: "policy"; or a preference model, "pairwise" or "bradley_terry", which asks the policy.
-      loss: what a policy is trained with; a preference model learns the labels.
+      model: the network; None for the network of `start`.
+      kind: "policy"; or a preference model, "pairwise" or "bradley_terry".
+      loss: the loss of a policy; a preference model learns the labels, and has no choice of loss.
       source: where batches come from: recorded examples, or fresh samples.
-      fresh: a second source, whose batch stands beside that of the first: for a loss that reads both, as hypo.
-      adapter: low-rank adapters that are trained in place of all parameters, on those of `start`.
-      optimizer: its settings.
+      fresh: a second source, for a loss that reads two batches per step, such as hypo.
+      adapter: low-rank adapters on the parameters of `start`; only the adapters are trained.
+      optimizer: the optimizer and its schedule.
       guard: which updates are skipped.
       mesh: the device mesh.
-      steps: gradient steps; None for those of the source's epochs.
+      steps: gradient steps; None to run the source's epochs.
       checkpoint_every: steps between two checkpoints; the last step has one too.
-      checkpoint_steps: further steps that have one.
-      keep: which checkpoints stay.
+      checkpoint_steps: additional steps that get a checkpoint.
+      keep: which checkpoints are kept.
       log_every: steps between two lines of metrics.
-      monitor: what else is seen of the job.
-      microbatches: parts in which a step's batch is computed, one after the other, to save memory.
-      seed: of fresh parameters, of the order of examples and of samples.
-      start: folder of the run whose parameters training starts from; None for fresh ones.
-      start_step: which of its checkpoints; None for the last.
-      reference: folder of the run that is the reference policy; None for the one of `start`.
-      reference_step: which of its checkpoints; None for the last.
-      reference_log_probs: of recorded examples the reference's log-probs are "stored" beside the dataset, and computed
-        first where they are not; or computed in "each_step"; or "auto": the stored ones where there are any. Stored
-        ones count only for the same dataset, checkpoint, lengths and precision.
-      reference_every: steps after which the reference moves to the policy (TR-DPO, arXiv 2404.09656); None for one that
-        stays. Its log-probs are then computed in each step.
-      reference_alpha: the policy's share in a reference that moves: 1 makes it a copy of the policy; below 1 it is the
-        moving average alpha * policy + (1 - alpha) * reference.
+      monitor: validation, TensorBoard, profile and watchdog.
+      microbatches: number of parts that a step's batch is split into and computed one after the other, to save memory.
+      seed: seed of fresh parameters, of the order of examples, and of samples.
+      start: folder of the run whose parameters training starts from; None for fresh parameters.
+      start_step: step of the checkpoint in `start`; None for the last.
+      reference: folder of the run that is the reference policy; None for `start`.
+      reference_step: step of the checkpoint in `reference`; None for the last.
+      reference_log_probs: where the reference's log-probs of recorded examples come from. "stored": from beside the
+        dataset; if they are not there, they are computed and stored first. "each_step": they are computed in each step.
+        "auto": the stored ones if there are any, otherwise in each step. Stored log-probs are used only for the same
+        dataset, checkpoint, lengths and precision.
+      reference_every: the reference moves towards the policy after this many steps (TR-DPO, arXiv 2404.09656); None
+        for a fixed reference. The log-probs of a moving reference are computed in each step.
+      reference_alpha: weight of the policy when the reference moves: alpha * policy + (1 - alpha) * reference. 1 copies
+        the policy; a smaller value gives a moving average.
     """
 
     model: T5Config | DecoderConfig | None = None
@@ -244,7 +246,7 @@ class JobConfig:
     reference_alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range, or two do not go together."""
+        """Raises UserError if a setting is out of range, or two settings conflict."""
         checks.one_of(self, (POLICY, *KINDS), "kind")
         checks.one_of(self, REFERENCE_LOG_PROBS, "reference_log_probs")
         checks.within(self, 1, MOST_STEPS, "steps")
@@ -268,21 +270,23 @@ class JobConfig:
         if self.kind != POLICY and self.reference is not None:
             raise UserError(f"reference is {self.reference!r}: a preference model has none, leave it out")
         if self.kind != POLICY and (isinstance(self.source, OnlineConfig) or self.fresh is not None):
-            raise UserError(f"kind is {self.kind!r}: a preference model learns from recorded examples alone")
+            raise UserError(f"kind is {self.kind!r}: a preference model learns only from recorded examples")
         if self.fresh is not None and isinstance(self.source, OnlineConfig):
-            raise UserError("fresh is set beside an online source: it stands beside recorded examples, leave it out")
+            raise UserError("fresh is set, but source is online too: fresh needs a source of recorded examples")
         if self.fresh is not None and (size := recorded(self.fresh).batch_size) != self.recorded.batch_size:
-            raise UserError(f"fresh has batch_size={size} and source {self.recorded.batch_size}: give both the same")
+            raise UserError(
+                f"fresh has batch_size={size}, but source has {self.recorded.batch_size}: give both the same"
+            )
         if self.online is not None and self.online.mixture is not None and self.start is self.reference is None:
             raise UserError(
-                f"mixture is {self.online.mixture}, which is one with the reference: set start or reference, or leave "
-                "it out"
+                f"mixture is {self.online.mixture}, but there is no reference to mix with: set start or reference, or "
+                "leave it out"
             )
 
         self._check_moving()
 
     def _check_moving(self) -> None:
-        """Raises UserError where the reference moves and cannot."""
+        """Raises UserError if the settings do not allow a moving reference."""
         moving = f"reference_every is {self.reference_every}"
         if self.reference_every is None:
             if self.reference_alpha != 1:
@@ -292,9 +296,12 @@ class JobConfig:
         elif self.start is self.reference is None:
             raise UserError(f"{moving}, but there is no reference: set start or reference to the folder of a run")
         elif self.reference_log_probs == "stored":
-            raise UserError(f"{moving}, and stored log-probs are of a reference that stays: leave one of the two out")
+            raise UserError(
+                f"{moving} and reference_log_probs is 'stored', but stored log-probs are of a fixed reference: leave "
+                "one of the two out"
+            )
         elif self.adapter.rank is not None and self.reference is not None:
-            raise UserError(f"{moving} with adapters, whose reference begins at start: leave reference out")
+            raise UserError(f"{moving}, and with adapters a moving reference begins at start: leave reference out")
 
     @property
     def recorded(self) -> DatasetConfig:
@@ -303,7 +310,7 @@ class JobConfig:
 
     @property
     def online(self) -> OnlineConfig | None:
-        """The source of fresh samples, where there is one."""
+        """The source of fresh samples, if there is one."""
         return next((each for each in (self.source, self.fresh) if isinstance(each, OnlineConfig)), None)
 
 

@@ -1,11 +1,11 @@
-"""The checkpoints of a run, measured prompt by prompt: win rates by any judge, KL, accuracy, log-ratios, length.
+"""Evaluates the checkpoints of a run prompt by prompt: win rates by any judge, KL, accuracy, log-ratios, length.
 
 FOLDER/
-  STEP.npz       the outcomes of one checkpoint, with its responses
+  STEP.npz       the outcomes and responses of one checkpoint
   results.csv    a row for each checkpoint: means with 95 % intervals
   figure.png     win rates and rewards over KL
-A policy is asked for one response to each prompt. A preference model is compared with the labels of pairs. Best-of-n
-has a number n in the place of a step.
+A policy gives one response to each prompt. A preference model is compared with the labels of pairs. Best-of-n has the
+number n in place of a step.
 """
 
 from __future__ import annotations
@@ -50,37 +50,38 @@ from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig, first_says, make_mesh, on_every_process, on_first_process
 
 RESULTS, FIGURE = "results.csv", "figure.png"
-# Arrays of a checkpoint's file that are no outcomes.
+# Arrays in a checkpoint's file that are not outcomes.
 RESPONSES = ("responses", "lengths")
-# Added to a step in the key of the second samples of its policy.
+# Added to a step for the random key of its policy's second samples.
 _SECOND = 2**30
-# The arrays of a step's checkpoint.
+# Measures the checkpoint of a step.
 Measure = Callable[[int], Outcomes]
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured, and against what.
+    """What to measure, and what to compare it with.
 
     Attributes:
-      run: folder of a run: of a policy, or of a preference model.
-      steps: which of its checkpoints; None for all.
-      dataset: whose prompts are answered, and whose pairs are classified.
-      judges: NAME=JUDGE, with commas between; a judge is what `JudgeConfig.judge` takes.
-      opponents: NAME=FOLDER, with commas between; a folder is a policy's run, or a dataset of responses to the prompts.
-      classified: NAME=FOLDER, with commas between: further datasets whose last pairs a policy classifies.
-      own_labels: a judge; a policy classifies two samples of its own to each prompt by these labels. None for not.
-      best_of: numbers n. In the place of every checkpoint, the best of n responses of the last one is measured, with
-        the KL log n - (n - 1) / n, an upper bound (2401.01879), and nothing is classified. Empty for not.
-      best_by: the judge that chooses the best.
-      reference: folder of the policy that KL and log-ratios are measured to; None for the run's own.
-      prompts: prompts that are answered, the first of the dataset.
-      kl_prompts: those of them whose responses measure KL.
-      pairs: pairs that are classified, the last of the dataset.
+      run: folder of the run of a policy or of a preference model.
+      steps: steps of the checkpoints to measure; None for all.
+      dataset: dataset whose prompts are answered, and whose pairs are classified.
+      judges: NAME=JUDGE, separated by commas; JUDGE has the form of `JudgeConfig.judge`.
+      opponents: NAME=FOLDER, separated by commas; FOLDER is a policy's run, or a dataset of responses to the prompts.
+      classified: NAME=FOLDER, separated by commas; additional datasets whose last pairs a policy classifies.
+      own_labels: a judge that labels two samples of the policy for each prompt; the policy then classifies these pairs.
+        None to leave this out.
+      best_of: numbers n. Measures the best of n responses of the last checkpoint, instead of every checkpoint. The KL
+        is the upper bound log n - (n - 1) / n (arXiv 2401.01879), and nothing is classified. Empty to leave this out.
+      best_by: the judge that chooses the best of n responses.
+      reference: folder of the policy that KL and log-ratios are measured to; None for the run's own reference.
+      prompts: number of prompts that are answered, the first of the dataset.
+      kl_prompts: number of these prompts whose responses measure KL.
+      pairs: number of pairs that are classified, the last of the dataset.
       sampler: how responses are drawn.
-      response_length: most tokens of a response; None for the longest of the dataset.
-      seed: of the responses.
-      vocabulary: where the dataset's vocabulary is, if it has moved.
+      response_length: maximum tokens of a response; None for the longest in the dataset.
+      seed: seed of the responses.
+      vocabulary: path of the dataset's vocabulary, if it has moved.
       batch_size: prompts at a time, over all devices.
       mesh: the device mesh.
     """
@@ -106,37 +107,37 @@ class EvaluateConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range, or two do not go together."""
+        """Raises UserError if a setting is out of range, or two settings conflict."""
         checks.at_least(self, 1, "prompts", "kl_prompts", "response_length", "batch_size")
         checks.at_least(self, 0, "pairs")
         checks.within(self, 0, SEED_LIMIT - 1, "seed")
         if self.kl_prompts > self.prompts:
             raise UserError(f"kl_prompts is {self.kl_prompts}, over prompts={self.prompts}: lower it")
         if any(number < 1 for number in self.best_of) or len(set(self.best_of)) < len(self.best_of):
-            raise UserError(f"best_of is {self.best_of}: give numbers of responses, each once and at least 1")
+            raise UserError(f"best_of is {self.best_of}: give numbers of at least 1, each only once")
         if bool(self.best_of) != (self.best_by is not None):
-            raise UserError(f"best_of is {self.best_of} and best_by {self.best_by}: set both, or none of them")
+            raise UserError(f"best_of is {self.best_of} and best_by is {self.best_by}: set both, or neither")
         if self.best_of and (self.classified or self.own_labels is not None):
-            raise UserError("best_of is set, whose responses classify nothing: leave classified and own_labels out")
+            raise UserError("best_of is set, and then nothing is classified: leave classified and own_labels out")
         for name in ("judges", "opponents", "classified"):
             names = [named(text)[0] for text in getattr(self, name)]
             if len(set(names)) < len(names):
-                raise UserError(f"{name} has a name twice among {', '.join(names)}: write NAME=VALUE")
+                raise UserError(f"{name} has the names {', '.join(names)}, and one comes twice: write NAME=VALUE")
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The numbers of its lines: steps, or those of `best_of`; empty for all steps that there are."""
+        """The numbers of the result's rows: steps, or those of `best_of`; empty if all steps are measured."""
         return self.best_of or self.steps or ()
 
 
 def named(text: str) -> tuple[str, str]:
-    """The name and the value of NAME=VALUE; a value alone is named after its last part."""
+    """The name and the value of NAME=VALUE; without a name, it is the last part of the value."""
     name, equals, value = text.partition("=")
     return (name, value) if equals else (PurePath(text).name.split(":")[-1], text)
 
 
 def open_evaluation(config: EvaluateConfig) -> Opened:
-    """Opens the run, what it is measured on, and its judges; raises UserError where one of them cannot be used."""
+    """Opens the run, the datasets, the opponents and the judges; raises UserError if one cannot be used."""
     if config.run is None:
         raise UserError("run is not set: give the folder of a training job")
     dataset, mesh = open_checked(config.dataset, "dataset"), make_mesh(config.mesh)
@@ -145,8 +146,8 @@ def open_evaluation(config: EvaluateConfig) -> Opened:
     responses = dataset.card.responses_per_prompt
     if responses != 2 and (config.pairs or network.kind != POLICY):
         raise UserError(
-            f"{config.dataset} has {responses} responses a prompt, and what is classified are pairs: give a dataset of "
-            "pairs or, for a policy, set pairs to 0"
+            f"{config.dataset} has {responses} responses per prompt, but only pairs can be classified: give a dataset "
+            "of pairs or, for a policy, set pairs to 0"
         )
     if config.best_of and network.kind != POLICY:
         raise UserError(f"best_of is set, but {config.run} is a preference model: give the run of a policy")
@@ -178,13 +179,13 @@ class _Asked:
     """The prompts of an evaluation, the judges of their responses, and the opponents.
 
     Attributes:
-      config: the evaluation.
-      dataset: of the prompts.
-      judges: by their names.
+      config: settings of the evaluation.
+      dataset: dataset of the prompts.
+      judges: the judges, by name.
       batching: how batches are made.
-      prompts: those that are answered.
-      drawn: how responses are drawn, as `make_generate` takes it.
-      recorded: the responses of opponents that are datasets, by their names.
+      prompts: the prompts that are answered.
+      drawn: settings for `make_generate`.
+      recorded: the responses of opponents that are datasets, by name.
     """
 
     config: EvaluateConfig
@@ -196,7 +197,7 @@ class _Asked:
     recorded: Mapping[str, Responses]
 
     def draw(self, policy: Policy, params: Any, number: int, samples: int) -> Responses:
-        """Responses [N, K, R] to the prompts and their lengths; the number tells the keys of all policies apart."""
+        """Responses [N, K, R] to the prompts, and their lengths; `number` gives every policy its own random key."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), number)
         draw = drawing(policy, params, self.batching.mesh, key, samples=samples, **self.drawn)
         rows = (self.prompts.prompt_ids, self.prompts.prompts, self.prompts.prompt_lengths)
@@ -210,7 +211,7 @@ class _Asked:
 
     @functools.cached_property
     def opponents(self) -> dict[str, Responses]:
-        """Their responses, sampled when they are first needed: a finished evaluation needs none."""
+        """The opponents' responses. They are sampled when first needed; a finished evaluation needs none."""
         return {
             name: self.recorded[name]
             if name in self.recorded
@@ -219,7 +220,7 @@ class _Asked:
         }
 
     def outcomes(self, responses: Responses) -> Outcomes:
-        """What every policy is measured by, beside the responses themselves."""
+        """The judgements and lengths of a policy's responses, and the responses themselves."""
         judgements = judged(self.judges, self.batching, self.prompts, responses, self.opponents)
         lengths = {"length": responses[1].astype(np.float64)}
         return judgements | lengths | dict(zip(RESPONSES, responses, strict=True))
@@ -228,7 +229,7 @@ class _Asked:
 def _ask(
     config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
 ) -> tuple[dict[str, str], _Asked]:
-    """The prompts with judges and opponents, and the digests of the last checkpoint and of the opponents."""
+    """The digests of the last checkpoint and of the opponents; and the prompts with judges and opponents."""
     mesh, recorded = batching.mesh, dict[str, Responses]()
     prompts = batching.collate([dataset[int(i)] for i in distinct_prompts(dataset, config.prompts)])
     drawn = {
@@ -250,7 +251,7 @@ def _ask(
 def _measure_policy(
     config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
 ) -> tuple[dict[str, str], Measure]:
-    """Digests of the last checkpoint and of what it is compared with, and what measures the policy of a step."""
+    """Digests of the last checkpoint and of all other inputs; and the function that measures the policy of a step."""
     mesh = batching.mesh
     pairs = batching.collate(dataset[-config.pairs :]) if config.pairs else None
     further, own_labels = _further_pairs(config, batching), None
@@ -284,14 +285,14 @@ def _measure_policy(
 def _measure_best_of_n(
     config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
 ) -> tuple[dict[str, str], Measure]:
-    """Digests of the last checkpoint and of what it is compared with, and what measures the best of n responses."""
+    """Digests of the last checkpoint and of all other inputs; and the function that measures the best of n."""
     digests, asked = _ask(config, dataset, judges, batching, last)
     chooser = open_judge(by_itself(str(config.best_by)), dataset, batching.mesh)
     digests |= {f"best_by.{key}": value for key, value in chooser.facts.items()}
 
     @functools.cache
     def samples() -> Responses:
-        """As many responses of the last checkpoint as the largest number, of which each number takes the first."""
+        """Responses of the last checkpoint, as many as the largest n; each n uses the first n of them."""
         policy, params = open_policy(str(config.run), dataset, batching.mesh, last)
         return asked.draw(policy, params, len(config.opponents) + last, max(config.best_of))
 
@@ -303,8 +304,8 @@ def _measure_best_of_n(
             scores = batching.run(chooser.scores, texts)
             if count := int(np.isnan(scores).any(axis=1).sum()):
                 raise UserError(
-                    f"best_by is {config.best_by}, which chose none of {number} responses to {count} of the prompts: "
-                    "raise its retries, or set best_by to another judge"
+                    f"best_by is {config.best_by}, but it chose none of the {number} responses to {count} of the "
+                    "prompts: raise its retries, or set best_by to another judge"
                 )
             best = np.argmax(scores, axis=1)
         rows = np.arange(len(tokens))
@@ -315,7 +316,7 @@ def _measure_best_of_n(
 
 
 def _further_pairs(config: EvaluateConfig, batching: Batching) -> dict[str, tuple[PreferenceBatch, str]]:
-    """The last pairs of each further dataset, with its digest; raises UserError where one holds no pairs that fit."""
+    """The last pairs of each additional dataset, and its digest; raises UserError if one does not hold pairs."""
     found = {}
     for name, folder in map(named, config.classified):
         dataset = open_checked(folder, "classified")
@@ -328,7 +329,7 @@ def _further_pairs(config: EvaluateConfig, batching: Batching) -> dict[str, tupl
 def _measure_judge(
     config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
 ) -> tuple[dict[str, str], Measure]:
-    """The digest of the last checkpoint, and what measures the preference model of a step."""
+    """The digest of the last checkpoint; and the function that measures the preference model of a step."""
     pairs = batching.collate(dataset[-config.pairs :] if config.pairs else dataset[:])
 
     def measure(step: int) -> Outcomes:
@@ -340,14 +341,14 @@ def _measure_judge(
 
 
 def _steps(run: str, asked: Sequence[int] | None) -> list[int]:
-    """The steps of a run's checkpoints that are measured; raises UserError where there is none."""
+    """The steps of the checkpoints to measure; raises UserError if there is no such checkpoint."""
     if asked is not None:
         return [int(find_checkpoint(at(run), step).name) for step in asked]
     return complete_steps(find_checkpoint(at(run)).parent)
 
 
 def _reference(config: EvaluateConfig) -> tuple[str, int | None]:
-    """Folder and step of the reference: the one asked for, or the one that the run was trained with."""
+    """Folder and step of the reference: the given one, or the one that the run was trained with."""
     if config.reference is not None:
         return config.reference, None
     path = at(str(config.run)) / JOB
@@ -359,7 +360,7 @@ def _reference(config: EvaluateConfig) -> tuple[str, int | None]:
 
 
 def _recorded(dataset: Dataset, prompts: PreferenceBatch) -> Responses:
-    """The first response of a dataset to each of the prompts; raises UserError where it answers others."""
+    """The dataset's first response to each of the prompts; raises UserError if a prompt has no response."""
     first = {example.prompt.tobytes(): example.responses[0] for example in reversed(dataset[:])}
     asked = [row[:length] for row, length in zip(prompts.prompts, prompts.prompt_lengths, strict=True)]
     unanswered = [number for number, prompt in enumerate(asked) if prompt.tobytes() not in first]
@@ -376,9 +377,9 @@ def _recorded(dataset: Dataset, prompts: PreferenceBatch) -> Responses:
 
 
 def load_outcomes(path: AnyPath) -> dict[str, np.ndarray]:
-    """The outcomes of a checkpoint, without its responses; raises UserError where the file is damaged."""
+    """The outcomes of a checkpoint without its responses; raises UserError if the file is missing or damaged."""
     if not _is_whole(path):
-        raise UserError(f"{path} is missing or damaged: run its job again, which measures this checkpoint anew")
+        raise UserError(f"{path} is missing or damaged: run its job again to measure this checkpoint again")
     with np.load(io.BytesIO(path.read_bytes())) as arrays:
         return {name: arrays[name] for name in arrays.files if name not in RESPONSES}
 
@@ -394,7 +395,7 @@ def _write_results(config: EvaluateConfig, steps: Sequence[int], folder: AnyPath
 
 
 def results_text(folder: AnyPath) -> str:
-    """The means of a finished evaluation with their intervals, for the terminal."""
+    """The means and intervals of a finished evaluation, for the terminal."""
     rows = [*csv.DictReader(io.StringIO((folder / RESULTS).read_text()))]
     metrics = [name for name in rows[0] if f"{name}_low" in rows[0]]
     cells = [[metric, *(_cell(row, metric) for row in rows)] for metric in metrics]
@@ -410,7 +411,7 @@ def _cell(row: Mapping[str, str], metric: str) -> str:
 
 
 def _is_whole(path: AnyPath) -> bool:
-    """Whether every array of a file has the checksum that it was written with."""
+    """Whether every array in a file matches its checksum."""
     try:
         with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as file:
             return file.testzip() is None

@@ -1,9 +1,9 @@
-"""A job is a folder: complete or absent, made once by whoever comes first, and gone on with where it was stopped.
+"""A job is a folder, made once. A stopped job continues from what its folder holds.
 
 FOLDER/
-  job.json     the kind of job, its settings, and what its inputs were; written first
-  failed.json  why the last attempt ended, where it failed, and the settings that may be changed to go on
-  done.json    the settings again, and the seconds that it took; written last
+  job.json     the kind of job, its settings, and facts about its inputs; written first
+  failed.json  why the last attempt failed, and the settings that may change for the next attempt
+  done.json    the settings again, and the seconds that the job took; written last
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from alignment_gap.progress import OpenBar, progress_bar
 from alignment_gap.sharding import MeshConfig, first_says, is_first_process, on_first_process
 
 JOB, DONE, FAILED = "job.json", "done.json", "failed.json"
-# Settings of the mesh, which a folder that was begun may change.
+# Settings of the mesh. They may change when a begun folder continues.
 MESH = tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
 
 
 class Opened(NamedTuple):
-    """A job whose inputs were found and checked, before anything is written.
+    """A job whose inputs are found and checked; nothing is written yet.
 
     Attributes:
-      facts: what the inputs are, beside their names, as JSON values; another folder of the same name is told by them.
-      run: `(folder, open_bar) -> None` fills the folder, going on with what it finds there.
-      read_first: reads what a run in this folder begins with, before anything is written there.
+      facts: facts about the inputs, such as digests, as JSON values. They show when an input has changed but kept its
+        name.
+      run: `(folder, open_bar) -> None` fills the folder; it continues from what the folder holds.
+      read_first: reads what the run starts from, before anything is written to the folder.
     """
 
     facts: Mapping[str, Any]
@@ -46,21 +47,21 @@ class Opened(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of job, which is a command.
+    """A kind of job; each kind is one command.
 
     Attributes:
-      name: of the kind, in job.json.
-      command: words of the command line.
-      config: the dataclass of its settings.
+      name: name of the kind in job.json.
+      command: the command's words after "alignment-gap".
+      config: dataclass of the settings.
       open: finds and checks the inputs; raises UserError before anything is written.
-      summary: what a finished folder holds, for the terminal.
-      output: the flag of the folder.
-      short: shorter flags of some settings; see `words.flag_name`.
-      words: the words that give a config; None for a flag for each setting.
-      may_change: the settings that may differ when a folder that was begun goes on.
-      without_effect: settings that change nothing in the result.
-      repairs: whether a finished folder is looked through when its command is run again.
-      is_whole: whether the files of a finished folder can be read; the damaged ones are made again.
+      summary: describes a finished folder, for the terminal.
+      output: name of the flag for the folder.
+      short: shorter flags for some settings; see `words.flag_name`.
+      words: converts a config to command-line words; None to use one flag per setting.
+      may_change: the settings that may change when a begun folder continues.
+      without_effect: settings that do not change the result.
+      repairs: whether running the command again checks and repairs a finished folder.
+      is_whole: whether the files of a finished folder can be read; damaged files are made again.
     """
 
     name: str
@@ -82,11 +83,11 @@ class Job:
     """One job of a graph.
 
     Attributes:
-      name: unique in its graph.
-      kind: what it does.
-      config: with what; names the folders of other jobs by their paths.
-      folder: where.
-      needs: jobs that come before it.
+      name: the job's name, unique in its graph.
+      kind: kind of the job.
+      config: its settings; they contain the paths of other jobs' folders.
+      folder: its folder.
+      needs: jobs that must be done before it.
     """
 
     name: str
@@ -97,12 +98,12 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether the folder is complete, as far as its files say."""
+        """Whether the folder is complete, according to done.json."""
         return finished_with(self.folder) is not None
 
     @property
     def state(self) -> str:
-        """What is known from the folders: "done", "begun", "ready", or "waiting" for jobs that it needs."""
+        """The state according to the folders: "done", "begun", "ready", or "waiting" for a job that it needs."""
         if self.is_done:
             return "done"
         if not all(job.is_done for job in self.needs):
@@ -111,33 +112,33 @@ class Job:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The words after "alignment-gap" of the command that runs it alone."""
+        """The words after "alignment-gap" in the command that runs only this job."""
         kind = self.kind
         words = kind.words(self.config) if kind.words else flag_words(self.config, kind.short)
         return (*kind.command.split(), *words, f"--{kind.output}={self.folder}")
 
     @property
     def command(self) -> str:
-        """The command that runs it alone."""
+        """The command that runs only this job."""
         return shlex.join(["alignment-gap", *self.words])
 
 
 def make(kind: Kind, config: Any, folder: AnyPath, open_bar: OpenBar | None = None) -> bool:
-    """Runs a job in its folder, from where it was stopped; returns whether there was anything to do.
+    """Runs a job in its folder, or continues it; returns whether there was anything to do.
 
     Args:
-      kind: of the job.
+      kind: kind of the job.
       config: its settings.
-      folder: of the job.
-      open_bar: opens its progress bar; by default one that only the first process shows.
+      folder: its folder.
+      open_bar: opens its progress bar; by default only the first process shows one.
 
     Raises:
-      UserError: where a setting or an input cannot be used, or the folder is another job's or in use.
+      UserError: a setting or an input cannot be used, or the folder belongs to another job or is in use.
     """
     opened = kind.open(config)
     opened.read_first(folder)
     settings = json.loads(json.dumps({"kind": kind.name} | flatten(to_dict(config)) | dict(opened.facts)))
-    # A folder of an earlier version, which did not know a setting, has its default.
+    # A folder of an earlier version lacks newer settings; their defaults apply.
     unset = json.loads(json.dumps(flatten(defaults(config))))
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(_owned(folder, settings, kind, unset)))
@@ -158,7 +159,7 @@ def make(kind: Kind, config: Any, folder: AnyPath, open_bar: OpenBar | None = No
 
 @contextlib.contextmanager
 def _failure_kept(folder: AnyPath) -> Iterator[None]:
-    """Leaves the line of what went wrong in the folder, for whoever looks at a graph of jobs."""
+    """If the job fails, writes the error line to the folder; the state of a graph of jobs shows it."""
     if is_first_process():
         (folder / FAILED).unlink(missing_ok=True)
     try:
@@ -168,7 +169,7 @@ def _failure_kept(folder: AnyPath) -> Iterator[None]:
     except Exception as error:
         if is_first_process():
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            with contextlib.suppress(OSError, StorageError):  # A full disk is told by what met it.
+            with contextlib.suppress(OSError, StorageError):  # If the disk is full, the error raised below says so.
                 write_json(folder / FAILED, {"line": line, "may_change": getattr(error, "may_change", ())})
         raise
 
@@ -179,7 +180,7 @@ def _is_finished(folder: AnyPath, settings: Mapping[str, Any], unset: Mapping[st
 
 
 def finished_with(folder: AnyPath) -> Any:
-    """The settings that a folder was completed with; None where it is not complete, or no longer says so."""
+    """The settings in a folder's done.json; None if the file is absent or damaged."""
     try:
         return json.loads((folder / DONE).read_text())["settings"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -187,7 +188,7 @@ def finished_with(folder: AnyPath) -> Any:
 
 
 def _remedies(folder: AnyPath) -> list[str]:
-    """The settings that the last failure in a folder asked to change."""
+    """The settings that may change according to the last failure in a folder."""
     path = folder / FAILED
     return read_json(path, remedy="remove it")["may_change"] if path.exists() else []
 

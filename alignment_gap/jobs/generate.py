@@ -1,4 +1,4 @@
-"""A dataset of fresh responses to the prompts of another: of one policy, or of two against each other."""
+"""Generates a dataset of fresh responses to the prompts of another dataset, from one policy or from two."""
 
 from __future__ import annotations
 
@@ -42,16 +42,17 @@ class GenerateConfig:
     """Responses to generate.
 
     Attributes:
-      prompts: the dataset whose prompts are answered, each once.
-      policies: folder of a policy's run or checkpoint, or of two: the responses of the first come first.
-      judge: who scores the responses; without one all scores are 0.5.
-      samples: responses of each policy to a prompt; None for 2 of one policy, 1 of each of two.
-      limit: prompts that are answered, the first of the dataset; None for all.
+      prompts: the dataset whose prompts are answered; each distinct prompt is answered once.
+      policies: folder of a policy's run or checkpoint, or two folders separated by a comma. The responses of the first
+        policy come first.
+      judge: the judge that scores the responses; without a judge all scores are 0.5.
+      samples: responses per prompt from each policy; None for 2 from one policy, or 1 from each of two.
+      limit: number of prompts that are answered, the first of the dataset; None for all.
       sampler: how tokens are drawn.
-      response_length: most tokens of a response; None for the longest of the dataset.
-      seed: of the samples.
-      vocabulary: where the dataset's vocabulary is, if it has moved.
-      buckets: lengths that prompts are padded to at most, chosen from theirs.
+      response_length: maximum tokens of a response; None for the longest in the dataset.
+      seed: seed of the samples.
+      vocabulary: path of the dataset's vocabulary, if it has moved.
+      buckets: maximum number of padded prompt lengths, chosen from the lengths of the prompts.
       batch_size: prompts at a time, over all devices.
       mesh: the device mesh.
     """
@@ -70,29 +71,29 @@ class GenerateConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range, or two do not go together."""
+        """Raises UserError if a setting is out of range, or two settings conflict."""
         checks.at_least(self, 1, "samples", "limit", "response_length", "buckets", "batch_size")
         checks.within(self, 0, SEED_LIMIT - 1, "seed")
         if len(self.policies) > 2:
-            raise UserError(f"policies has {len(self.policies)} folders: give one policy, or two with a comma between")
+            raise UserError(f"policies has {len(self.policies)} folders: give one, or two separated by a comma")
         if self.judge.judge is not None and self.each * len(self.policies) == 1 and self.judge.labels != "rewards":
-            raise UserError("one response a prompt cannot be compared: set samples to 2 or more, or give two policies")
+            raise UserError("one response per prompt leaves nothing to compare: set samples to 2, or give two policies")
 
     @property
     def each(self) -> int:
-        """Responses of each policy to a prompt."""
+        """Responses per prompt from each policy."""
         return self.samples or (2 if len(self.policies) == 1 else 1)
 
 
 def open_generation(config: GenerateConfig) -> Opened:
-    """Opens prompts, policies and judge; raises UserError where one of them cannot be used."""
+    """Opens prompts, policies and judge; raises UserError if one of them cannot be used."""
     if not config.policies:
-        raise UserError("policies is not set: give the folder of a policy, or of two with a comma between")
+        raise UserError("policies is not set: give the folder of a policy, or two separated by a comma")
     dataset = open_checked(config.prompts, "prompts")
     mesh = make_mesh(config.mesh)
     response = config.response_length or dataset.card.max_response_length
     numbers = distinct_prompts(dataset, config.limit)
-    # Nothing is known of the samples but how long they may be.
+    # The lengths of the samples are not known yet, so their maximum is used.
     lengths = np.column_stack([lengths_of(dataset)[numbers, 0], np.full(len(numbers), response)])
     shapes = choose_buckets(lengths, config.buckets, (dataset.card.max_prompt_length, response))
     batching = Batching(mesh, config.batch_size, shapes)
@@ -128,14 +129,14 @@ def open_generation(config: GenerateConfig) -> Opened:
 
 
 def open_policy(folder: str, dataset: Dataset, mesh: LogicalMesh, step: int | None = None) -> tuple[Policy, Any]:
-    """A policy and its parameters; raises UserError where it is none, or of another vocabulary than the dataset."""
+    """A policy and its parameters; raises UserError if it is not a policy, or its vocabulary is not the dataset's."""
     network = policy_network(folder, step)
     on_every_process(lambda: check_vocabulary(network, dataset.card.vocabulary_digest, folder, str(dataset.folder)))
     return load_policy(folder, mesh, step)
 
 
 def policy_network(folder: str, step: int | None) -> Network:
-    """What a policy's checkpoint says of itself; raises UserError where the folder holds none."""
+    """The network in a policy's checkpoint; raises UserError if the folder does not hold a policy."""
     network = on_every_process(lambda: known_network(find_checkpoint(at(folder), step)))
     if network.kind != POLICY:
         raise UserError(f"{folder} holds a preference model: give the folder of a policy")
@@ -143,15 +144,15 @@ def policy_network(folder: str, step: int | None) -> Network:
 
 
 def drawing(policy: Policy, params: Any, mesh: LogicalMesh, key: jax.Array, **settings: Any) -> DrawRows:
-    """What draws samples for rows of prompts, with one key for all of them; `settings` are those of `make_generate`."""
+    """A function that draws samples for rows of prompts; all calls use one key. `make_generate` takes `settings`."""
     generate = make_generate(policy, mesh, **settings)
     return functools.partial(generate, params, *put_replicated((key, jnp.int32(0)), mesh))
 
 
 def sample_examples(examples: Iterable[Example], draws: Sequence[DrawRows], batching: Batching) -> Iterator[Example]:
-    """Every example's prompt with fresh responses, those of the first of `draws` before those of the second.
+    """Every example's prompt with fresh responses: those from `draws[0]`, then those from `draws[1]` if there is one.
 
-    No response is preferred: scores are 0.5 until `label` says more.
+    All scores are 0.5 until `label` replaces them.
     """
 
     def responses(batch: PreferenceBatch) -> list[tuple[np.ndarray, ...]]:
@@ -172,13 +173,13 @@ def sample_examples(examples: Iterable[Example], draws: Sequence[DrawRows], batc
 
 
 def _without_responses(example: Example) -> Example:
-    """The prompt with a response of one token, for an example must have one: what it had may be over the length."""
+    """The prompt with a one-token response, because an example needs one; its own may exceed the maximum length."""
     return Example(example.prompt_id, example.prompt, (example.prompt[:1],), np.zeros(1, np.float32))
 
 
 def _settings(config: GenerateConfig, response: int) -> dict[str, Any]:
     sampler = dataclasses.asdict(config.sampler)
-    # The number of buckets alters the rounding.
+    # The number of buckets changes the rounding.
     return {
         "samples": config.each,
         "response_length": response,

@@ -1,8 +1,8 @@
-"""Labels of a judge for a dataset: the same prompts and responses with its scores.
+"""Labels a dataset by a judge: the same prompts and responses, with the judge's scores.
 
 FOLDER/
   card.json, *.array_record   the dataset; see `data.records.dataset`
-  judge.json                  what a judge that counts was asked for each part, and what that took
+  judge.json                  for a judge over HTTP: counts of questions, answers and tokens, for each part
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ACCOUNT = "judge.json"
 
 @dataclasses.dataclass(frozen=True)
 class LabelConfig:
-    """A dataset to label, and who labels it.
+    """A dataset to label, and its judge.
 
     Attributes:
-      dataset: the dataset.
-      judge: who scores its responses.
-      buckets: shapes that batches are padded to at most, chosen from the lengths.
+      dataset: folder of the dataset to label.
+      judge: the judge that scores the responses.
+      buckets: maximum number of padded shapes, chosen from the lengths.
       batch_size: prompts at a time, over all devices.
       mesh: the device mesh.
     """
@@ -47,18 +47,18 @@ class LabelConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "buckets", "batch_size")
 
 
 def open_labelling(config: LabelConfig) -> Opened:
-    """Opens the dataset and the judge; raises UserError where one of them cannot be used."""
+    """Opens the dataset and the judge; raises UserError if one of them cannot be used."""
     dataset = open_checked(config.dataset, "dataset")
     mesh = make_mesh(config.mesh)
     longest = (dataset.card.max_prompt_length, dataset.card.max_response_length)
     batching = Batching(mesh, config.batch_size, choose_buckets(lengths_of(dataset), config.buckets, longest))
     judge = open_judge(config.judge, dataset, mesh)
-    # The number of buckets alters the rounding.
+    # The number of buckets changes the rounding.
     facts = {"labels": config.judge.labels, "buckets": config.buckets, **judge.facts}
 
     def run(folder: AnyPath, open_bar: OpenBar) -> None:
@@ -82,7 +82,7 @@ def open_labelling(config: LabelConfig) -> Opened:
 
 
 def open_checked(folder: str | None, setting: str) -> Dataset:
-    """The dataset of a setting, read through once in every process; raises UserError where it is damaged."""
+    """The dataset that a setting names; every process reads it completely, and raises UserError if it is damaged."""
     if folder is None:
         raise UserError(f"{setting} is not set: give the folder of a prepared dataset")
 
@@ -95,7 +95,7 @@ def open_checked(folder: str | None, setting: str) -> Dataset:
 
 
 def label(examples: Iterable[Example], judge: Judge, batching: Batching) -> Iterator[Example]:
-    """The examples with a judge's scores; those that it gave no answer for are left out."""
+    """The examples with a judge's scores; examples without an answer from the judge are left out."""
 
     def scores(batch: PreferenceBatch) -> list[np.ndarray]:
         arrays = (batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths)
@@ -107,7 +107,7 @@ def label(examples: Iterable[Example], judge: Judge, batching: Batching) -> Iter
 
 
 def accounted(examples: Iterable[Example], judge: Judge, folder: AnyPath, start: int) -> Iterator[Example]:
-    """The examples of the part that begins at `start`; then adds what their labels took to the folder's account."""
+    """Yields the examples of the part that begins at `start`; then writes the judge's counts for it to judge.json."""
     yield from examples
     if counts := judge.counts():
         path = folder / ACCOUNT
@@ -120,7 +120,7 @@ def _account(folder: AnyPath) -> dict[str, dict[str, float]]:
 
 
 def labels_summary(folder: AnyPath) -> str:
-    """What a finished dataset holds, and what its labels took."""
+    """Describes a finished dataset, with the judge's total counts."""
     parts = _account(folder).values()
     if not parts:
         return dataset_summary(folder)

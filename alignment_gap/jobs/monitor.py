@@ -1,4 +1,4 @@
-"""Opens the monitor of a training job, and the held-out examples that it measures."""
+"""Opens the monitor of a training job, and the held-out examples of its validation."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from alignment_gap.training.tensorboard import check_tensorboard
 
 
 def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
-    """The held-out examples of a job, if it has any.
+    """The held-out examples of a job; None if it has none.
 
     Raises:
-      UserError: the loss does not run on them, they are fewer than a batch, or of another vocabulary than the source's;
-        they do not give the metric by which the best checkpoints are told; or TensorBoard's files are asked for and
-        what writes them is not installed.
+      UserError: the loss does not run on the examples; they are fewer than a batch; their vocabulary is not the
+        source's; they do not give the metric that ranks checkpoints; or `tensorboard` is set, but the package that
+        writes its files is not installed.
     """
     monitor, size = assembly.config.monitor, reading.config.batch_size
     if monitor.tensorboard:
@@ -36,9 +36,9 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
         return None
     found = open_reading(DatasetConfig(monitor.validation, batch_size=size, order="recorded"), "monitor.validation")
     if len(found.examples) < size:
-        raise UserError(f"monitor.validation has {len(found.examples)} examples, under batch_size={size}: give more")
+        raise UserError(f"monitor.validation has {len(found.examples)} examples, below batch_size={size}: give more")
     if found.datasets[0].card.vocabulary_digest != reading.datasets[0].card.vocabulary_digest:
-        raise UserError("monitor.validation and source were prepared with two vocabularies: prepare both with one")
+        raise UserError("monitor.validation and source have different vocabularies: prepare both with the same one")
     batch = found.batches(assembly.mesh, 0)(0)
     if assembly.needs_reference:
         batch = dataclasses.replace(batch, reference_log_probs=jnp.zeros(batch.responses.shape))
@@ -49,13 +49,13 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
     keep = assembly.config.keep
     if keep.best is not None and keep.metric not in names:
         raise UserError(
-            f"keep.metric is {keep.metric!r}, which the validation of this job does not have: set it to 'loss'"
+            f"keep.metric is {keep.metric!r}, but the validation of this job has no such metric: set it to 'loss'"
         )
     return found
 
 
 def open_monitor(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> Monitor:
-    """The monitor that writes into a job's folder."""
+    """The monitor of a job; it writes to the job's folder."""
     config, held_out = assembly.config.monitor, inputs.validation
     return Monitor(
         folder,
@@ -70,7 +70,7 @@ def open_monitor(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> Monitor
 
 
 def _least_seconds(assembly: Assembly) -> Callable[[PreferenceBatch], float] | None:
-    """How long the mesh takes for a batch's update at its peak; None where a device is not in the table of chips."""
+    """Seconds that a batch's update would take at the mesh's peak FLOPs; None if the table of chips lacks a device."""
     peak = peak_flops(assembly.mesh.devices.devices.flat)
     if peak is None:
         return None
@@ -92,7 +92,7 @@ def _validation(assembly: Assembly, inputs: Inputs, held_out: Reading) -> Valida
 
 
 def _measure(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[TrainState], Mapping[str, float]]:
-    """Means of the loss and of its diagnostics over the whole batches of held-out examples."""
+    """A function for the means of the loss and its diagnostics over the whole batches of held-out examples."""
     mesh, vocabulary_size = assembly.mesh, assembly.policy.config.vocabulary_size
     placed = on_devices(reading.batches(mesh, 0), reading.config, mesh, vocabulary_size)
 

@@ -1,4 +1,4 @@
-"""Datasets written part by part, so that a job that was killed goes on from its finished parts."""
+"""Writes datasets part by part; a job that was killed continues after its finished parts."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def write_parts(
     scores: str = "probabilities",
     part: int | None = None,
 ) -> Card:
-    """Writes a dataset that is made from others; a part that is there and whole is not made again.
+    """Writes a dataset that is made from others; a part that is already whole is not made again.
 
-    Every process calls it and makes every part; the first one writes.
+    Every process calls it and makes every missing part; only the first process writes.
 
     Args:
-      folder: of the dataset.
-      count: examples.
-      make: `(start, stop) -> examples` of this range, which depend on nothing but what is given here.
-      made_by: what makes it, for the card.
-      inputs: the datasets that it is made from, by their roles; of one vocabulary.
-      facts: whatever else decides the examples, for the card, as JSON values.
+      folder: folder of the dataset.
+      count: number of examples.
+      make: `(start, stop) -> examples` makes the examples of a range; they depend only on `inputs` and `facts`.
+      made_by: name of the command that makes the dataset, for the card.
+      inputs: the datasets that it is made from, by their roles; all have one vocabulary.
+      facts: everything else that decides the examples, as JSON values, for the card.
       open_bar: opens the progress bar.
-      scores: what the examples' scores are: "probabilities" or "rewards".
-      part: examples of a record file; None for `part_size` of them.
+      scores: kind of the examples' scores: "probabilities" or "rewards".
+      part: examples in a record file; None for `part_size(count)`.
     """
     size = part or part_size(count)
     starts = range(0, count, size)
@@ -73,6 +73,6 @@ def _discard(folder: AnyPath) -> None:
 
 
 def dataset_summary(folder: AnyPath) -> str:
-    """What a finished dataset holds, in a line."""
+    """Describes a finished dataset in one line."""
     card = open_dataset(folder).card
     return f"{folder}: {card.count:,} examples, digest {card.digest[:12]}"

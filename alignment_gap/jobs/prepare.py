@@ -1,4 +1,4 @@
-"""Preparing datasets from text, as a job; what it does is in `data.tasks.prepare`."""
+"""The job that prepares datasets from text; `data.tasks.prepare` does the work."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from alignment_gap.jobs.folder import JOB, Kind, Opened
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import on_first_process
 
-# The flags of a source: those of a `TextSourceConfig` of its own, and in a `PrepareConfig`.
+# Shorter flags of a source: in a `TextSourceConfig` by itself, and in a `PrepareConfig`.
 SOURCE_FLAGS = {"location": "source"}
 _FLAGS = {"source.location": "source", "source.": "", "limits.": ""}
 
 
 def open_preparing(config: PrepareConfig) -> Opened:
-    """Opens the source and the vocabulary; raises UserError where one of them cannot be used."""
+    """Opens the source and the vocabulary; raises UserError if one of them cannot be used."""
     preparation = open_preparation(config)
 
     def run(folder: AnyPath, open_bar: OpenBar) -> None:
-        # The first of several processes prepares, with workers of its own.
+        # If there are several processes, only the first prepares, with its own workers.
         on_first_process(lambda: preparation.write(folder, open_bar=open_bar))
 
-    # None where prompts have no end id: a folder of an earlier version, which knew no such setting, is the same.
+    # None if prompts have no end id. Folders of earlier versions lack this fact, and stay valid.
     ends = preparation.ends_prompts or None
     return Opened({**preparation.digests, "version": __version__, END_PROMPTS: ends}, run)
 

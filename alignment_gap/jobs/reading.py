@@ -1,4 +1,4 @@
-"""What a training job reads: datasets that are opened and checked once, as the batch of any step on the devices."""
+"""Reads the datasets of a training job: opens and checks them once, then puts the batch of any step on the devices."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from alignment_gap.sharding import LogicalMesh, host_rows, on_every_process, put
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """Datasets of a config, whose files are as their cards say.
+    """The datasets of a config; their files match their cards.
 
     Attributes:
-      config: how they are read.
-      examples: of all datasets.
-      shapes: (P, R) that batches are padded to, each holding the one before it.
+      config: how the datasets are read.
+      examples: the examples of all datasets.
+      shapes: the padded shapes (P, R) of batches; each is at least as large as the one before.
     """
 
     config: DatasetConfig
@@ -32,7 +32,7 @@ class Reading:
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
-        """All of them; they agree in vocabulary, responses a prompt, fields and kind of scores."""
+        """All datasets; they agree in vocabulary, responses per prompt, fields and kind of scores."""
         return self.examples.datasets
 
     @property
@@ -43,7 +43,7 @@ class Reading:
     def batches(
         self, mesh: LogicalMesh, seed: int, microbatches: int = 1, references: Sequence[ReferenceLogProbs] = ()
     ) -> OfflineSource:
-        """The batches, of which this process reads its rows; with stored reference log-probs where given."""
+        """The batches, with the given reference log-probs; this process reads only its own rows of each."""
         (prompt_length, response_length), config = self.shapes[-1], self.config
         return offline_source(
             Examples(self.datasets, references) if references else self.examples,
@@ -61,25 +61,25 @@ class Reading:
         )
 
     def steps(self, asked: int | None) -> int:
-        """The steps of a job: those asked for, or those of its epochs; raises UserError where there are not as many."""
+        """The number of steps: the given one, or that of the epochs; raises UserError if the data has fewer."""
         epochs, size, count = self.config.epochs, self.config.batch_size, len(self.examples)
         there = None if epochs is None else epochs * count // size
         if asked is None and not there:
-            raise UserError("steps is not set: set it, or epochs for as many steps as the examples have")
+            raise UserError("steps is not set: set it, or set epochs to train for that many passes over the examples")
         if asked is not None and there is not None and asked > there:
             raise UserError(
                 f"steps is {asked}, but {epochs} epochs of {count} examples have {there} batches of {size}: lower "
-                "steps, leave it out for all of them, or raise epochs"
+                "steps, leave it out to use all batches, or raise epochs"
             )
         return asked or there or 0
 
 
 def open_reading(config: DatasetConfig, setting: str) -> Reading:
-    """Opens datasets in every process; raises UserError where one is not what its card says, or they do not agree.
+    """Opens datasets in every process; raises UserError if one does not match its card, or they do not go together.
 
     Args:
-      config: the datasets.
-      setting: the path of the config among a job's settings, for errors.
+      config: the datasets, and how they are read.
+      setting: path of this config among the job's settings, for error messages.
     """
     if config.folder is None:
         raise UserError(f"{setting}.folder is not set: give the folder of a prepared dataset")
@@ -90,14 +90,14 @@ def open_reading(config: DatasetConfig, setting: str) -> Reading:
 def on_devices(
     batches: OfflineSource, config: DatasetConfig, mesh: LogicalMesh, vocabulary_size: int
 ) -> Callable[[int], PreferenceBatch]:
-    """The batches on the devices; raises UserError for one with an id outside of the model's vocabulary."""
+    """Puts batches on the devices; raises UserError if a batch has a token id outside the model's vocabulary."""
 
     def source(step: int) -> PreferenceBatch:
         batch = batches(step)
         largest = max(np.max(batch.prompts), np.max(batch.responses))
         if largest >= vocabulary_size:
             raise UserError(
-                f"{config.folder} has the token id {largest} but the model has vocabulary_size={vocabulary_size}: "
+                f"{config.folder} has the token id {largest}, but the model has vocabulary_size={vocabulary_size}: "
                 "raise it, or prepare the dataset with the model's vocabulary"
             )
         placed: PreferenceBatch = put_batch(batch, mesh, batches.rows(step))
@@ -121,7 +121,7 @@ def _shapes(config: DatasetConfig, examples: Examples, setting: str) -> tuple[Bu
         if length < longest:
             raise UserError(
                 f"{setting}.{name} is {length}, but {config.folder} has one of {longest} tokens: raise it, or leave it "
-                "out for the longest"
+                "out to use the longest"
             )
         largest.append(length)
     prompt, response = largest

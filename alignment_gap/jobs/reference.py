@@ -1,4 +1,4 @@
-"""The reference policy's log-probs of a dataset: computed once, stored beside it, looked up by a digest."""
+"""A dataset's log-probs under the reference policy: computed once, stored beside the dataset, found by a digest."""
 
 from __future__ import annotations
 
@@ -40,23 +40,24 @@ from alignment_gap.sharding import (
 )
 from alignment_gap.training import load_params, make_score
 
-# Fields of a model's config that change how gradients are computed and how layers are compiled, not what they compute.
+# Fields of a model's config that change how gradients are computed or layers are compiled, but not the outputs.
 _OF_TRAINING = ("remat", "scan_unroll")
 
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceConfig:
-    """Log-probs to compute ahead of the jobs that train on them.
+    """Log-probs to compute before the jobs that train with them.
 
     Attributes:
-      dataset: the job's dataset, or all of its datasets with commas between.
+      dataset: the job's dataset; or all of its datasets, separated by commas.
       checkpoint: folder of the reference policy: a run, or a checkpoint.
-      step: which of a run's checkpoints; None for the last.
-      buckets: shapes that batches are padded to at most, as in the job.
-      prompt_length: tokens that prompts are padded to, as in the job; None for the longest.
-      response_length: tokens that responses are padded to, as in the job; None for the longest.
-      dtype: float32 or bfloat16, as in the job's model; None for the checkpoint's own.
-      attention: as in the job's model: xla, cudnn, splash, or T5's auto, xla, pallas; None for the checkpoint's own.
+      step: step of a run's checkpoint; None for the last.
+      buckets: maximum number of padded shapes, as in the job.
+      prompt_length: padded length of prompts in tokens, as in the job; None for the longest.
+      response_length: padded length of responses in tokens, as in the job; None for the longest.
+      dtype: float32 or bfloat16, as in the job's model; None for the checkpoint's dtype.
+      attention: as in the job's model: xla, cudnn or splash, or T5's auto, xla or pallas; None for the checkpoint's
+        attention.
       batch_size: prompts at a time, over all devices.
       mesh: the device mesh.
     """
@@ -73,15 +74,15 @@ class ReferenceConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "buckets", "prompt_length", "response_length", "batch_size")
 
 
 def compute_reference(config: ReferenceConfig, open_bar: OpenBar) -> list[Dataset]:
-    """Stores the log-probs of every dataset, where they are not stored yet; returns the datasets.
+    """Stores the log-probs of every dataset, if they are not stored yet; returns the datasets.
 
     Raises:
-      UserError: a setting or an input cannot be used, or a token id is outside of the policy's vocabulary.
+      UserError: a setting or an input cannot be used, or a token id is outside the policy's vocabulary.
     """
     if config.checkpoint is None:
         raise UserError("checkpoint is not set: give the folder of the reference policy")
@@ -111,7 +112,7 @@ def compute_reference(config: ReferenceConfig, open_bar: OpenBar) -> list[Datase
 
 
 def stored_references(assembly: Assembly, inputs: Inputs, open_bar: OpenBar) -> list[ReferenceLogProbs]:
-    """The stored reference log-probs of a job's datasets; none where the job computes them in each step."""
+    """The stored reference log-probs of a job's datasets; an empty list if the job computes them in each step."""
     config, reading, mesh = assembly.config, inputs.reading, assembly.mesh
     moves = config.reference_every is not None
     if config.reference_log_probs == "each_step" or moves or isinstance(config.source, OnlineConfig):
@@ -130,7 +131,8 @@ def stored_references(assembly: Assembly, inputs: Inputs, open_bar: OpenBar) -> 
         reference_identity(data, policy, reference.digest, reading.shapes, base_dtype) for data in reading.datasets
     ]
     found = [open_reference(*each) for each in zip(reading.datasets, identities, strict=True)]
-    # One process that does not see them yet, on a slow file system, would wait for the others in another program.
+    # On a slow file system one process may not see the files yet. It would run another program than the others, and
+    # all would wait for each other.
     is_incomplete = first_reason("" if all(found) else "something is not stored")
     return [] if is_incomplete else [stored for stored in found if stored]
 
@@ -138,7 +140,7 @@ def stored_references(assembly: Assembly, inputs: Inputs, open_bar: OpenBar) -> 
 def reference_identity(
     dataset: Dataset, policy: Policy, digest: str, buckets: Sequence[Bucket], base_dtype: str | None = None
 ) -> dict[str, Any]:
-    """What decides a dataset's log-probs: the dataset, the digest of the parameters, the lengths and the precision."""
+    """Everything that determines a dataset's log-probs: dataset, digest of the parameters, lengths and precision."""
     precision = {"compute": policy.config.dtype, "matmul": jax.config.values["jax_default_matmul_precision"]}
     return {
         "dataset": dataset.card.digest,
@@ -160,23 +162,23 @@ def store_reference(
     progress: Callable[[int], object] = lambda examples: None,
     base_dtype: str | None = None,
 ) -> ReferenceLogProbs:
-    """The dataset's log-probs under the policy: those that are stored, or else computed and stored now.
+    """The dataset's log-probs under the policy: reads the stored ones, or computes and stores them.
 
-    What an earlier call with the same batch size had computed before it was killed is kept; all but its last minute.
+    If an earlier call with the same batch size was killed, its results are kept except those of its last minute.
 
     Args:
-      dataset: what is scored.
+      dataset: the dataset to score.
       policy: the reference policy.
-      params: its parameters, which are read only where something is to be scored.
+      params: its parameters; they are read only if something has to be scored.
       mesh: the device mesh.
       batch_size: examples that are scored at once, over all devices.
-      buckets: the shapes (P, R) that batches are padded to, the last one of the longest lengths.
-      progress: is told how many examples are newly done.
+      buckets: the padded shapes (P, R) of batches; the last one has the longest lengths.
+      progress: called with the number of examples that were just done.
       base_dtype: dtype of the parameters' projections if they are the base of adapters; see `AdapterConfig`.
 
     Raises:
-      UserError: what is stored is of another version of the dataset or was changed, or a token id is outside of the
-        policy's vocabulary.
+      UserError: the stored log-probs belong to another version of the dataset or were changed, or a token id is outside
+        the policy's vocabulary.
     """
     identity = reference_identity(dataset, policy, params.digest, buckets, base_dtype)
     if stored := on_every_process(lambda: open_reference(dataset, identity)):
@@ -195,7 +197,7 @@ def store_reference(
     with contextlib.ExitStack() as stack:
         folder = reference_folder(dataset, identity)
         on_first_process(lambda: stack.enter_context(locked(folder)))
-        # Another job may have stored them since.
+        # Another job may have stored them in the meantime.
         if stored := on_every_process(lambda: open_reference(dataset, identity)):
             return stored
         writer = on_every_process(
@@ -217,7 +219,7 @@ def store_reference(
 def _scored(
     batches: Callable[[int], PreferenceBatch], score: Callable[..., Any], params: Any, steps: range
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Each step and the log-probs [B, K, R] of its whole batch."""
+    """Yields each step with the log-probs [B, K, R] of its whole batch."""
     with Prefetched(batches, 2, last=steps.stop) as ahead:
         for step in steps:
             batch = ahead(step)

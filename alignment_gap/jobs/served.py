@@ -1,4 +1,4 @@
-"""What a loss reads, and whether a job's sources serve it; what they do not is told before the first step."""
+"""Checks, before the first step, that a job's sources provide what its loss reads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from alignment_gap import losses
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, OnlineConfig, SourceConfig
 
-# A batch's optional arrays, by their names on a dataset's card.
+# Names of a batch's optional arrays on a dataset's card.
 REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS = "reference_log_probs", "sampler_log_probs"
 _FRESH = ("fresh_", "ref_fresh_")
 
 
 def arrays_of(loss: Callable[..., Any]) -> dict[str, bool]:
-    """The arrays that a loss names, and whether it requires each."""
+    """The arrays among a loss's parameters, and whether each is required."""
     parameters = inspect.signature(loss).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
     return {each.name: each.default is each.empty for each in parameters if each.kind in positional}
@@ -31,17 +31,18 @@ def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collect
     """Whether a reference policy has to score batches.
 
     Args:
-      config: the job.
-      loss: of the job.
-      fields: what the recorded examples hold; empty for an online source.
+      config: settings of the job.
+      loss: its loss.
+      fields: optional arrays of the recorded examples; empty for an online source.
 
     Raises:
-      UserError: the loss requires a reference and there is none, or there are two; or one moves that cannot.
+      UserError: the loss requires a reference and there is none; there are two references; or the reference should move
+        but cannot.
     """
     moving = config.reference_every is not None
     if moving and REFERENCE_LOG_PROBS in fields:
         raise UserError(
-            f"{config.recorded.folder} has the log-probs of a reference of its own: leave "
+            f"{config.recorded.folder} has the log-probs of a fixed reference: leave "
             f"reference_every={config.reference_every} out"
         )
     if REFERENCE_LOG_PROBS in fields and config.fresh is None and not reads_mismatched(loss):
@@ -67,12 +68,12 @@ def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collect
 
 
 def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection[str]) -> None:
-    """Raises UserError where the job's sources do not give what the loss reads.
+    """Raises UserError if the job's sources do not provide what the loss reads.
 
     Args:
-      config: the job.
-      loss: of the job.
-      fields: what the recorded examples of the source hold; empty for an online source.
+      config: settings of the job.
+      loss: its loss.
+      fields: optional arrays of the source's recorded examples; empty for an online source.
     """
     name, reads, source = config.loss.name, losses.reads(loss), config.source
     wants_fresh = any(array.startswith(_FRESH) for array in arrays_of(loss))
@@ -82,21 +83,21 @@ def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection
         raise UserError(f"the loss {name} reads no second source: leave fresh out, or choose a loss such as hypo")
     if wants_fresh and config.recorded.packing is not None:
         raise UserError(
-            f"the loss {name} sets fresh samples beside each prompt, and packed rows have empty slots: leave packing "
+            f"the loss {name} needs fresh samples for every prompt, but packed rows have empty slots: leave packing "
             "out, and set buckets instead"
         )
     on_policy = losses.SAMPLER_LOG_PROBS in reads or losses.OWN_SAMPLES in reads
     if on_policy and isinstance(source, DatasetConfig) and not wants_fresh and SAMPLER_LOG_PROBS not in fields:
         raise UserError(
-            f"the loss {name} is for samples of the policy with the log-probs that they were drawn with, and "
-            f"{source.folder} holds none: train online, or on the recorded stream of an online run"
+            f"the loss {name} needs samples of the policy with the sampler's log-probs, but {source.folder} has no "
+            "such log-probs: train online, or on the record of an online run"
         )
     for each in (source, config.fresh):
         _check_online(name, reads, each)
     if losses.OTHER_PROMPTS in reads and config.recorded.packing is not None:
         raise UserError(
-            f"the loss {name} of a prompt depends on the batch's other prompts, and packed rows have empty slots: "
-            "leave packing out, and set buckets instead"
+            f"with the loss {name}, a prompt's loss depends on the batch's other prompts, but packed rows have empty "
+            "slots: leave packing out, and set buckets instead"
         )
     if losses.WIDTH in reads and (config.recorded.packing is not None or config.recorded.buckets > 1):
         raise UserError(
@@ -109,11 +110,11 @@ def _check_online(name: str, reads: Collection[str], source: SourceConfig | None
     if isinstance(source, OnlineConfig) and losses.OWN_SAMPLES in reads:
         if source.refresh_every != 1:
             raise UserError(
-                f"the loss {name} is right on samples of the current policy alone: set refresh_every to 1, which is "
-                f"{source.refresh_every}, or choose a loss with an importance ratio, such as rloo"
+                f"the loss {name} is only right for samples of the current policy, but refresh_every is "
+                f"{source.refresh_every}: set it to 1, or choose a loss with an importance ratio, such as rloo"
             )
         if source.mixture is not None and source.against == "each_other":
             raise UserError(
-                f"the loss {name} is right on samples of the current policy alone: leave mixture={source.mixture} out, "
-                "or set against to 'mixture', which draws the opponents from it"
+                f"the loss {name} is only right for samples of the current policy: leave mixture={source.mixture} out, "
+                "or set against to 'mixture', so that only the opponents are drawn from the mixture"
             )

@@ -1,4 +1,4 @@
-"""The sources of a training job: recorded examples, fresh samples, or both, as one function of step and state."""
+"""The sources of a training job: recorded examples, fresh samples, or both, in one function of step and state."""
 
 from __future__ import annotations
 
@@ -25,44 +25,45 @@ from alignment_gap.training import Source, Times, TrainState, with_fresh, with_m
 
 RECORD = "record"
 _CHUNK = "until-"
-# A record file holds the samples of so many steps, whenever checkpoints are saved: a record's digest follows from its
-# samples alone.
+# Steps whose samples share a record file. It does not depend on when checkpoints are saved, so the digest of a record
+# depends only on its samples.
 _CHUNK_STEPS = 200
 
 
 class Parameters:
-    """The parameters of another run's checkpoint, read when they are first needed; a job that goes on may need none.
+    """The parameters of another run's checkpoint, read when they are first needed.
+
+    A job that continues may not need them.
 
     Attributes:
-      read: gives the parameters on the mesh; raises UserError where they are damaged or of another model. Every process
+      read: returns the parameters on the mesh; raises UserError if they are damaged or of another model. Every process
         calls it.
     """
 
     def __init__(self, load: Callable[[], Any], said: str | None = None) -> None:
-        """Takes how to read them, and the digest that the checkpoint says, with which what is read is compared."""
+        """Takes a function that reads the parameters, and the digest that the checkpoint gives for them, if it does."""
         self.read, self._said = functools.cache(load), said
 
     def forget(self) -> None:
-        """Gives their memory back; the next `read` reads them anew."""
+        """Frees their memory; the next `read` reads them again."""
         self.read.cache_clear()
 
     @functools.cached_property
     def digest(self) -> str:
-        """Their `params_digest`."""
+        """The `params_digest` of the parameters."""
         return self._said or params_digest(self.read())
 
 
 class Inputs(NamedTuple):
-    """What a training job reads and is started with.
+    """The inputs of a training job.
 
     Attributes:
       reading: the datasets of the source.
       fresh: the datasets of the second source, if there is one.
-      judge: of the online source, if it has one.
-      start: parameters that training starts from, or the base of adapters; None for fresh ones.
-      reference: parameters of the reference policy, or those that one which moves begins with; None where nothing
-        needs them.
-      stored: the reference's log-probs of every dataset, where they are stored.
+      judge: the judge of the online source, if it has one.
+      start: parameters that training starts from, or the base of adapters; None for fresh parameters.
+      reference: parameters of the reference policy; a moving reference begins with them. None if the job needs none.
+      stored: the stored reference log-probs of every dataset, if they are used.
       validation: held-out examples, if there are any.
     """
 
@@ -76,13 +77,13 @@ class Inputs(NamedTuple):
 
 
 def frozen_of(assembly: Assembly, inputs: Inputs) -> tuple[Any, ...]:
-    """What the update step reads beside state and batch: the base of adapters, or nothing."""
+    """Further arguments of the update step after state and batch: the base of adapters, or none."""
     return (inputs.start.read(),) if assembly.adapters and inputs.start is not None else ()
 
 
 @contextlib.contextmanager
 def open_source(assembly: Assembly, inputs: Inputs, steps: int, times: Times) -> Iterator[Source]:
-    """The source of a job's batches for so many steps; read ahead while the context lasts."""
+    """The source of a job's batches for `steps` steps; batches are read ahead until the context ends."""
     config = assembly.config
     with contextlib.ExitStack() as stack:
         source = _open(stack, assembly, inputs, config.source, inputs.reading, steps, times, inputs.stored)
@@ -97,7 +98,7 @@ def open_source(assembly: Assembly, inputs: Inputs, steps: int, times: Times) ->
 
 
 def _is_all_stored(assembly: Assembly, inputs: Inputs) -> bool:
-    """Whether no batch needs the reference's parameters: those of recorded examples have its log-probs with them."""
+    """Whether no batch needs the reference's parameters, because all its log-probs are stored."""
     return bool(inputs.stored) and inputs.fresh is None and not reads_mismatched(assembly.loss)
 
 
@@ -131,7 +132,7 @@ def _open(
         return online_source(ahead, draw, times.of_devices("judging", score), source.keep, mesh)
 
     def keeps_sampler(step: int) -> bool:
-        """Whether the next step's samples come from the parameters of this one's: they can be judged meanwhile."""
+        """Whether the next step samples with the same parameters; its samples can then be judged during this step."""
         every = source.refresh_every
         return step + 1 < steps and (every == 0 or (step + 1) % every != 0)
 
@@ -139,14 +140,14 @@ def _open(
 
 
 def _timed(begin: Begin, times: Times) -> Begin:
-    """A judge that other machines compute: the time that its scores are waited for counts, in every step."""
+    """Times how long every step waits for the scores of a judge that runs on other machines."""
     return lambda *texts: times.of_host("judging", begin(*texts))
 
 
 def _drawing(
     assembly: Assembly, inputs: Inputs, online: OnlineConfig, response: int, *, opponents: bool = False
 ) -> Draw:
-    """What draws the samples of an online source, or those of the mixture that they are scored against."""
+    """A function that draws the samples of an online source, or their opponents from the mixture."""
     generate = assembly.generate(online, response, opponents=opponents)
     key = put_replicated(assembly.key(OPPONENTS if opponents else SAMPLES), assembly.mesh)
     params_of = _sampler(assembly, inputs, online)
@@ -160,7 +161,7 @@ def _drawing(
 
 
 def reference_of(assembly: Assembly, inputs: Inputs) -> Callable[[TrainState], Any]:
-    """The reference's parameters at a state: the copy of one that moves, or the ones that stay."""
+    """The reference's parameters as a function of the state: the copy in the state if it moves, otherwise fixed."""
     if REFERENCE in assembly.abstract.copies:
         return _copy_of(assembly, inputs, REFERENCE)
     assert inputs.reference is not None
@@ -174,7 +175,7 @@ def _copy_of(assembly: Assembly, inputs: Inputs, name: str) -> Callable[[TrainSt
 
 
 def _sampler(assembly: Assembly, inputs: Inputs, online: OnlineConfig) -> Callable[[TrainState], Any]:
-    """Whose parameters samples are drawn from: the current ones, those of the last refresh, or those of the start."""
+    """The sampler's parameters as a function of the state: current, of the last refresh, or of the start."""
     if online.refresh_every == 1:
         frozen = frozen_of(assembly, inputs)
         return lambda state: assembly.whole(state.params, *frozen)
@@ -188,12 +189,12 @@ def _sampler(assembly: Assembly, inputs: Inputs, online: OnlineConfig) -> Callab
 def open_recorder(
     assembly: Assembly, folder: AnyPath, last_step: int
 ) -> Callable[[int, list[PreferenceBatch]], None] | None:
-    """What records the stream of fresh samples after the step of the last checkpoint.
+    """Opens the record of fresh samples, at the step of the last checkpoint.
 
-    At every checkpoint the last record file is written anew, with the samples since, until it is full.
+    Every checkpoint rewrites the last record file with the new samples added, until the file is full.
 
     Returns:
-      `(step, batches since the last checkpoint) -> None`; None where nothing is to be recorded.
+      `(step, batches since the last checkpoint) -> None`; None if the job does not record.
     """
     online = assembly.config.online
     if online is None or not online.record:
@@ -218,7 +219,7 @@ def open_recorder(
 
 
 def _resume_record(record: AnyPath, step: int) -> list[Example]:
-    """The samples up to a step of the file that was not full by then; the samples after it are removed."""
+    """Removes recorded samples after a step; returns the samples of the record file that is not full at that step."""
     first, pending = _full_until(step), list[Example]()
     if first < step:
         there = sorted(_until(path.stem) for path in record.glob(chunk_path(record, f"{_CHUNK}*").name))
@@ -233,18 +234,18 @@ def _resume_record(record: AnyPath, step: int) -> list[Example]:
 
 
 def _write_chunk(record: AnyPath, step: int, examples: Sequence[Example]) -> None:
-    """Writes the file with the samples up to a step, and removes the shorter ones that it takes the place of."""
+    """Writes the file with the samples up to a step, and removes the shorter files that it replaces."""
     write_chunk(record, f"{_CHUNK}{step:08d}", examples)
     discard_chunks(record, lambda name: _full_until(step - 1) < _until(name) < step)
 
 
 def _full_until(step: int) -> int:
-    """The step up to which record files are full when `step` steps are done."""
+    """The last step in a full record file after `step` steps."""
     return step - step % _CHUNK_STEPS
 
 
 def close_record(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> None:
-    """Completes the recorded stream as a dataset, whose card says what it was drawn from and labelled by."""
+    """Completes the record as a dataset; its card names the prompts, the sampling settings and the judge."""
     config, network = assembly.config, assembly.facts.network
     reading, online = inputs.fresh if config.online is config.fresh else inputs.reading, config.online
     assert reading is not None and online is not None

@@ -1,10 +1,10 @@
-"""A training job, online or offline, of a policy or of a preference model, in a folder that resumes itself.
+"""A training job, online or offline, for a policy or a preference model; a stopped job resumes in its folder.
 
 FOLDER/
   job.json, done.json        see `jobs.folder`
   checkpoints/STEP/          complete or absent
-  metrics.jsonl              a line per `log_every` steps, and what else `training.monitor` writes
-  record/                    the stream of an online source, as a dataset
+  metrics.jsonl              a line every `log_every` steps; `training.monitor` may write more files
+  record/                    the samples of an online source, as a dataset
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ from alignment_gap.training import (
 )
 
 _SOURCES = ("source", "source.prompts", "fresh", "fresh.prompts")
-# What a resumed run may change: none of it alters the steps that were taken.
+# Settings that may change when a run resumes; they do not affect the steps already taken.
 _MAY_CHANGE = (
     *("steps", "microbatches", "checkpoint_every", "checkpoint_steps", "log_every", "guard.stop_after"),
     *(_KEEP := tuple(f"keep.{field.name}" for field in dataclasses.fields(KeepConfig))),
@@ -87,11 +87,11 @@ _MAY_CHANGE = (
 
 
 def open_training(config: JobConfig) -> Opened:
-    """Opens what a job reads, puts its parts together and checks that they go together.
+    """Opens a job's inputs, assembles its parts and checks that they fit together.
 
     Raises:
-      UserError: where a setting or an input cannot be used; nothing is written or compiled by then. A token id outside
-        of the model's vocabulary is found when its batch is read.
+      UserError: a setting or an input cannot be used. It is raised before anything is written or compiled; only a token
+        id outside the model's vocabulary is found later, when its batch is read.
     """
     reading = open_reading(config.recorded, "source.prompts" if isinstance(config.source, OnlineConfig) else "source")
     fresh = open_reading(recorded(config.fresh), "fresh") if config.fresh is not None else None
@@ -100,7 +100,7 @@ def open_training(config: JobConfig) -> Opened:
     assembly = Assembly(config, _facts(config, reading, fresh), make_mesh(config.mesh))
     assembly.check_loss(_example_batch(assembly, reading))
     start, network = _start(assembly), assembly.facts.network
-    # Judge and reference share the base, where they are adapters of the same one.
+    # Judge and reference share the base, if they are adapters of the same base.
     bases: Bases = {base_key(network): start.read} if start and network.base_digest else {}
     judge, online = None, config.online
     if online is not None and online.judge.judge is not None:
@@ -108,7 +108,7 @@ def open_training(config: JobConfig) -> Opened:
     reference = start
     if config.reference is not None:
         folder, other = _checked(config.reference, config.reference_step, assembly)
-        # The copy of one that moves is averaged with plain kernels.
+        # A moving reference is averaged with the policy, so it needs plain kernels.
         load = functools.partial(load_params, bases=bases) if config.reference_every is None else load_plain
         reference = Parameters(lambda: load(folder, other, assembly.mesh), read_digest(folder))
     inputs = Inputs(reading, fresh, judge, start, reference, validation=open_validation(assembly, reading))
@@ -116,26 +116,26 @@ def open_training(config: JobConfig) -> Opened:
     for name, params, path in (("start", start, config.start), ("reference", reference, config.reference)):
         facts |= {f"{name}.digest": params.digest} if params is not None and path is not None else {}
     facts |= dict(judge.facts if judge else {})
-    if config.optimizer.ends:  # Then more steps would have been other steps from the start.
+    if config.optimizer.ends:  # The number of steps then changes the learning rate of earlier steps.
         facts["optimizer.steps"] = config.steps
     return Opened(facts, functools.partial(_run, assembly, inputs), functools.partial(_read_first, inputs))
 
 
 def _check_fresh(reading: Reading, fresh: Reading | None) -> None:
-    """Raises UserError where the prompts of the second source are of another vocabulary than the first source."""
+    """Raises UserError if the two sources have different vocabularies."""
     digests = [each.datasets[0].card.vocabulary_digest for each in (reading, fresh) if each is not None]
     if len(set(digests)) > 1:
         raise UserError(
-            f"the prompts of fresh were prepared with the vocabulary {digests[1][:12]}, those of source with "
-            f"{digests[0][:12]}: prepare both with the same one"
+            f"fresh was prepared with the vocabulary {digests[1][:12]}, but source with {digests[0][:12]}: prepare "
+            "both with the same one"
         )
 
 
 def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
-    """What the inputs of a job say."""
+    """Facts about the inputs of a job."""
     dataset = reading.datasets[0]
     place = config.recorded.vocabulary or vocabulary_place(dataset)
-    # The markers of a preference model and the end of a sample come from the vocabulary itself.
+    # A preference model's markers and the end id of samples come from the vocabulary.
     needs_vocabulary = config.kind != POLICY or config.online is not None
     vocabulary = find_vocabulary(dataset, place) if needs_vocabulary else None
     digest = dataset.card.vocabulary_digest
@@ -153,7 +153,7 @@ def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
 
 
 def _with_base(config: JobConfig, network: Network) -> Network:
-    """The network with what its adapters, if it has any, are added to."""
+    """The network; if it has adapters, with the path and the digest of their base."""
     if network.adapter is None:
         return network
     folder = find_checkpoint(at(str(config.start)), config.start_step)
@@ -168,9 +168,9 @@ def _batch_shape(source: SourceConfig, reading: Reading) -> BatchShape:
 
 
 def _example_batch(assembly: Assembly, reading: Reading) -> PreferenceBatch:
-    """A batch to trace the loss on: of abstract arrays, or the first one where rows are packed."""
+    """A batch to trace the loss on: abstract arrays, or the first batch if rows are packed."""
     config = assembly.config
-    # In any case: raises where the order of the examples does not go with them.
+    # Called for every job, because it raises if the order does not suit the examples.
     batches = reading.batches(assembly.mesh, config.seed, config.microbatches)
     if config.recorded.packing is None:
         return assembly.abstract_batch()
@@ -181,7 +181,7 @@ def _example_batch(assembly: Assembly, reading: Reading) -> PreferenceBatch:
 
 
 def _start(assembly: Assembly) -> Parameters | None:
-    """The parameters that training starts from or, of adapters, those that they are added to; with plain kernels."""
+    """The parameters that training starts from, with plain kernels; or the base of the adapters."""
     config = assembly.config
     if config.start is None:
         return None
@@ -192,7 +192,7 @@ def _start(assembly: Assembly) -> Parameters | None:
 
 
 def _checked(path: str, step: int | None, assembly: Assembly) -> tuple[AnyPath, Network]:
-    """Another run's checkpoint and what it holds; raises UserError where it is of another network or vocabulary."""
+    """Another run's checkpoint and its network; raises UserError if its model or vocabulary is not the job's."""
     folder, wanted = find_checkpoint(at(path), step), assembly.facts.network
     network = read_network(folder)
     if network is None:
@@ -205,7 +205,7 @@ def _checked(path: str, step: int | None, assembly: Assembly) -> tuple[AnyPath, 
 
 
 def _read_first(inputs: Inputs, folder: AnyPath) -> None:
-    """Reads the parameters that a job without a checkpoint begins with, so that damaged ones are told first."""
+    """Reads the parameters that a job without a checkpoint starts from, to find damage before anything is written."""
     if first_says(lambda: bool(complete_steps(folder / CHECKPOINTS))):
         return
     for params in (inputs.start, inputs.reference):
@@ -214,7 +214,7 @@ def _read_first(inputs: Inputs, folder: AnyPath) -> None:
 
 
 def _run(assembly: Assembly, inputs: Inputs, folder: AnyPath, open_bar: OpenBar) -> None:
-    """Trains up to the job's last step in `folder`, from its last complete checkpoint where there is one."""
+    """Trains up to the job's last step in `folder`; resumes from its last complete checkpoint, if there is one."""
     config, steps = assembly.config, assembly.config.steps or 0
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder / CHECKPOINTS, assembly.facts.network, config.keep))
@@ -231,7 +231,7 @@ def _run(assembly: Assembly, inputs: Inputs, folder: AnyPath, open_bar: OpenBar)
         bar.write(_summary(assembly, inputs.reading))
         state = checkpoints.restore_last(assembly.abstract, bar.write) or _first_state(assembly, inputs)
         if REFERENCE in state.copies and assembly.adapters is None:
-            # A reference that moves needs no other place in memory than its copy.
+            # The state holds a copy of the moving reference, so the loaded parameters can be freed.
             for params in filter(None, (inputs.start, inputs.reference)):
                 params.forget()
         monitor = open_monitor(assembly, inputs, folder)
@@ -273,11 +273,11 @@ def _summary(assembly: Assembly, reading: Reading) -> str:
     config = assembly.config
     line = f"{config.steps:,} steps of {reading.config.batch_size} of {len(reading.examples):,} examples"
     padding = reading.batches(assembly.mesh, config.seed, config.microbatches).padding().share
-    return f"{line}; {padding:.1%} of the tokens in batches is padding"
+    return f"{line}; {padding:.1%} of the token slots in batches hold padding"
 
 
 def _carry_tokenizer(config: JobConfig, folder: AnyPath) -> None:
-    """Copies the files that came with the start's parameters, so that they can leave with the trained ones."""
+    """Copies the tokenizer files of the start, so that an export of the trained parameters can include them."""
     tokenizer = tokenizer_of(find_checkpoint(at(config.start), config.start_step)) if config.start else None
     if tokenizer:
         copy_files(tokenizer, folder / TOKENIZER)

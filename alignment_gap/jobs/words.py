@@ -1,4 +1,4 @@
-"""A job's settings as the words of a command: what differs from the defaults, and nothing else."""
+"""Converts a job's settings to command-line words; settings with their default value are left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def flag_words(config: Any, short: Mapping[str, str]) -> list[str]:
-    """`--NAME=VALUE` for every setting that differs from its default, under the name that `flag_name` gives."""
+    """`--NAME=VALUE` for every setting that differs from its default; `flag_name` gives the name."""
     return [f"--{flag_name(path, short)}={_text(value)}" for path, value in _differing(config, type(config)(), "")]
 
 
@@ -18,8 +18,8 @@ def flag_name(path: str, short: Mapping[str, str]) -> str:
     """The flag of a setting: its dotted path, or a shorter name.
 
     Args:
-      path: of the setting, such as "source.location".
-      short: the flags of some paths; a path that ends in a dot is that of a group, whose part it replaces.
+      path: path of the setting, such as "source.location".
+      short: shorter flags for some paths. A path that ends in a dot is a prefix, and its value replaces this prefix.
     """
     if path in short:
         return short[path]
@@ -31,16 +31,16 @@ def flag_name(path: str, short: Mapping[str, str]) -> str:
 def gin_words(config: Any) -> list[str]:
     """`--gin.CLASS.FIELD=VALUE` for every setting that differs from its default.
 
-    A dataclass that comes more than once in the tree has the path of its field for a gin scope.
+    If a dataclass occurs more than once in the tree, the path of its field is its gin scope.
     """
     counts = collections.Counter(type(part).__name__ for part in _parts(config))
     return [f"--gin.{binding}" for binding in _bindings(config, "", counts)]
 
 
 def is_notation(value: str) -> bool:
-    """Whether a text is gin's notation of a value, so that a text which reads like it needs quotes.
+    """Whether gin would parse a text as a value; such a text needs quotes to stay a string.
 
-    That is a reference, a macro, a container that may hold them, or Python's notation.
+    Gin parses references, macros, containers and Python literals.
     """
     if value.strip().startswith(("@", "%", "{", "[", "(", "'", '"')):
         return True
@@ -68,7 +68,7 @@ def _text(value: Any) -> str:
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """The dataclasses of a tree."""
+    """All dataclasses in a tree."""
     yield config
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,1 +1,1 @@
-"""The controlled study: why does online beat offline? Stages, arms, analysis, figures and report."""
+"""The controlled study of why online beats offline: stages, arms, analysis, figures and report."""

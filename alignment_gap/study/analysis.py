@@ -1,12 +1,12 @@
-"""What the numbers of a study say: the table of results, the peaks, and whether one source beats another at equal KL.
+"""Analyses the numbers of a study: the table of results, the peaks, and whether one source beats another at equal KL.
 
-Everything is computed from `CheckpointResult`s, plain numpy arrays with one entry per example. The examples of one
-seed are the same, in the same order, for all its checkpoints, so every contrast is paired: one resampling of the
-examples is applied to all checkpoints at once, and what they share cancels.
+Everything is computed from `CheckpointResult`s, which hold numpy arrays with one entry per example. All checkpoints of
+one seed have the same examples in the same order, so every contrast is paired: each resample of the examples is used
+for all checkpoints, and their common variation cancels.
 
-One seed gives intervals that cover another draw of prompts, not another training run. Several seeds give intervals
-that cover another seed: the wider of the bootstrap over prompts and Student's t over the seeds' estimates. A
-bootstrap of the seeds themselves is not used, since over two to five of them it is far too narrow.
+With one seed, intervals cover another draw of prompts, but not another training run. With several seeds, intervals
+cover another seed: they are the wider of the bootstrap over prompts and Student's t over the seeds' estimates. The
+seeds themselves are not bootstrapped, because with two to five seeds such intervals are far too narrow.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from alignment_gap.evaluation.intervals import RESAMPLES, Band, Interval, mean_i
 from alignment_gap.evaluation.results import means
 
 Method = tuple[str, str]
-"""An arm and a loss; its runs over a sweep are pooled."""
+"""An arm and a loss; the runs of a sweep are pooled."""
 
 Runs = list[list["CheckpointResult"]]
-"""The runs of one method in one seed, each a list of checkpoints by step."""
+"""The runs of one method in one seed; each run is a list of checkpoints, ordered by step."""
 
 ORIGIN, OPPONENT = "sft", "golden"
-"""The policies of a study that are no arm: where all of them start, and whom the win rate is against."""
+"""The policies of a study that are not arms: the policy that all arms start from, and the opponent of the win rate."""
 
 PROXY: Method = ("proxy", "preference")
-"""The proxy preference model among the results: a classifier beside the policies, and no arm."""
+"""The proxy preference model in the results: a classifier, not an arm."""
 
 IDENTITY = ("arm", "loss", "beta", "learning_rate", "steps_factor", "size", "parameters", "seed", "step")
 
 
 class Metric(NamedTuple):
-    """What is measured on every checkpoint, and how it is written.
+    """A metric of checkpoints, and how it is formatted.
 
     Attributes:
-      words: its name in sentences, titles and on axes.
+      words: its name in sentences, in titles and on axes.
       outcome: its name among the outcomes of an evaluation.
-      unit: of a change, after the number.
+      unit: the unit of a change, written after the number.
       digits: the format of a number.
-      is_share: whether it is a share of the examples: from 0 to 1, written in per cent, a change in points.
+      is_share: whether it is a fraction from 0 to 1; it is shown in per cent, and a change in percentage points.
     """
 
     words: str
@@ -73,28 +73,27 @@ METRICS = {
 COLUMNS = (*IDENTITY, *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")))
 LOSS_NAMES = {"ipo": "IPO", "dpo": "DPO", "slic": "SLiC", "best_of_n": "Best-of-n", "sft": "SFT"}
 _SPLITS = 8
-# What results have beside arms: two policies, and the proxy as a classifier.
+# Entries of results that are not arms: two policies, and the proxy as a classifier.
 POLICIES_BESIDE_ARMS = (ORIGIN, OPPONENT)
 NO_ARMS = (*POLICIES_BESIDE_ARMS, PROXY[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CheckpointResult:
-    """One checkpoint of one run and what was measured on it, example by example.
+    """One checkpoint of one run, with its measurements example by example.
 
     Attributes:
-      arm: where the pairs came from: "sft" is the origin at step 0, "golden" the opponent of the win rate.
+      arm: name of the arm; "sft" is the origin at step 0, "golden" the opponent of the win rate.
       loss: name of the loss in the registry.
-      beta: regularisation strength, nan for a loss without one.
-      learning_rate: of the run.
-      seed: of the run; runs of one seed share SFT, golden, proxy, prompts and pairs.
+      beta: regularisation strength; nan for a loss without one.
+      learning_rate: learning rate of the run.
+      seed: seed of the run; runs of one seed share SFT, golden, proxy, prompts and pairs.
       step: gradient steps taken.
-      outcomes: an array of per-example values for each metric; a metric that was not measured is absent. Win rates
-        and accuracy are 1, 0.5 or 0, `kl` and the log ratios are nats summed over the response, `length` is tokens.
-      size: name of the policy's size, where it is another one than the study's own; results of other sizes are not
-        pooled with those of the study's.
-      steps_factor: how many times the steps of an online run this run has.
-      parameters: numbers that the policy is made of; 0 where they were not counted.
+      outcomes: an array of per-example values for each measured metric. Win rates and accuracy are 1, 0.5 or 0; `kl`
+        and the log-ratios are nats, summed over the response; `length` is tokens.
+      size: name of the policy's size, if it is not the study's own; results of different sizes are not pooled.
+      steps_factor: the run's number of steps, as a multiple of the online steps.
+      parameters: number of parameters of the policy; 0 if not counted.
     """
 
     arm: str
@@ -115,37 +114,37 @@ class CheckpointResult:
 
     @property
     def setting(self) -> str:
-        """Beta, learning rate and steps in words, equal for the runs of one setting; empty for the SFT origin."""
+        """Beta, learning rate and steps in words, the same for all runs of a setting; empty for the SFT origin."""
         settings = {"beta": self.beta, "lr": self.learning_rate}
         words = [f"{name} {value:g}" for name, value in settings.items() if not math.isnan(value)]
         return ", ".join([*words, f"{self.steps_factor}x steps"] if self.steps_factor > 1 else words)
 
     def mean(self, metric: str) -> float:
-        """Mean of a metric over its examples, nan where it was not measured."""
+        """Mean of a metric over its examples; nan if it was not measured."""
         values = self.outcomes.get(metric)
         return math.nan if values is None or not len(values) else float(np.mean(values))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
-    """Two methods at equal KL; all gaps are first minus second, in the unit of the metric.
+    """A comparison of two methods at equal KL; all gaps are first minus second, in the unit of the metric.
 
     Attributes:
-      first: one method.
-      second: the other.
-      metric: what is compared.
-      seeds: those in which both methods and the SFT origin were measured.
+      first: the first method.
+      second: the second method.
+      metric: the metric that is compared.
+      seeds: the seeds in which both methods and the SFT origin were measured.
       spans: smallest and largest KL of the trained checkpoints of each method, over all seeds.
-      budgets: KL to SFT in nats, ascending, over the range that both methods reach in every seed; empty where there
-        is none, with empty bands, a mean gap of nan, and only the peaks to compare.
-      origin: the metric of SFT, which is within every budget.
+      budgets: KL to SFT in nats, ascending, over the range that both methods reach in every seed. If there is no such
+        range, budgets and bands are empty, the mean gap is nan, and only the peaks can be compared.
+      origin: the metric of SFT; SFT is within every budget.
       first_frontier: the best of the first method within each budget.
       second_frontier: the best of the second method within each budget.
       gap: their difference at each budget.
-      mean_gap: the difference averaged over the budgets; the verdict rests on it.
-      peak_gap: the difference of the best at any KL.
-      mean_gaps: for every seed the mean gap (first) and its bootstrap replicates; empty without budgets.
-      peak_gaps: the same of the gap of the peaks.
+      mean_gap: the difference averaged over the budgets; it decides the verdict.
+      peak_gap: the difference between the best at any KL.
+      mean_gaps: for every seed, the mean gap (first) and its bootstrap replicates; empty without budgets.
+      peak_gaps: the same for the gap between the peaks.
     """
 
     first: Method
@@ -170,14 +169,14 @@ class Comparison:
 
     @property
     def better(self) -> str:
-        """The arm that beats the other at equal KL; empty where the interval of the mean gap holds 0 or is none."""
+        """The arm that beats the other at equal KL; empty if the mean gap's interval contains 0 or does not exist."""
         if self.mean_gap.low > 0:
             return self.first[0]
         return self.second[0] if self.mean_gap.high < 0 else ""
 
     @property
     def verdict(self) -> str:
-        """Which of the two beats the other at equal KL, in words; where they share no KL, that neither can be said."""
+        """Which arm beats the other at equal KL, in words."""
         arms = self.first[0], self.second[0]
         if not len(self.budgets):
             return f"{arms[0]} and {arms[1]} cannot be compared"
@@ -191,9 +190,10 @@ class Peak:
     """The best checkpoint of a method in one seed.
 
     Attributes:
-      checkpoint: the one with the best mean.
-      interval: its mean with the interval of a checkpoint that was fixed beforehand: too high after a choice.
-      cross_fitted: the mean on prompts that had no part in the choice, averaged over splits into halves.
+      checkpoint: the checkpoint with the best mean.
+      interval: its mean and interval, as for a checkpoint that was fixed beforehand. They are too high, because the
+        checkpoint was chosen as the best.
+      cross_fitted: the mean on prompts that did not take part in the choice, averaged over splits into halves.
     """
 
     checkpoint: CheckpointResult
@@ -205,7 +205,7 @@ class Peak:
 
 
 def results_table(results: Iterable[CheckpointResult]) -> list[dict[str, object]]:
-    """A row per checkpoint with `COLUMNS`: the mean and the interval of every metric, nan where it was not measured."""
+    """A row per checkpoint with `COLUMNS`: mean and interval of every metric; nan if it was not measured."""
     return [
         {name: getattr(result, name) for name in IDENTITY} | means(result.outcomes, tuple(METRICS))
         for result in results
@@ -213,7 +213,7 @@ def results_table(results: Iterable[CheckpointResult]) -> list[dict[str, object]
 
 
 def peaks(results: Sequence[CheckpointResult], metric: str = "win_rate") -> list[Peak]:
-    """The best checkpoint of every method in every seed, in the order in which the methods appear."""
+    """The best checkpoint of every method in every seed, in the order of the methods' first appearance."""
     found = []
     for method in methods(results):
         for seed in seeds_of(results):
@@ -226,7 +226,7 @@ def peaks(results: Sequence[CheckpointResult], metric: str = "win_rate") -> list
 
 
 def loss_name(loss: str) -> str:
-    """The loss as it is written in prose."""
+    """The name of a loss in prose."""
     return LOSS_NAMES.get(loss, loss)
 
 
@@ -265,35 +265,36 @@ def compare(
 ) -> Comparison | None:
     """Compares two methods at equal KL to SFT, the budget of the study.
 
-    What a method can reach within a budget of k nats is the best metric among its policies with KL <= k, pooled over
-    its sweep. Its policies are the SFT origin, its checkpoints, and the mixtures of two neighbouring checkpoints of a
-    run: a policy that answers by one of them with probability 1 - t and by the other with t has exactly the
-    interpolated win rate, and by convexity at most the interpolated KL. Without mixtures a run with few checkpoints
-    would lose to a swept method by its spacing alone.
+    A method's value within a budget of k nats is the best metric among its policies with KL <= k, pooled over its
+    sweep. Its policies are the SFT origin, its checkpoints, and mixtures of two neighbouring checkpoints of a run. A
+    mixture answers by one of them with probability 1 - t and by the other with t. It has exactly the interpolated win
+    rate and, by convexity, at most the interpolated KL. Without mixtures, a run with few checkpoints would lose to a
+    swept method only because of their distance.
 
-    The gap is averaged over budgets equally spaced in sqrt(KL), from the larger of the two smallest KLs to the smaller
-    of the two largest. Below its first checkpoint a method has mixtures with the origin, which say what it reaches at
-    least; how much better it could do was not measured, so no budget goes there.
+    The gap is averaged over budgets that are equally spaced in sqrt(KL), from the larger of the two smallest KLs to the
+    smaller of the two largest. Below its first checkpoint, a method has only mixtures with the origin, which give a
+    lower bound. How much better it could do there was not measured, so there are no such budgets.
 
-    The maximum over noisy checkpoints is biased upwards, the more the more there are, which would favour the swept
-    method. So it is cross-fitted: the best policy is chosen on one half of the prompts and measured on the other, the
-    same halves for both methods, both ways round, averaged over several splits. All copies of a resampled prompt stay
-    in one half. A choice from half of the prompts is a little worse than one from all.
+    The maximum over noisy checkpoints is biased upwards, and more so with more checkpoints; this would favour the swept
+    method. So the maximum is cross-fitted: the best policy is chosen on one half of the prompts and measured on the
+    other half. Both methods use the same halves, each half serves for both purposes, and several splits are averaged.
+    All copies of a resampled prompt stay in one half. A choice from half of the prompts is a little worse than a choice
+    from all.
 
-    The KL of a checkpoint enters at its measured mean. Its own noise, a few per cent, moves a win rate by well under a
-    point where the KL is averaged over a few hundred prompts.
+    The KL of a checkpoint enters at its measured mean. If it is averaged over a few hundred prompts, its own noise is a
+    few per cent, which moves a win rate by well under a point.
 
     Args:
-      results: checkpoints of all methods, the SFT origin ("sft") among them.
-      first: arm and loss.
-      second: arm and loss.
-      metric: an outcome over the prompts, higher better.
-      points: number of budgets G.
-      resamples: bootstrap samples of the prompts.
+      results: checkpoints of all methods, including the SFT origin ("sft").
+      first: arm and loss of the first method.
+      second: arm and loss of the second method.
+      metric: an outcome over the prompts; higher is better.
+      points: G, the number of budgets.
+      resamples: number of bootstrap samples of the prompts.
 
     Returns:
-      The comparison over the seeds that have both methods and the origin, or None where there are none or where a
-      method never left the origin.
+      The comparison over the seeds that have both methods and the origin; None if there is no such seed, or a method
+      never left the origin.
     """
     both = {s: [measured_runs(results, method, s, metric) for method in (first, second)] for s in seeds_of(results)}
     paired = {seed: pair for seed, pair in both.items() if all(pair)}
@@ -305,7 +306,7 @@ def compare(
     firsts, seconds = zip(*frontiers, strict=True)
     gaps = [one - other for one, other in zip(firsts, seconds, strict=True)]
     averages = [replicates[:, :-1].mean(axis=1) for replicates in gaps if len(budgets)]
-    # Student's t over few seeds can reach beyond what a mean can be, or a difference of two.
+    # With few seeds, Student's t can exceed the possible values of a mean, or of a difference of two means.
     low, high = (0.0, 1.0) if METRICS[metric].is_share else (-math.inf, math.inf)
     gap, none = over_groups(gaps).within(low - high, high - low), Interval(math.nan, math.nan, math.nan)
     return Comparison(
@@ -327,7 +328,7 @@ def compare(
 
 
 def measured_runs(results: Sequence[CheckpointResult], method: Method, seed: int, metric: str) -> Runs:
-    """The runs of a method in a seed, each from the SFT origin on; none where a part is missing."""
+    """The runs of a method in a seed, each beginning with the SFT origin; empty if a part is missing."""
     measured = [r for r in results if r.seed == seed and metric in r.outcomes and "kl" in r.outcomes]
     origin = [result for result in measured if result.arm == ORIGIN][:1]
     runs: dict[str, list[CheckpointResult]] = {}
@@ -338,7 +339,7 @@ def measured_runs(results: Sequence[CheckpointResult], method: Method, seed: int
 
 
 def _budgets(spans: Sequence[tuple[float, float]], points: int) -> Float[np.ndarray, "G"]:
-    """KL budgets in nats, equally spaced in the root, within all spans; one where they share a point, or none."""
+    """KL budgets in nats within all spans, equally spaced in sqrt(KL); one if the spans share one point, or none."""
     start, limit = max(low for low, _ in spans), min(high for _, high in spans)
     if start >= limit:
         return np.array([limit] if start == limit else [])
@@ -356,17 +357,17 @@ def _span(runs: Runs) -> tuple[float, float]:
 
 
 def furthest(runs: Runs) -> CheckpointResult:
-    """The checkpoint of all runs with the largest KL."""
+    """The checkpoint with the largest KL among all runs."""
     return max((result for run in runs for result in run), key=lambda result: result.mean("kl"))
 
 
 def _budgeted(band: Band) -> Band:
-    """Leaves out the last entry, the best at any KL."""
+    """The band without the last entry, which is the best at any KL."""
     return Band(band.value[:-1], band.low[:-1], band.high[:-1])
 
 
 def _frontier(runs: Runs, metric: str, budgets: Float[np.ndarray, "G"], resamples: int) -> Float[np.ndarray, "R B"]:
-    """The cross-fitted best within each budget and, last, at any KL; row 0 on the prompts, the others on resamples."""
+    """The cross-fitted best within each budget and, last, at any KL; row 0 on the prompts, other rows on resamples."""
     mixing, kl = _policies(runs, budgets)
     ascending = np.argsort(kl, kind="stable")
     within = np.searchsorted(kl[ascending], [*budgets, np.inf], side="right") - 1
@@ -374,13 +375,13 @@ def _frontier(runs: Runs, metric: str, budgets: Float[np.ndarray, "G"], resample
 
 
 def cross_fitted_best(runs: Runs, metric: str, resamples: int = RESAMPLES) -> Float[np.ndarray, "R"]:
-    """The cross-fitted best checkpoint of all runs: on the examples (first) and on resamples of them."""
+    """The metric of the cross-fitted best checkpoint of all runs: on the examples (first) and on resamples."""
     checkpoints = sum(len(run) for run in runs)
     return _cross_fitted(runs, metric, np.eye(checkpoints), np.array([checkpoints - 1]), resamples)[:, 0]
 
 
 def _policies(runs: Runs, budgets: Float[np.ndarray, "G"]) -> tuple[Float[np.ndarray, "C V"], Float[np.ndarray, "V"]]:
-    """The C checkpoints and the mixtures of neighbours that meet a budget, as weights of checkpoints, and their KL."""
+    """The C checkpoints, and the mixtures of neighbours that meet a budget, as weights of checkpoints; and their KL."""
     checkpoint_kl = np.array([result.mean("kl") for run in runs for result in run])
     weights = list(np.eye(len(checkpoint_kl)))
     kl = list(checkpoint_kl)
@@ -400,7 +401,7 @@ def _policies(runs: Runs, budgets: Float[np.ndarray, "G"]) -> tuple[Float[np.nda
 def _cross_fitted(
     runs: Runs, metric: str, mixing: Float[np.ndarray, "C V"], within: Int[np.ndarray, "G"], resamples: int
 ) -> Float[np.ndarray, "R G"]:
-    """Chooses the best of the first `within` + 1 policies on one half of the examples, measures it on the other."""
+    """Chooses the best of the first `within` + 1 policies on one half of the examples; measures it on the other."""
     checkpoints = [result for run in runs for result in run]
     outcomes = _stack(checkpoints, metric)
     seed = checkpoints[-1].seed
@@ -415,7 +416,7 @@ def _cross_fitted(
 
 
 def _running_argmax(values: Float[np.ndarray, "R V"]) -> Int[np.ndarray, "R V"]:
-    """Index of the best value so far in each row, the earliest of equals."""
+    """Index of the best value so far in each row; the earliest of equal values."""
     best = np.maximum.accumulate(values, axis=1)
     before = np.concatenate([np.full((len(values), 1), -np.inf), best[:, :-1]], axis=1)
     return np.maximum.accumulate(np.where(values > before, np.arange(values.shape[1]), 0), axis=1)
@@ -426,7 +427,7 @@ def _running_argmax(values: Float[np.ndarray, "R V"]) -> Int[np.ndarray, "R V"]:
 
 @functools.lru_cache(maxsize=16)
 def _halves(size: int, seed: int) -> Bool[np.ndarray, "S N"]:
-    """Random halves of N examples; of a single example both halves are the whole."""
+    """Random halves of N examples; with a single example, it is in both halves."""
     rng = np.random.default_rng([seed, size, 1])
     return np.stack([rng.permutation(size) < size // 2 for _ in range(_SPLITS)])
 
@@ -436,10 +437,10 @@ def _stack(checkpoints: Sequence[CheckpointResult], metric: str) -> Float[np.nda
 
 
 def joint_means(checkpoints: Sequence[CheckpointResult], metric: str) -> Float[np.ndarray, "R C"]:
-    """Means of C checkpoints of one seed on the examples (row 0) and on joint resamples of them."""
+    """Means of C checkpoints of one seed, on the examples (row 0) and on joint resamples."""
     return resampled_means(_stack(checkpoints, metric), seed=checkpoints[0].seed)
 
 
 def over_seeds(replicates: Sequence[Float[np.ndarray, "R"]]) -> Interval:
-    """The mean over seeds of one estimate, each seed with the estimate (first) and its replicates."""
+    """The mean of an estimate over seeds; for each seed, the estimate comes first and then its replicates."""
     return over_groups([values[:, None] for values in replicates]).at(0)

@@ -1,7 +1,7 @@
-"""The table of arms: what each reads, what it is compared with, and how it is drawn.
+"""The table of arms: what each arm reads, what it is compared with, and how it is drawn.
 
-An arm is one entry. `StudyConfig.arms` lists those of a study by name, or as "module:object" for an arm of your own.
-The graph, the figures and the report know arms from here alone.
+An arm is one entry. `StudyConfig.arms` lists a study's arms by name, or as "module:object" for your own arm. Everything
+that the graph, the figures and the report know about arms is in this table.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from alignment_gap.judges import JudgeConfig
 from alignment_gap.sampling import SamplerConfig
 from alignment_gap.study.analysis import NO_ARMS, OPPONENT
 
-# The figures that arms are drawn in, beside those that they are compared with.
+# The figures in which arms are drawn, together with the arms that they are compared with.
 MAIN, WINDOWS, DATASETS = "Figures 1 and 4", "Figure 13", "Figures 5 and 12"
 REFRESH, BEST_OF_N, BEST_VS_WORST = "Semi-online", "Best-of-n", "Best against worst of n"
 OBJECTIVES, SELF_PLAY = "Offline objectives", "Self-play"
 PROXY_LABELS, BETAS, BEST_OF_N_OF_SFT = "Labels of the proxy", "Beta", "Best of n samples of SFT"
-# b of the mixture pi^(1 - b) ref^b of Nash-MD and IPO-MD.
+# b in the mixture pi^(1 - b) ref^b of Nash-MD and IPO-MD.
 MIXTURE = 0.125
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """What an arm can read: the jobs of one seed, and the arms that come before it under the same loss.
+    """The inputs that an arm can read: the jobs of one seed, and the earlier arms under the same loss.
 
     Attributes:
       golden: the run of the golden preference model.
       proxy: the run of the proxy preference model.
       sft: the run of the SFT policy.
       golden_pairs: the dataset D_golden: the human pairs with the golden model's labels.
-      batch_size: prompts of a step, which all arms have.
+      batch_size: prompts per step, the same for all arms.
       sampler: how fresh pairs are sampled.
-      checkpoint_steps: those of an arm; the last is the number of its steps.
-      runs: of the arms that come before, by name; of an arm that is swept, the first.
-      proxy_of: `labels -> run` adds a proxy that learns from so many labels of D_golden.
-      pairs: `(name, policies) -> dataset` adds a job that samples pairs to the prompts of D_golden, labelled by the
-        golden model: one response of each of two policies, or two of one. The same name is the same job.
+      checkpoint_steps: checkpoint steps of an arm; the last is its number of steps.
+      runs: runs of the earlier arms, by name; for a swept arm, the first run.
+      proxy_of: `labels -> run` adds a proxy that learns from this number of D_golden's labels.
+      pairs: `(name, policies) -> dataset` adds a job that samples pairs for the prompts of D_golden: one response from
+        each of two policies, or two from one policy, labelled by the golden model. Equal names mean the same job.
     """
 
     golden: AnyPath
@@ -62,39 +62,39 @@ class Branch:
     pairs: Callable[[str, Sequence[AnyPath]], AnyPath]
 
     def run_of(self, arm: str) -> AnyPath:
-        """The run of another arm under the same loss; raises UserError where none comes before this one."""
+        """The run of another arm under the same loss; raises UserError if that arm does not come before this one."""
         if arm not in self.runs:
-            raise UserError(f"arms.names has an arm that reads the run of {arm!r}: name that one, and before it")
+            raise UserError(f"arms.names has an arm that reads the run of {arm!r}: add {arm!r} before it")
         return self.runs[arm]
 
     def early_of(self, arm: str) -> AnyPath:
-        """Another arm's checkpoint nearest to a fifth of its steps, as the paper's step 800 of 4,000."""
+        """Another arm's checkpoint nearest to a fifth of its steps, like the paper's step 800 of 4,000."""
         fifth = self.checkpoint_steps[-1] / 5
         step = min(self.checkpoint_steps, key=lambda step: abs(step - fifth))
         return self.run_of(arm) / CHECKPOINTS / str(step)
 
     def dataset(self, folder: AnyPath, **settings: Any) -> DatasetConfig:
-        """Batches of recorded pairs, with other settings than the defaults."""
+        """Batches of recorded pairs; `settings` replace defaults."""
         return DatasetConfig(str(folder), batch_size=self.batch_size, **settings)
 
     def stream(self, share: int) -> DatasetConfig:
-        """D_online, shuffled within windows of one `share`-th of the run's steps, but of two batches at least."""
+        """D_online, shuffled within windows of 1/`share` of the run's steps, but at least two batches."""
         window = max(2, self.checkpoint_steps[-1] // share)
         return self.dataset(self.run_of("online") / RECORD, order="window", window=window)
 
     def online(self, labels: str = "hard", proxy_labels: int | None = None, **settings: Any) -> OnlineConfig:
-        """Fresh samples to the prompts of D_golden, labelled by the proxy, or one of fewer labels, and recorded."""
+        """Recorded fresh samples for the prompts of D_golden, labelled by the proxy or by a proxy of fewer labels."""
         judge = JudgeConfig(str(self.proxy if proxy_labels is None else self.proxy_of(proxy_labels)), labels=labels)
         return OnlineConfig(self.dataset(self.golden_pairs), judge=judge, sampler=self.sampler, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """A question about two arms: at equal KL, is this arm better than another? `claims` says what the paper saw.
+    """A question about two arms: is this arm better than another at equal KL? `claims` has the paper's answers.
 
     Attributes:
-      other: the other arm.
-      loss: of the other arm; empty for the loss of this one.
+      other: name of the other arm.
+      loss: loss of the other arm; empty for the loss of this arm.
     """
 
     other: str
@@ -106,16 +106,16 @@ class Arm:
     """One arm of the study.
 
     Attributes:
-      name: of the arm.
-      reads: what it trains on, in one sentence that goes on after its name.
-      source: the batches that it trains on; None where no policy is trained.
-      best_of: the numbers n of samples of SFT of which the proxy chooses the best, in the place of training.
-      fresh: a second source beside it, for a loss that reads both; None for none.
-      loss: its own loss, in the place of those of the study; empty for those of the study.
-      beta_factor: its regularisation, as a multiple of the study's, where it is trained at one setting.
-      contrasts: with arms before or after it in the table.
+      name: name of the arm.
+      reads: what it trains on, as a phrase that follows its name in the report.
+      source: the batches that it trains on; None if no policy is trained.
+      best_of: instead of training, the proxy chooses the best of n samples of SFT, for each of these n.
+      fresh: a second source, for a loss that reads two batches; None if there is none.
+      loss: its own loss instead of the study's losses; empty for the study's losses.
+      beta_factor: its beta as a multiple of the study's, if it is trained at one setting.
+      contrasts: comparisons with other arms of the table.
       panel: the figure that it is drawn in.
-      colour, shape: of its marks in every figure.
+      colour, shape: colour and shape of its marks in every figure.
     """
 
     name: str
@@ -131,9 +131,9 @@ class Arm:
     shape: str = "triangle-down"
 
     def __post_init__(self) -> None:
-        """Raises UserError for a name that cannot be part of a folder's, or for no way to samples or two."""
+        """Raises UserError if a folder cannot have this name, or not exactly one of source and best_of is set."""
         if not re.fullmatch(r"[\w.]+", self.name):
-            raise UserError(f"an arm is called {self.name!r}: use letters, digits, _ and . alone")
+            raise UserError(f"an arm has the name {self.name!r}: use only letters, digits, _ and .")
         if (self.source is None) != bool(self.best_of):
             raise UserError(f"the arm {self.name} has source={self.source}, best_of={self.best_of}: give one of them")
 
@@ -239,7 +239,7 @@ ARMS = (
             *((64, "#D55E00", "triangle-left"), (0, "#7B4FA3", "wedge")),
         )
     ),
-    # Beyond the paper: more samples for a prompt, of which the best, or the best and the worst (arXiv 2405.07863).
+    # Beyond the paper: more samples per prompt; trains on the best, or on the best and the worst (arXiv 2405.07863).
     *(
         Arm(
             name=f"best_of_{samples}",
@@ -353,7 +353,7 @@ ARMS = (
     ),
 )
 
-# The golden policy: the opponent of the win rate. It is trained under IPO alone, and is no part of a contrast.
+# The golden policy: the opponent of the win rate. It is trained only under IPO, and is not in any contrast.
 GOLDEN = Arm(
     name=OPPONENT,
     reads="two fresh samples of the policy, labelled by the golden model itself: the opponent of the win rate",
@@ -364,20 +364,20 @@ GOLDEN = Arm(
 
 
 def arms_of(names: Sequence[str]) -> tuple[Arm, ...]:
-    """The arms of these names; raises UserError for one that there is not, or that has another's name."""
+    """The arms with these names; raises UserError if an arm does not exist, or two have the same name."""
     table, taken = {arm.name: arm for arm in ARMS}, {*NO_ARMS}
     arms = []
     for name in names:
         arm = load_named(name, "arm") if ":" in name else table.get(name)
         if not isinstance(arm, Arm):
-            raise UserError(f"names has {name!r}, which is no arm: {nearest(name, table)}")
+            raise UserError(f"names has {name!r}, which is not an arm: {nearest(name, table)}")
         if arm.name in taken:
-            raise UserError(f"names has {name!r}, but there is a {arm.name!r} already: leave it out, or rename it")
+            raise UserError(f"names has {name!r}, but there already is an arm {arm.name!r}: leave it out, or rename it")
         taken.add(arm.name)
         arms.append(arm)
     return tuple(arms)
 
 
 def file_word(loss: str) -> str:
-    """A loss in the name of a file: some file systems refuse the colon of "module:function"."""
+    """The name of a loss for file names; some file systems refuse the colon of "module:function"."""
     return loss.replace(":", "_")

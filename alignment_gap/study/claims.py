@@ -1,15 +1,15 @@
-"""The claims of the paper (arXiv 2405.08448, its hypotheses one by one) as data, and what a study says of each.
+"""The claims of the paper (arXiv 2405.08448, its hypotheses one by one) as data, and a study's answer to each.
 
-A claim is one entry of `CLAIMS`: what the paper says, the estimate that it is about here, and the range in which the
-estimate lies if the paper is right. One rule decides all of them:
+A claim is one entry of `CLAIMS`: the paper's statement, an estimate that tests it, and the range of the estimate if the
+paper is right. One rule decides all claims:
 
-- it agrees where the interval of the estimate lies inside the range;
-- it disagrees where the interval lies outside of the range;
-- else, or where the study lacks an arm, a metric or a second seed, it cannot be told.
+- a claim agrees if the interval of the estimate lies inside the range;
+- it disagrees if the interval lies outside the range;
+- otherwise it cannot be told; also if the study lacks an arm, a metric or a second seed.
 
-The confidence of the interval is 95 % after a correction for the number of claims (Benjamini and Hochberg, 1995). The
-claims that a study measures on `FEWEST_SEEDS` seeds or more are one family. Among those that it decides, one in twenty
-is expected to be decided wrongly at most, as long as the estimates depend on each other positively.
+The interval has a confidence of 95 % after a correction for the number of claims (Benjamini and Hochberg, 1995). The
+claims that a study measures with at least `FEWEST_SEEDS` seeds form one family. At most one in twenty of the decided
+claims is expected to be wrong, if the estimates depend on each other positively.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from alignment_gap.study.estimates import (
 Verdict = Literal["agrees", "disagrees", "cannot be told"]
 
 FEWEST_SEEDS = 2
-"""With fewer seeds nothing is known of another training run, and no claim is decided."""
+"""With fewer seeds, nothing is known about another training run, and no claim is decided."""
 MARGIN = 0.03
-"""Win rates closer than this count as level: the paper's "about as good", "hardly better", "little gain"."""
+"""Win rates that differ by less count as equal: the paper's "about as good", "hardly better", "little gain"."""
 CHANCE = 0.55
-"""The paper's "around or below 50 %": an accuracy up to this, and its mirror image, count as chance."""
+"""An accuracy up to this, and its mirror image, count as chance: the paper's "around or below 50 %"."""
 STRONG = 0.5
-"""An accuracy that correlates with the win rate by less than this does not predict it."""
+"""An accuracy with a lower correlation with the win rate does not predict it."""
 
 ABOVE_ZERO = (0.0, math.inf)
 BELOW_ZERO = (-math.inf, 0.0)
@@ -62,12 +62,12 @@ class Claim:
     """One claim.
 
     Attributes:
-      name: of the claim.
-      paper: what the paper says, in a sentence.
+      name: name of the claim.
+      paper: the paper's statement, in one sentence.
       figure: the paper's figure that shows it.
       hypothesis: the number of the paper's hypothesis; 0 for its opening comparison.
-      estimate: the number that the claim is about.
-      holds: the range, in the unit of the estimate, that the estimate lies in if the paper is right here.
+      estimate: the estimate that tests the claim.
+      holds: the range of the estimate if the claim is right, in the unit of the estimate.
     """
 
     name: str
@@ -80,19 +80,19 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a study says of a claim.
+    """A study's answer to a claim.
 
     Attributes:
       claim: the claim.
       verdict: whether the study agrees with the paper.
-      reason: why it cannot be told, in a clause; empty where it is decided.
-      seeds: those that measured it.
-      interval: the estimate, the mean over the seeds, with its 95 % interval before the correction; None if not
+      reason: why the claim cannot be told, as a clause; empty if it is decided.
+      seeds: the seeds that measured it.
+      interval: the estimate (the mean over the seeds) with its 95 % interval before the correction; None if not
         measured.
       p_value: 1 minus the largest confidence at which the interval decides the claim; nan if not measured.
-      adjusted: the same after the correction; nan where the claim is not in the family.
-      detectable: the distance between the estimate and the end of the range with which so many seeds and examples
-        decide a claim four times out of five, before the correction; nan if not measured.
+      adjusted: the p-value after the correction; nan if the claim is not in the family.
+      detectable: the distance between the estimate and the end of the range at which this number of seeds and examples
+        decides a claim four times out of five, before the correction; nan if not measured.
     """
 
     claim: Claim
@@ -106,12 +106,12 @@ class Answer:
 
 
 def claims_of(names: Sequence[str]) -> tuple[Claim, ...]:
-    """The claims of the paper, and those of these names, "module:object"; raises UserError for what is no claim."""
+    """The paper's claims, and the claims with these names ("module:object"); raises UserError if one is not a claim."""
     further = [load_named(name, "claim") for name in names if ":" in name]
     wrong = [name for name in names if ":" not in name]
     wrong += [name for name, claim in zip(names, further, strict=False) if not isinstance(claim, Claim)]
     if wrong:
-        raise UserError(f"claims has {wrong[0]!r}, which is no claim: write module:object for one of your own")
+        raise UserError(f"claims has {wrong[0]!r}, which is not a claim: write module:object for your own claim")
     taken: set[str] = set()
     for claim in (*CLAIMS, *further):
         if claim.name in taken:
@@ -121,7 +121,7 @@ def claims_of(names: Sequence[str]) -> tuple[Claim, ...]:
 
 
 def answers(evidence: Evidence, claims: Sequence[Claim]) -> list[Answer]:
-    """What a study says of every claim, in their order; the correction is over those that it measured."""
+    """A study's answers to all claims, in order; the correction is over the claims that it measured."""
     measured, found = {}, {}
     for claim in claims:
         try:
@@ -142,7 +142,7 @@ def answers(evidence: Evidence, claims: Sequence[Claim]) -> list[Answer]:
 
 
 def _answer(claim: Claim, seeds: tuple[int, ...], spread: Spread, p_value: float, adjusted: float) -> Answer:
-    """One answer from its numbers."""
+    """The answer that follows from the numbers."""
     low, high = claim.holds
     reading: Verdict = "agrees" if low < spread.value < high else "disagrees"
     verdict, reason = reading, ""
@@ -159,11 +159,11 @@ def _answer(claim: Claim, seeds: tuple[int, ...], spread: Spread, p_value: float
 
 
 def _p_value(spread: Spread, holds: tuple[float, float]) -> float:
-    """That of the end of the range which is nearest to the estimate: the interval has to stay clear of it."""
+    """The p-value for the end of the range that is nearest to the estimate; the interval must not reach this end."""
     return spread.p_value(min(holds, key=lambda end: abs(spread.value - end)))
 
 
-# The table. Its rules were fixed before the runs that they decide.
+# The table. Its rules were fixed before the runs.
 
 _ONLINE, _SHUFFLED, _OFFLINE = ("online", "ipo"), ("shuffled", "ipo"), ("offline", "ipo")
 _ONLINE_2, _SHUFFLED_2, _OFFLINE_2 = ("online", "best_of_n"), ("shuffled", "best_of_n"), ("offline", "best_of_n")

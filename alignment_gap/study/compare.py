@@ -1,4 +1,4 @@
-"""Folders of runs side by side on one page: finished studies by their tables, training jobs by what they logged."""
+"""Compares folders side by side on one page: finished studies by their tables, or training jobs by their metrics."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ from alignment_gap.training.monitor import is_of_the_clock
 RESULTS, CLAIM_TABLE = "results.csv", "claims.csv"
 _NONE = "\u2013"
 Table = list[dict[str, str]]
-"""Rows of cells by their headers."""
+"""Rows of cells, by header."""
 
 
 class StudyFolder(NamedTuple):
-    """A finished study, as its folder tells it.
+    """A finished study, read from its folder.
 
     Attributes:
-      name: what it is called beside the others.
-      folder: where it is.
-      settings: flat; empty where the folder has none, as that of a report over sizes.
-      rows: of the charts, a checkpoint each.
-      claims: the rows of claims.csv by their names.
+      name: its name on the page.
+      folder: its folder.
+      settings: its settings with dotted keys; empty if the folder has none, as for a report over sizes.
+      rows: rows of the charts, one per checkpoint.
+      claims: the rows of claims.csv, by claim.
     """
 
     name: str
@@ -66,13 +66,13 @@ class StudyFolder(NamedTuple):
 
 
 class JobFolder(NamedTuple):
-    """A training job, as its folder tells it.
+    """A training job, read from its folder.
 
     Attributes:
-      name: what it is called beside the others.
-      folder: where it is.
-      settings: flat.
-      run: what it logged.
+      name: its name on the page.
+      folder: its folder.
+      settings: its settings with dotted keys.
+      run: its metrics.
     """
 
     name: str
@@ -82,17 +82,17 @@ class JobFolder(NamedTuple):
 
 
 def write_comparison(folders: Sequence[AnyPath], workdir: AnyPath) -> AnyPath:
-    """Writes report.html and figures/ on several studies, or on training jobs, into `workdir`.
+    """Writes report.html and figures/ on several studies, or on training jobs, to `workdir`.
 
     Returns:
       The path of the page.
 
     Raises:
-      UserError: where the folders are not of one kind, hold neither, or `workdir` holds a study or a job.
+      UserError: the folders are not all studies or all training jobs, or `workdir` holds a study or a job.
     """
     is_study = _is_of_studies(folders)
     if any((workdir / name).exists() for name in (STUDY, JOB, CLAIM_TABLE)):
-        raise UserError(f"{workdir} holds a study or a job, whose report this would replace: give another --workdir")
+        raise UserError(f"{workdir} holds a study or a job, and this would replace its report: give another --workdir")
     names = _names(folders)
     if is_study:
         page, figures = _studies_page([read_study(*each) for each in zip(names, folders, strict=True)])
@@ -103,29 +103,29 @@ def write_comparison(folders: Sequence[AnyPath], workdir: AnyPath) -> AnyPath:
 
 
 def _is_of_studies(folders: Sequence[AnyPath]) -> bool:
-    """Whether the folders are studies; else they are training jobs."""
+    """Whether the folders are studies; otherwise they are training jobs."""
     if doubled := [folder for at, folder in enumerate(folders) if folder in folders[:at]]:
-        raise UserError(f"{doubled[0]} is there twice: name each folder once")
+        raise UserError(f"{doubled[0]} is given twice: give each folder once")
     studies = [folder for folder in folders if (folder / CLAIM_TABLE).exists() and (folder / RESULTS).exists()]
     jobs = [folder for folder in folders if (folder / JOB).exists() and (folder / LINES).exists()]
     for folder in folders:
         if folder not in studies and folder not in jobs:
             raise UserError(
-                f"{folder} has neither {CLAIM_TABLE} of a finished study nor {LINES} of a training job: give folders "
-                "that do"
+                f"{folder} has neither {CLAIM_TABLE} of a finished study nor {LINES} of a training job: give a folder "
+                "with one of them"
             )
     if studies and jobs:
-        raise UserError(f"{studies[0]} is a study and {jobs[0]} a training job: give folders of one kind")
+        raise UserError(f"{studies[0]} is a study and {jobs[0]} is a training job: give folders of one kind")
     if len(studies) == 1:
         raise UserError(
-            f"{studies[0]} is one study: give a second one, or write its own report anew by alignment-gap study "
-            "--job=report with its --config"
+            f"{studies[0]} is the only study: give a second one, or write its own report again with alignment-gap "
+            "study --job=report and its --config"
         )
     return bool(studies)
 
 
 def _names(folders: Sequence[AnyPath]) -> list[str]:
-    """The last part of each path, without the hash that a study gives it, or the whole where two end alike."""
+    """The last part of each path, without the hash that a study adds; the whole path if two last parts are equal."""
     last = [re.sub(r"-[0-9a-f]{12}$", "", folder.name) for folder in folders]
     return [name if last.count(name) == 1 else str(folder) for name, folder in zip(last, folders, strict=True)]
 
@@ -134,7 +134,7 @@ def _names(folders: Sequence[AnyPath]) -> list[str]:
 
 
 def read_study(name: str, folder: AnyPath) -> StudyFolder:
-    """A study from the files that its report left."""
+    """Reads a study from the files of its report."""
     path = folder / STUDY
     settings = read_json(path, remedy="run the study again") if path.exists() else {}
     claims = {row["claim"]: row for row in _csv_rows(folder / CLAIM_TABLE)}
@@ -146,7 +146,7 @@ def _csv_rows(path: AnyPath) -> list[dict[str, str]]:
 
 
 def _chart_row(row: Mapping[str, str]) -> Row:
-    """A row of results.csv as one of a chart."""
+    """Converts a row of results.csv to a row of a chart."""
 
     def number(name: str) -> float:
         return float(row.get(name) or "nan")
@@ -166,7 +166,7 @@ def _chart_row(row: Mapping[str, str]) -> Row:
 
 
 def read_job(name: str, folder: AnyPath) -> JobFolder:
-    """A training job from its settings and its metrics, finished or not."""
+    """Reads a training job from its settings and metrics; it need not be finished."""
     settings = read_json(folder / JOB, remedy="run the job again")
     done = folder / DONE
     seconds = read_json(done, remedy="run the job again")["seconds"] if done.exists() else math.nan
@@ -201,7 +201,7 @@ def _studies_page(studies: Sequence[StudyFolder]) -> tuple[str, list[Figure]]:
 
 
 def claims_table(studies: Sequence[StudyFolder]) -> list[dict[str, Any]]:
-    """A row for every claim that some study has: the paper's words, and what each of the studies says."""
+    """A row for every claim in any study: the paper's statement, and the answer of each study."""
     names = dict.fromkeys(name for study in studies for name in study.claims)
     rows = []
     for name in names:
@@ -212,7 +212,7 @@ def claims_table(studies: Sequence[StudyFolder]) -> list[dict[str, Any]]:
 
 
 def _claim_cell(row: Mapping[str, str] | None) -> dict[str, str] | None:
-    """What a study says of a claim: the verdict, the number, its interval."""
+    """A study's answer to a claim: the verdict, the number and its interval."""
     if row is None:
         return None
     value, interval = _NONE, ""
@@ -227,7 +227,7 @@ def _claim_cell(row: Mapping[str, str] | None) -> dict[str, str] | None:
 
 
 def _claims_figure(studies: Sequence[StudyFolder]) -> Figure:
-    """The gaps in win rate that claims are about, a mark for each study."""
+    """The gaps in win rate that claims are about, with a mark for each study."""
     base = Figure("claims", "Gaps in win rate, by claim", "Do the studies agree on the sign and the size of the gaps?")
     gaps = [
         claim.name
@@ -256,7 +256,7 @@ def _claims_figure(studies: Sequence[StudyFolder]) -> Figure:
 
 
 def main_figure(studies: Sequence[StudyFolder], loss: str, metric: str) -> Figure:
-    """A metric over KL under one loss, a panel for each study, all on the same axes."""
+    """A metric over KL under one loss, with a panel for each study, all on the same axes."""
     words = METRICS[metric].words
     base = Figure(
         f"figure_4_{file_word(loss).lower()}_{metric}",
@@ -282,7 +282,7 @@ def main_figure(studies: Sequence[StudyFolder], loss: str, metric: str) -> Figur
 
 
 def _of_loss(rows: Sequence[Row], loss: str, metric: str) -> list[Row]:
-    """The rows of the main arms under a loss, with SFT and the golden policy; none where no arm has the metric."""
+    """The rows of the main arms under a loss, with SFT and the golden policy; empty if no arm has the metric."""
     main = {arm.name for arm in _arms(rows)}
     measured = [row for row in rows if metric in row and "kl" in row]
     trained = [row for row in measured if row["loss"] == loss and row["arm"] in main]
@@ -290,7 +290,7 @@ def _of_loss(rows: Sequence[Row], loss: str, metric: str) -> list[Row]:
 
 
 def _arms(rows: Sequence[Row]) -> list[Arm]:
-    """The arms of the main figures, and those that the table does not have, in colours of their own."""
+    """The arms of the main figures, and arms that are not in the table, in further colours."""
     own = dict.fromkeys(row["arm"] for row in rows if row["arm"] not in {arm.name for arm in ARMS} | {*OTHER_STYLES})
     free = [colour for colour in charts.COLOURS if colour not in {arm.colour for arm in ARMS if arm.panel == MAIN}]
     further = [
@@ -335,7 +335,7 @@ def _jobs_page(jobs: Sequence[JobFolder]) -> tuple[str, list[Figure]]:
 
 
 def _last_metrics(jobs: Sequence[JobFolder]) -> Table:
-    """The last line of every job, a row for each metric that is not of the clock."""
+    """The last line of every job, with a row for each metric that is not a time."""
     last = {job.name: job.run.lines[-1] for job in jobs if job.run.lines}
     metrics = dict.fromkeys(metric for line in last.values() for metric in line if not is_of_the_clock(metric))
     return [
@@ -349,12 +349,12 @@ def _last_metrics(jobs: Sequence[JobFolder]) -> Table:
 
 
 def colours(count: int) -> list[str]:
-    """A colour for each of so many names; they repeat when the list ends."""
+    """`count` colours; they repeat after the end of the list."""
     return [charts.COLOURS[i % len(charts.COLOURS)] for i in range(count)]
 
 
 def _differing(settings: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The settings that are not the same in all folders, a column for each."""
+    """The settings that differ between folders, with a column for each folder."""
     keys = dict.fromkeys(key for each in settings.values() for key in each)
     rows = [{"Setting": key} | {name: _shown(each, key) for name, each in settings.items()} for key in keys]
     return [row for row in rows if len({*list(row.values())[1:]}) > 1]

@@ -1,4 +1,4 @@
-"""A whole study as one tree of frozen dataclasses."""
+"""The settings of a whole study: one tree of frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alignment_gap.study.arms import ARMS, arms_of
 from alignment_gap.study.claims import claims_of
 from alignment_gap.training import OptimizerConfig
 
-# What policies may classify beside pairs of D_golden.
+# Kinds of pairs that policies may classify in addition to pairs of D_golden.
 HELDOUT, STREAM, OWN = CLASSIFIED = ("heldout", "stream", "own")
 
 
@@ -30,12 +30,13 @@ class SftConfig:
     """Supervised fine-tuning of the policy on both responses of every pair.
 
     Attributes:
-      start: folder of the run that it starts from, such as an imported checkpoint; None for fresh parameters.
-      also: further prepared datasets that are pooled with the task's training pairs.
-      weights: of the task and of each further dataset, in any unit; None for every example once an epoch.
+      start: folder of the run that fine-tuning starts from, such as an imported checkpoint; None for fresh parameters.
+      also: additional prepared datasets that are pooled with the task's training pairs.
+      weights: weight of the task, then of each dataset in `also`, in any unit; None to use every example once per
+        epoch.
       steps: gradient steps.
-      batch_size: prompts, each with two targets.
-      optimizer: its settings.
+      batch_size: prompts per step; each prompt has two targets.
+      optimizer: the optimizer and its schedule.
     """
 
     start: str | None = None
@@ -46,7 +47,7 @@ class SftConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "steps", "batch_size")
         if self.weights is not None and len(self.weights) != 1 + len(self.also):
             raise UserError(f"weights is {self.weights}: give one for the task and for each of also, or None")
@@ -54,13 +55,13 @@ class SftConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
-    """A network that is fine-tuned as the policy is, for the golden policy and the judges to start from.
+    """A network that is fine-tuned like the policy; the golden policy and the judges start from it.
 
     Attributes:
-      model: the network; None for the one that its fine-tuning starts from.
-      sft: its fine-tuning; None for that of the policy, from fresh parameters.
-      batch_size: prompts of a step of the golden policy; None for that of the arms.
-      learning_rate: of the golden policy; None for that of the arms.
+      model: the network; None for the network that its fine-tuning starts from.
+      sft: settings of its fine-tuning; None for the policy's settings with fresh parameters.
+      batch_size: prompts per step for the golden policy; None for that of the arms.
+      learning_rate: learning rate of the golden policy; None for that of the arms.
     """
 
     model: T5Config | DecoderConfig | None = T5Config()
@@ -69,7 +70,7 @@ class BaseConfig:
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range, or there is no network."""
+        """Raises UserError if a setting is out of range, or there is no network."""
         checks.at_least(self, 1, "batch_size")
         checks.above(self, 0, "learning_rate")
         if self.model is None and (self.sft is None or self.sft.start is None):
@@ -78,16 +79,16 @@ class BaseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceModelConfig:
-    """A preference model: the golden one, trained on human labels, or the proxy, trained on the golden one's.
+    """A preference model: the golden model, trained on human labels, or the proxy, trained on the golden labels.
 
     Attributes:
-      model: its network; None for the one of its start.
+      model: its network; None for the network of its start.
       kind: "pairwise" (both responses in context) or "bradley_terry".
-      start: "sft", the policy (or the study's `base`) after supervised fine-tuning; the folder of a run; or None for
-        fresh parameters.
+      start: "sft" to start from the policy (or the study's `base`) after supervised fine-tuning; or the folder of a
+        run; or None for fresh parameters.
       steps: gradient steps.
-      batch_size: pairs.
-      optimizer: its settings.
+      batch_size: pairs per step.
+      optimizer: the optimizer and its schedule.
     """
 
     model: T5Config | DecoderConfig | None = None
@@ -98,7 +99,7 @@ class PreferenceModelConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range, or two do not go together."""
+        """Raises UserError if a setting is out of range, or two settings conflict."""
         checks.one_of(self, KINDS, "kind")
         checks.at_least(self, 1, "steps", "batch_size")
         if self.start is None and self.model is None:
@@ -107,22 +108,23 @@ class PreferenceModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ArmsConfig:
-    """The arms: one setting online, and a sweep offline, with the same batch.
+    """The arms: online at one setting, offline at a sweep of settings, all with the same batch size.
 
     Attributes:
-      names: of the table of arms, or "module:object" for one of one's own; each after those whose runs it reads.
-      further: arms that are trained under the first loss alone, after the others.
-      losses: by name, or "module:function" for one of one's own. An arm with a loss of its own is trained under that.
-      swept: the arms that are trained at every setting of the offline sweep, and not at the online one alone.
-      start: folder of the run that arms start from; None for the SFT policy, which is the reference always.
-      checkpoint_steps: increasing; every one is evaluated, the last is the number of steps.
-      batch_size: prompts, with two responses each.
-      optimizer: settings of all arms; its learning rate is the online one's.
+      names: names of arms in the table, or "module:object" for a custom arm; an arm must come after the arms whose runs
+        it reads.
+      further: arms that are trained only under the first loss, after the others.
+      losses: names of losses, or "module:function" for a custom loss. An arm with its own loss uses that loss instead.
+      swept: arms that are trained at every setting of the offline sweep; other arms are trained at one setting.
+      start: folder of the run that arms start from; None for the SFT policy. The reference is always the SFT policy.
+      checkpoint_steps: steps of the checkpoints, increasing; each is evaluated, and the last is the number of steps.
+      batch_size: prompts per step, with two responses each.
+      optimizer: optimizer of all arms; its learning rate is that of the online arms.
       beta: regularisation of the online arms and of the golden policy.
-      offline_betas: swept offline.
-      offline_learning_rates: swept offline.
-      offline_steps: multiples of the online steps, for the first of `swept` under the first loss; other runs have the
-        first multiple alone. Checkpoints are as many times further apart.
+      offline_betas: values of beta in the offline sweep.
+      offline_learning_rates: learning rates in the offline sweep.
+      offline_steps: lengths in the offline sweep, as multiples of the online steps, for the first arm of `swept` under
+        the first loss; all other runs use only the first multiple. The distance between checkpoints is multiplied too.
     """
 
     names: tuple[str, ...] = ("online", "shuffled", "offline")
@@ -139,11 +141,11 @@ class ArmsConfig:
     offline_steps: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is unknown or out of its range."""
+        """Raises UserError if a setting is unknown or out of its range."""
         names = [arm.name for arm in arms_of((*self.names, *self.further))]
         for name in self.swept:
             if name not in names and not any(name == arm.name for arm in ARMS):
-                raise UserError(f"swept has {name!r}, which is no arm: {nearest(name, names)}")
+                raise UserError(f"swept has {name!r}, which is not an arm: {nearest(name, names)}")
         steps = self.checkpoint_steps
         if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
             raise UserError(f"checkpoint_steps is {steps}: it must be increasing and positive, such as (50, 100)")
@@ -154,7 +156,7 @@ class ArmsConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: give one or more numbers, all above 0 and finite")
         for name in ("losses", "offline_betas", "offline_learning_rates", "offline_steps"):
             values = getattr(self, name)
-            # As the names of jobs have them.
+            # Formatted as in the names of jobs.
             if len({value if isinstance(value, str) else f"{value:g}" for value in values}) < len(values):
                 raise UserError(f"{name} is {values}: give each value once")
 
@@ -164,16 +166,17 @@ class EvaluationConfig:
     """How every checkpoint is measured.
 
     Attributes:
-      prompts: training prompts, one sample each, for win rates and length.
-      kl_prompts: those of them whose samples measure KL.
-      pairs: pairs of D_golden to classify.
-      judges: further judges beside golden and proxy, as NAME=JUDGE; "rubric" is true quality in the built-in task.
-      classified: what policies classify beside pairs of D_golden that they may have trained on, by the golden model's
-        labels: "heldout" pairs of D_golden, the "stream" of the online arm, and two "own" samples for each prompt.
-      baselines: whether the report tells how well simple baselines agree with the human labels: what the golden model
-        has to beat.
-      batch_size: of the measurement.
-      shown: sampled responses that the report shows.
+      prompts: number of training prompts, with one sample each, for win rates and length.
+      kl_prompts: number of these prompts whose samples measure KL.
+      pairs: number of pairs of D_golden to classify.
+      judges: additional judges besides golden and proxy, as NAME=JUDGE; "rubric" is true quality in the built-in task.
+      classified: further pairs that policies classify by the golden model's labels, besides pairs of D_golden that they
+        may have trained on. "heldout": held-out pairs of D_golden; "stream": pairs of the online arm; "own": two of
+        their own samples for each prompt.
+      baselines: whether the report has the accuracy of simple baselines on the human labels, which the golden model has
+        to beat.
+      batch_size: prompts at a time in the evaluation.
+      shown: number of sampled responses in the report.
     """
 
     prompts: int = 512
@@ -186,7 +189,7 @@ class EvaluationConfig:
     shown: int = 4
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "prompts", "kl_prompts", "pairs", "batch_size")
         checks.at_least(self, 0, "shown")
         for name in self.classified:
@@ -199,26 +202,28 @@ class StudyConfig:
     """The controlled study of arXiv 2405.08448 at any size.
 
     Attributes:
-      name: of the study, for the report's title.
-      seed: first seed.
-      seeds: how many times everything is repeated, with seed, seed + 1, ...; the judges included, and the data of the
-        built-in task.
-      prepared: folder of a prepared dataset with its train/ and validation/; None to prepare `task`.
-      task: what is prepared, once for each seed.
-      policy: the network that all arms train; None for the one that SFT starts from.
-      sizes: names of `models.sizes`: a scaling study, which is one study for each with its shape for the policy's, and
-        a report over all of them. In `sft.start`, "{size}" stands for the name.
+      name: name of the study, for the report's title.
+      seed: the first seed.
+      seeds: number of seeds: seed, seed + 1, ... Everything is repeated for each, including the judges and the data of
+        the built-in task.
+      prepared: folder of a prepared dataset with train/ and validation/; None to prepare `task`.
+      task: how to prepare the data, once for each seed.
+      policy: the network that all arms train; None for the network that SFT starts from.
+      sizes: names in `models.sizes`, for a scaling study: one study for each size, whose policy has that shape, and one
+        report over all sizes. In `sft.start`, "{size}" stands for the name.
       by_size: settings with a value for each of `sizes`, such as "sft.steps=4000,8000,8000".
-      base: what the golden policy and the judges start from, one for all sizes; None for the SFT of the policy.
+      base: network that the golden policy and the judges start from, one for all sizes; None for the SFT policy.
       golden: the preference model that stands for the human.
       proxy: the preference model that online arms are trained against.
-      sft: supervised fine-tuning.
+      sft: settings of supervised fine-tuning.
       arms: the arms.
       sampler: how policies are sampled, online and in evaluation.
       evaluation: how checkpoints are measured.
-      claims: of one's own beside those of the paper, as "module:object".
-      checkpoint_every: steps of SFT and of the judges after which a killed run can be taken up; changes no result.
-      microbatches: parts in which the batch of a training step is computed, one after the other, to save memory.
+      claims: custom claims in addition to the paper's, as "module:object".
+      checkpoint_every: steps between two checkpoints of SFT and of the judges, from which a killed run continues; does
+        not change the results.
+      microbatches: number of parts that a training step's batch is split into and computed one after the other, to save
+        memory.
       mesh: the device mesh.
     """
 
@@ -243,7 +248,7 @@ class StudyConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is out of its range."""
+        """Raises UserError if a setting is out of range."""
         claims_of(self.claims)
         checks.at_least(self, 0, "seed")
         checks.at_least(self, 1, "seeds", "checkpoint_every", "microbatches")
@@ -267,5 +272,5 @@ def settings_by_size(config: StudyConfig) -> dict[str, tuple[Any, ...]]:
         except (SyntaxError, ValueError):
             raise UserError(f"by_size has {given!r}: write NAME=VALUE,VALUE with a value for each of sizes") from None
         if len(found[name]) != len(config.sizes):
-            raise UserError(f"by_size has {given!r} for {len(config.sizes)} sizes: give a value for each of them")
+            raise UserError(f"by_size has {given!r}, but there are {len(config.sizes)} sizes: give a value for each")
     return found

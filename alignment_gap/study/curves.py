@@ -1,4 +1,4 @@
-"""Training curves: what training jobs wrote of their steps, as figures and as a table of their throughput."""
+"""Training curves: the metrics of training jobs as figures, and a table of their throughput."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from alignment_gap.study.arms import GOLDEN, MAIN, Arm, file_word
 from alignment_gap.study.marks import OTHER_STYLES, Figure, Row, setting_fields, strokes
 from alignment_gap.training.monitor import METRICS, MFU
 
-# What is drawn of every step, in the order of the panels: its axis, and whether that is logarithmic.
+# The metrics that are drawn, in the order of the panels: the title of the axis, and whether it is logarithmic.
 CURVES = {
     "loss": ("Loss", False),
     "accuracy": ("Accuracy on the batch", False),
@@ -29,7 +29,7 @@ CURVES = {
     "gradient_norm": ("Gradient norm (logarithmic)", True),
     "learning_rate": ("Learning rate", False),
 }
-# The preference models, by the names of their jobs; the golden policy is called golden too.
+# The preference models, by the names of their jobs; the golden policy is also called golden.
 JUDGES = {"golden": "golden model", "proxy": "proxy model"}
 _STAGES = {ORIGIN: "supervised fine-tuning", "judges": "the preference models"}
 _COLOURS = {
@@ -48,23 +48,23 @@ _PAPER = {
     "judges": "It stops both about where validation accuracy flattens; the proxy reaches 70 to 90 % on its own data.",
     "ipo": "It shows no curve; 4,000 steps at 1e-5, and offline at 3e-6 to 3e-5 for up to 20,000 steps.",
 }
-# Points of a curve and rows of a figure, so that a page of a thousand runs still opens.
+# Limits for the points of a curve and the rows of a figure, so that a page with a thousand runs still opens.
 _MOST_POINTS, _FEWEST_POINTS, _MOST_ROWS = 50, 8, 1500
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """A training job and what it wrote of its steps.
+    """A training job and its metrics.
 
     Attributes:
-      name: what its curves are called: an arm, "sft", one of `JUDGES`, a folder.
+      name: name of its curves: an arm, "sft", one of `JUDGES`, or a folder.
       lines: metrics of steps, ascending.
-      seconds: that it took; nan where it is not finished.
+      seconds: duration of the job; nan if it is not finished.
       loss: name of the loss; empty for a preference model.
       beta: regularisation; nan for a loss without one.
-      learning_rate: the largest one.
-      steps_factor: how many times the steps of an online run it has.
-      seed: of the study.
+      learning_rate: the largest learning rate.
+      steps_factor: its number of steps, as a multiple of the online steps.
+      seed: seed of the study.
     """
 
     name: str
@@ -78,14 +78,14 @@ class TrainingRun:
 
     @property
     def setting(self) -> str:
-        """Its settings as those of its checkpoints are written."""
+        """Its setting in the same words as `CheckpointResult.setting`."""
         return CheckpointResult("", "", self.beta, self.learning_rate, 0, 0, {}, steps_factor=self.steps_factor).setting
 
 
 def read_lines(folder: AnyPath) -> list[dict[str, float]]:
-    """The lines of metrics in the folder of a run; one that is still being written is left out.
+    """The lines of metrics in the folder of a run; a line that is still being written is left out.
 
-    A value that was not finite, which is null there, is nan.
+    Values that were not finite are null in the file, and nan here.
     """
     path, lines = folder / METRICS, []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -138,13 +138,13 @@ def curves_figure(
     colours: Mapping[str, str],
     further: Sequence[Sequence[Mapping[str, float]]] = (),
 ) -> Figure:
-    """A panel for each of `CURVES` that a run has, over its steps; a colour for each name.
+    """Draws a panel for each of `CURVES` that a run has, over steps, with a colour for each name.
 
     Args:
       base: the figure without a drawing.
-      runs: of the figure.
-      colours: by the names of the runs.
-      further: for each run, metrics of steps that were measured afterwards.
+      runs: the runs to draw.
+      colours: colours by the names of the runs.
+      further: for each run, metrics by step that were measured afterwards.
     """
     points = min(_MOST_POINTS, max(_FEWEST_POINTS, _MOST_ROWS // max(len(runs), 1)))
     rows = [row for run in runs for row in _rows(run, run.lines, points)]
@@ -161,14 +161,14 @@ def curves_figure(
 
 
 def _own_stage(run: TrainingRun) -> str:
-    """The stage of SFT and of the preference models; empty for an arm."""
+    """The stage of a run of SFT or of a preference model; empty for an arm."""
     if run.name in (ORIGIN, "base"):
         return ORIGIN
     return "" if run.loss else "judges"
 
 
 def _rows(run: TrainingRun, lines: Sequence[Mapping[str, float]], points: int) -> list[Row]:
-    """A row for each point of the curves of a run: the means over some lines, at the last one's step."""
+    """A row for each point of a run's curves: the means over several lines, at the step of the last of them."""
     identity = {"series": run.name, "seed": run.seed, "setting": run.setting}
     identity |= {"run": f"{run.name} {run.loss} {run.setting} seed {run.seed}"}
     identity |= setting_fields(run.beta, run.learning_rate, run.steps_factor)
@@ -185,7 +185,7 @@ def _rows(run: TrainingRun, lines: Sequence[Mapping[str, float]], points: int) -
 
 
 def _parts(length: int, points: int) -> tuple[list[int], list[int]]:
-    """Where about equal parts of so many lines start and end."""
+    """Starts and ends of about equal parts of `length` lines."""
     ends = np.linspace(0, length, min(length, points) + 1).round().astype(int).tolist()
     return ends[:-1], ends[1:]
 
@@ -204,7 +204,7 @@ def _panel(metric: str, rows: Sequence[Row], colour: alt.Color) -> alt.LayerChar
 
 
 def _ends(runs: Sequence[TrainingRun], title: str) -> str:
-    """The loss at the first and at the last lines of each name, and how many updates were skipped."""
+    """The loss at the first and the last lines of each name, and the number of skipped updates."""
     found = []
     for name in dict.fromkeys(run.name for run in runs):
         of_name = [run.lines for run in runs if run.name == name and run.lines]
@@ -218,7 +218,7 @@ def _ends(runs: Sequence[TrainingRun], title: str) -> str:
 
 
 def throughput_table(runs: Sequence[TrainingRun]) -> list[dict[str, str]]:
-    """A row for each name and loss: how fast its jobs were, the mean over jobs of the median over their lines."""
+    """A row of speeds for each name and loss: the median over the lines of a job, averaged over jobs."""
     groups: dict[tuple[str, str], list[TrainingRun]] = {}
     for run in runs:
         groups.setdefault((run.name, loss_name(run.loss) if run.loss else "preference"), []).append(run)

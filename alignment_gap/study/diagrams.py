@@ -1,4 +1,4 @@
-"""Diagrams of a study, drawn from its graph of jobs: who learns from whom, and what is made of the online stream."""
+"""Diagrams of a study, drawn from its graph of jobs: who learns from whom, and which jobs use the online stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alignment_gap.jobs.train import TRAIN
 from alignment_gap.study.graph import StudyGraph
 from alignment_gap.study.marks import WIDTH, Figure
 
-# Jobs by the pattern of their names, and what a reader calls them.
+# Patterns of job names, and the labels of the boxes.
 _WORKFLOW = {
     "data": "human pairs",
     "sft": "SFT",
@@ -36,16 +36,16 @@ _STREAM = {
     "(final_vs_final|sft_vs_early|early_vs_final)-ipo-.*": "{arm}",
 }
 
-# What a job makes, and the outline of its box.
+# Kinds of results; each has its own outline.
 _PAIRS, _JUDGE, _POLICY = "pairs", "preference model", "policy"
 _COLOURS = {_PAIRS: charts.LINE, _JUDGE: "#CC79A7", _POLICY: "#0072B2"}
 
-# Half the width and height of a box, and how far the columns are bent, in columns and rows.
+# Half the width of a box in columns, half its height in rows, and how far the columns are bent in rows.
 _WIDE, _HIGH, _BEND = 0.36, 0.16, 0.12
 
 
 def diagram_figures(graph: StudyGraph) -> list[Figure]:
-    """The workflow (figure 2 of the paper), and what reads the stream of the online run (figure 3), of one seed."""
+    """The workflow (figure 2 of the paper) and the uses of the online run's stream (figure 3), for one seed."""
     prefix = f"seed{graph.seeds[0].seed}-"
     jobs = {job.name.removeprefix(prefix): job for job in graph.jobs if job.name.startswith(prefix)}
     made = collections.Counter(map(_made, jobs.values()))
@@ -54,9 +54,9 @@ def diagram_figures(graph: StudyGraph) -> list[Figure]:
         "Figure 2: the workflow",
         "Who learns from whom, and who judges?",
         "A golden preference model stands for people: it labels the pairs and judges. Offline policies learn from its "
-        "labels, online ones from a proxy that learned them.",
+        "labels; online policies learn from a proxy that was trained on these labels.",
         sentences=(
-            f"A seed of this study is {len(jobs)} jobs, which train {made[_POLICY]} policies and {made[_JUDGE]} "
+            f"A seed of this study has {len(jobs)} jobs, which train {made[_POLICY]} policies and {made[_JUDGE]} "
             "preference models.",
         ),
     )
@@ -74,14 +74,14 @@ def diagram_figures(graph: StudyGraph) -> list[Figure]:
 
 
 def _made(job: Job) -> str:
-    """What a job makes."""
+    """The kind of a job's result."""
     if job.kind is not TRAIN:
         return _PAIRS
     return _POLICY if job.config.kind == POLICY else _JUDGE
 
 
 def _boxes(jobs: Mapping[str, Job], patterns: Mapping[str, str]) -> dict[str, str]:
-    """What each box makes, by its word."""
+    """The kind of result of each box, by label."""
     return {word: _made(job) for name, job in jobs.items() if (word := _word(name, patterns))}
 
 
@@ -94,7 +94,7 @@ def _drawn(figure: Figure, jobs: Mapping[str, Job], patterns: Mapping[str, str])
 
 
 def _word(name: str, patterns: Mapping[str, str]) -> str:
-    """What a reader calls a job; empty for one that is not drawn."""
+    """The label of a job's box; empty if the job is not drawn."""
     found = next((word for pattern, word in patterns.items() if re.fullmatch(pattern, name)), "")
     arm = name.partition("-")[0]
     pairs = "pairs " + name.removeprefix("pairs-").rpartition("-")[0].replace("_", " ")
@@ -102,7 +102,7 @@ def _word(name: str, patterns: Mapping[str, str]) -> str:
 
 
 def _edges(jobs: Sequence[Job], words: Mapping[str, str]) -> list[tuple[str, str]]:
-    """From a job to each that reads it, both by their words; jobs of one word are one."""
+    """Edges from a job to each job that reads it, by label; jobs with one label share a box."""
     edges = [
         (words[need.name], words[job.name])
         for job in jobs
@@ -113,21 +113,21 @@ def _edges(jobs: Sequence[Job], words: Mapping[str, str]) -> list[tuple[str, str
 
 
 def _places(edges: Sequence[tuple[str, str]], words: Sequence[str]) -> dict[str, tuple[int, float]]:
-    """Every node's column, one after the last of those that it reads, and its place in the column, about 0."""
+    """Every node's column, after the columns of all nodes that it reads; and its position in the column, around 0."""
     columns: dict[str, int] = {}
-    for word in words:  # In the order of the graph: what a node reads has its column already.
+    for word in words:  # In the order of the graph, so the inputs of a node already have columns.
         columns[word] = max((columns[start] + 1 for start, end in edges if end == word and start in columns), default=0)
     places: dict[str, tuple[int, float]] = {}
     for column in set(columns.values()):
         members = [word for word in words if columns[word] == column]
-        # On a parabola no three columns are in line, so that few lines go through a box between their ends.
+        # On a parabola, no three columns are in line, so few lines cross a box between their ends.
         bent = _BEND * (column - max(columns.values()) / 2) ** 2
         places |= {word: (column, (len(members) - 1) / 2 - row - bent) for row, word in enumerate(members)}
     return places
 
 
 def _drawing(edges: Sequence[tuple[str, str]], boxes: Mapping[str, str]) -> dict[str, object]:
-    """Boxes of words, and lines from what is read to who reads it, from left to right."""
+    """Boxes with labels, and lines from an input to its readers, from left to right."""
     places = _places(edges, list(boxes))
     nodes = [
         {"job": word, "makes": boxes[word], "x": x, "y": y}

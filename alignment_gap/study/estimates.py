@@ -1,8 +1,8 @@
-"""What a claim rests on: an estimate for every seed with its bootstrap replicates, computed from the checkpoints.
+"""The estimates behind claims: a number for every seed, with bootstrap replicates, computed from the checkpoints.
 
-An estimate is a frozen value that is called with the `Evidence` of a study. It gives, by seed, an array whose first
-entry is the estimate on the examples and whose others are the estimates on resamples of them. Where the study lacks
-something it raises `NotMeasured` with the reason.
+An estimate is a frozen value that is called with the `Evidence` of a study. It returns an array for each seed: the
+first entry is the estimate on the examples, and the others are estimates on resamples. If the study lacks a
+measurement, it raises `NotMeasured` with the reason.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from alignment_gap.study.analysis import (
 )
 
 NARROW = 1.1
-"""Shared budgets whose ends have a smaller ratio are too few for a claim, which is on a range of KL."""
+"""The minimum ratio of the largest to the smallest shared budget; a narrower range of KL is not enough for a claim."""
 FEWEST_RUNS = 3
-"""Fewer runs than this in a seed are too few to correlate two metrics over them."""
+"""The minimum number of runs in a seed for a correlation of two metrics."""
 CORRELATION = "correlation"
-"""The unit of an estimate that is no metric."""
+"""The unit of an estimate that is not a metric."""
 
 BySeed = dict[int, Float[np.ndarray, "R"]]
 
 
 class NotMeasured(Exception):
-    """The study does not have what an estimate needs; the message says what."""
+    """The study lacks something that an estimate needs; the message says what."""
 
 
 class Evidence:
-    """The checkpoints of a study, with each comparison at equal KL made once, however many claims read it."""
+    """The checkpoints of a study; caches the comparisons at equal KL, which several claims may read."""
 
     def __init__(self, results: Sequence[CheckpointResult]) -> None:
-        """Takes the checkpoints of all policies; estimates read those of the study's own size."""
+        """Takes the checkpoints of all policies; estimates use those of the study's own size."""
         self.everything = results
         self.results = [result for result in results if not result.size]
         self.compared = functools.cache(self._compare)
@@ -65,12 +65,12 @@ class Evidence:
 
     @functools.cached_property
     def sizes(self) -> list[Evidence]:
-        """The study's own size and every other one, each as evidence of its own, by the number of parameters."""
+        """Separate evidence for every size, including the study's own, ordered by number of parameters."""
         counts = {result.size: result.parameters for result in self.everything if result.arm == ORIGIN}
         return [self._of_size(size) for size, _ in sorted(counts.items(), key=lambda each: each[1])]
 
     def runs(self, method: Method, metric: str) -> dict[int, Runs]:
-        """The runs of a method in every seed that measured the metric and KL; raises NotMeasured where none did."""
+        """The runs of a method in every seed that measured the metric and KL; raises NotMeasured if there is none."""
         runs = {seed: measured_runs(self.results, method, seed, metric) for seed in self.seeds}
         found = {seed: each for seed, each in runs.items() if each}
         if not found:
@@ -78,7 +78,7 @@ class Evidence:
         return found
 
     def ends(self, method: Method, metric: str) -> dict[int, list[CheckpointResult]]:
-        """The last checkpoint of every run of a method, by seed; raises NotMeasured where there is none."""
+        """The last checkpoint of every run of a method, by seed; raises NotMeasured if there is none."""
         measured = [result for result in self.results if result.method == method and metric in result.outcomes]
         if not measured:
             raise NotMeasured(f"{in_words(method)} was not trained, or its {METRICS[metric].words} was not measured")
@@ -89,7 +89,7 @@ class Evidence:
         return ends
 
     def with_shared_settings(self, first: Method, second: Method) -> Evidence:
-        """The evidence without runs of two methods at settings that the other lacks; raises NotMeasured without any."""
+        """The evidence with only those runs of two methods whose settings both have; raises NotMeasured without any."""
         settings = [{r.setting for r in self.results if r.method == method} for method in (first, second)]
         shared = settings[0] & settings[1]
         if not shared:
@@ -108,7 +108,8 @@ class Evidence:
 class EqualKl:
     """The gap at equal KL, first minus second, averaged over the budgets that both methods reach.
 
-    With `at_shared_settings` only runs at settings that both methods have count: a sweep has more tries than one run.
+    With `at_shared_settings`, only runs at settings that both methods have count, because a sweep has more tries than
+    one run.
     """
 
     first: Method
@@ -118,9 +119,9 @@ class EqualKl:
     is_gap: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> BySeed:
-        """Raises NotMeasured where a method is missing, or the range of KL that both reach is none or narrow."""
+        """Raises NotMeasured if a method is missing, or both share no range of KL or only a narrow one."""
         for method in (self.first, self.second):
-            evidence.runs(method, self.metric)  # Raises where there are none, whatever their settings.
+            evidence.runs(method, self.metric)  # Raises if there are no runs at any setting.
         if self.at_shared_settings:
             evidence = evidence.with_shared_settings(self.first, self.second)
         comparison = _comparison(evidence, self.first, self.second, self.metric)
@@ -146,7 +147,7 @@ class PeakGap:
     is_gap: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> BySeed:
-        """Raises NotMeasured where a method is missing."""
+        """Raises NotMeasured if a method is missing."""
         comparison = _comparison(evidence, self.first, self.second, self.metric)
         return dict(zip(comparison.seeds, comparison.peak_gaps, strict=True))
 
@@ -163,7 +164,7 @@ class Rise:
     is_gap: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> BySeed:
-        """Raises NotMeasured where the method is missing."""
+        """Raises NotMeasured if the method is missing."""
         return _best_minus(lambda runs: runs[0][0], evidence.runs(self.method, self.metric), self.metric)
 
     def __str__(self) -> str:
@@ -179,7 +180,7 @@ class Fall:
     is_gap: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> BySeed:
-        """Raises NotMeasured where the method is missing."""
+        """Raises NotMeasured if the method is missing."""
         return _best_minus(furthest, evidence.runs(self.method, self.metric), self.metric)
 
     def __str__(self) -> str:
@@ -188,14 +189,14 @@ class Fall:
 
 @dataclasses.dataclass(frozen=True)
 class AtEnd:
-    """A metric at the end of training: the mean over a method's runs, the largest over the methods."""
+    """A metric at the end of training: the mean over a method's runs, and the maximum over methods."""
 
     methods: tuple[Method, ...]
     metric: str
     is_gap: ClassVar[bool] = False
 
     def __call__(self, evidence: Evidence) -> BySeed:
-        """Raises NotMeasured where one of the methods is missing."""
+        """Raises NotMeasured if one of the methods is missing."""
         ends = [evidence.ends(method, self.metric) for method in self.methods]
         shared = [seed for seed in ends[0] if all(seed in each for each in ends)]
         return {seed: np.max([_mean(each[seed], self.metric) for each in ends], axis=0) for seed in _some(shared)}
@@ -208,9 +209,9 @@ class AtEnd:
 
 @dataclasses.dataclass(frozen=True)
 class EndGap:
-    """A metric at the end of training, first minus second; of the second the runs at the first one's settings.
+    """A metric at the end of training, first minus second; the second method's runs at the settings of the first count.
 
-    Where the second has no run at a setting of the first, all of its runs count.
+    If the second method has no run at a setting of the first, all its runs count.
     """
 
     first: Method
@@ -219,7 +220,7 @@ class EndGap:
     is_gap: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> BySeed:
-        """Raises NotMeasured where a method is missing."""
+        """Raises NotMeasured if a method is missing."""
         firsts, seconds = (evidence.ends(method, self.metric) for method in (self.first, self.second))
         gaps = {}
         for seed in _some([seed for seed in firsts if seed in seconds]):
@@ -234,14 +235,14 @@ class EndGap:
 
 @dataclasses.dataclass(frozen=True)
 class ProxyLead:
-    """How much better the proxy classifies pairs than the best of some methods at the end of training."""
+    """How much better the proxy classifies pairs than the best of several methods at the end of training."""
 
     methods: tuple[Method, ...]
     metric: str
     is_gap: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> BySeed:
-        """Raises NotMeasured where the proxy or one of the methods is missing."""
+        """Raises NotMeasured if the proxy or one of the methods is missing."""
         policies = AtEnd(self.methods, self.metric)(evidence)
         proxy = evidence.ends(PROXY, self.metric)
         shared = _some([seed for seed in policies if seed in proxy])
@@ -256,7 +257,7 @@ class ProxyLead:
 class Correlation:
     """Spearman's correlation of two metrics over the checkpoints of a method's runs.
 
-    The checkpoints of a run depend on each other, so whole runs are resampled, not examples.
+    The checkpoints of a run are not independent, so whole runs are resampled instead of examples.
     """
 
     method: Method
@@ -266,7 +267,7 @@ class Correlation:
     is_gap: ClassVar[bool] = False
 
     def __call__(self, evidence: Evidence) -> BySeed:
-        """Raises NotMeasured where there are too few runs, or all of them have the same results."""
+        """Raises NotMeasured if there are too few runs, or all have the same results."""
         found = {}
         for seed, runs in evidence.runs(self.method, self.predicted).items():
             both = [run for run in runs if all(self.predictor in result.outcomes for result in run[1:])]
@@ -289,7 +290,7 @@ class Correlation:
 
 @dataclasses.dataclass(frozen=True)
 class Narrowing:
-    """How much smaller the gap of the peaks is at the largest size than at the smallest one."""
+    """How much smaller the gap between the peaks is at the largest size than at the smallest."""
 
     first: Method
     second: Method
@@ -297,7 +298,7 @@ class Narrowing:
     is_gap: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> BySeed:
-        """Raises NotMeasured where there is one size, or a method is missing in one of the two."""
+        """Raises NotMeasured if there is only one size, or a method is missing at one of the two."""
         if len(evidence.sizes) < 2:
             raise NotMeasured("the study has policies of one size")
         gap = PeakGap(self.first, self.second, self.metric)
@@ -310,7 +311,7 @@ class Narrowing:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One estimate minus another of the same metric, in the seeds that have both."""
+    """One estimate minus another with the same metric, in the seeds that have both."""
 
     one: Narrowing
     other: Narrowing
@@ -318,11 +319,11 @@ class Difference:
 
     @property
     def metric(self) -> str:
-        """That of both."""
+        """The metric of both."""
         return self.one.metric
 
     def __call__(self, evidence: Evidence) -> BySeed:
-        """Raises NotMeasured where one of them does."""
+        """Raises NotMeasured if one of them does."""
         one, other = self.one(evidence), self.other(evidence)
         return {seed: one[seed] - other[seed] for seed in _some([seed for seed in one if seed in other])}
 
@@ -334,7 +335,7 @@ Estimate = EqualKl | PeakGap | Rise | Fall | AtEnd | EndGap | ProxyLead | Correl
 
 
 def bounds(estimate: Estimate) -> tuple[float, float]:
-    """The values that an estimate can have; Student's t over few seeds can reach beyond them."""
+    """The range of possible values of an estimate; with few seeds, Student's t can exceed it."""
     if estimate.metric == CORRELATION:
         return -1.0, 1.0
     if not METRICS[estimate.metric].is_share:
@@ -343,7 +344,7 @@ def bounds(estimate: Estimate) -> tuple[float, float]:
 
 
 def in_words(method: Method) -> str:
-    """A method as the report names it: the arm, and the loss."""
+    """The name of a method in the report: arm and loss."""
     arm, loss = method
     return arm if method == PROXY else f"{arm} {loss_name(loss)}"
 
@@ -364,7 +365,7 @@ def _comparison(evidence: Evidence, first: Method, second: Method, metric: str) 
 
 
 def _best_minus(chosen: Callable[[Runs], CheckpointResult], runs: dict[int, Runs], metric: str) -> BySeed:
-    """By seed, the cross-fitted best of the runs minus one of their checkpoints."""
+    """The cross-fitted best of the runs minus one of their checkpoints, by seed."""
     return {seed: cross_fitted_best(each, metric) - _mean([chosen(each)], metric) for seed, each in runs.items()}
 
 

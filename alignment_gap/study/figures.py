@@ -1,7 +1,7 @@
-"""The figures of the controlled study: one Vega-Lite specification each, for the page and for the PNG.
+"""The figures of the controlled study: each is one Vega-Lite specification, for the page and for the PNG.
 
-A figure says which question it answers, what the paper saw, and what is seen here: the answers to the claims that stand
-in it, and sentences computed from its numbers. A figure whose arms or metrics are missing says so instead.
+A figure comes with its question, with what the paper saw, and with what this study sees: the answers to its claims, and
+sentences computed from its numbers. If its arms or metrics are missing, the figure says so instead.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from alignment_gap.study.marks import (
     with_starts,
 )
 
-# What the paper saw under a loss, by figure; it has IPO and best-of-2.
+# What the paper saw under a loss, by figure; the paper has only IPO and best-of-2.
 _AT_EQUAL_KL = {
     "ipo": "Online is at least as good as offline at every KL, on all four tasks.",
     "best_of_n": "Online is above offline, with chat arena as the exception.",
@@ -63,7 +63,7 @@ _OVER_KL = {
 }
 _ALONG_TRAINING = {"ipo": "The log-probability of winners falls under every method, and offline's the most."}
 
-# The question of a panel, and what the paper saw of it.
+# The question of a panel, and what the paper saw.
 _PANELS = {
     WINDOWS: (
         "How much does the order of the online stream matter?",
@@ -71,7 +71,7 @@ _PANELS = {
     ),
     DATASETS: (
         "Which offline pairs help?",
-        "Those with at least one side from SFT; neither contrast nor quality alone does it.",
+        "Pairs with at least one side from SFT; neither contrast nor quality is enough by itself.",
     ),
     REFRESH: ("How fresh must the samples be?", "The paper stops at online and offline; 2506.21495 is between them."),
     BEST_OF_N: ("Does it help to train on the best of more samples?", "The paper takes the better of two."),
@@ -85,15 +85,15 @@ _PANELS = {
     ),
     PROXY_LABELS: (
         "How many labels does the proxy need?",
-        "Its proxy learns from all of D_golden, and tells 70 to 90 % of it as the golden model does.",
+        "Its proxy learns from all of D_golden, and agrees with the golden model on 70 to 90 % of it.",
     ),
     BETAS: (
         "Does online depend on the strength of its regularisation?",
-        "It has online at beta 0.1 alone, and sweeps offline.",
+        "It has online only at beta 0.1, and sweeps offline.",
     ),
     OBJECTIVES: (
         "Do offline objectives that bound the distance to SFT close the gap?",
-        "The paper has none of them; they are of 2406.01462 and 2407.13399.",
+        "The paper has none of them; they come from 2406.01462 and 2407.13399.",
     ),
     SELF_PLAY: (
         "Does play against a mixture with SFT beat plain online training?",
@@ -109,14 +109,14 @@ def study_figures(
     answers: Sequence[Answer],
     arms: Sequence[Arm],
 ) -> list[Figure]:
-    """All figures, in the order of the report; those that lack their numbers come with a reason instead of a drawing.
+    """All figures, in the order of the report; a figure without its numbers has a reason instead of a drawing.
 
     Args:
       evidence: the checkpoints of the study.
-      table: a row for each of them, as from `analysis.results_table`.
-      comparisons: as from `findings.study_comparisons`.
-      answers: as from `claims.answers`.
-      arms: of the study.
+      table: a row for each checkpoint, from `analysis.results_table`.
+      comparisons: the comparisons from `findings.study_comparisons`.
+      answers: the answers from `claims.answers`.
+      arms: arms of the study.
     """
     every = zip(evidence.everything, table, strict=True)
     rows = [chart_row(result, means) for result, means in every if not result.size]
@@ -153,7 +153,7 @@ def main_arms(arms: Sequence[Arm]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Study:
-    """What every figure draws from: the checkpoints, a chart row for each, comparisons, answers to claims, the arms."""
+    """The inputs of all figures: the checkpoints, a chart row for each, comparisons, answers to claims, arms."""
 
     evidence: Evidence
     rows: Sequence[Row]
@@ -162,7 +162,7 @@ class _Study:
     arms: Sequence[Arm]
 
     def claims(self, *figures: str) -> tuple[Answer, ...]:
-        """The answers to the claims that stand in these figures of the paper."""
+        """The answers to the claims about these figures of the paper."""
         return tuple(answer for answer in self.answers if answer.claim.figure in figures)
 
     @property
@@ -176,14 +176,14 @@ class _Study:
         return findings.asked(self.comparisons, self.arms)
 
     def select(self, loss: str, metrics: Sequence[str], *, origins: bool = True) -> list[Row]:
-        """Rows with all the metrics: of the main arms under a loss, by default of origin and golden policy too."""
+        """The rows with all the metrics: main arms under a loss and, by default, origin and golden policy."""
         methods = {(arm, loss_name(loss)) for arm in self.main}
         return self.of_methods(methods, metrics, origins=origins)
 
     def of_methods(
         self, methods: Collection[tuple[str, str]], metrics: Sequence[str], *, origins: bool = True
     ) -> list[Row]:
-        """Rows of methods, each an arm and the words of a loss, that have all the metrics."""
+        """The rows with all the metrics, for methods given as an arm and the words of a loss."""
         measured = [row for row in self.rows if all(metric in row for metric in metrics)]
         return [
             row
@@ -192,7 +192,7 @@ class _Study:
         ]
 
     def lacking(self, loss: str, metrics: Sequence[str]) -> str:
-        """Why a figure of a loss and these metrics cannot be drawn; empty where it can."""
+        """Why a figure of a loss and these metrics cannot be drawn; empty if it can."""
         trained = self.select(loss, (), origins=False)
         if not trained:
             return f"no arm was trained with {loss_name(loss)}"
@@ -200,13 +200,13 @@ class _Study:
         return f"not measured: {', '.join(absent)}" if absent else ""
 
     def at_equal_kl(self, comparison: Comparison) -> str:
-        """All that is said of two arms at equal KL."""
+        """All sentences on two arms at equal KL."""
         said = findings.equal_kl_headline(comparison), findings.equal_kl_detail(comparison)
         return " ".join(filter(None, (*said, findings.peaks_apart(self.evidence, comparison))))
 
 
 def _saw(papers: Mapping[str, str], loss: str, what: str) -> str:
-    """What the paper saw under a loss; else that it does not have it."""
+    """What the paper saw under a loss, or a sentence that the paper does not have it."""
     return papers.get(loss, f"The paper has no {what} under {loss_name(loss)}.")
 
 
@@ -230,7 +230,7 @@ def _quality_figure(study: _Study, loss: str) -> Figure:
 def _loss_figure(study: _Study, loss: str, lead: str) -> Figure:
     words, behind = loss_name(loss), loss_name(lead)
     title = f"Figure 9: {METRICS['win_rate'].words} over KL to SFT, {words}, with {behind} in lighter marks"
-    question = f"Do the arms order themselves under {words} as under {behind}?"
+    question = f"Do the arms have the same order under {words} as under {behind}?"
     claims = study.claims("9") if loss == "best_of_n" else ()
     base = Figure(f"figure_9_{file_word(loss)}", title, question, _saw(_OVER_KL, loss, "win rates"), claims)
     return _over_kl(study, base, loss, "win_rate", behind=lead)
@@ -247,7 +247,7 @@ def _loss_quality_figure(study: _Study, loss: str, lead: str) -> Figure:
 
 
 def _over_kl(study: _Study, base: Figure, loss: str, metric: str, behind: str = "") -> Figure:
-    """A metric over KL to SFT for the arms of one loss, those of another behind it in lighter marks."""
+    """A metric over KL to SFT for the arms of one loss; those of another loss are behind it in lighter marks."""
     if reason := study.lacking(loss, ("kl", metric)):
         return dataclasses.replace(base, missing=reason)
     rows = study.select(loss, ("kl", metric))
@@ -258,7 +258,7 @@ def _over_kl(study: _Study, base: Figure, loss: str, metric: str, behind: str = 
 
 
 def _kl_chart(study: _Study, rows: Sequence[Row], metric: str) -> dict[str, object]:
-    """Checkpoints over KL; the line of 50 % where the metric is the win rate."""
+    """Checkpoints over KL; with a line at 50 % if the metric is the win rate."""
     layers = scatter(rows, study.arms, charts.kl_axis(max(row["kl"] for row in rows)), metric)
     if metric == "win_rate":
         layers.insert(0, level(0.5).encode(axis(alt.Y, metric)))
@@ -267,7 +267,7 @@ def _kl_chart(study: _Study, rows: Sequence[Row], metric: str) -> dict[str, obje
 
 
 def _kl_sentences(study: _Study, loss: str, metric: str) -> tuple[str, ...]:
-    """What the figure shows beyond the win rates of online and offline at equal KL, which are the answer itself."""
+    """Sentences on the figure; win rates of online and offline at equal KL are left out, as the page has them above."""
     apart = study.asked
     of_loss = [c for c in study.comparisons if c.metric == metric and c.first[1] == loss and c not in apart]
     found = [study.at_equal_kl(c) for c in of_loss if c.first[0] in study.main]
@@ -278,7 +278,7 @@ def _kl_sentences(study: _Study, loss: str, metric: str) -> tuple[str, ...]:
 
 
 def _panel_figure(study: _Study, panel: str, metric: str) -> Figure | None:
-    """A metric over KL for the arms of a panel and those that they are compared with; None without a rubric."""
+    """A metric over KL for a panel's arms and the arms that they are compared with; None if the rubric is missing."""
     word = re.sub(r"\W+", "_", panel.lower()).removeprefix("figures_").removeprefix("figure_")
     name, is_quality = f"figure_{word}" + ("" if metric == "win_rate" else f"_{metric}"), metric == "rubric"
     question, paper = _PANELS.get(panel, (f"How do the arms of {panel} compare?", f"{panel} is not in the paper."))
@@ -338,14 +338,14 @@ def _budget_figure(study: _Study, loss: str) -> Figure:
 
 
 def _band_rows(comparison: Comparison, band: Band, arm: str) -> list[Row]:
-    """A row per budget, proportions in per cent."""
+    """A row per budget; fractions in per cent."""
     columns = zip(comparison.budgets, 100 * band.value, 100 * band.low, 100 * band.high, strict=True)
     names = ("budget", "value", "low", "high")
     return [{"arm": arm} | dict(zip(names, (round(float(v), 4) for v in row), strict=True)) for row in columns]
 
 
 def _band_chart(rows: Sequence[Row], x: alt.X, title: str) -> alt.LayerChart:
-    """Estimates as a line over their intervals as a band."""
+    """Estimates as a line, with their intervals as a band."""
     base, scale = alt.Chart(alt.Data(values=list(rows))).encode(x), alt.Scale(zero=False)
     tips = [alt.Tooltip(f"{field}:Q", format=".2f") for field in ("budget", "value", "low", "high")]
     band = base.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=title, scale=scale), alt.Y2("high:Q"))
@@ -354,7 +354,7 @@ def _band_chart(rows: Sequence[Row], x: alt.X, title: str) -> alt.LayerChart:
 
 
 def _gaps_figure(study: _Study) -> Figure:
-    """The gap of the study's question at equal KL, a mark for each loss."""
+    """The gap of the study's question at equal KL, with a mark for each loss."""
     base = Figure(
         "figure_losses",
         "Is it the loss? The gap at equal KL, by loss",
@@ -385,7 +385,7 @@ def _gaps_figure(study: _Study) -> Figure:
 
 
 def _scale_figure(study: _Study, loss: str) -> Figure:
-    """The best performance of every arm over the number of parameters, absolute and relative to online."""
+    """The best win rate of every arm over the number of parameters, absolute and relative to online."""
     base = Figure(
         "figure_11",
         f"Figures 11 and 14: best performance over the size of the policy, {loss_name(loss)}",
@@ -413,7 +413,7 @@ def _scale_figure(study: _Study, loss: str) -> Figure:
 
 
 def _growth(values: Sequence[Row]) -> str:
-    """The quantile of every arm at the smallest and at the largest size."""
+    """A sentence with the quantile of every arm at the smallest and at the largest size."""
     ends = [min(row["parameters"] for row in values), max(row["parameters"] for row in values)]
     found = []
     for arm in dict.fromkeys(row["arm"] for row in values):
@@ -424,7 +424,7 @@ def _growth(values: Sequence[Row]) -> str:
 
 
 def _best_rows(study: _Study, size: Evidence, loss: str) -> list[Row]:
-    """A row for each arm and seed of a size: the 90 % quantile of the win rate, and its ratio to that of online."""
+    """A row for each arm and seed of a size: the 90 % quantile of the win rate, and its ratio to online's."""
     best: dict[tuple[str, int], float] = {}
     for arm, seed in itertools.product(study.main, size.seeds):
         measured = [r for r in size.results if r.method == (arm, loss) and r.seed == seed and "win_rate" in r.outcomes]
@@ -442,7 +442,7 @@ def _best_rows(study: _Study, size: Evidence, loss: str) -> list[Row]:
 
 
 def _accuracy_figure(study: _Study, losses: Sequence[str]) -> Figure:
-    """Win rate over classification accuracy, every checkpoint, a panel per loss."""
+    """Win rate over classification accuracy for every checkpoint, with a panel per loss."""
     base = Figure(
         "figure_7",
         "Figure 7: win rate over accuracy on D_golden",
@@ -487,7 +487,7 @@ def _training_figure(study: _Study, loss: str) -> Figure:
 
 
 def _online_data_figure(study: _Study, loss: str) -> Figure:
-    """Accuracy along training on D_online, on held-out pairs and on own samples; the proxy's as a line."""
+    """Accuracy along training on D_online, on held-out pairs and on own samples; the proxy's accuracy is a line."""
     base = Figure(
         "figure_6",
         f"Figure 6: classification of other pairs along training, {loss_name(loss)}",
@@ -515,6 +515,6 @@ def _online_data_figure(study: _Study, loss: str) -> Figure:
 def _along_training(
     study: _Study, rows: Sequence[Row], metrics: Sequence[str]
 ) -> list[alt.LayerChart | alt.FacetChart]:
-    """A panel for each metric, over the steps."""
+    """A panel for each metric, over steps."""
     x = alt.X("step:Q", title="Gradient steps", scale=alt.Scale(zero=False, nice=False, padding=12))
     return [alt.layer(*scatter(rows, study.arms, x, metric)).properties(width=325, height=260) for metric in metrics]

@@ -1,6 +1,6 @@
-"""What the numbers of a study say, in sentences: two arms at equal KL, and over-optimisation; and numbers in words.
+"""Writes a study's findings in sentences: two arms at equal KL, and over-optimisation. Also formats numbers.
 
-Whether the numbers agree with the paper is decided in `claims`.
+`claims` decides whether the numbers agree with the paper.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from alignment_gap.study.arms import MAIN, Arm
 from alignment_gap.study.estimates import CORRELATION, Estimate, Evidence, NotMeasured
 
 FITTED = ("win_rate", "proxy_win_rate", "rubric")
-"""The scores whose over-optimisation is fitted."""
+"""The scores for which curves of over-optimisation are fitted."""
 FAR_APART = 0.1
-"""Gaps of win rates or of rubric scores that differ by this much ask for an explanation."""
+"""If the gap at equal KL and the gap between the peaks differ by this much, the report explains why."""
 MINUS, PERCENT = "\u2212", "\u00a0%"
 
 
@@ -63,11 +63,11 @@ def asked(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> list[Compar
 
 
 def coverage_sentence(seeds: int) -> str:
-    """What the intervals of a study of so many seeds cover."""
+    """Says what the intervals cover, given the number of seeds."""
     if seeds == 1:
         return (
-            "There is one seed: the intervals cover another draw of prompts, not another training run, "
-            "which can move a win rate by more than they are wide."
+            "There is one seed: the intervals cover another draw of prompts, but not another training run, "
+            "which can move a win rate by more than their width."
         )
     return (
         f"There are {seeds} seeds: the intervals cover another seed (Student's t with {seeds - 1} degrees of freedom, "
@@ -76,7 +76,7 @@ def coverage_sentence(seeds: int) -> str:
 
 
 def equal_kl_headline(comparison: Comparison) -> str:
-    """The verdict at equal KL in one short sentence."""
+    """The verdict at equal KL, in one short sentence."""
     metric = "" if comparison.metric == "win_rate" else f" in {METRICS[comparison.metric].words}"
     return f"{loss_name(comparison.first[1])}: at equal KL {comparison.verdict}{metric}."
 
@@ -105,7 +105,7 @@ def equal_kl_detail(comparison: Comparison) -> str:
 
 
 def peaks_apart(evidence: Evidence, comparison: Comparison) -> str:
-    """Why the gap between the peaks is far from the one at equal KL; empty where it is not."""
+    """Why the gap between the peaks is far from the gap at equal KL; empty if it is not far."""
     metric = comparison.metric
     if not len(comparison.budgets) or abs(comparison.peak_gap.value - comparison.mean_gap.value) < FAR_APART:
         return ""
@@ -128,7 +128,7 @@ def peaks_apart(evidence: Evidence, comparison: Comparison) -> str:
 
 
 def _peak_kl(evidence: Evidence, method: Method, comparison: Comparison) -> float:
-    """The KL of a method's best checkpoint, SFT among them; the mean over the seeds that are compared."""
+    """The KL of a method's best checkpoint (or of SFT, if SFT is best); the mean over the compared seeds."""
     runs = evidence.runs(method, comparison.metric)
     best = [
         max(itertools.chain.from_iterable(runs[seed]), key=lambda result: result.mean(comparison.metric))
@@ -138,7 +138,7 @@ def _peak_kl(evidence: Evidence, method: Method, comparison: Comparison) -> floa
 
 
 def frontiers_sentence(comparison: Comparison) -> str:
-    """What both methods reach within the largest budget that they share; empty where they share none."""
+    """The best of both methods within the largest shared budget; empty if they share none."""
     if not len(comparison.budgets):
         return ""
     bands = comparison.first_frontier, comparison.second_frontier
@@ -151,7 +151,7 @@ def frontiers_sentence(comparison: Comparison) -> str:
 
 
 def gaps_sentence(comparisons: Sequence[Comparison]) -> str:
-    """For which losses the gap of two arms at equal KL can be claimed."""
+    """Says for which losses a gap of two arms at equal KL can be claimed."""
     first, second = comparisons[0].first[0], comparisons[0].second[0]
     losses = {arm: [loss_name(c.first[1]) for c in comparisons if c.better == arm] for arm in (first, second, "")}
     words = {first: f"{first} is better", second: f"{second} is better", "": "neither can be claimed"}
@@ -162,7 +162,7 @@ def gaps_sentence(comparisons: Sequence[Comparison]) -> str:
 
 
 def ends_sentence(evidence: Evidence, loss: str, arms: Sequence[str], metrics: Sequence[str]) -> str:
-    """The means of metrics at the end of training, over all runs of each arm; empty where none was measured."""
+    """The means of metrics at the end of training, over all runs of each arm; empty if none was measured."""
     found = []
     for metric in metrics:
         values = {}
@@ -177,7 +177,7 @@ def ends_sentence(evidence: Evidence, loss: str, arms: Sequence[str], metrics: S
 
 
 def spans_sentence(evidence: Evidence, loss: str, arms: Sequence[str], metric: str) -> str:
-    """From where to where a metric goes over the checkpoints of each arm; empty where it was not measured."""
+    """The range of a metric over the checkpoints of each arm; empty if it was not measured."""
     found = []
     for arm in arms:
         measured = [r.mean(metric) for r in evidence.results if r.method == (arm, loss) and metric in r.outcomes]
@@ -187,14 +187,14 @@ def spans_sentence(evidence: Evidence, loss: str, arms: Sequence[str], metric: s
 
 
 def both_at_origin(comparison: Comparison) -> bool:
-    """Whether neither method has anything better than SFT, at any KL."""
+    """Whether neither method is better than SFT at any KL."""
     gaps = comparison.mean_gap, comparison.peak_gap
     frontiers = np.concatenate([comparison.first_frontier.value, comparison.second_frontier.value])
     return all(gap.low == gap.high == 0 for gap in gaps) and np.allclose(frontiers, comparison.origin)
 
 
 def seed_gaps_sentence(comparison: Comparison) -> str:
-    """The mean gap of each of several seeds; empty for one, or where there is none."""
+    """The mean gap of each seed; empty if there is only one seed or no gap."""
     if len(comparison.seed_gaps) <= 1:
         return ""
     gaps = (
@@ -208,7 +208,7 @@ def seed_gaps_sentence(comparison: Comparison) -> str:
 
 
 def over_optimisation(evidence: Evidence, method: Method) -> str:
-    """Whether the true score falls below SFT's where the golden judge's win rate rises; empty without a rubric."""
+    """Whether the true score falls below SFT's while the golden judge's win rate rises; empty without a rubric."""
     try:
         runs = evidence.runs(method, "rubric")
     except NotMeasured:
@@ -235,12 +235,14 @@ def over_optimisation(evidence: Evidence, method: Method) -> str:
 def over_optimisation_fits(
     evidence: Evidence, arms: Sequence[Arm]
 ) -> list[tuple[Method, str, str, tuple[Interval, Interval]]]:
-    """The curves of Gao et al. (2210.10760) through the checkpoints of the main arms, and through SFT's best of n.
+    """Fits the curves of Gao et al. (2210.10760) to the checkpoints of the main arms, and to SFT's best of n.
 
-    Each comes as method, score, curve, and a and b.
+    The scores are the win rates by the golden judge and by the proxy and, if there is one, the rubric, each minus the
+    score of SFT. Best-of-n, whether trained or chosen, has its own curve; all other methods have the curve of
+    reinforcement learning.
 
-    The scores are the win rates by the golden judge and by the proxy and, where there is one, the rubric, each minus
-    that of SFT. Best-of-n, trained or chosen, is fitted to its own curve, all else to that of reinforcement learning.
+    Returns:
+      For each fit: method, score, curve, and the coefficients a and b.
     """
     found = []
     fitted = [arm for arm in arms if arm.panel == MAIN or arm.best_of]
@@ -259,7 +261,7 @@ def over_optimisation_fits(
 
 
 def _fit(runs: Runs, metric: str, curve: str) -> Float[np.ndarray, "R 2"] | None:
-    """The coefficients on the examples (first) and on resamples of them; None where the KLs are too few."""
+    """The coefficients on the examples (first) and on resamples; None if there are too few KLs."""
     checkpoints = [runs[0][0], *(result for run in runs for result in run[1:])]
     means = joint_means(checkpoints, metric)
     try:
@@ -272,7 +274,7 @@ def _fit(runs: Runs, metric: str, curve: str) -> Float[np.ndarray, "R 2"] | None
 
 
 def nats(kl: float) -> str:
-    """A KL to two digits, never in powers of ten for being large."""
+    """A KL with two digits; large values are not written in powers of ten."""
     return f"{float(f'{kl:.2g}'):g}"
 
 
@@ -282,19 +284,19 @@ def _span(kl: tuple[float, float]) -> str:
 
 
 def change(interval: Interval, metric: str) -> str:
-    """A change with its interval, in a sentence; that of a share in percentage points."""
+    """A change with its interval, for a sentence; for a fraction, in percentage points."""
     value, low, high = _numbers(interval, metric, "+")
     return f"{value}{METRICS[metric].unit} (95{PERCENT} interval {low} to {high})"
 
 
 def in_table(interval: Interval, metric: str) -> str:
-    """A change with its interval, in a table that names unit and confidence elsewhere."""
+    """A change with its interval, for a table that names unit and confidence elsewhere."""
     value, low, high = _numbers(interval, metric, "+")
     return f"{value} ({low} to {high})"
 
 
 def estimated(estimate: Estimate, interval: Interval) -> tuple[str, str]:
-    """What a claim is about, with its unit, and the ends of its interval."""
+    """An estimate with its unit, and the ends of its interval."""
     if estimate.metric == CORRELATION:
         value, low, high = (
             f"{number:+.2f}".replace("-", MINUS) for number in (interval.value, interval.low, interval.high)
@@ -307,24 +309,24 @@ def estimated(estimate: Estimate, interval: Interval) -> tuple[str, str]:
 
 
 def bare(estimate: Estimate, value: float) -> str:
-    """A value as `estimated` writes it, without its unit."""
+    """A value in the format of `estimated`, without its unit."""
     return f"{value:+.2f}" if estimate.metric == CORRELATION else _number(value, estimate.metric, "")
 
 
 def distance(estimate: Estimate, value: float) -> str:
-    """A distance in the unit of an estimate; that of a share in points."""
+    """A distance in the unit of an estimate; for a fraction, in percentage points."""
     if estimate.metric == CORRELATION:
         return f"{value:.2f}"
     return f"{_number(value, estimate.metric, '')}{METRICS[estimate.metric].unit}"
 
 
 def plain(value: float, metric: str) -> str:
-    """A mean without its interval; a share in per cent."""
+    """A mean without its interval; a fraction in per cent."""
     return f"{_number(value, metric, '')}{PERCENT if METRICS[metric].is_share else METRICS[metric].unit}"
 
 
 def level(interval: Interval, metric: str) -> str:
-    """A mean with its interval; a share in per cent."""
+    """A mean with its interval; a fraction in per cent."""
     _, low, high = _numbers(interval, metric, "")
     return f"{plain(interval.value, metric)} ({low} to {high})"
 

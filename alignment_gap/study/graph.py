@@ -1,4 +1,4 @@
-"""From a study's config to the graph of its jobs: a pure function. The jobs are those that a user runs by hand.
+"""Builds the graph of a study's jobs from its config, as a pure function. A user could run the same jobs by hand.
 
 For every seed: prepare -> SFT -> golden model -> D_golden -> proxy -> arms -> opponents -> evaluations.
 """
@@ -38,11 +38,11 @@ from alignment_gap.study.config import HELDOUT, OWN, STREAM, PreferenceModelConf
 from alignment_gap.training import OptimizerConfig
 
 JOBS = "jobs"
-# Changes where a default changes, or what the code makes from the same settings: old folders are not taken for new.
+# Raised when a default changes, or when the same settings give other results, so that old folders are not used again.
 FORMAT = 4
-# Pairs that a judge's accuracy is measured on.
+# Number of pairs that measure a judge's accuracy.
 JUDGED_PAIRS = 1000
-# The measurement of the golden model that tells how much it knows of people.
+# The measurement that shows how well the golden model predicts people.
 GOLDEN_HELD_OUT = "golden, held-out human labels"
 
 
@@ -51,11 +51,11 @@ class Run:
     """One policy of a study, and where its checkpoints are measured.
 
     Attributes:
-      arm: name of the arm; "sft" for the policy that arms start from. One without training has SFT's best of n.
+      arm: name of the arm; "sft" for the policy that arms start from. An arm without training has SFT's best of n.
       loss: name of the loss.
-      beta: regularisation; nan where the loss has none.
-      learning_rate: of the run.
-      steps_factor: how many times the steps of an online run it has.
+      beta: regularisation; nan if the loss has none.
+      learning_rate: learning rate of the run.
+      steps_factor: its number of steps, as a multiple of the online steps.
       evaluation: the job that measures its checkpoints.
     """
 
@@ -69,15 +69,15 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class SeedJobs:
-    """What the report of a seed reads.
+    """The inputs of a seed's report.
 
     Attributes:
       seed: the seed.
-      golden_pairs: the dataset D_golden, training pairs.
-      judges: the jobs that measure golden and proxy, by what is measured.
+      golden_pairs: the training pairs of D_golden.
+      judges: the jobs that measure golden model and proxy, by the name of the measurement.
       runs: the SFT policy, the golden policy, and all arms.
-      proxy: the jobs that measure the proxy as a classifier, by what it classifies, where policies classify it too.
-      baselines: the job that measures what the golden model has to beat; None where that is not asked for.
+      proxy: the jobs that measure the proxy as a classifier, by the kind of pairs, if policies classify them too.
+      baselines: the job that measures the baselines of the golden model; None if there is none.
     """
 
     seed: int
@@ -90,13 +90,13 @@ class SeedJobs:
 
 @dataclasses.dataclass(frozen=True)
 class StudyGraph:
-    """All jobs of a study, each after those that it needs, and what the report reads of them."""
+    """All jobs of a study, each after the jobs that it needs; and the inputs of the report."""
 
     jobs: tuple[Job, ...]
     seeds: tuple[SeedJobs, ...]
 
     def job(self, name: str) -> Job:
-        """The job of a name; raises UserError where there is none."""
+        """The job with this name; raises UserError if there is none."""
         names = {job.name: job for job in self.jobs}
         if name not in names:
             raise UserError(f"the study has no job {name!r}: {nearest(name, names)}")
@@ -104,10 +104,10 @@ class StudyGraph:
 
 
 def study_graph(config: StudyConfig, root: AnyPath) -> StudyGraph:
-    """The graph of a study whose jobs' folders are in `root`; nothing is run, and no file is read.
+    """The graph of a study whose jobs' folders are in `root`; it runs nothing and reads no file.
 
     Raises:
-      UserError: for a setting that a job refuses.
+      UserError: a job refuses a setting.
     """
     builders = [_Seed(config, seed, root) for seed in range(config.seed, config.seed + config.seeds)]
     seeds = tuple(builder.build() for builder in builders)
@@ -120,7 +120,7 @@ def takes_beta(loss: str) -> bool:
 
 
 class Setting(NamedTuple):
-    """What an arm is trained at: its loss, beta (nan where the loss has none), learning rate, multiple of the steps."""
+    """The setting of a run: loss, beta (nan if the loss has none), learning rate, and multiple of the online steps."""
 
     loss: str
     beta: float
@@ -132,7 +132,7 @@ Trained = tuple[Arm, Setting, Job]
 
 
 class _Seed:
-    """Builds the jobs of one seed, in order."""
+    """Builds the jobs of one seed in order."""
 
     def __init__(self, config: StudyConfig, seed: int, root: AnyPath) -> None:
         self.config, self.seed, self.root = config, seed, root
@@ -151,7 +151,7 @@ class _Seed:
         self.proxies: dict[int, AnyPath] = {}
 
     def build(self) -> SeedJobs:
-        """All jobs of the seed; judges are measured before the arms, which take longest."""
+        """Adds all jobs of the seed; judges are measured before the arms, because the arms take longest."""
         config, arms = self.config, self.config.arms
         golden_model, proxy_model = (self.golden, config.golden), (self.proxy, config.proxy)
         judges = {
@@ -192,11 +192,11 @@ class _Seed:
         return SeedJobs(self.seed, self.golden_pairs, judges, tuple(runs), proxy, self._baselines())
 
     def number(self, name: str) -> int:
-        """A seed below 2**32 for the job of this name."""
+        """A random seed below 2**32 for the job with this name."""
         return zlib.crc32(f"{self.seed} {name}".encode())
 
     def _add(self, name: str, kind: Kind, config: Any) -> Job:
-        """A job whose folder is named by the settings that it sets and, with their folders' names, by its inputs."""
+        """Adds a job; its folder's name has a digest of its settings, which include the names of its input folders."""
         settings = flatten(differences(config))
         effective = {key: value for key, value in settings.items() if key not in kind.without_effect}
         content = json.dumps({"format": FORMAT, "kind": kind.name, "settings": effective}, sort_keys=True)
@@ -229,7 +229,7 @@ class _Seed:
         return self._add(name, TRAIN, job)
 
     def _sft(self, name: str, model: T5Config | DecoderConfig | None, sft: SftConfig) -> AnyPath:
-        """The policy that arms start from and are measured against: both responses of every pair are targets."""
+        """Adds supervised fine-tuning; both responses of every pair are targets."""
         pooled = (self.human / "train", *sft.also)
         source = DatasetConfig(",".join(map(str, pooled)), weights=sft.weights, batch_size=sft.batch_size)
         settings = {"steps": sft.steps, "model": model, "start": sft.start, "loss": LossConfig("sft")}
@@ -249,7 +249,7 @@ class _Seed:
         return self._train(name, source, model.optimizer, **settings).folder
 
     def _proxy_of(self, labels: int) -> AnyPath:
-        """A proxy of so many of the golden model's labels; made once."""
+        """A proxy trained on this number of the golden model's labels; added only once."""
         if labels not in self.proxies:
             config = ComposeConfig((str(self.golden_pairs),), limit=labels, seed=self.number(f"labels {labels}"))
             pairs = self._add(f"labels-{labels}", COMPOSE, config).folder
@@ -257,7 +257,7 @@ class _Seed:
         return self.proxies[labels]
 
     def _label(self, name: str, pairs: AnyPath) -> AnyPath:
-        """Pairs with the golden model's hard labels; a tie is a tie."""
+        """Pairs with the golden model's hard labels; ties stay ties."""
         config = LabelConfig(
             str(pairs),
             JudgeConfig(str(self.golden)),
@@ -268,10 +268,10 @@ class _Seed:
         return self._add(name, LABEL, config).folder
 
     def _train_arms(self, loss: str, arms: Sequence[Arm]) -> list[Trained]:
-        """The runs of the arms under a loss, each after the arms whose runs it reads."""
+        """The runs of the arms under a loss; each comes after the arms whose runs it reads."""
         runs: dict[str, AnyPath] = {}
         trained: list[Trained] = []
-        # An arm with a loss of its own is trained once, with those of the first loss.
+        # An arm with its own loss is trained once, together with the arms of the first loss.
         for arm in (arm for arm in arms if arm.source and (not arm.loss or loss == self.config.arms.losses[0])):
             for setting in self._settings(arm, arm.loss or loss):
                 job = self._train_arm(arm, setting, runs)
@@ -280,7 +280,7 @@ class _Seed:
         return trained
 
     def _settings(self, arm: Arm, loss: str) -> list[Setting]:
-        """The settings that an arm is trained at under a loss."""
+        """The settings at which an arm is trained under a loss."""
         arms, has_beta = self.config.arms, takes_beta(loss)
         if arm.name not in arms.swept:
             beta = arm.beta_factor * arms.beta if has_beta else math.nan
@@ -292,7 +292,7 @@ class _Seed:
         return [Setting(loss, *each) for each in swept]
 
     def _train_arm(self, arm: Arm, setting: Setting, runs: Mapping[str, AnyPath]) -> Job:
-        """Online and offline alike: SFT is the start and the reference, the source is all that differs."""
+        """Adds a run of an arm; online and offline runs differ only in their source. SFT is start and reference."""
         arms, (loss, beta, rate, factor) = self.config.arms, setting
         settings = {} if math.isnan(beta) else {"beta": beta}
         words = [arm.name, file_word(loss), *(f"beta{value:g}" for value in settings.values()), f"lr{rate:g}"]
@@ -316,7 +316,7 @@ class _Seed:
         assert arm.source is not None
         source = arm.source(branch)
         start = arms.start if arm is not GOLDEN or self.config.base is None else None
-        # The recorded samples of a run have the log-probs of its reference with them.
+        # The record of a run already has the log-probs of its reference.
         is_record = isinstance(source, DatasetConfig) and at(source.folder or "").parent in runs.values()
         return self._train(
             name,
@@ -332,7 +332,7 @@ class _Seed:
         )
 
     def _sampled_pairs(self, loss: str, name: str, policies: Sequence[AnyPath]) -> AnyPath:
-        """Pairs of policies to as many prompts as an arm trains on, labelled by the golden model; made once."""
+        """Pairs from policies for as many prompts as an arm trains on, with golden labels; added only once."""
         arms, name = self.config.arms, f"pairs-{name}-{file_word(loss)}"
         made = [job for job in self.jobs if job.name == f"seed{self.seed}-{name}"]
         if made:
@@ -347,7 +347,7 @@ class _Seed:
         )
 
     def _opponent(self, name: str, run: AnyPath) -> AnyPath:
-        """One response of a policy to every evaluation prompt, for all checkpoints to play against."""
+        """One response of a policy to every evaluation prompt; all checkpoints are compared with it."""
         prompts, seed = self.config.evaluation.prompts, self.number(f"opponent {name}")
         return self._generate(f"opponent-{name}", [run], samples=1, limit=prompts, seed=seed)
 
@@ -365,7 +365,7 @@ class _Seed:
         return self._add(name, GENERATE, config).folder
 
     def _stream(self, trained: Sequence[Trained]) -> AnyPath:
-        """Some pairs of D_online from all over the run, under the first loss, with the golden model's labels."""
+        """Some pairs of D_online, spread over the run under the first loss, with the golden model's labels."""
         online = next((job for arm, _, job in trained if arm.name == "online"), None)
         if online is None:
             raise UserError(f"evaluation.classified has {STREAM!r}, but no arm is named 'online': add it to arms.names")
@@ -383,7 +383,7 @@ class _Seed:
         classified: tuple[str, ...],
         **settings: Any,
     ) -> Job:
-        """Every checkpoint of a run, measured on the first prompts and the last pairs of D_golden."""
+        """Measures every checkpoint of a run on the first prompts and the last pairs of D_golden."""
         evaluation = self.config.evaluation
         own_labels = str(self.golden) if OWN in evaluation.classified else None
         return self._evaluate(
@@ -404,12 +404,12 @@ class _Seed:
         )
 
     def _evaluate_judge(self, name: str, run: AnyPath, model: PreferenceModelConfig, pairs: AnyPath) -> Job:
-        """How often a judge agrees with labels, and with the further judges."""
+        """Measures how often a judge agrees with labels and with the additional judges."""
         judges = self.config.evaluation.judges
         return self._evaluate(f"judge-{name}", run, (model.steps,), pairs, judges=judges, pairs=JUDGED_PAIRS)
 
     def _baselines(self) -> Job | None:
-        """How well the human labels that the golden model is measured on are told without it."""
+        """Measures simple baselines on the human labels that also measure the golden model."""
         if not self.config.evaluation.baselines:
             return None
         pairs = str(self.human / "train"), str(self.human / "validation")

@@ -1,8 +1,8 @@
-"""A figure of a report, and how checkpoints are drawn in it: axes, marks, legends, and what hovering shows.
+"""A figure of a report, and how checkpoints are drawn in it: axes, marks, legends and tooltips.
 
-Colour and shape belong to arms and are the same in every figure; they keep apart for colour-blind eyes. Where runs of
-one figure differ in a setting, the setting has a mark and a legend of its own: beta fills a mark, the learning rate
-makes it larger, and more steps make the line of a run broken.
+Every arm has one colour and shape in all figures; colour-blind readers can tell them apart. If the runs of a figure
+differ in a setting, this setting is visible and has a legend: a larger beta fills a mark, a larger learning rate makes
+it larger, and more steps make the line of a run broken.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from alignment_gap.study.analysis import METRICS, ORIGIN, PROXY, CheckpointResul
 from alignment_gap.study.arms import GOLDEN, Arm
 from alignment_gap.study.claims import Answer
 
-# Colour and shape of what no arm is: the SFT policy, where every run starts, and the proxy.
+# Colours and shapes besides those of arms: the SFT policy, where every run starts, and the proxy.
 OTHER_STYLES = {ORIGIN: ("#5A5A5A", "cross"), PROXY[0]: (charts.INK, "stroke")}
-# The settings that runs may differ in, by their fields, and their words in legends.
+# The settings in which runs may differ: fields, and words in legends.
 SETTINGS = {"beta": "beta", "rate": "learning rate", "steps": "steps"}
 WIDTH, HEIGHT = 520, 330
 _FILLED = (0.05, 1.0)
@@ -38,13 +38,13 @@ class Figure:
     """A figure of a report.
 
     Attributes:
-      name: stem of the PNG's file name.
+      name: the PNG's file name without its suffix.
       title: what is plotted, with the number of the figure in the paper.
       question: the question that it answers.
       paper: what the paper saw.
-      answers: what the study says of the claims that stand in it.
-      sentences: what is seen here.
-      spec: Vega-Lite with its data inside; empty where the figure cannot be drawn.
+      answers: the study's answers to the claims about the figure.
+      sentences: what this study sees.
+      spec: Vega-Lite specification with its data; empty if the figure cannot be drawn.
       missing: why it cannot be drawn.
     """
 
@@ -59,7 +59,7 @@ class Figure:
 
     @property
     def is_wide(self) -> bool:
-        """Whether it has several panels, and so the whole width of the page."""
+        """Whether it has several panels; it then takes the whole width of the page."""
         return bool(self.spec.keys() & {"hconcat", "concat"})
 
     def png(self) -> bytes:
@@ -67,7 +67,7 @@ class Figure:
         return charts.png(self.spec)
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows of it."""
+        """The picture for a notebook."""
         return None if self.missing else self.png()
 
 
@@ -75,7 +75,7 @@ class Figure:
 
 
 def chart_row(result: CheckpointResult, means: Mapping[str, Any]) -> Row:
-    """A checkpoint as a row of a chart: what identifies it, means and interval ends that are finite."""
+    """A checkpoint as a row of a chart: its identity, and all finite means and ends of intervals."""
     row: Row = {
         "arm": result.arm,
         "loss": loss_name(result.loss),
@@ -95,7 +95,7 @@ def chart_row(result: CheckpointResult, means: Mapping[str, Any]) -> Row:
 
 
 def setting_fields(beta: float, learning_rate: float, steps_factor: int) -> Row:
-    """The settings of a run as the words of legends; nothing of a setting that it does not have."""
+    """The settings of a run in the words of legends; settings that it does not have are left out."""
     if math.isnan(learning_rate):
         return {}
     words = {"beta": f"{beta:g}", "rate": f"{learning_rate:g}", "steps": f"{steps_factor}x"}
@@ -103,9 +103,9 @@ def setting_fields(beta: float, learning_rate: float, steps_factor: int) -> Row:
 
 
 def with_starts(rows: Sequence[Row]) -> list[Row]:
-    """The rows, and for the lines the origin of each seed again as the start of each of its runs.
+    """The rows, with the origin of each seed repeated at the start of each of its runs, so that lines begin there.
 
-    The arms with the most checkpoints come first, to be drawn below the others.
+    The arms with the most checkpoints come first, so that they are drawn below the others.
     """
     origins = {row["seed"]: row for row in rows if row["arm"] == ORIGIN}
     runs = {row["run"]: row for row in rows if row["arm"] != ORIGIN and row["seed"] in origins}
@@ -122,7 +122,7 @@ def with_starts(rows: Sequence[Row]) -> list[Row]:
 
 
 def styles(rows: Sequence[Row], arms: Sequence[Arm]) -> tuple[alt.Color, alt.Fill, alt.Shape]:
-    """Colour, fill and shape of the arms, in the order of the table and always alike."""
+    """Colour, fill and shape of the arms, in the order of the table; the same in all figures."""
     known = {arm.name: (arm.colour, arm.shape) for arm in (*arms, GOLDEN)} | OTHER_STYLES
     drawn = {row["arm"] for row in rows}
     ordered = [name for name in known if name in drawn]
@@ -136,7 +136,7 @@ def styles(rows: Sequence[Row], arms: Sequence[Arm]) -> tuple[alt.Color, alt.Fil
 
 
 def axis(channel: Any, metric: str, end: str = "", **scale: Any) -> Any:
-    """A channel of the mean of a metric, or of an end of its interval; shares are in per cent."""
+    """A channel for the mean of a metric, or for an end of its interval; fractions in per cent."""
     words, _, unit, _, is_share = METRICS[metric]
     title = f"{words[0].upper()}{words[1:]}{f' ({unit.strip()})' if unit and not is_share else ''}"
     ticks = alt.Axis(format=".0%", tickCount=6) if is_share else alt.Axis()
@@ -144,7 +144,7 @@ def axis(channel: Any, metric: str, end: str = "", **scale: Any) -> Any:
 
 
 def tooltip(rows: Sequence[Row]) -> list[alt.Tooltip]:
-    """Everything known of a checkpoint: its identity, and each measured mean with its interval."""
+    """The tooltip of a checkpoint: its identity, and each measured mean with its interval."""
     tips = [alt.Tooltip(f"{field}:N") for field in ("arm", "loss", "setting", "seed", "step")]
     for metric in METRICS:
         if any(f"{metric}_text" in row for row in rows):
@@ -155,7 +155,7 @@ def tooltip(rows: Sequence[Row]) -> list[alt.Tooltip]:
 def scatter(rows: Sequence[Row], arms: Sequence[Arm], x: alt.X, metric: str, *, lines: bool = True) -> list[alt.Chart]:
     """Faint lines along the runs, thin bars for the intervals, and a mark with a tooltip for each checkpoint.
 
-    The data are those of the chart that the layers end up in; rows marked `behind` are drawn in lighter marks.
+    The layers use the data of the chart that they are added to. Rows marked `behind` have lighter marks.
     """
     colour, fill, shape = styles(rows, arms)
     paths = alt.Chart().mark_line(strokeWidth=1, opacity=0.4).transform_filter("!datum.behind")
@@ -173,18 +173,18 @@ def scatter(rows: Sequence[Row], arms: Sequence[Arm], x: alt.X, metric: str, *, 
 
 
 def level(value: float) -> alt.Chart:
-    """A dashed line across the chart, on the y axis of win rates and gaps alike."""
+    """A dashed horizontal line across the chart, for win rates and for gaps."""
     base = alt.Chart(alt.Data(values=[{"win_rate": value, "value": value}]))
     return base.mark_rule(strokeDash=[4, 4], color=charts.LINE).encode(alt.Y("value:Q"))
 
 
 def estimates(chart: alt.Chart, words: str, names: Sequence[str]) -> alt.LayerChart:
-    """Marks at the fields value, low and high along x: a bar for each interval, and a dashed line at 0.
+    """Marks at the field value, a bar from low to high for each interval, and a dashed line at 0; all along x.
 
     Args:
-      chart: the rows, with their places along y and their colours.
-      words: the title of x.
-      names: fields of the tooltip, before the numbers.
+      chart: the rows, with their positions along y and their colours.
+      words: the title of the x axis.
+      names: fields that the tooltip shows before the numbers.
     """
     x = alt.X("value:Q", title=words)
     bars = chart.mark_rule(strokeWidth=1.5).encode(alt.X("low:Q", title=words), alt.X2("high:Q"))
@@ -198,7 +198,7 @@ def estimates(chart: alt.Chart, words: str, names: Sequence[str]) -> alt.LayerCh
 
 
 def dashes(rows: Sequence[Row], field: str = "steps") -> dict[str, Any]:
-    """The dashes of lines by a setting, where the rows differ in it."""
+    """The dashes of lines by a setting, if the rows differ in it."""
     values = _values(rows, field)
     if len(values) < 2:
         return {}
@@ -209,7 +209,7 @@ def dashes(rows: Sequence[Row], field: str = "steps") -> dict[str, Any]:
 
 
 def strokes(rows: Sequence[Row]) -> dict[str, Any]:
-    """How broken a curve is, by the learning rate, and how strong, by beta, where the rows differ in it."""
+    """The dashes of curves by the learning rate, and their opacity by beta, if the rows differ in these."""
     found = dashes(rows, "rate")
     if len(values := _values(rows, "beta")) > 1:
         legend = alt.Legend(title=SETTINGS["beta"], symbolType="stroke", symbolStrokeColor=charts.INK)
@@ -219,7 +219,7 @@ def strokes(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _setting_marks(rows: Sequence[Row]) -> dict[str, Any]:
-    """How much of a mark is filled, by beta, and how large it is, by the learning rate, where the rows differ in it."""
+    """The fill of marks by beta, and their size by the learning rate, if the rows differ in these."""
     found: dict[str, Any] = {}
     if len(betas := _values(rows, "beta")) > 1:
         by_beta = alt.FillOpacity("beta:N", scale=_scale(betas, *_FILLED))
@@ -232,7 +232,7 @@ def _setting_marks(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _legend_of_fill(rows: Sequence[Row]) -> list[alt.Chart]:
-    """A layer without marks for the legend of beta: Vega has legends of opacity, and none of the fill's."""
+    """A layer without marks for the legend of beta, because Vega has no legend for the opacity of fills."""
     if len(betas := _values(rows, "beta")) < 2:
         return []
     legend = alt.Legend(title=SETTINGS["beta"], symbolFillColor=charts.INK, symbolStrokeColor=charts.INK)
@@ -241,11 +241,11 @@ def _legend_of_fill(rows: Sequence[Row]) -> list[alt.Chart]:
 
 
 def _scale(values: Sequence[str], low: float, high: float) -> alt.Scale:
-    """Equal steps from the first value to the last."""
+    """A scale with equal steps from the first value to the last."""
     return alt.Scale(domain=list(values), range=np.linspace(low, high, len(values)).round(2).tolist())
 
 
 def _values(rows: Sequence[Row], field: str) -> list[str]:
-    """The values of a setting among the rows, ascending; those of lighter marks do not count."""
+    """The values of a setting in the rows, ascending; rows with lighter marks are ignored."""
     found = {row[field] for row in rows if field in row and not row.get("behind")}
     return sorted(found, key=lambda word: float(word.removesuffix("x")))

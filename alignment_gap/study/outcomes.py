@@ -1,4 +1,4 @@
-"""Every number that a study measured, example by example, as one file that later analyses read without its jobs."""
+"""All numbers that a study measured, example by example, in one file; later analyses need no other files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from alignment_gap.folders import AnyPath, write_bytes
 from alignment_gap.study.analysis import IDENTITY, CheckpointResult
 
 OUTCOMES = "outcomes.npz"
-# Shares of one example are 0, 0.5 or 1: they are kept as twice their value.
+# Win rates and accuracies of one example are 0, 0.5 or 1; they are stored as twice their value.
 _HALVES = np.array([0.0, 0.5, 1.0])
 
 
 def write_outcomes(folder: AnyPath, results: Sequence[CheckpointResult]) -> None:
-    """Writes outcomes.npz: C checkpoints with what tells them apart, and the outcomes of those that have a metric.
+    """Writes outcomes.npz: the settings of C checkpoints, and their outcomes for each metric.
 
-    A metric that K of the checkpoints have on N examples each is two arrays: "METRIC N" of shape [K, N], in the
-    smallest dtype that keeps every value (uint8 for twice a share, float32, float64), and "METRIC N rows", int64[K].
+    If K checkpoints have a metric on N examples each, it is stored in two arrays: "METRIC N" of shape [K, N], in the
+    smallest dtype that keeps every value (uint8 for twice the value, float32 or float64); and "METRIC N rows",
+    int64[K], the numbers of these checkpoints.
     """
     columns: dict[str, np.ndarray] = {name: np.array([getattr(r, name) for r in results]) for name in IDENTITY}
     rows: dict[str, list[int]] = {}
@@ -42,12 +43,12 @@ def read_outcomes(folder: AnyPath) -> list[CheckpointResult]:
     """The checkpoints of outcomes.npz in their order; raises UserError if the file is missing or damaged."""
     path = folder / OUTCOMES
     if not path.exists():
-        raise UserError(f"{folder} has no {OUTCOMES}: write its report anew by alignment-gap study --job=report")
+        raise UserError(f"{folder} has no {OUTCOMES}: write its report again with alignment-gap study --job=report")
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             return _results({name: arrays[name] for name in arrays.files})
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError):
-        raise UserError(f"{path} is damaged: write the report anew by alignment-gap study --job=report") from None
+        raise UserError(f"{path} is damaged: write the report again with alignment-gap study --job=report") from None
 
 
 def _results(columns: Mapping[str, np.ndarray]) -> list[CheckpointResult]:
@@ -65,7 +66,7 @@ def _results(columns: Mapping[str, np.ndarray]) -> list[CheckpointResult]:
 
 
 def _packed(values: np.ndarray) -> np.ndarray:
-    """The values in the smallest dtype that keeps them all; twice the values where they are shares."""
+    """The values in the smallest dtype that keeps them; twice the values if all are 0, 0.5 or 1."""
     if np.isin(values, _HALVES).all():
         return (2 * values).astype(np.uint8)
     smaller = values.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Pages that open offline: a template filled in, the specifications of its figures, and the library that draws them."""
+"""Pages that open offline: a filled template, the specifications of its figures, and the library that draws them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DARK = {"white": "#16191d", charts.INK: "#b9c0c8", charts.GRID: "#2d333a", char
 
 
 def render(template: str, figures: Sequence[Figure], **values: Any) -> str:
-    """The page of a template of this package, which finds `values` by their names."""
+    """Fills a template of this package; it gets `values` by name."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("alignment_gap.study", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -39,7 +39,7 @@ def render(template: str, figures: Sequence[Figure], **values: Any) -> str:
 
 
 def write_page(folder: AnyPath, page: str, figures: Sequence[Figure], stale: Sequence[str] = ()) -> AnyPath:
-    """Writes figures/*.png, removes those that match a pattern of `stale` and are no longer drawn, then the page.
+    """Writes figures/*.png, then the page; removes figures that match a pattern in `stale` and are no longer drawn.
 
     Returns:
       The path of the page.
@@ -56,6 +56,6 @@ def write_page(folder: AnyPath, page: str, figures: Sequence[Figure], stale: Seq
 
 
 def _json(value: object) -> markupsafe.Markup:
-    """JSON that can stand inside a script element whatever its strings hold."""
+    """JSON that is safe inside a script element, whatever its strings contain."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return markupsafe.Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

@@ -1,4 +1,4 @@
-"""One report over studies that differ in their seeds alone: a long study in pieces, each on a machine of its own."""
+"""One report over studies that differ only in their seeds: the pieces of a long study, each from its own machine."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from alignment_gap.study.report import ReportContext, read_facts, write_report
 from alignment_gap.study.results import notes_on
 from alignment_gap.study.run import STUDY, of_size
 
-# What pieces of one study may differ in.
-_OF_A_PIECE = ("name", "seed", "seeds")
+# Settings in which the pieces of one study may differ; implementations of attention compute the same.
+_OF_A_PIECE = ("name", "seed", "seeds", "policy.attention")
 
 
 def write_pooled(folders: Sequence[AnyPath], workdir: AnyPath) -> AnyPath:
-    """Writes the report over all seeds of several studies into `workdir`, from the files that their reports left.
+    """Writes the report over all seeds of several studies to `workdir`, from the files of their reports.
 
-    Claims, figures, peaks and judges are those of a single study of all these seeds. Samples and training curves are
-    in the pieces' own reports.
+    Claims, figures, peaks and judges are those of a single study with all these seeds. Samples and training curves are
+    only in the reports of the pieces.
 
     Returns:
       The path of the page.
 
     Raises:
-      UserError: where a folder has no report, two have a seed in common or other settings, or `workdir` is a study's.
+      UserError: a folder has no report, two folders share a seed or differ in settings, or `workdir` holds a study.
     """
     if (workdir / STUDY).exists():
-        raise UserError(f"{workdir} holds a study, whose report this would replace: give another --workdir")
+        raise UserError(f"{workdir} holds a study, and this would replace its report: give another --workdir")
     pieces = [(folder, read_facts(folder), read_outcomes(folder)) for folder in folders]
     if len(pieces) < 2:
-        raise UserError("--pool has one folder of --runs: give all pieces of a study, with commas between")
+        raise UserError("--pool has only one folder in --runs: give all pieces of a study, separated by commas")
     of_seed: dict[int, AnyPath] = {}
     for folder, facts, results in pieces:
         _check_settings(folders[0], pieces[0][1], folder, facts)
@@ -51,18 +51,18 @@ def write_pooled(folders: Sequence[AnyPath], workdir: AnyPath) -> AnyPath:
 
 
 def _check_settings(first: AnyPath, facts: ReportContext, other: AnyPath, others: ReportContext) -> None:
-    """Raises UserError for the first setting in which two pieces differ, but for those of a piece."""
+    """Raises UserError for the first setting in which two pieces must not differ but do."""
     one, two = (flatten(to_dict(each.config)) for each in (facts, others))
     for key in (key for key in dict.fromkeys((*one, *two)) if key not in _OF_A_PIECE):
         if one.get(key) != two.get(key):
             raise UserError(
-                f"{first} and {other} are no pieces of one study: {key} is {one.get(key)} and {two.get(key)}; leave "
-                "out --pool to put them side by side"
+                f"{first} and {other} are not pieces of one study: {key} is {one.get(key)} and {two.get(key)}; leave "
+                "out --pool to compare them side by side"
             )
 
 
 def _pooled(contexts: Sequence[ReportContext], seeds: dict[int, AnyPath]) -> ReportContext:
-    """What is said beside the numbers of all pieces."""
+    """The report's facts over all pieces."""
     config = dataclasses.replace(contexts[0].config, seed=min(seeds), seeds=len(seeds))
     own = of_size(config, config.sizes[0]) if config.sizes else config
     judges = [judge for context in contexts for judge in context.judges]

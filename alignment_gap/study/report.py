@@ -1,4 +1,4 @@
-"""The report of a study: one HTML page that opens offline, the figures as PNG, and all that they rest on.
+"""The report of a study: one HTML page that opens offline, the figures as PNG, and the data behind them.
 
 STUDY/
   report.html    the page
@@ -6,7 +6,7 @@ STUDY/
   results.csv    a row for each checkpoint
   claims.csv     a row for each claim
   outcomes.npz   every measured number, example by example
-  facts.json     the settings, the versions, how good the judges are, the seconds of each job
+  facts.json     the settings, the versions, the accuracy of the judges, the duration of each job
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ CLAIM_COLUMNS = (
     *("reason", "value", "low", "high", "seeds", "p_value", "p_adjusted", "detectable"),
 )
 Row = dict[str, str]
-"""A row of a table: its cells by their headers."""
+"""A row of a table: its cells, by header."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeFacts:
-    """How good a judge of one seed is.
+    """The accuracy of a judge of one seed.
 
     Attributes:
-      seed: of the judge.
+      seed: seed of the judge.
       measured: which judge, on which pairs.
-      shares: shares of the pairs on which it agrees, by whom it agrees with.
+      shares: the fraction of pairs on which it agrees with labels or another judge, by the name of these.
     """
 
     seed: int
@@ -62,17 +62,17 @@ class JudgeFacts:
 
 @dataclasses.dataclass(frozen=True)
 class ReportContext:
-    """What the report says beside the numbers.
+    """The content of the report besides the measurements.
 
     Attributes:
-      config: of the study.
-      versions: of the packages, by name.
-      judges: how good they are, seed by seed.
-      samples: responses to a prompt, with the keys arm, loss, step, response and rubric (None without one), as text.
-      wall_time: of each job.
-      notes: what the numbers can bear, in sentences.
-      diagrams: drawings of the graph, before the other figures.
-      training: the training jobs, with what they wrote of their steps.
+      config: settings of the study.
+      versions: versions of packages, by name.
+      judges: accuracy of the judges, by seed.
+      samples: responses for each prompt, as text; keys are arm, loss, step, response and rubric (None without one).
+      wall_time: duration of each job.
+      notes: sentences on how far the numbers can be trusted.
+      diagrams: diagrams of the graph; they come before the other figures.
+      training: the training jobs with their metrics.
     """
 
     config: StudyConfig
@@ -86,7 +86,7 @@ class ReportContext:
 
 
 def write_report(folder: AnyPath, results: Sequence[CheckpointResult], context: ReportContext) -> AnyPath:
-    """Writes all files of a report; each appears complete or not at all, the page last.
+    """Writes all files of a report, the page last; each file appears complete or not at all.
 
     Returns:
       The path of report.html.
@@ -110,7 +110,7 @@ def write_report(folder: AnyPath, results: Sequence[CheckpointResult], context: 
 
 
 def _write_facts(folder: AnyPath, context: ReportContext) -> None:
-    """Writes what the report says beside the numbers, but for what only the jobs' own folders tell."""
+    """Writes the report's context, except for parts that come from the jobs' own folders."""
     facts = {
         "settings": to_dict(context.config),
         "versions": dict(context.versions),
@@ -121,8 +121,8 @@ def _write_facts(folder: AnyPath, context: ReportContext) -> None:
 
 
 def read_facts(folder: AnyPath) -> ReportContext:
-    """What `write_report` kept of its context; raises UserError if the folder has no report of a study."""
-    path, remedy = folder / FACTS, "write its report anew by alignment-gap study --job=report"
+    """The context that `write_report` stored; raises UserError if the folder has no report of a study."""
+    path, remedy = folder / FACTS, "write its report again with alignment-gap study --job=report"
     if not path.exists():
         raise UserError(f"{folder} has no {FACTS}: {remedy}")
     facts = read_json(path, remedy=remedy)
@@ -138,7 +138,7 @@ def read_facts(folder: AnyPath) -> ReportContext:
 
 
 def peaks_text(results: Sequence[CheckpointResult]) -> str:
-    """The table of the peaks for a terminal."""
+    """The table of the peaks, for the terminal."""
     rows = _peaks_table(results)
     return text_table(list(rows[0]), [list(row.values()) for row in rows])
 
@@ -190,7 +190,7 @@ def _page(
 
 
 def _answer_sentences(evidence: Evidence, comparison: Comparison) -> tuple[str, ...]:
-    """What is said of the study's question after its headline."""
+    """The sentences on the study's question after the headline."""
     return (
         findings.equal_kl_detail(comparison),
         findings.peaks_apart(evidence, comparison),
@@ -219,7 +219,7 @@ def _claim_row(answer: Answer) -> Row:
 
 
 def _range(estimate: Estimate, holds: tuple[float, float]) -> str:
-    """The range in which an estimate agrees with the paper, in its unit."""
+    """The range of an estimate that agrees with the paper, in its unit."""
     low, high = (findings.bare(estimate, end) for end in holds)
     if math.isinf(holds[0]):
         return f"below {high}"
@@ -257,7 +257,7 @@ def _better(comparison: Comparison) -> str:
 
 
 def _fit_row(method: Method, metric: str, curve: str, coefficients: Sequence[Interval]) -> Row:
-    """A fitted curve of over-optimisation; shares in points per root nat."""
+    """A fitted curve of over-optimisation; for fractions, in percentage points per sqrt(nat)."""
     a, b = (findings.in_table(each, metric) for each in coefficients)
     form = {"best_of_n": "d(a − b d)", "rl": "d(a − b log d)"}[curve]
     return {
@@ -288,7 +288,7 @@ def _peaks_table(results: Sequence[CheckpointResult]) -> list[Row]:
 
 
 def _judges_table(judges: Sequence[JudgeFacts]) -> list[Row]:
-    """A row for each judge, with a column for everyone whom one of them was compared with."""
+    """A row for each judge, with a column for everything that a judge was compared with."""
     whom = dict.fromkeys(name for facts in judges for name in facts.shares)
     return [
         {"Seed": str(facts.seed), "Judge": facts.measured}

@@ -1,4 +1,4 @@
-"""What the finished jobs of a study measured, as results to analyse and as facts for the report."""
+"""Reads the measurements of a study's finished jobs: results to analyse, and facts for the report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from alignment_gap.study.graph import GOLDEN_HELD_OUT, SeedJobs, StudyGraph
 from alignment_gap.study.report import JudgeFacts, ReportContext
 from alignment_gap.study.versions import versions
 
-# Below this agreement with human labels the report says how little the golden model knows of them.
+# If the golden model agrees less with human labels, the report warns about it.
 WEAK_JUDGE = 0.65
 
 
@@ -48,7 +48,7 @@ def _seed_results(seed: SeedJobs) -> Iterator[CheckpointResult]:
             yield CheckpointResult(run.arm, run.loss, *setting, steps_factor=run.steps_factor)
     if seed.proxy:
         (step,) = next(iter(seed.proxy.values())).config.steps
-        # The last ones of the pairs that it was measured on are those that the policies classify.
+        # The policies classify the last of the pairs that the proxy was measured on.
         pairs = seed.runs[0].evaluation.config.pairs
         outcomes = {
             f"{name}_accuracy": load_outcomes(job.folder / f"{step}.npz")["accuracy"][-pairs:]
@@ -58,7 +58,7 @@ def _seed_results(seed: SeedJobs) -> Iterator[CheckpointResult]:
 
 
 def report_context(config: StudyConfig, graph: StudyGraph) -> ReportContext:
-    """What the report says beside the numbers."""
+    """The content of the report besides the measurements."""
     judges = [_judge_facts(seed.seed, *each) for seed in graph.seeds for each in seed.judges.items()]
     judges += [facts for seed in graph.seeds if seed.baselines for facts in _baselines(seed.seed, seed.baselines)]
     return ReportContext(
@@ -74,7 +74,7 @@ def report_context(config: StudyConfig, graph: StudyGraph) -> ReportContext:
 
 
 def _training_runs(graph: StudyGraph, seed: SeedJobs) -> Iterator[TrainingRun]:
-    """The training jobs of a seed: SFT and the arms as the report names them, preference models by their jobs."""
+    """The training jobs of a seed; SFT and the arms have the report's names, preference models those of their jobs."""
     trained = (run for run in seed.runs if not run.evaluation.config.best_of)
     policies, prefix = {run.evaluation.config.run: run for run in trained}, f"seed{seed.seed}-"
     for job in graph.jobs:
@@ -94,12 +94,12 @@ def _training_runs(graph: StudyGraph, seed: SeedJobs) -> Iterator[TrainingRun]:
 
 
 def _wall_time(job: Job) -> datetime.timedelta:
-    done = read_json(job.folder / DONE, remedy="remove the folder, to run the job again")
+    done = read_json(job.folder / DONE, remedy="remove the folder to run the job again")
     return datetime.timedelta(seconds=round(done["seconds"]))
 
 
 def _judge_facts(seed: int, measured: str, job: Job) -> JudgeFacts:
-    """How often a judge agrees with the labels of the pairs, and with the further judges."""
+    """How often a judge agrees with the labels of the pairs and with the additional judges."""
     (step,) = job.config.steps
     outcomes = load_outcomes(job.folder / f"{step}.npz")
     names = {"accuracy": "the labels"} | {name: name.removeprefix("agreement.") for name in outcomes if "." in name}
@@ -107,13 +107,13 @@ def _judge_facts(seed: int, measured: str, job: Job) -> JudgeFacts:
 
 
 def _baselines(seed: int, job: Job) -> list[JudgeFacts]:
-    """How often each baseline tells the human labels."""
+    """How often each baseline predicts the human labels."""
     names = {SHORTER: "the shorter response, held-out human labels", NGRAMS: "n-grams, held-out human labels"}
     return [JudgeFacts(seed, names[name], {"the labels": share}) for name, share in load_accuracies(job.folder).items()]
 
 
 def _samples(config: StudyConfig, seed: SeedJobs) -> dict[str, list[dict[str, Any]]]:
-    """The last checkpoint's responses of every arm to the first evaluation prompts, as text."""
+    """The responses of every arm's last checkpoint to the first evaluation prompts, as text."""
     dataset = open_dataset(seed.golden_pairs)
     decode, rubric = find_vocabulary(dataset).decode, rubric_of(dataset)
     prompts = [dataset[int(i)].prompt.tolist() for i in distinct_prompts(dataset, config.evaluation.shown)]
@@ -136,7 +136,7 @@ def _samples(config: StudyConfig, seed: SeedJobs) -> dict[str, list[dict[str, An
 
 
 def notes_on(config: StudyConfig, judges: Sequence[JudgeFacts]) -> list[str]:
-    """What the numbers can bear, from the study's own sizes and from how good its judges are."""
+    """Sentences on how far the numbers can be trusted, given the sizes of the study and the accuracy of its judges."""
     prompts, pairs = config.evaluation.prompts, config.evaluation.pairs
     notes = [
         f"Win rates rest on {prompts} prompts: the interval of one is up to {196 / math.sqrt(4 * prompts):.1f} points "
@@ -146,12 +146,12 @@ def notes_on(config: StudyConfig, judges: Sequence[JudgeFacts]) -> list[str]:
     worst = min(facts.shares["the labels"] for facts in judges if facts.measured == GOLDEN_HELD_OUT)
     if worst < WEAK_JUDGE:
         notes.append(
-            f"The golden model agrees with held-out human labels on {worst:.0%} of pairs, where guessing gives 50 %: "
-            "win rates by it tell what it learned to like, and little of what people prefer."
+            f"The golden model agrees with held-out human labels on {worst:.0%} of pairs; guessing gives 50 %. So win "
+            "rates by it show what it learned to like, and say little about what people prefer."
         )
     if "rubric" not in judges[0].shares and config.sft.start is None:
         notes.append(
-            "The policies are small and start from nothing but this data: they do not write useful answers. The study "
+            "The policies are small and are trained on this data alone: they do not write useful answers. The study "
             "shows how the arms differ under these judges, not what a pretrained model would do."
         )
     return notes

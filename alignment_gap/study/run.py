@@ -1,4 +1,4 @@
-"""Runs a study in this process: every job of its graph that is not done, then the report."""
+"""Runs a study in this process: all unfinished jobs of its graph, then the report."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ STUDY = "study.json"
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A study that was checked, before any work.
+    """A study whose settings and inputs are checked.
 
     Attributes:
-      config: the study.
-      workdir: its folder, with the report.
-      graph: its jobs; their folders may be shared with other studies.
+      config: settings of the study.
+      workdir: its folder, which gets the report.
+      graph: graph of its jobs; other studies may share the jobs' folders.
     """
 
     config: StudyConfig
@@ -56,7 +56,7 @@ class Study:
 
 
 def say_once(line: str) -> None:
-    """Prints a line, in the first process alone."""
+    """Prints a line in the first process only."""
     if is_first_process():
         print(line, flush=True)
 
@@ -65,22 +65,22 @@ Say = Callable[[str], None]
 
 
 def open_studies(config: StudyConfig, workdir: AnyPath) -> list[Study]:
-    """The study of a config in `workdir`, or, over sizes, one for each of them in `workdir`/SIZE.
+    """The study of a config in `workdir`; with `sizes`, one study for each size in `workdir`/SIZE.
 
-    Jobs are in `workdir`/jobs. Studies over sizes share those that do not depend on the policy: the data, and judges
-    that do not start from it, with their labels.
+    Jobs are in `workdir`/jobs. Studies of different sizes share the jobs that do not depend on the policy: the data,
+    the judges that do not start from the policy, and their labels.
 
     Raises:
-      UserError: for the first setting that cannot be run here.
+      UserError: a setting cannot be run here; it names the first one.
     """
     studies = {name: of_size(config, name) for name in config.sizes} or {"": config}
     return [Study(study, workdir / name, checked_graph(study, workdir / JOBS)) for name, study in studies.items()]
 
 
 def of_size(config: StudyConfig, name: str) -> StudyConfig:
-    """The study of one size: its shape, its settings, and what else it has from the study over sizes."""
+    """The study of one size: the study over sizes with this size's shape and settings."""
     if config.policy is None:
-        raise UserError("policy is not set: a study over sizes takes the vocabulary and the dtype from it")
+        raise UserError("policy is not set: set it, because a study over sizes takes vocabulary and dtype from it")
     kept = ("vocabulary_size", "dtype", "remat", "scan_unroll")
     policy = sizes.get(name, **{field: getattr(config.policy, field) for field in kept})
     start = config.sft.start and config.sft.start.replace("{size}", name)
@@ -102,31 +102,31 @@ def of_size(config: StudyConfig, name: str) -> StudyConfig:
 
 
 def default_at_once() -> int:
-    """How many jobs run at once: 2 on the CPU of one process, of which one job seldom uses all cores; else 1."""
+    """How many jobs run at once: 2 for one process on a CPU, because one job seldom uses all cores; otherwise 1."""
     fits = jax.default_backend() == "cpu" and jax.process_count() == 1
     return min(2, os.cpu_count() or 1) if fits else 1
 
 
 def run_study(study: Study, *, update: bool = False, at_once: int | None = None, say: Say = say_once) -> AnyPath:
-    """Runs every job that is not done yet and writes report.html, results.csv and figures/ into the study's folder.
+    """Runs all unfinished jobs, and writes report.html, results.csv and figures/ to the study's folder.
 
     Args:
-      study: as from `open_studies`.
-      update: allows a folder that holds another config's study; what does not depend on the change is kept.
-      at_once: how many jobs run at the same time, in threads that share what is compiled; None for `default_at_once`.
-        It changes no result.
+      study: a study from `open_studies`.
+      update: allows a folder with the study of another config; results that do not depend on the change are kept.
+      at_once: number of jobs that run at the same time, in threads that share compiled programs; None for
+        `default_at_once`. It does not change the results.
       say: prints a line.
 
     Returns:
       The report's path.
 
     Raises:
-      UserError: where a setting or an input cannot be used, the folder is another study's or in use, or `at_once` is
-        above 1 in one of several processes, which have to run the jobs in the same order.
+      UserError: a setting or an input cannot be used; the folder belongs to another study or is in use; or `at_once` is
+        above 1 with several processes, which must run the jobs in the same order.
     """
     at_once = default_at_once() if at_once is None else at_once
     if at_once > 1 and jax.process_count() > 1:
-        raise UserError(f"at_once is {at_once}, but {jax.process_count()} processes do each job together: set it to 1")
+        raise UserError(f"at_once is {at_once}, but {jax.process_count()} processes share each job: set it to 1")
     with owned(study, update=update):
         run_jobs(study.graph.jobs, at_once, say)
         on_first_process(lambda: write_study_report(study, say))
@@ -134,9 +134,9 @@ def run_study(study: Study, *, update: bool = False, at_once: int | None = None,
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, say: Say) -> None:
-    """Runs jobs that are not done, `at_once` at the same time, each after those that it needs.
+    """Runs unfinished jobs, `at_once` at the same time; each starts after the jobs that it needs.
 
-    Once one has failed no other is started, and what it raised is raised when those that run have ended.
+    After a failure no further job starts; the error is raised when the running jobs have ended.
     """
     titles = {job.name: f"[{number}/{len(jobs)}] {job.name}" for number, job in enumerate(jobs, 1)}
     if at_once == 1:
@@ -157,7 +157,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, say: Say) -> None:
 
 
 def run_job(job: Job, title: str, say: Say = say_once) -> None:
-    """Runs one job of a graph, unless it is done, with a progress bar under its title."""
+    """Runs one job of a graph, unless it is done; shows a progress bar with its title."""
     if first_says(lambda: job.is_done and job.kind.is_whole(job.folder)):
         say(f"{title}: finished before")
         return
@@ -169,14 +169,14 @@ def run_job(job: Job, title: str, say: Say = say_once) -> None:
 
 
 def check_done(study: Study) -> None:
-    """Raises UserError where a job of the study is not done."""
+    """Raises UserError if a job of the study is not done."""
     missing = [job.name for job in study.graph.jobs if not job.is_done]
     if missing:
         raise UserError(f"{len(missing)} jobs are not done, such as {missing[0]}: run the study, or these jobs")
 
 
 def write_study_report(study: Study, say: Say = say_once) -> None:
-    """Writes the report of a study whose jobs are done; raises UserError where one is not."""
+    """Writes the report of a study whose jobs are done; raises UserError if one is not."""
     check_done(study)
     results = study_results(study.graph)
     study.workdir.mkdir(parents=True, exist_ok=True)
@@ -186,9 +186,9 @@ def write_study_report(study: Study, say: Say = say_once) -> None:
 
 
 def write_sizes_report(config: StudyConfig, studies: Sequence[Study], workdir: AnyPath, say: Say = say_once) -> None:
-    """Writes the report over several sizes; raises UserError where a job is not done.
+    """Writes the report over several sizes; raises UserError if a job is not done.
 
-    The first size is the study's own, of which the claims are told; claims on scale and the figure of it read all.
+    The first size is the main one, and most claims are about it. The claims and the figure on scale use all sizes.
     """
     for study in studies:
         check_done(study)
@@ -201,13 +201,13 @@ def write_sizes_report(config: StudyConfig, studies: Sequence[Study], workdir: A
 
 
 def _of_size(study: Study, name: str) -> list[CheckpointResult]:
-    """The results of a study as those of a size."""
+    """The results of a study, marked with the name of its size."""
     parameters = count_parameters(make_policy(study.config.policy)) if study.config.policy else 0
     return [dataclasses.replace(r, size=name, parameters=parameters) for r in study_results(study.graph)]
 
 
 def list_text(graph: StudyGraph, report: str) -> str:
-    """Every job with its state, its folder, its inputs and the command that runs it alone; the report comes last."""
+    """Lists every job with its state, folder, inputs and command; the report comes last."""
     blocks = []
     for job in graph.jobs:
         needs = ", ".join(each.name for each in job.needs) or "nothing"
@@ -216,9 +216,9 @@ def list_text(graph: StudyGraph, report: str) -> str:
 
 
 def checked_graph(config: StudyConfig, root: AnyPath) -> StudyGraph:
-    """The graph of a study; raises UserError for the first setting that cannot be run here, before any work."""
+    """The graph of a study; raises UserError, before any work, for the first setting that cannot be run here."""
     if "," in str(root):
-        raise UserError(f"the folder {root.parent} has a comma, which separates folders in settings: give another")
+        raise UserError(f"the folder {root.parent} has a comma, but commas separate folders in settings: give another")
     graph = study_graph(config, root)
     devices = jax.device_count()
     data, fsdp, _ = config.mesh.shape(devices)
@@ -233,7 +233,7 @@ def checked_graph(config: StudyConfig, root: AnyPath) -> StudyGraph:
 
 
 def _check_loss(name: str, config: JobConfig) -> None:
-    """Raises UserError where the source of an arm does not serve its loss; a recorded stream has all that was drawn."""
+    """Raises UserError if an arm's source does not provide what its loss reads; a record has all its arrays."""
     is_stream = at(str(config.recorded.folder)).name == RECORD
     try:
         check_served(config, config.loss.function(), (REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS) if is_stream else ())
@@ -242,7 +242,7 @@ def _check_loss(name: str, config: JobConfig) -> None:
 
 
 def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
-    """Raises UserError where what a late job reads is not there, or a network cannot be or has too few ids."""
+    """Raises UserError if an input of a late job is missing, or a network is invalid or has too few ids."""
     for start in (config.sft.start, config.golden.start, config.proxy.start, config.arms.start):
         if start not in (None, ORIGIN):
             find_checkpoint(at(start))
@@ -270,14 +270,14 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
         make_policy(model)
         if model.vocabulary_size < vocabulary.size:
             raise UserError(
-                f"{name} has vocabulary_size={model.vocabulary_size} but the task's vocabulary has {vocabulary.size} "
+                f"{name} has vocabulary_size={model.vocabulary_size}, but the task's vocabulary has {vocabulary.size} "
                 "ids: raise it to at least that"
             )
 
 
 @contextlib.contextmanager
 def owned(study: Study, *, update: bool) -> Iterator[None]:
-    """Holds the folder of a study in the first process; raises UserError where it is another config's, or in use."""
+    """Holds a study's folder in the first process; raises UserError if it belongs to another config or is in use."""
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(_claimed(study, update=update)))
         yield

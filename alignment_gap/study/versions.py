@@ -1,4 +1,4 @@
-"""What a report says of the software: versions of packages, and the git commit of a checkout."""
+"""The software behind a report: versions of packages, and the git commit of a checkout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMIT = "git commit"
 
 
 def versions() -> dict[str, str]:
-    """Versions by what they are of; the commit only where the package stands in a git checkout."""
+    """Versions by package; with the commit if this package is in a git checkout."""
     found = {name: importlib.metadata.version(name) for name in VERSIONS}
     found["python"] = platform.python_version()
     commit = git_commit(Path(alignment_gap.__file__))
@@ -22,14 +22,14 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(file: Path) -> str:
-    """The commit of the checkout that a file is tracked in, and whether tracked files differ from it; else empty."""
+    """The commit of the checkout that tracks a file, and whether tracked files are changed; empty if none tracks it."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(file.parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", file.name)  # An installation may lie in the checkout of something else.
+        git("ls-files", "--error-unmatch", file.name)  # The package may be installed inside an unrelated checkout.
         commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return ""

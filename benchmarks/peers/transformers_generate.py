@@ -12,7 +12,7 @@ from trl_update_step import VOCABULARY, llama
 
 
 def main() -> None:
-    """Two samples a prompt, no end."""
+    """Draws two samples per prompt, without an end id."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt-length", type=int, default=128)

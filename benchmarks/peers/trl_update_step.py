@@ -1,4 +1,4 @@
-"""Pairs per second of TRL's DPO trainer on a Llama of the sizes of "compared" in update_step.py; started by it.
+"""Pairs per second of TRL's DPO trainer on a Llama with the sizes of "compared" in update_step.py, which starts this.
 
 Needs torch, transformers, trl and datasets: the environment that `make parity` makes. Prints a line of JSON for each
 treatment of the reference, with the rates of all steps but the first.
@@ -20,7 +20,7 @@ VOCABULARY = 32128
 
 
 def llama() -> LlamaForCausalLM:
-    """Random parameters; as many as our decoder, one norm a layer apart."""
+    """A Llama with random parameters; it has as many as our decoder, apart from one norm per layer."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
     return LlamaForCausalLM(
@@ -29,7 +29,7 @@ def llama() -> LlamaForCausalLM:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word for each id."""
+    """A tokenizer with one word per id."""
     words = {"<pad>": 0, "<end>": 1, "<unknown>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
     whole = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
     whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -38,7 +38,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pairs(options: argparse.Namespace, count: int) -> Dataset:
-    """Random words, of full length once the end is added."""
+    """Pairs of random words, of full length after the end id is added."""
     generator = torch.Generator().manual_seed(0)
 
     def text(length: int) -> str:
@@ -57,7 +57,7 @@ def pairs(options: argparse.Namespace, count: int) -> Dataset:
 
 
 class Clock(TrainerCallback):
-    """The time at the end of every step."""
+    """Records the time at the end of every step."""
 
     def __init__(self):
         self.times = []
@@ -68,7 +68,7 @@ class Clock(TrainerCallback):
 
 
 def measure(options: argparse.Namespace, precompute: bool) -> None:
-    """Trains for the steps that were asked for and prints the rates."""
+    """Trains for the requested steps and prints the rates."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
@@ -103,7 +103,7 @@ def measure(options: argparse.Namespace, precompute: bool) -> None:
 
 
 def main() -> None:
-    """The treatment that was asked for, alone in the process, so that peak memory is its own."""
+    """Runs one variant per process, so that peak memory belongs to that variant alone."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt-length", type=int, default=128)

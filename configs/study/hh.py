@@ -1,4 +1,4 @@
-"""The same study on human pairs in Anthropic HH's format, at a micro size; the two paths are the user's to give.
+"""The same study on human pairs in Anthropic HH's format, at a micro size; the user gives the two paths.
 
 alignment-gap study --config=configs/study/hh.py --workdir=runs/hh \
     --config.task.source.location=harmless-base.train.jsonl.gz --config.task.vocabulary=t5.spiece.model

@@ -1,9 +1,9 @@
-"""The study on a kind of the built-in task: four panels where the paper has four tasks.
+"""The study on one kind of the built-in task; the kinds take the place of the paper's four tasks.
 
 - easy: the rater hardly errs.
 - noisy: the rater errs often.
-- biased: the rater likes long responses, which the rubric does not; few writers fill the length that there is.
-- short, long: what the writers write.
+- biased: the rater likes long responses, but the rubric does not; few writers use the whole length.
+- short, long: the responses are short or long.
 
 alignment-gap study --config=configs/study/kinds.py:biased --workdir=runs/biased
 """

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.arms.further = (*WINDOWS, *DATASETS, *REFRESH, *SAMPLES, *PROXIES, *BETAS, *OBJECTIVES)
     config.arms.losses = ("ipo", "best_of_n", "dpo", "slic", "exponential")
     config.arms.swept = ("offline", "shuffled", "chi_po")
-    # The win rates bend at smaller betas than the online one; that is swept too.
+    # The win rates bend at betas below the online beta, so these are swept too.
     config.arms.offline_betas = (0.01, 0.1)
     config.arms.offline_learning_rates = (3e-4, 1e-3)
     config.arms.offline_steps = (1, 5)

@@ -1,6 +1,6 @@
 """The study on the built-in task over policies of several sizes, with one golden policy and one pair of judges.
 
-Two ladders, each over two decades of parameters: "t5" and "palm".
+Two series of sizes, "t5" and "palm", each over a factor of 100 in parameters.
 
 alignment-gap study --config=configs/study/scaling.py:t5 --workdir=runs/scaling_t5
 """
@@ -26,7 +26,7 @@ def get_config(family: str = "t5") -> ConfigDict:
         raise ValueError(f"the ladder is {family!r}: choose one of {', '.join(LADDERS)}")
     config, ladder = tiny.get_config(), LADDERS[family]
     config.name, config.seeds, config.sizes = f"scaling {family}", 3, ladder
-    # Judges and golden policy have the network of the small study, whatever the policy's.
+    # Judges and golden policy have the network of the small study, for all sizes of the policy.
     config.base = {"model": config.policy.to_dict()}
     vocabulary_size = load_vocabulary("posts").size
     config.policy = to_dict(sizes.get(ladder[0], vocabulary_size=vocabulary_size, scan_unroll=2))

@@ -176,5 +176,5 @@ def test_zsh(places, tmp_path):
     assert "--model=[<unigram|bpe>\\: Kind of SentencePiece model.]:value:(unigram bpe)" in handed(
         "data", "vocabulary", ""
     )
-    assert "--list[Print the jobs, and run none.]" in handed("launch", "--engine=slurm", "study", "--")
+    assert "--list[Print the jobs without running them.]" in handed("launch", "--engine=slurm", "study", "--")
     assert [line.partition(":")[0] for line in handed("launch", "")] == ["train", "evaluate", "data", "study"]

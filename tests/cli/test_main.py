@@ -88,7 +88,7 @@ def test_exit_statuses(capsys):
     assert guarded(refuse) == 2
     assert guarded(interrupt) == 130
     assert capsys.readouterr().err == (
-        "error: the value, the limit, the remedy\ninterrupted: the same command goes on from here\n"
+        "error: the value, the limit, the remedy\ninterrupted: the same command continues from here\n"
     )
 
 
@@ -106,8 +106,8 @@ def test_a_signal_decides_the_exit_status(number, status, capsys):
 
     assert guarded(loop) == status
     assert signal.getsignal(number) is before
-    line = "interrupted, saved at step 3 of 5: the same command goes on from here\n"
-    assert capsys.readouterr().err == "interrupted: the same command goes on from here\n" + line
+    line = "interrupted, saved at step 3 of 5: the same command continues from here\n"
+    assert capsys.readouterr().err == "interrupted: the same command continues from here\n" + line
 
 
 def test_what_jax_caught_of_several_processes_is_a_scheduler_s():

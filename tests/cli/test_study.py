@@ -118,7 +118,7 @@ def test_a_wrong_flag_or_setting_is_one_line(arguments, message):
         ("import nowhere_at_all", "raises ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("def get_config(): return {}['a']", "the config file raises KeyError: 'a'"),
         ("def get_config(): raise ValueError('no such kind: choose one')", "ValueError: no such kind: choose one"),
-        ("def get_config(): return {'a': 1}", "get_config gives a dict: return a ConfigDict"),
+        ("def get_config(): return {'a': 1}", "get_config returns a dict: return a ConfigDict"),
     ],
 )
 def test_a_config_file_that_fails_is_one_line(body, message, tmp_path):
@@ -135,7 +135,7 @@ def test_a_config_file_that_fails_is_one_line(body, message, tmp_path):
         (["study", TINY, "--config.seeds=many"], "config.seeds is 'many': it must be of type int"),
         (["study", TINY, "--config.arms.losses=ipo"], "config.arms.losses is 'ipo': it must be a tuple"),
         (["study", TINY, "--config.arms.losses=('dpoo',)"], "did you mean 'dpo'"),
-        (["study", TINY, "--config.arms.names=('onlin',)"], "'onlin', which is no arm: did you mean online?"),
+        (["study", TINY, "--config.arms.names=('onlin',)"], "'onlin', which is not an arm: did you mean online?"),
         (["study", HH], "there is no source: give the path of a file or folder, or posts for the built-in task"),
         (["study", HH, "--config.task.source.location=nowhere.jsonl"], "nowhere.jsonl"),
         (["study", TINY, "--config.task.source.location=README.md"], "README.md"),

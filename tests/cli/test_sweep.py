@@ -77,5 +77,5 @@ def test_what_cannot_be_swept_is_one_line_before_anything_runs(sweep, message, w
 
 
 def test_a_study_sweeps_by_its_config():
-    with pytest.raises(UserError, match="--sweep is of a training job: study cannot be swept"):
+    with pytest.raises(UserError, match="--sweep needs the command train, not study"):
         run("--sweep=LEARNING_RATE=1e-3,1e-4", "study", "--config=configs/study/tiny.py")

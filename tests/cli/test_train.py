@@ -115,7 +115,7 @@ def test_bad_files_name_the_place(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.gin.*--gin_search_paths"):
         read_config([str(file)], [])
     file.write_text("MODEL = @T5Config(\n")
-    with pytest.raises(UserError, match="ends inside of a statement"):
+    with pytest.raises(UserError, match="ends inside a statement"):
         read_config([str(file)], [])
     file.write_text("TRAIN_STEPS = 3\nnothing.width = 3\n")
     with pytest.raises(UserError, match=r"No configurable matching 'nothing'.*line 2"):

@@ -140,7 +140,7 @@ def test_the_arm_is_semi_online(run, folder):
 
 
 def test_the_tables_are_those_of_the_code():
-    arms = TEXT[TEXT.index("| arm | its pairs |") : TEXT.index("Two policies are no arms")]
+    arms = TEXT[TEXT.index("| arm | its pairs |") : TEXT.index("Two policies are not arms")]
     assert re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", arms, flags=re.MULTILINE)
     assert re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", arms, flags=re.MULTILINE))) == [
         arm.name for arm in ARMS

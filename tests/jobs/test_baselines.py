@@ -65,9 +65,13 @@ def test_pairs_without_a_preferred_response_are_left_out():
     decided = pair([7], [8, 9], swapped=False)
     tie = Example(0, decided.prompt, decided.responses, np.zeros(2, np.float32))
     assert len(tell([decided] * 10, [tie, decided])["shorter"]) == 1
-    with pytest.raises(UserError, match="train has 10 pairs with a preferred response, dataset 0: give at least 10"):
+    with pytest.raises(
+        UserError, match="train has 10 pairs with a preferred response and dataset has 0: give at least 10"
+    ):
         tell([decided] * 10, [tie])
-    with pytest.raises(UserError, match="train has 9 pairs with a preferred response, dataset 1: give at least 10"):
+    with pytest.raises(
+        UserError, match="train has 9 pairs with a preferred response and dataset has 1: give at least 10"
+    ):
         tell([decided] * 9 + [tie], [decided])
 
 
@@ -84,7 +88,7 @@ def test_datasets_that_hold_no_pairs_are_refused(pairs, tmp_path):
     single = [Example(0, np.array([5], np.int32), (np.array([7], np.int32),), np.ones(1, np.float32))]
     write_dataset(tmp_path / "single", single, vocabulary_digest="v", provenance={})
     for settings, setting in (((tmp_path / "single", pairs), "train"), ((pairs, tmp_path / "single"), "dataset")):
-        with pytest.raises(UserError, match=f"{setting} has 1 responses a prompt: give a dataset of pairs"):
+        with pytest.raises(UserError, match=f"{setting} has 1 responses per prompt: give a dataset of pairs"):
             make(BASELINES, BaselinesConfig(*map(str, settings)), tmp_path / "told")
     with pytest.raises(UserError, match="train is not set: give the folder of a prepared dataset"):
         make(BASELINES, BaselinesConfig(), tmp_path / "told")

@@ -72,7 +72,7 @@ def test_rewards_stay_rewards_and_are_not_mixed_with_probabilities(pairs, tmp_pa
     assert compose(tmp_path / "shuffled", rewards).card.scores == "rewards"
     assert compose(tmp_path / "mixed", rewards, rewards).card.scores == "rewards"
     assert compose(tmp_path / "plain", pairs).card.scores == "probabilities"
-    with pytest.raises(UserError, match=r"has scores that are probabilities, .* rewards: mix datasets"):
+    with pytest.raises(UserError, match=r"has scores that are probabilities, .* has rewards: use datasets"):
         compose(tmp_path / "both", rewards, pairs)
 
 
@@ -80,13 +80,13 @@ BAD = {
     "none": ((), {}, "datasets is not set"),
     "missing": (("nowhere",), {}, "nowhere is not a finished dataset"),
     "window": (("PAIRS",), {"order": "window", "window": 0}, "window is 0: it must be at least 1"),
-    "weights": (("PAIRS",), {"weights": (1.0, 2.0)}, "2 for 1 datasets"),
+    "weights": (("PAIRS",), {"weights": (1.0, 2.0)}, "but there are 1 datasets"),
     "a weight": (("PAIRS", "PAIRS"), {"weights": (1.0, 0.0)}, "each must be above 0"),
-    "weights in order": (("PAIRS",), {"weights": (1.0,), "order": "recorded"}, "leave them out, or shuffle"),
+    "weights in order": (("PAIRS",), {"weights": (1.0,), "order": "recorded"}, "leave weights out, or shuffle"),
     "order": (("PAIRS",), {"order": "sorted"}, "order is 'sorted': choose one of"),
     "limit": (("PAIRS",), {"limit": 0}, "limit is 0"),
     "seed": (("PAIRS",), {"seed": -1}, "seed is -1"),
-    "vocabularies": (("PAIRS", "OTHER"), {}, r"OTHER has a vocabulary of digest w, .*pairs v"),
+    "vocabularies": (("PAIRS", "OTHER"), {}, r"OTHER has a vocabulary of digest w, .*pairs has v"),
 }
 
 

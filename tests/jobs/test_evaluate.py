@@ -207,11 +207,11 @@ def test_the_best_of_n_is_the_best_of_the_first_n_responses_by_its_judge(config,
 
 
 BAD = {
-    "best of none": ({"best_of": (0, 2), "best_by": "rubric"}, r"best_of is \(0, 2\): give numbers of responses"),
-    "best by nobody": ({"best_of": (2,)}, r"best_of is \(2,\) and best_by None: set both"),
+    "best of none": ({"best_of": (0, 2), "best_by": "rubric"}, r"best_of is \(0, 2\): give numbers of at least 1"),
+    "best by nobody": ({"best_of": (2,)}, r"best_of is \(2,\) and best_by is None: set both"),
     "best of, classified": (
         {"best_of": (2,), "best_by": "rubric", "own_labels": "rubric"},
-        "best_of is set, whose responses classify nothing: leave classified and own_labels out",
+        "best_of is set, and then nothing is classified: leave classified and own_labels out",
     ),
     "best of a judge": ({"run": "JUDGE", "best_of": (2,), "best_by": "rubric"}, "is a preference model: give the run"),
     "no run": ({"run": None}, "run is not set"),
@@ -219,7 +219,7 @@ BAD = {
     "no step": ({"steps": (3,)}, "3"),
     "no dataset": ({"dataset": None}, "dataset is not set"),
     "judge": ({"judges": ("nowhere",)}, "nowhere"),
-    "a name twice": ({"judges": ("a=rubric", "a=runs/b")}, "judges has a name twice among a, a"),
+    "a name twice": ({"judges": ("a=rubric", "a=runs/b")}, "judges has the names a, a, and one comes twice"),
     "opponent": ({"opponents": ("nowhere",)}, "nowhere has no complete checkpoint"),
     "prompts": ({"prompts": 0}, "prompts is 0"),
     "kl": ({"kl_prompts": 30}, "kl_prompts is 30, over prompts=24"),

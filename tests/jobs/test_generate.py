@@ -113,7 +113,7 @@ BAD = {
     "three policies": ({"policies": ("a", "b", "c")}, "policies has 3 folders"),
     "no run": ({"policies": ("nowhere",)}, "nowhere has no complete checkpoint"),
     "no prompts": ({"prompts": None}, "prompts is not set"),
-    "nothing to compare": ({"samples": 1, "judge": JudgeConfig("rubric")}, "one response a prompt cannot be compared"),
+    "nothing to compare": ({"samples": 1, "judge": JudgeConfig("rubric")}, "one response per prompt leaves nothing"),
     "batch": ({"batch_size": 9}, "batch_size is 9"),
     "length": ({"response_length": 0}, "response_length is 0"),
     "seed": ({"seed": 2**32}, "seed is 4294967296"),

@@ -215,6 +215,6 @@ def test_win_rates_leave_out_what_has_no_verdict_and_count_it(sft, pairs, name, 
     assert float(row["given_up.model.start"]) == 1 / 8
     asked = len(server.asked)
     best = dataclasses.replace(config, best_of=(2,), best_by=name, judges=(), opponents=())
-    with pytest.raises(UserError, match="which chose none of 2 responses to 1 of the prompts: raise its retries"):
+    with pytest.raises(UserError, match="it chose none of the 2 responses to 1 of the prompts: raise its retries"):
         make(EVALUATE, best, tmp_path / "best", Bar())
     assert len(server.asked) > asked

@@ -103,7 +103,7 @@ def test_online_its_record_is_replayed_without_it(averaged, judge, pairs, tmp_pa
     assert {name for name in theirs.keys() - ours.keys() if not name.startswith(COPY)} == set()
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-    with pytest.raises(UserError, match="has the log-probs of a reference of its own: leave reference_every=2 out"):
+    with pytest.raises(UserError, match="has the log-probs of a fixed reference: leave reference_every=2 out"):
         run_job(dataclasses.replace(config, source=recorded), tmp_path / "refused")
 
 
@@ -155,8 +155,8 @@ def test_held_out_pairs_are_measured_against_it_where_it_is(averaged, pairs, tmp
         ({"reference_every": None}, "reference_alpha is 0.25, but reference_every is not set"),
         ({"kind": "pairwise"}, "reference_every is 2: a preference model has no reference"),
         ({"start": None}, "reference_every is 2, but there is no reference: set start or reference"),
-        ({"reference_log_probs": "stored"}, "stored log-probs are of a reference that stays"),
-        ({"adapter": AdapterConfig(2), "reference": "x"}, "with adapters, whose reference begins at start"),
+        ({"reference_log_probs": "stored"}, "stored log-probs are of a fixed reference"),
+        ({"adapter": AdapterConfig(2), "reference": "x"}, "with adapters a moving reference begins at start"),
     ],
 )
 def test_settings_that_do_not_go_together(changes, message, averaged):

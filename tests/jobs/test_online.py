@@ -223,13 +223,13 @@ def test_recorded_pairs_and_fresh_samples_in_one_step(hypo, tmp_path):
 
 def test_fresh_samples_do_not_stand_beside_packed_rows(hypo, tmp_path):
     source = dataclasses.replace(hypo.source, packing=2)
-    with pytest.raises(UserError, match="sets fresh samples beside each prompt, and packed rows have empty slots"):
+    with pytest.raises(UserError, match="needs fresh samples for every prompt, but packed rows have empty slots"):
         run_job(dataclasses.replace(hypo, source=source), tmp_path / "run")
 
 
 def test_both_sources_have_as_many_prompts(hypo):
     fresh = OnlineConfig(DatasetConfig(hypo.source.folder, batch_size=16), samples=1)
-    with pytest.raises(UserError, match="fresh has batch_size=16 and source 8: give both the same"):
+    with pytest.raises(UserError, match="fresh has batch_size=16, but source has 8: give both the same"):
         dataclasses.replace(hypo, fresh=fresh)
 
 
@@ -268,7 +268,7 @@ def test_a_loss_trains_on_fresh_samples(name, online, tmp_path):
 @pytest.mark.parametrize(
     ("loss", "settings", "message"),
     [
-        ("reinforce", {"refresh_every": 2}, "set refresh_every to 1, which is 2"),
+        ("reinforce", {"refresh_every": 2}, "refresh_every is 2: set it to 1"),
         ("nash_md", {"mixture": 0.5}, "leave mixture=0.5 out, or set against to 'mixture'"),
         ("ipo", {"keep": "best"}, "needs chosen_logps, .* which a batch of one response a prompt does not have"),
     ],
@@ -293,7 +293,7 @@ def test_a_policy_gradient_runs_on_the_record_of_samples(run, online, tmp_path):
     ("settings", "message"),
     [
         ({"samples": 0}, "samples is 0: it must be at least 1"),
-        ({"samples": 1, "judge": JudgeConfig("rubric")}, "nothing can be compared, draw 2 or more"),
+        ({"samples": 1, "judge": JudgeConfig("rubric")}, "there is nothing to compare, draw 2 or more"),
         ({"keep": "worst"}, "keep is 'worst': choose one of all"),
         ({"keep": "best"}, "there is no judge"),
         ({"mixture": 1.5}, "mixture is 1.5: it must be from 0 to 1"),

@@ -110,7 +110,7 @@ def test_ctrl_c_while_processes_start_is_one_line(wait, config, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in error, error
-    assert error.endswith("interrupted: the same command goes on from here\n")
+    assert error.endswith("interrupted: the same command continues from here\n")
 
 
 def test_other_settings_are_refused_and_what_was_refused_may_be_dropped(config, tmp_path):
@@ -157,7 +157,7 @@ def test_other_posts_are_refused_in_the_same_folder(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(config, tmp_path):
     (tmp_path / "out" / "train").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds train or validation of something else"):
+    with pytest.raises(UserError, match="already holds train or validation"):
         prepare(config, tmp_path / "out")
 
 

@@ -209,11 +209,11 @@ BAD = {
         {"start": "START", "model": DecoderConfig(vocabulary_size=136)},
         "architecture is decoder",
     ),
-    "no steps": ({"steps": None}, "steps is not set: set it, or epochs"),
+    "no steps": ({"steps": None}, "steps is not set: set it, or set epochs"),
     "mesh": ({"mesh": MeshConfig(data=3, model=5)}, "mesh data=3"),
     "sizes": ({"model": dataclasses.replace(MODEL, heads=0)}, "heads is 0"),
-    "own samples": ({"loss": LossConfig("reinforce")}, "reinforce is for samples of the policy"),
-    "sampler's log-probs": ({"loss": LossConfig("ppo_clip")}, "ppo_clip is for samples of the policy"),
+    "own samples": ({"loss": LossConfig("reinforce")}, "reinforce needs samples of the policy"),
+    "sampler's log-probs": ({"loss": LossConfig("ppo_clip")}, "ppo_clip needs samples of the policy"),
     "no second source": ({"loss": LossConfig("hypo"), "start": "START"}, "hypo reads fresh samples beside the batch"),
 }
 
@@ -329,7 +329,7 @@ def test_a_preference_model_starts_from_a_policy_and_says_what_it_is(kind, sft, 
     [
         ({"kind": "triple"}, "kind is 'triple': choose one of policy"),
         ({"kind": "pairwise", "reference": "x"}, "has none"),
-        ({"kind": "pairwise", "source": OnlineConfig()}, "learns from recorded examples alone"),
+        ({"kind": "pairwise", "source": OnlineConfig()}, "learns only from recorded examples"),
         ({"steps": 0}, "steps is 0: it must be from 1 to 2147483647"),
         ({"start_step": -1}, "start_step is -1"),
         ({"reference_log_probs": "cached"}, "choose one of auto, stored, each_step"),
@@ -480,7 +480,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(sft_config, h
     assert [line["step"] for line in lines] == [1, 2, 3]
     best = min(lines, key=lambda line: line["loss"])["step"]
     assert best < 3 and steps(folder) == [best, 3]
-    with pytest.raises(UserError, match=r"keep\.metric is 'accuracy', which the validation of this job does not have"):
+    with pytest.raises(UserError, match=r"keep\.metric is 'accuracy', but the validation of this job has no"):
         keep = KeepConfig(last=1, best=1, metric="accuracy")
         run_job(dataclasses.replace(config, keep=keep), tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -503,7 +503,7 @@ def test_what_cannot_be_seen_is_told_before_the_first_step(monitor, message, sft
 
 def test_held_out_examples_that_do_not_go_with_the_job(sft, sft_config, held_out, tmp_path):
     few = dataclasses.replace(sft_config.source, batch_size=24)
-    with pytest.raises(UserError, match=r"monitor\.validation has 19 examples, under batch_size=24: give more"):
+    with pytest.raises(UserError, match=r"monitor\.validation has 19 examples, below batch_size=24: give more"):
         run_job(dataclasses.replace(sft_config, source=few, monitor=MonitorConfig(str(held_out))), tmp_path / "run")
     hypo = dataclasses.replace(
         sft_config,

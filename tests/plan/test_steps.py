@@ -191,7 +191,10 @@ def test_a_job_without_a_device_has_nothing_to_plan(config):
     ("job", "says"),
     [
         (policy_job(start=None), "the loss ipo needs a reference policy"),
-        (policy_job(loss=LossConfig("grpo")), "the loss grpo is for samples of the policy.*prompts holds none"),
+        (
+            policy_job(loss=LossConfig("grpo")),
+            "the loss grpo needs samples of the policy.*prompts has no such log-probs",
+        ),
         (policy_job(loss=LossConfig("hypo")), "set fresh to a second source"),
         (policy_job(fresh=OnlineConfig(PROMPTS)), "reads no second source"),
         (online_job("nash_md", refresh_every=4), "refresh_every"),

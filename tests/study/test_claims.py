@@ -261,7 +261,7 @@ def test_claims_of_ones_own_come_after_those_of_the_paper():
     assert claims_of(()) == CLAIMS
     assert claims_of(("test_claims:OWN",)) == (*CLAIMS, OWN)
     for name in ("test_claims:NO_CLAIM", "own"):
-        with pytest.raises(UserError, match=f"claims has '{name}', which is no claim: write module:object"):
+        with pytest.raises(UserError, match=f"claims has '{name}', which is not a claim: write module:object"):
             claims_of((name,))
     with pytest.raises(UserError, match=f"claims has a second '{CLAIMS[0].name}': rename it"):
         claims_of(("test_claims:TWIN",))

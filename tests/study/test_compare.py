@@ -182,16 +182,16 @@ def test_what_cannot_be_read_together_is_one_line_and_writes_nothing(studies, tm
     sft, empty = job(tmp_path / "sft", (1.0,)), tmp_path / "empty"
     empty.mkdir()
     for folders, message in (
-        ([studies[0], sft], "a is a study and .*sft a training job: give folders of one kind"),
+        ([studies[0], sft], "a is a study and .*sft is a training job: give folders of one kind"),
         ([sft, empty], "empty has neither claims.csv of a finished study nor metrics.jsonl of a training job"),
-        ([sft, sft], "sft is there twice: name each folder once"),
-        ([studies[0]], "a is one study: give a second one, or .*study --job=report"),
+        ([sft, sft], "sft is given twice: give each folder once"),
+        ([studies[0]], "a is the only study: give a second one, or .*study --job=report"),
     ):
         with pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$"):
             write_comparison(folders, tmp_path / "compared")
     assert not (tmp_path / "compared").exists()
     for taken in (studies[1], sft):
         before = sorted(path.name for path in taken.iterdir())
-        with pytest.raises(UserError, match="holds a study or a job, whose report this would replace"):
+        with pytest.raises(UserError, match="holds a study or a job, and this would replace its report"):
             write_comparison(studies, taken)
         assert sorted(path.name for path in taken.iterdir()) == before

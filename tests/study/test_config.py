@@ -41,16 +41,16 @@ SETTINGS = {
     "sft.weights": ((1.0, 2.0), "config.sft.weights is (1.0, 2.0): give one for the task and for each of also"),
     "golden.kind": ("triple", "config.golden.kind is 'triple': choose one of pairwise, bradley_terry"),
     "proxy.start": (None, "config.proxy.model and start are not set"),
-    "arms.names": (("onlin",), "config.arms.names has 'onlin', which is no arm: did you mean online?"),
-    "arms.swept": (("ofline",), "config.arms.swept has 'ofline', which is no arm: did you mean offline?"),
-    "arms.further": (("online",), "config.arms.names has 'online', but there is a 'online' already"),
+    "arms.names": (("onlin",), "config.arms.names has 'onlin', which is not an arm: did you mean online?"),
+    "arms.swept": (("ofline",), "config.arms.swept has 'ofline', which is not an arm: did you mean offline?"),
+    "arms.further": (("online",), "config.arms.names has 'online', but there already is an arm 'online'"),
     "evaluation.classified": (("held",), "config.evaluation.classified has 'held': did you mean heldout?"),
     "arms.losses": (("ipo", "ipo"), "config.arms.losses is ('ipo', 'ipo'): give each value once"),
     "arms.offline_betas": ((0.1, -1.0), "config.arms.offline_betas is (0.1, -1.0): give one or more numbers"),
     "arms.offline_learning_rates": ((), "config.arms.offline_learning_rates is (): give one or more numbers"),
     "arms.checkpoint_steps": ((4, 2), "config.arms.checkpoint_steps is (4, 2): it must be increasing"),
     "arms.beta": (0.0, "config.arms.beta is 0.0: it must be above 0"),
-    "claims": (("own",), "config.claims has 'own', which is no claim: write module:object"),
+    "claims": (("own",), "config.claims has 'own', which is not a claim: write module:object"),
     "evaluation.pairs": (0, "config.evaluation.pairs is 0: it must be at least 1"),
     "evaluation.shown": (-1, "config.evaluation.shown is -1: it must be at least 0"),
     "task.seed": (3, "config.task.seed is 3: a study prepares its data with its own seeds, so set seed instead"),
@@ -62,10 +62,10 @@ INPUTS = {
     "arms.batch_size": (6, "arms.batch_size is 6: it must be a multiple of"),
     "evaluation.batch_size": (7, "evaluation.batch_size is 7"),
     "evaluation.kl_prompts": (17, "kl_prompts is 17, over prompts=16: lower it"),
-    "evaluation.judges": (("a/x", "b/x"), "judges has a name twice among x, x"),
+    "evaluation.judges": (("a/x", "b/x"), "judges has the names x, x, and one comes twice"),
     "mesh.model": (3, "takes a multiple of 6 devices but 8 are present"),
     "prepared": ("nowhere", "nowhere/train"),
-    "policy.vocabulary_size": (50, "policy has vocabulary_size=50 but the task's vocabulary has"),
+    "policy.vocabulary_size": (50, "policy has vocabulary_size=50, but the task's vocabulary has"),
     "policy.dtype": ("int8", "DecoderConfig.dtype is 'int8': choose one of float32, bfloat16"),
     "policy.head_size": (0, "DecoderConfig.head_size is 0: it must be positive"),
     "sft.also": (("nowhere",), "nowhere"),
@@ -92,21 +92,21 @@ def test_what_a_later_job_would_refuse(config, path, tmp_path):
 def test_a_loss_that_the_source_of_an_arm_does_not_serve(config, tmp_path):
     """Recorded pairs have no log-probs of a sampler; the record of the online arm, which another arm shuffles, has."""
     message = refused(config, "arms.losses", ("grpo",), tmp_path)
-    assert message.startswith("seed0-offline-grpo-beta0.1-lr0.01: the loss grpo is for samples of the policy with")
+    assert message.startswith("seed0-offline-grpo-beta0.1-lr0.01: the loss grpo needs samples of the policy with")
     arms = dataclasses.replace(config.arms, losses=("grpo",), names=("online", "shuffled"))
     open_studies(dataclasses.replace(config, arms=arms), tmp_path)
 
 
 def test_a_folder_with_a_comma(config, tmp_path):
     """Settings that list folders have commas between them."""
-    with pytest.raises(UserError, match="a,b has a comma, which separates folders in settings: give another"):
+    with pytest.raises(UserError, match="a,b has a comma, but commas separate folders in settings: give another"):
         open_studies(config, tmp_path / "a,b")
 
 
 def test_a_study_over_sizes_needs_a_policy_for_its_vocabulary(config, tmp_path):
     start = dataclasses.replace(config.sft, start="runs/t5")
     without = dataclasses.replace(config, policy=None, sft=start, sizes=("palm_10m",))
-    with pytest.raises(UserError, match="policy is not set: a study over sizes takes the vocabulary"):
+    with pytest.raises(UserError, match="policy is not set: set it, because a study over sizes takes vocabulary"):
         open_studies(without, tmp_path)
 
 
@@ -142,12 +142,12 @@ def test_no_two_arms_of_a_figure_look_alike():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("online", "online"), "names has 'online', but there is a 'online' already"),
-        (("outside:REPLAYED", "outside:TWIN"), "names has 'outside:TWIN', but there is a 'mirrored' already"),
-        (("outside:NO_ARM",), "names has 'outside:NO_ARM', which is no arm"),
+        (("online", "online"), "names has 'online', but there already is an arm 'online'"),
+        (("outside:REPLAYED", "outside:TWIN"), "names has 'outside:TWIN', but there already is an arm 'mirrored'"),
+        (("outside:NO_ARM",), "names has 'outside:NO_ARM', which is not an arm"),
         (("outside:REPLAYD",), "has no 'REPLAYD': did you mean REPLAYED"),
         (("nowhere:ARM",), "cannot import nowhere"),
-        (("golden",), "names has 'golden', which is no arm"),
+        (("golden",), "names has 'golden', which is not an arm"),
     ],
 )
 def test_a_name_that_is_no_arm_or_taken(names, message):
@@ -158,7 +158,7 @@ def test_a_name_that_is_no_arm_or_taken(names, message):
 
 @pytest.mark.parametrize("name", ["", "a b", "on/line", "a:b", "a-b"])
 def test_an_arm_has_a_name_that_a_folder_can_have(name):
-    with pytest.raises(UserError, match=re.escape("use letters, digits, _ and . alone")):
+    with pytest.raises(UserError, match=re.escape("use only letters, digits, _ and .")):
         Arm(name, "nothing", source=lambda branch: branch.dataset(branch.golden_pairs))
 
 
@@ -167,7 +167,7 @@ def test_the_reserved_names_are_taken(monkeypatch):
 
     for name in (ORIGIN, OPPONENT):
         monkeypatch.setattr(outside, "TWIN", dataclasses.replace(outside.REPLAYED, name=name))
-        with pytest.raises(UserError, match=f"there is a '{name}' already"):
+        with pytest.raises(UserError, match=f"there already is an arm '{name}'"):
             arms_of(("outside:TWIN",))
 
 

@@ -100,8 +100,8 @@ def test_what_is_no_piece_is_refused(pieces, tmp_path):
     for folders, line in (
         ([*pieces, other], "microbatches is 1 and 2; leave out --pool"),
         ([*pieces, doubled], "both have seed 2: give each seed once"),
-        (pieces[:1], "one folder of --runs: give all pieces"),
-        ([*pieces, at(tmp_path / "none")], "has no facts.json: write its report anew"),
+        (pieces[:1], "only one folder in --runs: give all pieces"),
+        ([*pieces, at(tmp_path / "none")], "has no facts.json: write its report again"),
         ([*pieces, damaged("cut", OUTCOMES, lambda content: content[:-100])], "cut/outcomes.npz is damaged: write"),
         ([*pieces, damaged("other_file", OUTCOMES, lambda content: b"text")], "other_file/outcomes.npz is damaged"),
         ([*pieces, damaged("lacking", FACTS, lambda content: b"{}")], "lacking/facts.json lacks facts of a report"),
@@ -116,7 +116,7 @@ def test_what_is_no_piece_is_refused(pieces, tmp_path):
     (tmp_path / OUTCOMES).rename(pieces[0] / OUTCOMES)
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "study.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a study, whose report this would replace"):
+    with pytest.raises(UserError, match="holds a study, and this would replace its report"):
         write_pooled(pieces, at(tmp_path / "study"))
 
 

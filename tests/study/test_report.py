@@ -263,7 +263,7 @@ def test_without_offline_the_question_is_left_open_and_stale_pictures_go(tmp_pat
     write_report(tmp_path, results(arms=("online",), rubric=False), ReportContext(StudyConfig(name="part")))
     assert "cannot be answered" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"figure_4.png", "mine.png"}
-    assert "No training jobs were handed" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "This report has no training jobs" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_arms_that_share_no_kl_are_not_compared(tmp_path, undrawn):

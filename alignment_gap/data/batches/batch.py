@@ -1,4 +1,4 @@
-"""The one batch type that every source yields and every update step takes."""
+"""The batch type that all sources yield and all update steps take."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class PreferenceBatch:
     response counts in its length and is scored like any other token.
 
     A packed row holds up to S prompts, one after another (*S = S). Each of its K rows of responses holds the responses
-    to them in the same order. Slots that a row does not use have length 0. Without packing the axis S is absent.
+    to these prompts in the same order. Unused slots of a row have length 0. Without packing there is no axis S.
 
     Attributes:
       prompt_ids: stable number of each prompt in its dataset; a sample's random key is derived from it.
       prompts: token ids, padded on the right.
       prompt_lengths: tokens of each prompt, at least one.
       responses: token ids, padded on the right.
-      response_lengths: tokens of each response, EOS included.
-      scores: higher is better. In a dataset of probabilities each is the probability that this response of the pair is
-        preferred (1, 0 or a tie's 0.5); in one of rewards it is any number.
-      reference_log_probs: log-probs in nats of every response token under the reference policy; 0 at padding.
-      sampler_log_probs: log-probs in nats of every response token under the distribution that it was drawn from; 0 at
+      response_lengths: tokens of each response, including the EOS.
+      scores: score of each response; higher is better. A score is either the probability that this response of the pair
+        is preferred (1, 0, or 0.5 for a tie), or a reward, which is any number. The dataset's card says which.
+      reference_log_probs: log-probs of every response token under the reference policy, in nats; 0 at padding.
+      sampler_log_probs: log-probs of every response token under the distribution that it was drawn from, in nats; 0 at
         padding.
-      fresh: fresh samples of the policy beside the recorded pair, from a second source; records never hold it.
-      mismatched: the same prompts with the responses of other prompts; records never hold it.
+      fresh: fresh samples of the policy, from a second source; records do not store it.
+      mismatched: the same prompts with the responses of other prompts; records do not store it.
     """
 
     prompt_ids: Int[Array, "B *S"]

@@ -1,4 +1,4 @@
-"""Shapes that batches are padded to: which fits an example, and which leave the least padding."""
+"""Shapes that batches are padded to: finds the one that fits an example, and chooses shapes with the least padding."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 
 from alignment_gap.errors import UserError
 
-# A bucket is a shape (P, R): tokens that the prompts and the responses of a batch are padded to.
+# A bucket is a shape (P, R): the padded lengths of prompts and of responses in a batch, in tokens.
 Bucket = tuple[int, int]
-_GRID = 32  # Lengths that are tried as a bucket's limit, for prompts and for responses.
+_GRID = 32  # Number of lengths that are tried as a bucket's limit; prompts and responses have this many each.
 
 
 def check_buckets(buckets: Sequence[Bucket]) -> None:
-    """Raises UserError unless each bucket holds the one before it, so that an example fits into all that follow."""
+    """Raises UserError unless the buckets are nested: an example that fits into one fits into all later ones."""
     for smaller, larger in itertools.pairwise(buckets):
         if not (smaller[0] <= larger[0] and smaller[1] <= larger[1] and smaller != larger):
             raise UserError(f"bucket {larger} does not hold bucket {smaller}: give shapes (P, R) that grow in both")
     if not buckets or min(buckets[0]) < 1:
-        raise UserError(f"buckets is {tuple(buckets)}: give at least one shape (P, R), of 1 or more each")
+        raise UserError(f"buckets is {tuple(buckets)}: give at least one shape (P, R), with P and R of 1 or more")
 
 
 def bucket_of(lengths: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
-    """The number uint8[N] of the smallest bucket that fits each example; raises UserError where none does."""
+    """The index of the smallest bucket that fits each example, uint8[N]; raises UserError if none fits."""
     longest = (lengths[:, 0], lengths[:, 1:].max(axis=1))
     fitting = np.zeros(len(lengths), np.uint8)
     for axis, what in enumerate(("prompt", "response")):
@@ -43,14 +43,14 @@ def bucket_of(lengths: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
 def cut_within_buckets(
     numbers: np.ndarray, fitting: np.ndarray, batch_size: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Numbers of examples as whole batches [n, B] of each bucket, and the fewer than B that are left.
+    """Cuts example numbers into whole batches [n, B], each within a bucket; also returns the fewer than B that remain.
 
-    What does not fill a batch in its bucket moves up to the next one.
+    Examples that do not fill a batch in their bucket move up to the next bucket.
 
     Args:
-      numbers: of examples.
-      fitting: the bucket of each, from `bucket_of`.
-      batch_size: B.
+      numbers: numbers of the examples.
+      fitting: the bucket of each example, from `bucket_of`.
+      batch_size: B, examples per batch.
     """
     groups, rest = [], numbers[:0]
     for bucket in range(int(fitting.max(initial=0)) + 1):
@@ -62,16 +62,16 @@ def cut_within_buckets(
 
 
 def choose_buckets(lengths: np.ndarray, count: int, largest: Bucket, multiple: int = 8) -> tuple[Bucket, ...]:
-    """At most `count` nested shapes, the last one `largest`, that leave the fewest padded tokens.
+    """Chooses at most `count` nested shapes with the least padding; the last one is `largest`.
 
-    The limits are chosen among quantiles of the lengths, rounded up to `multiple`, by dynamic programming over chains
-    of shapes: a shape takes all that fits into it and not into the one before.
+    The candidate limits are quantiles of the lengths, rounded up to `multiple`. Dynamic programming over chains of
+    shapes finds the best: a shape takes the examples that fit into it but not into the shape before.
 
     Args:
       lengths: int32[N, 1 + K] from `lengths_of`.
-      count: most shapes, 1 or more.
-      largest: the shape that everything fits into.
-      multiple: what limits are rounded up to.
+      count: maximum number of shapes, at least 1.
+      largest: the shape that fits all examples.
+      multiple: limits are rounded up to a multiple of this.
 
     Raises:
       UserError: `count` is below 1.
@@ -103,7 +103,7 @@ def _limits(lengths: np.ndarray, largest: int, multiple: int) -> np.ndarray:
 
 
 def _held(rows: tuple[np.ndarray, np.ndarray], prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """How many examples int64[P', R'] fit into each pair of limits."""
+    """The number of examples that fit into each pair of limits, int64[P', R']."""
     cells = np.searchsorted(prompt, rows[0]) * len(response) + np.searchsorted(response, rows[1])
     counts = np.bincount(cells, minlength=len(prompt) * len(response)).reshape(len(prompt), len(response))
     return counts.cumsum(axis=0).cumsum(axis=1)

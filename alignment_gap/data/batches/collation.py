@@ -1,4 +1,4 @@
-"""Records into the arrays of a batch, without an object for each example."""
+"""Collates records into the arrays of a batch, without an object for each example."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _INTS, _FLOATS = np.dtype("<i4"), np.dtype("<f4")
 
 
 class Examples:
-    """The examples of one or several datasets, numbered one dataset after another, and read many at a time."""
+    """The examples of one or several datasets, read many at a time; numbers count on from one dataset to the next."""
 
     def __init__(self, datasets: Sequence[Any], references: Sequence[ReferenceLogProbs] = ()):
-        """`datasets` are sequences of `Example`, `references` the stored log-probs of each of them, or none.
+        """`datasets` are sequences of `Example`; `references` are the stored log-probs of each dataset, or empty.
 
         Raises:
-          UserError: there is no dataset, one is empty, or they cannot be in one batch.
+          UserError: there is no dataset, a dataset is empty, or the datasets cannot share a batch.
         """
         self.datasets, self.references = tuple(datasets), tuple(references)
         self.sizes = tuple(len(dataset) for dataset in datasets)
@@ -43,7 +43,7 @@ class Examples:
         return int(self._starts[-1])
 
     def read(self, numbers: np.ndarray) -> list[Any]:
-        """The examples of these numbers: records as they are on disk, or `Example`s where a dataset is in memory."""
+        """The examples with these numbers: records as on disk, or `Example`s if the dataset is in memory."""
         found: list[Any] = [None] * len(numbers)
         for dataset, places, rows in self._by_dataset(numbers):
             data = self.datasets[dataset]
@@ -53,7 +53,7 @@ class Examples:
         return found
 
     def collate(self, numbers: np.ndarray, found: Sequence[Any], shape: Bucket) -> PreferenceBatch:
-        """What `read` gave for these numbers as a batch, padded on the right to (P, R); raises what `collate` does."""
+        """Collates the result of `read` for these numbers, padded on the right to (P, R); raises as `collate` does."""
         batch = (collate_records if self._on_disk else collate)(found, *shape)
         if not self.references:
             return batch
@@ -63,14 +63,14 @@ class Examples:
         return dataclasses.replace(batch, reference_log_probs=log_probs)  # type: ignore[arg-type]
 
     def _by_dataset(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Each dataset that some of the numbers are of, their places, and their rows in it."""
+        """For each dataset with some of the numbers: its index, the positions of its numbers, and their rows in it."""
         home = np.searchsorted(self._starts, numbers, side="right") - 1
         for dataset in np.unique(home).tolist():
             places = np.flatnonzero(home == dataset)
             yield dataset, places, numbers[places] - self._starts[dataset]
 
     def lengths(self) -> np.ndarray:
-        """Tokens int32[N, 1 + K] of the prompt and of each response of every example."""
+        """Lengths of the prompt and of each response of every example, in tokens: int32[N, 1 + K]."""
         return np.concatenate([lengths_of(dataset) for dataset in self.datasets])
 
 
@@ -78,10 +78,10 @@ def collate(examples: Sequence[Example], prompt_length: int, response_length: in
     """The examples as one batch of numpy arrays, padded on the right to P = prompt_length and R = response_length.
 
     Raises:
-      UserError: no example is given, one exceeds its limit, or two of them differ in K or in their fields.
+      UserError: there is no example, one exceeds its limit, or two differ in K or in their fields.
     """
     if not examples:
-        raise UserError("a batch needs an example: none was given")
+        raise UserError("a batch needs an example, but none was given")
     first = examples[0]
     for index, example in enumerate(examples):
         check_form(example, first, f"example {index} of the batch")
@@ -105,9 +105,9 @@ def collate(examples: Sequence[Example], prompt_length: int, response_length: in
 
 
 def examples_of(batch: PreferenceBatch) -> list[Example]:
-    """The rows of a batch, on the host and without their padding: the inverse of `collate`.
+    """The rows of a batch as examples on the host, without padding: the inverse of `collate`.
 
-    What a batch has beside its pairs, `fresh` and `mismatched`, is left out.
+    `fresh` and `mismatched` are left out.
     """
     host = jax.device_get(dataclasses.replace(batch, fresh=None, mismatched=None))
     per_token = {name: value for name in TOKEN_FIELDS if (value := getattr(host, name)) is not None}
@@ -128,7 +128,7 @@ def examples_of(batch: PreferenceBatch) -> list[Example]:
 
 
 def collate_records(records: Sequence[bytes], prompt_length: int, response_length: int) -> PreferenceBatch:
-    """What `collate` makes of the examples in `records`, which are as they are on disk; raises what it raises."""
+    """As `collate`, for records as they are on disk."""
     contents = [msgpack.unpackb(record) for record in records]
     responses = [response for content in contents for response in content["responses"]]
     if not _fit(contents, responses, prompt_length, response_length):
@@ -154,7 +154,7 @@ def collate_records(records: Sequence[bytes], prompt_length: int, response_lengt
 def _fit(
     contents: Sequence[Mapping[str, Any]], responses: Sequence[bytes], prompt_length: int, response_length: int
 ) -> bool:
-    """Whether the contents of records are all of one form and within the limits."""
+    """Whether all records have one form and are within the limits."""
     return (
         len({(len(content["responses"]), *(name in content for name in TOKEN_FIELDS)) for content in contents}) == 1
         and max(len(content["prompt"]) for content in contents) <= prompt_length * _INTS.itemsize
@@ -163,7 +163,7 @@ def _fit(
 
 
 def _pad(rows: Sequence[bytes], length: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of 4-byte numbers as one array [len(rows), length] with zeros behind their ends, and their lengths."""
+    """Rows of 4-byte numbers as one array [len(rows), length], padded with zeros on the right; and their lengths."""
     lengths = np.fromiter(map(len, rows), _INTS, len(rows)) // dtype.itemsize
     padded = np.zeros((len(rows), length), dtype)
     padded[np.arange(length) < lengths[:, None]] = np.frombuffer(b"".join(rows), dtype)
@@ -182,7 +182,7 @@ def _check_alike(datasets: Sequence[Dataset]) -> None:
         ):
             if value != other:
                 raise UserError(
-                    f"{dataset.folder} has {name} {value}, {first.folder} {other}: mix datasets that agree in it"
+                    f"{dataset.folder} has {name} {value}, but {first.folder} has {other}: use datasets that agree"
                 )
 
 

@@ -17,21 +17,21 @@ from alignment_gap.data.batches.packing import Rows
 from alignment_gap.data.records.example import Example
 from alignment_gap.errors import UserError
 
-# Tells the random order of an epoch's batches from that of its examples.
+# Makes the random order of an epoch's batches independent of the order of its examples.
 _BATCHES = 1
-# Examples that are read together, of as many steps as that takes: a random read of 512 records costs half of what 16
-# reads of 32 cost.
+# Examples that are read together, for several steps: one random read of 512 records costs half as much as 16 reads of
+# 32.
 _BLOCK = 512
-# Examples of an epoch, in whole batches, that are packed to tell its share of padding: a tenth of a second's work.
+# To estimate the padding of an epoch, about this many of its examples are packed. That takes a tenth of a second.
 _SAMPLED = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """Token slots of an epoch's batches, of prompts and of all responses.
+    """Counts of token slots in an epoch's batches, for prompts and responses together.
 
     Attributes:
-      slots: token slots of the batches' arrays.
+      slots: token slots in the batches' arrays.
       tokens: slots that hold a token.
     """
 
@@ -45,9 +45,9 @@ class Padding:
 
 
 class OfflineSource:
-    """Batches of datasets: `source(step)` is a pure function of the step, so a killed run goes on where it was.
+    """Batches of datasets. `source(step)` is a pure function of the step, so a killed run continues where it was.
 
-    The step is the whole position in the data, whatever the number of processes that read it.
+    The position in the data is the step alone, for any number of processes.
     """
 
     def __init__(
@@ -67,35 +67,35 @@ class OfflineSource:
         self._steps_of_block = max(1, _BLOCK // len(self._host_rows(batch_size)))
         self._block = kept(self._read_block)
         self._lengths = examples.lengths() if packing or len(buckets) > 1 else None
-        # Of all examples; where rows are packed there is one bucket, and it is checked that all fit.
+        # The bucket of every example. With packing there is only one bucket, and this checks that all examples fit.
         fitting = None if self._lengths is None else bucket_of(self._lengths, buckets)
         self._bucket = fitting if len(buckets) > 1 else None
         self._rows = kept(self._fill_rows, 2 * self._steps_of_block)
 
     def __call__(self, step: int) -> PreferenceBatch:
-        """The batch of numpy arrays of `step`, counted from 0; of it the rows of this process alone are read."""
+        """The batch of `step`, counted from 0, as numpy arrays; only the rows of this process are read."""
         block, place = divmod(step, self._steps_of_block)
         numbers, found = self._block(block)[place]
         batch = self.examples.collate(numbers, found, self.shape(self.numbers(step)))
         return batch if self._packing is None else self._packing.pack(batch, self._own(step)[1])
 
     def rows(self, step: int) -> int:
-        """Rows of the whole batch of `step`: its size, or fewer where they hold several prompts."""
+        """Rows of the whole batch of `step`: the batch size, or fewer if rows hold several prompts."""
         return self.batch_size if self._packing is None else int(self._rows(step).max()) + 1
 
     def numbers(self, step: int) -> np.ndarray:
-        """The numbers int32[B] of the examples in the whole batch of `step`, one dataset counted after another."""
+        """The numbers of the examples in the whole batch of `step`, int32[B]; they index `Examples`."""
         if step < 0:
             raise UserError(f"step={step} has no batch: steps count from 0")
         epoch = step * self.batch_size // len(self.order)
         return self._plan(epoch)[step - self._first_step(epoch)]
 
     def shape(self, numbers: np.ndarray) -> Bucket:
-        """The shape (P, R) of the batch of these examples: the smallest bucket that fits all of them."""
+        """The shape (P, R) of a batch of these examples: the smallest bucket that fits all of them."""
         return self.buckets[0 if self._bucket is None else int(self._bucket[numbers].max())]
 
     def padding(self, epoch: int = 0) -> Padding:
-        """The tokens of the batches that start in `epoch`; where rows are packed, of those of 8192 examples."""
+        """Counts of the batches that start in `epoch`; with packing, only the batches of the first 8192 examples."""
         lengths, plan = self.examples.lengths(), self._plan(epoch)
         shapes = self.buckets if self._packing is None else (self._packing.shape,)
         slots = np.array([p + r * (lengths.shape[1] - 1) for p, r in shapes])
@@ -107,12 +107,12 @@ class OfflineSource:
         return Padding(int(self.batch_size * slots[fitting].sum()), int(lengths.sum(axis=1)[plan].sum()))
 
     def _fill_rows(self, step: int) -> np.ndarray:
-        """The row of each example of the whole batch of `step`, where rows are packed."""
+        """The packed row of each example in the whole batch of `step`."""
         assert self._packing is not None and self._lengths is not None
         return self._packing.fill(self._lengths[self.numbers(step)])
 
     def _own(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of the examples that this process reads for `step`, and their rows among its own."""
+        """The numbers of the examples that this process reads for `step`, and their rows among this process's rows."""
         numbers, own = self.numbers(step), np.asarray(self._host_rows(self.rows(step)))
         if self._packing is None:
             return numbers[own], np.arange(len(own))
@@ -122,7 +122,7 @@ class OfflineSource:
         return numbers[members], np.searchsorted(own, rows[members])
 
     def _read_block(self, block: int) -> list[tuple[np.ndarray, list[Any]]]:
-        """For each step of a block the numbers of this process's examples, and what was read for them."""
+        """For each step of a block: the numbers of this process's examples, and the examples that were read."""
         steps = range(block * self._steps_of_block, (block + 1) * self._steps_of_block)
         numbers = [self._own(step)[0] for step in steps]
         found = iter(self.examples.read(np.concatenate(numbers)))
@@ -133,10 +133,10 @@ class OfflineSource:
         return -(-epoch * len(self.order) // self.batch_size)
 
     def _make_plan(self, epoch: int) -> np.ndarray:
-        """The batches int32[steps, B] that start in `epoch`.
+        """The batches that start in `epoch`, int32[steps, B].
 
-        The first examples of the epoch complete the batch that the epoch before could not fill, so that no example is
-        lost or comes twice in an epoch, and which batch is whose follows from the numbers alone.
+        The first examples of the epoch complete the batch that the previous epoch could not fill. So no example is lost
+        or repeated within an epoch, and a step's epoch follows from the step alone.
         """
         size, places = self.batch_size, len(self.order)
         own = self._stream.epoch(epoch)[-epoch * places % size :]
@@ -147,9 +147,9 @@ class OfflineSource:
         return batches
 
     def _grouped(self, numbers: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The examples as whole batches [n, B], and the fewer than B that are left.
+        """The examples in whole batches [n, B], and the fewer than B that remain.
 
-        A shuffled order is cut within each bucket, the other orders as they are.
+        A shuffled order is cut within each bucket. The other orders are cut as they are.
         """
         size = self.batch_size
         if self._bucket is None or self.order.kind != "shuffle":
@@ -175,29 +175,30 @@ def offline_source(
     weights: Sequence[float] | None = None,
     host_rows: Callable[[int], Sequence[int] | np.ndarray] | None = None,
 ) -> OfflineSource:
-    """Batches of `dataset`, epoch after epoch, a batch reaching over into the next epoch where it must.
+    """Batches of `dataset`, epoch after epoch; a batch may hold the end of one epoch and the start of the next.
 
     Args:
       dataset: the examples, on disk or in memory; several datasets as `Examples`.
-      batch_size: B, over all processes.
-      seed: of the shuffle, from 0 to 2**32 - 1.
-      prompt_length: P, tokens that prompts are padded to at most.
-      response_length: R, tokens that responses are padded to at most.
-      order: "shuffle", uniform over the dataset; "recorded", as they are in the dataset, the batch of step s being
-        records s * B to (s + 1) * B; "window", the record shuffled within successive windows. The shuffles are new in
-        every epoch.
+      batch_size: B, prompts per batch over all processes.
+      seed: seed of the shuffle, from 0 to 2**32 - 1.
+      prompt_length: P, maximum padded length of prompts in tokens.
+      response_length: R, maximum padded length of responses in tokens.
+      order: "shuffle", uniform over the dataset; "recorded", the dataset's own order: the batch of step s has the
+        records from s * B to (s + 1) * B; "window", the dataset's order shuffled within successive windows. Every epoch
+        has a new shuffle.
       window: batches in a window, for order "window"; None for the other orders.
-      buckets: smaller shapes (P, R), each holding the one before it. A shuffled epoch is batched within each bucket
-        and a batch padded to its bucket; batches of the other orders stay as they are, and are padded to the smallest
-        bucket that fits. Needs the lengths of all examples, see `lengths_of`.
-      packing: None for one prompt a row. Otherwise a row of (packing * P, packing * R) tokens holds as many prompts as
-        fit. A batch has the same prompts as without packing, in fewer rows. Needs the lengths of all examples. Does
-        not go with buckets.
-      row_multiple: the number of packed rows is a multiple of it: the parts that a batch is split into, over devices
-        and microbatches. Divides `batch_size`.
-      weights: of each dataset, in any unit; for order "shuffle" only. An epoch then has as many places as there are
-        examples, and each dataset its share of them. None for every example once.
-      host_rows: gives, for a batch of so many rows, those of them that this process reads; None for all.
+      buckets: smaller shapes (P, R); each is at least as large as the one before. With order "shuffle", a batch takes
+        examples of one bucket and is padded to that bucket. With the other orders, batches have the same examples as
+        without buckets, and are padded to the smallest bucket that fits. Needs the lengths of all examples; see
+        `lengths_of`.
+      packing: None for one prompt per row. Otherwise a row of (packing * P, packing * R) tokens holds as many prompts
+        as fit. A batch has the same prompts as without packing, in fewer rows. Needs the lengths of all examples.
+        Excludes buckets.
+      row_multiple: the number of packed rows is a multiple of this: the number of parts that a batch is split into over
+        devices and microbatches. It must divide `batch_size`.
+      weights: the weight of each dataset, in any unit; only for order "shuffle". An epoch has as many examples as
+        without weights, split among the datasets by weight. None to take every example once.
+      host_rows: returns which rows of a batch this process reads, given the number of rows; None for all.
 
     Raises:
       UserError: a setting is out of range, the dataset is empty, or an example is longer than its limit.
@@ -208,7 +209,7 @@ def offline_source(
     check_buckets(shapes)
     _check_rows(batch_size, packing, row_multiple, shapes)
     if weights is not None and order != "shuffle":
-        raise UserError(f"weights is {tuple(weights)} with the order {order!r}: leave them out, or shuffle")
+        raise UserError(f"weights is {tuple(weights)} with the order {order!r}: leave weights out, or shuffle")
     together = None if window is None else window * batch_size
     places = Order(examples.sizes, draws_of(examples.sizes, weights), seed, order, together)
     rows = None
@@ -222,7 +223,7 @@ def _check_rows(batch_size: int, packing: int | None, row_multiple: int, shapes:
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: it must be at least 1")
     if packing is not None and packing < 1:
-        raise UserError(f"packing is {packing}: it must be at least 1, the longest prompts of a row, or None for none")
+        raise UserError(f"packing is {packing}: it must be at least 1, or None for one prompt per row")
     if packing is not None and len(shapes) > 1:
         raise UserError(f"packing is {packing} with buckets={tuple(shapes[:-1])}: choose one of them")
     if row_multiple < 1 or batch_size % row_multiple:

@@ -1,4 +1,4 @@
-"""The order of an epoch: which example stands at which place, a pure function of the seed and the epoch."""
+"""The order of the examples in an epoch: a pure function of the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ SEED_LIMIT = 2**32
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """An endless sequence of epochs over the examples of one or several datasets, numbered one dataset after another.
+    """An endless sequence of epochs over one or several datasets; numbers count on from one dataset to the next.
 
     Attributes:
-      sizes: examples of each dataset.
-      draws: places of each dataset in an epoch; equal to `sizes` where nothing is weighted. Each dataset goes through
-        all of its examples before one of them comes again, however many epochs that takes.
-      seed: of the shuffle.
+      sizes: number of examples in each dataset.
+      draws: number of examples that each dataset contributes to an epoch; equal to `sizes` without weights. No example
+        of a dataset repeats before all its examples have come once, even if that takes several epochs.
+      seed: seed of the shuffle.
       kind: one of `ORDERS`.
-      window: examples that are shuffled together, for kind "window"; None for the others.
+      window: examples that are shuffled together, for kind "window"; None for the other kinds.
     """
 
     sizes: tuple[int, ...]
@@ -42,15 +42,15 @@ class Order:
         checks.at_least(self, 1, "window")
         if (self.window is None) == (self.kind == "window"):
             raise UserError(
-                f"window is {self.window} with the order {self.kind!r}: give one for the order 'window' only"
+                f"window is {self.window} with the order {self.kind!r}: set it for the order 'window', and only then"
             )
 
     def __len__(self) -> int:
-        """Places of an epoch."""
+        """Examples in an epoch."""
         return sum(self.draws)
 
     def epoch(self, number: int) -> np.ndarray:
-        """The numbers int32[len(self)] of epoch `number`'s examples, in order."""
+        """The numbers of the examples in epoch `number`, in order: int32[len(self)]."""
         count = len(self)
         if self.kind == "recorded":
             return np.arange(count, dtype=np.int32)
@@ -65,7 +65,7 @@ class Order:
         return np.concatenate(drawn).astype(np.int32)[places]
 
     def _drawn(self, dataset: int, epoch: int) -> np.ndarray:
-        """What `epoch` takes of a dataset: the next `draws` of its own endless shuffle."""
+        """The examples that `epoch` takes from a dataset: the next `draws` in the dataset's own endless shuffle."""
         size, draws = self.sizes[dataset], self.draws[dataset]
         start, stop = epoch * draws, (epoch + 1) * draws
         rounds = range(start // size, -(-stop // size))
@@ -74,14 +74,14 @@ class Order:
 
 
 class Stream:
-    """The epochs of an order one after another, read at any place; the last two epochs are kept."""
+    """All epochs of an order in one sequence, readable at any position; caches the last two epochs."""
 
     def __init__(self, order: Order):
         self.order = order
         self.epoch = kept(order.epoch)
 
     def __call__(self, start: int, count: int) -> np.ndarray:
-        """The numbers int32[count] at the places from `start` on."""
+        """The `count` numbers from position `start` on: int32[count]."""
         parts = []
         while count:
             epoch, place = divmod(start, len(self.order))
@@ -91,7 +91,7 @@ class Stream:
 
 
 def kept(function: Callable[[int], Any], size: int = 2) -> Callable[[int], Any]:
-    """A cache of a function's last results, which computes each once whatever the number of threads."""
+    """Caches a function's last results; each is computed only once, even with several threads."""
     cached, lock = functools.lru_cache(maxsize=size)(function), threading.Lock()
 
     def call(number: int) -> Any:
@@ -102,30 +102,32 @@ def kept(function: Callable[[int], Any], size: int = 2) -> Callable[[int], Any]:
 
 
 def random_keys(count: int, *seed: int) -> np.ndarray:
-    """uint64[count] from a seed; raw output of PCG64, which NumPy promises not to change between versions."""
+    """Random uint64[count] from a seed: the raw output of PCG64, which NumPy promises to keep in later versions."""
     return np.random.PCG64(seed).random_raw(count)
 
 
 def permutation(count: int, *seed: int) -> np.ndarray:
-    """A uniformly random order int32[count] of the numbers below `count`."""
+    """A uniformly random permutation of the numbers below `count`: int32[count]."""
     return np.argsort(random_keys(count, *seed), kind="stable").astype(np.int32)
 
 
 def draws_of(sizes: Sequence[int], weights: Sequence[float] | None) -> tuple[int, ...]:
-    """Places of each dataset in an epoch of sum(sizes) places: in proportion to the weights, largest remainders up.
+    """How many examples each dataset contributes to an epoch of sum(sizes) examples.
 
-    Without weights each dataset has a place for each of its examples.
+    The numbers are proportional to the weights; the largest remainders are rounded up. Without weights, each dataset
+    contributes all its examples.
 
     Raises:
-      UserError: a weight is not positive, so small that its dataset gets no place, or there is not one for each.
+      UserError: a weight is not positive, or so small that its dataset contributes nothing; or the number of weights is
+        not the number of datasets.
     """
     if weights is None:
         return tuple(sizes)
     if len(weights) != len(sizes):
-        raise UserError(f"weights is {tuple(weights)}, {len(weights)} for {len(sizes)} datasets: give one for each")
+        raise UserError(f"weights is {tuple(weights)}, but there are {len(sizes)} datasets: give one weight for each")
     shares = np.asarray(weights, np.float64)
     if not (np.isfinite(shares).all() and (shares > 0).all()):
-        raise UserError(f"weights is {tuple(weights)}: each must be above 0 and finite, or leave its dataset out")
+        raise UserError(f"weights is {tuple(weights)}: each must be above 0 and finite; or leave its dataset out")
     exact = shares / shares.sum() * sum(sizes)
     draws = np.floor(exact).astype(np.int64)
     missing = sum(sizes) - int(draws.sum())
@@ -133,6 +135,6 @@ def draws_of(sizes: Sequence[int], weights: Sequence[float] | None) -> tuple[int
     if not draws.all():
         least = int(np.argmin(draws))
         raise UserError(
-            f"weight {weights[least]} of dataset {least} gives it none of the {sum(sizes)} places of an epoch: raise it"
+            f"weight {weights[least]} gives dataset {least} none of the {sum(sizes)} examples of an epoch: raise it"
         )
     return tuple(int(count) for count in draws)

@@ -1,6 +1,6 @@
-"""Several prompts in one row: which examples of a batch share one, and the arrays that this makes of them.
+"""Packs several prompts into one row: chooses the examples that share a row, and builds the arrays.
 
-How models read packed rows is in `models.packing`.
+`models.packing` describes how models read packed rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.data.batches.buckets import Bucket
 from alignment_gap.data.records.example import TOKEN_FIELDS
 
-# Shapes differ by an eighth of the rows that batches have on average: two or three are compiled, and few rows wasted.
+# Numbers of rows are rounded to an eighth of their mean, so only two or three shapes are compiled and little is wasted.
 _SHAPES = 8
 
 
@@ -22,9 +22,9 @@ class Rows:
     """How rows are filled.
 
     Attributes:
-      shape: (P, R), tokens of a row for prompts, and for each of the K rows of responses.
-      slots: most prompts of a row.
-      multiple: what the number of rows is a multiple of, up to one row for each prompt.
+      shape: (P, R): tokens of a row of prompts, and of each of the K rows of responses.
+      slots: maximum number of prompts in a row.
+      multiple: the number of rows is rounded up to a multiple of this, but to no more than one row per prompt.
     """
 
     shape: Bucket
@@ -33,20 +33,20 @@ class Rows:
 
     @classmethod
     def for_lengths(cls, lengths: np.ndarray, batch_size: int, shape: Bucket, multiple: int) -> Rows:
-        """Rows for batches of examples of lengths int32[N, 1 + K], whose number is to be a multiple of `multiple`."""
+        """Rows for batches of examples with lengths int32[N, 1 + K]; their number is a multiple of `multiple`."""
         prompts = float((_capacity(shape, lengths.shape[1]) / lengths.mean(axis=0)).min())
         step = max(1, round(batch_size / prompts / _SHAPES / multiple))
         return cls(shape, min(2 * int(np.ceil(prompts)), batch_size), step * multiple)
 
     def fill(self, lengths: np.ndarray) -> np.ndarray:
-        """The row int64[B] of each example of a batch, of which each fits into a row; no row is left empty.
+        """The row of each example in a batch, int64[B]; every example must fit into a row, and no row stays empty.
 
-        First fit decreasing: the longest first, each into the first row that has room for it.
+        Uses first fit decreasing: the longest examples first, each into the first row with enough room.
         """
         capacity = _capacity(self.shape, lengths.shape[1])
         free, slots = np.tile(capacity, (len(lengths), 1)), np.full(len(lengths), self.slots)
         rows, used = np.zeros(len(lengths), np.int64), 0
-        # Lengths as shares of their capacity, times both capacities: whole numbers are the same on every machine.
+        # The sum of length / capacity, multiplied by both capacities: integers, so the same on every machine.
         sizes = lengths @ _capacity(self.shape[::-1], lengths.shape[1])
         for example in np.argsort(-sizes, kind="stable"):
             fits = (free[: used + 1] >= lengths[example]).all(axis=1) & (slots[: used + 1] > 0)
@@ -60,11 +60,11 @@ class Rows:
         return rows
 
     def pack(self, batch: PreferenceBatch, rows: np.ndarray) -> PreferenceBatch:
-        """A batch of numpy arrays, one example a row, as packed rows.
+        """Packs a batch of numpy arrays that has one example per row.
 
         Args:
-          batch: of n examples.
-          rows: of each example, from 0 on, increasing.
+          batch: n examples.
+          rows: the packed row of each example, increasing from 0.
         """
         firsts = np.searchsorted(rows, rows)
         slots, count = np.arange(len(rows)) - firsts, int(rows[-1]) + 1
@@ -93,11 +93,11 @@ class Rows:
         return dataclasses.replace(batch, prompts=prompts, **packed)  # type: ignore[arg-type]
 
 
-# Fields with a value for each prompt, and with one for each token of each response.
+# Fields with one value per prompt, and fields with one value per token of each response.
 _BY_PROMPT = ("prompt_ids", "prompt_lengths", "response_lengths", "scores")
 _BY_TOKEN = ("responses", *TOKEN_FIELDS)
 
 
 def _capacity(shape: Bucket, columns: int) -> np.ndarray:
-    """Tokens int64[1 + K] that a row holds of the prompts, and of each prompt's first, second, ... responses."""
+    """Tokens that a row holds of the prompts, and of their first, second, ... responses: int64[1 + K]."""
     return np.array([shape[0], *[shape[1]] * (columns - 1)])

@@ -1,4 +1,4 @@
-"""Reading ahead: the batches of the next steps are made while the current one is trained on."""
+"""Reads ahead: makes the batches of the next steps while the current step trains."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Batch = TypeVar("Batch")
 
 
 class Prefetched(Generic[Batch]):
-    """A source that makes the batches of the steps to come in threads; use as a context manager.
+    """A source that makes the batches of the next steps in threads; use it as a context manager.
 
-    It gives exactly what the source underneath gives: any step may be asked for, what was read ahead in vain is
-    dropped, and what the source raises is raised where its step is asked for.
+    It returns exactly what the underlying source returns. Any step may be requested; batches that were read ahead but
+    not requested are dropped. An error of the source is raised when its step is requested.
     """
 
     def __init__(self, source: Callable[[int], Batch], ahead: int, last: int | None = None, threads: int = 1):
-        """`source` is read up to `ahead` steps before it is asked for, but never from step `last` on.
+        """Reads `source` up to `ahead` steps early, but never step `last` or a later one.
 
         Raises:
           UserError: `ahead` is negative.
@@ -48,5 +48,5 @@ class Prefetched(Generic[Batch]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
-        """Waits for what is being read and drops the rest."""
+        """Waits for the reads in progress and drops the others."""
         self._threads.shutdown(wait=True, cancel_futures=True)

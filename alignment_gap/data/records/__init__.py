@@ -1,4 +1,4 @@
-"""Datasets on disk: records, cards, lengths, previews, and log-probs kept beside them."""
+"""Datasets on disk: records, cards, lengths, previews, and stored log-probs."""
 
 from alignment_gap.data.records.dataset import (
     Card,

@@ -1,4 +1,4 @@
-"""A dataset's card as text, with what it was made from, back to the first source."""
+"""A dataset's card as text, with its provenance back to the first source."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from alignment_gap.data.text.vocabulary import POSTS, Vocabulary
 from alignment_gap.data.text.vocabulary_loading import load_vocabulary
 from alignment_gap.errors import UserError
 
-# Facts of the provenance of a prepared dataset: whether its prompts end with the end id, and its unknown tokens.
+# Keys in the provenance of a prepared dataset: whether its prompts end with the end id; counts of unknown tokens.
 END_PROMPTS, UNKNOWN = "end_prompts", "unknown"
-# Facts of provenance that are shown elsewhere or are long.
+# Keys of the provenance that are shown elsewhere or have long values.
 _NOT_SHOWN = ("made_by", "inputs", "dropped", UNKNOWN, "source", "limits", "config")
 
 
 def card_text(dataset: Dataset) -> str:
-    """What a dataset is and how it came about, as lines."""
+    """Describes a dataset and its provenance, as lines of text."""
     card = dataset.card
     lines = [
         f"{dataset.folder}: {card.count:,} examples of {card.responses_per_prompt} responses, {len(card.files)} files",
@@ -33,14 +33,14 @@ def card_text(dataset: Dataset) -> str:
 
 
 def lengths_text(lengths: Mapping[str, Any]) -> str:
-    """Lengths in tokens, as a line."""
+    """Lengths in tokens, as one line of text."""
     return (
         f"median {lengths['p50']}, 90 % up to {lengths['p90']}, 99 % up to {lengths['p99']}, longest {lengths['max']}"
     )
 
 
 def provenance_lines(provenance: Mapping[str, Any], depth: int = 1) -> Iterator[str]:
-    """How a dataset came about, and under it, each step further in, what it was made from."""
+    """Lines on how a dataset was made, then on its inputs; each generation of inputs is indented further."""
     indent = "  " * depth
     yield f"{indent}{provenance.get('made_by') or provenance.get('task') or 'unknown'}"
     for name, value in provenance.items():
@@ -53,9 +53,9 @@ def provenance_lines(provenance: Mapping[str, Any], depth: int = 1) -> Iterator[
 
 
 def counted_lines(provenance: Mapping[str, Any]) -> Iterator[str]:
-    """What was dropped from a prepared dataset, and the tokens that its vocabulary could not express, if there are any.
+    """Lines on the dropped records and the unknown tokens of a prepared dataset, if there are any.
 
-    Cards of earlier versions count the drops of all splits, and no unknown tokens.
+    Cards of earlier versions count the drops of all splits together, and do not count unknown tokens.
     """
     if dropped := provenance.get("dropped"):
         yield f"dropped: {', '.join(f'{count:,} {reason}' for reason, count in dropped.items())}"
@@ -64,7 +64,7 @@ def counted_lines(provenance: Mapping[str, Any]) -> Iterator[str]:
 
 
 def ends_prompts(dataset: Dataset) -> bool:
-    """Whether the prompts of a dataset end with the vocabulary's end id, as its first source was prepared."""
+    """Whether the prompts of a dataset end with the vocabulary's end id, according to its first source."""
     return _ends_prompts(dataset.card.provenance)
 
 
@@ -90,10 +90,10 @@ def find_vocabulary(dataset: Dataset, given: str | None = None) -> Vocabulary:
 
     Args:
       dataset: the dataset.
-      given: where it is; None for where it was when the first source was encoded.
+      given: path of the vocabulary; None for its path when the first source was encoded.
 
     Raises:
-      UserError: nothing says where the vocabulary is, it has moved, or the dataset was encoded with another one.
+      UserError: the path of the vocabulary is not known, the vocabulary has moved, or it is not the dataset's.
     """
     found = given or vocabulary_place(dataset)
     if not found:
@@ -101,20 +101,20 @@ def find_vocabulary(dataset: Dataset, given: str | None = None) -> Vocabulary:
     vocabulary = load_vocabulary(found)
     if vocabulary.digest != dataset.card.vocabulary_digest:
         raise UserError(
-            f"{dataset.folder} was encoded with the vocabulary {dataset.card.vocabulary_digest[:12]}, {found} is "
-            f"{vocabulary.digest[:12]}: give the dataset's own by --vocabulary"
+            f"{dataset.folder} was encoded with the vocabulary {dataset.card.vocabulary_digest[:12]}, but {found} is "
+            f"{vocabulary.digest[:12]}: give the dataset's own with --vocabulary"
         )
     return vocabulary
 
 
 def vocabulary_place(dataset: Dataset) -> str | None:
-    """Where the vocabulary of a dataset was when its first source was encoded; None where nothing says it."""
+    """Path of a dataset's vocabulary when its first source was encoded; None if it is not known."""
     return _vocabulary_of(dataset.card.provenance)
 
 
 def _vocabulary_of(provenance: Mapping[str, Any]) -> str | None:
-    """Where the first source's vocabulary was, None where nothing says it."""
-    if provenance.get("task") == POSTS:  # The provenance of posts before they were a source.
+    """Path of the first source's vocabulary; None if it is not known."""
+    if provenance.get("task") == POSTS:  # Provenance of posts in earlier versions, which had no posts source.
         return POSTS
     own = provenance.get("vocabulary") or provenance.get("config", {}).get("vocabulary_path")
     inputs = provenance.get("inputs", ())

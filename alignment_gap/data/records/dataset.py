@@ -2,11 +2,11 @@
 
     prepared/
       card.json                  counts, lengths, vocabulary digest, provenance, a digest of each file
-      pairs.array_record         one example a record: tokens without padding, msgpack
+      pairs.array_record         one example per record: tokens without padding, in msgpack
 
-A dataset is written in one go by `write_dataset`, or chunk by chunk by `write_chunk` and finished by `close_dataset`;
-a chunk that is written again replaces the earlier one of its name. A folder without a card is unfinished; until it has
-one, `.chunks/` keeps what is known of each chunk, so that closing need not read them again.
+`write_dataset` writes a dataset at once. Alternatively, `write_chunk` writes it chunk by chunk, and `close_dataset`
+finishes it; a chunk replaces an earlier chunk with the same name. A folder without a card is unfinished. Until there is
+a card, `.chunks/` keeps a summary of each chunk, so that closing the dataset need not read the chunks.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from alignment_gap.storage import Url, fetched
 FORMAT_VERSION = 2
 CARD, CHUNKS = "card.json", ".chunks"
 _SUFFIX = ".array_record"
-# Measured with 350-byte records: a random read is four times as fast as with groups of 1, and as fast as with 64.
+# Measured with 350-byte records: random reads are four times as fast as with groups of 1, and as fast as with 64.
 _WRITER_OPTIONS = "group_size:8"
-# Of a part of a dataset, which is made or made again as one. Systems let a process have 1024 files open, often.
+# Examples in a part, which is made as a whole; and the maximum number of parts: many systems limit a process to 1024
+# open files.
 _PART, _FILES = 5000, 400
 PROBABILITIES, REWARDS = "probabilities", "rewards"
 
@@ -49,9 +50,9 @@ _Path = str | os.PathLike[str]
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What the card says of one record file.
+    """The card's entry for one record file.
 
-    Its name, size and SHA-256; its examples' count and longest lengths; and which of `TOKEN_FIELDS` they have.
+    It has the file's name, size and SHA-256; the number and longest lengths of its examples; and their `TOKEN_FIELDS`.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Chunk:
 
     @property
     def token_fields(self) -> tuple[str, ...]:
-        """Those of `TOKEN_FIELDS` that its examples have."""
+        """The `TOKEN_FIELDS` that its examples have."""
         return tuple(name for name in TOKEN_FIELDS if getattr(self, name))
 
 
@@ -75,18 +76,18 @@ class Card:
     """The index card of a dataset.
 
     Attributes:
-      format_version: of the folder and its records.
-      count: examples in all files.
+      format_version: version of the format of folder and records.
+      count: number of examples in all files.
       responses_per_prompt: K, the same in every example.
       max_prompt_length: tokens of the longest prompt.
       max_response_length: tokens of the longest response.
-      lengths: of "prompt" and of "response", in tokens; see `lengths.summarise_lengths`.
-      fields: what an example holds.
-      vocabulary_digest: `digest` of the vocabulary that it was encoded with.
-      provenance: how it came about, as its maker states it.
+      lengths: summaries for "prompt" and "response", in tokens; see `summary.summarise_lengths`.
+      fields: names of the fields of an example.
+      vocabulary_digest: `digest` of the vocabulary that the dataset was encoded with.
+      provenance: how the dataset was made, as stated by its maker.
       files: the record files, in the order of their examples.
-      scores: what the scores are: "probabilities" (of a pair, how probable it is that this response is preferred: 1, 0,
-        0.5 or between), or "rewards" (any numbers, higher is better).
+      scores: kind of the scores: "probabilities" (the probability that this response of a pair is preferred, from 0 to
+        1), or "rewards" (any numbers; higher is better).
     """
 
     format_version: int
@@ -106,19 +107,19 @@ class Card:
 
     @property
     def digest(self) -> str:
-        """SHA-256 in hexadecimal of the examples, in their files, of their vocabulary and of what their scores are."""
+        """SHA-256, in hexadecimal, of the record files, the vocabulary's digest and the kind of scores."""
         content: list[Any] = [self.vocabulary_digest, [chunk.sha256 for chunk in self.files]]
-        if self.scores != PROBABILITIES:  # Datasets that were written before there was a choice keep their digest.
+        if self.scores != PROBABILITIES:  # Datasets of earlier versions keep their digest.
             content.append(self.scores)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 class Dataset(Sequence[Example]):
-    """A dataset on disk, read at random.
+    """A dataset on disk, with random access.
 
     Attributes:
-      folder: where it is.
-      card: what it is.
+      folder: its folder.
+      card: its index card.
     """
 
     def __init__(self, folder: AnyPath, card: Card):
@@ -137,7 +138,7 @@ class Dataset(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: SupportsIndex | slice) -> Example | list[Example]:
-        """The example or examples at `index`; raises UserError naming the file where it is damaged."""
+        """The example or examples at `index`; raises UserError that names the file if it is damaged."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = range(len(self))[index]
@@ -149,7 +150,7 @@ class Dataset(Sequence[Example]):
             raise _damaged(self.folder / self.card.files[file].name, row, error) from None
 
     def records(self, numbers: Sequence[int]) -> list[bytes]:
-        """The examples as they are on disk, read together; raises UserError naming the file where it is damaged."""
+        """The examples as on disk, read together; raises UserError that names the file if it is damaged."""
         found: list[bytes] = [b""] * len(numbers)
         places: dict[int, list[int]] = {}
         for place, number in enumerate(numbers):
@@ -176,13 +177,13 @@ def write_dataset(
     scores: str = Card.scores,
     name: str = "pairs",
 ) -> Card:
-    """Writes `examples` as one record file and its card into `folder`; equal input gives equal bytes.
+    """Writes `examples` as one record file with a card to `folder`; equal input gives equal bytes.
 
     Args:
-      folder: is made where it is not there.
-      examples: one at least, all of one form.
+      folder: folder of the dataset; created if it does not exist.
+      examples: at least one, all of one form.
       vocabulary_digest, provenance, scores: as on the `Card`.
-      name: of the record file, without its suffix.
+      name: name of the record file, without its suffix.
 
     Raises:
       UserError: there is no example, examples differ in form, or the disk is full or cannot be written.
@@ -193,9 +194,9 @@ def write_dataset(
 
 
 def write_chunk(folder: _Path, name: str, examples: Iterable[Example]) -> Chunk:
-    """Writes `examples` as the record file `name` in `folder`, in place of an earlier one of that name.
+    """Writes `examples` as the record file `name` in `folder`; replaces an earlier file with that name.
 
-    Until the file is whole and on the disk it has another name, so a kill leaves the earlier one or none.
+    The file has a temporary name until it is whole and on the disk, so a kill leaves the earlier file or none.
 
     Raises:
       UserError: there is no example, examples differ in form, or the disk is full or cannot be written.
@@ -218,7 +219,7 @@ def write_chunk(folder: _Path, name: str, examples: Iterable[Example]) -> Chunk:
 
 @contextlib.contextmanager
 def _made_in(folder: AnyPath) -> Iterator[pathlib.Path]:
-    """A folder of this machine for a file that is to be in `folder`: that one, if it is on this machine."""
+    """A local folder in which a file for `folder` is made: `folder` itself if it is local."""
     if isinstance(folder, Url):
         with tempfile.TemporaryDirectory() as made_in:
             yield pathlib.Path(made_in)
@@ -235,22 +236,22 @@ def _put(partial: pathlib.Path, path: AnyPath) -> None:
 
 
 def part_size(count: int) -> int:
-    """Examples of a record file, where `count` go into files of one size: few enough files to be open at once."""
+    """Examples per record file, for `count` examples in files of one size, so that all files can be open at once."""
     return max(_PART, -(-count // _FILES))
 
 
 def chunk_path(folder: _Path, name: str) -> AnyPath:
-    """The record file of a chunk; it is there when the chunk is whole."""
+    """The record file of a chunk; it exists only if the chunk is whole."""
     return at(folder) / f"{name}{_SUFFIX}"
 
 
 def close_dataset(
     folder: _Path, *, vocabulary_digest: str, provenance: Mapping[str, Any], scores: str = Card.scores
 ) -> Card:
-    """Writes the card of the chunks in `folder`, in the order of their names; the dataset is complete with it.
+    """Writes the card of the chunks in `folder`, in the order of their names; this completes the dataset.
 
     Args:
-      folder: has the chunks.
+      folder: folder with the chunks.
       vocabulary_digest, provenance, scores: as on the `Card`.
 
     Raises:
@@ -265,12 +266,12 @@ def close_dataset(
 
 
 def derived(made_by: str, inputs: Mapping[str, Dataset], **facts: Any) -> dict[str, Any]:
-    """Provenance of a dataset that is made from others, with all of theirs: the chain holds though folders move.
+    """Provenance of a dataset made from others; it includes theirs, so it is complete even if folders move.
 
     Args:
-      made_by: what made it.
-      inputs: the datasets, by what they are to it.
-      facts: what else decides its content, as JSON values.
+      made_by: name of the command that made the dataset.
+      inputs: the input datasets by their roles.
+      facts: everything else that decides the content, as JSON values.
     """
     chain = [
         {
@@ -286,10 +287,10 @@ def derived(made_by: str, inputs: Mapping[str, Dataset], **facts: Any) -> dict[s
 
 
 def open_dataset(folder: _Path) -> Dataset:
-    """The dataset in `folder`, after a check of its card and of its files' sizes and counts.
+    """Opens the dataset in `folder`; checks its card, and the sizes and counts of its files.
 
     Raises:
-      UserError: the folder is not a finished dataset, is of another format, or was changed since its card was written.
+      UserError: the folder is not a finished dataset, has another format, or was changed after its card was written.
     """
     folder = at(folder)
     dataset = Dataset(folder, _read_card(folder / CARD))
@@ -297,25 +298,25 @@ def open_dataset(folder: _Path) -> Dataset:
         size, count = file.stat().st_size, reader.num_records()
         if (size, count) != (chunk.bytes, chunk.count):
             raise UserError(
-                f"{folder / chunk.name} has {count} records in {size} bytes, its card says {chunk.count} in "
+                f"{folder / chunk.name} has {count} records in {size} bytes, but its card says {chunk.count} in "
                 f"{chunk.bytes}: prepare the dataset again"
             )
     return dataset
 
 
 def verify_dataset(dataset: Dataset) -> None:
-    """Reads every file; raises UserError where one is not what the card says, naming the record that is damaged."""
+    """Reads every file; raises UserError if one does not match the card, and names a damaged record."""
     for chunk, file in zip(dataset.card.files, dataset._files, strict=True):
         path = dataset.folder / chunk.name
         if _sha256(file) != chunk.sha256:
             collections.deque(_read_all(path), maxlen=0)
-            raise UserError(f"{path} was changed since its card was written: prepare the dataset again")
+            raise UserError(f"{path} was changed after its card was written: prepare the dataset again")
 
 
 def discard_damaged(folder: _Path) -> list[str]:
-    """Removes the record files of a finished dataset that are not what its card says; the names of what was not whole.
+    """Removes record files that do not match the card of a finished dataset; returns the names of what was not whole.
 
-    A card that cannot be read is removed itself: the files that are there are read again when the dataset is closed.
+    A card that cannot be read is removed too; its files are read again when the dataset is closed.
     """
     path = at(folder)
     try:
@@ -330,12 +331,12 @@ def discard_damaged(folder: _Path) -> list[str]:
 
 
 def read_chunk(folder: _Path, name: str) -> list[Example]:
-    """The examples of a chunk; raises UserError where it is missing or damaged."""
+    """The examples of a chunk; raises UserError if it is missing or damaged."""
     return [*_read_all(chunk_path(folder, name))]
 
 
 def discard_chunks(folder: _Path, unwanted: Callable[[str], bool]) -> None:
-    """Removes the chunks of a folder whose names are unwanted, and the card with them: it says what is there."""
+    """Removes the chunks with unwanted names; also removes the card, because it lists all chunks."""
     path = at(folder)
     for chunk in [each for each in path.glob(f"*{_SUFFIX}") if unwanted(each.stem)]:
         (path / CARD).unlink(missing_ok=True)
@@ -343,12 +344,12 @@ def discard_chunks(folder: _Path, unwanted: Callable[[str], bool]) -> None:
 
 
 def is_intact(path: AnyPath, sha256: str) -> bool:
-    """Whether a file is there with the content that it was written with."""
+    """Whether a file exists and still matches its digest."""
     return path.is_file() and _sha256(path) == sha256
 
 
 class _Summary:
-    """Counts and longest lengths of the examples that pass by, and whether they have one form."""
+    """Collects counts and longest lengths of the examples that pass through, and checks that they have one form."""
 
     def __init__(self, where: str):
         self.where = where
@@ -366,7 +367,7 @@ class _Summary:
             self.response_lengths.update(map(len, example.responses))
             yield example
         if not self.count:
-            raise UserError(f"{self.where} would hold no example: check what was dropped before it")
+            raise UserError(f"{self.where} would hold no example: check which records were dropped")
 
     def chunk(self, name: str, path: pathlib.Path) -> Chunk:
         assert self.first
@@ -383,7 +384,7 @@ class _Summary:
 
 
 class _Known(NamedTuple):
-    """A chunk and how many of its prompts and responses have each length."""
+    """A chunk, and for each length the number of prompts and of responses that have it."""
 
     chunk: Chunk
     prompt_lengths: Mapping[int, int]
@@ -391,7 +392,7 @@ class _Known(NamedTuple):
 
 
 def _keep_summary(path: AnyPath, chunk: Chunk, summary: _Summary) -> None:
-    """Before the chunk has its name: a summary that no file fits does no harm."""
+    """Writes a chunk's summary before the chunk gets its name; a summary without a matching file does no harm."""
     lengths = [sorted(counts.items()) for counts in (summary.prompt_lengths, summary.response_lengths)]
     kept = path.parent / CHUNKS / f"{path.stem}.json"
     kept.parent.mkdir(exist_ok=True)
@@ -399,7 +400,7 @@ def _keep_summary(path: AnyPath, chunk: Chunk, summary: _Summary) -> None:
 
 
 def _summary(path: AnyPath) -> _Known:
-    """What was kept of a chunk, or, where nothing was or the file has changed since, what reading it gives."""
+    """The kept summary of a chunk; if there is none or the file has changed, the file is read for it."""
     kept = path.parent / CHUNKS / f"{path.stem}.json"
     if kept.exists():
         chunk, prompts, responses = json.loads(kept.read_text())
@@ -411,7 +412,7 @@ def _summary(path: AnyPath) -> _Known:
 
 
 def _write_records(partial: pathlib.Path, path: AnyPath, examples: Iterable[Example]) -> None:
-    """Writes the file `partial`, which is to become `path`; what `examples` raises passes through as it is."""
+    """Writes the file `partial`, which later becomes `path`; errors raised by `examples` pass through unchanged."""
     with _writing(path):
         partial.parent.mkdir(parents=True, exist_ok=True)
         writer = ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
@@ -440,7 +441,7 @@ def _read_all(path: AnyPath) -> Iterator[Example]:
 
 
 def _copy_here(path: AnyPath, sha256: str | None = None) -> pathlib.Path:
-    """A record file, or this machine's copy of one in a bucket, whose digest is computed where it is not known."""
+    """A record file, or the local copy of one in a bucket; its digest is computed if it is not given."""
     if not isinstance(path, Url):
         return path
     try:
@@ -456,13 +457,15 @@ def _open_records(path: pathlib.Path) -> ArrayRecordReader:
         reader = ArrayRecordReader(str(path))
         if reader.num_records():
             return reader
-        # A damaged file counts no records; reading one tells why.
+        # A damaged file has a count of 0; reading a record gives the reason.
         reader.read_all()
         reason = "it holds no records"
     except RuntimeError as error:
         reason = _first_clause(error)
         if os.strerror(errno.EMFILE) in reason:
-            raise UserError(f"cannot open {path} ({reason}): raise the limit, as ulimit -n 65536 does") from None
+            raise UserError(
+                f"cannot open {path} ({reason}): raise the limit, for example with ulimit -n 65536"
+            ) from None
     raise UserError(f"{path} is not a whole record file ({reason}): prepare the dataset again")
 
 
@@ -479,13 +482,13 @@ def _damaged(path: AnyPath, row: int, error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _writing(path: AnyPath) -> Iterator[None]:
-    """Turns what a full or unwritable disk raises into one line."""
+    """Turns the errors of a full or unwritable disk into one line."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise _unwritable(path, error.strerror or str(error), full) from None
-    except RuntimeError as error:  # ArrayRecord's writer knows no OSError.
+    except RuntimeError as error:  # ArrayRecord's writer does not raise OSError.
         raise _unwritable(path, _first_clause(error), os.strerror(errno.ENOSPC) in str(error)) from None
 
 
@@ -513,7 +516,7 @@ def _write_card(
         },
         fields=tuple(name for name in names if name not in TOKEN_FIELDS or name in chunks[0].token_fields),
         vocabulary_digest=vocabulary_digest,
-        provenance=json.loads(json.dumps(dict(provenance))),  # As it will be read: lists for tuples.
+        provenance=json.loads(json.dumps(dict(provenance))),  # As it will be read back: tuples become lists.
         files=tuple(chunks),
         scores=scores,
     )
@@ -529,13 +532,13 @@ def _check_chunks(folder: AnyPath, chunks: Sequence[Chunk]) -> None:
     for chunk in chunks:
         if chunk.responses_per_prompt != first.responses_per_prompt:
             raise UserError(
-                f"{folder / chunk.name} has {chunk.responses_per_prompt} responses a prompt, {first.name} has "
+                f"{folder / chunk.name} has {chunk.responses_per_prompt} responses a prompt, but {first.name} has "
                 f"{first.responses_per_prompt}: keep them in two datasets"
             )
         for name in TOKEN_FIELDS:
             if getattr(chunk, name) != getattr(first, name):
                 raise UserError(
-                    f"one of {folder / chunk.name} and {first.name} has {name}: give them for all or for none"
+                    f"only one of {folder / chunk.name} and {first.name} has {name}: give them for all or for none"
                 )
 
 
@@ -548,14 +551,14 @@ def _read_card(path: AnyPath) -> Card:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format_version"]
         if version != FORMAT_VERSION:
-            raise UserError(f"it is of format {version}, this version reads {FORMAT_VERSION}: prepare it again")
+            raise UserError(f"it has format {version}, but this version reads {FORMAT_VERSION}: prepare it again")
         content["files"] = tuple(Chunk(**chunk) for chunk in content["files"])
         content["fields"] = tuple(content["fields"])
         card = Card(**content)
         if not (isinstance(card.provenance, dict) and isinstance(card.lengths, dict)):
-            raise TypeError("its provenance and lengths are tables")
+            raise TypeError("its provenance and lengths must be tables")
         if card != dataclasses.replace(card, **_totals(card.files)):
-            raise ValueError("its counts and lengths are not those of its files")
+            raise ValueError("its counts and lengths do not match its files")
         return card
     except OSError as error:
         raise UserError(
@@ -569,7 +572,7 @@ def _read_card(path: AnyPath) -> Card:
 
 
 def _totals(chunks: Sequence[Chunk]) -> dict[str, Any]:
-    """What a card says of all its files together."""
+    """The totals over all files of a card."""
     return {
         "count": sum(chunk.count for chunk in chunks),
         "responses_per_prompt": chunks[0].responses_per_prompt,

@@ -1,4 +1,4 @@
-"""One record of a dataset: its arrays, the form that all examples of a dataset share, and its bytes on disk."""
+"""One example of a dataset: its arrays, the form that all examples of a dataset share, and its bytes on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from alignment_gap.errors import UserError
 
-# Fields with a number for each token of each response. A dataset has one of them in all its examples or in none.
+# Fields with one number per token of each response. Either all examples of a dataset have such a field, or none has.
 TOKEN_FIELDS = ("reference_log_probs", "sampler_log_probs")
 _INTS, _FLOATS = np.dtype("<i4"), np.dtype("<f4")
 
@@ -22,8 +22,8 @@ class Example:
     Attributes:
       prompt_id: stable number of the prompt in its dataset.
       prompt: int32[P] token ids, at least one.
-      responses: K arrays int32[R_k] of token ids, the end id included.
-      scores: float32[K]; the dataset's card says what they are.
+      responses: K arrays int32[R_k] of token ids, including the end id.
+      scores: float32[K]; the dataset's card says of which kind.
       reference_log_probs: K arrays float32[R_k] in nats under the reference policy, or None.
       sampler_log_probs: K arrays float32[R_k] in nats under the distribution that the tokens were drawn from, or None.
     """
@@ -37,14 +37,14 @@ class Example:
 
 
 def check_form(example: Example, first: Example, where: str) -> None:
-    """Raises UserError unless the example has one score a response, no empty sequence, and the form of `first`.
+    """Raises UserError unless the example has one score per response, no empty sequence, and the form of `first`.
 
-    The form is the number of responses and which of `TOKEN_FIELDS` there are.
+    The form is the number of responses, and which of the `TOKEN_FIELDS` are present.
     """
     lengths, responses = [len(response) for response in example.responses], len(first.responses)
     problem = None
     if len(lengths) != responses or responses < 1:
-        problem = f"has {len(lengths)} responses where the first has {responses}: give each prompt the same number"
+        problem = f"has {len(lengths)} responses, but the first has {responses}: give each prompt the same number"
     elif np.shape(example.scores) != (responses,):
         problem = f"has scores of shape {np.shape(example.scores)} for {responses} responses: give one score each"
     elif not len(example.prompt) or not all(lengths):
@@ -52,15 +52,15 @@ def check_form(example: Example, first: Example, where: str) -> None:
     for name in TOKEN_FIELDS:
         rows = getattr(example, name)
         if (rows is None) != (getattr(first, name) is None):
-            problem = problem or f"differs from the first in having {name}: give them for all or for none"
+            problem = problem or f"differs from the first in whether it has {name}: give them for all or for none"
         elif rows is not None and [len(row) for row in rows] != lengths:
-            problem = problem or f"has {name} of other lengths than its responses: give one for each token"
+            problem = problem or f"has {name} whose lengths are not those of its responses: give one for each token"
     if problem:
         raise UserError(f"{where} (prompt id {example.prompt_id}) {problem}")
 
 
 def encode(example: Example) -> bytes:
-    """The record of an example."""
+    """Encodes an example as a record."""
 
     def pack(values: np.ndarray, dtype: np.dtype) -> bytes:
         return np.ascontiguousarray(values, dtype).tobytes()
@@ -78,7 +78,7 @@ def encode(example: Example) -> bytes:
 
 
 def decode(record: bytes) -> Example:
-    """The example of a record."""
+    """Decodes a record to its example."""
     content = msgpack.unpackb(record)
     return Example(
         prompt_id=content["prompt_id"],

@@ -1,4 +1,4 @@
-"""The length of every example of a dataset, in tokens; read once and kept beside the records."""
+"""The lengths of every example of a dataset, in tokens; read once and stored beside the records."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _BLOCK = 4096  # Records read at once.
 
 
 def lengths_of(dataset: Sequence[Example]) -> np.ndarray:
-    """Tokens int32[N, 1 + K] of the prompt and of each response of every example.
+    """Lengths of the prompt and of each response of every example, in tokens: int32[N, 1 + K].
 
-    The lengths of a dataset on disk are read from all its records once, then kept beside them as `lengths-DIGEST.npy`.
-    The file may be removed at any time.
+    For a dataset on disk, the first call reads all records and stores the lengths beside them as `lengths-DIGEST.npy`.
+    This file may be removed at any time.
     """
     if not isinstance(dataset, Dataset):
         return np.array([[len(e.prompt), *map(len, e.responses)] for e in dataset], np.int32)
@@ -35,7 +35,7 @@ def lengths_of(dataset: Sequence[Example]) -> np.ndarray:
         if found.shape == shape and found.dtype == np.int32:
             return found
     lengths = np.fromiter(_lengths_on_disk(dataset), np.dtype((np.int32, shape[1:])), shape[0])
-    # Where the folder cannot be written, the records are read again next time.
+    # If the folder cannot be written, the records are read again next time.
     with contextlib.suppress(OSError, StorageError):
         _save(path, lengths)
     return lengths

@@ -1,12 +1,12 @@
-"""Log-probs of a dataset's responses under a reference policy, kept beside the dataset.
+"""Log-probs of a dataset's responses under a reference policy, stored beside the dataset.
 
     prepared/
       reference/KEY/
         log_probs.npy        float32, every token of every response, one example after another
-        reference.json       what they are of, and the SHA-256 of the values; complete with it
-        progress.json        batches that are done and their size, until then
+        reference.json       identity of the log-probs, and the SHA-256 of the values; written last
+        progress.json        until then: the number of finished batches, and their size
 
-KEY is the start of the digest of what they are of: the dataset, the checkpoint, the lengths and the precision.
+KEY is the start of a digest of the identity: the dataset, the checkpoint, the lengths and the precision.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, Outbox, copy_here, write_json
 
 FOLDER, CARD, VALUES, PROGRESS = "reference", "reference.json", "log_probs.npy", "progress.json"
-SAVE_EVERY = 60.0  # Seconds of work that a kill may cost.
+SAVE_EVERY = 60.0  # Seconds between two saves; a kill loses at most this much work.
 
 
 class ReferenceLogProbs:
-    """The stored log-probs of one dataset, read at random."""
+    """The stored log-probs of one dataset, with random access."""
 
     def __init__(self, dataset: Dataset, values: np.ndarray):
         """Use `open_reference`, which checks the values."""
@@ -39,7 +39,7 @@ class ReferenceLogProbs:
         self._values = values
 
     def __call__(self, numbers: np.ndarray, response_length: int) -> np.ndarray:
-        """Log-probs float32[len(numbers), K, R] in nats of these examples' responses, 0 at padding."""
+        """Log-probs of these examples' responses in nats, 0 at padding: float32[len(numbers), K, R]."""
         places, mask = _places(self._starts[numbers], self._lengths[numbers], response_length)
         rows = np.zeros(mask.shape, np.float32)
         rows[mask] = self._values[places[mask]]
@@ -47,10 +47,10 @@ class ReferenceLogProbs:
 
 
 class ReferenceWriter:
-    """Stores log-probs batch by batch; all but the last minute of what was written before a kill is kept.
+    """Stores log-probs batch by batch; a kill loses at most the last minute.
 
     Attributes:
-      done: batches of this size that are stored; the caller goes on with the next one.
+      done: number of stored batches of this size; the caller continues with the next one.
     """
 
     def __init__(self, dataset: Dataset, identity: Mapping[str, Any], batch_size: int):
@@ -64,15 +64,15 @@ class ReferenceWriter:
         path, progress = self._folder / VALUES, self._folder / PROGRESS
         size = (int(self._lengths.sum()),)
         before = json.loads(progress.read_text()) if progress.exists() and path.exists() else {}
-        # Which examples a batch has depends on its size.
+        # The examples in a batch depend on the batch size.
         self.done: int = before["batches"] if before.get("batch_size") == batch_size else 0
         self._values = np.lib.format.open_memmap(path, "r+" if self.done else "w+", np.float32, size)
-        with path.open("r+b") as file:  # A full disk is told now, by an OSError, and not by a signal when it is full.
+        with path.open("r+b") as file:  # Finds a full disk now, as an OSError; later it would be a signal.
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         self._saved = time.monotonic()
 
     def write(self, numbers: np.ndarray, log_probs: np.ndarray) -> None:
-        """Stores log-probs [len(numbers), K, R] of these examples as the next batch."""
+        """Stores the log-probs [len(numbers), K, R] of these examples as the next batch."""
         places, mask = _places(self._starts[numbers], self._lengths[numbers], log_probs.shape[-1])
         self._values[places[mask]] = log_probs[mask]
         self.done += 1
@@ -80,13 +80,13 @@ class ReferenceWriter:
             self._save()
 
     def _save(self) -> None:
-        """Makes sure that all batches so far are on the disk."""
+        """Flushes all batches so far to the disk."""
         self._values.flush()
         write_json(self._folder / PROGRESS, {"batches": self.done, "batch_size": self._batch_size})
         self._saved = time.monotonic()
 
     def close(self) -> None:
-        """Completes the log-probs, which can be opened from now on."""
+        """Completes the log-probs; they can be opened after this."""
         self._save()
         self._outbox.send()
         write_json(self._place / CARD, {"of": self._identity, "sha256": _sha256(self._folder / VALUES)})
@@ -95,21 +95,21 @@ class ReferenceWriter:
 
 
 def reference_folder(dataset: Dataset, identity: Mapping[str, Any]) -> AnyPath:
-    """Where log-probs of this identity are kept."""
+    """The folder of the log-probs with this identity."""
     digest = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
     return dataset.folder / FOLDER / digest[:16]
 
 
 def open_reference(dataset: Dataset, identity: Mapping[str, Any]) -> ReferenceLogProbs | None:
-    """The stored log-probs of a dataset, or None where there are none of this identity.
+    """The stored log-probs of a dataset; None if there are none with this identity.
 
     Args:
-      dataset: what was scored.
-      identity: what the log-probs are of, as JSON values; "dataset" is the digest on the dataset's card.
+      dataset: the scored dataset.
+      identity: what determines the log-probs, as JSON values; "dataset" is the digest on the dataset's card.
 
     Raises:
-      UserError: what is stored is of another version of the dataset, is of something else than its name says, or was
-        changed since it was stored.
+      UserError: the stored log-probs belong to another version of the dataset, do not match the name of their folder,
+        or were changed after they were stored.
     """
     cards: list[AnyPath] = [*(dataset.folder / FOLDER).glob(f"*/{CARD}")]
     for path in sorted(cards):
@@ -126,10 +126,10 @@ def open_reference(dataset: Dataset, identity: Mapping[str, Any]) -> ReferenceLo
     wanted = json.loads(json.dumps(dict(identity)))
     differing = sorted(name for name in wanted.keys() | card["of"].keys() if wanted.get(name) != card["of"].get(name))
     if differing:
-        raise UserError(f"{folder} has the log-probs of another {', '.join(differing)} than its name says: remove it")
+        raise UserError(f"{folder} has log-probs whose {', '.join(differing)} does not match its name: remove it")
     values = copy_here(folder / VALUES, card["sha256"]) if (folder / VALUES).exists() else None
     if values is None or _sha256(values) != card["sha256"]:
-        raise UserError(f"{folder / VALUES} was changed since it was stored: remove {folder}, to compute it again")
+        raise UserError(f"{folder / VALUES} was changed after it was stored: remove {folder} to compute it again")
     return ReferenceLogProbs(dataset, np.load(values, mmap_mode="r"))
 
 
@@ -160,17 +160,17 @@ def _read_card(path: AnyPath) -> dict[str, Any]:
         card = json.loads(path.read_text())
         return {"of": dict(card["of"]), "sha256": card["sha256"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}): remove {path.parent}, to compute it again") from None
+        raise UserError(f"{path} cannot be read ({error!r}): remove {path.parent} to compute it again") from None
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Where each example's values start: int64[N] of its responses' lengths [N, K]."""
+    """The position of each example's first value, int64[N], from the lengths of the responses [N, K]."""
     totals = lengths.sum(axis=1, dtype=np.int64)
     return np.cumsum(totals) - totals
 
 
 def _places(starts: np.ndarray, lengths: np.ndarray, response_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each token of responses [n, K, R] its place among the values, and whether it is no padding."""
+    """For each token of the responses [n, K, R]: its position among the values, and whether it is not padding."""
     each = starts[:, None] + np.cumsum(lengths, axis=1) - lengths
     tokens = np.arange(response_length)
     return each[..., None] + tokens, tokens < lengths[..., None]

@@ -1,4 +1,4 @@
-"""What prepared data looks like: decoded text with its boundaries, and a picture of the lengths."""
+"""Shows prepared data: decoded text with its boundaries, and a picture of the lengths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EDGE = 4
 
 
 def preview(dataset: Dataset, vocabulary: Vocabulary, count: int) -> str:
-    """`count` examples from all over a dataset, as text."""
+    """`count` examples, spread evenly over a dataset, as text."""
     numbers = sorted({int(i) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))})
     return "\n".join(_example_text(dataset[i], i, len(dataset), vocabulary) for i in numbers)
 
@@ -44,7 +44,7 @@ def visible_text(ids: Iterable[SupportsIndex], vocabulary: Vocabulary) -> str:
 
 
 def lengths_picture(lengths: Mapping[str, Any]) -> bytes:
-    """A PNG of the histograms of a card's `lengths`; raises UserError where what draws it is not installed."""
+    """A PNG with the histograms of a card's `lengths`; raises UserError if the plotting package is not installed."""
     try:
         import altair as alt
         import vl_convert

@@ -1,4 +1,4 @@
-"""How long the sequences of a dataset are: exact percentiles and a histogram from counts that can be added up."""
+"""Summarises the lengths of sequences: exact percentiles and a histogram, from counts that can be added up."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-# Bins of a histogram; their width is the smallest power of two with which these suffice.
+# Maximum number of bins in a histogram; their width is the smallest power of two that allows it.
 BINS = 32
 
 
 def summarise_lengths(counts: Mapping[int, int]) -> dict[str, Any]:
-    """What a card says of lengths in tokens.
+    """The card's summary of lengths in tokens.
 
     Args:
-      counts: how many sequences there are of each length; at least one.
+      counts: the number of sequences of each length; at least one sequence.
 
     Returns:
-      mean: in tokens, to two places.
-      p50, p90, p99, max: the smallest length that this share of the sequences does not exceed.
+      mean: mean length in tokens, rounded to two decimal places.
+      p50, p90, p99, max: the smallest length that 50 %, 90 %, 99 % or all of the sequences do not exceed.
       bin_width: tokens in a bin of the histogram.
-      histogram: sequences in each bin, bin i holding the lengths from i * bin_width + 1 to (i + 1) * bin_width.
+      histogram: number of sequences in each bin; bin i has the lengths from i * bin_width + 1 to (i + 1) * bin_width.
     """
     lengths = sorted(counts)
     ends = list(itertools.accumulate(counts[length] for length in lengths))
     total, longest = ends[-1], lengths[-1]
-    # Integers, so that 0.99 of 100 is 99.
+    # Integer arithmetic, so that 99 % of 100 is exactly 99.
     percentiles = {f"p{p}": lengths[bisect.bisect_left(ends, -(-p * total // 100))] for p in (50, 90, 99)}
     width = 1
     while width * BINS < longest:

@@ -1,1 +1,1 @@
-"""Preparing datasets from text, the rubric of the built-in posts, and tensorflow-datasets and seqio tasks."""
+"""Prepares datasets from text; the rubric of the built-in posts; tensorflow-datasets and seqio tasks."""

@@ -1,13 +1,13 @@
-"""From a source of text to prepared datasets: tokenised by several processes, part by part, the same bytes every time.
+"""Prepares datasets from a source of text: several processes tokenise it part by part, with the same bytes every time.
 
     prepared/
-      train/, validation/        datasets: record files of a part of the source each, and a card
+      train/, validation/        datasets: a card, and a record file for each part of the source
       preview.txt                some examples as text, with their boundaries
       lengths.png                histograms of the lengths
-      parts.json                 what became of each part's records by split, and digests of the files that it made
-      .parts/                    until it is finished: what is known of each part
+      parts.json                 counts of each part's records by split, and digests of its files
+      .parts/                    state of each part; removed at the end
 
-A part is a range of the source's records. What becomes of a record depends on the settings and on the source alone, so
+A part is a range of the source's records. The result for a record depends only on the settings and the source, so
 neither the number of processes nor a kill changes a byte.
 """
 
@@ -81,20 +81,20 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """What a prepared dataset is made from, and how.
+    """How to prepare datasets from a source.
 
-    A source that states a training and a validation split of its own keeps them, whatever `validation` is.
+    If the source has its own training and validation splits, they are kept, and `validation` has no effect.
 
     Attributes:
-      source: the pairs.
+      source: the source of the pairs.
       vocabulary: SentencePiece *.model, word list *.txt, tokenizer.json or its folder, bytes, or posts.
-      limits: most tokens of prompts and responses, and what becomes of longer ones.
-      end_prompts: whether prompts end with the vocabulary's end id; where not set they do as its models are used to:
-        yes for T5, mT5 and ByT5 and for a SentencePiece model without a begin id, else as the tokenizer itself does.
-      validation: share of the prompts that is held out, where the source states no split of its own.
-      seed: of the split.
-      records_per_file: records of the source that make one record file; 5000, or more of a large source, where not set.
-      workers: processes that work at it; one on each core where not set. Their number changes no byte.
+      limits: maximum tokens of prompts and responses, and how longer ones are treated.
+      end_prompts: whether prompts end with the vocabulary's end id. By default they end as its models expect: with the
+        end id for T5, mT5, ByT5 and SentencePiece models without a begin id, otherwise as the tokenizer itself does.
+      validation: fraction of the prompts that is held out, if the source has no splits of its own.
+      seed: seed of the split.
+      records_per_file: source records per record file; by default 5000, or more for a large source.
+      workers: number of worker processes; by default one per core. It does not change the result.
     """
 
     source: TextSourceConfig = TextSourceConfig()
@@ -114,13 +114,13 @@ class PrepareConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What every process knows; it is sent to each as it is here.
+    """The data that every worker process gets.
 
     Attributes:
-      config: with the task that the source was found to have, the vocabulary and the size of a part.
-      source: the pairs.
-      output: the folder.
-      part_size: records of a part.
+      config: the settings, completed with the detected task, the vocabulary and the part size.
+      source: the source of the pairs.
+      output: folder of the datasets.
+      part_size: records in a part.
     """
 
     config: PrepareConfig
@@ -140,15 +140,15 @@ class _Work:
 
     @property
     def parts(self) -> int:
-        """How many parts there are."""
+        """The number of parts."""
         return -(-len(self.source) // self.part_size)
 
     def size(self, part: int) -> int:
-        """Records of a part."""
+        """The number of records in a part."""
         return min(self.part_size, len(self.source) - part * self.part_size)
 
     def pairs(self, part: int) -> Iterator[TextPair | Dropped]:
-        """What the records of a part are."""
+        """The pairs of a part, and its records that gave none."""
         start = part * self.part_size
         return self.source.read(start, start + self.size(part))
 
@@ -160,11 +160,12 @@ class _Work:
 
 @dataclasses.dataclass(frozen=True)
 class _Survey:
-    """What has to be known of all records before one can be written.
+    """Facts about all records, which are needed before the first one is written.
 
     Attributes:
-      duplicates: int64[N], increasing: the numbers of the pairs that came before, as `_pair_numbers` gives them.
-      own_split: whether the source states a training and a validation split.
+      duplicates: the numbers of the pairs that repeat an earlier pair, as given by `_pair_numbers`; int64[N],
+        increasing.
+      own_split: whether the source has its own training and validation splits.
       validation_prompts: hashes of the prompts in that validation split.
     """
 
@@ -173,20 +174,20 @@ class _Survey:
     validation_prompts: frozenset[int]
 
     def duplicates_within(self, start: int, stop: int) -> frozenset[int]:
-        """Those from `start` on and below `stop`."""
+        """The duplicates in [start, stop)."""
         first, last = np.searchsorted(self.duplicates, (start, stop))
         return frozenset(self.duplicates[first:last].tolist())
 
 
 @dataclasses.dataclass
 class _Counts:
-    """What is counted of a split.
+    """The counts of a split.
 
     Attributes:
-      dropped: records that gave no example, by reason.
-      cut_prompts: prompts of which the last tokens were kept.
-      unknown_examples: examples with an unknown token.
-      unknown_tokens: unknown tokens.
+      dropped: number of records that gave no example, by reason.
+      cut_prompts: number of prompts that were cut to their last tokens.
+      unknown_examples: number of examples with an unknown token.
+      unknown_tokens: number of unknown tokens.
     """
 
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -206,24 +207,24 @@ class _Counts:
         return _Counts(*(one + another for one, another in pairs))
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values, which are the arguments again."""
+        """The counts as JSON values."""
         return vars(self) | {"dropped": dict(sorted(self.dropped.items()))}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> _Counts:
-        """What `to_json` gave."""
+        """The counts from the result of `to_json`."""
         return cls(**{**values, "dropped": collections.Counter(values["dropped"])})
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """A source that was opened to be prepared; `open_preparation` makes it.
+    """A source that is opened for preparation; made by `open_preparation`.
 
     Attributes:
-      config: with the task that the source was found to have, the vocabulary and the size of a part.
-      source: the pairs.
-      part_size: records of a part.
-      digests: of the vocabulary and of the source.
+      config: the settings, completed with the detected task, the vocabulary and the part size.
+      source: the source of the pairs.
+      part_size: records in a part.
+      digests: digests of the vocabulary and of the source.
       ends_prompts: whether prompts end with the end id.
     """
 
@@ -236,21 +237,21 @@ class Preparation:
     def write(
         self, output: AnyPath, *, open_bar: OpenBar = progress_bar, say: Callable[[str], None] = print
     ) -> dict[str, Card]:
-        """Prepares the source in the folder `output`, from its finished parts where an earlier run was stopped.
+        """Prepares the source in the folder `output`; continues after the finished parts of a stopped run.
 
-        A finished folder is looked through, and what has changed in it since is made again.
+        A finished folder is checked, and parts that were changed are made again.
 
         Args:
-          output: the folder.
+          output: folder of the datasets.
           open_bar: opens a progress bar.
           say: prints a line.
 
         Returns:
-          The cards of the datasets "train" and, where a pair is held out, "validation".
+          The cards of the datasets "train" and, if a pair is held out, "validation".
 
         Raises:
-          UserError: a record of the source cannot be used, no pair is left, or the disk is full; the parts that are
-            finished are kept.
+          UserError: a record of the source cannot be used, no pair is left, or the disk is full. Finished parts are
+            kept.
         """
         if isinstance(output, Url):
             return self._write_in_bucket(output, open_bar, say)
@@ -265,7 +266,7 @@ class Preparation:
         return _finish(work, self, say)
 
     def _write_in_bucket(self, output: Url, open_bar: OpenBar, say: Callable[[str], None]) -> dict[str, Card]:
-        """Prepares in a folder of this machine, then copies: record files before the cards, the digests last."""
+        """Prepares in a local folder, then copies it: first the record files, then the cards, the digests last."""
         if (output / PARTS).exists():
             found = _finished(output)
             if not isinstance(found, str):
@@ -283,7 +284,7 @@ class Preparation:
 
 
 def open_preparation(config: PrepareConfig) -> Preparation:
-    """Opens the source and the vocabulary of a config; raises UserError where one of them cannot be used."""
+    """Opens the source and the vocabulary of a config; raises UserError if one of them cannot be used."""
     vocabulary, source = vocabulary_place(config), open_source(config.source)
     size = part_size(len(source)) if config.records_per_file is None else config.records_per_file
     config = dataclasses.replace(config, source=source.config, vocabulary=vocabulary, records_per_file=size)
@@ -293,18 +294,18 @@ def open_preparation(config: PrepareConfig) -> Preparation:
 
 
 def may_change(output: AnyPath, settings: AnyPath) -> list[str]:
-    """The settings that may differ when a folder is prepared further.
+    """The settings that may change when a stopped preparation continues.
 
-    What refused nothing so far may drop or cut from now on, for no finished part is affected. Where no part is finished
-    there is nothing to keep, and any settings will do: the file of the settings is removed.
+    A setting that refused no record so far may change from "refuse" to drop or cut, because no finished part is
+    affected. If no part is finished, all settings may change: the file with the settings is removed.
 
     Raises:
-      UserError: the folder holds datasets of something else.
+      UserError: the folder holds other datasets.
     """
     parts = output / _PARTS
     if not settings.exists():
         if any((output / split).exists() for split in (TRAIN, VALIDATION)):
-            raise UserError(f"{output} holds {TRAIN} or {VALIDATION} of something else: give another folder")
+            raise UserError(f"{output} already holds {TRAIN} or {VALIDATION}: give another folder")
     elif not (output / PARTS).exists() and not list(parts.glob("*.json")):
         for name in (_PARTS, TRAIN, VALIDATION):
             remove_folder(output / name)
@@ -316,7 +317,7 @@ def may_change(output: AnyPath, settings: AnyPath) -> list[str]:
 
 
 def vocabulary_place(config: PrepareConfig) -> str:
-    """Where the vocabulary is; the built-in posts bring their own."""
+    """Path of the vocabulary; the built-in posts have their own."""
     vocabulary = config.vocabulary
     if vocabulary is None and config.source.location == POSTS:
         return POSTS
@@ -326,7 +327,7 @@ def vocabulary_place(config: PrepareConfig) -> str:
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """What decides the datasets, for their cards; without the built-in posts' part where the source is another."""
+    """The settings that determine the datasets, for their cards; `posts` is left out if the source is not the posts."""
     settings = to_dict(config)
     del settings["workers"], settings["end_prompts"]
     if config.source.location != POSTS:
@@ -335,7 +336,7 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _reopen(work: _Work, say: Callable[[str], None]) -> bool:
-    """Whether a finished folder had to be opened again, with those parts finished whose files are whole."""
+    """Reopens a finished folder if files of a part were changed, and keeps the whole parts; returns whether it did."""
     known = read_json(work.output / PARTS, remedy="remove the folder") if (work.output / PARTS).exists() else []
     whole = _whole_parts(work.output, known)
     reason = f"files of {work.parts - len(whole)} of {work.parts} parts were changed"
@@ -350,14 +351,14 @@ def _reopen(work: _Work, say: Callable[[str], None]) -> bool:
     partial = work.output / f"{_PARTS}.partial"
     partial.mkdir(exist_ok=True)
     for part in whole:
-        if SPLITS in known[part]:  # Else of an earlier version, which did not count by split.
+        if SPLITS in known[part]:  # Earlier versions did not count by split.
             write_json(partial / _known(work, part).name, known[part])
     partial.rename(work.output / _PARTS)
     return True
 
 
 def _whole_parts(output: AnyPath, known: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The parts whose files have the content that they were written with."""
+    """The parts whose files match their digests."""
     return [
         part
         for part, one in enumerate(known)
@@ -366,7 +367,7 @@ def _whole_parts(output: AnyPath, known: Sequence[Mapping[str, Any]]) -> list[in
 
 
 def _finished(output: Url) -> dict[str, Card] | str:
-    """The cards of a finished folder, or why it has to be made again."""
+    """The cards of a finished folder, or the reason why it has to be made again."""
     known = read_json(output / PARTS, remedy="remove the folder")
     if damaged := len(known) - len(_whole_parts(output, known)):
         return f"files of {damaged} of {len(known)} parts were changed"
@@ -377,13 +378,13 @@ def _finished(output: Url) -> dict[str, Card] | str:
 
 
 class _PartSurvey(NamedTuple):
-    """Of one part's N pairs.
+    """The survey of one part with N pairs.
 
     Attributes:
       keys: uint64[N, 2], equal for duplicates.
-      held: bool[N], whether a pair is of the source's own validation split.
-      has_training: whether one is of its training split.
-      validation_prompts: hashes of the prompts of the validation split.
+      held: bool[N], whether a pair is in the source's own validation split.
+      has_training: whether any pair is in its training split.
+      validation_prompts: hashes of the prompts in the validation split.
     """
 
     keys: np.ndarray
@@ -393,7 +394,7 @@ class _PartSurvey(NamedTuple):
 
 
 def _survey(work: _Work, run: _Run, open_bar: OpenBar) -> None:
-    """Reads the whole source once: what is malformed is told before anything is written."""
+    """Reads the whole source once, so that malformed records are found before anything is written."""
     path = work.output / _PARTS / _SURVEY
     if path.exists():
         return
@@ -424,7 +425,7 @@ def _survey_part(work: _Work, part: int) -> _PartSurvey:
 
 
 def _duplicates(work: _Work, found: list[_PartSurvey], own_split: bool) -> np.ndarray:
-    """The numbers of the pairs whose key an earlier one of their split has, where the source is to be rid of them."""
+    """The numbers of pairs with the key of an earlier pair in their split; empty if the source keeps duplicates."""
     if not work.source.drops_duplicates:
         return np.zeros(0, np.int64)
     numbers = np.concatenate([_pair_numbers(work, part, len(one.keys)) for part, one in enumerate(found)])
@@ -435,7 +436,7 @@ def _duplicates(work: _Work, found: list[_PartSurvey], own_split: bool) -> np.nd
 
 
 def _pair_numbers(work: _Work, part: int, count: int) -> np.ndarray:
-    """A number for each pair of a part, increasing and of no other part."""
+    """Increasing numbers for the pairs of a part, unique over all parts."""
     return part * work.part_size + np.arange(count, dtype=np.int64)
 
 
@@ -448,7 +449,7 @@ def _write_parts(work: _Work, run: _Run, open_bar: OpenBar) -> None:
 
 
 def _write_part(work: _Work, part: int) -> None:
-    """Writes the record files of a part, then what became of its records, with which it is finished."""
+    """Writes the record files of a part, then its counts; this finishes the part."""
     examples: dict[str, list[Example]] = {TRAIN: [], VALIDATION: []}
     counts = {split: _Counts() for split in examples}
     start = part * work.part_size
@@ -471,7 +472,7 @@ def _write_part(work: _Work, part: int) -> None:
 
 
 def _encode(work: _Work, pair: TextPair, *, again: bool) -> tuple[Encoded, str] | Dropped:
-    """A pair's tokens and the split that it belongs to, or why there are none; `again` where it came before."""
+    """A pair's tokens and split, or why it is dropped; `again` says that an earlier pair is equal."""
     if again:
         return Dropped("duplicate", pair.where)
     encoded = work.encode(pair)
@@ -485,7 +486,7 @@ def _encode(work: _Work, pair: TextPair, *, again: bool) -> tuple[Encoded, str] 
 
 
 def _split_of(work: _Work, item: TextPair | Dropped) -> str:
-    """The split that a dropped record is counted with: by its prompt, as of any other; train where it has none."""
+    """The split in which a dropped record is counted: that of its prompt, or train if it has no prompt."""
     if work.survey.own_split:
         return VALIDATION if item.split == VALIDATION else TRAIN
     if item.prompt is None:
@@ -502,12 +503,12 @@ def _split_by_hash(work: _Work, prompt: np.ndarray) -> str:
 
 
 def example_of(encoded: Encoded) -> Example:
-    """The record of a pair."""
+    """The example of an encoded pair."""
     return Example(prompt_id(encoded.prompt), encoded.prompt, encoded.responses, encoded.scores)
 
 
 def prompt_id(prompt: np.ndarray) -> int:
-    """31 bits of a prompt's hash: equal prompts have equal ids everywhere."""
+    """31 bits of a prompt's hash, so that equal prompts have equal ids everywhere."""
     return _prompt_hash(prompt) >> 33
 
 
@@ -520,14 +521,14 @@ def _known(work: _Work, part: int) -> Path:
 
 
 def _finish(work: _Work, preparation: Preparation, say: Callable[[str], None]) -> dict[str, Card]:
-    """Cards, preview and picture; the folder is finished when what is known of the parts is gone."""
+    """Writes cards, preview and picture, then removes the state of the parts; this finishes the folder."""
     known, digests = [json.loads(_known(work, part).read_text()) for part in range(work.parts)], preparation.digests
     about = {
         "made_by": "prepare",
         "command": _command(work.config),
         "version": __version__,
         **_settings(work.config),
-        # Where it is false nothing is said, as on cards of earlier versions.
+        # Left out if false, as on cards of earlier versions.
         **({END_PROMPTS: True} if preparation.ends_prompts else {}),
         "source_sha256": digests["source_sha256"],
         "records": len(work.source),
@@ -558,7 +559,7 @@ def _finish(work: _Work, preparation: Preparation, say: Callable[[str], None]) -
 
 
 def _counted(work: _Work, counts: _Counts) -> dict[str, Any]:
-    """What a split's card says of its records; nothing of unknown tokens where the vocabulary has no unknown id."""
+    """The counts on a split's card; without unknown tokens if the vocabulary has no unknown id."""
     said = {name: counts.to_json()[name] for name in ("dropped", "cut_prompts")}
     if work.vocabulary.unk_id is None:
         return said
@@ -570,18 +571,18 @@ def _nothing_left(records: int, dropped: Mapping[str, int]) -> str:
     if held := records - sum(dropped.values()):
         reasons.append(f"{held} for validation or blank")
     shown = ", ".join(reasons)
-    return f"no pair of {records} records is left for training ({shown}): raise the lengths or mend the source"
+    return f"no pair of {records} records is left for training ({shown}): raise the lengths or fix the source"
 
 
 def _command(config: PrepareConfig) -> str:
-    """The command that makes the same again, but for the folder and the number of processes."""
+    """The command that makes the same datasets again; it leaves out the folder and the number of processes."""
     flags, defaults = _flags(config), _flags(PrepareConfig())
     words = [f"--{name}={value}" for name, value in flags.items() if value != defaults.get(name)]
     return shlex.join(["alignment-gap", "data", "prepare", f"--source={config.source.location}", *words])
 
 
 def _flags(config: PrepareConfig) -> dict[str, str]:
-    """The values of the command's flags by their names."""
+    """The command's flags: names and values."""
     settings = to_dict(config)
     named = flatten(settings.pop("source")) | settings.pop("limits") | settings
     del named["location"], named["workers"]
@@ -592,18 +593,18 @@ def _flags(config: PrepareConfig) -> dict[str, str]:
 
 @runtime_checkable
 class _Run(Protocol):
-    """Applies a function of work and part to parts, one result after another in their order."""
+    """Applies a function of work and part to the given parts; yields the results in order."""
 
     def __call__(self, function: Callable[[_Work, int], Result], parts: Iterable[int]) -> Iterator[Result]: ...
 
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Keeps ctrl-c back; processes that are started meanwhile never get it, and leave it to this one."""
+    """Delays ctrl-c; processes started meanwhile never receive it, so only this process handles it."""
     came: list[int] = []
     before = signal.getsignal(signal.SIGINT)
     listens = threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN
-    if listens:  # A thread of a library's own may be given the signal that the main thread blocks, and interrupts it.
+    if listens:  # If the main thread blocks the signal, a library's thread may receive it.
         signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
@@ -618,7 +619,7 @@ def _without_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _processes(work: _Work, count: int) -> Iterator[_Run]:
-    """Processes that know `work`, or this one where one is enough; none outlives this process."""
+    """Worker processes that have `work`, or this process if one is enough; no worker outlives this process."""
     if count <= 1:
         yield lambda function, parts: (function(work, part) for part in parts)
         return
@@ -627,11 +628,11 @@ def _processes(work: _Work, count: int) -> Iterator[_Run]:
     try:
         with _without_interrupts():
             for _ in range(count):
-                pool.submit(int)  # Each starts a process, for none is idle yet.
+                pool.submit(int)  # Each call starts a process, because none is idle yet.
         yield lambda function, parts: pool.map(functools.partial(_call, function), parts)
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError(
-            "a process was killed, most likely for want of memory: run again with fewer --workers or a smaller "
+            "a process was killed, most likely because memory ran out: run again with fewer --workers or a smaller "
             "--records_per_file; finished parts are kept"
         ) from None
     finally:
@@ -643,7 +644,7 @@ _held: int
 
 
 def _start(work: _Work) -> None:
-    """In a new process: remembers the work, says as long as it lives that it is there, and ends with the parent."""
+    """Starts a worker process: stores the work, holds a lock while it lives, and ends with its parent."""
     global _work, _held
     _work = work
     _held = os.open(work.output / _PARTS / _PROCESSES, os.O_RDWR | os.O_CREAT)
@@ -659,7 +660,7 @@ def _start(work: _Work) -> None:
 
 
 def _await_processes(output: Path) -> None:
-    """Waits until those of an earlier run have ended, which see a moment late that it was killed."""
+    """Waits until the workers of an earlier run have ended; they notice with a delay that it was killed."""
     if (output / _PARTS / _PROCESSES).exists():
         with (output / _PARTS / _PROCESSES).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""The true quality of responses, which is known for datasets that come from the built-in posts."""
+"""The true quality of responses; it is known for datasets made from the built-in posts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from alignment_gap.data.text.vocabulary import POSTS
 
 Texts = Sequence[Iterable[SupportsIndex]]
 Rubric = Callable[[Texts, Texts], np.ndarray]
-"""(prompts, responses), N of each, as token ids -> float32[N] true quality; what follows an end id is ignored."""
+"""(prompts, responses) -> true quality float32[N]; N texts each, as token ids. Tokens after an end id are ignored."""
 
 
 def rubric_of(dataset: Dataset) -> Rubric | None:
-    """The rubric of the posts that all of a dataset's prompts come from, directly or through other datasets.
+    """The rubric of the posts that all prompts of a dataset come from, directly or through other datasets.
 
     Returns:
-      The rubric with the settings that the provenance states. None where a source is not the posts, where two sources
-      have posts of different settings, or where the tokens are those of another vocabulary.
+      The rubric with the settings in the provenance. None if a source is not the posts, if two sources have posts with
+      different settings, or if the dataset has another vocabulary.
     """
     sources = list(_sources(dataset.card.provenance))
     settings = _posts_settings(sources[0])
@@ -38,7 +38,7 @@ def rubric_of(dataset: Dataset) -> Rubric | None:
 
 
 def _sources(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The provenance of every dataset that was made from no other one."""
+    """The provenance of every dataset that was not made from other datasets."""
     inputs = provenance.get("inputs")
     if not inputs:
         yield provenance
@@ -48,11 +48,11 @@ def _sources(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _posts_settings(provenance: Mapping[str, Any]) -> posts.PostsSettings | None:
-    """The settings of the posts that a dataset was made from, None where it was made from something else."""
+    """The settings of the posts that a dataset was made from; None if it was not made from posts."""
     source, config = provenance.get("source"), provenance.get("config")
     stated = None
     if isinstance(source, Mapping) and source.get("location") == POSTS:
         stated = source.get("posts", {}).get("settings")
-    elif provenance.get("task") == POSTS and config:  # The provenance of posts before they were a source.
+    elif provenance.get("task") == POSTS and config:  # Posts in earlier versions, which had no posts source.
         stated = config.get("settings")
     return None if stated is None else from_dict(posts.PostsSettings, stated, "settings of the posts")

@@ -1,14 +1,14 @@
-"""seqio Tasks and Mixtures of the paper's four tasks; importing this module registers them. It imports TensorFlow.
+"""seqio Tasks and Mixtures of the paper's four tasks. Importing this module registers them, and imports TensorFlow.
 
     alignment_pairs_summarization, _helpfulness, _harmlessness, _chat_arena      preference Tasks
     alignment_pairs                                                             their Mixture, by number of examples
     ..._sft                                                                     the same for supervised training
 
 A preference Task has the features `prompt`, `chosen` and `rejected`, their texts as `..._pretokenized`, and
-`preference`; `PreferenceFeatureConverter` makes padded arrays of it. `seqio_prepared` has the Task of a dataset that
-this library prepared. A `_sft` Task has seqio's usual `inputs` and
-`targets`, the prompt and the chosen response. They read the TFDS dataset `alignment_pairs` of `tfds_pairs`, from
-`seqio.set_tfds_data_dir_override` or `TFDS_DATA_DIR`. Pairs over a length are left out, never cut.
+`preference`; `PreferenceFeatureConverter` turns them into padded arrays. `seqio_prepared` has the Task of a dataset
+that this library prepared. A `_sft` Task has seqio's usual `inputs` (the prompt) and `targets` (the chosen response).
+All read the TFDS dataset `alignment_pairs` of `tfds_pairs`, from `seqio.set_tfds_data_dir_override` or `TFDS_DATA_DIR`.
+Pairs that exceed a length are left out, never cut.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ REFERENCE_FEATURES = {f"{side}_reference_log_probs": side for side in ("chosen",
 
 
 def register(vocabulary: seqio.Vocabulary, suffix: str = "") -> None:
-    """Registers Tasks and Mixtures that encode with `vocabulary`, their names ending in `suffix`.
+    """Registers Tasks and Mixtures that encode with `vocabulary`; their names end in `suffix`.
 
-    Importing the module does this with T5's vocabulary and no suffix; the file is read when a Task is first used.
+    Importing the module does this with T5's vocabulary and no suffix. The first use of a Task reads the vocabulary's
+    file.
     """
     preference = {name: seqio.Feature(vocabulary) for name in _TEXTS}
     # A Mixture keeps nothing but output features.
@@ -76,7 +77,7 @@ def number_feature(rank: int, vocabulary: seqio.Vocabulary | None = None) -> seq
 def leave_out_long(
     dataset: tf.data.Dataset, output_features: Mapping[str, Any], sequence_length: Mapping[str, int] | None
 ) -> tf.data.Dataset:
-    """Leaves out examples of which a feature is over its length, instead of cutting it."""
+    """Leaves out examples with a feature that exceeds its length, instead of cutting the feature."""
     if not sequence_length:
         return dataset
     limits = {name: sequence_length[name] for name in output_features if sequence_length.get(name) is not None}
@@ -84,16 +85,16 @@ def leave_out_long(
 
 
 class PreferenceFeatureConverter(seqio.FeatureConverter):
-    """Pairs as padded arrays with their lengths.
+    """Converts pairs to padded arrays with their lengths.
 
-    From `prompt`, `chosen` and `rejected`, int32 of any length, and `preference`, to
+    Converts `prompt`, `chosen` and `rejected` (int32 of any length) and `preference` to
 
         prompt_tokens int32[P], chosen_tokens and rejected_tokens int32[R], padded on the right with 0,
-        prompt_length, chosen_length, rejected_length int32[], the end id counted,
-        scores float32[2] of the chosen and the rejected response: their probabilities to be the better one.
+        prompt_length, chosen_length, rejected_length int32[], including the end id,
+        scores float32[2] of the chosen and the rejected response: the probability of each to be the better one.
 
-    A Task may have `scores` in place of `preference`; they can be rewards. There is no packing. `preference_batch`
-    turns a batch into what this library trains on.
+    A Task may have `scores` instead of `preference`; they can be rewards. There is no packing. `preference_batch`
+    turns a batch of these features into a `PreferenceBatch`.
     """
 
     TASK_FEATURES = {name: seqio.FeatureConverter.FeatureSpec(tf.int32) for name in _TEXTS}  # noqa: RUF012
@@ -108,9 +109,9 @@ class PreferenceFeatureConverter(seqio.FeatureConverter):
     _OF_TOKENS: Mapping[str, str] = {}
 
     def __init__(self, pack: bool = False, **settings: Any):
-        """Raises ValueError where packing is asked for."""
+        """Raises ValueError if `pack` is True."""
         if pack:
-            raise ValueError("pairs are not packed here: pass pack=False")
+            raise ValueError("pack is True, but this converter does not pack pairs: pass pack=False")
         super().__init__(pack=False, **settings)
 
     def _convert_features(self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]) -> tf.data.Dataset:
@@ -138,16 +139,16 @@ class PreferenceFeatureConverter(seqio.FeatureConverter):
         return lengths | {name: task_feature_lengths[of] for name, of in self._OF_TOKENS.items()}
 
     def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
-        """Lengths of the arrays; 1 for what is a number."""
+        """Lengths of the padded arrays; 1 for features that are a number."""
         lengths = self._padded_lengths(task_feature_lengths) | {"scores": 2}
         return {name: lengths.get(name, 1) for name in self.MODEL_FEATURES}
 
 
 class ReferenceFeatureConverter(PreferenceFeatureConverter):
-    """Pairs with their log-probs under the reference.
+    """Converts pairs with their log-probs under the reference.
 
-    Like `PreferenceFeatureConverter`, and from `chosen_reference_log_probs` and `rejected_reference_log_probs`, float32
-    in nats for each token, to arrays of the same names, float32[R] padded with 0.
+    Like `PreferenceFeatureConverter`. It also converts `chosen_reference_log_probs` and `rejected_reference_log_probs`,
+    float32 in nats for each token, to arrays of the same names, float32[R] padded with 0.
     """
 
     MODEL_FEATURES = {  # noqa: RUF012
@@ -164,9 +165,9 @@ def _scores(example: Mapping[str, tf.Tensor]) -> tf.Tensor:
 
 
 def preference_batch(features: Mapping[str, Any], first_prompt_id: int = 0) -> PreferenceBatch:
-    """A PreferenceBatch of a batch of `PreferenceFeatureConverter`'s features, whose responses have one length R.
+    """Turns a batch of `PreferenceFeatureConverter`'s features into a PreferenceBatch; all responses have one length R.
 
-    Prompt ids count from `first_prompt_id`: seqio gives an example no number that stays with it.
+    Prompt ids count from `first_prompt_id`, because seqio gives examples no stable number.
     """
     arrays = {name: jnp.asarray(value) for name, value in features.items()}
 

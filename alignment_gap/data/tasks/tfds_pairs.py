@@ -1,11 +1,11 @@
-"""A tensorflow-datasets builder for the paper's four tasks, which TFDS has none for; imports TensorFlow.
+"""A tensorflow-datasets builder for the paper's four tasks, which TFDS itself lacks; imports TensorFlow.
 
     import alignment_gap.data.tasks.tfds_pairs
     builder = tfds.builder("alignment_pairs/harmlessness")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir="downloads"))
 
-`downloads/harmlessness/` has the files as their publisher names them, in any form that a source can have; the builder
-fetches nothing.
+`downloads/harmlessness/` holds the publisher's files, in any form that a source can have. The builder does not download
+anything itself.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ TASKS = tuple(_TASKS)
 
 
 class AlignmentPairs(tfds.core.GeneratorBasedBuilder):
-    """Prompt, chosen and rejected response as text, and the probability that the chosen one is the better.
+    """Prompt, chosen and rejected response as text, and the probability that the chosen one is better.
 
-    The splits are the publisher's where there are two, and otherwise by the hash of the prompt. A prompt of the
-    validation split is in no training pair. What was dropped is counted in `info.metadata`.
+    The splits are the publisher's if there are two; otherwise the hash of the prompt decides. Prompts of the validation
+    split are not in training pairs. `info.metadata` counts the dropped records.
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -94,7 +94,7 @@ class AlignmentPairs(tfds.core.GeneratorBasedBuilder):
 
 
 def _survey(source: TextSource) -> tuple[list[str | None], collections.Counter[str]]:
-    """The split of each item that the source reads, None of what is left out, and why that is."""
+    """The split of each item of the source, or None if it is left out; and the counts of the reasons."""
     items = [_outline(item, source) for item in source.read()]
     own = {"train", "validation"} <= {item.split for item in items}
     if not own:
@@ -116,7 +116,7 @@ def _survey(source: TextSource) -> tuple[list[str | None], collections.Counter[s
 
 @dataclasses.dataclass(frozen=True)
 class _Item:
-    """What the split of one pair depends on."""
+    """The facts that decide the split of one pair."""
 
     reason: str | None = None
     split: str | None = None

@@ -1,6 +1,6 @@
-"""Text: pairs from every place and form that people keep them in, and the vocabularies that encode them.
+"""Text: pairs from files and datasets in many forms, and the vocabularies that encode them.
 
-`open_source(TextSourceConfig(location, task, ...))` gives a `TextSource`. Its `read(start, stop)` yields a `TextPair`
+`open_source(TextSourceConfig(location, task, ...))` returns a `TextSource`. Its `read(start, stop)` yields a `TextPair`
 for each record of a range, or `Dropped` with the reason. `encode_pair` turns a pair into token ids. `containers` reads
 files, folders and datasets; `forms` and `trl` parse their records; `chat` writes conversations as text; `posts`
 generates the built-in task, which needs no file.

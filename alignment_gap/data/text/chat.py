@@ -1,4 +1,4 @@
-"""Conversations as text: the plain form, or a checkpoint's own chat template with Hugging Face's semantics."""
+"""Writes conversations as text: in the plain form, or by a checkpoint's chat template with Hugging Face's semantics."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from alignment_gap.folders import AnyPath, at
 Messages = Sequence[Mapping[str, Any]]
 
 PLAIN = "plain"
-# Anthropic HH's marks, so that all tasks' conversations look alike.
+# Anthropic HH's marks, so that the conversations of all tasks look alike.
 _MARKS = {"user": "\n\nHuman:", "human": "\n\nHuman:", "assistant": "\n\nAssistant:", "system": ""}
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How a conversation is written.
+    """A chat template.
 
     Attributes:
-      source: jinja, or "plain".
-      tokens: the special tokens' texts that the template may name, such as `bos_token`.
+      source: jinja code, or "plain".
+      tokens: texts of the special tokens that the template may use, such as `bos_token`.
     """
 
     source: str = PLAIN
     tokens: tuple[tuple[str, str], ...] = ()
 
     def render(self, messages: Messages, *, ask: bool) -> str:
-        """The text of `messages`; with `ask` it ends in the mark that asks for an answer.
+        """The text of `messages`; with `ask` it ends with the mark that asks for an answer.
 
         Raises:
-          BadPair: the template refuses the conversation, such as two turns of one role in succession.
+          BadPair: the template refuses the conversation, for example two turns of one role in succession.
         """
         if self.source == PLAIN:
             return _plain(messages, ask)
@@ -46,17 +46,17 @@ class Template:
             values = {"messages": list(messages), "add_generation_prompt": ask, "tools": None, "documents": None}
             return _compiled(self.source).render(**values, **dict(self.tokens))
         except jinja2.TemplateError as error:
-            remedy = "mend the conversation or choose another template"
+            remedy = "fix the conversation or choose another template"
             raise BadPair(f"refused by the chat template ({str(error)[:120]})", remedy) from None
 
 
 def split_answers(template: Template, prompt: Messages, answers: Sequence[Messages]) -> tuple[str, tuple[str, ...]]:
     """The text of the prompt and of each answer to it.
 
-    An answer is what the template writes after the prompt; of the plain form it is the text without blanks around it.
+    An answer is the text that the template writes after the prompt. The plain form removes spaces around it.
 
     Raises:
-      BadPair: the template writes the prompt otherwise when an answer follows, or refuses it.
+      BadPair: the template writes the prompt differently when an answer follows, or refuses it.
     """
     asked = template.render(prompt, ask=True)
     texts = []
@@ -70,7 +70,7 @@ def split_answers(template: Template, prompt: Messages, answers: Sequence[Messag
 
 
 def messages_of(rows: Messages, field: str) -> list[dict[str, str]]:
-    """Checked messages {role, content}, ShareGPT's {from, value} too; raises Malformed."""
+    """Checks messages {role, content}, or ShareGPT's {from, value}, and returns the former; raises Malformed."""
     result = []
     for number, row in enumerate(rows, start=1):
         role = row.get("role", row.get("from"))
@@ -85,23 +85,23 @@ def messages_of(rows: Messages, field: str) -> list[dict[str, str]]:
 
 
 def load_template(name: str | AnyPath) -> Template:
-    """The plain form, a jinja file, or the chat template of a tokenizer's folder.
+    """Loads a template: the plain form, a jinja file, or the template of a tokenizer's folder.
 
     Raises:
-      UserError: there is no template, or it is not jinja.
+      UserError: there is no template, or it is not valid jinja.
     """
     if name == PLAIN:
         return Template()
     path = at(name)
     source, tokens = folder_template(path) if path.is_dir() else (_read(path), ())
     if source is None:
-        raise UserError(f'{path} brings no chat template: give a jinja file, or "{PLAIN}"')
+        raise UserError(f'{path} has no chat template: give a jinja file, or "{PLAIN}"')
     _compiled(source)
     return Template(source, tokens)
 
 
 def folder_template(folder: AnyPath) -> tuple[str | None, tuple[tuple[str, str], ...]]:
-    """A tokenizer folder's chat template, None where it has none, and the special tokens' texts."""
+    """The chat template of a tokenizer's folder, or None if it has none; and the texts of the special tokens."""
     config = _json(folder / "tokenizer_config.json")
     tokens = tuple((key, _token(value)) for key, value in config.items() if key.endswith("_token") and _token(value))
     if (folder / "chat_template.jinja").exists():
@@ -131,11 +131,11 @@ def _compiled(source: str) -> Any:
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the chat template is not jinja (line {error.lineno}: {error.message}): mend it") from None
+        raise UserError(f"the chat template is not jinja (line {error.lineno}: {error.message}): fix it") from None
 
 
 def _generation_tag() -> Any:
-    """Jinja's extension for `{% generation %}`, which marks what a model wrote and writes nothing itself."""
+    """A jinja extension for `{% generation %}`, which marks the text of a model and writes nothing itself."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 

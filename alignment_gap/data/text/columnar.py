@@ -1,4 +1,4 @@
-"""Records of Parquet files and of Hugging Face datasets, on disk or by id, read in batches from any row."""
+"""Records of Parquet files and of Hugging Face datasets (on disk or by name), read in batches from any row."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Parquet:
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
-        """What is read."""
+        """The file."""
         return (self.path,)
 
     @property
     def identity(self) -> str:
-        """None but its file."""
+        """Empty, because there is a file."""
         return ""
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class Parquet:
             return _parquet_file(self.path).metadata.num_rows
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """The records of rows [start, stop), counted from 0; raises UserError where the file is damaged."""
+        """The records of rows [start, stop), counted from 0; raises UserError if the file is damaged."""
         with _reading(self.path):
             metadata = _parquet_file(self.path).metadata
             sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
@@ -70,7 +70,7 @@ class HuggingFace:
 
     Attributes:
       name: a folder that `save_to_disk` wrote, or `hub:ORG/NAME[/CONFIG]`.
-      split: of a dataset with several, None otherwise.
+      split: the split; None for a dataset without splits.
     """
 
     name: str
@@ -78,14 +78,14 @@ class HuggingFace:
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
-        """What is read, none for a dataset of the hub."""
+        """The files of the dataset; none for a dataset on the hub."""
         if self.name.startswith("hub:"):
             return ()
         return tuple(sorted(pathlib.Path(self.name, self.split or "").glob("*.arrow")))
 
     @property
     def identity(self) -> str:
-        """Of a dataset of the hub its name, and what `datasets` says of its content."""
+        """For a dataset on the hub, its name and the fingerprint from `datasets`; otherwise ""."""
         return "" if self.files else f"{self.name}:{self.split or ''}:{self._dataset._fingerprint}"
 
     @property
@@ -96,7 +96,7 @@ class HuggingFace:
         return len(self._dataset)
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """The records of rows [start, stop), counted from 0; raises UserError where the dataset is damaged."""
+        """The records of rows [start, stop), counted from 0; raises UserError if the dataset is damaged."""
         stop = len(self) if stop is None else min(stop, len(self))
         place = self.name if self.split is None else f"{self.name}:{self.split}"
         for first in range(start, stop, _BATCH):
@@ -108,7 +108,7 @@ class HuggingFace:
 
 
 def hugging_face_splits(name: str) -> tuple[str | None, ...]:
-    """The splits of a folder or a `hub:` name, (None,) where there is but one without a name."""
+    """The splits of a folder or a `hub:` name; (None,) for a single split without a name."""
     with _reading(name):
         opened = _open(name)
     return tuple(opened) if isinstance(opened, dict) else (None,)
@@ -124,7 +124,7 @@ def _open(name: str) -> Any:
     try:
         return datasets.load_dataset(path, config)
     except ValueError as error:
-        # The hub's repositories keep subsets in folders too, which are no configs.
+        # Repositories on the hub may also keep subsets in folders that are not configs.
         if config is None or "BuilderConfig" not in str(error):
             raise
         return datasets.load_dataset(path, data_dir=config)
@@ -151,7 +151,7 @@ def _library(name: str) -> Any:
 
 
 def _decoded(decode: Callable[[], list[Any]], table: Any, place: object, first: int) -> list[Any]:
-    """What `decode` makes of the rows of an Arrow table; raises UserError where a text is not UTF-8."""
+    """Decodes the rows of an Arrow table with `decode`; raises UserError if a text is not UTF-8."""
     try:
         return decode()
     except UnicodeDecodeError:
@@ -166,7 +166,7 @@ def _decoded(decode: Callable[[], list[Any]], table: Any, place: object, first: 
 
 @contextlib.contextmanager
 def _reading(place: object, record: int | None = None) -> Iterator[None]:
-    """Says in one line where and why data cannot be read; pyarrow's errors are ValueErrors and OSErrors."""
+    """Turns errors from reading data into one line with place and reason; pyarrow raises ValueError and OSError."""
     where = place if record is None else f"{place}: from record {record + 1}"
     try:
         yield

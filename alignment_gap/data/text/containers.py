@@ -1,4 +1,4 @@
-"""Where records are kept: what a location means, and one view of all that it names."""
+"""Where records are stored: opens a location, and joins all its records."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ LOCATIONS = (
 
 @runtime_checkable
 class Records(Protocol):
-    """Numbered raw records; picklable, so that several processes read ranges of one."""
+    """Numbered raw records; picklable, so that several processes can each read a range."""
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
-        """The files whose bytes are the records, none where they come through another library's cache."""
+        """The files with the records; none if the records come from another library's cache."""
 
     @property
     def identity(self) -> str:
-        """What names the content of records that have no files, "" otherwise."""
+        """A string that identifies the content of records without files; "" if there are files."""
 
     def __len__(self) -> int:
-        """Number of records, blank lines included."""
+        """Number of records, including blank lines."""
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
         """Records [start, stop) in order, counted from 0."""
@@ -51,12 +51,12 @@ class Joined:
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
-        """Those of all parts."""
+        """The files of all parts."""
         return tuple(file for part in self.parts for file in part.files)
 
     @property
     def identity(self) -> str:
-        """Those of all parts."""
+        """The identities of all parts."""
         return ",".join(part.identity for part in self.parts if part.identity)
 
     @functools.cached_property
@@ -82,7 +82,7 @@ def open_records(location: str) -> Joined:
     """The records at `location`, or at several, separated by commas; see `LOCATIONS`.
 
     Raises:
-      UserError: nothing that is known is there.
+      UserError: there is nothing that can be read.
     """
     names = [location] if pathlib.Path(location).exists() else location.split(",")
     if not all(map(str.strip, names)):
@@ -91,7 +91,7 @@ def open_records(location: str) -> Joined:
 
 
 def split_name(split: str | None) -> str | None:
-    """The "train" or "validation" for the names that datasets give their splits, None for any other."""
+    """Translates a dataset's name for a split to "train" or "validation"; None for any other name."""
     return _SPLITS.get(str(split).lower())
 
 
@@ -119,7 +119,7 @@ def _folder(folder: pathlib.Path, split: str | None) -> list[Records]:
     files = [path for path in found if split in (None, _split_of(path))]
     if not files:
         of = "" if split is None else f" of split {split!r}"
-        raise UserError(f"{folder} holds no data files{of}: give {LOCATIONS}")
+        raise UserError(f"{folder} has no data files{of}: give {LOCATIONS}")
     return [_file(path) for path in files]
 
 
@@ -128,7 +128,7 @@ def _file(path: pathlib.Path) -> Records:
         return Parquet(path, _split_of(path))
     if path.name.endswith(SUFFIXES) or not path.exists():
         return JsonLines(path, _split_of(path))
-    raise UserError(f"{path} is of no kind that is read here: give {LOCATIONS}")
+    raise UserError(f"{path} is of an unknown kind: give {LOCATIONS}")
 
 
 def _hugging_face(name: str, split: str | None) -> list[Records]:
@@ -139,6 +139,6 @@ def _hugging_face(name: str, split: str | None) -> list[Records]:
 
 
 def _split_of(path: pathlib.Path) -> str | None:
-    """The split that a file's name states: `train.jsonl.gz`, `test-00000-of-00001.parquet`."""
+    """The split in a file's name, such as `train.jsonl.gz` or `test-00000-of-00001.parquet`."""
     stem = path.name.split(".")[0].split("-")[0]
     return stem if split_name(stem) else None

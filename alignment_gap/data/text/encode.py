@@ -1,4 +1,4 @@
-"""From a pair's text to token ids within lengths, and the split by prompt."""
+"""Encodes a pair's text as token ids within length limits; decides the split by the prompt."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ KEEP_END = "keep_end"
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Most tokens of prompts and responses, and what becomes of longer ones.
+    """Maximum tokens of prompts and responses, and how longer ones are treated.
 
     Attributes:
-      prompt_length: most tokens of a prompt, the begin and the end id included.
-      response_length: most tokens of a response, the end id included.
+      prompt_length: maximum tokens of a prompt, including the begin and end ids.
+      response_length: maximum tokens of a response, including the end id.
       long_prompts: drop or refuse longer prompts, or keep_end: keep their last tokens.
       long_responses: drop or refuse longer responses; a response is never cut.
     """
@@ -41,7 +41,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoded:
-    """A pair's token ids: int32[P], K of int32[R_k] with the end id, float32[K], and whether the prompt was cut."""
+    """A pair as token ids: prompt int32[P], K responses int32[R_k] with the end id, scores float32[K]."""
 
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
@@ -57,24 +57,24 @@ def encode_pair(
     bad_pairs: str = TextSourceConfig.bad_pairs,
     end_prompts: bool | None = None,
 ) -> Encoded | Dropped:
-    """Token ids of a pair, or why there are none.
+    """Token ids of a pair, or why it is dropped.
 
     Args:
       pair: the texts.
-      vocabulary: encodes them.
-      limits: most tokens of each.
+      vocabulary: encodes the texts.
+      limits: maximum lengths.
       bad_pairs: refuse or drop an unusable pair.
       end_prompts: see `prompt_ids`.
 
     Raises:
-      UserError: the pair is unusable or too long, and the policy of that is to refuse.
+      UserError: the pair is unusable or too long, and the settings say to refuse such pairs.
     """
     prompt_field, *fields = pair.fields
     try:
         prompt = _prompt_ids(pair.prompt, prompt_field, vocabulary, end_prompts)
         responses = [_response_ids(*text, vocabulary) for text in zip(pair.responses, fields, strict=True)]
         if len({tuple(response) for response in responses}) < len(responses):
-            raise BadPair(f"identical pair {named(fields)}", "remove it, its responses have the same tokens")
+            raise BadPair(f"identical pair {named(fields)}", "remove it, because its responses have the same tokens")
     except BadPair as problem:
         return refuse_or_drop(problem, pair.where, "bad_pairs", bad_pairs)
     longest = max(map(len, responses))
@@ -98,18 +98,18 @@ def encode_pair(
 
 
 def held_out(prompt: bytes, fraction: float, seed: int = 0) -> bool:
-    """Whether a prompt is among the `fraction` that is for validation; depends on its bytes and the seed alone."""
+    """Whether a prompt is among the `fraction` for validation; depends only on its bytes and the seed."""
     digest = hashlib.sha256(b"%d:" % seed + prompt).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def prompt_ids(text: str, vocabulary: Vocabulary, end_prompts: bool | None = None) -> list[int]:
-    """Ids of a prompt, with the begin id where the vocabulary has one, and with the end id where it is asked for.
+    """Ids of a prompt, with the begin id if the vocabulary has one, and with the end id if prompts end with it.
 
     Args:
-      text: the prompt; a chat template may have written the begin and the end mark itself.
-      vocabulary: encodes it.
-      end_prompts: whether prompts end with the end id; None for what the vocabulary's models are used to.
+      text: the prompt; it may already have begin and end marks from a chat template.
+      vocabulary: encodes the prompt.
+      end_prompts: whether prompts end with the end id; None for `vocabulary.ends_prompts`.
 
     Raises:
       EncodingError: the vocabulary cannot express the text.
@@ -121,7 +121,7 @@ def prompt_ids(text: str, vocabulary: Vocabulary, end_prompts: bool | None = Non
 
 
 def prompt_within(text: str, vocabulary: Vocabulary, limits: Limits, end_prompts: bool | None = None) -> np.ndarray:
-    """The ids int32[P] that a pair with this prompt has; all of them where it is too long and may not be cut."""
+    """The prompt's ids int32[P] as in an encoded pair; all ids if the prompt is too long and must not be cut."""
     return np.array(_within(prompt_ids(text, vocabulary, end_prompts), vocabulary, limits), np.int32)
 
 
@@ -131,7 +131,7 @@ def _prompt_ids(text: str, field: str, vocabulary: Vocabulary, end_prompts: bool
 
 
 def _response_ids(text: str, field: str, vocabulary: Vocabulary) -> list[int]:
-    """Ids up to and with one end id; a chat template may have written it, and a line's end after it."""
+    """Ids up to and including the end id; a chat template may have written it already, with a newline after it."""
     with _telling(field):
         ids = vocabulary.encode(text)
     if vocabulary.eos_id in ids:
@@ -144,7 +144,7 @@ def _response_ids(text: str, field: str, vocabulary: Vocabulary) -> list[int]:
 
 @contextlib.contextmanager
 def _telling(field: str) -> Iterator[None]:
-    """Tells of which field a text cannot be encoded."""
+    """Adds the field's name if its text cannot be encoded."""
     try:
         yield
     except EncodingError as error:
@@ -152,7 +152,7 @@ def _telling(field: str) -> Iterator[None]:
 
 
 def _within(prompt: list[int], vocabulary: Vocabulary, limits: Limits) -> list[int]:
-    """The last ids of a prompt that is too long and may be cut; the first is the begin id where there is one."""
+    """Cuts a prompt that is too long to its last ids, if it may be cut; the begin id, if any, stays the first."""
     length = limits.prompt_length
     if len(prompt) <= length or limits.long_prompts != KEEP_END:
         return prompt

@@ -1,4 +1,4 @@
-"""The tasks that pairs come from: how each one's records are read, and how they are told apart."""
+"""The tasks that pairs come from: how to parse the records of each, and how to detect the task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WINNERS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
 
 @dataclasses.dataclass(frozen=True)
 class Parsing:
-    """What the reading of a record depends on; `roles` are those that the first record of one's own pairs has."""
+    """Settings for parsing a record; `roles` are the roles in the first record of the user's own pairs."""
 
     roles: tuple[str, ...]
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -28,13 +28,13 @@ class Parsing:
 
 @dataclasses.dataclass(frozen=True)
 class SourceTask:
-    """One form of record.
+    """A task: one form of records.
 
     Attributes:
-      parse: record to TextPair; raises Malformed, BadPair or Skip.
+      parse: turns a record into a TextPair; raises Malformed, BadPair or Skip.
       matches: whether a record has this form.
-      form: of a record, in an error's remedy.
-      drops_duplicates: whether a pair that comes again is left out; repeated judgements of a pair are kept otherwise.
+      form: describes the form in the remedy of an error.
+      drops_duplicates: whether repeated pairs are dropped; otherwise repeated judgements of a pair are kept.
     """
 
     parse: Callable[[Mapping[str, Any], Parsing], TextPair]
@@ -44,13 +44,13 @@ class SourceTask:
 
 
 def parse_dialogues(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
-    """Anthropic HH: two whole dialogues, which share everything up to their last assistant turn."""
+    """Anthropic HH: two whole dialogues that agree up to their last assistant turn."""
     fields = Fields(record, parsing.names)
     return split_dialogues(fields.text("chosen"), fields.text("rejected"))
 
 
 def split_dialogues(chosen: str, rejected: str) -> TextPair:
-    """The prompt that both dialogues share and their two responses, stripped; raises where there is no preference."""
+    """The prompt that both dialogues share, and their two stripped responses; raises BadPair if there is none."""
     dialogues = {"chosen": chosen, "rejected": rejected}
     if unmarked := [name for name, dialogue in dialogues.items() if PROMPT_MARK not in dialogue]:
         raise BadPair(f"no prompt {named(unmarked)}", 'each dialogue needs a "\\n\\nAssistant:" turn')
@@ -63,9 +63,9 @@ def split_dialogues(chosen: str, rejected: str) -> TextPair:
 
 
 def parse_summaries(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
-    """OpenAI's comparisons: a Reddit post, two summaries and which one the worker chose.
+    """OpenAI's comparisons: a Reddit post, two summaries, and the worker's choice.
 
-    Those of CNN/DM articles are another task and left out.
+    Comparisons on CNN/DM articles are another task and are left out.
     """
     fields = Fields(record)
     post = fields.group("info")
@@ -73,7 +73,7 @@ def parse_summaries(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
         raise Skip("news article")
     summaries = [Fields(row).text("text").strip() for row in fields.rows("summaries")]
     if len(summaries) != 2:
-        raise Malformed(f"the field 'summaries' holds {len(summaries)} of them, not 2", "")
+        raise Malformed(f"the field 'summaries' holds {len(summaries)} summaries, not 2", "")
     scores = _scores(fields, "choice")
     prompt = _POST.format(**{name: post.text(name).strip() for name in ("subreddit", "title", "post")})
     split, names = record.get("split"), ("info", "summaries", "summaries")
@@ -81,7 +81,7 @@ def parse_summaries(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
 
 
 def _scores(fields: Fields, role: str) -> tuple[float, float]:
-    """The scores of two responses, where a field says which one is better: 0 or 1."""
+    """The scores of two responses from a field that says which is better: 0 or 1."""
     better = fields.value(role)
     if isinstance(better, bool) or better not in (0, 1):
         raise Malformed(f"the field {role!r} is {better!r}, out of its range", "use 0 or 1")
@@ -89,17 +89,17 @@ def _scores(fields: Fields, role: str) -> tuple[float, float]:
 
 
 def parse_posts(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
-    """The built-in posts: two responses, in the order in which they were generated, and which the rater preferred."""
+    """The built-in posts: two responses in the order of their generation, and the rater's choice."""
     fields = Fields(record)
     responses = (fields.text("first"), fields.text("second"))
     return TextPair(fields.text("post"), responses, _scores(fields, "preferred"), fields=("post", "first", "second"))
 
 
 def parse_arena(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
-    """Chat arena: one user, two models, and who won.
+    """Chat arena: one user, two models, and the winner.
 
-    The two conversations must agree up to the last answer; after several turns with other answers they do not, and
-    the judgement is of no single response.
+    The two conversations must agree up to the last answer. Conversations of several turns usually differ earlier, and
+    then the judgement is not about a single response; such records are left out.
     """
     fields = Fields(record)
     winner = fields.text("winner")
@@ -118,7 +118,7 @@ def parse_arena(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
 
 
 def parse_own(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
-    """TRL's forms, or columns by a field mapping; see `trl.parse_pair`. All records have the first one's form."""
+    """TRL's forms, or columns by a field mapping; see `trl.parse_pair`. All records need the form of the first."""
     fields = Fields(record, parsing.names)
     roles = roles_of(fields)
     for role in parsing.roles:
@@ -163,13 +163,13 @@ TASKS: Mapping[str, SourceTask] = {
     "pairs": SourceTask(
         parse_own,
         lambda record: True,
-        'write {"prompt": ..., "chosen": ..., "rejected": ...} or say by --fields how yours are called',
+        'write {"prompt": ..., "chosen": ..., "rejected": ...} or map your column names with --fields',
     ),
 }
 
 
 def detect(record: Mapping[str, Any]) -> str:
-    """The task whose form a record has; HH's dialogues are "dialogues", which of its two they are nobody can tell."""
+    """The task whose form a record has. HH's two tasks have the same form, so both are "dialogues"."""
     for name in ("summarization", "chat_arena", "dialogues", "posts"):
         if TASKS[name].matches(record):
             return name

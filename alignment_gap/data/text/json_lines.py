@@ -16,17 +16,17 @@ from alignment_gap.data.text.pair import Record
 from alignment_gap.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-# A plain file is entered at one line in so many, which are found when its lines are counted.
+# In a plain file, the position of every line with a multiple of this number is kept; reading starts at one of them.
 _STRIDE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
-    """A JSON object on each line; a record's number is that of its line, blank lines have one too.
+    """A file with a JSON object on each line; a record's number is its line number, and blank lines count.
 
     Attributes:
-      path: the file; a name ending in `.gz` is gzip.
-      split: of its records, or None.
+      path: the file; a name that ends in `.gz` means gzip.
+      split: the split of its records, or None.
     """
 
     path: pathlib.Path
@@ -34,17 +34,17 @@ class JsonLines:
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
-        """What is read."""
+        """The file."""
         return (self.path,)
 
     @property
     def identity(self) -> str:
-        """None but its file."""
+        """Empty, because there is a file."""
         return ""
 
     @functools.cached_property
     def _index(self) -> tuple[int, tuple[int, ...]]:
-        """Number of lines, and where every `_STRIDE`-th begins in the decompressed bytes."""
+        """The number of lines, and the byte positions of every `_STRIDE`-th line in the decompressed file."""
         number, position, entries = 0, 0, []
         for number, line in _lines(self.path):
             if (number - 1) % _STRIDE == 0:
@@ -58,7 +58,7 @@ class JsonLines:
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
         """The records of lines [start, stop), counted from 0.
 
-        A gzip file can be entered at its beginning only; a range behind the last one that was read goes on from there.
+        A gzip file is read from its beginning, except that a range after the last one continues from there.
 
         Raises:
           UserError: the file is missing, empty or damaged, or a line is not a JSON object.
@@ -72,7 +72,7 @@ class JsonLines:
             self._left[:] = [(stop, lines)]
 
     def _enter(self, start: int) -> tuple[int, Iterator[tuple[int, bytes]]]:
-        """A line at or before `start`, and the lines from there on."""
+        """The number of a line at or before `start`, and the lines from there on."""
         if self._zipped:
             return self._left.pop() if self._left and self._left[0][0] <= start else (0, _lines(self.path))
         entry = min(start // _STRIDE, len(self._index[1]) - 1) if start >= _STRIDE else 0
@@ -84,16 +84,16 @@ class JsonLines:
 
     @functools.cached_property
     def _left(self) -> list[tuple[int, Iterator[tuple[int, bytes]]]]:
-        """Where the last range of a gzip file ended, and the lines from there on."""
+        """The line at which the last range of a gzip file ended, and the lines from there on."""
         return []
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process can use: not the file that is open here."""
+        """The state for another process, without the open file."""
         return {name: value for name, value in self.__dict__.items() if name != "_left"}
 
 
 def _lines(path: pathlib.Path, number: int = 0, position: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers from 1, from the byte where line `number` ends."""
+    """Yields lines with their numbers (from 1), starting after line `number`, which ends at the byte `position`."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             file.seek(position)
@@ -108,7 +108,7 @@ def _lines(path: pathlib.Path, number: int = 0, position: int = 0) -> Iterator[t
 
 
 def unreadable(path: pathlib.Path, error: OSError) -> UserError:
-    """What is said of a file that is not there or must not be read."""
+    """The error for a file that is missing or cannot be read."""
     return UserError(f"cannot read {path} ({error.strerror}): give the path of a file that can be read")
 
 
@@ -120,10 +120,10 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}): {_remedy(line)}") from None
     if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__}, not an object: {_remedy(line)}")
+        raise UserError(f"{where}: this is a JSON {type(record).__name__}, not an object: {_remedy(line)}")
     return record
 
 
 def _remedy(line: bytes) -> str:
     remedy = "write one JSON object on each line"
-    return f"{remedy}, as jq -c '.[]' does of a list" if line.lstrip().startswith(b"[") else remedy
+    return f"{remedy}; jq -c '.[]' does this for a list" if line.lstrip().startswith(b"[") else remedy

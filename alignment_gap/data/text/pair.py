@@ -1,4 +1,4 @@
-"""A pair as text, what a record may be instead of one, and typed access to a record's fields."""
+"""A pair as text, the ways in which a record can fail to be one, and typed access to a record's fields."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Record(NamedTuple):
-    """A raw record: `file:number` from 1, its values, and the split that its container states, or ""."""
+    """A raw record: `file:number` (from 1), its values, and the split that its container gives, or ""."""
 
     where: str
     values: Mapping[str, Any]
@@ -22,12 +22,12 @@ class TextPair:
     """One prompt, its K responses and their label.
 
     Attributes:
-      prompt: as the policy reads it, with the mark that asks for an answer.
-      responses: K texts, without an end mark; K = 2 is a pair, 1 a response with a label of its own.
-      scores: K numbers from 0 to 1; of a pair the probability that this response is preferred.
-      where: file and record number that it came from.
-      split: "train", "validation", or None where the source states none.
-      fields: what the file calls the fields that hold the prompt and each of the responses.
+      prompt: the prompt as the policy reads it, including the mark that asks for an answer.
+      responses: K texts without an end mark; K = 2 is a pair, K = 1 is a response with its own label.
+      scores: K numbers from 0 to 1; in a pair, the probability that this response is preferred.
+      where: file and number of the record.
+      split: "train", "validation", or None if the source gives none.
+      fields: the file's names for the fields with the prompt and with each response.
     """
 
     prompt: str
@@ -39,20 +39,20 @@ class TextPair:
 
     @property
     def key(self) -> bytes:
-        """16 bytes that are equal where prompt, responses and label are, in whichever order the responses come."""
+        """16 bytes, equal for equal prompt, responses and label; the order of the responses does not matter."""
         content = json.dumps([self.prompt, sorted(zip(self.responses, self.scores, strict=True))])
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """A record that gave no pair, and why, in the few words that drops are counted by.
+    """A record that gave no pair. Drops are counted by reason.
 
     Attributes:
-      reason: why.
-      where: file and record number.
-      split: "train", "validation", or None where the source states none.
-      prompt: of the record; None where it has none that can be read.
+      reason: why, in a few words.
+      where: file and number of the record.
+      split: "train", "validation", or None if the source gives none.
+      prompt: prompt of the record; None if it cannot be read.
     """
 
     reason: str
@@ -66,17 +66,17 @@ class BadPair(Exception):
 
 
 class Skip(Exception):
-    """A pair that is left out and counted by its task's rules, which nobody needs to mend: (reason,)."""
+    """A pair that its task's rules leave out and count; the user need not fix it: (reason,)."""
 
 
 class Malformed(Exception):
-    """A record that is not in its task's form, which is refused always: (problem, remedy or "")."""
+    """A record that does not have its task's form; it is always refused: (problem, remedy or "")."""
 
 
 class Fields:
-    """A record's fields by their role, checked as they are read.
+    """A record's fields by role, checked as they are read.
 
-    A problem names the field as the user's file has it; `names` says how a role is called there.
+    Errors use the field names of the user's file; `names` maps roles to them.
     """
 
     def __init__(self, values: Mapping[str, Any], names: Mapping[str, str] | None = None):
@@ -87,11 +87,11 @@ class Fields:
         return self.name(role) in self._values
 
     def name(self, role: str) -> str:
-        """How the file calls `role`."""
+        """The file's name for `role`."""
         return self._names.get(role, role)
 
     def value(self, role: str, null: Any = None) -> Any:
-        """Any value but null, for which `null` stands if it is given; raises Malformed."""
+        """The value; `null` replaces a null value if it is given. Raises Malformed if the result is null."""
         name = self.name(role)
         if name not in self._values:
             raise Malformed(f"lacks the field {name!r}", "")
@@ -112,7 +112,7 @@ class Fields:
         return Fields(value)
 
     def rows(self, role: str) -> list[Mapping[str, Any]]:
-        """A list of objects, also where the container turned it into an object of lists; raises Malformed."""
+        """A list of objects, even if the container turned it into an object of lists; raises Malformed."""
         value = self.value(role)
         if isinstance(value, Mapping):
             columns = [list(column) for column in value.values()]
@@ -126,13 +126,13 @@ class Fields:
 
 
 def named(fields: Iterable[str]) -> str:
-    """The fields for an error in brackets, which the counts of what was dropped leave out."""
+    """The fields in brackets, for an error; the counts of drops leave out brackets."""
     names = list(dict.fromkeys(fields))
     return f"({'field' if len(names) == 1 else 'fields'} {' and '.join(map(repr, names))})"
 
 
 def as_text(value: Any, what: str) -> str:
-    """`value`, which must be a text of whole characters; raises Malformed."""
+    """`value`; raises Malformed unless it is a text without unpaired surrogates."""
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise Malformed(f"{what} is {kind}, not a text", "")

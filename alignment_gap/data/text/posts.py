@@ -1,13 +1,13 @@
 """The built-in task: generated posts, candidate summaries of mixed quality, a hidden rubric and a noisy rater.
 
-A post tells who did what with which thing, where and when, among side remarks. Each of these five facts has words of
-its own, so a model can tell them from the rest. A good summary names the five in that order, briefly, and nothing else:
+A post tells who did what with which thing, where and when, among side remarks. Each of these five kinds of facts has
+its own words, so a model can recognise them. A good summary names the five in that order, briefly, and nothing else:
 
     post      the soup tasted bland . in june my sister was at the station and lost the keys . i felt tired . summary:
     summary   sister lost keys at station in june
 
-Everything is a pure function of (settings, seed, number of the post). Only `Generator.random` is drawn from, whose
-stream numpy keeps from version to version.
+Everything is a pure function of (settings, seed, number of the post). All randomness comes from `Generator.random`,
+whose stream numpy keeps across versions.
 """
 
 from __future__ import annotations
@@ -89,15 +89,15 @@ class PostsSettings:
     """How hard the task is: the rubric's weights, the writer's faults, the rater's noise.
 
     Attributes:
-      side_remarks_low: fewest side remarks in a post.
-      side_remarks_high: most side remarks in a post.
-      fact_weights: worth of naming who, action, thing, place and time; only their ratios count.
-      order_weight: share of the score that is given for the order of the facts; the rest is for naming them.
-      brief_words: words of a response that cost nothing.
-      word_cost: score lost by each word over brief_words.
-      repetition_cost: score lost by each repeated word.
-      invention_cost: score lost by each word of substance that the post does not hold.
-      response_words: most words that the writer writes.
+      side_remarks_low: minimum side remarks in a post.
+      side_remarks_high: maximum side remarks in a post.
+      fact_weights: weights of naming who, action, thing, place and time; only their ratios count.
+      order_weight: fraction of the score for the order of the facts; the rest is for naming them.
+      brief_words: number of words in a response that cost nothing.
+      word_cost: score lost for each word over brief_words.
+      repetition_cost: score lost for each repeated word.
+      invention_cost: score lost for each word of substance that is not in the post.
+      response_words: maximum words that the writer writes.
       miss_chance: chance that the worst writer leaves out a fact, for each fact.
       disorder_chance: chance that the worst writer tells the facts in a random order.
       invention_chance: chance that the worst writer replaces a fact's word by another of its kind, for each fact.
@@ -105,9 +105,9 @@ class PostsSettings:
       side_chance: chance that the worst writer adds a side remark of the post.
       best_writer_faults: the best writer's chances of these faults, relative to the worst writer's.
       long_form_chance: chance that a response is in whole sentences, for every writer.
-      minimum_gap: least difference between the scores of a pair's responses.
+      minimum_gap: minimum difference between the scores of a pair's responses.
       rater_temperature: difference in score at which the rater's odds are e to one.
-      rater_word_bias: score that the rater adds for each word, which the rubric does not: a bias to exploit.
+      rater_word_bias: score that the rater adds for each word; the rubric does not, so a policy can exploit this bias.
     """
 
     side_remarks_low: int = 1
@@ -152,9 +152,9 @@ class PostsConfig:
     """The posts as a source: how many pairs, from which world, how hard.
 
     Attributes:
-      pairs: training pairs.
-      validation_pairs: held-out pairs.
-      seed: of the world; every post, response and label follows from it.
+      pairs: number of training pairs.
+      validation_pairs: number of held-out pairs.
+      seed: seed of the world; it determines every post, response and label.
       settings: how hard the task is.
     """
 
@@ -192,7 +192,7 @@ class Post:
 
 @dataclasses.dataclass(frozen=True)
 class PostPair:
-    """A post, two responses of different rubric score, and which one the rater preferred.
+    """A post, two responses with different rubric scores, and the rater's choice.
 
     Attributes:
       post: the post.
@@ -229,7 +229,7 @@ def prompt(seed: int, prompt_id: int, settings: PostsSettings = DEFAULT_SETTINGS
 
 
 def write(post: Post, rng: np.random.Generator, settings: PostsSettings = DEFAULT_SETTINGS) -> list[str]:
-    """A candidate summary of `post`, at least one word, by a writer whose skill is drawn anew each time."""
+    """A candidate summary of `post` with at least one word; each call draws a new skill for the writer."""
     faults = 1 - (1 - settings.best_writer_faults) * rng.random()
     kinds = [k for k in range(len(FACT_KINDS)) if rng.random() >= faults * settings.miss_chance]
     kinds = kinds or [_below(len(FACT_KINDS), rng)]
@@ -252,16 +252,16 @@ def write(post: Post, rng: np.random.Generator, settings: PostsSettings = DEFAUL
 def rubric(
     prompt: Iterable[SupportsIndex], response: Iterable[SupportsIndex], settings: PostsSettings = DEFAULT_SETTINGS
 ) -> float:
-    """True quality from 0 to 1 of a response, read from the token ids of the prompt and of the response alone.
+    """True quality of a response, from 0 to 1; it depends only on the token ids of prompt and response.
 
-    Coverage and order of the post's facts, less a cost for each word beyond the brief, each repetition and each word
-    of substance that the post does not hold. What follows an end id is ignored.
+    The score is for coverage and order of the post's facts, minus costs for words over the limit, for repetitions, and
+    for words of substance that are not in the post. Tokens after an end id are ignored.
     """
     kind_of = _kinds()
     told = [int(i) for i in prompt]
     held = {i for i in told if kind_of[i] is not None}
     facts = {kind: i for i in reversed(told) if (kind := kind_of[i]) is not None and kind != _SIDE_KIND}
-    # A model's output may have more rows than there are words: such an id counts as the last, reserved one.
+    # A model may have more ids than there are words; such an id counts as the last id, which is reserved.
     words = [min(i, len(kind_of) - 1) for i in _until_end(response)]
     named = [kind for i in dict.fromkeys(words) if (kind := kind_of[i]) is not None and facts.get(kind) == i]
     inventions = sum(kind_of[i] is not None and i not in held for i in set(words))
@@ -280,7 +280,7 @@ def rate(first: float, second: float, rng: np.random.Generator, settings: PostsS
 
 
 def pair(seed: int, prompt_id: int, settings: PostsSettings = DEFAULT_SETTINGS) -> PostPair:
-    """The rated pair of the post number `prompt_id`; its responses' order says nothing of their quality."""
+    """The rated pair of post number `prompt_id`; the order of the responses is independent of their quality."""
     post = prompt(seed, prompt_id, settings)
     tokens, encode = post.tokens, vocabulary().encode
     rng = _rng(seed, _WRITER_STREAM, prompt_id)
@@ -291,7 +291,8 @@ def pair(seed: int, prompt_id: int, settings: PostsSettings = DEFAULT_SETTINGS) 
             break
     else:
         raise UserError(
-            f"minimum_gap is {settings.minimum_gap}: none of {_MOST_TRIES} pairs of post {prompt_id} have it; lower it"
+            f"minimum_gap is {settings.minimum_gap}, but none of {_MOST_TRIES} pairs of post {prompt_id} has it: lower "
+            "it"
         )
     bias = settings.rater_word_bias * (len(first) - len(second))
     preferred = rate(a + bias, b, _rng(seed, _RATER_STREAM, prompt_id), settings)
@@ -299,7 +300,7 @@ def pair(seed: int, prompt_id: int, settings: PostsSettings = DEFAULT_SETTINGS) 
 
 
 def _fill(form: str, rng: np.random.Generator) -> list[str]:
-    """The words of a side remark's form, every slot filled with a word that is not in it yet."""
+    """Fills every slot of a side remark's form with a word that it does not have yet."""
     words: list[str] = []
     for word in form.split():
         if word.startswith("{"):
@@ -309,16 +310,16 @@ def _fill(form: str, rng: np.random.Generator) -> list[str]:
 
 
 def longest_prompt(settings: PostsSettings = DEFAULT_SETTINGS) -> int:
-    """Most tokens that a post can have, its cue included."""
+    """The maximum tokens of a post, including its cue."""
     post, side = (max(len(form.split()) for form in forms) for forms in (_POST_FORMS, _SIDE_FORMS))
     return post + settings.side_remarks_high * side + 1
 
 
 @functools.cache
 def _kinds() -> list[int | None]:
-    """For each token id the index of its fact kind, _SIDE_KIND for side words, None for what has no substance.
+    """For each token id: the index of its fact kind, _SIDE_KIND for side words, or None for words without substance.
 
-    A reserved id is no word of any post, so a response that has one is charged for an invention.
+    A reserved id is not in any post, so it costs a response as an invention.
     """
     words = vocabulary()
     kinds: list[int | None] = [None] * words.size
@@ -342,14 +343,14 @@ def _coverage(named: Sequence[int], facts: dict[int, int], settings: PostsSettin
 
 
 def _order(named: Sequence[int], facts: dict[int, int]) -> float:
-    """Share of the neighbours in a perfect summary that are neighbours in the right order here."""
+    """Fraction of the neighbouring facts in a perfect summary that are neighbours in that order here."""
     if len(facts) < 2:
         return float(len(named))
     return sum(a < b for a, b in itertools.pairwise(named)) / (len(facts) - 1)
 
 
 def _repetitions(words: Sequence[int]) -> int:
-    """Words of substance that came before, and other words that follow themselves."""
+    """Counts words of substance that came before, and other words that directly repeat."""
     kind_of = _kinds()
     substance = [i for i in words if kind_of[i] is not None]
     stutters = sum(a == b and kind_of[a] is None for a, b in itertools.pairwise(words))

@@ -17,26 +17,26 @@ class PostsRecords:
     """Training pairs, then validation pairs; each follows from the seed and the number of its post.
 
     Attributes:
-      config: how many there are, and what they follow from.
+      config: number of pairs, seed and settings.
     """
 
     config: posts.PostsConfig
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
-        """None: nothing is read."""
+        """Empty, because no file is read."""
         return ()
 
     @property
     def identity(self) -> str:
-        """The settings, from which all records follow."""
+        """The settings; they determine all records."""
         return f"posts:{json.dumps(to_dict(self.config), sort_keys=True)}"
 
     def __len__(self) -> int:
         return self.config.pairs + self.config.validation_pairs
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """Records [start, stop), counted from 0; raises UserError where the settings allow no pair of a post."""
+        """Records [start, stop), counted from 0; raises UserError if the settings allow no pair for a post."""
         stop = len(self) if stop is None else min(stop, len(self))
         return (self._record(number) for number in range(start, stop))
 

@@ -1,4 +1,4 @@
-"""From a source's settings to its pairs: opens the records, reads them by their task, refuses or counts the rest."""
+"""Reads pairs from a source: opens its records, parses them by task, and refuses or drops unusable ones."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from alignment_gap.errors import UserError
 
 AUTO = "auto"
 POLICIES = ("refuse", "drop")
-# Names of fields in an error.
+# Maximum number of field names in an error.
 _SHOWN = 12
 _TURN_MARKS = ("\n\nHuman:", PROMPT_MARK)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSourceConfig:
-    """Where pairs come from and how they are read.
+    """Where pairs come from, and how they are read.
 
-    What is not JSON or not UTF-8, lacks a field, or has a label out of its range is always refused. A bad pair is one
-    that states no preference: identical responses, an empty prompt or response, no common prompt.
+    Records are always refused if they are not JSON or not UTF-8, lack a field, or have a label out of range. A bad pair
+    is a pair that states no preference: identical responses, an empty prompt or response, or no common prompt.
 
     Attributes:
-      location: file, folder, hub: or tfds: name, several of them with commas between, or posts for the built-in task.
-      task: form of the records; auto tells it from the first record.
+      location: file, folder, hub: or tfds: name; several of these separated by commas; or posts for the built-in task.
+      task: form of the records; auto detects it from the first record.
       fields: columns of your own pairs: prompt=question,chosen=good,rejected=bad.
       labels: meaning of a label's values: model=1,reference=0,both=0.5,=drop.
       template: how conversations are written: plain, a jinja file, or a tokenizer's folder.
       ties: drop pairs without a preference, or keep them with scores (0.5, 0.5).
-      duplicates: drop or keep pairs that come again; the task's own rule where it is not set.
+      duplicates: drop or keep repeated pairs; by default the task decides.
       bad_pairs: refuse or drop pairs that state no preference.
-      posts: the built-in task, for the location posts.
+      posts: settings of the built-in task, for the location posts.
     """
 
     location: str | None = None
@@ -64,19 +64,19 @@ class TextSourceConfig:
         parse_labels(self.labels)
         if self.posts != PostsConfig() and self.location != POSTS:
             raise UserError(
-                f"posts is set with the location {self.location!r}: it goes with the location {POSTS!r} only"
+                f"posts is set with the location {self.location!r}: set it only with the location {POSTS!r}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-    """Pairs as text; `open_source` makes it. It can be pickled, and processes share one by ranges of records.
+    """Pairs as text; made by `open_source`. It can be pickled, so several processes can each read a range.
 
     Attributes:
-      config: with the task that was found.
-      records: what the pairs are read from.
-      template: of conversations.
-      roles: those that the first record has, in pairs of the user's own.
+      config: the settings, with the detected task.
+      records: the records that the pairs are read from.
+      template: template for conversations.
+      roles: the roles in the first record, if the pairs are the user's own.
     """
 
     config: TextSourceConfig
@@ -89,7 +89,7 @@ class TextSource:
 
     @property
     def files(self) -> tuple[pathlib.Path, ...]:
-        """The files whose bytes are the source."""
+        """The files of the source."""
         return self.records.files
 
     @property
@@ -99,7 +99,7 @@ class TextSource:
 
     @property
     def drops_duplicates(self) -> bool:
-        """Whether only the first of the pairs with equal `TextPair.key` is kept, in the order of the records."""
+        """Whether only the first pair with a given `TextPair.key` is kept."""
         return self.task.drops_duplicates if self.config.duplicates is None else self.config.duplicates == "drop"
 
     @functools.cached_property
@@ -107,10 +107,10 @@ class TextSource:
         return Parsing(self.roles, parse_fields(self.config.fields), parse_labels(self.config.labels), self.template)
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[TextPair | Dropped]:
-        """Pairs, and records that gave none, of records [start, stop), counted from 0.
+        """The pairs in the records [start, stop), counted from 0; `Dropped` for each record without a pair.
 
         Raises:
-          UserError: a record is malformed, or no pair while bad pairs are refused; with file, number and remedy.
+          UserError: a record is malformed, or is a bad pair while these are refused; it gives file, number and remedy.
         """
         for record in self.records.read(start, stop):
             yield self._pair(record)
@@ -136,10 +136,10 @@ class TextSource:
 
 
 def open_source(config: TextSourceConfig) -> TextSource:
-    """The source of a config; reads no further than the first record.
+    """Opens the source of a config; reads only the first record.
 
     Raises:
-      UserError: there is no location, it cannot be read or holds no record, or a named field is not there.
+      UserError: the location is missing, cannot be read or holds no record; or the first record lacks a named field.
     """
     records = _records(config)
     first = next(iter(records.read()), None)
@@ -149,14 +149,14 @@ def open_source(config: TextSourceConfig) -> TextSource:
     for name in names.values():
         if name not in first.values:
             there = ", ".join(map(repr, list(first.values)[:_SHOWN]))
-            raise UserError(f"{first.where}: lacks the field {name!r}, which --fields names: it has {there}")
+            raise UserError(f"{first.where}: --fields names the field {name!r}, but the record has only {there}")
     if config.task == AUTO:
         config = dataclasses.replace(config, task="pairs" if names else detect(first.values))
     return TextSource(config, records, load_template(config.template), roles_of(Fields(first.values, names)))
 
 
 def _records(config: TextSourceConfig) -> Joined:
-    """The records of a source. "posts" is the built-in task, even where a file has this name; "./posts" is the file."""
+    """The records of a source. "posts" is the built-in task, even if a file has this name; "./posts" is the file."""
     if config.location is None:
         raise UserError("there is no source: give the path of a file or folder, or posts for the built-in task")
     if config.location == POSTS:
@@ -165,7 +165,7 @@ def _records(config: TextSourceConfig) -> Joined:
 
 
 def refuse_or_drop(problem: BadPair, where: str, setting: str, policy: str) -> Dropped:
-    """What becomes of an unusable pair by the policy of `setting`."""
+    """Refuses or drops an unusable pair; `policy` is the value of `setting`."""
     reason, remedy = problem.args
     if policy == "refuse":
         line = f"{where}: {reason}: {remedy}, or set --{setting}=drop"
@@ -181,13 +181,13 @@ def _check(pair: TextPair) -> None:
         raise BadPair(f"empty prompt {named(pair.fields[:1])}", "write what the human says")
     stripped = [response.strip() for response in pair.responses]
     if len(set(stripped)) < len(stripped):
-        raise BadPair(f"identical pair {named(pair.fields[1:])}", "remove it, it states no preference")
+        raise BadPair(f"identical pair {named(pair.fields[1:])}", "remove it, because it states no preference")
     if empty := [field for field, text in zip(pair.fields[1:], stripped, strict=True) if not text]:
         raise BadPair(f"empty response {named(empty)}", "remove the pair")
 
 
 def source_digest(config: TextSourceConfig) -> str:
-    """SHA-256 in hexadecimal of the bytes of a source's files, and of what names those parts that have none.
+    """SHA-256, in hexadecimal, of the bytes of a source's files and of the identities of parts without files.
 
     Raises:
       UserError: a file cannot be read.

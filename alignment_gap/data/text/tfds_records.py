@@ -1,4 +1,4 @@
-"""Records of tensorflow-datasets, by name; TensorFlow is imported here when the first one is opened."""
+"""Records of tensorflow-datasets, by name; imports TensorFlow when the first dataset is opened."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class TfdsRecords:
     """One split of a dataset that is prepared on this machine (`TFDS_DATA_DIR`), in the order of its files.
 
     Attributes:
-      name: as `tfds.builder` takes it.
-      split: of its records.
+      name: name for `tfds.builder`.
+      split: split of the records.
     """
 
     name: str
@@ -34,14 +34,14 @@ class TfdsRecords:
 
     @property
     def identity(self) -> str:
-        """None but its files."""
+        """Empty, because there are files."""
         return ""
 
     def __len__(self) -> int:
         return int(_builder(self.name).info.splits[self.split].num_examples)
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Record]:
-        """Records [start, stop), counted from 0; raises UserError where a record cannot be read."""
+        """Records [start, stop), counted from 0; raises UserError if a record cannot be read."""
         stop = len(self) if stop is None else min(stop, len(self))
         if start >= stop:
             return
@@ -61,7 +61,7 @@ class TfdsRecords:
 
 
 def tfds_parts(location: str) -> list[TfdsRecords]:
-    """The splits of `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`; raises UserError where it is not prepared."""
+    """The splits of `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`; raises UserError if it is not prepared."""
     whole = location.removeprefix("tfds:")
     name, _, last = whole.rpartition(":")
     name, split = (name, last) if name and not re.fullmatch(r"[\d.*]+", last) else (whole, None)
@@ -72,7 +72,7 @@ def tfds_parts(location: str) -> list[TfdsRecords]:
 
 
 def _builder(name: str) -> Any:
-    # TFDS itself reads the variable when it is imported, and never again.
+    # TFDS itself reads the variable only when it is imported.
     return _open_builder(name, os.environ.get("TFDS_DATA_DIR"))
 
 
@@ -83,17 +83,17 @@ def _open_builder(name: str, folder: str | None) -> Any:
         builder = tfds.builder(name, data_dir=folder)
     except (tfds.core.registered.DatasetNotFoundError, ValueError, RuntimeError) as error:
         message = (str(error).splitlines() or ["unknown"])[0][:120]
-        raise UserError(f"tfds:{name} is no dataset that TFDS knows ({message}): check the name") from None
+        raise UserError(f"tfds:{name} is not known to TFDS ({message}): check the name") from None
     if not builder.info.splits:
         remedy = (
-            f"call its builder's download_and_prepare, or set TFDS_DATA_DIR, which leads to {builder.data_path} now"
+            f"call its builder's download_and_prepare, or set TFDS_DATA_DIR; it is looked for in {builder.data_path}"
         )
         raise UserError(f"tfds:{name} is not prepared here: {remedy}")
     return builder
 
 
 def _library(name: str) -> Any:
-    # TensorFlow only reads here: its start says nothing, and the accelerator stays JAX's.
+    # TensorFlow only reads data: it starts without messages, and leaves the accelerator to JAX.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         importlib.import_module("tensorflow").config.set_visible_devices([], "GPU")
@@ -103,7 +103,7 @@ def _library(name: str) -> Any:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """numpy's bytes, numbers and arrays as Python's texts, numbers and lists."""
+    """Converts numpy bytes, numbers and arrays to Python texts, numbers and lists."""
     if isinstance(value, dict):
         return {key: _plain(item, where) for key, item in value.items()}
     if isinstance(value, bytes):

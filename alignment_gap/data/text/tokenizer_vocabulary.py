@@ -17,13 +17,13 @@ _CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
 class TokenizerVocabulary:
     """A `tokenizer.json`, through the `tokenizers` library.
 
-    The special tokens are those that `tokenizer_config.json` or `special_tokens_map.json` beside it names; a vocabulary
-    without a padding token pads with the end id, which is harmless here: masks come from lengths. Prompts begin with
-    the begin token, and end with the end token, where the tokenizer's own post-processing puts it there.
+    `tokenizer_config.json` or `special_tokens_map.json` beside it names the special tokens. A vocabulary without a
+    padding token pads with the end id; this is harmless, because masks come from lengths. Prompts begin with the begin
+    token, and end with the end token, if the tokenizer's own post-processing adds it.
     """
 
     def __init__(self, path: str | AnyPath):
-        """Raises UserError where `path` is missing or no tokenizer, or has no end token."""
+        """Raises UserError if `path` is missing, is not a tokenizer, or has no end token."""
         self.path = at(path)
         content = self._read()
         self._tokenizer = _parse(content, self.path)
@@ -34,7 +34,7 @@ class TokenizerVocabulary:
         self.unk_id = self._id(named.get("unk_token"))
         bos = self._id(named.get("bos_token"))
         self.bos_id = bos if bos in self._tokenizer.encode("", add_special_tokens=True).ids[:1] else None
-        # Of a text: the end id may be the begin id too.
+        # Tested with a text, because the end id may also be the begin id.
         self.ends_prompts = self._tokenizer.encode("a", add_special_tokens=True).ids[-1:] == [self.eos_id]
         self.size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.extra_ids = self._count_sentinels()
@@ -42,12 +42,12 @@ class TokenizerVocabulary:
         self.digest = hashlib.sha256(hashlib.sha256(content).digest() + settings.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without begin and end ids; the texts of special tokens become these tokens."""
+        """Token ids of `text`, without begin and end ids; the text of a special token becomes that token."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text of `ids` up to the first end id; special tokens are shown, ids beyond read `<no_token_i>`."""
+        """The text of `ids` up to the first end id; special tokens are shown, ids out of range as `<no_token_i>`."""
         kept = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
         parts: list[str] = []
         for is_token, run in itertools.groupby(kept, key=lambda i: 0 <= i < self.size):
@@ -64,7 +64,7 @@ class TokenizerVocabulary:
         index = self._id(named.get(name))
         if index is None:
             raise UserError(
-                f"{self.path} has no {name}: keep {' or '.join(_CONFIGS)} of the checkpoint beside it, which names it"
+                f"{self.path} has no {name}: put the checkpoint's {' or '.join(_CONFIGS)} beside it, which names it"
             )
         return index
 
@@ -91,14 +91,14 @@ def _parse(content: bytes, path: AnyPath) -> Any:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # The library raises Exception itself.
         raise UserError(f"{path} is not a tokenizer ({str(error)[:80]}): give a checkpoint's tokenizer.json") from None
-    # A file may carry the lengths of its training; texts are never cut or padded here.
+    # A file may contain maximum lengths from training; texts are never cut or padded here.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def _special_tokens(folder: AnyPath) -> dict[str, str]:
-    """{"eos_token": "</s>", ...}; the later file of `_CONFIGS` wins."""
+    """The special tokens, such as {"eos_token": "</s>"}; later files of `_CONFIGS` win."""
     named: dict[str, str] = {}
     for name in _CONFIGS:
         if not (folder / name).exists():

@@ -1,4 +1,4 @@
-"""A user's own pairs: TRL's preference forms read as they are, and any columns by a field mapping."""
+"""A user's own pairs: in TRL's preference forms, or in any columns by a field mapping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DESIRABLE = {"true": 1.0, "false": 0.0}
 
 
 def parse_fields(text: str | None) -> dict[str, str]:
-    """{role: column} of "prompt=question,chosen=good,rejected=bad", {} of None; raises UserError."""
+    """Parses "prompt=question,chosen=good,rejected=bad" to {role: column}, and None to {}; raises UserError."""
     names = _assignments(text, "fields", "prompt=question,chosen=good,rejected=bad")
     for role in names:
         if role not in ROLES:
@@ -29,7 +29,11 @@ def parse_fields(text: str | None) -> dict[str, str]:
 
 
 def parse_labels(text: str | None) -> dict[str, float | str]:
-    """{value: probability that the first is better, or "drop"} of "ours=1,reference=0,=drop"; raises UserError."""
+    """Parses "ours=1,reference=0,=drop" to {value: probability that the first is better, or "drop"}.
+
+    Raises:
+      UserError: the text cannot be parsed, or a number is not from 0 to 1.
+    """
     labels: dict[str, float | str] = {}
     for value, meaning in _assignments(text, "labels", "model=1,reference=0,both=0.5,=drop").items():
         try:
@@ -50,16 +54,16 @@ def roles_of(fields: Fields) -> tuple[str, ...]:
 def parse_pair(fields: Fields, template: Template, labels: Mapping[str, float | str]) -> TextPair:
     """The pair of a record with one of these sets of roles.
 
-    prompt, chosen, rejected: texts, or conversations; where only the responses are conversations they hold the prompt.
+    prompt, chosen, rejected: texts or conversations; if only the responses are conversations, they include the prompt.
     chosen, rejected: whole texts or conversations; the prompt is their longest common beginning.
-    preference, beside chosen and rejected: the probability that the chosen one is the better, else 1.
-    prompt, first, second, label: the label says how probable it is that the first is the better.
+    preference, in addition to chosen and rejected: the probability that the chosen response is better; 1 by default.
+    prompt, first, second, label: the label is the probability that the first response is better.
     prompt, completion, label: one response that is good (true, 1) or bad (false, 0).
 
     Raises:
-      Malformed: a field is missing or of another type, or the label is out of its range.
+      Malformed: a field is missing or has the wrong type, or the label is out of range.
       BadPair: there is no common prompt, or the template refuses a conversation.
-      Skip: the label is one that `labels` drops.
+      Skip: `labels` says to drop this label.
     """
     if "completion" in fields:
         score = _label(fields, {**_DESIRABLE, **labels})
@@ -77,12 +81,12 @@ def parse_pair(fields: Fields, template: Template, labels: Mapping[str, float | 
 
 
 def _names(fields: Fields, *roles: str) -> tuple[str, ...]:
-    """What the file calls the fields of the prompt, which may stand in the responses, and of the responses."""
+    """The file's names for the fields of the prompt and the responses; the prompt may be inside the responses."""
     return tuple(fields.name(role) for role in ("prompt" if "prompt" in fields else roles[0], *roles))
 
 
 def _texts(fields: Fields, roles: Sequence[str], template: Template) -> tuple[str, tuple[str, ...]]:
-    """Prompt and responses, rendered where they are conversations."""
+    """Prompt and responses as text; conversations are rendered."""
     chats = [_is_conversation(fields.value(role)) for role in roles]
     if any(chats) != all(chats):
         raise Malformed("holds a text and a conversation side by side", "write both responses in one form")
@@ -102,7 +106,7 @@ def _texts(fields: Fields, roles: Sequence[str], template: Template) -> tuple[st
 
 
 def _common_text(texts: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """Prompt and rest of texts that begin alike; a blank before the difference belongs to the responses, as in TRL."""
+    """Splits texts after their common beginning; a space before the difference goes to the responses, as in TRL."""
     if len(texts) == 1:
         raise Malformed("lacks the field 'prompt'", "")
     size = _shared(texts)
@@ -112,7 +116,7 @@ def _common_text(texts: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
 
 
 def _shared(sequences: Sequence[Sequence[Any]]) -> int:
-    """Length of the longest beginning that all have."""
+    """Length of the longest common beginning."""
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda column: all(item == column[0] for item in column), columns))
 
@@ -127,7 +131,7 @@ def _label(fields: Fields, meanings: Mapping[str, float | str], role: str = "lab
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
         return float(value)
     known = "".join(f" or {name!r}" for name in meanings)
-    raise _out_of_range(fields, f"use a number from 0 to 1{known}, or say by --labels what it means", role)
+    raise _out_of_range(fields, f"use a number from 0 to 1{known}, or give its meaning with --labels", role)
 
 
 def _out_of_range(fields: Fields, remedy: str, role: str = "label") -> Malformed:
@@ -142,5 +146,5 @@ def _assignments(text: str | None, setting: str, example: str) -> dict[str, str]
     pairs = [part.partition("=") for part in text.split(",")] if text is not None else []
     for name, equals, value in pairs:
         if not equals or not value:
-            raise UserError(f"{setting} is {text!r}, not understood at {name!r}: write it as {example}")
+            raise UserError(f"{setting} is {text!r}, which cannot be read at {name!r}: write it as {example}")
     return {name.strip(): value.strip() for name, _, value in pairs}

@@ -25,14 +25,14 @@ class EncodingError(UserError):
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """What the library needs of a tokenizer.
+    """The interface of a tokenizer.
 
     Sentinels (T5's extra ids) are the last `extra_ids` of the `size` ids, counted from the end.
     """
 
     @property
     def size(self) -> int:
-        """Number of ids, sentinels included."""
+        """Number of ids, including sentinels."""
 
     @property
     def pad_id(self) -> int:
@@ -44,15 +44,15 @@ class Vocabulary(Protocol):
 
     @property
     def bos_id(self) -> int | None:
-        """The id that begins every prompt, None where prompts begin with their text."""
+        """The id that begins every prompt; None if prompts begin with their text."""
 
     @property
     def unk_id(self) -> int | None:
-        """The id of what the vocabulary cannot express, None where it has none."""
+        """The id of unknown tokens; None if there is none."""
 
     @property
     def ends_prompts(self) -> bool:
-        """Whether the end id ends every prompt too, as T5, mT5 and ByT5 are used to."""
+        """Whether prompts end with the end id too, as T5, mT5 and ByT5 expect."""
 
     @property
     def extra_ids(self) -> int:
@@ -60,26 +60,26 @@ class Vocabulary(Protocol):
 
     @property
     def digest(self) -> str:
-        """SHA-256 in hexadecimal of everything that decides how text is encoded."""
+        """SHA-256, in hexadecimal, of everything that determines how text is encoded."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without an end id; raises EncodingError where `text` cannot be expressed."""
+        """Token ids of `text`, without an end id; raises EncodingError if `text` cannot be expressed."""
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text of `ids` up to the first end id; sentinels read `<extra_id_i>`, ids beyond `<no_token_i>`."""
+        """The text of `ids` up to the first end id; sentinels read `<extra_id_i>`, ids out of range `<no_token_i>`."""
 
 
 def extra_id(vocabulary: Vocabulary, index: int) -> int:
-    """Id of sentinel `index`, T5's `<extra_id_index>`; raises UserError where there are fewer."""
+    """Id of sentinel `index`, T5's `<extra_id_index>`; raises UserError if there are fewer."""
     if not 0 <= index < vocabulary.extra_ids:
         raise UserError(
-            f"sentinel {index} is not in a vocabulary with {vocabulary.extra_ids} of them: build it with more extra_ids"
+            f"sentinel {index} is not among the vocabulary's {vocabulary.extra_ids}: build it with more extra_ids"
         )
     return vocabulary.size - 1 - index
 
 
 class WordVocabulary:
-    """Whole words separated by blanks, over a closed list: pad 0, end 1, the words, then the sentinels.
+    """Whole words separated by spaces, from a closed list: pad 0, end 1, the words, then the sentinels.
 
     There is no unknown id: a word outside the list raises EncodingError.
     """
@@ -91,13 +91,13 @@ class WordVocabulary:
     ends_prompts = False
 
     def __init__(self, words: Sequence[str], extra_ids: int = 8):
-        """Raises UserError where a word is empty, holds a blank or comes twice."""
+        """Raises UserError if a word is empty, contains a space, or occurs twice."""
         self.words = tuple(words)
         self.extra_ids = extra_ids
         self.size = 2 + len(self.words) + extra_ids
         for word in self.words:
             if word.split() != [word]:
-                raise UserError(f"{word!r} is not a word: words of a vocabulary are not empty and hold no blanks")
+                raise UserError(f"{word!r} is not a word: words must not be empty, and must not contain spaces")
         self._id_of = {word: index for index, word in enumerate(self.words, start=2)}
         if len(self._id_of) != len(self.words):
             twice = next(word for index, word in enumerate(self.words) if word in self.words[:index])
@@ -109,7 +109,7 @@ class WordVocabulary:
         return hashlib.sha256(json.dumps(["words", self.words, self.extra_ids]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the words of `text`, without an end id; raises EncodingError naming an unknown word."""
+        """Ids of the words of `text`, without an end id; raises EncodingError that names an unknown word."""
         try:
             return [self._id_of[word] for word in text.split()]
         except KeyError as error:
@@ -119,7 +119,7 @@ class WordVocabulary:
             ) from None
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The words of `ids` up to the first end id, `<pad>` and `<extra_id_i>` for what is no word."""
+        """The words of `ids` up to the first end id; `<pad>` and `<extra_id_i>` for ids that are not words."""
         return " ".join(self._name(int(i)) for i in itertools.takewhile(lambda i: int(i) != self.eos_id, ids))
 
     def _name(self, index: int) -> str:
@@ -147,7 +147,7 @@ class ByteVocabulary:
         return [byte + 3 for byte in text.encode("utf-8")]
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text of `ids` up to the first end id; what is not UTF-8 reads as the replacement sign."""
+        """The text of `ids` up to the first end id; invalid UTF-8 becomes the replacement character."""
         kept = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
         parts: list[str] = []
         for is_byte, run in itertools.groupby(kept, key=lambda i: 3 <= i < 259):
@@ -162,14 +162,14 @@ class ByteVocabulary:
 class SentencePieceVocabulary:
     """A SentencePiece model with its own special ids, then `extra_ids` sentinels; T5 adds 100, Gemma none.
 
-    A begin id that the model has is what its prompts begin with, as Gemma's do. T5's and mT5's models have none; their
-    prompts end with the end id.
+    If the model has a begin id, as Gemma has, prompts begin with it. T5 and mT5 have none; their prompts end with the
+    end id.
     """
 
     def __init__(self, path: str | AnyPath, extra_ids: int | None = None):
-        """`extra_ids` is 100 without a begin id, as in T5, and 0 with one, where not given.
+        """By default, `extra_ids` is 100 for a model without a begin id, as in T5, and otherwise 0.
 
-        Raises UserError where `path` is missing, is no SentencePiece model, or has no pad or end id."""
+        Raises UserError if `path` is missing, is not a SentencePiece model, or has no pad or end id."""
         self.path = at(path)
         content = read_bytes(self.path)
         self._model = _parse_model(content, self.path)
@@ -184,7 +184,7 @@ class SentencePieceVocabulary:
         self.digest = hashlib.sha256(hashlib.sha256(content).digest() + str(self.extra_ids).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Piece ids of `text`, without an end id; raises EncodingError where nothing of it is known."""
+        """Piece ids of `text`, without an end id; raises EncodingError if the whole text is unknown."""
         ids: list[int] = self._model.encode(text)
         if self.unk_id in ids and not self.decode(i for i in ids if i != self.unk_id).strip():
             raise EncodingError(
@@ -205,12 +205,12 @@ class SentencePieceVocabulary:
 
     def _special(self, name: str, index: int) -> int:
         if index < 0:
-            raise UserError(f"{self.path} cannot encode: it has no {name} id; train it with {name}_id set, as T5's is")
+            raise UserError(f"{self.path} has no {name} id: train it with {name}_id set, as for T5")
         return index
 
 
 def read_bytes(path: AnyPath) -> bytes:
-    """The content of a vocabulary's file; raises UserError where it cannot be read."""
+    """The bytes of a vocabulary's file; raises UserError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -228,7 +228,7 @@ def _parse_model(content: bytes, path: AnyPath) -> sentencepiece.SentencePiecePr
 
 
 def _extra_name(size: int, extra_ids: int, index: int) -> str:
-    """What is written for an id that is no text; a model's output may have more rows than its vocabulary has ids."""
+    """The text for an id without text; a model may have more ids than its vocabulary."""
     if not size - extra_ids <= index < size:
         return f"<no_token_{index}>"
     return f"<extra_id_{size - 1 - index}>"

@@ -1,4 +1,4 @@
-"""A vocabulary by the name or the place of its file."""
+"""Loads a vocabulary by its name or the path of its file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def load_vocabulary(path: str | AnyPath, extra_ids: int | None = None) -> Vocabu
     """The vocabulary of a file, of a folder, or of a name.
 
     Args:
-      path: "bytes", ByT5's; "posts", the words of the built-in posts; a `*.model` of SentencePiece; a `tokenizer.json`;
-        a `*.txt` with a word on each line; or a folder, such as that of a checkpoint, with a `tokenizer.json` or a
-        SentencePiece model in it.
-      extra_ids: sentinels that are added to a SentencePiece model, None for its own convention; others have theirs.
+      path: "bytes" for ByT5's; "posts" for the words of the built-in posts; a SentencePiece `*.model`; a
+        `tokenizer.json`; a `*.txt` with a word on each line; or a folder, such as a checkpoint, with a `tokenizer.json`
+        or a SentencePiece model in it.
+      extra_ids: number of sentinels added to a SentencePiece model; None for its convention. Ignored for other kinds.
 
     Raises:
-      UserError: the file is missing, of another kind, or not what its name says.
+      UserError: the file is missing, is of an unknown kind, or its content does not match its name.
     """
     if str(path) == BYTES:
         return ByteVocabulary()
@@ -46,11 +46,11 @@ def load_vocabulary(path: str | AnyPath, extra_ids: int | None = None) -> Vocabu
             return WordVocabulary(read_bytes(path).decode("utf-8").split())
         except UnicodeDecodeError:
             raise UserError(f"{path} is not UTF-8 text: save the word list as UTF-8") from None
-    raise UserError(f"{path} is no vocabulary that is known here: give {KINDS}")
+    raise UserError(f"{path} is not a known kind of vocabulary: give {KINDS}")
 
 
 def tokenizer_digest(folder: AnyPath) -> str | None:
-    """The digest of the vocabulary in a folder of tokenizer files; None where there is none that can be used."""
+    """The digest of the vocabulary in a folder of tokenizer files; None if it has no usable vocabulary."""
     try:
         return load_vocabulary(folder).digest
     except UserError:

@@ -1,4 +1,4 @@
-"""Trains a SentencePiece vocabulary with T5's special ids on texts of the user's own."""
+"""Trains a SentencePiece vocabulary with T5's special ids on the user's own texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignment_gap.data.text.vocabulary import SentencePieceVocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at, write_bytes
 
-# SentencePiece leaves out longer lines silently; it splits at blank space anyway.
+# SentencePiece silently drops longer lines, so they are split; it splits at spaces anyway.
 _LONGEST = 4096
 _MODELS = ("unigram", "bpe")
 
@@ -29,25 +29,25 @@ def train_vocabulary(
 ) -> SentencePieceVocabulary:
     """Trains a vocabulary and writes it to `output`; equal texts give equal bytes.
 
-    Special ids are T5's: pad 0, end 1, unknown 2, and no begin id. A character that is in no text is written as its
-    bytes, so that every text can be expressed.
+    Special ids are T5's: pad 0, end 1, unknown 2, and no begin id. A character that is not in the texts is encoded as
+    bytes, so every text can be encoded.
 
     Args:
-      texts: what it is to express.
-      output: the file, `*.model`.
-      size: number of pieces, special ones and the 256 bytes included.
+      texts: the training texts.
+      output: the file to write, `*.model`.
+      size: number of pieces, including special pieces and the 256 bytes.
       model: "unigram" or "bpe".
-      sentences: lines of the texts to train on, the first so many.
+      sentences: maximum number of lines to train on, the first of the texts.
 
     Raises:
-      UserError: `output` has another ending, the texts are too few for `size`, or the file cannot be written.
+      UserError: `output` does not end in .model, there are too few texts for `size`, or the file cannot be written.
     """
     output = at(output)
     if output.suffix != ".model":
-        raise UserError(f"{output} is no name of a SentencePiece model: let it end in .model")
+        raise UserError(f"{output} is not a name for a SentencePiece model: let it end in .model")
     if model not in _MODELS:
         raise UserError(f"model is {model!r}: {nearest(model, _MODELS)}")
-    # All at once: SentencePiece keeps them too, and hides what a source raises while it draws from it.
+    # A list, because SentencePiece keeps all lines anyway, and would hide errors of an iterator.
     lines = list(itertools.islice(_lines(texts), sentences))
     if not lines:
         raise UserError("there is no text to train a vocabulary on: give a source with pairs")
@@ -63,7 +63,7 @@ def train_vocabulary(
             unk_id=2,
             bos_id=-1,
             byte_fallback=True,
-            # What a chat or a post is made of: line ends stay, and nothing is normalised away.
+            # For chats and posts: newlines are kept, and texts are not normalised.
             user_defined_symbols=["\n"],
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
@@ -81,7 +81,7 @@ def train_vocabulary(
 
 
 def source_texts(config: TextSourceConfig) -> Iterator[str]:
-    """Prompts and responses of a source, a prompt once for each of its pairs; raises UserError."""
+    """Prompts and responses of a source; a prompt comes once for each of its pairs. Raises UserError."""
     for pair in open_source(config).read():
         if not isinstance(pair, Dropped):
             yield pair.prompt
@@ -89,7 +89,7 @@ def source_texts(config: TextSourceConfig) -> Iterator[str]:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Parts of the texts that SentencePiece takes as a sentence each, with their line ends."""
+    """Parts of the texts, with their newlines; SentencePiece takes each part as a sentence."""
     for text in texts:
         for start in range(0, len(text), _LONGEST):
             yield text[start : start + _LONGEST]

@@ -60,7 +60,7 @@ def test_the_smallest_bucket_that_fits(lengths):
         ([(4, 4), (5, 3)], r"^bucket \(5, 3\) does not hold bucket \(4, 4\): give shapes \(P, R\) that grow in both$"),
         ([(4, 4), (4, 4)], r"bucket \(4, 4\) does not hold bucket \(4, 4\)"),
         ([(4, 4), (6, 6), (5, 7)], r"bucket \(5, 7\) does not hold bucket \(6, 6\)"),
-        ([(3, 0), (5, 3)], r"buckets is \(\(3, 0\), \(5, 3\)\): give at least one shape \(P, R\), of 1 or more each"),
+        ([(3, 0), (5, 3)], r"buckets is \(\(3, 0\), \(5, 3\)\): give at least one shape \(P, R\), with P and R of 1"),
         ([], r"buckets is \(\): give at least one shape"),
     ],
 )

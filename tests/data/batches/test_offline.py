@@ -219,7 +219,7 @@ def test_a_mixture_without_weights_has_every_example_once_an_epoch(mixture):
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"seed": -1}, "seed is -1: it must be from 0 to 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296"),
-        ({"window": 4}, "window is 200 with the order 'shuffle': give one for the order 'window' only"),
+        ({"window": 4}, "window is 200 with the order 'shuffle': set it for the order 'window', and only"),
         ({"order": "window"}, "window is None with the order 'window'"),
         ({"order": "window", "window": 0}, "window is 0: it must be at least 1"),
         ({"prompt_length": 8}, "over prompt_length=8"),
@@ -228,10 +228,10 @@ def test_a_mixture_without_weights_has_every_example_once_an_epoch(mixture):
         ({"buckets": [(4, 4), (5, 3)]}, r"bucket \(5, 3\) does not hold bucket \(4, 4\)"),
         ({"buckets": [(10, 4)]}, r"bucket \(9, 5\) does not hold bucket \(10, 4\)"),
         ({"buckets": [(0, 4)]}, r"buckets is \(\(0, 4\), \(9, 5\)\): give at least one shape"),
-        ({"weights": (1.0, 2.0)}, r"weights is \(1.0, 2.0\), 2 for 1 datasets: give one for each"),
-        ({"weights": ()}, r"weights is \(\), 0 for 1 datasets"),
+        ({"weights": (1.0, 2.0)}, r"weights is \(1.0, 2.0\), but there are 1 datasets: give one"),
+        ({"weights": ()}, r"weights is \(\), but there are 1 datasets"),
         ({"weights": (0.0,)}, r"weights is \(0.0,\): each must be above 0"),
-        ({"weights": (1.0,), "order": "recorded"}, r"weights is \(1.0,\) with the order 'recorded': leave them out"),
+        ({"weights": (1.0,), "order": "recorded"}, r"weights is \(1.0,\) with the order 'recorded': leave weights out"),
     ],
 )
 def test_settings_out_of_range_are_named(dataset, change, message):
@@ -248,7 +248,7 @@ def test_no_example_or_step_is_refused(dataset):
 
 
 def test_a_weight_that_gives_nothing_is_refused(mixture):
-    with pytest.raises(UserError, match="weight 1 of dataset 1 gives it none of the 77 places"):
+    with pytest.raises(UserError, match="weight 1 gives dataset 1 none of the 77 examples"):
         offline_source(mixture, batch_size=4, seed=0, weights=(1000, 1, 1000), **LENGTHS)
 
 
@@ -263,5 +263,5 @@ def test_datasets_that_do_not_go_together_are_named(dataset, tmp_path, make_exam
         with pytest.raises(UserError, match=message):
             Examples([dataset, open_dataset(tmp_path / name)])
     write_dataset(tmp_path / "rewards", make_examples(3), vocabulary_digest="", provenance={}, scores="rewards")
-    with pytest.raises(UserError, match=r"rewards has scores that are rewards, .* probabilities: mix datasets that"):
+    with pytest.raises(UserError, match=r"rewards has scores that are rewards, .* probabilities: use datasets that"):
         Examples([dataset, open_dataset(tmp_path / "rewards")])

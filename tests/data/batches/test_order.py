@@ -26,12 +26,12 @@ def test_the_shares_of_the_places_by_hand():
 @pytest.mark.parametrize(
     "weights, message",
     [
-        ((), r"weights is \(\), 0 for 2 datasets: give one for each"),
-        ((1.0,), r"weights is \(1.0,\), 1 for 2 datasets: give one for each"),
-        ((1.0, -1.0), r"weights is \(1.0, -1.0\): each must be above 0 and finite, or leave its dataset out"),
+        ((), r"weights is \(\), but there are 2 datasets: give one weight for each"),
+        ((1.0,), r"weights is \(1.0,\), but there are 2 datasets: give one weight for each"),
+        ((1.0, -1.0), r"weights is \(1.0, -1.0\): each must be above 0 and finite; or leave its dataset out"),
         ((1.0, float("nan")), "each must be above 0 and finite"),
         ((1.0, float("inf")), "each must be above 0 and finite"),
-        ((1000.0, 1.0), "weight 1.0 of dataset 1 gives it none of the 8 places of an epoch: raise it"),
+        ((1000.0, 1.0), "weight 1.0 gives dataset 1 none of the 8 examples of an epoch: raise it"),
     ],
 )
 def test_weights_that_give_no_mixture_are_named(weights, message):
@@ -45,8 +45,8 @@ def test_weights_that_give_no_mixture_are_named(weights, message):
         ({"kind": "windows"}, r"kind is 'windows': did you mean window\?"),
         ({"seed": -1}, "seed is -1: it must be from 0 to 4294967295"),
         ({"kind": "window", "window": 0}, "window is 0: it must be at least 1"),
-        ({"kind": "window"}, "window is None with the order 'window': give one for the order 'window' only"),
-        ({"window": 3}, "window is 3 with the order 'shuffle': give one for the order 'window' only"),
+        ({"kind": "window"}, "window is None with the order 'window': set it for the order 'window', and only"),
+        ({"window": 3}, "window is 3 with the order 'shuffle': set it for the order 'window', and only"),
     ],
 )
 def test_an_order_checks_itself(change, message):

@@ -202,7 +202,7 @@ def test_padding_is_that_of_the_batches(dataset):
     ("changes", "message"),
     [
         ({"row_multiple": 3}, "row_multiple is 3: it must be a divisor of batch_size=8"),
-        ({"packing": -1}, "packing is -1: it must be at least 1, the longest prompts of a row, or None for none"),
+        ({"packing": -1}, "packing is -1: it must be at least 1, or None for one prompt per row"),
         ({"buckets": [(4, 3)]}, r"packing is 1 with buckets=\(\(4, 3\),\): choose one of them"),
         ({"prompt_length": 3}, "example [0-9]+ has a prompt of [4-9] tokens, over prompt_length=3"),
     ],

@@ -202,14 +202,17 @@ def test_an_unfinished_or_unknown_dataset_is_refused(tmp_path, make_examples, un
     write_dataset(tmp_path, make_examples(2), **ABOUT)
     card = json.loads((tmp_path / "card.json").read_text())
     for content, message in [
-        (json.dumps(card | {"format_version": 99}), "of format 99, this version reads 2"),
+        (json.dumps(card | {"format_version": 99}), "it has format 99, but this version reads 2"),
         ("{", "is not a dataset's card"),
         ("[]", "is not a dataset's card"),
         (json.dumps({"format_version": 2}), "is not a dataset's card"),
-        (json.dumps(card | {"provenance": None}), "is not a dataset's card .*its provenance and lengths are tables"),
+        (
+            json.dumps(card | {"provenance": None}),
+            "is not a dataset's card .*provenance and lengths must be tables",
+        ),
         (
             json.dumps(card | {"count": 1}),
-            "is not a dataset's card .*its counts and lengths are not those of its files",
+            "is not a dataset's card .*its counts and lengths do not match its files",
         ),
         (json.dumps(card | {"max_prompt_length": 1}), "is not a dataset's card .*counts and lengths"),
         (json.dumps(card | {"files": []}), "is not a dataset's card"),
@@ -277,7 +280,7 @@ def test_a_file_that_was_exchanged_for_a_whole_one_is_found(tmp_path, make_examp
     new = open_dataset(tmp_path)
     assert new.card.digest != old.card.digest
     (tmp_path / "card.json").write_bytes(card)
-    with pytest.raises(UserError, match=r"pairs.array_record was changed since its card was written"):
+    with pytest.raises(UserError, match=r"pairs.array_record was changed after its card was written"):
         verify_dataset(old)
 
 

@@ -27,14 +27,14 @@ def test_records_are_plain_msgpack(tmp_path, make_examples):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"responses": (np.ones(1, np.int32),)}, "has 1 responses where the first has 2"),
+        ({"responses": (np.ones(1, np.int32),)}, "has 1 responses, but the first has 2"),
         ({"scores": np.ones(3, np.float32)}, r"scores of shape \(3,\) for 2 responses"),
         ({"prompt": np.ones(0, np.int32)}, "empty prompt or response"),
         ({"responses": (np.ones(0, np.int32), np.ones(2, np.int32))}, "empty prompt or response"),
-        ({"reference_log_probs": (np.ones(1, np.float32),) * 2}, "having reference_log_probs: give them for all or"),
+        ({"reference_log_probs": (np.ones(1, np.float32),) * 2}, "it has reference_log_probs: give them for all or"),
         (
             {"sampler_log_probs": (np.ones(1, np.float32),) * 2},
-            "having sampler_log_probs: give them for all or for none",
+            "it has sampler_log_probs: give them for all or for none",
         ),
     ],
 )
@@ -77,7 +77,7 @@ def test_decoding_is_the_inverse_of_encoding(make_examples, plain, with_referenc
 def test_log_probs_of_other_lengths_are_refused(make_examples, field):
     (example,) = make_examples(1, with_reference=True, with_sampler=True)
     wrong = dataclasses.replace(example, **{field: (np.ones(9, np.float32),) * 2})
-    with pytest.raises(UserError, match=rf"\(prompt id 1000\) has {field} of other lengths .* one for each token"):
+    with pytest.raises(UserError, match=rf"\(prompt id 1000\) has {field} whose lengths are not those .* one for each"):
         check_form(wrong, wrong, "it")
 
 
@@ -86,5 +86,5 @@ def test_log_probs_of_some_examples_alone_are_refused(make_examples, field):
     first, second = make_examples(2, with_reference=True, with_sampler=True)
     without = dataclasses.replace(second, **{field: None})
     for one, other in ((first, without), (without, first)):
-        with pytest.raises(UserError, match=f"differs from the first in having {field}"):
+        with pytest.raises(UserError, match=f"differs from the first in whether it has {field}"):
             check_form(other, one, "it")

@@ -144,9 +144,9 @@ def cut_card(folder):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (change_values, "log_probs.npy was changed since it was stored: remove .*, to compute it again"),
-        (remove_values, "log_probs.npy was changed since it was stored: remove"),
-        (change_card, "has the log-probs of another checkpoint than its name says: remove it"),
+        (change_values, "log_probs.npy was changed after it was stored: remove .* to compute it again"),
+        (remove_values, "log_probs.npy was changed after it was stored: remove"),
+        (change_card, "has log-probs whose checkpoint does not match its name: remove it"),
         (cut_card, "reference.json cannot be read"),
     ],
 )

@@ -269,7 +269,7 @@ def test_prompts_end_as_the_vocabularys_models_are_used_to_or_as_is_asked(config
     assert ends_prompts(copy_of(found["usual"], tmp_path / "copy")) and not ends_prompts(
         copy_of(found["plain"], tmp_path / "plain_copy")
     )
-    with pytest.raises(UserError, match=r"plain/train has end_prompts False, .*usual/train True: mix datasets that"):
+    with pytest.raises(UserError, match=r"plain/train has end_prompts False, .*usual/train has True: use datasets"):
         Examples([found["usual"], found["plain"]])
 
 
@@ -354,7 +354,7 @@ def test_what_may_change_in_a_folder_is_what_refused_nothing(tmp_path):
     (tmp_path / "train").mkdir()
     assert may_change(tmp_path, settings) == [] and list(tmp_path.iterdir()) == []
     (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match="holds train or validation of something else: give another folder"):
+    with pytest.raises(UserError, match="already holds train or validation: give another folder"):
         may_change(tmp_path, settings)
 
 

@@ -135,7 +135,7 @@ def test_tfds_is_a_source_like_any_other(tfds_folder, monkeypatch):
             "tfds:alignment_pairs/helpfulness",
             "is not prepared here: call its builder's download_and_prepare, or set TFDS_DATA_DIR",
         ),
-        ("tfds:no_such_dataset", "tfds:no_such_dataset is no dataset that TFDS knows"),
+        ("tfds:no_such_dataset", "tfds:no_such_dataset is not known to TFDS"),
     ],
 )
 def test_what_tfds_does_not_have_is_one_line(tfds_folder, monkeypatch, location, message):

@@ -80,12 +80,12 @@ def test_a_folder_brings_its_template_and_the_texts_of_its_special_tokens(tmp_pa
 
 
 def test_a_template_that_is_missing_or_no_jinja_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"brings no chat template: give a jinja file, or \"plain\""):
+    with pytest.raises(UserError, match=r"has no chat template: give a jinja file, or \"plain\""):
         load_template(str(tmp_path))
     with pytest.raises(UserError, match=r"cannot read the template .*none\.jinja"):
         load_template(str(tmp_path / "none.jinja"))
     (tmp_path / "bad.jinja").write_text("{% for %}")
-    with pytest.raises(UserError, match=r"the chat template is not jinja \(line 1: .*\): mend it"):
+    with pytest.raises(UserError, match=r"the chat template is not jinja \(line 1: .*\): fix it"):
         load_template(str(tmp_path / "bad.jinja"))
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not JSON"):

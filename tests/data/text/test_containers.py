@@ -149,9 +149,7 @@ def test_text_in_arrow_that_is_not_utf8_is_named_with_record_and_field(tmp_path)
 def test_a_file_that_is_one_json_list_says_what_makes_lines_of_it(tmp_path):
     for content in (json.dumps(ROWS), json.dumps(ROWS, indent=1)):
         (tmp_path / "a.json").write_text(content)
-        with pytest.raises(
-            UserError, match=r"a\.json:1: .*: write one JSON object on each line, as jq -c '\.\[\]' does"
-        ):
+        with pytest.raises(UserError, match=r"a\.json:1: .*: write one JSON object on each line; jq -c '\.\[\]' does"):
             open_source(TextSourceConfig(str(tmp_path / "a.json")))
 
 
@@ -175,7 +173,7 @@ def test_a_damaged_hugging_face_dataset_is_one_line(write, tmp_path):
     [
         ("none.jsonl", r"cannot read none\.jsonl \(No such file or directory\): give the path"),
         ("none.parquet", r"none\.parquet"),
-        ("a.csv", r"a\.csv is of no kind that is read here: give a \.jsonl"),
+        ("a.csv", r"a\.csv is of an unknown kind: give a \.jsonl"),
         (None, "there is no source: give the path of a file or folder, or posts for the built-in task"),
         ("", "source '' has nothing before or after a comma"),
         ("a.jsonl,", "source 'a.jsonl,' has nothing before or after a comma"),

@@ -80,7 +80,7 @@ def test_gzip_blank_lines_and_a_byte_order_mark_are_read(tmp_path):
         (b"{oops", r"not JSON .*: write one JSON object on each line"),
         (b"[" * 100_000, "not JSON"),
         (b'{"chosen": "caf\xe9"}', "not UTF-8 at byte 15 of the line: save the file as UTF-8"),
-        (b"[1, 2]", "a JSON list, not an object"),
+        (b"[1, 2]", "this is a JSON list, not an object"),
         ({"chosen": "x"}, "lacks the field 'rejected': write"),
         (GOOD | {"chosen": None}, "the field 'chosen' is null, not a text"),
         (GOOD | {"rejected": 3}, "the field 'rejected' is int, not a text"),
@@ -157,7 +157,7 @@ def test_an_unusable_file_is_named(tmp_path, name, content, message):
 def test_a_missing_file_or_a_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*none\.jsonl \(No such file.*give the path"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="holds no data files: give a"):
+    with pytest.raises(UserError, match="has no data files: give a"):
         read(tmp_path)
 
 

@@ -198,5 +198,5 @@ def test_settings_out_of_range_are_named(change, message):
 
 
 def test_a_gap_that_no_pair_has_is_refused():
-    with pytest.raises(UserError, match=r"minimum_gap is 1\.0: none of 1000 pairs of post 0 have it; lower it"):
+    with pytest.raises(UserError, match=r"minimum_gap is 1\.0, but none of 1000 pairs of post 0 has it: lower it"):
         posts.pair(0, 0, PostsSettings(minimum_gap=1.0))

@@ -142,7 +142,9 @@ def test_settings_out_of_range_are_named(change, message):
 
 def test_settings_of_the_posts_go_with_no_other_location():
     for location in (None, "own.jsonl", "posts,own.jsonl"):
-        with pytest.raises(UserError, match=r"posts is set with the location .*: it goes with the location 'posts'"):
+        with pytest.raises(
+            UserError, match=r"posts is set with the location .*: set it only with the location 'posts'"
+        ):
             TextSourceConfig(location, posts=SMALL)
 
 

@@ -62,7 +62,7 @@ def test_ties_are_dropped_or_kept(write, tmp_path):
 def test_a_named_field_that_is_not_there_is_refused_before_anything_is_read(write, tmp_path):
     location = write(tmp_path, "jsonl", ROWS)
     with pytest.raises(
-        UserError, match=r"a\.jsonl:1: lacks the field 'question', which --fields names: it has 'prompt'"
+        UserError, match=r"a\.jsonl:1: --fields names the field 'question', but the record has only 'prompt'"
     ):
         open_source(TextSourceConfig(location, fields="prompt=question"))
 

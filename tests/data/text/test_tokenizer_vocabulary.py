@@ -94,7 +94,7 @@ def test_the_digest_follows_tokens_and_special_ids(folder):
 
 def test_what_is_no_tokenizer_is_one_line(folder):
     make_tokenizer(folder, eos_token=None)
-    with pytest.raises(UserError, match=r"tokenizer\.json has no eos_token: keep special_tokens_map\.json or"):
+    with pytest.raises(UserError, match=r"has no eos_token: put the checkpoint's special_tokens_map\.json or"):
         load_vocabulary(folder)
     make_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text("{")

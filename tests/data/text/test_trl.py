@@ -65,13 +65,11 @@ def test_fields_rename_columns_and_name_the_users_own_in_errors(write, tmp_path)
     fields = "prompt=question,chosen=good,rejected=bad"
     source = open_source(TextSourceConfig(location, fields=fields))
     assert parts(next(source.read())) == ("q?", ("yes", "no"), (1.0, 0.0))
-    with pytest.raises(UserError, match=r"a\.jsonl:2: the field 'good' is null, not a text: write .*by --fields how"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: the field 'good' is null, not a text: write .*with --fields"):
         list(source.read())
-    with pytest.raises(
-        UserError, match=r"a\.jsonl:1: lacks the field 'worse', .*: it has 'question', 'good', 'bad', 'p"
-    ):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .* the field 'worse', .* has only 'question', 'good', 'bad', 'p"):
         read(location, fields="prompt=question,chosen=good,rejected=worse")
-    with pytest.raises(UserError, match=r"a\.jsonl:1: lacks the field 'ask', which --fields names"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: --fields names the field 'ask', but the record has only"):
         read(location, fields="prompt=ask,chosen=good,rejected=bad")
 
 
