@@ -1,4 +1,4 @@
-"""Judges: who says which response is better. One contract, a module for each kind."""
+"""Judges decide which response is better. They share one contract; each kind is a module."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from alignment_gap.judges.contract import LABELS, PROBABILITIES, REWARDS, Judge,
 from alignment_gap.sharding import LogicalMesh
 from alignment_gap.training import Bases
 
-# The first that accepts a judge's name opens it.
+# The first kind that accepts a judge's name opens it.
 _KINDS = (rubric, function, language_model, preference_model)
 
 
 def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh, bases: Bases = MappingProxyType({})) -> Judge:
-    """The judge of a config, for responses to the prompts of a dataset; raises UserError where it cannot be asked.
+    """Opens the judge of a config, for responses to the prompts of a dataset; raises UserError if it is not usable.
 
-    A preference model of adapters takes its base from `bases`, where it is there already.
+    A preference model of adapters takes its base from `bases` if the base is in memory already.
     """
     name = config.judge
     if name is None:
@@ -32,17 +32,17 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh, bases: 
 
 
 def is_model(name: str) -> bool:
-    """Whether a judge is a network on the devices, and not asked on the host."""
+    """Whether a judge is a network on the devices; other judges run on the host."""
     return _kind(name) is preference_model
 
 
 def by_itself(name: str) -> JudgeConfig:
-    """The judge of a name with what it gives by itself: rewards where it has them, else hard preferences."""
+    """The judge of a name with its own labels: rewards if it has them, else hard preferences."""
     return JudgeConfig(name, labels=_kind(name).own_labels(name))
 
 
 def check_judge(name: str) -> None:
-    """Raises UserError where there is no judge of this name, as far as can be told without asking it."""
+    """Raises UserError if there is no judge of this name; asks the judge nothing."""
     _kind(name).check(name)
 
 

@@ -1,4 +1,4 @@
-"""One contract for all judges: scores of K responses to each prompt. A win rate is a judge asked about two."""
+"""The contract of all judges: scores of K responses to each prompt. A win rate asks a judge about two responses."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PROBABILITIES, REWARDS = "probabilities", "rewards"
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig:
-    """Who says which response is better.
+    """The judge that decides which response is better.
 
     Attributes:
       judge: the folder of a preference model's run, "rubric" (true quality in the built-in task), "module:function", or
         a language model: URL#MODEL, or a .json file with its settings.
-      step: which checkpoint of the run; None for the last.
+      step: step of the run's checkpoint; None for the last.
       labels: "hard" (a pair has a winner, or a tie), "soft" (probabilities) or "rewards" (a number for each response).
     """
 
@@ -34,23 +34,23 @@ class JudgeConfig:
     labels: str = "hard"
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is unknown or out of its range."""
+        """Raises UserError if a setting is unknown or out of its range."""
         checks.at_least(self, 0, "step")
         checks.one_of(self, LABELS, "labels")
 
 
 class Judge(NamedTuple):
-    """A judge that can be asked.
+    """A judge that is ready to score responses.
 
     Attributes:
       scores: (prompts [B, P], prompt_lengths [B], responses [B, K, R], response_lengths [B, K]) -> float32 [B, K]. The
-        arrays are on the devices, laid out as batches are.
+        arrays are on the devices, sharded like batches.
       kind: what the scores are: "probabilities", each the mean preference for a response over the others; or "rewards".
-      facts: what the judge is, as JSON values: for the card of what it labels.
-      begin: as `scores`, for a judge that other machines compute: begins to ask, and returns what waits for the scores.
-        The scores of a prompt are nan where it gave no answer. None for a judge that always answers at once.
-      counts: what was asked and what it took since the last call, over all processes, by the names of metrics. Every
-        process calls it.
+      facts: the judge's name and digest, as JSON values, for the card of a dataset that it labels.
+      begin: as `scores`, for a judge on other machines: sends the questions, and returns a function that waits for the
+        scores. The scores of a prompt are nan if the judge gave no answer. None for a judge that answers at once.
+      counts: the questions, answers and costs since the last call, over all processes, by the names of metrics. Every
+        process must call it.
     """
 
     scores: Scores
@@ -62,19 +62,19 @@ class Judge(NamedTuple):
 
 @jax.jit
 def shares_of_wins(rewards: Float[Array, "B K"]) -> Float[Array, "B K"]:
-    """The share of the other responses that each response beats; an equal one counts half.
+    """The share of the other responses that each response beats; a response with an equal reward counts half.
 
     Raises:
-      UserError: there is one response a prompt, so there is no other to compare it with.
+      UserError: there is one response per prompt, so there is nothing to compare.
     """
     return over_the_others((jnp.sign(rewards[:, :, None] - rewards[:, None, :]) + 1) / 2)
 
 
 def over_the_others(preferences: Any) -> Any:
-    """The mean preference [B, K] for each response over the others, from preferences [B, K, K], with 0.5 for itself.
+    """The mean preference [B, K] for each response over the others, from preferences [B, K, K] with a diagonal of 0.5.
 
     Raises:
-      UserError: there is one response a prompt, so there is no other to compare it with.
+      UserError: there is one response per prompt, so there is nothing to compare.
     """
     samples = preferences.shape[1]
     if samples < 2:

@@ -1,8 +1,8 @@
-"""An OpenAI-compatible endpoint: one POST for each question, with retries, a rate limit, and a key that is never told.
+"""An OpenAI-compatible endpoint: one POST for each question, with retries, a rate limit, and a key that stays secret.
 
-A failure that may pass (no connection, no answer in time, a status such as 429 or 503, a body that is no completion) is
-tried again, each time after a longer wait, or after the `Retry-After` of the endpoint. While one request waits for
-that, the others of this process wait too.
+After a failure that may pass, the client tries again: no connection, no answer in time, a status such as 429 or 503, or
+a body that is not a completion. Each wait is longer than the last, or as long as the endpoint's `Retry-After` says.
+During a wait, no other request of this process starts.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _LONGEST_LINE = 200
 
 @dataclasses.dataclass(frozen=True)
 class EndpointConfig:
-    """Where a language model is asked, and how.
+    """The endpoint of a language model, and how to ask it.
 
     Attributes:
-      url: of the endpoint, such as http://localhost:8000/v1; requests go to URL/chat/completions.
-      model: its name there.
+      url: URL of the endpoint, such as http://localhost:8000/v1; requests go to URL/chat/completions.
+      model: name of the model at the endpoint.
       request: further fields of every request, such as {"temperature": 0, "max_tokens": 512}.
       key_variable: the environment variable that holds the key; None for no key.
       timeout: seconds for one request.
@@ -63,7 +63,7 @@ class EndpointConfig:
     requests_per_minute: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is missing or out of its range; a URL that holds a secret is not told."""
+        """Raises UserError if a setting is missing or out of its range; never shows a URL that may hold a secret."""
         try:
             parts = urlsplit(self.url)
         except ValueError:
@@ -84,13 +84,13 @@ class EndpointConfig:
 
 
 class Reply(NamedTuple):
-    """What an endpoint says to a question.
+    """The endpoint's reply to a question.
 
     Attributes:
-      text: the answer; None where the endpoint refuses this question.
-      refusal: why it does.
-      prompt_tokens, completion_tokens: as the endpoint counts them; 0 where it does not.
-      seconds: that the request took.
+      text: the answer; None if the endpoint refuses this question.
+      refusal: the reason of a refusal; None for an answer.
+      prompt_tokens, completion_tokens: as the endpoint counts them; 0 if it does not.
+      seconds: duration of the request.
       failures: requests that failed before it.
     """
 
@@ -103,7 +103,7 @@ class Reply(NamedTuple):
 
 
 class _Passing(Exception):
-    """A failure that may pass; the endpoint may say after how many seconds."""
+    """A failure that may pass; `pause` is the wait in seconds that the endpoint asks for, or None."""
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -111,7 +111,7 @@ class _Passing(Exception):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect, which could take the key to another host."""
+    """Follows no redirect, because a redirect could send the key to another host."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -121,7 +121,7 @@ class Endpoint:
     """Asks the questions of one process, from any of its threads."""
 
     def __init__(self, config: EndpointConfig) -> None:
-        """Reads the key; raises UserError where no header can hold it."""
+        """Reads the key; raises UserError if a header cannot hold it."""
         self._config, self._key = config, _key_of(config.key_variable)
         self._address = f"{config.url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
         self._open = urllib.request.build_opener(_NoRedirects).open
@@ -129,11 +129,11 @@ class Endpoint:
         self._turn, self._lock = 0.0, threading.Lock()
 
     def ask(self, messages: Messages) -> Reply:
-        """The answer to a question, or why the endpoint refuses to answer this one.
+        """The answer to a question, or the reason why the endpoint refuses it.
 
         Raises:
           UserError: the endpoint refuses the key, or does not know the model.
-          StorageError: it failed as often as `retries` allows, or asks for too long a pause.
+          StorageError: it failed more often than `retries` allows, or it asks for too long a pause.
         """
         failures = 0
         while True:
@@ -163,12 +163,12 @@ class Endpoint:
         time.sleep(turn - now)
 
     def _pause(self, seconds: float) -> None:
-        """No request of this process begins for so long."""
+        """Delays all requests of this process by so many seconds."""
         with self._lock:
             self._turn = max(self._turn, time.monotonic() + seconds)
 
     def _send(self, messages: Messages) -> tuple[int, str | None, str]:
-        """Status, Retry-After and body, which does not hold the key even where the endpoint repeats it."""
+        """Status, Retry-After and body; removes the key from the body if the endpoint repeats it."""
         config = self._config
         body = {**config.request, "model": config.model, "messages": list(messages)}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
@@ -207,7 +207,7 @@ class Endpoint:
 
 
 def _key_of(variable: str | None) -> str:
-    """The key, or nothing where there is none; raises UserError where no header can hold it, and does not tell it."""
+    """The key, or "" if there is none; raises UserError, without the key, if a header cannot hold it."""
     key = os.environ.get(variable, "").strip() if variable else ""
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise UserError(f"{variable} holds spaces or characters that no key has: set it to the key alone")
@@ -215,7 +215,7 @@ def _key_of(variable: str | None) -> str:
 
 
 def _parts(response: Any, deadline: float) -> Iterator[bytes]:
-    """The body as it comes; raises TimeoutError where it comes too slowly: a socket's timeout is for each part."""
+    """Yields the body's parts; raises TimeoutError after the deadline, because a socket's timeout is for each part."""
     while part := response.read1(2**16):
         yield part
         if time.monotonic() > deadline:
@@ -233,7 +233,7 @@ def _completion(body: str) -> Reply:
 
 
 def _message(body: str) -> str:
-    """What the endpoint says of an error, as the end of a line."""
+    """The endpoint's description of an error, as the end of a line."""
     try:
         error = json.loads(body)["error"]
         text = error["message"] if isinstance(error, dict) else str(error)
@@ -244,7 +244,7 @@ def _message(body: str) -> str:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """The seconds of a Retry-After, which may be a date; None where there is none."""
+    """The seconds of a Retry-After, which may be a date; None if there is none."""
     if retry_after is None:
         return None
     try:

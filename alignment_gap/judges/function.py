@@ -6,7 +6,7 @@
     def brevity(prompt_ids, response_ids):        # lists of token ids
         return [[-len(response) for response in each] for each in response_ids]
 
-It is called with N prompts and K responses to each, and gives N rows of K rewards, the higher the better.
+The callable gets N prompts and K responses to each. It returns N rows of K rewards; a higher reward is better.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ def accepts(name: str) -> bool:
 
 
 def own_labels(name: str) -> str:
-    """What the judge of this name gives by itself."""
+    """The labels that this judge gives by itself: rewards."""
     return REWARDS
 
 
 def check(name: str) -> None:
-    """Raises UserError where there is no such callable."""
+    """Raises UserError if the callable does not exist."""
     load_named(name, "judge")
 
 
 def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judge:
-    """The judge of a callable, whose parameters say what it reads.
+    """Opens the judge of a callable; its parameters' names say whether it reads texts or token ids.
 
     Raises:
-      UserError: there is no such callable, its parameters are others, or the dataset's vocabulary is not found.
+      UserError: the callable does not exist, it has other parameters, or the dataset's vocabulary is not found.
     """
     name = str(config.judge)
     function = load_named(name, "judge")

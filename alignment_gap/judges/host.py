@@ -1,4 +1,4 @@
-"""Judges on the host: every process asks about its own rows of a batch, given as lists of token ids."""
+"""Judges on the host: each process asks about its own rows of a batch, as lists of token ids."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Rewards = Callable[[list[list[int]], list[list[list[int]]]], object]
 
 
 def host_judge(rewards: Rewards, config: JudgeConfig, mesh: LogicalMesh, facts: dict[str, str]) -> Judge:
-    """A judge from a function that gives rewards on the host; its hard labels compare them.
+    """A judge from a function that returns rewards on the host; hard labels compare the rewards.
 
     Raises:
-      UserError: soft labels are asked for, which rewards do not give.
+      UserError: the config asks for soft labels, but the function gives rewards.
     """
     if config.labels == "soft":
         raise UserError(f"labels is 'soft', but {config.judge} gives rewards: choose hard or rewards")
@@ -34,7 +34,7 @@ def host_judge(rewards: Rewards, config: JudgeConfig, mesh: LogicalMesh, facts: 
 def _on_host(rewards: Rewards, name: str, mesh: LogicalMesh) -> Scores:
     def scores(*texts: Array) -> Float[Array, "B K"]:
         prompts, responses = own_texts(*texts)
-        with jax.transfer_guard("allow"):  # It may compute with jax itself.
+        with jax.transfer_guard("allow"):  # The function may compute with jax itself.
             found = np.asarray(rewards(prompts, responses), np.float32)
         asked = (len(responses), texts[-1].shape[1])
         if found.shape != asked:
@@ -52,7 +52,7 @@ def _on_host(rewards: Rewards, name: str, mesh: LogicalMesh) -> Scores:
 def own_texts(
     prompts: Array, prompt_lengths: Array, responses: Array, lengths: Array
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """The prompts and their responses that this process holds of a batch, as token ids without padding."""
+    """This process's rows of a batch: prompts and their responses, as token ids without padding."""
     prompts, prompt_lengths, responses, lengths = own_rows((prompts, prompt_lengths, responses, lengths))
     questions = [row[:length].tolist() for row, length in zip(prompts, prompt_lengths, strict=True)]
     answers = [

@@ -1,9 +1,9 @@
-"""A language model as a judge, asked over HTTP for the better of two responses, in both orders.
+"""A language model as a judge: asks it over HTTP for the better of two responses, in both orders.
 
 Its name is the URL of an OpenAI-compatible endpoint with the model, `http://localhost:8000/v1#MODEL`, or a JSON file
 with the settings of `LanguageModelConfig`.
 
-The answers are kept in a folder, a file for each question: a question that was answered is not asked again.
+A folder keeps the answers, one file for each question. An answered question is never asked again.
 """
 
 from __future__ import annotations
@@ -57,22 +57,23 @@ Which of two responses answers the prompt better?
 Judge by how correct, helpful and clear each response is. Their order and their lengths do not matter. Give your \
 reason in at most two sentences. Then end with a line that is exactly "A", "B" or "tie"."""
 _REMINDER = 'The last line of your answer has to be exactly "A", "B" or "tie". Answer with this line alone.'
-# What the last line of an answer says of the response that came first.
+# The preference for the first response, by the last line of an answer.
 _VERDICTS = {"A": 1.0, "B": 0.0, "tie": 0.5}
-# A question with which an endpoint, its key and its template are tried.
+# A question that tests an endpoint, its key and the template.
 _TRIAL = ("How much is two plus two?", "Four.", "Five.")
-# What is counted of the questions of a batch; see `_counts`.
+# The counts of a batch's questions; see `_counts`.
 _COUNTS = ("questions", "given_up", "answers", "failures", "prompt_tokens", "completion_tokens", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig(EndpointConfig):
-    """A language model that judges, and where it is asked.
+    """A language model that judges, with its endpoint.
 
     Attributes:
-      template: of the question, with {prompt}, {first} and {second}; the last line of an answer has to be A, B or tie.
-      cache: the folder of the answers; None for `judges` in the cache folder of this machine.
-      prices: dollars for a million tokens of prompts and of completions; with them the metrics have dollars.
+      template: text of the question, with {prompt}, {first} and {second}; the last line of an answer must be A, B or
+        tie.
+      cache: folder of the answers; None for `judges` in this machine's cache folder.
+      prices: dollars per million tokens of prompts and of completions; None leaves dollars out of the metrics.
     """
 
     template: str = TEMPLATE
@@ -80,7 +81,7 @@ class LanguageModelConfig(EndpointConfig):
     prices: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError where a setting is missing or out of its range."""
+        """Raises UserError if a setting is missing or out of its range."""
         super().__post_init__()
         if missing := [name for name in ("{prompt}", "{first}", "{second}") if name not in self.template]:
             raise UserError(f"template has no {' and no '.join(missing)}: the question needs all three texts")
@@ -89,7 +90,7 @@ class LanguageModelConfig(EndpointConfig):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what decides the answers, beside the texts."""
+        """SHA-256 of the settings that determine the answers."""
         return _sha256([self.url, self.model, dict(self.request), self.template])
 
 
@@ -107,23 +108,23 @@ def accepts(name: str) -> bool:
 
 
 def own_labels(name: str) -> str:
-    """What the judge of this name gives by itself."""
+    """The labels that this judge gives by itself: hard preferences."""
     return "hard"
 
 
 def check(name: str) -> None:
-    """Raises UserError where the settings of this judge cannot be used; asks nothing."""
+    """Raises UserError if the settings of this judge are not usable; asks nothing."""
     Endpoint(_settings(name))
 
 
 def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judge:
-    """The judge of a URL or of a file of settings; every process asks about its own rows, many requests at a time.
+    """Opens the judge of a URL or of a settings file; each process asks about its own rows, many requests at a time.
 
-    A trial question, whose answer is kept as any other, shows first that the endpoint can be asked.
+    First it asks a trial question, to test the endpoint. The cache keeps that answer too.
 
     Raises:
-      UserError: rewards are asked of it, a setting cannot be used, the endpoint refuses the key or the question, or it
-        answers without a verdict.
+      UserError: the config asks for rewards, a setting is not usable, the endpoint refuses the key or the question, or
+        its answer has no verdict.
       StorageError: the endpoint does not answer.
     """
     settings = on_every_process(lambda: _settings(str(config.judge)))
@@ -155,14 +156,14 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judg
 
 
 def mean_preferences(preferences: Float[np.ndarray, "N K K"]) -> Float[np.ndarray, "N K"]:
-    """As `over_the_others`, in float32; nan for all responses to a prompt if one of its pairs has no preference."""
+    """`over_the_others` in float32; nan for all responses to a prompt if one of its pairs has no preference."""
     means = over_the_others(preferences)
     means[np.isnan(means).any(axis=1)] = np.nan
     return means.astype(np.float32)
 
 
 def verdict(text: str) -> float | None:
-    """What an answer says of the first response: 1, 0, or 0.5 for a tie; None where its last line says nothing."""
+    """An answer's preference for the first response: 1, 0, or 0.5 for a tie; None if its last line is not a verdict."""
     return _VERDICTS.get(text.strip().rpartition("\n")[2].strip())
 
 
@@ -180,7 +181,7 @@ def _settings(name: str) -> LanguageModelConfig:
 
 
 def _open(settings: LanguageModelConfig) -> _Asked:
-    """What asks the questions, after the trial."""
+    """Opens the cache and the endpoint, and asks the trial question."""
     asked = _Asked(settings)
     record = asked.record(_Question(*_TRIAL))
     if _verdict(record) is None:
@@ -192,10 +193,10 @@ def _open(settings: LanguageModelConfig) -> _Asked:
 
 
 class _Asked:
-    """A language model's answers: those that are kept, and those that it is asked for."""
+    """A language model's answers: reads them from the cache, or asks for them."""
 
     def __init__(self, settings: LanguageModelConfig) -> None:
-        """Takes the key from the environment; raises UserError where it, or the folder of the answers, is of no use."""
+        """Reads the key from the environment; raises UserError if the key or the cache folder is not usable."""
         self._settings, self._endpoint = settings, Endpoint(settings)
         self._cache = at(settings.cache) if settings.cache else cache_folder() / "judges"
         try:
@@ -206,9 +207,9 @@ class _Asked:
     def preferences(
         self, prompts: Sequence[str], responses: Sequence[Sequence[str]]
     ) -> tuple[Float[np.ndarray, "N K K"], dict[str, float]]:
-        """How each response is preferred over each other, the mean of both orders, and what that took.
+        """The preference for each response over each other one, as the mean of both orders; and the counts of that.
 
-        Responses that are equal are a tie without a question. A pair is nan where one of its orders has no verdict.
+        Equal responses tie without a question. A pair is nan if one of its orders has no verdict.
         """
         asked = [
             (row, i, j, _Question(prompt, each[i], each[j]))
@@ -225,7 +226,7 @@ class _Asked:
         return (found + 1 - found.swapaxes(1, 2)) / 2, _counts(records.values())
 
     def record(self, question: _Question) -> dict[str, Any]:
-        """The answers to a question, up to the first with a verdict, a refusal, or as many as `retries` allows."""
+        """The answers to a question, up to the first verdict or refusal; at most `retries` more than one."""
         settings, parts = self._settings, question._asdict()
         text = re.sub(r"\{(prompt|first|second)\}", lambda name: parts[name[1]], settings.template)
         messages = [{"role": "user", "content": text}]
@@ -243,7 +244,7 @@ class _Asked:
 
 
 def _reminder(answers: Sequence[Mapping[str, Any]]) -> Messages:
-    """What follows the question where it is asked again: the last answer, if there was one, and what it lacked."""
+    """The messages after a repeated question: the last answer, if there was one, and what it lacked."""
     if not answers or not answers[-1]["text"].strip():
         return []
     return [{"role": "assistant", "content": answers[-1]["text"]}, {"role": "user", "content": _REMINDER}]
@@ -255,13 +256,13 @@ def _verdict(record: Mapping[str, Any]) -> float | None:
 
 
 def _is_settled(record: Mapping[str, Any]) -> bool:
-    """Whether a question needs no further answer: it has a verdict, or was refused."""
+    """Whether a question needs no further answer: it has a verdict or a refusal."""
     answers = record["answers"]
     return bool(answers) and (answers[-1]["text"] is None or _verdict(record) is not None)
 
 
 def _read(path: AnyPath) -> dict[str, Any] | None:
-    """The record of a question; None where there is none, or a power cut left no whole one."""
+    """The record of a question; None if there is none, or if a power cut damaged it."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -270,7 +271,7 @@ def _read(path: AnyPath) -> dict[str, Any] | None:
 
 
 def _write(path: AnyPath, record: Mapping[str, Any]) -> None:
-    """Writes a record whole; another process may write the same one."""
+    """Writes a record under a temporary name, then renames it; another process may write the same record."""
     content = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
     path.parent.mkdir(exist_ok=True)
     if isinstance(path, Url):
@@ -282,7 +283,7 @@ def _write(path: AnyPath, record: Mapping[str, Any]) -> None:
 
 
 def _counts(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """What the answers to some questions took, whenever they were asked: a run that goes on counts the same."""
+    """The counts of some questions, whenever they were asked: a resumed run gets the same counts."""
     counts = dict.fromkeys(_COUNTS, 0.0)
     for record in records:
         answers = record["answers"]
@@ -295,7 +296,7 @@ def _counts(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _told(counts: Mapping[str, float], prices: Sequence[float] | None) -> dict[str, float]:
-    """The counts by the names of metrics, with the mean latency of an answer and, where prices are known, dollars."""
+    """The counts by the names of metrics, with the mean latency of an answer and, if prices are known, dollars."""
     questions, requests = counts["questions"], counts["answers"] + counts["failures"]
     told = {
         "judge_questions": questions,
@@ -324,7 +325,7 @@ def _sha256(content: Any) -> str:
 
 
 def in_background(function: Callable[[], Result]) -> Future[Result]:
-    """Begins to call the function; the future waits for it. No process waits for such a thread at its end."""
+    """Calls the function in a daemon thread; the future waits for its result. A process that ends does not wait."""
     future: Future[Result] = Future()
 
     def call() -> None:
@@ -338,7 +339,7 @@ def in_background(function: Callable[[], Result]) -> Future[Result]:
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
-    """What the function gives for each item, so many at a time; where it raises, no further item is begun."""
+    """The function's results for all items, in so many threads; after an error no further item starts."""
     results: list[Any] = [None] * len(items)
     errors: list[BaseException] = []
     numbers = iter(range(len(items)))  # `next` of it is atomic.

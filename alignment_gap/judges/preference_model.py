@@ -1,4 +1,4 @@
-"""A preference model as a judge, pairwise or Bradley-Terry, on the devices."""
+"""Preference models as judges on the devices: pairwise or Bradley-Terry."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from alignment_gap.training import Bases, load_preference_model
 
 
 def accepts(name: str) -> bool:
-    """Whether this module opens the judge of this name: any folder."""
+    """Whether this module opens the judge of this name; it takes any folder."""
     return True
 
 
 def own_labels(name: str) -> str:
-    """What the judge of this name gives by itself: rewards where it has them, else hard preferences."""
+    """The labels that this judge gives by itself: rewards if it has them, else hard preferences."""
     network = on_every_process(lambda: judge_network(JudgeConfig(name)))
     return REWARDS if network.kind == "bradley_terry" else "hard"
 
 
 def check(name: str) -> None:
-    """Raises UserError where the folder holds no preference model."""
+    """Raises UserError if the folder holds no preference model."""
     judge_network(JudgeConfig(name))
 
 
 def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh, bases: Bases) -> Judge:
-    """The judge of a run's folder.
+    """Opens the judge in a run's folder.
 
     Raises:
-      UserError: the folder holds no preference model, or one of another vocabulary; or rewards are asked of a pairwise
-        model, which has none.
+      UserError: the folder holds no preference model, or one with another vocabulary; or the config asks a pairwise
+        model for rewards.
     """
     folder = str(config.judge)
     network = on_every_process(lambda: judge_network(config))
@@ -53,7 +53,7 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh, bases: 
 
 
 def judge_network(config: JudgeConfig) -> Network:
-    """What the folder of a judge holds, from its metadata alone; raises UserError where it cannot be this judge."""
+    """The network in a judge's folder, from its metadata alone; raises UserError if it cannot be this judge."""
     folder = str(config.judge)
     network = known_network(find_checkpoint(at(folder), config.step))
     if network.kind == "policy":

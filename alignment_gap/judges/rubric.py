@@ -20,16 +20,16 @@ def accepts(name: str) -> bool:
 
 
 def own_labels(name: str) -> str:
-    """What the judge of this name gives by itself."""
+    """The labels that the rubric gives by itself: rewards."""
     return REWARDS
 
 
 def check(name: str) -> None:
-    """There is always a rubric; whether a dataset has one is told when it is opened."""
+    """Passes always; `open_judge` checks whether the dataset has a rubric."""
 
 
 def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judge:
-    """The rubric of the task that a dataset comes from; raises UserError where it has none."""
+    """Opens the rubric of the task that a dataset comes from; raises UserError if the task has none."""
     rubric = rubric_of(dataset)
     if rubric is None:
         raise UserError(
