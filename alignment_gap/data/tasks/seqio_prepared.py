@@ -115,9 +115,7 @@ def _rows(dataset: Dataset, stored: ReferenceLogProbs | None, order: np.ndarray)
     for number in order.tolist():
         example = dataset[number]
         if np.isnan(example.scores).any():
-            raise UserError(
-                f"{dataset.folder}: the prompt {example.prompt_id} has no scores: label it or drop it"
-            )
+            raise UserError(f"{dataset.folder}: the prompt {example.prompt_id} has no scores: label it or drop it")
         chosen, rejected = int(np.argmax(example.scores)), 1 - int(np.argmin(example.scores[::-1]))
         log_probs = _reference_of(example, stored, number)
         yield {
