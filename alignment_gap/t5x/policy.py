@@ -20,7 +20,8 @@ from alignment_gap.data.batches.batch import length_mask
 from alignment_gap.data.records.dataset import PROBABILITIES, REWARDS
 from alignment_gap.data.tasks.seqio_tasks import PreferenceFeatureConverter, ReferenceFeatureConverter, preference_batch
 from alignment_gap.errors import UserError
-from alignment_gap.training import apply_loss, loss_inputs, required_inputs
+from alignment_gap.jobs.served import arrays_of
+from alignment_gap.training import apply_loss, loss_inputs
 
 
 class EncoderDecoderPolicy(models.EncoderDecoderModel):
@@ -59,13 +60,15 @@ class EncoderDecoderPolicy(models.EncoderDecoderModel):
           **settings: of `models.EncoderDecoderModel`, such as `decode_fn`.
 
         Raises:
-          UserError: there is no such loss or setting, or the network has fewer tokens than the vocabulary.
+          UserError: there is no such loss or setting, recorded pairs do not serve the loss, or the network has fewer
+            tokens than the vocabulary.
         """
         try:
             self._loss = losses.get(loss, **(loss_settings or {}))
             self._reads = losses.reads(self._loss)
         except ValueError as error:
             raise UserError(str(error)) from error
+        _check_served(self._loss, loss if isinstance(loss, str) else getattr(loss, "__name__", "given"))
         self.scores = scores
         checks.one_of(self, (PROBABILITIES, REWARDS), "scores")
         tokens = getattr(getattr(module, "config", None), "vocab_size", None)
@@ -73,7 +76,9 @@ class EncoderDecoderPolicy(models.EncoderDecoderModel):
             raise UserError(
                 f"vocab_size is {tokens}, but the vocabulary has {output_vocabulary.vocab_size} tokens: give as many"
             )
-        has_reference = any(name.startswith("ref_") for name in required_inputs(self._loss))
+        has_reference = any(
+            is_required and name.startswith("ref_") for name, is_required in arrays_of(self._loss).items()
+        )
         super().__init__(
             module=module,
             input_vocabulary=input_vocabulary,
@@ -158,3 +163,14 @@ class EncoderDecoderPolicy(models.EncoderDecoderModel):
             **settings,
         )
         return logits.reshape(*responses.shape, -1)
+
+
+def _check_served(loss: Callable[..., Any], name: str) -> None:
+    """Raises UserError where the loss reads more than recorded pairs and their reference."""
+    samples = losses.reads(loss) & {losses.OWN_SAMPLES, losses.SAMPLER_LOG_PROBS}
+    arrays = [each for each in arrays_of(loss) if each.removeprefix("ref_") in ("fresh_logps", "kl_logps")]
+    if samples or arrays:
+        raise UserError(
+            f"the loss {name} reads {', '.join(sorted(samples) or arrays)}, but T5X trains on recorded pairs: choose "
+            "another loss, or train by alignment-gap train"
+        )

@@ -37,7 +37,6 @@ from alignment_gap.training.update import (
     make_validation_step,
     policy_objective,
     preference_objective,
-    required_inputs,
 )
 
 __all__ = [
@@ -75,7 +74,6 @@ __all__ = [
     "make_validation_step",
     "policy_objective",
     "preference_objective",
-    "required_inputs",
     "state_from_params",
     "train",
     "with_copy",

@@ -330,7 +330,7 @@ def apply_loss(loss: Callable[..., Array], inputs: dict[str, Array]) -> tuple[Ar
     Raises:
       UserError: the loss needs an array that is not there.
     """
-    if missing := sorted(required_inputs(loss) - inputs.keys()):
+    if missing := sorted(_required_inputs(loss) - inputs.keys()):
         batches, remedy = "this batch", ""
         if inputs["scores"].shape[-1] == 1:
             batches, remedy = "a batch of one response a prompt", "choose one of single responses, such as kto; "
@@ -376,8 +376,7 @@ def _parameters(loss: Callable[..., Array]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(loss).parameters)
 
 
-def required_inputs(loss: Callable[..., Array]) -> set[str]:
-    """The names of the arrays that a loss cannot do without."""
+def _required_inputs(loss: Callable[..., Array]) -> set[str]:
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {
         name

@@ -71,8 +71,9 @@ def params_of(folder):
 def start(t5x, pairs, tmp_path_factory):
     """The folder with T5X's first checkpoint, and the same as a run of ours, whose log-probs are stored."""
     folder = tmp_path_factory.mktemp("start")
-    t5x_train(t5x, folder, pairs, TRAIN_STEPS=0, LOSS="simpo", LOSS_SETTINGS={}, RATE=1e-3)
-    alignment_gap("checkpoint", "import", f"--from={folder / 't5x'}", f"--output={folder / 'ours'}")
+    # Without a step, T5X ends before its checkpoint is written.
+    t5x_train(t5x, folder, pairs, TRAIN_STEPS=1, LOSS="simpo", LOSS_SETTINGS={}, RATE=1e-3)
+    alignment_gap("checkpoint", "import", f"--from={folder / 't5x' / 'checkpoint_0'}", f"--output={folder / 'ours'}")
     alignment_gap("data", "reference", f"--dataset={pairs}", f"--checkpoint={folder / 'ours'}")
     return folder
 
