@@ -208,7 +208,7 @@ def test_without_a_job_it_is_the_papers():
         (["--gin_file=none.gin", TPU], "there is no such file"),
         ([STUDY, TPU], "--config and --job"),
         (["--job=seed0-sft", TPU], "--config and --job"),
-        ([STUDY, "--job=seed0-sft", *gin("sft", "DATASET"), TPU], "choose one"),
+        ([STUDY, "--job=seed0-sft", *gin("sft", "DATASET"), TPU], "but not by both"),
         ([STUDY, "--job=seed0-stf", TPU], "has no job 'seed0-stf': did you mean seed0-sft"),
         ([STUDY, "--job=seed0-data", TPU], "computes on no device"),
         ([STUDY, "--config.no_setting=1", "--job=seed0-sft", TPU], "no_setting"),
