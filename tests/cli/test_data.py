@@ -35,7 +35,7 @@ BAD = {
     "other vocabulary": (["show", "PAIRS", "--vocabulary=bytes"], "was encoded with the vocabulary v, but bytes is"),
     "window": (["compose", "--datasets=PAIRS", "--output=x", "--order=window", "--window=0"], "--window is 0"),
     "seed": (["compose", "--datasets=PAIRS", "--output=x", "--seed=-1"], "--seed is -1"),
-    "weights": (["compose", "--datasets=PAIRS,PAIRS", "--weights=1", "--output=x"], "but there are 2 datasets: give one weight for each"),
+    "weights": (["compose", "--datasets=PAIRS,PAIRS", "--weights=1", "--output=x"], "there are 2 datasets: give one"),
     "weight": (["compose", "--datasets=PAIRS", "--weights=much", "--output=x"], "--weights=much: give values of type"),
     "no judge": (["label", "--dataset=PAIRS", "--output=x"], "judge"),
     "judge": (["label", "--dataset=PAIRS", "--output=x", "--judge=nowhere"], "nowhere"),
