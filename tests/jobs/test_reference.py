@@ -194,7 +194,7 @@ def test_the_command_stores_what_a_job_of_its_settings_looks_for(runs, mesh, mon
 
 def test_token_ids_beyond_the_vocabulary_are_refused(dataset, params, mesh):
     small = make_policy(dataclasses.replace(EVEN_CONFIGS["t5"], vocabulary_size=50))
-    with pytest.raises(UserError, match=r"has the token id \d+ but the model has vocabulary_size=50"):
+    with pytest.raises(UserError, match=r"has the token id \d+, but the model has vocabulary_size=50"):
         store(dataset, small, params, mesh)
 
 

@@ -132,7 +132,7 @@ def test_a_trained_run_speaks_as_its_prompts_were_prepared(template, config, run
 BAD = {
     "missing": ("nowhere.jinja", r"cannot read the template nowhere.jinja"),
     "no jinja": ("{% for %}", r"the chat template is not jinja \(line 1"),
-    "refused": ("{{ raise_exception('no user') }}", r"prompts.txt:1: refused by the chat template \(no user\): mend"),
+    "refused": ("{{ raise_exception('no user') }}", r"prompts.txt:1: refused by the chat template \(no user\): fix"),
 }
 
 

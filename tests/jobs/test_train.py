@@ -236,7 +236,7 @@ def test_a_loss_that_says_wrongly_what_it_reads():
 BAD_DATA = {
     "length": ({"response_length": 2}, "source.response_length is 2"),
     "second dataset": ({"folder": "PAIRS,nowhere"}, "nowhere is not a finished dataset"),
-    "weights": ({"weights": (1.0, 2.0)}, "2 for 1"),
+    "weights": ({"weights": (1.0, 2.0)}, "but there are 1 datasets: give one weight for each"),
     "too few epochs": ({"epochs": 1, "batch_size": 16}, "1 epochs of 48 examples have 3 batches of 16"),
 }
 

@@ -71,7 +71,7 @@ def test_a_size_has_settings_of_its_own(config):
     ("given", "message"),
     [
         ("sft.step=3,4", "by_size has 'sft.step=3,4': did you mean sft.steps"),
-        ("sft.steps=3", "by_size has 'sft.steps=3' for 2 sizes: give a value for each of them"),
+        ("sft.steps=3", "by_size has 'sft.steps=3', but there are 2 sizes: give a value for each"),
         ("sft.steps=3,four", "write NAME=VALUE,VALUE with a value for each of sizes"),
     ],
 )
