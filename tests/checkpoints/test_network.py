@@ -31,7 +31,7 @@ def test_the_json_by_hand():
     network = Network("pairwise", T5Config(width=6), (1, 2, 3, 4, 5))
     values = json.loads(json.dumps(to_json(network)))
     model = values.pop("model")
-    names = ("vocabulary", "vocabulary_digest", "adapter", "base", "base_digest", "end_prompts", "head")
+    names = ("vocabulary", "vocabulary_digest", "adapter", "base", "base_digest", "end_prompts", "template", "head")
     unset = dict.fromkeys(names)
     assert values == {"kind": "pairwise", "markers": [1, 2, 3, 4, 5], **unset}
     assert (model["architecture"], model["width"], model["tied_embeddings"]) == ("t5", 6, False)
