@@ -63,6 +63,8 @@ class AdapterConfig:
             raise UserError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
         if self.base_dtype not in (None, INT8):
             raise UserError(f"base_dtype is {self.base_dtype!r}: choose {INT8}, or None for that of the computation")
+        if self.base_dtype is not None and self.rank is None:
+            raise UserError(f"base_dtype is {self.base_dtype!r}, but there are no adapters: set rank, or leave it out")
         if not self.targets:
             raise UserError(f"targets is empty: name projections, such as {', '.join(AdapterConfig.targets)}")
 

@@ -54,6 +54,11 @@ class Choice:
             f"{self.layout} {sizes}, remat {self.remat}, {self.microbatches} microbatches, moments {self.moment_dtype}"
         )
 
+    def splits(self, batch: int) -> bool:
+        """Whether the mesh and the microbatches split a batch into equal parts."""
+        data, fsdp, _ = self.sizes
+        return batch % (data * fsdp * self.microbatches) == 0
+
     def applied(self, config: PlanConfig) -> PlanConfig:
         """The plan of the job with these settings."""
         job = config.job
@@ -143,7 +148,7 @@ def find_best(
 
     best, is_complete = None, True
     try:
-        best = _search(choices, config.job.optimizer.name in WITH_MOMENT, tried)
+        best = _search(config, choices, tried)
     except _Spent:
         is_complete = False
         whole = [trial for (_, programs), trial in done.items() if programs == len(config.programs)]
@@ -151,13 +156,14 @@ def find_best(
     return Search(best, tuple(done.values()), len(known), is_complete)
 
 
-def _search(choices: list[Choice], moments: bool, tried: Callable[..., Trial]) -> Trial | None:
+def _search(config: PlanConfig, choices: list[Choice], tried: Callable[..., Trial]) -> Trial | None:
+    batch, moments = config.programs[0].batch.batch, config.job.optimizer.name in WITH_MOMENT
     updates = [tried(choice) for choice in choices]
     if moments and not any(trial.plan.fits for trial in updates):
         nearest = sorted(updates, key=lambda trial: trial.plan.needed)[:_MESHES]
         updates += [tried(dataclasses.replace(trial.choice, moment_dtype="bfloat16")) for trial in nearest]
     for trial in _fitting(updates)[:_MESHES]:
-        updates += _keeping_more(trial.choice, tried)
+        updates += _keeping_more(trial.choice, batch, tried)
     best: Trial | None = None
     for trial in _fitting(updates):
         if best is not None and _seconds(trial) >= _seconds(best):
@@ -173,19 +179,16 @@ def _fitting(trials: list[Trial]) -> list[Trial]:
     return sorted((trial for trial in trials if trial.plan.fits), key=_seconds)
 
 
-def _keeping_more(choice: Choice, tried: Callable[..., Trial]) -> Iterator[Trial]:
+def _keeping_more(choice: Choice, batch: int, tried: Callable[..., Trial]) -> Iterator[Trial]:
     """Trials that recompute less, each in the fewest microbatches that fit."""
     for remat in _REMAT[1:]:
-        microbatches = choice.microbatches
-        while microbatches <= _MOST_MICROBATCHES:
-            try:
-                trial = tried(dataclasses.replace(choice, remat=remat, microbatches=microbatches))
-            except UserError:  # The mesh cannot split the batch into so many parts.
-                break
+        less = dataclasses.replace(choice, remat=remat)
+        while less.splits(batch) and less.microbatches <= _MOST_MICROBATCHES:
+            trial = tried(less)
             yield trial
             if trial.plan.fits:
                 break
-            microbatches *= 2
+            less = dataclasses.replace(less, microbatches=2 * less.microbatches)
 
 
 def _meshes(config: PlanConfig) -> Iterator[Choice]:
@@ -200,8 +203,9 @@ def _meshes(config: PlanConfig) -> Iterator[Choice]:
             split = (slices, inside // size, size)
             shapes += [("tensor", split)] if size == inside else [("fsdp_tensor", split), ("sequence", split)]
     for layout, sizes in shapes:
-        if batch % (sizes[0] * sizes[1] * job.microbatches) == 0:
-            yield Choice(layout, sizes, _REMAT[0], job.microbatches, job.optimizer.moment_dtype)
+        choice = Choice(layout, sizes, _REMAT[0], job.microbatches, job.optimizer.moment_dtype)
+        if choice.splits(batch):
+            yield choice
 
 
 def _with_remat(program: Program, remat: str) -> Program:

@@ -71,12 +71,15 @@ def gin_text(search: Search, command: str, model: str | None) -> str:
     Args:
       search: a search that found one.
       command: the command that made it.
-      model: the policy's size by name, whose gin file is included; None if the job's own files set the model.
+      model: the policy's size by name, whose gin file is included; None writes all fields of the policy's config,
+        because only a model that a gin file sets takes settings such as remat.
     """
     assert search.best is not None
     plan, choice = search.best.plan, search.best.choice
     config, shape, policy = plan.config, plan.config.programs[0].batch, plan.config.programs[0].model
     data, fsdp, of_model = choice.sizes
+    names = ("remat", "dtype") if model else [field.name for field in dataclasses.fields(policy) if field.init]
+    fields = {name: getattr(policy, name) for name in names}
     lines = [
         f"# The fastest of {len(search.trials)} settings for {config.topology.name}, by {search.compiled} compiled "
         "programs:",
@@ -92,8 +95,8 @@ def gin_text(search: Search, command: str, model: str | None) -> str:
         *([f"  slices = {config.job.mesh.slices}"] if config.job.mesh.slices > 1 else []),
         "",
         f"{type(policy).__name__}:",
-        f'  remat = "{choice.remat}"',
-        f'  dtype = "{policy.dtype}"',
+        *(f"  {name} = {value!r}" for name, value in fields.items()),
+        *([] if model else [f"MODEL = @{type(policy).__name__}()"]),
         "",
         f"BATCH_SIZE = {shape.batch}",
         f"MICROBATCHES = {choice.microbatches}",

@@ -103,7 +103,8 @@ def sample(
     each token comes from the mixture of both networks' distributions; each network has its own cache.
     """
     batch, samples = keys.shape
-    # Adapters are merged once per call: two more products in every projection would slow down each token.
+    # Adapters are merged once per call, because two more products in every projection would slow down each token. On a
+    # base in int8 they are applied: their sum with the base would be a copy of it in a wider dtype.
     networks = [compute_params(policy, merged(each)) for each in (params, *([mixture.params] if mixture else []))]
     caches = [policy.prefill(each, prompts, prompt_lengths, samples, max_length) for each in networks]
     start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None], (batch, samples))

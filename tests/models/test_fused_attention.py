@@ -18,6 +18,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config, fused_attention, make_policy, score
 from alignment_gap.models.fused_attention import MULTIPLE, Row
 from alignment_gap.models.packing import Packing
+from alignment_gap.plan.programs import TPU_VARIABLES
 from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, shardings_of, unbox, within
 
 BATCH = make_batch(4, responses=3)
@@ -190,17 +191,8 @@ print(lowered.compile().as_text())
 def test_splash_compiles_for_a_tpu_slice():
     """Value and gradient for eight chips of v5e, ahead of time."""
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs ahead of time")
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_LOG_DIR": "disabled",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
     process = subprocess.run(
-        [sys.executable, "-c", TPU_PROGRAM], env=os.environ | settings, capture_output=True, text=True, check=False
+        [sys.executable, "-c", TPU_PROGRAM], env=os.environ | TPU_VARIABLES, capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr[-2000:]
     # Forward and the two backward kernels, of the full layers and of those with a window.

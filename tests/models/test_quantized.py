@@ -116,3 +116,8 @@ def test_every_projection_is_in_int8_and_nothing_else():
 def test_another_dtype_is_refused():
     with pytest.raises(UserError, match=r"base_dtype is 'int4': choose int8, or None for that of the computation"):
         AdapterConfig(2, base_dtype="int4")
+
+
+def test_a_base_without_adapters_is_refused():
+    with pytest.raises(UserError, match=r"base_dtype is 'int8', but there are no adapters: set rank, or leave it out"):
+        AdapterConfig(base_dtype="int8")

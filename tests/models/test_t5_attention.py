@@ -19,6 +19,7 @@ from tiny_models import CONFIGS, EVEN_CONFIGS, make_batch, random_params, texts
 from alignment_gap.errors import UserError
 from alignment_gap.models import T5Config, layers, make_policy, score, t5_attention
 from alignment_gap.models.packing import Packing, Ranges
+from alignment_gap.plan.programs import TPU_VARIABLES
 from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, shardings_of, within
 
 BATCH = make_batch(4, responses=3)
@@ -225,18 +226,9 @@ print(lowered.compile().as_text())
 def test_packed_t5_compiles_for_tpu_slices(topology):
     """Value and gradient, ahead of time; nothing of size queries x keys is anywhere in the program."""
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs ahead of time")
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_LOG_DIR": "disabled",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
     process = subprocess.run(
         [sys.executable, "-c", TPU_PROGRAM, topology],
-        env=os.environ | settings,
+        env=os.environ | TPU_VARIABLES,
         capture_output=True,
         text=True,
         check=False,

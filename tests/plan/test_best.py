@@ -140,3 +140,7 @@ def test_the_gin_file_sets_what_was_found(tmp_path):
     assert (job.mesh.layout, job.mesh.data, job.mesh.fsdp, job.mesh.model) == ("fsdp", 1, 8, 1)
     assert (job.model.remat, job.model.dtype, job.model.width) == ("none", "bfloat16", 512)
     assert (job.microbatches, job.source.batch_size, job.optimizer.moment_dtype) == (2, 64, "float32")
+    # Without a size by name, the model comes from START: the file sets all of it, so that remat has an effect.
+    file.write_text(gin_text(found, "alignment-gap plan --best=best.gin", None))
+    job = gin_files.read_config(["gin/runs/offline_ipo.gin", str(file)], words)
+    assert job.model == dataclasses.replace(MODEL, remat="none")

@@ -18,7 +18,7 @@ class PreferenceBatch:
     response counts in its length and is scored like any other token.
 
     A packed row holds up to S prompts, one after another (*S = S). Each of its K rows of responses holds the responses
-    to these prompts in the same order. Unused slots of a row have length 0. Without packing there is no axis S.
+    to these prompts in the same order. Unused slots of a row have length 0. Only packed batches have the axis S.
 
     Attributes:
       prompt_ids: stable number of each prompt in its dataset; a sample's random key is derived from it.

@@ -29,7 +29,7 @@ class Examples:
         """`datasets` are sequences of `Example`; `references` are the stored log-probs of each dataset, or empty.
 
         Raises:
-          UserError: there is no dataset, a dataset is empty, or the datasets cannot share a batch.
+          UserError: `datasets` is empty, a dataset is empty, or the datasets cannot share a batch.
         """
         self.datasets, self.references = tuple(datasets), tuple(references)
         self.sizes = tuple(len(dataset) for dataset in datasets)
@@ -78,7 +78,7 @@ def collate(examples: Sequence[Example], prompt_length: int, response_length: in
     """The examples as one batch of numpy arrays, padded on the right to P = prompt_length and R = response_length.
 
     Raises:
-      UserError: there is no example, one exceeds its limit, or two differ in K or in their fields.
+      UserError: `examples` is empty, one exceeds its limit, or two differ in K or in their fields.
     """
     if not examples:
         raise UserError("a batch needs an example, but none was given")

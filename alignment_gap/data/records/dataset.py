@@ -400,7 +400,7 @@ def _keep_summary(path: AnyPath, chunk: Chunk, summary: _Summary) -> None:
 
 
 def _summary(path: AnyPath) -> _Known:
-    """The kept summary of a chunk; if there is none or the file has changed, the file is read for it."""
+    """The kept summary of a chunk; reads the file if it has no summary or has changed."""
     kept = path.parent / CHUNKS / f"{path.stem}.json"
     if kept.exists():
         chunk, prompts, responses = json.loads(kept.read_text())

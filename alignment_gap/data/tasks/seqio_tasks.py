@@ -93,8 +93,8 @@ class PreferenceFeatureConverter(seqio.FeatureConverter):
         prompt_length, chosen_length, rejected_length int32[], including the end id,
         scores float32[2] of the chosen and the rejected response: the probability of each to be the better one.
 
-    A Task may have `scores` instead of `preference`; they can be rewards. There is no packing. `preference_batch`
-    turns a batch of these features into a `PreferenceBatch`.
+    A Task may have `scores` instead of `preference`; they can be rewards. The converter does not pack.
+    `preference_batch` turns a batch of these features into a `PreferenceBatch`.
     """
 
     TASK_FEATURES = {name: seqio.FeatureConverter.FeatureSpec(tf.int32) for name in _TEXTS}  # noqa: RUF012

@@ -88,7 +88,7 @@ def load_template(name: str | AnyPath) -> Template:
     """Loads a template: the plain form, a jinja file, or the template of a tokenizer's folder.
 
     Raises:
-      UserError: there is no template, or it is not valid jinja.
+      UserError: the template does not exist, or it is not valid jinja.
     """
     if name == PLAIN:
         return Template()

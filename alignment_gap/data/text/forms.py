@@ -50,7 +50,7 @@ def parse_dialogues(record: Mapping[str, Any], parsing: Parsing) -> TextPair:
 
 
 def split_dialogues(chosen: str, rejected: str) -> TextPair:
-    """The prompt that both dialogues share, and their two stripped responses; raises BadPair if there is none."""
+    """The prompt that both dialogues share, and their two stripped responses; raises BadPair if they share none."""
     dialogues = {"chosen": chosen, "rejected": rejected}
     if unmarked := [name for name, dialogue in dialogues.items() if PROMPT_MARK not in dialogue]:
         raise BadPair(f"no prompt {named(unmarked)}", 'each dialogue needs a "\\n\\nAssistant:" turn')

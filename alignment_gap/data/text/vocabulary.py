@@ -48,7 +48,7 @@ class Vocabulary(Protocol):
 
     @property
     def unk_id(self) -> int | None:
-        """The id of unknown tokens; None if there is none."""
+        """The id of unknown tokens; None for a vocabulary without one."""
 
     @property
     def ends_prompts(self) -> bool:
