@@ -257,7 +257,8 @@ def test_more_files_than_may_be_open_are_said_to_be_so(tmp_path, make_examples):
         assert -(-count // part_size(count)) <= 400 and part_size(count) >= 5000
 
 
-def test_a_flipped_bit_is_found(tmp_path, make_examples):
+def test_a_flipped_bit_is_found(tmp_path, make_examples, unchecked):
+    """Without the checks of types, which look into a sequence and may meet the damage first."""
     write_dataset(tmp_path, make_examples(2000), **ABOUT)
     path = tmp_path / "pairs.array_record"
     content = bytearray(path.read_bytes())
