@@ -230,7 +230,7 @@ def describe(path: AnyPath) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
 def model_shapes(model: ModelConfig, head: RewardHead | None = None) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters of a policy, or of a reward model, by dotted names, without allocating them."""
     policy = make_policy(model)
-    return shapes_of(unbox(jax.eval_shape(policy.init if head is None else make_init(policy), jax.random.key(0))))
+    return shapes_of(unbox(jax.eval_shape(policy.init if head is None else make_init(policy, head), jax.random.key(0))))
 
 
 def _module(name: str) -> Any:

@@ -82,7 +82,7 @@ class Network:
     @property
     def whole_init(self) -> Callable[[Any], Any]:
         """The same for whole parameters, which adapters are added to."""
-        return self.policy().init if self.head is None else make_init(self.policy())
+        return self.policy().init if self.head is None else make_init(self.policy(), self.head)
 
     def preference_model(self) -> PreferenceModel:
         """The preference model; raises UserError if the network is a policy."""

@@ -24,13 +24,23 @@ from alignment_gap.models.policy import Policy, abstract_parameters, compute_par
 from alignment_gap.models.quantized import INT8, Quantized, quantize, rounded
 from alignment_gap.sharding import is_box, unbox
 
-ATTENTION, MLP = ("query", "key", "value", "out"), ("wi_0", "wi_1", "wo")
-# Names for groups of projections, and PEFT's names of single projections, for decoders and T5.
-GROUPS = {"attention": ATTENTION, "mlp": MLP, "all-linear": (*ATTENTION, *MLP)}
+ATTENTION, MLP = ("query", "key", "value", "out"), ("wi_0", "wi_1", "wi", "wo")
+# Names for groups of projections, and PEFT's names of single projections, for decoders, T5 and GPT-NeoX.
+GROUPS = {
+    "attention": ATTENTION,
+    "mlp": MLP,
+    "all-linear": (*ATTENTION, *MLP),
+    "query_key_value": ATTENTION[:3],
+}
 ALIASES = {
     **dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), ATTENTION, strict=True)),
     **dict(zip(("q", "k", "v", "o"), ATTENTION, strict=True)),
-    **dict(zip(("gate_proj", "up_proj", "down_proj"), MLP, strict=True)),
+    "gate_proj": "wi_0",
+    "up_proj": "wi_1",
+    "down_proj": "wo",
+    "dense": "out",
+    "dense_h_to_4h": "wi",
+    "dense_4h_to_h": "wo",
 }
 
 

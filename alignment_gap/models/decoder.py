@@ -1,4 +1,7 @@
-"""One class for all decoder-only policies: PaLM by default (2204.02311); settings give Gemma, Llama 3, Qwen 2 and 3."""
+"""One class for all decoder-only policies: PaLM by default (2204.02311).
+
+Settings give Gemma 1 to 3, Llama 3, Qwen 2 and 3, and GPT-NeoX (2204.06745), which is the architecture of Pythia.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,15 @@ from alignment_gap.models.packing import Packing
 from alignment_gap.models.policy import Output, check_choice, check_sizes
 from alignment_gap.models.stack import constrain_stream, decode_stack, init_stack, scan_stack
 
-ACTIVATIONS = {"silu": nn.silu, "gelu": nn.gelu}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "gelu": nn.gelu,
+    "exact_gelu": partial(nn.gelu, approximate=False),
+}
 CHOICES = {
-    "block": ("parallel", "serial"),
+    "block": ("parallel", "parallel_two_norms", "serial"),
     "activation": tuple(ACTIVATIONS),
-    "norm": ("scale", "one_plus_scale"),
+    "norm": ("scale", "one_plus_scale", "layer"),
     "embedding_scale": ("one", "sqrt_width"),
     "logits_scale": ("inverse_sqrt_width", "one"),
     "rope_scaling": rope.SCALINGS,
@@ -43,15 +50,20 @@ class DecoderConfig:
       kv_heads: number of key and value heads: 1 for multi-query attention, fewer than `heads` for grouped attention.
         It must divide `heads`.
       head_size: width of one head; even; it need not be width / heads.
-      mlp_width: hidden width of the gated MLP.
-      block: "parallel" computes attention and MLP from the same norm and adds both; "serial" computes attention, then
+      mlp_width: hidden width of the MLP.
+      block: "parallel" computes attention and MLP from the same norm of the input and adds both;
+        "parallel_two_norms" does the same from two norms of the input (GPT-NeoX); "serial" computes attention, then
         the MLP, each with its own norm.
-      activation: activation of the MLP's gate: "silu" (SwiGLU) or "gelu" (GeGLU, the tanh form).
-      norm: "scale" multiplies by w, "one_plus_scale" by 1 + w (Gemma).
-      norm_epsilon: added to the mean square.
+      gated_mlp: whether the MLP has a gate.
+      activation: activation of the MLP's gate, or of the MLP without a gate: "silu" (SwiGLU), "gelu" (GeGLU, the tanh
+        form) or "exact_gelu" (GPT-NeoX).
+      norm: "scale" divides by the root of the mean square and multiplies by w, "one_plus_scale" by 1 + w (Gemma);
+        "layer" also subtracts the mean and adds a bias (GPT-NeoX).
+      norm_epsilon: added to the mean square or the variance.
       post_norms: also normalises after attention and after the MLP (Gemma 2 and 3).
       query_key_norm: normalises each head of queries and keys before the rotation (Gemma 3, Qwen 3).
-      query_key_value_bias: biases on the query, key and value projections (Qwen 2).
+      query_key_value_bias: biases on the query, key and value projections (Qwen 2, GPT-NeoX).
+      out_and_mlp_bias: biases on the output projection of attention and on the MLP's projections (GPT-NeoX).
       tied_embeddings: whether the input embedding is also the output embedding.
       embedding_scale: factor on the input embedding: "one", or "sqrt_width" rounded to `dtype` (Gemma).
       logits_scale: factor on the logits: "inverse_sqrt_width" (PaLM) or "one".
@@ -59,6 +71,8 @@ class DecoderConfig:
       attention_soft_cap: the same for the attention logits (Gemma 2).
       query_pre_attention_scalar: the attention logits are divided by its square root; None uses `head_size`.
       rope_base: wavelengths of the rotary embedding grow from 2 pi to 2 pi times this.
+      rotary_size: width of the part of each head that the rotary embedding turns; even; None for the whole head
+        (GPT-NeoX turns a quarter).
       rope_scaling: "none", "linear" (multiplies all wavelengths by the factor) or "llama3" (only the long ones).
       rope_scaling_factor: the factor for "linear" and "llama3".
       rope_low_frequency_factor: for "llama3": wavelengths above rope_original_length / this are scaled in full.
@@ -86,12 +100,14 @@ class DecoderConfig:
     head_size: int = 16
     mlp_width: int = 128
     block: str = "parallel"
+    gated_mlp: bool = True
     activation: str = "silu"
     norm: str = "scale"
     norm_epsilon: float = 1e-6
     post_norms: bool = False
     query_key_norm: bool = False
     query_key_value_bias: bool = False
+    out_and_mlp_bias: bool = False
     tied_embeddings: bool = True
     embedding_scale: str = "one"
     logits_scale: str = "inverse_sqrt_width"
@@ -99,6 +115,7 @@ class DecoderConfig:
     attention_soft_cap: float | None = None
     query_pre_attention_scalar: float | None = None
     rope_base: float = 10000.0
+    rotary_size: int | None = None
     rope_scaling: str = "none"
     rope_scaling_factor: float = 1.0
     rope_low_frequency_factor: float = 1.0
@@ -131,7 +148,9 @@ class View(NamedTuple):
     prompt: Any = None
 
 
-def _norm(config: DecoderConfig, axis: str = "embed") -> layers.RMSNorm:
+def _norm(config: DecoderConfig, axis: str = "embed") -> layers.RMSNorm | layers.LayerNorm:
+    if config.norm == "layer":
+        return layers.LayerNorm(config.dtype, config.norm_epsilon, axis)
     return layers.RMSNorm(config.dtype, config.norm_epsilon, config.norm, axis)
 
 
@@ -140,7 +159,7 @@ def _attention_scale(config: DecoderConfig) -> float:
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP: both on the same norm of the input (parallel), or one after the other (serial)."""
+    """Attention and MLP: both on the input (parallel), or one after the other (serial)."""
 
     config: DecoderConfig
 
@@ -160,8 +179,9 @@ class DecoderLayer(nn.Module):
         self.query = project((config.heads, config.head_size), ("embed", "heads", "kv"))
         self.key = project(*key_value)
         self.value = project(*key_value)
-        self.out = layers.projection(config.width, ("heads", "kv", "embed"), inputs=2, dtype=config.dtype)
-        self.mlp = layers.GatedMLP(config.width, config.mlp_width, ACTIVATIONS[config.activation], config.dtype)
+        bias, activation = config.out_and_mlp_bias, ACTIVATIONS[config.activation]
+        self.out = layers.projection(config.width, ("heads", "kv", "embed"), inputs=2, bias=bias, dtype=config.dtype)
+        self.mlp = layers.MLP(config.width, config.mlp_width, activation, config.dtype, config.gated_mlp, bias)
 
     def prompt(self, x: Float[Array, "B P D"], view: View) -> tuple[Float[Array, "B P D"], layers.KeysValues]:
         """One layer over the prompts; also returns their keys and values [B, G, P, C] for the responses."""
@@ -214,10 +234,12 @@ class DecoderLayer(nn.Module):
 
     def _add(self, x: Array, y: Array, attention: Array) -> Array:
         """Adds the projected attention and the MLP to the stream x; y is the normalised x that attention used."""
-        mixed = self.out(attention)
-        x = x + (self.post_attention_layer_norm(mixed) if self.config.post_norms else mixed)
-        mixed = self.mlp(y if self.config.block == "parallel" else self.pre_mlp_layer_norm(x))
-        return x + (self.post_mlp_layer_norm(mixed) if self.config.post_norms else mixed)
+        config, mixed, before = self.config, self.out(attention), x
+        x = x + (self.post_attention_layer_norm(mixed) if config.post_norms else mixed)
+        if config.block != "parallel":
+            y = self.pre_mlp_layer_norm(x if config.block == "serial" else before)
+        mixed = self.mlp(y)
+        return x + (self.post_mlp_layer_norm(mixed) if config.post_norms else mixed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +259,11 @@ class DecoderPolicy:
             check_choice(config, field, choices)
         if config.head_size % 2:
             raise UserError(f"DecoderConfig.head_size is {config.head_size}: rotary positions need it even")
+        if config.rotary_size is not None and (config.rotary_size % 2 or config.rotary_size > config.head_size):
+            raise UserError(
+                f"DecoderConfig.rotary_size is {config.rotary_size}: it must be even, and at most head_size="
+                f"{config.head_size}"
+            )
         if (config.window is None) != (config.full_attention_every == 1):
             raise UserError(
                 f"DecoderConfig.window is {config.window} with full_attention_every={config.full_attention_every}: "

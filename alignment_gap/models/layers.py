@@ -1,4 +1,4 @@
-"""Layers that both architectures share: norm, projections, relative positions, attention, gated MLP."""
+"""Layers that both architectures share: norms, projections, relative positions, attention, MLP."""
 
 from __future__ import annotations
 
@@ -49,6 +49,33 @@ class RMSNorm(nn.Module):
         return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.epsilon) * (scale + offset)).astype(
             self.dtype
         )
+
+
+class LayerNorm(nn.Module):
+    """Layer norm (1607.06450): subtracts the mean, divides by the deviation; computed in float32.
+
+    Attributes:
+      dtype: dtype of the result.
+      epsilon: added to the variance.
+      axis: logical name of the normalised axis.
+    """
+
+    dtype: Any = jnp.float32
+    epsilon: float = 1e-5
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """The normalised input times a learned scale, plus a learned bias, in `dtype`."""
+        one, zero = (
+            nn.with_logical_partitioning(nn.initializers.constant(value), (self.axis,)) for value in (1.0, 0.0)
+        )
+        scale: Any = self.param("scale", one, x.shape[-1:])
+        bias: Any = self.param("bias", zero, x.shape[-1:])
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        deviation = jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + self.epsilon)
+        return (centred / deviation * scale + bias).astype(self.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -137,23 +164,32 @@ def projection(
     )
 
 
-class GatedMLP(nn.Module):
-    """activation(x wi_0) * (x wi_1), projected back by wo; GELU as in T5 v1.1, SiLU for SwiGLU."""
+class MLP(nn.Module):
+    """activation(x wi_0) * (x wi_1), or without a gate activation(x wi), projected back by wo.
+
+    T5 v1.1 has a gate with GELU, SwiGLU one with SiLU, GPT-NeoX none.
+    """
 
     width: int
     hidden: int
     activation: Callable[[Array], Array]
     dtype: Any
+    gated: bool = True
+    bias: bool = False
 
     def setup(self) -> None:
-        """Makes the three projections."""
-        self.wi_0 = projection(self.hidden, ("embed", "mlp"), dtype=self.dtype)
-        self.wi_1 = projection(self.hidden, ("embed", "mlp"), dtype=self.dtype)
-        self.wo = projection(self.width, ("mlp", "embed"), dtype=self.dtype)
+        """Makes the two or three projections."""
+        project = functools.partial(projection, bias=self.bias, dtype=self.dtype)
+        if self.gated:
+            self.wi_0 = project(self.hidden, ("embed", "mlp"))
+            self.wi_1 = project(self.hidden, ("embed", "mlp"))
+        else:
+            self.wi = project(self.hidden, ("embed", "mlp"))
+        self.wo = project(self.width, ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Applies the block to the last axis."""
-        hidden = self.activation(self.wi_0(x)) * self.wi_1(x)
+        hidden = self.activation(self.wi_0(x)) * self.wi_1(x) if self.gated else self.activation(self.wi(x))
         return self.wo(constrain(hidden, "batch", *[None] * (x.ndim - 2), "mlp"))
 
 

@@ -30,11 +30,13 @@ class RewardHead:
         It matters where padding and the end of a response share an id. The prompt's last token is read at the earliest.
       before: the token before the response; None for none.
       after: the token after the response; None for none.
+      bias: whether a decoder's head adds a bias to its linear map, as OpenAssistant's does. T5's head always does.
     """
 
     pad_id: int | None = None
     before: int | None = None
     after: int | None = None
+    bias: bool = False
 
 
 def without_output(config: Any) -> Any:
@@ -44,12 +46,12 @@ def without_output(config: Any) -> Any:
 
 
 @functools.cache
-def make_init(policy: Policy) -> Callable[[Array], Any]:
-    """The function that makes fresh parameters of the policy and a head, in boxes, from a key."""
+def make_init(policy: Policy, head: RewardHead) -> Callable[[Array], Any]:
+    """The function that makes fresh parameters of the policy and the head, in boxes, from a key."""
 
     def init(key: Array) -> Any:
         of_policy, of_head = jax.random.split(key)
-        return {**policy.init(of_policy), HEAD: _init_head(policy, of_head)}
+        return {**policy.init(of_policy), HEAD: _init_head(policy, head, of_head)}
 
     return init
 
@@ -73,10 +75,11 @@ def rewards(
     slots = jnp.pad(text, ((0, 0), (0, 0), (0, 1)))
     hidden = response_hidden(policy, params, prompts, prompt_lengths, slots)
     last = _at(hidden, _last(head, text, lengths))
-    return jnp.sum(last * params[HEAD]["kernel"][:, 0], axis=-1)
+    reward = jnp.sum(last * params[HEAD]["kernel"][:, 0], axis=-1)
+    return reward + params[HEAD]["bias"][0] if head.bias else reward
 
 
-def _init_head(policy: Policy, key: Array) -> Any:
+def _init_head(policy: Policy, head: RewardHead, key: Array) -> Any:
     width = policy.config.width
 
     def kernel(key: Array, outputs: int) -> Any:
@@ -87,7 +90,7 @@ def _init_head(policy: Policy, key: Array) -> Any:
         return nn.LogicallyPartitioned(jnp.zeros((outputs,), jnp.float32), (None,))
 
     if not isinstance(policy, T5Policy):
-        return {"kernel": kernel(key, 1)}
+        return {"kernel": kernel(key, 1)} | ({"bias": bias(1)} if head.bias else {})
     first, second = jax.random.split(key)
     return {
         "dense": {"kernel": kernel(first, width), "bias": bias(width)},

@@ -15,7 +15,7 @@ SCALINGS = ("none", "linear", "llama3")
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the rotation angle of each position and each pair of a head; all heads share them."""
+    """Cosines and sines of the angle of each position and each pair that is turned; all heads share them."""
 
     cos: Float[Array, "*B T 1 half"]
     sin: Float[Array, "*B T 1 half"]
@@ -36,14 +36,17 @@ def check(config: Any) -> None:
 
 
 def frequencies(config: Any, *, local: bool = False) -> Float[np.ndarray, " half"]:
-    """Radians per token for each pair of a head, float64: base^(-2i/head_size), scaled as the decoder's config sets.
+    """Radians per token for each pair that is turned, float64: base^(-2i/size), scaled as the decoder's config sets.
+
+    The size is that of the head, or of the part of it that is turned.
 
     Args:
       config: a `DecoderConfig`.
       local: whether the layer has a sliding window; such layers may have a base of their own, without scaling.
     """
     base = (config.rope_local_base if local else None) or config.rope_base
-    plain = base ** (-2.0 * np.arange(config.head_size // 2) / config.head_size)
+    size = config.rotary_size or config.head_size
+    plain = base ** (-2.0 * np.arange(size // 2) / size)
     if config.rope_scaling == "none" or (local and config.rope_local_base):
         return plain
     slow = plain / config.rope_scaling_factor
@@ -64,8 +67,8 @@ def rotation(positions: Int[Array, "*B T"], frequencies: Float[np.ndarray, " hal
 
 
 def rotate(x: Float[Array, "*B T H D"], turn: Rotation) -> Float[Array, "*B T H D"]:
-    """Turns the pairs (i, i + D/2) of each head; computed in float32."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    """Turns the pairs (i, i + half) of each head, and leaves what is after them; computed in float32."""
+    half = turn.cos.shape[-1]
+    first, second, rest = (part.astype(jnp.float32) for part in jnp.split(x, (half, 2 * half), axis=-1))
     turned = [first * turn.cos - second * turn.sin, second * turn.cos + first * turn.sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return jnp.concatenate([*turned, rest], axis=-1).astype(x.dtype)

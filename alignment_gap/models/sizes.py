@@ -1,7 +1,8 @@
 """Sizes by name: T5 v1.1, PaLM, a ladder of small PaLM-style decoders, and the shapes of pretrained decoders.
 
 Sources: T5 v1.1 (2002.05202, 1910.10683), PaLM table 1 (2204.02311), Gemma 1 to 3 (2403.08295, 2408.00118, 2503.19786),
-Llama 3 (2407.21783; 8B and 70B are version 3.1, 1B and 3B are 3.2), Qwen 2.5 and 3 (2412.15115, 2505.09388).
+Llama 3 (2407.21783; 8B and 70B are version 3.1, 1B and 3B are 3.2), Qwen 2.5 and 3 (2412.15115, 2505.09388), Pythia
+(2304.01373).
 """
 
 from __future__ import annotations
@@ -88,6 +89,25 @@ _LLAMA3 = dataclasses.replace(
 _LLAMA32 = dataclasses.replace(_LLAMA3, rope_scaling_factor=32.0)
 _QWEN2 = dataclasses.replace(_SERIAL, vocabulary_size=151_936, query_key_value_bias=True, rope_base=1e6)
 _QWEN3 = dataclasses.replace(_SERIAL, vocabulary_size=151_936, query_key_norm=True, rope_base=1e6)
+_PYTHIA = dataclasses.replace(
+    _SERIAL,
+    vocabulary_size=50_304,
+    block="parallel_two_norms",
+    gated_mlp=False,
+    activation="exact_gelu",
+    norm="layer",
+    norm_epsilon=1e-5,
+    query_key_value_bias=True,
+    out_and_mlp_bias=True,
+    tied_embeddings=False,
+)
+
+
+def _pythia(width: int, layers: int, heads: int, vocabulary_size: int = 50_304) -> DecoderConfig:
+    size = width // heads
+    shape = (width, layers, heads, heads, size, 4 * width)
+    return _shaped(_PYTHIA, shape, rotary_size=size // 4, vocabulary_size=vocabulary_size)
+
 
 SIZES: dict[str, T5Config | DecoderConfig] = {
     # Two decades of sizes for a laptop, named by the parameters in their layers. With a small vocabulary, the layers
@@ -130,5 +150,13 @@ SIZES: dict[str, T5Config | DecoderConfig] = {
     "qwen3_1.7b": _shaped(_QWEN3, (2048, 28, 16, 8, 128, 6144)),
     "qwen3_4b": _shaped(_QWEN3, (2560, 36, 32, 8, 128, 9728)),
     "qwen3_8b": _shaped(_QWEN3, (4096, 36, 32, 8, 128, 12_288), tied_embeddings=False),
+    "pythia_70m": _pythia(512, 6, 8),
+    "pythia_160m": _pythia(768, 12, 12),
+    "pythia_410m": _pythia(1024, 24, 16),
+    "pythia_1b": _pythia(2048, 16, 8),
+    "pythia_1.4b": _pythia(2048, 24, 16),
+    "pythia_2.8b": _pythia(2560, 32, 32),
+    "pythia_6.9b": _pythia(4096, 32, 32, 50_432),
+    "pythia_12b": _pythia(5120, 36, 40, 50_688),
 }
 NAMES: list[str] = list(SIZES)

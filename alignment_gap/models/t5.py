@@ -106,7 +106,7 @@ class EncoderLayer(nn.Module):
         self.pre_attention_layer_norm = layers.RMSNorm(config.dtype)
         self.attention = Attention(config)
         self.pre_mlp_layer_norm = layers.RMSNorm(config.dtype)
-        self.mlp = layers.GatedMLP(config.width, config.mlp_width, nn.gelu, config.dtype)
+        self.mlp = layers.MLP(config.width, config.mlp_width, nn.gelu, config.dtype)
 
     def __call__(self, x: Float[Array, "B 1 P D"], mask: Array, bias: Array) -> Float[Array, "B 1 P D"]:
         """One layer over the prompts."""
@@ -134,7 +134,7 @@ class DecoderLayer(nn.Module):
         self.pre_cross_attention_layer_norm = layers.RMSNorm(config.dtype)
         self.encoder_decoder_attention = Attention(config)
         self.pre_mlp_layer_norm = layers.RMSNorm(config.dtype)
-        self.mlp = layers.GatedMLP(config.width, config.mlp_width, nn.gelu, config.dtype)
+        self.mlp = layers.MLP(config.width, config.mlp_width, nn.gelu, config.dtype)
 
     def prompt_keys_values(self, encoded: Float[Array, "B P D"]) -> layers.KeysValues:
         """Keys and values [B, H, P, C] of the prompts, shared by all their responses."""

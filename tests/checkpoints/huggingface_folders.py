@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from alignment_gap.checkpoints import check_entries, imported
 from alignment_gap.checkpoints.formats import model_shapes
 from alignment_gap.checkpoints.huggingface import open_foreign
-from alignment_gap.checkpoints.huggingface.configs import FAMILIES
+from alignment_gap.checkpoints.huggingface.configs import FAMILIES, GPT_NEOX, OF_GPT_NEOX
 from alignment_gap.checkpoints.tensors import from_array
 from alignment_gap.models import DecoderConfig, T5Config
 
@@ -31,7 +31,8 @@ LINEAR = {"rope_scaling": "linear", "rope_scaling_factor": 4.0}
 
 
 def decoder(family, **settings):
-    return DecoderConfig(**{**FAMILIES[family].model, **SIZES, **settings})
+    shared = OF_GPT_NEOX if family == GPT_NEOX else FAMILIES[family].model
+    return DecoderConfig(**{**shared, **SIZES, **settings})
 
 
 CONFIGS = {
@@ -62,6 +63,8 @@ CONFIGS = {
         rope_local_base=1e4,
         **LINEAR,
     ),
+    "gpt_neox": decoder("gpt_neox", heads=2, kv_heads=2, rotary_size=4, block="parallel_two_norms"),
+    "gpt_neox tied": decoder("gpt_neox", heads=2, kv_heads=2, rope_base=5e5, block="serial", tied_embeddings=True),
 }
 
 

@@ -21,7 +21,7 @@ from alignment_gap.checkpoints.huggingface import open_foreign, recognises, writ
 from alignment_gap.checkpoints.huggingface.configs import read_config, write_config
 from alignment_gap.checkpoints.tensors import from_array
 from alignment_gap.errors import UserError
-from alignment_gap.models import DecoderConfig, count_parameters, make_policy
+from alignment_gap.models import DecoderConfig, count_parameters, make_policy, sizes
 
 
 @pytest.fixture
@@ -84,6 +84,56 @@ def test_decoder_tensors_by_hand(tmp_path):
     norm = "decoder.layers.pre_mlp_layer_norm.scale"
     np.testing.assert_array_equal(theirs["model.layers.1.post_attention_layernorm.weight"], ours[norm][1])
     np.testing.assert_array_equal(theirs["lm_head.weight"], ours["output_embedder.embedding"])
+
+
+def test_gpt_neox_tensors_by_hand(tmp_path):
+    """One tensor has the rows of query, key and value, head by head."""
+    config, tensors = CONFIGS["gpt_neox"], random_tensors(CONFIGS["gpt_neox"])
+    write(tmp_path / "folder", config, tensors)
+    theirs = load_file(tmp_path / "folder" / "model.safetensors")
+    ours = {name: tensor.read(None) for name, tensor in tensors.items()}
+    x, layer = np.arange(12.0), "gpt_neox.layers.1"
+    fused = theirs[f"{layer}.attention.query_key_value.weight"] @ x + theirs[f"{layer}.attention.query_key_value.bias"]
+    for head in range(2):
+        for place, name in enumerate(("query", "key", "value")):
+            here = x @ ours[f"decoder.layers.{name}.kernel"][1][:, head] + ours[f"decoder.layers.{name}.bias"][1][head]
+            start = 18 * head + 6 * place
+            np.testing.assert_allclose(fused[start : start + 6], here, rtol=1e-5)
+    assert not any(f".{name}." in key for key in theirs for name in ("query", "key", "value"))
+    wide = theirs[f"{layer}.mlp.dense_h_to_4h.weight"] @ x + theirs[f"{layer}.mlp.dense_h_to_4h.bias"]
+    here = x @ ours["decoder.layers.mlp.wi.kernel"][1] + ours["decoder.layers.mlp.wi.bias"][1]
+    np.testing.assert_allclose(wide, here, rtol=1e-5)
+    heads = ours["decoder.layers.out.kernel"][1].reshape(12, 12)
+    np.testing.assert_array_equal(theirs[f"{layer}.attention.dense.weight"], heads.T)
+    np.testing.assert_array_equal(theirs[f"{layer}.attention.dense.bias"], ours["decoder.layers.out.bias"][1])
+    norm = "decoder.layers.pre_mlp_layer_norm"
+    np.testing.assert_array_equal(theirs[f"{layer}.post_attention_layernorm.bias"], ours[f"{norm}.bias"][1])
+    np.testing.assert_array_equal(theirs["gpt_neox.final_layer_norm.weight"], ours["decoder.decoder_norm.scale"])
+    np.testing.assert_array_equal(theirs["embed_out.weight"], ours["output_embedder.embedding"])
+
+
+def test_buffers_in_older_folders_of_gpt_neox_are_not_read(tmp_path):
+    write(tmp_path / "folder", CONFIGS["gpt_neox"], random_tensors(CONFIGS["gpt_neox"]))
+    _, wanted = read_all(tmp_path / "folder")
+
+    def change(tensors):
+        tensors["gpt_neox.layers.0.attention.bias"] = np.ones((1, 1, 8, 8), bool)
+        tensors["gpt_neox.layers.0.attention.masked_bias"] = np.full((), -1e9, np.float32)
+        tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = np.zeros(3, np.float32)
+
+    rewrite(tmp_path / "folder", change)
+    _, found = read_all(tmp_path / "folder")
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_fused_tensor_of_another_size_is_named(tmp_path):
+    write(tmp_path / "folder", CONFIGS["gpt_neox"], random_tensors(CONFIGS["gpt_neox"]))
+    fused = "gpt_neox.layers.0.attention.query_key_value.weight"
+    rewrite(tmp_path / "folder", lambda tensors: tensors.update({fused: np.zeros((35, 12), np.float32)}))
+    with pytest.raises(UserError, match=rf"{fused} of the shape \(35, 12\) is in no place of the model"):
+        read_all(tmp_path / "folder")
 
 
 def test_names_of_the_four_norms_of_gemma(tmp_path):
@@ -241,6 +291,14 @@ PUBLISHED = {
         },
         596_049_920,
     ),
+    "pythia-2.8b": (
+        {
+            "model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 2560, "intermediate_size": 10240,
+            "layer_norm_eps": 1e-05, "num_attention_heads": 32, "num_hidden_layers": 32, "rotary_emb_base": 10000,
+            "rotary_pct": 0.25, "tie_word_embeddings": False, "use_parallel_residual": True, "vocab_size": 50304,
+        },
+        2_775_208_960,
+    ),
 }  # fmt: skip
 
 
@@ -267,6 +325,9 @@ def test_settings_of_published_configs():
     assert (llama.rope_scaling, llama.rope_scaling_factor, llama.rope_original_length) == ("llama3", 8.0, 8192)
     assert (llama.norm_epsilon, llama.activation, llama.tied_embeddings) == (1e-5, "silu", False)
     assert (read("qwen2.5-0.5b").query_key_value_bias, read("qwen2.5-0.5b").window) == (True, None)
+    pythia = read("pythia-2.8b")
+    assert pythia == sizes.get("pythia_2.8b")
+    assert (pythia.block, pythia.norm, pythia.rotary_size) == ("parallel_two_norms", "layer", 20)
     assert (read("qwen3-0.6b").query_key_norm, read("qwen3-0.6b").head_size) == (True, 128)
 
 
@@ -275,6 +336,11 @@ def test_rotary_settings_in_the_notation_of_transformers_5():
     scaling, theta = values.pop("rope_scaling"), values.pop("rope_theta")
     config = read_config(values | {"rope_parameters": {**scaling, "rope_theta": theta}}, "llama")
     assert config == read_config(PUBLISHED["llama-3.1-8b"][0], "llama")
+    values = dict(PUBLISHED["pythia-2.8b"][0])
+    base, share = values.pop("rotary_emb_base"), values.pop("rotary_pct")
+    parameters = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": share}
+    config = read_config(values | {"rope_parameters": parameters}, "pythia")
+    assert config == read_config(PUBLISHED["pythia-2.8b"][0], "pythia")
     values = dict(PUBLISHED["gemma-3-1b"][0])
     del values["rope_theta"], values["rope_local_base_freq"]
     full, sliding = {"rope_type": "linear", "factor": 8.0, "rope_theta": 7.0}, {"rope_type": "default", "rope_theta": 5}
@@ -298,6 +364,10 @@ def test_rotary_settings_in_the_notation_of_transformers_5():
         ("qwen2.5-0.5b", {"use_sliding_window": True, "max_window_layers": 12}, "layer_types is .* not supported"),
         ("gemma-2-2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma-3-1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ("pythia-2.8b", {"attention_bias": False}, "attention_bias is False, which is not supported: it must be True"),
+        ("pythia-2.8b", {"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new', which is not supported"),
+        ("pythia-2.8b", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is "),
+        ("pythia-2.8b", {"rope_parameters": {"rope_type": "linear"}}, r"rope_parameters\.rope_type is 'linear'"),
         ("flan-t5-small", {"feed_forward_proj": "relu"}, "feed_forward_proj is 'relu'.*'gated-gelu'"),
         ("flan-t5-small", {"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon is 1e-05"),
     ],

@@ -7,10 +7,10 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from alignment_gap.checkpoints.huggingface.configs import FAMILIES, read_config, write_config
+from alignment_gap.checkpoints.huggingface.configs import FAMILIES, OF_GPT_NEOX, read_config, write_config
 from alignment_gap.checkpoints.huggingface.entries import copies_of
 from alignment_gap.errors import UserError
-from alignment_gap.models import DecoderConfig, T5Config
+from alignment_gap.models import DecoderConfig, T5Config, sizes
 
 FLOATS = strategies.sampled_from([0.5, 3.0, 50.0])
 SIZES = strategies.integers(1, 40)
@@ -65,6 +65,51 @@ def test_every_policy_of_a_family_is_the_same_after_its_config_json(family):
         assert read_config(write_config(model), "config.json") == model
 
     check()
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(
+    sizes=strategies.tuples(*[SIZES] * 5),
+    quarter=SIZES,
+    rotary=strategies.sampled_from([1, 2, 3, None]),
+    block=strategies.sampled_from(["parallel_two_norms", "serial"]),
+    tied=strategies.booleans(),
+    epsilon=strategies.sampled_from([1e-6, 1e-5]),
+    base=strategies.sampled_from([1e4, 5e5]),
+)
+def test_every_gpt_neox_is_the_same_after_its_config_json(sizes, quarter, rotary, block, tied, epsilon, base):
+    vocabulary_size, layers, heads, _, mlp_width = sizes
+    model = DecoderConfig(
+        vocabulary_size=vocabulary_size,
+        width=4 * quarter * heads,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_size=4 * quarter,
+        mlp_width=mlp_width,
+        block=block,
+        norm_epsilon=epsilon,
+        tied_embeddings=tied,
+        rope_base=base,
+        rotary_size=rotary and rotary * quarter,
+        **OF_GPT_NEOX,
+    )
+    values = through_json(write_config(model))
+    assert (values["model_type"], values["architectures"]) == ("gpt_neox", ["GPTNeoXForCausalLM"])
+    assert read_config(values, "config.json") == model
+
+
+def test_what_is_absent_of_a_gpt_neox_is_what_transformers_takes():
+    model = read_config(LEAST | {"model_type": "gpt_neox", "hidden_size": 32}, "config.json")
+    assert (model.head_size, model.rotary_size, model.kv_heads, model.block) == (8, 2, 4, "parallel_two_norms")
+    assert (model.norm_epsilon, model.rope_base, model.tied_embeddings) == (1e-5, 1e4, False)
+
+
+def test_a_gpt_neox_with_heads_of_its_own_size_is_refused():
+    model = sizes.get("pythia_70m", head_size=32, rotary_size=16)
+    message = r"gpt_neox is the nearest and differs in head_size \(32 here, 64 there\)"
+    with pytest.raises(UserError, match=message):
+        write_config(model)
 
 
 @hypothesis.settings(max_examples=30, deadline=None)
@@ -336,3 +381,4 @@ def test_tensors_that_may_be_there_twice():
     assert copies_of(T5Config(tied_embeddings=True)) == embedding | {"lm_head.weight": "shared.weight"}
     assert copies_of(DecoderConfig()) == {"lm_head.weight": "model.embed_tokens.weight"}
     assert copies_of(DecoderConfig(tied_embeddings=False)) == {}
+    assert copies_of(DecoderConfig(norm="layer")) == {"embed_out.weight": "gpt_neox.embed_in.weight"}

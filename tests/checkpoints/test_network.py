@@ -129,6 +129,7 @@ OTHERS = {
     "query_pre_attention_scalar": 5.0,
     "rope_local_base": 5.0,
     "window": 5,
+    "rotary_size": 4,
     "dtype": "bfloat16",
     "remat": "full",
     "attention": "splash",

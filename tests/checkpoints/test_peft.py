@@ -12,7 +12,7 @@ from alignment_gap.checkpoints.formats import export_checkpoint, import_checkpoi
 from alignment_gap.checkpoints.huggingface.configs import FAMILIES
 from alignment_gap.checkpoints.tensors import from_array, shapes_of
 from alignment_gap.errors import UserError
-from alignment_gap.models import AdapterConfig, Adapters, DecoderConfig, abstract_parameters, make_policy
+from alignment_gap.models import AdapterConfig, Adapters, DecoderConfig, abstract_parameters, make_policy, sizes
 from alignment_gap.sharding import unbox
 
 LLAMA = DecoderConfig(
@@ -135,6 +135,24 @@ def test_adapters_of_another_base_are_refused_by_their_shapes(folder, tmp_path):
     other = write_base(tmp_path / "other", dataclasses.replace(LLAMA, width=10))
     found = refused(folder, tmp_path, base=other)
     assert "q_proj.lora_A.weight has the shape (2, 12), the model has (2, 10)" in found and "of another model" in found
+
+
+def test_adapters_of_gpt_neox_have_no_place_in_peft(folder, tmp_path):
+    """peft has one adapter for query, key and value."""
+    model = sizes.get("pythia_70m", vocabulary_size=13, width=8, layers=1, heads=2, kv_heads=2, head_size=4)
+    model = dataclasses.replace(model, mlp_width=5, rotary_size=2)
+    base, adapter = write_base(tmp_path / "neox", model), AdapterConfig(2, targets=("query_key_value",))
+    shapes = shapes_of(unbox(abstract_parameters(Adapters(make_policy(model), adapter).init)))
+    assert {name.split(".")[2] for name in shapes} == {"query", "key", "value"}
+    step = base / "checkpoints" / "3"
+    network = Network(model=model, adapter=adapter, base=str(step), base_digest=read_digest(step))
+    write_checkpoint(tmp_path / "tuned", 7, network, random_tensors(shapes))
+    message = "peft has no place for adapters of GPT-NeoX.*: export the merged policy to the format huggingface"
+    with pytest.raises(UserError, match=message):
+        export_checkpoint(tmp_path / "tuned", tmp_path / "out", "peft")
+    assert "peft has no place for adapters of GPT-NeoX" in refused(folder, tmp_path, base=base)
+    export_checkpoint(tmp_path / "tuned", tmp_path / "out", "huggingface")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gpt_neox"
 
 
 def test_adapters_of_some_layers_are_refused(base, folder, tmp_path):

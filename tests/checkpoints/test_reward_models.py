@@ -21,6 +21,8 @@ from alignment_gap.models import RewardHead
 from alignment_gap.models.reward_head import without_output
 
 HEAD = RewardHead(pad_id=4)
+# OpenAssistant's over Pythia: a bias, and the last token whatever it is.
+OPEN_ASSISTANT = RewardHead(bias=True)
 CONFIGS = {name: without_output(config) for name, config in POLICIES.items() if "tied" not in name}
 CLASSES = {
     "t5": "T5ForSequenceClassification",
@@ -32,6 +34,7 @@ CLASSES = {
     "gemma": "GemmaForSequenceClassification",
     "gemma2": "Gemma2ForSequenceClassification",
     "gemma3_text": "Gemma3TextForSequenceClassification",
+    "gpt_neox": "GPTNeoXForSequenceClassification",
 }
 
 
@@ -43,9 +46,9 @@ def random_tensors(shapes):
     }
 
 
-def write_reward_model(folder, name):
-    tensors = random_tensors(model_shapes(CONFIGS[name], HEAD))
-    write(folder, CONFIGS[name], tensors, head=HEAD)
+def write_reward_model(folder, name, head=HEAD):
+    tensors = random_tensors(model_shapes(CONFIGS[name], head))
+    write(folder, CONFIGS[name], tensors, head=head)
     return tensors
 
 
@@ -83,6 +86,32 @@ def test_tensors_by_hand(tmp_path):
     np.testing.assert_array_equal(theirs["classification_head.dense.bias"], ours["score.dense.bias"].read(None))
     np.testing.assert_array_equal(theirs["transformer.shared.weight"], ours["token_embedder.embedding"].read(None))
     assert {name.partition(".")[0] for name in theirs} == {"transformer", "classification_head"}
+
+
+def test_a_reward_model_of_open_assistant(tmp_path):
+    ours = write_reward_model(tmp_path / "folder", "gpt_neox", OPEN_ASSISTANT)
+    theirs = load_file(tmp_path / "folder" / "model.safetensors")
+    np.testing.assert_array_equal(theirs["out_proj.weight"][0], ours["score.kernel"].read(None)[:, 0])
+    np.testing.assert_array_equal(theirs["out_proj.bias"], ours["score.bias"].read(None))
+    reconfigure(tmp_path / "folder", eos_token_id=7)
+    network = import_checkpoint(tmp_path / "folder", tmp_path / "run").network
+    assert network == Network("bradley_terry", CONFIGS["gpt_neox"], head=OPEN_ASSISTANT)
+    export_checkpoint(tmp_path / "run", tmp_path / "out", "huggingface", companions=tmp_path / "folder")
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("folder", "out"))
+    assert after == before
+    named = ("model_type", "architectures", "pooling", "eos_token_id")
+    assert [after[name] for name in named] == ["gpt_neox_reward_model", ["GPTNeoXRewardModel"], "last", 7]
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert theirs.keys() == again.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+def test_a_reward_model_of_open_assistant_that_reads_the_mean_is_refused(tmp_path):
+    write_reward_model(tmp_path / "folder", "gpt_neox", OPEN_ASSISTANT)
+    reconfigure(tmp_path / "folder", pooling="mean")
+    with pytest.raises(UserError, match=r"pooling is 'mean', which is not supported: it must be 'last'"):
+        import_checkpoint(tmp_path / "folder", tmp_path / "run")
 
 
 def test_copies_of_t5s_embedding_may_be_there(tmp_path):
@@ -129,13 +158,13 @@ def scores(stored, *texts):
     return jax.jit(lambda p, *a: model.scores(p, *a, labels="rewards"))(params, *texts)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama tied"])
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt_neox"])
 def test_a_model_that_was_trained_here_goes_out_with_its_rewards(name, tmp_path):
     """The head is the difference of two rows of the output embedding; the markers stay around the response."""
     tensors = random_tensors(model_shapes(POLICIES[name]))
     write_checkpoint(tmp_path / "run", 0, Network("bradley_terry", POLICIES[name], (12, 11, 10, 9, 8)), tensors)
     export_checkpoint(tmp_path / "run", tmp_path / "out", "huggingface")
-    table = "output_embedder" if name == "llama" else "token_embedder"
+    table = "token_embedder" if "tied" in name else "output_embedder"
     rows = tensors[f"{table}.embedding"].read(None)
     theirs = load_file(tmp_path / "out" / "model.safetensors")
     np.testing.assert_array_equal(theirs["score.weight"], (rows[9] - rows[8])[None])
@@ -165,10 +194,6 @@ REFUSED = {
     "two labels": ({"id2label": None}, "the model has 2 labels .id2label, num_labels., but a judge needs one reward"),
     "three labels": ({"id2label": MANY}, "the model has 3 labels"),
     "num_labels": ({"id2label": None, "num_labels": 5}, "the model has 5 labels"),
-    "OpenAssistant's Pythia": (
-        {"architectures": ["GPTNeoXRewardModel"], "model_type": "gpt_neox_reward_model"},
-        "architectures is 'GPTNeoXRewardModel', which is not supported: the reward models are T5ForSequence",
-    ),
     "OpenAssistant's DeBERTa": (
         {"architectures": ["DebertaV2ForSequenceClassification"], "model_type": "deberta-v2"},
         "architectures is 'DebertaV2ForSequenceClassification', which is not supported: .*LlamaForSequence",

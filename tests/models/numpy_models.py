@@ -1,7 +1,8 @@
 """Both policies once more, in plain numpy at float64: one response, no cache, no loop over stacked layers, no sharing.
 
 Written from the papers: T5 (1910.10683, with the gated GELU of 2002.05202), PaLM (2204.02311), RoPE (2104.09864),
-Gemma (2403.08295, 2408.00118, 2503.19786), Llama 3 (2407.21783), Qwen 2 and 3 (2407.10671, 2505.09388).
+Gemma (2403.08295, 2408.00118, 2503.19786), Llama 3 (2407.21783), Qwen 2 and 3 (2407.10671, 2505.09388),
+GPT-NeoX (2204.06745).
 """
 
 import math
@@ -47,6 +48,11 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def exact_gelu(x):
+    """x times the probability that a standard normal variable is below x."""
+    return x * np.vectorize(lambda value: 0.5 * (1 + math.erf(value / math.sqrt(2))))(x)
+
+
 def silu(x):
     return x / (1 + np.exp(-x))
 
@@ -67,17 +73,18 @@ def attention(query, key, value, *, bias=0.0, mask, scale, soft_cap=None):
 
 
 def rope(x, positions, frequencies):
-    """Pair i of a head, its components i and i + C/2, as a complex number turned by position * frequencies[i]."""
-    half = x.shape[-1] // 2
+    """Pair i of a head, components i and i + half: a complex number turned by position * frequencies[i]."""
+    half = len(frequencies)
     turn = np.exp(1j * np.outer(positions, frequencies))[:, None]
-    turned = (x[..., :half] + 1j * x[..., half:]) * turn
-    return np.concatenate([turned.real, turned.imag], -1)
+    turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * turn
+    return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], -1)
 
 
 def rope_frequencies(config, *, local):
     """Of each pair of a head; Llama 3.1's scaling goes by wavelength in tokens."""
     base = config.rope_local_base if local and config.rope_local_base else config.rope_base
-    found = [base ** (-2 * pair / config.head_size) for pair in range(config.head_size // 2)]
+    size = config.rotary_size or config.head_size
+    found = [base ** (-2 * pair / size) for pair in range(size // 2)]
     if config.rope_scaling == "none" or (local and config.rope_local_base):
         return np.array(found)
     if config.rope_scaling == "linear":
@@ -104,8 +111,14 @@ def _merge(x, kernel):
     return np.einsum("shc,hcd->sd", x, kernel)
 
 
+def _linear(x, params):
+    return x @ params["kernel"] + params.get("bias", 0.0)
+
+
 def _mlp(x, params, activation):
-    return (activation(x @ params["wi_0"]["kernel"]) * (x @ params["wi_1"]["kernel"])) @ params["wo"]["kernel"]
+    if "wi" in params:
+        return _linear(activation(_linear(x, params["wi"])), params["wo"])
+    return _linear(activation(_linear(x, params["wi_0"])) * _linear(x, params["wi_1"]), params["wo"])
 
 
 def _layer(stacked, index):
@@ -155,6 +168,9 @@ def t5_logits(config, params, prompt, response):
 
 
 def _decoder_norm(x, params, config):
+    if config.norm == "layer":
+        deviation = np.sqrt(x.var(-1, keepdims=True) + config.norm_epsilon)
+        return (x - x.mean(-1, keepdims=True)) / deviation * params["scale"] + params["bias"]
     scale = params["scale"] + 1 if config.norm == "one_plus_scale" else params["scale"]
     return norm(x, scale, config.norm_epsilon)
 
@@ -179,13 +195,13 @@ def _decoder_attention(config, index, layer, y):
         scale=1 / math.sqrt(config.query_pre_attention_scalar or config.head_size),
         soft_cap=config.attention_soft_cap,
     )
-    return _merge(mixed, layer["out"]["kernel"])
+    return _merge(mixed, layer["out"]["kernel"]) + layer["out"].get("bias", 0.0)
 
 
 def decoder_logits(config, params, prompt, response):
     """Logits [R, V] of each token of one response: prompt and response are one sequence."""
     table, decoder = params["token_embedder"]["embedding"], params["decoder"]
-    activation = {"silu": silu, "gelu": gelu}[config.activation]
+    activation = {"silu": silu, "gelu": gelu, "exact_gelu": exact_gelu}[config.activation]
     x = table[np.concatenate([prompt, response[:-1]]).astype(int)]
     if config.embedding_scale == "sqrt_width":
         x = x * math.sqrt(config.width)
@@ -199,8 +215,10 @@ def decoder_logits(config, params, prompt, response):
             return normed(y, name) if config.post_norms else y
 
         y = normed(x, "pre_layer_norm" if config.block == "parallel" else "pre_attention_layer_norm")
+        entered = x
         x = x + behind(_decoder_attention(config, index, layer, y), "post_attention_layer_norm")
-        y = y if config.block == "parallel" else normed(x, "pre_mlp_layer_norm")
+        if config.block != "parallel":
+            y = normed(x if config.block == "serial" else entered, "pre_mlp_layer_norm")
         x = x + behind(_mlp(y, layer["mlp"], activation), "post_mlp_layer_norm")
     x = _decoder_norm(x, decoder["decoder_norm"], config)
     output = table if config.tied_embeddings else params["output_embedder"]["embedding"]

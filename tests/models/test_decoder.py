@@ -11,6 +11,7 @@ from numpy_models import score_rows
 from tiny_models import CONFIGS, make_batch, random_params, texts
 
 from alignment_gap.checkpoints.formats import model_shapes
+from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, make_policy, score
 
 BATCH = make_batch(3)
@@ -48,6 +49,25 @@ MIXED = {
         "full_attention_every": 3,
         "logits_scale": "one",
     },
+    "two norms of the input, layer norms everywhere and a gated MLP with biases": {
+        "block": "parallel_two_norms",
+        "norm": "layer",
+        "post_norms": True,
+        "query_key_norm": True,
+        "out_and_mlp_bias": True,
+        "rotary_size": 2,
+        "rope_scaling": "linear",
+        "rope_scaling_factor": 3.0,
+    },
+    "serial, no gate and no bias": {
+        "block": "serial",
+        "gated_mlp": False,
+        "activation": "exact_gelu",
+        "rotary_size": 4,
+        "window": 2,
+        "full_attention_every": 2,
+        "rope_local_base": 10.0,
+    },
 }
 
 
@@ -64,6 +84,8 @@ LAYER = "decoder.layers"
 ADDED = {
     "post_norms": {f"{LAYER}.post_{name}_layer_norm.scale": (2, 12) for name in ("attention", "mlp")},
     "query_key_norm": {f"{LAYER}.{name}_norm.scale": (2, 6) for name in ("query", "key")},
+    "out_and_mlp_bias": {f"{LAYER}.{name}.bias": (2, 12) for name in ("out", "mlp.wo")}
+    | {f"{LAYER}.mlp.{name}.bias": (2, 7) for name in ("wi_0", "wi_1")},
     "query_key_value_bias": {f"{LAYER}.query.bias": (2, 4, 6)}
     | {f"{LAYER}.{name}.bias": (2, 2, 6) for name in ("key", "value")},
 }
@@ -83,10 +105,26 @@ def test_parameters_of_serial_blocks_and_untied_embeddings():
     assert serial == plain | norms | {"output_embedder.embedding": (13, 12)}
 
 
+def test_parameters_of_layer_norms_and_an_mlp_without_a_gate():
+    plain = model_shapes(PALM)
+    found = model_shapes(dataclasses.replace(PALM, norm="layer", gated_mlp=False))
+    biases = {f"{LAYER}.pre_layer_norm.bias": (2, 12), "decoder.decoder_norm.bias": (12,)}
+    del plain[f"{LAYER}.mlp.wi_0.kernel"], plain[f"{LAYER}.mlp.wi_1.kernel"]
+    assert found == plain | biases | {f"{LAYER}.mlp.wi.kernel": (2, 12, 7)}
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_a_part_that_no_head_turns_is_refused(size):
+    message = f"DecoderConfig.rotary_size is {size}: it must be even, and at most head_size=6"
+    with pytest.raises(UserError, match=message):
+        make_policy(dataclasses.replace(PALM, rotary_size=size))
+
+
 def test_settings_without_parameters_leave_them_as_they_are():
     settings = {"window": 3, "full_attention_every": 2, "attention_soft_cap": 2.0, "logits_soft_cap": 2.0}
     settings |= {"activation": "gelu", "norm": "one_plus_scale", "embedding_scale": "sqrt_width", "logits_scale": "one"}
     settings |= {"query_pre_attention_scalar": 3.0, "rope_base": 7.0, "rope_local_base": 5.0}
+    settings |= {"rotary_size": 4}
     assert model_shapes(dataclasses.replace(PALM, **settings)) == model_shapes(PALM)
 
 

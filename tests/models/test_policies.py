@@ -242,7 +242,7 @@ def test_bfloat16_computes_over_float32_parameters(policy, params):
         (DecoderConfig(), {"kv_heads": 3}, "kv_heads is 3: it must divide heads=4"),
         (DecoderConfig(), {"window": -1}, r"DecoderConfig\.window is -1: it must be positive, or None"),
         (DecoderConfig(), {"window": 4}, "window is 4 with full_attention_every=1: set both"),
-        (DecoderConfig(), {"block": "series"}, "block is 'series': choose one of parallel, serial"),
+        (DecoderConfig(), {"block": "series"}, "block is 'series': choose one of parallel, parallel_two_norms, serial"),
         (DecoderConfig(), {"head_size": 7}, "head_size is 7: rotary positions need it even"),
     ],
 )

@@ -134,9 +134,9 @@ def test_every_number_of_a_config_is_positive_or_not_set(config, name, optional)
 @pytest.mark.parametrize(
     ("name", "choices"),
     [
-        ("block", "parallel, serial"),
-        ("activation", "silu, gelu"),
-        ("norm", "scale, one_plus_scale"),
+        ("block", "parallel, parallel_two_norms, serial"),
+        ("activation", "silu, gelu, exact_gelu"),
+        ("norm", "scale, one_plus_scale, layer"),
         ("embedding_scale", "one, sqrt_width"),
         ("logits_scale", "inverse_sqrt_width, one"),
         ("rope_scaling", "none, linear, llama3"),

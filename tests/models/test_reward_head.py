@@ -20,12 +20,13 @@ POLICIES = {
     "t5": make_policy(without_output(CONFIGS["t5"])),
     "llama3": make_policy(without_output(SETTINGS["llama3"])),
     "gemma2": make_policy(without_output(SETTINGS["gemma2"])),
+    "gpt_neox": make_policy(without_output(SETTINGS["gpt_neox"])),
 }
 
 
-def parameters(policy):
+def parameters(policy, head=RewardHead()):  # noqa: B008
     rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(lambda key: unbox(make_init(policy)(key)), jax.random.key(0))["score"]
+    shapes = jax.eval_shape(lambda key: unbox(make_init(policy, head)(key)), jax.random.key(0))["score"]
     head = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
     return {**random_params(policy), "score": head}
 
@@ -66,6 +67,16 @@ def test_the_reward_is_that_of_the_last_token(name):
     for place, prompt, response in every_text(BATCH):
         np.testing.assert_allclose(found[place], reward_of(policy, params, prompt + response), rtol=0, atol=2e-4)
     assert float(jnp.std(found)) > 0.1
+
+
+def test_a_bias_is_added_to_the_reward():
+    policy, head = POLICIES["gpt_neox"], RewardHead(bias=True)
+    params = parameters(policy, head)
+    without = {**params, "score": {"kernel": params["score"]["kernel"]}}
+    np.testing.assert_allclose(
+        rewards(policy, params, head) - rewards(policy, without), params["score"]["bias"][0], rtol=0, atol=1e-5
+    )
+    assert abs(float(params["score"]["bias"][0])) > 0.1
 
 
 def test_tokens_of_the_pad_id_at_the_end_are_skipped():

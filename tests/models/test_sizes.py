@@ -33,6 +33,14 @@ PUBLISHED = {
     "qwen3_1.7b": 1_720_574_976,
     "qwen3_4b": 4_022_468_096,
     "qwen3_8b": 8_190_735_360,
+    "pythia_70m": 70_426_624,
+    "pythia_160m": 162_322_944,
+    "pythia_410m": 405_334_016,
+    "pythia_1b": 1_011_781_632,
+    "pythia_1.4b": 1_414_647_808,
+    "pythia_2.8b": 2_775_208_960,
+    "pythia_6.9b": 6_857_302_016,
+    "pythia_12b": 11_846_072_320,
 }
 # 2204.02311, table 1, in billions to the digits given: width, layers, heads, and the count without the norms' scales.
 PALM = {"palm_8b": (4096, 32, 16, 8.63), "palm_62b": (8192, 64, 32, 62.50), "palm_540b": (18_432, 118, 48, 540.35)}
@@ -52,9 +60,14 @@ def _by_hand(config):
     width, heads, kv_heads, size = config.width, config.heads, config.kv_heads, config.head_size
     attention = 2 * width * heads * size + 2 * width * kv_heads * size
     attention += (heads + 2 * kv_heads) * size * config.query_key_value_bias + 2 * size * config.query_key_norm
-    norms = width * ((1 if config.block == "parallel" else 2) + 2 * config.post_norms)
-    layer = attention + 3 * width * config.mlp_width + norms
-    return config.vocabulary_size * width * (2 - config.tied_embeddings) + config.layers * layer + width
+    # A layer norm has a bias too.
+    norm = width * (2 if config.norm == "layer" else 1)
+    norms = norm * ((1 if config.block == "parallel" else 2) + 2 * config.post_norms)
+    wide = 2 if config.gated_mlp else 1
+    mlp = (wide + 1) * width * config.mlp_width
+    biases = config.out_and_mlp_bias * (2 * width + wide * config.mlp_width)
+    layer = attention + mlp + norms + biases
+    return config.vocabulary_size * width * (2 - config.tied_embeddings) + config.layers * layer + norm
 
 
 def test_every_size_has_an_oracle():

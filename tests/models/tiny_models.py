@@ -60,6 +60,20 @@ SETTINGS = {
     ),
     "qwen2": dataclasses.replace(_SERIAL, query_key_value_bias=True),
     "qwen3": dataclasses.replace(_SERIAL, query_key_norm=True, kv_heads=4),
+    "gpt_neox": dataclasses.replace(
+        _SERIAL,
+        block="parallel_two_norms",
+        kv_heads=4,
+        head_size=8,
+        gated_mlp=False,
+        activation="exact_gelu",
+        norm="layer",
+        norm_epsilon=1e-2,
+        query_key_value_bias=True,
+        out_and_mlp_bias=True,
+        tied_embeddings=False,
+        rotary_size=4,
+    ),
 }
 # Sizes that two and eight devices divide.
 EVEN_CONFIGS = {

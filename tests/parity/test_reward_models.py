@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_transformers import DECODER, GEMMA_2, LLAMA3, SLIDING, T5, params_of
+from test_transformers import DECODER, GEMMA_2, LLAMA3, NEOX, SLIDING, T5, params_of
 from transformers_harness import random_model, reload, their_rewards
 
 from alignment_gap.checkpoints import Network, open_checkpoint, write_checkpoint
@@ -32,6 +32,8 @@ CASES = {
     "gemma": ("GemmaClassifier", {**DECODER, **ONE, "num_key_value_heads": 1}),
     "gemma2": ("Gemma2Classifier", {**DECODER, **ONE, **GEMMA_2, "sliding_window": 5}),
     "gemma3": ("Gemma3Classifier", {**DECODER, **ONE, "sliding_window": 4, "layer_types": [SLIDING] * 3}),
+    "gpt_neox": ("GPTNeoXClassifier", {**NEOX, **ONE}),
+    "open_assistant": ("OpenAssistant", NEOX),
 }
 RNG = np.random.default_rng(0)
 PROMPT_LENGTHS, LENGTHS = np.array([14, 1, 6]), np.array([[9, 1], [4, 9], [2, 7]])

@@ -39,6 +39,17 @@ DECODER = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+NEOX = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 GEMMA_2 = {"query_pre_attn_scalar": 6, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.5}
 SLIDING, FULL = "sliding_attention", "full_attention"
 LLAMA3 = {
@@ -98,6 +109,19 @@ CASES = {
     "qwen3_windows": (
         "Qwen3",
         {**DECODER, "use_sliding_window": True, "sliding_window": 5, "layer_types": [SLIDING] * 3},
+    ),
+}
+CASES |= {
+    # Of each head of 8, four, two or all components are turned.
+    "gpt_neox": ("GPTNeoX", {**NEOX, "rope_parameters": {"partial_rotary_factor": 0.5}}),
+    "gpt_neox_serial": ("GPTNeoX", {**NEOX, "use_parallel_residual": False, "layer_norm_eps": 1e-3}),
+    "gpt_neox_whole": (
+        "GPTNeoX",
+        {
+            **NEOX,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 1.0},
+        },
     ),
 }
 RNG = np.random.default_rng(0)

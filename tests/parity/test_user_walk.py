@@ -1,5 +1,6 @@
 """A user's way with a Llama: LoRA by online IPO against a reward model, evaluated, exported, and loaded elsewhere."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -35,10 +36,10 @@ SIZES = {
 }
 
 
-def command(*arguments, text=None):
-    """Runs alignment-gap on 8 virtual devices, as a shell would; returns what it printed."""
+def command(*arguments, text=None, path=ROOT):
+    """Runs alignment-gap on 8 virtual devices, as a shell would, with `path` for modules; returns what it printed."""
     devices = "--xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices}
+    environment = {**os.environ, "PYTHONPATH": f"{path}:{ROOT}", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices}
     code = "from alignment_gap.cli.main import main; main()"
     words = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(words, env=environment, input=text, capture_output=True, text=True)
@@ -104,6 +105,37 @@ def test_transformers_and_peft_load_what_was_trained_with_the_same_logits(walked
             np.testing.assert_allclose(their_logits(theirs, *texts), ours, rtol=0, atol=1e-4)
         moved = max(moved, np.abs(their_logits(plain, *texts) - ours).max())
     assert moved > 1e-2
+
+
+def test_a_reward_model_with_another_tokenizer_judges_texts(walked, tmp_path):
+    """The page's function, with a small DeBERTa; the texts reach its tokenizer as they are in the dataset."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.DebertaV2Config(vocab_size=300, num_labels=1, **sizes)
+    transformers.DebertaV2ForSequenceClassification(config).save_pretrained(tmp_path / "deberta")
+    make_tokenizer(tmp_path / "deberta", begins=False, eos_token="</s>", tokenizer_class="PreTrainedTokenizerFast")
+    page = (ROOT / "docs" / "huggingface.md").read_text()
+    code = page.partition("`deberta.py`:\n\n```python\n")[2].partition("```")[0]
+    name = "OpenAssistant/reward-model-deberta-v3-large-v2"
+    assert name in code
+    (tmp_path / "deberta_judge.py").write_text(code.replace(name, str(tmp_path / "deberta")))
+    pairs, labelled = walked / "pairs" / "train", tmp_path / "labelled"
+    command(
+        *("data", "label", f"--dataset={pairs}", "--judge=deberta_judge:rewards", "--judge.labels=rewards"),
+        *("--batch_size=16", f"--output={labelled}"),
+        path=tmp_path,
+    )
+    spec = importlib.util.spec_from_file_location("deberta_judge", tmp_path / "deberta_judge.py")
+    judge = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(judge)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(walked / "llama_run" / "tokenizer")
+    for before, after in zip(open_dataset(pairs)[:4], open_dataset(labelled)[:4], strict=True):
+        # The template's marks are part of the texts, the end id of a response is not.
+        prompt = tokenizer.decode(before.prompt)
+        assert prompt.startswith("<s><|im_start|>user\nsay ")
+        responses = [tokenizer.decode(ids[:-1]) for ids in before.responses]
+        np.testing.assert_allclose(after.scores, judge.rewards([prompt], [responses])[0], rtol=0, atol=1e-5)
+    assert len({float(score) for example in open_dataset(labelled) for score in example.scores}) > 8
 
 
 def test_the_card_says_what_was_done_and_measured(walked):

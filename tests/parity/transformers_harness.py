@@ -4,9 +4,36 @@ import jax
 import jax.numpy as jnp
 import torch
 import transformers
+from transformers.models.gpt_neox import modeling_gpt_neox
 
 from alignment_gap.models.policy import response_hidden
 
+
+class OpenAssistantConfig(transformers.GPTNeoXConfig):
+    """Of OpenAssistant's reward models: GPT-NeoX, and which hidden states the head reads."""
+
+    model_type = "gpt_neox_reward_model"
+    pooling: str = "last"
+
+
+class GPTNeoXRewardModel(modeling_gpt_neox.GPTNeoXPreTrainedModel):
+    """OpenAssistant's reward model, stated again: a linear map with a bias at the last token that is not masked."""
+
+    config_class = OpenAssistantConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gpt_neox = transformers.GPTNeoXModel(config)
+        self.out_proj = torch.nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.gpt_neox(input_ids, attention_mask=attention_mask)[0]
+        last = hidden[torch.arange(len(hidden)), attention_mask.sum(1) - 1]
+        return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.out_proj(last))
+
+
+transformers.AutoConfig.register("gpt_neox_reward_model", OpenAssistantConfig)
 CLASSES = {
     "T5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
     "MT5": (transformers.MT5Config, transformers.MT5ForConditionalGeneration),
@@ -17,6 +44,7 @@ CLASSES = {
     "Mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "Qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "Qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "GPTNeoX": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),
     "T5Classifier": (transformers.T5Config, transformers.T5ForSequenceClassification),
     "MT5Classifier": (transformers.MT5Config, transformers.MT5ForSequenceClassification),
     "GemmaClassifier": (transformers.GemmaConfig, transformers.GemmaForSequenceClassification),
@@ -26,6 +54,8 @@ CLASSES = {
     "MistralClassifier": (transformers.MistralConfig, transformers.MistralForSequenceClassification),
     "Qwen2Classifier": (transformers.Qwen2Config, transformers.Qwen2ForSequenceClassification),
     "Qwen3Classifier": (transformers.Qwen3Config, transformers.Qwen3ForSequenceClassification),
+    "GPTNeoXClassifier": (transformers.GPTNeoXConfig, transformers.GPTNeoXForSequenceClassification),
+    "OpenAssistant": (OpenAssistantConfig, GPTNeoXRewardModel),
 }
 
 
@@ -41,7 +71,8 @@ def random_model(family, settings, scale=0.1, seed=0):
 
 
 def reload(folder):
-    model_class = getattr(transformers, transformers.AutoConfig.from_pretrained(folder).architectures[0])
+    name = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    model_class = getattr(transformers, name, None) or GPTNeoXRewardModel
     model, report = model_class.from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]

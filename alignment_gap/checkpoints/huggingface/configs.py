@@ -88,11 +88,25 @@ FAMILIES = {
     ),
 }
 T5_FAMILIES = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}
-# The classes of reward models. All but one are named after the class of the policy.
+# GPT-NeoX, which is Pythia's architecture, and OpenAssistant's reward models over it.
+GPT_NEOX, GPT_NEOX_REWARD = "gpt_neox", "gpt_neox_reward_model"
+OF_GPT_NEOX: dict[str, Any] = {
+    "logits_scale": "one",
+    "gated_mlp": False,
+    "activation": "exact_gelu",
+    "norm": "layer",
+    "query_key_value_bias": True,
+    "out_and_mlp_bias": True,
+}
+POLICIES = {
+    **T5_FAMILIES,
+    **{name: family.architecture for name, family in FAMILIES.items()},
+    GPT_NEOX: "GPTNeoXForCausalLM",
+}
+# The classes of reward models. All but two are named after the class of the policy.
 REWARD_MODELS = {
-    name: re.sub("For[A-Z].*", "ForSequenceClassification", policy)
-    for name, policy in {**T5_FAMILIES, **{name: family.architecture for name, family in FAMILIES.items()}}.items()
-} | {"gemma3_text": "Gemma3TextForSequenceClassification"}
+    name: re.sub("For[A-Z].*", "ForSequenceClassification", policy) for name, policy in POLICIES.items()
+} | {"gemma3_text": "Gemma3TextForSequenceClassification", GPT_NEOX_REWARD: "GPTNeoXRewardModel"}
 # A field of ours: the tokens before and after the response in the text of a reward model that was trained here.
 _AROUND = "tokens_around_response"
 # The names of llama3's factors in transformers and here.
@@ -108,12 +122,14 @@ _NOTATIONS = {
     "rope_scaling",
     "rope_theta",
     "rope_local_base_freq",
+    "rotary_pct",
+    "rotary_emb_base",
     "layer_types",
     "_sliding_window_pattern",
     "scale_decoder_outputs",
 }
 # Fields that belong to the head of a classifier.
-_OF_HEAD = {"id2label", "label2id", "num_labels", "problem_type", _AROUND}
+_OF_HEAD = {"id2label", "label2id", "num_labels", "problem_type", "pooling", _AROUND}
 
 
 def read_config(values: Values, source: str) -> ModelConfig:
@@ -126,14 +142,15 @@ def read_config(values: Values, source: str) -> ModelConfig:
     Raises:
       UserError: a field is missing, has another type, or needs something that the policies do not compute.
     """
-    fields, model_type = _Fields(values, source), values.get("model_type")
-    if model_type not in (*T5_FAMILIES, *FAMILIES):
-        there = ", ".join((*T5_FAMILIES, *FAMILIES))
-        raise UserError(f"{source}: model_type is {model_type!r}, which is not supported: the families are {there}")
+    fields, model_type = _Fields(values, source), _policy_of(values)
+    if model_type not in POLICIES:
+        raise UserError(
+            f"{source}: model_type is {model_type!r}, which is not supported: the families are {', '.join(POLICIES)}"
+        )
     fields.only("quantization_config", (None,))
     if model_type in T5_FAMILIES:
         return _read_t5(fields, model_type)
-    return _normal(_read_decoder(fields, FAMILIES[model_type]))
+    return _normal(_read_gpt_neox(fields) if model_type == GPT_NEOX else _read_decoder(fields, FAMILIES[model_type]))
 
 
 def read_head(values: Values, source: str) -> RewardHead | None:
@@ -151,6 +168,9 @@ def read_head(values: Values, source: str) -> RewardHead | None:
             f"{source}: architectures is {architecture!r}, which is not supported: the reward models are {there}"
         )
     fields = _Fields(values, source)
+    if values.get("model_type") == GPT_NEOX_REWARD:
+        fields.only("pooling", ("last",))
+        return RewardHead(bias=True)
     named = fields.get("id2label", dict, None)
     labels = fields.get("num_labels", int, 2) if named is None else len(named)  # transformers' default is 2.
     if labels != 1:
@@ -175,14 +195,14 @@ def write_config(model: ModelConfig, like: Values | None = None, head: RewardHea
       UserError: no family of transformers computes the same as the policy; the message names the nearest.
     """
     like = like or {}
-    families = [*T5_FAMILIES] if isinstance(model, T5Config) else [*FAMILIES]
+    families = [name for name in POLICIES if (name in T5_FAMILIES) == isinstance(model, T5Config)]
     differences = {}
-    for family in sorted(families, key=lambda family: family != like.get("model_type")):
-        values = _write_t5(model, family) if isinstance(model, T5Config) else _write_decoder(model, family)
+    for family in sorted(families, key=lambda family: family != _policy_of(like)):
+        values = _write_policy(model, family)
         found = read_config(values, "config.json")
         differences[family] = _differences(model, found if head is None else without_output(found))
         if not differences[family]:
-            kept = like if family == like.get("model_type") else {}
+            kept = like if family == _policy_of(like) else {}
             dropped = _NOTATIONS if head is None else _NOTATIONS | _OF_HEAD
             kept = {name: value for name, value in kept.items() if name not in dropped}
             return kept | values | (_write_head(head, family) if head else {})
@@ -193,7 +213,25 @@ def write_config(model: ModelConfig, like: Values | None = None, head: RewardHea
     )
 
 
+def _policy_of(values: Values) -> str | None:
+    """The `model_type` of the policy that a config.json describes, or of the policy inside a reward model."""
+    model_type = values.get("model_type")
+    return GPT_NEOX if model_type == GPT_NEOX_REWARD else model_type
+
+
+def _write_policy(model: ModelConfig, family: str) -> dict[str, Any]:
+    if isinstance(model, T5Config):
+        return _write_t5(model, family)
+    return _write_gpt_neox(model) if family == GPT_NEOX else _write_decoder(model, family)
+
+
 def _write_head(head: RewardHead, family: str) -> dict[str, Any]:
+    if head.bias:
+        return {
+            "architectures": [REWARD_MODELS[GPT_NEOX_REWARD]],
+            "model_type": GPT_NEOX_REWARD,
+            "pooling": "last",
+        }
     values: dict[str, Any] = {
         "architectures": [REWARD_MODELS[family]],
         "id2label": {"0": "LABEL_0"},
@@ -410,6 +448,52 @@ def _write_decoder(model: DecoderConfig, model_type: str) -> dict[str, Any]:
     return values
 
 
+def _read_gpt_neox(fields: _Fields) -> DecoderConfig:
+    fields.only("hidden_act", ("gelu",))
+    fields.only("attention_bias", (True,))
+    fields.only("rope_scaling", (None,))
+    # In transformers 5 both rotary settings are in `rope_parameters`.
+    rope = fields.group("rope_parameters")
+    rope.only("rope_type", ("default",))
+    share = rope.get("partial_rotary_factor", float, fields.get("rotary_pct", float, 0.25))
+    width, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
+    return DecoderConfig(
+        vocabulary_size=fields.get("vocab_size", int),
+        width=width,
+        layers=fields.get("num_hidden_layers", int),
+        heads=heads,
+        kv_heads=heads,
+        head_size=width // heads,
+        mlp_width=fields.get("intermediate_size", int),
+        block="parallel_two_norms" if fields.get("use_parallel_residual", bool, True) else "serial",
+        norm_epsilon=fields.get("layer_norm_eps", float, 1e-5),
+        tied_embeddings=fields.get("tie_word_embeddings", bool, False),
+        rope_base=rope.get("rope_theta", float, fields.get("rotary_emb_base", float, 1e4)),
+        rotary_size=int(width // heads * share),
+        **OF_GPT_NEOX,
+    )
+
+
+def _write_gpt_neox(model: DecoderConfig) -> dict[str, Any]:
+    return {
+        "architectures": [POLICIES[GPT_NEOX]],
+        "model_type": GPT_NEOX,
+        "vocab_size": model.vocabulary_size,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "intermediate_size": model.mlp_width,
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "use_parallel_residual": model.block == "parallel_two_norms",
+        "layer_norm_eps": model.norm_epsilon,
+        "rotary_pct": (model.rotary_size or model.head_size) / model.head_size,
+        "rotary_emb_base": model.rope_base,
+        "tie_word_embeddings": model.tied_embeddings,
+        "torch_dtype": "float32",
+    }
+
+
 def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
     """Fields that make two configs compute different things, with both values."""
     ours, theirs = _normal(model), _normal(other)
@@ -425,6 +509,8 @@ def _normal(model: ModelConfig) -> ModelConfig:
     changes: dict[str, Any] = {}
     if model.query_pre_attention_scalar == model.head_size:
         changes["query_pre_attention_scalar"] = None
+    if model.rotary_size == model.head_size:
+        changes["rotary_size"] = None
     if model.rope_scaling == "none" or (model.rope_scaling == "linear" and model.rope_scaling_factor == 1.0):
         changes |= {name: getattr(DecoderConfig, name) for name in ("rope_scaling", "rope_scaling_factor")}
     if model.rope_scaling != "llama3":

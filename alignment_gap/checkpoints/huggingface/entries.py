@@ -1,18 +1,21 @@
 """How a Hugging Face folder stores each parameter of a network: the tensor's name, transposed and reshaped.
 
 A linear map is [outputs, inputs] there and [inputs, outputs] here; here heads have an axis of their own. Embeddings
-and norms are the same in both, including norms of the (1 + w) form.
+and norms are the same in both, including norms of the (1 + w) form. GPT-NeoX stores query, key and value in one tensor,
+which is split before and joined after the conversion.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import re
+from collections.abc import Mapping
 
 import numpy as np
 
 from alignment_gap.checkpoints.formats import model_shapes
-from alignment_gap.checkpoints.tensors import Entries, Entry
+from alignment_gap.checkpoints.tensors import Entries, Entry, Tensor
 from alignment_gap.models import DecoderConfig, ModelConfig, RewardHead, T5Config
 
 # Copies of tensors that some versions of transformers also write.
@@ -24,7 +27,15 @@ _T5_HEAD = {
     for ours, theirs in (("dense", "dense"), ("output", "out_proj"))
     for part, name in (("kernel", "weight"), ("bias", "bias"))
 }
-UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", "rotary_emb.inv_freq")
+UNUSED = (
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+    "rotary_emb.inv_freq",
+    # The causal mask and the value of masked logits, in older folders of GPT-NeoX.
+    ".attention.bias",
+    ".attention.masked_bias",
+)
+# GPT-NeoX's tensor of three projections, and the names of its parts here.
+_FUSED, _PARTS = "query_key_value", ("query", "key", "value")
 
 
 def copies_of(model: ModelConfig, head: RewardHead | None = None) -> dict[str, str]:
@@ -34,7 +45,9 @@ def copies_of(model: ModelConfig, head: RewardHead | None = None) -> dict[str, s
         return {prefix + copy: prefix + original for copy, original in _COPIES.items()} if prefix else {}
     if isinstance(model, T5Config):
         return _COPIES | ({"lm_head.weight": "shared.weight"} if model.tied_embeddings else {})
-    return {"lm_head.weight": "model.embed_tokens.weight"} if model.tied_embeddings else {}
+    names = _decoder_names(model)
+    output, table = names["output_embedder.embedding"], names["token_embedder.embedding"]
+    return {output: table} if model.tied_embeddings else {}
 
 
 def entries_of(model: ModelConfig, head: RewardHead | None = None) -> Entries:
@@ -43,7 +56,8 @@ def entries_of(model: ModelConfig, head: RewardHead | None = None) -> Entries:
     if head is not None and isinstance(model, T5Config):
         names = {ours: _T5_CLASSIFIER + theirs for ours, theirs in names.items()} | _T5_HEAD
     elif head is not None:
-        names |= {"score.kernel": "score.weight"}
+        score = "out_proj" if head.bias else "score"
+        names |= {"score.kernel": f"{score}.weight", "score.bias": f"{score}.bias"}
     return {name: _entry(name, names[name], shape) for name, shape in model_shapes(model, head).items()}
 
 
@@ -75,7 +89,75 @@ def _t5_names() -> dict[str, str]:
     return {ours: f"{theirs}.weight" for ours, theirs in names.items()}
 
 
+def split_fused(model: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a folder, with the parts of a fused tensor in its place; a tensor of another size stays."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        rows = 3 * model.heads
+        if is_gpt_neox(model) and f".{_FUSED}." in name and tensor.shape[0] % rows == 0:
+            shape = (tensor.shape[0] // 3, *tensor.shape[1:])
+            for number, part in enumerate(_PARTS):
+                read = functools.partial(_read_part, tensor, model.heads, number)
+                found[name.replace(_FUSED, part)] = Tensor(shape, tensor.dtype, read)
+        else:
+            found[name] = tensor
+    return found
+
+
+def join_fused(model: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `split_fused`."""
+    if not is_gpt_neox(model):
+        return dict(tensors)
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        part = re.search(rf"\.({'|'.join(_PARTS)})\.", name)
+        if part is None:
+            found[name] = tensor
+        elif part[1] == _PARTS[0]:
+            parts = [tensors[name.replace(_PARTS[0], each)] for each in _PARTS]
+            shape = (3 * tensor.shape[0], *tensor.shape[1:])
+            read = functools.partial(_read_joined, parts, model.heads)
+            found[name.replace(_PARTS[0], _FUSED)] = Tensor(shape, tensor.dtype, read)
+    return found
+
+
+def _read_part(fused: Tensor, heads: int, number: int, _: int | None = None) -> np.ndarray:
+    """The rows of one part: each head has its rows of query, then of key, then of value."""
+    whole = fused.read(None)
+    rows = whole.reshape(heads, len(_PARTS), -1, *whole.shape[1:])
+    return np.ascontiguousarray(rows[:, number].reshape(-1, *whole.shape[1:]))
+
+
+def _read_joined(parts: list[Tensor], heads: int, _: int | None = None) -> np.ndarray:
+    each = [part.read(None) for part in parts]
+    rows = [array.reshape(heads, -1, *array.shape[1:]) for array in each]
+    return np.stack(rows, axis=1).reshape(-1, *each[0].shape[1:])
+
+
+def is_gpt_neox(model: ModelConfig) -> bool:
+    """Whether a folder names the policy's tensors as GPT-NeoX does: of the decoders, it alone has layer norms."""
+    return isinstance(model, DecoderConfig) and model.norm == "layer"
+
+
+def _gpt_neox_names() -> dict[str, str]:
+    norms = {"pre_attention_layer_norm": "input_layernorm", "pre_mlp_layer_norm": "post_attention_layernorm"}
+    projections = {part: f"attention.{part}" for part in _PARTS} | {
+        "out": "attention.dense",
+        "mlp.wi": "mlp.dense_h_to_4h",
+        "mlp.wo": "mlp.dense_4h_to_h",
+    }
+    names = {"token_embedder.embedding": "gpt_neox.embed_in.weight", "output_embedder.embedding": "embed_out.weight"}
+    for modules, first in ((norms, "scale"), (projections, "kernel")):
+        for ours, theirs in modules.items():
+            names[f"decoder.layers.{ours}.{first}"] = f"gpt_neox.layers.{{}}.{theirs}.weight"
+            names[f"decoder.layers.{ours}.bias"] = f"gpt_neox.layers.{{}}.{theirs}.bias"
+    norm = "gpt_neox.final_layer_norm"
+    return names | {"decoder.decoder_norm.scale": f"{norm}.weight", "decoder.decoder_norm.bias": f"{norm}.bias"}
+
+
 def _decoder_names(model: DecoderConfig) -> dict[str, str]:
+    if is_gpt_neox(model):
+        return _gpt_neox_names()
     layer = {
         "pre_attention_layer_norm.scale": "input_layernorm",
         "query.kernel": "self_attn.q_proj",

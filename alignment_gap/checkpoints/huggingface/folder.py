@@ -17,7 +17,7 @@ import numpy as np
 
 from alignment_gap.checkpoints.formats import Foreign
 from alignment_gap.checkpoints.huggingface.configs import read_config, read_head, write_config
-from alignment_gap.checkpoints.huggingface.entries import UNUSED, copies_of, entries_of
+from alignment_gap.checkpoints.huggingface.entries import UNUSED, copies_of, entries_of, join_fused, split_fused
 from alignment_gap.checkpoints.tensors import Tensor, exported
 from alignment_gap.errors import UserError
 from alignment_gap.models import ModelConfig, RewardHead, T5Config
@@ -67,6 +67,7 @@ def open_foreign(path: Path) -> Foreign:
     tensors: dict[str, Tensor] = {}
     for file in _files(folder):
         tensors |= tensors_of(file)
+    tensors = split_fused(model, tensors)
     ignored = {name for name in tensors if name.endswith(UNUSED)}
     for name, original in copies_of(model, head).items():
         if name in tensors and original in tensors:
@@ -104,7 +105,7 @@ def write(
     there = companions_of(companions) if companions else []
     like = next((read_json(file) for file in there if file.name == CONFIG), None)
     config = write_config(model, like, head)
-    tensors = exported(ours, entries_of(model, head))
+    tensors = join_fused(model, exported(ours, entries_of(model, head)))
     output.mkdir(parents=True)
     shards = list(_shards(tensors, shard_bytes))
     weight_map: dict[str, str] = {}
@@ -195,12 +196,15 @@ def tensors_of(file: Path) -> dict[str, Tensor]:
     except safetensors.SafetensorError as error:
         raise UserError(f"{_damage(file) or f'{file} is no file of safetensors ({error})'}: fetch it again") from error
     for name, (shape, dtype) in found.items():
-        if dtype not in DTYPES:
+        if dtype not in DTYPES and not name.endswith(UNUSED):
             raise UserError(
                 f"{file}: {name} of the shape {shape} is {dtype}, which is not supported: save it as "
                 f"{' or '.join(DTYPES)}; quantised models are not supported"
             )
-    return {name: Tensor(shape, DTYPES[dtype], partial(_read, file, name)) for name, (shape, dtype) in found.items()}
+    return {
+        name: Tensor(shape, DTYPES.get(dtype, dtype), partial(_read, file, name))
+        for name, (shape, dtype) in found.items()
+    }
 
 
 def _read(file: Path, name: str, _: None = None) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignment_gap.checkpoints.huggingface.configs import write_config
-from alignment_gap.checkpoints.huggingface.entries import entries_of, from_linear, to_linear
+from alignment_gap.checkpoints.huggingface.entries import entries_of, from_linear, is_gpt_neox, to_linear
 from alignment_gap.checkpoints.huggingface.folder import installed, read_json, tensors_of, write_json
 from alignment_gap.checkpoints.tensors import Entry, Tensor, check_entries, exported, imported
 from alignment_gap.errors import UserError
@@ -122,6 +122,11 @@ def write(output: Path, model: ModelConfig, adapter: AdapterConfig, ours: Mappin
 
 def _modules(model: ModelConfig) -> dict[str, list[str]]:
     """Hugging Face's modules for every projection, one for each layer; raises UserError if it has no such model."""
+    if is_gpt_neox(model):
+        raise UserError(
+            "peft has no place for adapters of GPT-NeoX, which has one matrix for query, key and value and so one "
+            "adapter where this policy has three: export the merged policy to the format huggingface"
+        )
     write_config(model)
     entries = entries_of(model)
     return {
