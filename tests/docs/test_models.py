@@ -1,4 +1,4 @@
-"""The page on policies: its Python runs, and its tables say what the configs say."""
+"""The page on policies: its Python runs, and its tables match the configs."""
 
 import pathlib
 import re
@@ -40,7 +40,10 @@ def test_the_table_of_families_is_what_their_configs_say():
 
 
 def _written(field, value):
-    """A text as it is, yes for true, a number without its zeros; nothing for a number or truth value by default."""
+    """A string stays, true is yes, a number has no trailing zeros.
+
+    A number or a truth value that is the default is empty.
+    """
     if isinstance(value, str):
         return value
     if value == getattr(DecoderConfig(), field):
