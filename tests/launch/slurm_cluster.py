@@ -3,7 +3,7 @@
 Usage: python tests/launch/slurm_cluster.py --nodes 3 -- COMMAND
 
 It starts munged, slurmctld and one slurmd for each node, all in one folder. Then it runs the command; SLURM_CONF names
-the cluster's config. Debian's packages slurm-wlm and munge have the programs. Run it as root, because slurmd needs root.
+the cluster's config. Debian's packages slurm-wlm and munge have the programs. Run it as root: slurmd needs root.
 """
 
 import argparse
