@@ -80,7 +80,7 @@ def test_the_base_is_not_copied():
 
 
 def test_axes_are_those_of_the_kernel():
-    """So adapters are split like their kernels; the rank is never split."""
+    """So adapters are split like their kernels. The rank has its own axis name."""
     boxes = jax.eval_shape(lambda: Adapters(DECODER, AdapterConfig(2)).init(jax.random.key(0)))["decoder"]["layers"]
     names = {name: [boxes[name]["kernel"][part].names for part in "ab"] for name in ("query", "value", "out")}
     assert names["query"] == [("layers", "embed", "rank"), ("layers", "rank", "heads", "kv")]
