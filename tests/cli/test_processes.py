@@ -195,7 +195,7 @@ def test_two_processes_evaluate_what_one_does(alone, together):
 
 
 def test_two_processes_ask_a_language_model_about_their_own_rows(together, server, monkeypatch):
-    """Each process has its own machine. In the online run the next batch is sampled and judged meanwhile."""
+    """Each process has its own machine. In the online run the next batch is sampled while a judge answers."""
     folder = together[0]
     label = ["data", "label", "--dataset=pairs", f"--judge={server.name}", "--buckets=1", *MESH]
     online = functools.partial(ONLINE, JUDGE=server.name, REFRESH_EVERY=2, TRAIN_STEPS=4)

@@ -106,7 +106,7 @@ class Page(html.parser.HTMLParser):
 
 
 def sentences(page):
-    """Longer texts that end with a full stop or a question mark, outside tables of numbers."""
+    """The sentences of a page that have more than 25 characters."""
     text = re.sub(r"\s+", " ", " ".join(page.texts))
     return [each for each in re.split(r"(?<=[.?]) (?=[A-Z])", text) if len(each) > 25]
 
