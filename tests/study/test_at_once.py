@@ -1,4 +1,4 @@
-"""Jobs of a graph at the same time: in order; after a failure running jobs end; a signal stops them."""
+"""Jobs of a graph at the same time: their order, a failure (running jobs finish), and a stop by a signal."""
 
 import dataclasses
 import signal
