@@ -5,10 +5,10 @@ import os
 import pathlib
 import sys
 
-# Before jax is imported anywhere.
+# This must come before any import of jax.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Eight devices, and no effort on the speed of the machine code: compiling takes longer than all that is computed. The
-# older emitters compile an update step in a third of the time.
+# Eight devices, and machine code that is compiled fast: here compiling takes longer than computing. The older emitters
+# compile an update step in a third of the time.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
@@ -16,7 +16,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".cache" / "jax-tests")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
-# Tests import tiny_models, resumption and the like, however pytest was started.
+# Makes tiny_models, resumption and other modules of tests importable, however pytest was started.
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "judges"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "buckets"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "models"))
@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent / "data"))
 
 import jaxtyping
 
-# Every call is checked against the types and shapes of its signature. An int passes for a float.
+# Checks every call against the types and shapes of the signature. An int is accepted as a float.
 jaxtyping.install_import_hook("alignment_gap", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import jax
@@ -42,23 +42,23 @@ from alignment_gap.sharding import make_mesh
 from alignment_gap.training import TrainState
 from alignment_gap.training.guard import Skipped
 
-# Trees hold anything under their names: arrays of numpy, shapes, shardings, more axes inside of a scan.
+# Trees of these classes may hold anything: numpy arrays, shapes, shardings, arrays with one more axis in a scan.
 for tree in (PreferenceBatch, TrainState, Skipped):
     tree.__init__ = tree.__init__.__wrapped__
 
-# No dtype is widened unasked; only optax's Adam does it, which raises a float to the power of an int32.
+# No dtype is promoted implicitly. Only optax's Adam needs promotion: it raises a float to the power of an int32.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 optax.tree.bias_correction = jax.numpy_dtype_promotion("standard")(optax.tree.bias_correction)
 
 
 TESTS = pathlib.Path(__file__).parent
-# The folders whose tests take longest, the longest first: begun last, one would leave other workers idle.
+# The folders with the slowest tests, slowest first. If one of them began last, other workers would be idle.
 HEAVY = ("jobs", "cli", "models", "training", "study", "docs", "sampling", "plan")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
-    """The tests of a folder run in one worker, where they share runs, datasets and compiled functions."""
+    """One worker runs all tests of a folder; they share runs, datasets and compiled functions."""
 
     def folder(item):
         return item.path.relative_to(TESTS).parts[0]
@@ -69,14 +69,14 @@ def pytest_collection_modifyitems(config, items):
     result = yield
     if getattr(config.option, "loadgroup", False) and not all("@" in item.nodeid for item in items):
         raise pytest.UsageError("pytest-xdist does not group tests with this pytest: install what the lock file pins")
-    # After pytest has put tests with the same parameter of a session next to each other.
+    # This comes after pytest has grouped the tests that share a parameter of a session fixture.
     items.sort(key=lambda item: HEAVY.index(folder(item)) if folder(item) in HEAVY else len(HEAVY))
     return result
 
 
 @pytest.fixture
 def unchecked():
-    """Without the checks of types: for what the package itself says of wrong arguments."""
+    """Turns type checks off, so that the package's own errors for wrong arguments appear."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -84,7 +84,7 @@ def unchecked():
 
 @pytest.fixture
 def abandoned_reads():
-    """For tests of damaged checkpoints: what Orbax leaves unread is collected before the next test."""
+    """For tests of damaged checkpoints: collects the reads that Orbax has abandoned before the next test starts."""
     yield
     gc.collect()
 
@@ -116,9 +116,9 @@ def mesh():
 
 @pytest.fixture(scope="session")
 def without_tensorflow(tmp_path_factory):
-    """The environment of a process that cannot import TensorFlow, nor what is built on it."""
+    """The environment of a process that can import neither TensorFlow nor libraries that need it."""
     folder = tmp_path_factory.mktemp("blocked")
-    # As if they were not installed: other libraries look for TensorFlow without importing it.
+    # They must look as if they were not installed: other libraries look for TensorFlow without importing it.
     (folder / "sitecustomize.py").write_text(
         "from importlib.machinery import PathFinder\n"
         "find_spec, blocked = PathFinder.find_spec, {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio'}\n"
@@ -154,14 +154,14 @@ def one_judge_server():
 
 @pytest.fixture
 def server(one_judge_server):
-    """The server of a language model that judges, as if it was never asked before."""
+    """A server of a language model that judges; it has not been asked anything yet."""
     one_judge_server.reset()
     return one_judge_server
 
 
 @pytest.fixture
 def quick_endpoint(monkeypatch, tmp_path):
-    """A judge over HTTP waits hardly between two tries, has a key, and keeps its answers in a folder of the test."""
+    """Lets a judge over HTTP retry almost at once; sets its key, and a folder of the test for its answers."""
     monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.001)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     monkeypatch.setenv("ALIGNMENT_GAP_CACHE", str(tmp_path / "cache"))
@@ -169,7 +169,7 @@ def quick_endpoint(monkeypatch, tmp_path):
 
 @pytest.fixture
 def s3_folder(s3, tmp_path, monkeypatch):
-    """A folder of its own on the S3 server, which this process and those that it starts reach."""
+    """The test's own folder on the S3 server. This process, and processes that it starts, can reach it."""
     settings = {"ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "REGION": "us-east-1", "ENDPOINT_URL": s3.address}
     for name, value in settings.items():
         monkeypatch.setenv(f"AWS_{name}", value)
@@ -178,7 +178,7 @@ def s3_folder(s3, tmp_path, monkeypatch):
 
 @pytest.fixture
 def gs_folder(gcs, tmp_path, monkeypatch):
-    """A folder of its own on the GCS server."""
+    """The test's own folder on the GCS server."""
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", gcs.address)
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
     yield from _folder_of("gs", gcs, tmp_path, monkeypatch)

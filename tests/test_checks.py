@@ -1,4 +1,4 @@
-"""Checks of settings: what they refuse, and that the line names value, limit and remedy."""
+"""Checks of settings: the values that they refuse, and errors that name value, limit and remedy."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Between dataclasses and dictionaries."""
+"""Conversion between dataclasses and dictionaries."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ def test_differences_by_hand():
         "garden": {"weight": 3.0},
         "open": True,
     }
-    # A dog of the defaults is another pet than a cat of the defaults.
+    # A dog with default settings differs from a cat with default settings.
     assert differences(House(Dog())) == {"pet": {"type": "Dog"}}
 
 
@@ -87,7 +87,7 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples():
         ({"zzz": 1}, r"unknown key config\.zzz: choose one of pet, garden, rooms, heights, open"),
         ({"pet": {"animal": "cat", "live": 3}}, r"unknown key config\.pet\.live: did you mean lives\?"),
         ({"pet": {"animal": "cow"}}, r"config\.pet\.animal is 'cow': choose one of cat, dog"),
-        # Though a cat alone has lives.
+        # The error names the animal, though only a cat has lives.
         ({"pet": {"animal": "cow", "lives": 3}}, r"config\.pet\.animal is 'cow': choose one of cat, dog"),
         ({"pet": {"animal": "cat", "lives": 9.5}}, r"config\.pet\.lives is 9\.5: it must be of type int"),
         ({"pet": {"animal": "cat", "lives": True}}, r"config\.pet\.lives is True: it must be of type int"),

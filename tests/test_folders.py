@@ -1,4 +1,4 @@
-"""Files are replaced whole; a folder belongs to one process and to one set of settings."""
+"""Files are replaced as a whole; one process and one set of settings own a folder."""
 
 import json
 

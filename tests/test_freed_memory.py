@@ -1,4 +1,4 @@
-"""Memory that XLA frees on the CPU is kept for its next call, and only there."""
+"""On a CPU, and only there, freed memory of XLA stays in the process for the next call."""
 
 import ctypes
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from alignment_gap import freed_memory
 
-# The free bytes that the allocator holds after a call with a temporary array of 64 MiB.
+# Free bytes that the allocator keeps after a call with a temporary array of 64 MiB.
 HELD = """
 import ctypes
 from alignment_gap import freed_memory

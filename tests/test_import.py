@@ -1,4 +1,4 @@
-"""What an import costs."""
+"""What an import of the package loads."""
 
 import ast
 import importlib.metadata
@@ -14,9 +14,9 @@ import alignment_gap
 
 PACKAGE = pathlib.Path(alignment_gap.__file__).parent
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio"}
-# The modules that are made for it; no other may import one of them at its top.
+# Only these modules may import these libraries at module level.
 READERS = {"data/tasks/seqio_prepared.py", "data/tasks/seqio_tasks.py", "data/tasks/tfds_pairs.py", "t5x/policy.py"}
-# It writes with it, and imports it in functions.
+# It writes with this library, and imports it in functions.
 WRITER = "training/tensorboard.py"
 HEAVY = ("tensorflow", "seqio", "matplotlib", "altair", "grain", "orbax", "orbax.checkpoint", "scipy", "pandas")
 
@@ -29,7 +29,7 @@ def test_the_import_is_light(statement):
 
 
 def needed(*names):
-    """The distributions of these names and those that they need."""
+    """These distributions, and the distributions that they need."""
     wanted, found = [*names], set()
     while wanted:
         name = canonicalize_name(wanted.pop())
@@ -41,7 +41,7 @@ def needed(*names):
 
 
 def test_the_losses_need_jax_and_chex_alone():
-    """All else is hidden, as if it were not installed."""
+    """All other packages are hidden, as if they were not installed."""
     there = needed("jax", "chex") | {"alignment-gap"}
     owners = importlib.metadata.packages_distributions()
     hidden = {module for module, names in owners.items() if not there & {canonicalize_name(name) for name in names}}

@@ -1,4 +1,4 @@
-"""Requirements are read from metadata: names, versions, extras within extras, and what will not do."""
+"""Requirements from metadata: names, versions, nested extras, and requirements that are not met."""
 
 import importlib.metadata
 
@@ -7,7 +7,7 @@ import pytest
 from alignment_gap import installation
 from alignment_gap.installation import Package, needed
 
-# As setuptools and others write them.
+# The forms in which setuptools and others write them.
 REQUIRES = {
     "app": [
         "plain>=1.2",

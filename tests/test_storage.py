@@ -1,4 +1,4 @@
-"""Buckets as folders, on a real S3 server and a real GCS emulator, with faults on the way there."""
+"""Buckets as folders, on a real S3 server and a GCS emulator, with faults on the network."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_a_write_can_ask_that_the_object_is_still_what_was_read(bucket):
 
 
 def test_two_writers_of_one_object_at_the_same_time(bucket):
-    """The store's own precondition decides, and not a look before the write."""
+    """The store's own precondition decides, not a look before the write."""
     folder, proxy = bucket
     proxy.faults = [Fault("slow", upload_method(folder), "object", times=2, seconds=0.5)]
     won = []
@@ -164,7 +164,7 @@ def test_a_connection_that_falls_silent_is_given_up_and_tried_again(s3_folder, s
     (s3_folder / "object").write_bytes(b"content")
     s3.faults = [Fault("slow", "GET", "object", seconds=100)]
     command = [sys.executable, "-c", STALLED, f"{s3_folder}/object"]
-    # This process has set its own patience already.
+    # The test process has set its own timeouts in these variables.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TENSORSTORE_CURL")}
     root = pathlib.Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
@@ -180,7 +180,7 @@ def test_what_a_user_has_to_mend_is_one_line(s3_folder, monkeypatch):
         Url("s3://b/a").read_bytes()
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(StorageError, match=f"{s3_folder}/a: no credentials were found: set AWS_ACCESS_KEY_ID"):
-        # Another region, for a bucket is opened once for each.
+        # A bucket is opened once for each region, so another region opens it again.
         monkeypatch.setenv("AWS_REGION", "eu-west-1")
         (s3_folder / "a").write_bytes(b"")
 
@@ -232,7 +232,7 @@ def test_settings_are_claimed_in_a_bucket_too(bucket):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Leases that are renewed and become stale within a test."""
+    """Leases that are renewed often, and that become stale within a test."""
     monkeypatch.setattr(storage, "RENEW_EVERY", 0.2)
     monkeypatch.setattr(storage, "STALE_AFTER", 1.0)
     monkeypatch.setattr(storage, "_LOOK_EVERY", 0.05)
@@ -240,7 +240,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def unwaited(monkeypatch):
-    """No look at a lease waits for another one."""
+    """Fails the test if it waits between two looks at a lease."""
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: pytest.fail("the lease was watched"))
 
 
@@ -313,7 +313,7 @@ def test_one_of_two_machines_takes_a_stale_lease_over(bucket, quick):
 
 
 def test_a_lease_that_another_machine_renews_is_refused(bucket, monkeypatch):
-    """It is renewed between two looks at it."""
+    """The other machine renews it between two looks."""
     folder, _ = bucket
     lease = lease_of_another_machine(folder)
     monkeypatch.setattr(storage.time, "sleep", lambda _: write_json(folder / ".lock", lease | {"renewed": time.time()}))

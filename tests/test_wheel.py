@@ -1,4 +1,4 @@
-"""What a built wheel holds, and that it serves its own gin files and configs."""
+"""The contents of a built wheel; it finds its own gin files and configs."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a source distribution as installers do it: without what only a clone has."""
+    """The wheel, built from a source distribution as installers do it: files that only a clone has are missing."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("setuptools, which builds the wheel, is not installed")
     clone, unpacked = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("unpacked")

@@ -1,7 +1,7 @@
-"""Checkpoints of other libraries in and out, and what a checkpoint holds.
+"""Import checkpoints of other libraries, export checkpoints to them, and show what a checkpoint contains.
 
-An imported checkpoint is a run's folder: `alignment-gap train --gin.START=RUN` trains its model from it.
-alignment-gap checkpoint COMMAND --help tells a command's flags.
+An imported checkpoint is the folder of a run. `alignment-gap train --gin.START=RUN` trains its model further.
+alignment-gap checkpoint COMMAND --help shows a command's flags.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ def main(arguments: list[str]) -> None:
 
 
 def import_(arguments: list[str]) -> None:
-    """Import a checkpoint of T5X or of the hub as the folder of a run.
+    """Import a checkpoint of T5X, or of the Hugging Face Hub, as the folder of a run.
 
     alignment-gap checkpoint import --from=t5x/checkpoint_1000 --output=runs/imported
     """
 
     def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("from", None, "File or folder to import, or an id on the hub.", flag_values=values)
+        flags.DEFINE_string("from", None, "File, folder or repository of the hub to import.", flag_values=values)
         flags.DEFINE_string("output", None, "The new run's folder.", flag_values=values)
-        flags.DEFINE_string("format", None, "Its format; by default it is found by looking.", flag_values=values)
-        flags.DEFINE_string("base", None, "Folder of the run that adapters of PEFT are for.", flag_values=values)
+        flags.DEFINE_string("format", None, "Format of the checkpoint; by default it is detected.", flag_values=values)
+        flags.DEFINE_string("base", None, "For PEFT adapters: folder of the run with their base.", flag_values=values)
 
     parsed = parse(arguments, define, import_.__doc__)
     if parsed is None:
         return
     values, _ = parsed
-    source, output = (here(require(values, flag), "what is imported") for flag in ("from", "output"))
+    source, output = (here(require(values, flag), "an imported checkpoint") for flag in ("from", "output"))
     from alignment_gap.checkpoints.formats import import_checkpoint
     from alignment_gap.data.text.vocabulary_loading import tokenizer_digest
 
@@ -49,7 +49,7 @@ def import_(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """Export a checkpoint of a run in another library's format.
+    """Export a checkpoint of a run in the format of another library.
 
     alignment-gap checkpoint export --checkpoint=runs/online --format=huggingface --output=exported
     """
@@ -58,9 +58,9 @@ def export(arguments: list[str]) -> None:
         flags.DEFINE_string("checkpoint", None, "Folder of a run or of one of its checkpoints.", flag_values=values)
         flags.DEFINE_string("format", None, "Format to write, such as huggingface, t5x or peft.", flag_values=values)
         flags.DEFINE_string("output", None, "The new file or folder.", flag_values=values)
-        flags.DEFINE_integer("step", None, "Which checkpoint of the run; by default the last.", flag_values=values)
+        flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the last.", flag_values=values)
         flags.DEFINE_string(
-            "tokenizer", None, "Folder of tokenizer files to go with it; by default the run's own.", flag_values=values
+            "tokenizer", None, "Folder of tokenizer files to export too; by default the run's own.", flag_values=values
         )
         flags.DEFINE_string(
             "evaluation", None, "Folder of an evaluation of this checkpoint, for the model card.", flag_values=values
@@ -74,9 +74,9 @@ def export(arguments: list[str]) -> None:
     from alignment_gap.checkpoints.formats import WITH_CARD, export_checkpoint
     from alignment_gap.jobs.model_card import model_card
 
-    run, folder = at(checkpoint), here(output, "another library's checkpoint")
+    run, folder = at(checkpoint), here(output, "an exported checkpoint")
     if values.evaluation and name not in WITH_CARD:
-        raise UserError(f"evaluation is set, and {name} has no model card: leave it out, or export as huggingface")
+        raise UserError(f"evaluation is set, but {name} has no model card: unset it, or export as huggingface")
     library = WITH_CARD.get(name)
     card = model_card(run, folder.name, library, values.step, values.evaluation) if library else None
     tokenizer = Path(values.tokenizer) if values.tokenizer else None
@@ -85,28 +85,28 @@ def export(arguments: list[str]) -> None:
 
 
 def push(arguments: list[str]) -> None:
-    """Push an exported folder to the Hugging Face Hub, with the token in HF_TOKEN or of `hf auth login`.
+    """Push an exported folder to the Hugging Face Hub, with the token from HF_TOKEN or from `hf auth login`.
 
     alignment-gap checkpoint push --from=exported --to=me/online-ipo
     """
 
     def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("from", None, "Folder that checkpoint export wrote.", flag_values=values)
-        flags.DEFINE_string("to", None, "Repository of the hub, USER/NAME.", flag_values=values)
+        flags.DEFINE_string("from", None, "Folder that `checkpoint export` wrote.", flag_values=values)
+        flags.DEFINE_string("to", None, "Repository on the hub, USER/NAME.", flag_values=values)
         flags.DEFINE_bool("private", False, "Whether a new repository is private.", flag_values=values)
 
     parsed = parse(arguments, define, push.__doc__)
     if parsed is None:
         return
     values, _ = parsed
-    folder, name = here(require(values, "from"), "what is pushed"), require(values, "to")
+    folder, name = here(require(values, "from"), "the folder to push"), require(values, "to")
     from alignment_gap.checkpoints.huggingface.hub import push as push_folder
 
     print(push_folder(folder, name, values.private))
 
 
 def show(arguments: list[str]) -> None:
-    """Show what a checkpoint holds.
+    """Show the settings and the tensors of a checkpoint.
 
     alignment-gap checkpoint show runs/online
     """

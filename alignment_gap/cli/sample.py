@@ -1,4 +1,4 @@
-"""Responses of a policy to prompts from a dataset, a file or the keyboard.
+"""Sample responses of a policy to prompts from a dataset, a file or the keyboard.
 
 alignment-gap sample --run=runs/online --prompts=prepared/validation --limit=3
 alignment-gap sample --run=runs/online --samples=4 --temperature=0.7
@@ -14,7 +14,7 @@ SHORT = {"sampler.": ""}
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the responses; raises UserError for flags or settings that cannot be used."""
+    """Prints the responses; raises UserError if a flag or a setting is invalid."""
     from alignment_gap.jobs.sample import SampleConfig, sample_texts
     from alignment_gap.sharding import is_first_process
 

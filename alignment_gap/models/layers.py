@@ -219,7 +219,7 @@ def attend(
     float32. A soft cap bounds the logits before bias and mask.
     """
     batch, rows, length, heads, size = query.shape
-    # First in the projection's layout, then in the cache's: the two differ in a loop over tokens.
+    # The query moves from the projection's layout to the cache's. They differ in a loop over tokens.
     query = constrain(query, "batch", None, None, "heads", "kv")
     query = constrain(query, "cache_batch", None, None, "heads", "kv")
     segments = [segment._replace(keys=_cached(segment.keys), values=_cached(segment.values)) for segment in segments]

@@ -166,7 +166,7 @@ def _log_probs(output: Output, hidden: Array, responses: Array, mask: Array) -> 
 def compute_params(policy: Policy, params: Any) -> Any:
     """Casts the parameters to the dtype of the computation, except norms, position biases and a reward head.
 
-    Each use casts the others anyway, so results do not change. Cast once, a loop over tokens reads half the bytes.
+    Each use casts the others anyway, so results do not change. But a loop over tokens then reads half the bytes.
     Kernels in int8 stay so.
     """
 

@@ -50,7 +50,7 @@ def quantize(kernel: Float[Array, "L *shape"], inputs: int) -> Quantized:
 
 
 def rounded(kernel: Any, inputs: int) -> Float[Array, "L *shape"]:
-    """The float32 kernels [L, *inputs, *outputs] that int8 holds in the place of these."""
+    """Kernels [L, *inputs, *outputs] rounded to the values that int8 can hold; float32."""
     return quantize(jnp.asarray(kernel), inputs).dequantized()
 
 
@@ -63,9 +63,9 @@ def is_quantized(leaf: Any) -> bool:
 def quantized_product(
     x: Array, values: Int8[Array, "*shape"], scale: Float[Array, "*outputs"], dimensions: Any, precision: Any = None
 ) -> Array:
-    """x times values * scale, for `layers.projection`; the scale multiplies the product, so int8 is all that is read.
+    """x times values * scale, for `layers.projection`; the scale multiplies the product, so only int8 is read.
 
-    The kernel is not trained. For the gradient of x only the int8 values are kept, not their copy in the dtype of x.
+    The kernel is not trained. The gradient of x keeps only the int8 values, not a copy of them in the dtype of x.
     """
     result = jax.lax.dot_general(x, values.astype(x.dtype), dimensions, precision, jnp.float32)
     return (result * scale).astype(x.dtype)
@@ -88,5 +88,5 @@ quantized_product.defvjp(_forward, _backward)
 
 
 def _over_inputs(scale: Array, axes: int) -> Array:
-    """The scales [L, *outputs] of stacked kernels with so many axes, with an axis of size 1 for each input."""
+    """The scales [L, *outputs] with an axis of size 1 for each input axis of stacked kernels of `axes` axes."""
     return jnp.expand_dims(scale, tuple(range(1, 1 + axes - scale.ndim)))

@@ -71,7 +71,7 @@ def rewards(
         texts = [join([(prompts, prompt_lengths), row]) for row in rows]
         return _t5_rewards(policy, params, *(jnp.stack(part, axis=1) for part in zip(*texts, strict=True)))
     text, lengths = (jnp.stack(part, axis=1) for part in zip(*rows, strict=True))
-    # Input t is the token before the text's token t, so the last token is the input of one more slot.
+    # Input t is the token before the text's token t. So one more slot is needed, whose input is the last token.
     slots = jnp.pad(text, ((0, 0), (0, 0), (0, 1)))
     hidden = response_hidden(policy, params, prompts, prompt_lengths, slots)
     last = _at(hidden, _last(head, text, lengths))
@@ -99,7 +99,7 @@ def _init_head(policy: Policy, head: RewardHead, key: Array) -> Any:
 
 
 def _marked(head: RewardHead, response: Array, lengths: Array) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """A response between the tokens `before` and `after`, where the head has them."""
+    """A response between the tokens `before` and `after`, if the head has these tokens."""
     before, after = (
         [] if token is None else [column(token, len(response), response.dtype)] for token in (head.before, head.after)
     )
@@ -108,7 +108,7 @@ def _marked(head: RewardHead, response: Array, lengths: Array) -> tuple[Int[Arra
 
 
 def _last(head: RewardHead, text: Int[Array, "B K T"], lengths: Int[Array, "B K"]) -> Int[Array, "B K"]:
-    """How many tokens of the text there are up to the one that a decoder's head reads; 0 for the prompt's last."""
+    """The number of the token that a decoder's head reads, counted from 1; 0 for the prompt's last token."""
     if head.pad_id is None:
         return lengths
     count = jnp.arange(1, text.shape[-1] + 1)
@@ -119,7 +119,7 @@ def _last(head: RewardHead, text: Int[Array, "B K T"], lengths: Int[Array, "B K"
 def _t5_rewards(
     policy: T5Policy, params: Any, texts: Int[Array, "B K S"], lengths: Int[Array, "B K"]
 ) -> Float[Array, "B K"]:
-    """The rewards of whole texts; the head reads the decoder where it predicts the last token, which is the end id."""
+    """The rewards of whole texts; the head reads the decoder's state that predicts the last token, the end id."""
     size, head = texts.shape[-1], params[HEAD]
     rows = (texts.reshape(-1, size), lengths.reshape(-1))
     hidden = response_hidden(policy, params, *rows, rows[0][:, None])

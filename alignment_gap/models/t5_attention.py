@@ -36,9 +36,9 @@ from alignment_gap.sharding import spec_within
 LANES, SUBLANES = 128, 8
 # Queries and keys of a tile, at most. The bias of both heads of a block then takes 2.5 MiB of on-chip memory.
 BLOCK = 2 * LANES
-# Above any masked logit and below any other, so that a masked logit has weight 0 even where all are masked.
+# Above masked logits and below all others. So a masked logit has weight 0, even if all logits of a query are masked.
 _LOWEST = 0.1 * MASKED
-# On-chip memory that every TPU gives a kernel unasked.
+# On-chip memory that a kernel gets by default on every TPU.
 _VMEM = 16 * 2**20
 
 
@@ -83,7 +83,7 @@ def line_distances(length: int, farthest: int, most: int = BLOCK) -> Int[np.ndar
     off = min(-(-(farthest + block - 1) // block), -(-length // block) - 1)
     width = (2 * off + 2) * block
     columns = np.arange(width)
-    # The kernel turns row k of the expanded line right by k; what the turn brings from the end are negative columns.
+    # The kernel rotates row k of the expanded line right by k. Columns that come from the end count as negative.
     return off * block - np.where(columns < width - block, columns, columns - width)
 
 
@@ -253,7 +253,7 @@ def _needed(sizes: _Sizes, blocks: list[Any], scratch: list[Any]) -> int:
     """Bytes of on-chip memory that a kernel needs, from the shapes and dtypes of its blocks and scratch memory."""
     # Every block has two buffers.
     held = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in [*blocks, *blocks, *scratch])
-    # Logits, weights and their gradients, and biases on their way between line and tiles.
+    # Logits, weights, their gradients, and biases that are converted between line and tiles.
     return held + 4 * sizes.queries * sizes.keys * (8 + 3 * (sizes.tiles + 1))
 
 
@@ -296,7 +296,7 @@ def _forward(sizes: _Sizes, at: Any) -> None:
         start = [jnp.full((n, sizes.queries), value, jnp.float32) for n, value in zip(shapes, values, strict=True)]
         most, total, output = jax.lax.fori_loop(at.first, at.last, visit, tuple(start))
         outputs.append(output / jnp.where(total == 0, 1.0, total))
-        # A query without keys: above any logit, so that the backward pass finds weights of 0.
+        # For a query without keys this is above any logit, so its weights are 0 in the backward pass.
         at.log_sum[0, 0, head : head + 1] = jnp.where(total == 0, -_LOWEST, most + jnp.log(total))
     at.output[0] = _turned_back(outputs, at.output)
 
@@ -375,7 +375,7 @@ def _block(block: Any, sizes: _Sizes) -> Any:
 
 
 def _tile(sizes: _Sizes, at: Any, block: Any) -> Any:
-    """The tile of biases for this block of keys: the tiles of queries after it, counted from the first tile kept."""
+    """The index of the tile of biases for this block of keys; it follows from the distance to the diagonal."""
     off = sizes.tiles // 2
     return jnp.clip(at.tile - block, -off, off) + off
 
@@ -386,7 +386,7 @@ def _own(block: Any, head: int, sizes: _Sizes) -> Float[Array, "Q W"]:
     if x.shape[1] == sizes.head_size:
         return x
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) - head * sizes.head_size
-    # Selected in float32: not every TPU selects in bfloat16.
+    # This selects in float32, because some TPUs cannot select in bfloat16.
     return jnp.where((lane >= 0) & (lane < sizes.head_size), x.astype(jnp.float32), 0.0).astype(x.dtype)
 
 
@@ -395,7 +395,7 @@ def _own_rows(head: int, sizes: _Sizes) -> slice:
 
 
 def _dot(left: Array, right: Array, *, transposed: bool = False) -> Float[Array, "M N"]:
-    """The product of two matrices, the right one transposed if so asked, summed in float32."""
+    """left @ right, or left @ right.T if `transposed`, summed in float32."""
     axes = (((1,), (1 if transposed else 0,)), ((), ()))
     return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
@@ -408,7 +408,7 @@ def _turn(row: Any, turned: Any) -> None:
 
 
 def _turned_back(outputs: list[Array], to: Any) -> Float[Array, "Q W"]:
-    """The heads' outputs [C, Q] side by side in lanes, with zeros in lanes of no head."""
+    """The heads' outputs [C, Q] side by side in lanes; lanes without a head are 0."""
     rows = to.shape[2] - len(outputs) * outputs[0].shape[0]
     if rows:
         outputs = [*outputs, jnp.zeros((rows, to.shape[1]), outputs[0].dtype)]
@@ -429,7 +429,7 @@ def _fill_tiles(sizes: _Sizes, at: Any) -> None:
 
 
 def _turn_rows_right(line: Float[Array, "1 W"], rows: int) -> Float[Array, "S W"]:
-    """A matrix with the line in every row, turned right by the row's number."""
+    """A matrix with the line in every row; row k is rotated right by k."""
     wide = jnp.broadcast_to(line, (SUBLANES, line.shape[1]))
     row = jax.lax.broadcasted_iota(jnp.int32, wide.shape, 0)
     for step in (1, 2, 4):
@@ -440,7 +440,7 @@ def _turn_rows_right(line: Float[Array, "1 W"], rows: int) -> Float[Array, "S W"
 
 
 def _line_of(tiles: list[Array]) -> Float[Array, "1 W"]:
-    """The gradient of a line from those of its tiles: every row turned back left by its number, and all rows summed."""
+    """The gradient of a line from those of its tiles: row k is rotated left by k, then all rows are summed."""
     wide = jnp.concatenate([*tiles, jnp.zeros_like(tiles[0])], axis=1)
     width = wide.shape[1]
     while len(wide) > SUBLANES:

@@ -1,4 +1,4 @@
-"""Real object stores on this machine, behind a proxy that can fail: moto's S3 server, and fake-gcs-server for GCS."""
+"""Real object stores on this machine (moto's S3 server, fake-gcs-server for GCS), behind a proxy that can fail."""
 
 import contextlib
 import dataclasses
@@ -19,15 +19,15 @@ BUCKET = "bucket"
 
 @dataclasses.dataclass
 class Fault:
-    """What befalls the next requests of a method whose path has `part`, so many times.
+    """A fault for the next requests of a method whose path has `part`.
 
     Attributes:
-      kind: "503"; "cut upload" closes the connection in the middle of the body; "cut answer" closes it when the store
-        has done what was asked; "slow" answers `seconds` late.
-      method: of the requests.
-      part: of their paths.
-      times: how many of them.
-      seconds: of a slow answer.
+      kind: "503" answers with this status; "cut upload" closes the connection in the middle of the body; "cut answer"
+        closes it after the store has done what was asked; "slow" answers `seconds` late.
+      method: method of the requests.
+      part: a part of their paths.
+      times: number of requests that fail.
+      seconds: delay of a slow answer.
     """
 
     kind: str
@@ -38,10 +38,10 @@ class Fault:
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on to a store, and remembers them; faults come first.
+    """Passes requests on to a store, and remembers them. A request that matches a fault fails first.
 
     Attributes:
-      faults: what is still to befall requests.
+      faults: the faults still to come.
       requests: method and path of each request.
     """
 
@@ -66,7 +66,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         return None
 
     def handle_error(self, request, client_address):
-        """Clients that hang up are part of the tests."""
+        """Does nothing: in these tests clients may hang up."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -126,7 +126,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _as_multipart(path, headers, body):
-    """The same upload in the form in which this emulator looks at preconditions, which Google's store does in both."""
+    """The same upload as multipart.
+
+    This emulator checks preconditions only there; Google's store checks them always.
+    """
     name = urllib.parse.parse_qs(urllib.parse.urlsplit(path).query)["name"][0]
     parts = (b"application/json", json.dumps({"name": name}).encode()), (b"application/octet-stream", body)
     joined = b"".join(b"--cut\r\nContent-Type: %s\r\n\r\n%s\r\n" % part for part in parts) + b"--cut--\r\n"

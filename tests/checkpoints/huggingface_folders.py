@@ -1,4 +1,4 @@
-"""Folders of every family, as small as can be, and what is done to them."""
+"""Folders of every family of transformers, as small as possible, and functions that change them."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ def read_all(path):
 
 
 def rewrite(folder, change):
-    """The tensors of a folder after `change` of their dictionary."""
+    """Applies `change` to the dictionary of a folder's tensors, and saves it."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")

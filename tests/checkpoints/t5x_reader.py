@@ -1,7 +1,7 @@
-"""Run by the test where T5X is installed: T5X reads what we wrote, computes logits, and writes it in its own hand.
+"""Runs where T5X is installed: T5X reads our checkpoints, computes logits, and writes the checkpoints itself.
 
-python t5x_reader.py FOLDER: FOLDER has batch.npz, sizes.json and our checkpoints t5x, t5x-legacy and t5x-file; it gets
-logits-FORMAT.npy for each, and T5X's own checkpoints in `by-t5x` and `by-t5x-legacy`.
+Usage: python t5x_reader.py FOLDER. FOLDER has batch.npz, sizes.json and our checkpoints t5x, t5x-legacy and t5x-file.
+The script adds logits-FORMAT.npy for each, and T5X's own checkpoints in `by-t5x` and `by-t5x-legacy`.
 """
 
 import functools

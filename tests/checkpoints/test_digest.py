@@ -1,4 +1,4 @@
-"""One digest for the same bits, of arrays on devices and of tensors that are read layer by layer."""
+"""Equal bits have one digest, whether they are arrays on devices or tensors that are read layer by layer."""
 
 import json
 
@@ -75,7 +75,7 @@ def test_a_written_checkpoint_says_what_it_holds(imported, policy, params, mesh)
 
 
 def test_an_imported_checkpoint_is_no_run_to_go_on_with(imported, policy, mesh):
-    """It is told so, and stays where it is."""
+    """The error says so, and the checkpoint stays where it is."""
     optimizer = make_optimizer(OptimizerConfig())
     abstract = abstract_state(policy.init, optimizer, mesh)
     with (
@@ -87,7 +87,7 @@ def test_an_imported_checkpoint_is_no_run_to_go_on_with(imported, policy, mesh):
 
 
 def test_another_weight_in_an_imported_checkpoint_is_seen(imported, policy, params, mesh):
-    """As by a writer that does not know of the digest: all files are whole."""
+    """A writer that ignores the digest changes one weight. All files are whole."""
     said = (imported / METADATA).read_text()
     changed = {name: array.copy() for name, array in named(params).items()}
     name = min(changed)

@@ -1,4 +1,4 @@
-"""Flax's files against flax itself: trees of every kind, arrays one by one, and every place where a file is cut."""
+"""Flax's files, compared with flax itself: trees of every kind, single arrays, and files cut at every place."""
 
 import flax.serialization
 import hypothesis
@@ -62,7 +62,7 @@ def test_a_tree_is_what_flax_restores(path, tree):
 
 @pytest.mark.parametrize("size", [0, 1, 2, 5, 8, 15, 16, 200, 300, 70_000])
 def test_arrays_of_every_length_of_header(path, size):
-    """Fixed extensions, and lengths of one, two and four bytes."""
+    """Fixed extensions, and extensions whose length takes one, two or four bytes."""
     tree = {"before": 1, "a": np.arange(size, dtype=np.uint8), "after": "x" * 40}
     path.write_bytes(flax.serialization.msgpack_serialize(tree))
     assert_equal_trees(read_tree(path), tree)
@@ -70,7 +70,7 @@ def test_arrays_of_every_length_of_header(path, size):
 
 @pytest.mark.parametrize("header", [b"\x82", b"\xde\x00\x02", b"\xdf\x00\x00\x00\x02"])
 def test_dictionaries_of_every_length_of_header(path, header):
-    """Of four bits, two bytes and four bytes."""
+    """Headers of four bits, two bytes and four bytes."""
     path.write_bytes(header + b"".join(map(msgpack.packb, ("a", 1, "b", {"c": 2}))))
     assert read_tree(path) == {"a": 1, "b": {"c": 2}}
     assert is_flax_file(path)

@@ -1,4 +1,4 @@
-"""Formats side by side: which file or folder is of which, what goes with it, and what an export leaves behind."""
+"""All formats together: which format a path has, which files go with the tensors, and what a failed export leaves."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,7 @@ CONFIG = dataclasses.replace(CONFIGS["t5"], encoder_layers=1, decoder_layers=1, 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run with two checkpoints of a T5, and the same in every format beside it."""
+    """A run with two checkpoints of a T5. Next to it, the last one in every format."""
     folder = tmp_path_factory.mktemp("formats") / "run"
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(random_params(make_policy(CONFIG))))
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
@@ -63,7 +63,7 @@ def test_the_step_that_is_asked_for_is_exported(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["huggingface", "t5x-file"])
 def test_what_a_failed_export_left_is_replaced(name, run, tmp_path):
-    """By a folder and by a file."""
+    """One format writes a folder, the other one file."""
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / "model.safetensors").write_text("half of it")
@@ -88,7 +88,7 @@ def test_files_of_a_tokenizer_go_in_and_out_with_the_parameters(run, tmp_path):
     assert (stored.network.vocabulary, stored.network.vocabulary_digest) == (str(tokenizer), "0123")
     export_checkpoint(tmp_path / "run", tmp_path / "again", "huggingface")
     assert (tmp_path / "again" / "tokenizer.json").read_text() == "{}"
-    # Where nobody can use the tokenizer, the vocabulary is not known, but its files are kept.
+    # If nothing can read the tokenizer, the vocabulary is unknown, but the files are kept.
     other = import_checkpoint(tmp_path / "theirs", tmp_path / "other")
     assert other.network.vocabulary is None and tokenizer_of(other.folder) is not None
     assert tokenizer_of(find_checkpoint(run)) is None
@@ -106,7 +106,7 @@ def test_a_checkpoint_from_before_networks_were_kept_says_so(run, tmp_path):
         known_network(path.parent)
     with pytest.raises(UserError, match="10 does not say what network it holds"):
         export_checkpoint(tmp_path / "run", tmp_path / "out", "t5x")
-    # The earlier step does.
+    # The earlier step still names its network.
     assert read_network(find_checkpoint(tmp_path / "run", 2)).model == CONFIG
 
 
@@ -118,7 +118,7 @@ def test_unfinished_checkpoints_are_no_steps(run, tmp_path):
     assert find_checkpoint(tmp_path / "run") == find_checkpoint(checkpoints) == checkpoints / "10"
     with pytest.raises(UserError, match="no checkpoint of step 12: choose one of 2, 10, or none for the last"):
         find_checkpoint(tmp_path / "run", 12)
-    # What was left unfinished is written anew.
+    # The unfinished checkpoint is written again.
     (checkpoints / "12.orbax-checkpoint-tmp" / "params").mkdir()
     write_checkpoint(tmp_path / "run", 12, Network(model=CONFIG), {"w": from_array(np.ones(2, np.float32))})
     assert find_checkpoint(tmp_path / "run").name == "12" and len(list(checkpoints.glob("12*"))) == 1
@@ -132,7 +132,7 @@ def test_the_last_of_t5xs_steps_is_that_of_the_largest_number(tmp_path):
 
 
 def test_a_bias_in_each_layer_is_another_t5(tmp_path):
-    """T5X's scalable T5 has one where its t5_1_1 shares one."""
+    """T5X's scalable T5 has a position bias in each layer; its t5_1_1 shares one bias between layers."""
     name = "target.encoder.layers_0.relative_posemb.rel_embedding"
     write_store(tmp_path / "checkpoint_1" / "state", {name: from_array(np.ones((2, 8), np.float32))})
     with pytest.raises(UserError, match=r"relative position bias in each layer, .*, but T5 here shares one for all"):
@@ -152,7 +152,7 @@ def test_lost_parts_are_counted_and_four_are_shown():
     shape=strategies.lists(strategies.integers(1, 9), max_size=4).map(tuple), stacked=strategies.booleans()
 )
 def test_chunks_are_small_and_cover_a_tensor_once(shape, stacked):
-    """Of at most 48 bytes, at four bytes a number."""
+    """A chunk has at most 48 bytes; a number takes four."""
     stacked = stacked and len(shape) > 1
     tensor = Tensor(shape, "float32", lambda layer: np.zeros(shape), stacked)
     with pytest.MonkeyPatch.context() as patch:

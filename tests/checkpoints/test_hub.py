@@ -1,4 +1,4 @@
-"""Pushing to the hub: the hub's own client against a server that speaks its protocol."""
+"""The hub's own client pushes to a server that speaks the hub's protocol."""
 
 import base64
 import contextlib
@@ -16,7 +16,7 @@ TOKEN = "hf_no_one_may_read_this"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Takes files of at most a few bytes into `server.files`, and only with the token."""
+    """Stores small files in `server.files`; refuses requests without the token."""
 
     protocol_version = "HTTP/1.1"
 

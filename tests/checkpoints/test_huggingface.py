@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out without torch; tests/parity compares with transformers itself."""
+"""Import and export of Hugging Face folders without torch; tests/parity compares with transformers itself."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from alignment_gap.models import DecoderConfig, count_parameters, make_policy, s
 
 @pytest.fixture
 def folder(tmp_path):
-    """A whole folder of the tied Llama, to be damaged."""
+    """A complete folder of the tied Llama; tests damage it."""
     write(tmp_path / "folder", CONFIGS["llama tied"], random_tensors(CONFIGS["llama tied"]))
     return tmp_path / "folder"
 
@@ -69,7 +69,7 @@ def test_decoder_tensors_by_hand(tmp_path):
     theirs = load_file(tmp_path / "folder" / "model.safetensors")
     ours = {name: tensor.read(None) for name, tensor in tensors.items()}
     x, heads = np.arange(12.0), np.arange(24.0)
-    # Of layer 1: there a linear map is weight @ x and heads lie one after another.
+    # Layer 1. A linear map there is weight @ x, and the heads follow one another.
     query = theirs["model.layers.1.self_attn.q_proj.weight"] @ x + theirs["model.layers.1.self_attn.q_proj.bias"]
     by_head = [x @ ours["decoder.layers.query.kernel"][1][:, head] for head in range(4)]
     np.testing.assert_allclose(query.reshape(4, 6), by_head + ours["decoder.layers.query.bias"][1], rtol=1e-5)
@@ -168,7 +168,7 @@ def test_t5_tensors_by_hand(tmp_path):
     np.testing.assert_allclose(theirs[f"{block}.1.EncDecAttention.k.weight"][5:] @ x, x @ key[:, 1], rtol=1e-5)
     wo = ours["decoder.layers.mlp.wo.kernel"][2]
     np.testing.assert_array_equal(theirs[f"{block}.2.DenseReluDense.wo.weight"], wo.T)
-    # [buckets, heads] there, of the first block alone.
+    # There the bias is [buckets, heads], and only the first block has one.
     bias = theirs["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
     assert bias[31, 1] == ours["encoder.relpos_bias.rel_embedding"][1, 31]
     assert "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" not in theirs
@@ -176,7 +176,7 @@ def test_t5_tensors_by_hand(tmp_path):
 
 
 def test_t5_without_an_output_embedding_of_its_own(tmp_path):
-    # As transformers 5 saves a fresh T5 v1.1: tied in fact, but not scaled.
+    # transformers 5 saves a fresh T5 v1.1 like this: the embeddings are tied, but the logits are not scaled.
     write(tmp_path / "folder", T5, random_tensors(T5))
     rewrite(tmp_path / "folder", lambda tensors: tensors.pop("lm_head.weight"))
     reconfigure(tmp_path / "folder", tie_word_embeddings=True, scale_decoder_outputs=False)
@@ -206,13 +206,13 @@ def test_what_a_policy_does_not_know_is_kept(folder, tmp_path):
     write(tmp_path / "again", model, random_tensors(model), folder)
     values = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (values["eos_token_id"], values["max_position_embeddings"]) == ([7, 8], 99)
-    # One notation of a setting, not two that may differ.
+    # Only one notation of a setting is written; two might differ.
     assert (values["rope_theta"], "rope_parameters" in values) == (3.0, False)
     assert {name: (tmp_path / "again" / name).read_text() for name in companions} == companions
     assert not (tmp_path / "again" / "secret.txt").exists()
 
 
-# The content of published config.json files, and the number of parameters that is published with each.
+# The contents of published config.json files, each with its published number of parameters.
 PUBLISHED = {
     "flan-t5-small": (
         {
@@ -464,7 +464,7 @@ def test_a_hub_id_without_a_network_is_one_line(folder, monkeypatch):
 
 
 def test_an_import_takes_less_than_twice_the_largest_file(tmp_path):
-    """200 MB in files of 21 MB, whose stacks of layers are larger than two of them."""
+    """The checkpoint has 200 MB in files of 21 MB. A stack of all layers is larger than two files."""
     config = decoder("llama", width=512, layers=32, heads=8, kv_heads=8, head_size=64, mlp_width=1280)
     tiny = dataclasses.replace(config, layers=1, width=16, head_size=2, mlp_width=8)
     for name, model in (("tiny", tiny), ("large", config)):

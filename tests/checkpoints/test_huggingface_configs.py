@@ -1,4 +1,4 @@
-"""Between config.json and a policy's config: any policy of a family both ways, and each field's meaning by hand."""
+"""config.json and a policy's config: every policy of a family converts both ways; each field's meaning by hand."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ SIZES = strategies.integers(1, 40)
 
 @strategies.composite
 def decoders(draw, family):
-    """A policy that the family computes, with nothing set that has no effect."""
+    """A policy that the family can compute; every setting in it has an effect."""
     fields, settings = FAMILIES[family].optional, dict(FAMILIES[family].model)
     names = ("vocabulary_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width")
     settings |= {name: draw(SIZES) for name in names}
@@ -40,7 +40,7 @@ def decoders(draw, family):
         scalar = draw(strategies.none() | FLOATS)
         settings["query_pre_attention_scalar"] = None if scalar == settings["head_size"] else scalar
     if "sliding_window" in fields and draw(strategies.booleans()):
-        # Beyond the depth no layer is without a window.
+        # If n is larger than the number of layers, every layer has a window.
         first = settings["layers"] + 1 if fields.get("sliding_window_pattern", 1) is None else 2
         every = draw(strategies.integers(first, settings["layers"] + 1))
         settings |= {"window": draw(SIZES), "full_attention_every": every}
@@ -58,7 +58,7 @@ def test_every_policy_of_a_family_is_the_same_after_its_config_json(family):
     @hypothesis.settings(max_examples=30, deadline=None)
     @hypothesis.given(model=decoders(family))
     def check(model):
-        # Two families compute the same where the one has nothing of its own: `like` asks for this one.
+        # Two families may compute the same; `model_type` chooses this one.
         values = through_json(write_config(model, {"model_type": family}))
         assert (values["model_type"], values["architectures"]) == (family, [FAMILIES[family].architecture])
         assert read_config(values, "config.json") == model
@@ -118,7 +118,7 @@ def test_every_t5_is_the_same_after_its_config_json(sizes, tied):
     names = ("vocabulary_size", "width", "encoder_layers", "decoder_layers", "heads", "head_size", "mlp_width")
     model = T5Config(**dict(zip(names, sizes, strict=False)), relative_position_buckets=sizes[-1], tied_embeddings=tied)
     assert read_config(through_json(write_config(model)), "config.json") == model
-    # mT5 has an output embedding of its own.
+    # mT5 has its own output embedding.
     family = write_config(model, {"model_type": "mt5"})["model_type"]
     assert family == ("t5" if tied else "mt5")
 
@@ -130,7 +130,8 @@ LEAST = {
     "num_hidden_layers": 6,
     "intermediate_size": 48,
 }
-# What transformers takes where a field is absent: head size, key heads, tied, window, every, base, local base, caps.
+# The values that transformers takes for absent fields: head size, key heads, tied, window, every, base, local base,
+# caps.
 DEFAULTS = {
     "llama": (6, 4, False, None, 1, 1e4, None, None, None),
     "mistral": (6, 4, False, 4096, 7, 1e4, None, None, None),
@@ -152,10 +153,10 @@ def test_what_is_absent_is_what_transformers_takes(family):
     assert tuple(getattr(model, field) for field in FIELDS) == DEFAULTS[family]
     assert (model.vocabulary_size, model.width, model.layers, model.heads, model.mlp_width) == (100, 24, 6, 4, 48)
     assert model.norm_epsilon == 1e-6 and model.query_pre_attention_scalar is None
-    # Null is absent where there is a default.
+    # Null means absent if the field has a default.
     nulls = dict.fromkeys(("num_key_value_heads", "rope_scaling", "layer_types", "rope_parameters"))
     assert read_config(LEAST | nulls | {"model_type": family}, "config.json") == model
-    # But for the size of a head, which then is a part of the width.
+    # The head size is an exception: null means a part of the width.
     assert read_config(LEAST | {"head_dim": None, "model_type": family}, "config.json").head_size == 24 // 4
 
 
@@ -187,7 +188,7 @@ def test_a_field_of_another_type_is_named_with_its_path(change, message):
 @pytest.mark.parametrize(
     ("family", "tie", "scale", "tied"),
     [
-        # In version 4 of transformers "tied" says both; version 5 ties all, and says apart whether logits are scaled.
+        # In transformers 4 "tied" means both. Version 5 ties all, and another field says whether the logits are scaled.
         ("t5", None, None, True),
         ("t5", True, None, True),
         ("t5", False, None, False),
@@ -234,13 +235,13 @@ S, F = "sliding_attention", "full_attention"
     [
         ({"layer_types": [S, S, F, S, S, F]}, (4096, 3)),
         ({"layer_types": [S, S, S, S, S, F]}, (4096, 6)),
-        # No layer without a window is one beyond the last; none with one is no window.
+        # If all layers have a window, n is one more than the number of layers; if no layer has one, there is no window.
         ({"layer_types": [S] * 6}, (4096, 7)),
         ({"layer_types": [F] * 6}, (None, 1)),
         ({"layer_types": [S, S, S, S, F, S]}, (4096, 5)),
         ({"sliding_window_pattern": 3, "sliding_window": 8}, (8, 3)),
         ({"sliding_window": None}, (None, 1)),
-        # What lists the layers counts, whatever the pattern.
+        # The list of layers overrides the pattern.
         ({"sliding_window_pattern": 3, "layer_types": [S, F] * 3}, (4096, 2)),
         ({"layer_types": [F, S, F, S, F, S]}, None),
         ({"layer_types": [S, F, F, S, F, F]}, None),
@@ -261,7 +262,7 @@ def test_which_layers_have_a_window(change, found):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        # Qwen's first layers have no window: up to max_window_layers.
+        # Qwen's first layers, up to max_window_layers, have no window.
         ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}, (None, 1)),
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, (8, 7)),
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 6}, (None, 1)),
@@ -292,7 +293,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        # Of version 4 of transformers, and of version 5.
+        # The notations of transformers 4 and of transformers 5.
         ({"rope_theta": 7.0}, {"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}),
         (
             {"rope_scaling": {"type": "linear", "factor": 2}},
@@ -302,7 +303,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
             {"rope_theta": 7, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 7, **LLAMA3}},
         ),
-        # The first of a field's two names counts.
+        # If a field has two names, the first one counts.
         ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, {}),
         ({"partial_rotary_factor": None}, {"rope_scaling": {"type": "default", "partial_rotary_factor": 1.0}}),
     ],
@@ -346,7 +347,7 @@ def test_local_layers_that_are_scaled_too_are_in_no_family():
         rope_local_base=10.0,
     )
     assert write_config(gemma3)["rope_local_base_freq"] == 10.0
-    # Without a scaling the same base is no base of its own; with one the local layers would have it too.
+    # Without scaling, equal bases are one base. With scaling, the local layers would be scaled too.
     same = dataclasses.replace(gemma3, rope_local_base=None)
     assert read_config(write_config(same), "path") == same
     scaled = dataclasses.replace(same, rope_scaling="linear", rope_scaling_factor=4.0)
@@ -367,10 +368,10 @@ def test_what_is_kept_of_the_config_that_a_policy_came_with():
     kept = write_config(model, like)
     assert kept["eos_token_id"] == 7 and kept["rope_theta"] == 3.0
     assert not {"dtype", "rope_parameters"} & kept.keys()
-    # What comes from the policy counts.
+    # Values that come from the policy override the kept ones.
     wider = write_config(dataclasses.replace(model, mlp_width=49), like)
     assert (wider["intermediate_size"], wider["eos_token_id"]) == (49, 7)
-    # Where it has become a policy of another family, nothing is.
+    # If the policy is now of another family, nothing is kept.
     other = write_config(dataclasses.replace(model, query_key_value_bias=False), like)
     assert other["model_type"] != "qwen2" and "eos_token_id" not in other
 

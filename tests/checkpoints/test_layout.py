@@ -1,4 +1,4 @@
-"""Parameters written tensor by tensor are what Orbax restores, and what training saves is read tensor by tensor."""
+"""Orbax restores parameters that we write tensor by tensor, and we read tensor by tensor what training saves."""
 
 import dataclasses
 import json

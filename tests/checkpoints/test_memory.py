@@ -1,4 +1,4 @@
-"""Peak memory of an import and of an export, each in a process of its own."""
+"""Peak memory of an import and of an export, each in its own process."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from alignment_gap.checkpoints.formats import model_shapes
 from alignment_gap.checkpoints.tensors import Tensor
 from alignment_gap.models import T5Config
 
-# Two embeddings of 8 MiB, and layers of 9.5 MiB for encoder and decoder together.
+# Two embeddings of 8 MiB. A layer of the encoder and one of the decoder have 9.5 MiB together.
 DEPTHS = (6, 24)
 CONFIGS = {
     depth: T5Config(
@@ -41,7 +41,7 @@ print(peak() - before)
 
 
 def growth(call):
-    """Bytes by which the process's largest memory grows in a call."""
+    """Bytes by which a call raises the peak memory of a process."""
     result = subprocess.run([sys.executable, "-c", PROGRAM, call], capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
     return int(result.stdout)
@@ -49,7 +49,7 @@ def growth(call):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A shallow and a deep checkpoint of random numbers, which no compression makes small."""
+    """A shallow and a deep checkpoint of random numbers, which do not compress."""
     folder = tmp_path_factory.mktemp("memory")
     rng = np.random.default_rng(0)
 
@@ -65,7 +65,10 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["t5x-file", "t5x-legacy"])
 def test_memory_does_not_grow_with_the_depth(name, runs):
-    """What the libraries take for themselves is in both; to hold the whole would add all that the deeper one has."""
+    """Both depths include the memory of the libraries.
+
+    A program that holds everything would need all the extra bytes.
+    """
     sizes, exports, imports = [], [], []
     for depth in DEPTHS:
         run, out, back = (str(runs / place) for place in (str(depth), f"{name}-{depth}", f"back-{name}-{depth}"))

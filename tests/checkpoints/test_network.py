@@ -1,4 +1,4 @@
-"""What a checkpoint says of its network: as JSON, of older versions too, and whether settings and datasets fit it."""
+"""The network that a checkpoint records: as JSON, also of older versions, and whether settings and datasets fit it."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def test_the_json_by_hand():
     assert model.keys() == {field.name for field in dataclasses.fields(T5Config)}
 
 
-# As the first version wrote a decoder, whose caps, windows and bases it had no None for.
+# A decoder as the first version wrote it; it wrote 0 instead of None for caps, windows and bases.
 OLD = {
     "kind": "policy",
     "model": {
@@ -70,9 +70,9 @@ def test_a_network_of_the_first_version_is_that_of_today():
     assert network == Network(model=CONFIGS["decoder"])
     assert (network.vocabulary, network.vocabulary_digest) == (None, None)
     assert (network.model.window, network.model.rope_local_base) == (None, None)
-    # What is no number of None stays what it is.
+    # Values that do not stand for None stay.
     assert network.model.post_norms is False and network.model.full_attention_every == 1 and network.markers == ()
-    # And the network can be built.
+    # The network can be built.
     assert make_policy(network.model) == network.policy()
 
 
@@ -122,7 +122,7 @@ def test_vocabularies_that_differ_are_shown_by_their_beginnings():
         check_vocabulary(Network(vocabulary_digest="a" * 64), "b" * 64, "run", "pairs")
 
 
-# Another value for each field of a model, such that the field alone differs.
+# For each field of a model, another value, so that only this field differs.
 OTHERS = {
     "logits_soft_cap": 5.0,
     "attention_soft_cap": 5.0,
@@ -162,7 +162,7 @@ def test_a_model_may_differ_from_its_checkpoint_in_how_it_runs_alone(name, field
     network, asked = Network(model=CONFIGS[name]), other(CONFIGS[name], field)
     if field in RUN_TIME:
         assert agreed_model(asked, network, "run") == asked
-        # So that the checkpoint's parameters are its own.
+        # The parameters of the checkpoint fit.
         assert field == "attention" or model_shapes(asked) == model_shapes(network.model)
         return
     values = rf"{getattr(asked, field)}, but {getattr(network.model, field)} in the checkpoint"

@@ -1,4 +1,4 @@
-"""PEFT's folders of adapters without torch; tests/parity compares with peft itself."""
+"""Import and export of PEFT adapters without torch; tests/parity compares with peft itself."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def test_a_folder_is_as_peft_reads_it(run, folder):
     assert sorted(found) == sorted(f"{PREFIX}{name}.lora_{part}.weight" for name in modules for part in "AB")
     ours = {name: tensor.read(None) for name, tensor in open_checkpoint(run).tensors.items()}
     query, out = (f"decoder.layers.{name}.kernel" for name in ("query", "out"))
-    # A row for each of r, and for each output: heads and their parts in one axis.
+    # Matrix A has a row for each rank, B one for each output; heads and their components share an axis.
     np.testing.assert_array_equal(found[f"{PREFIX}1.self_attn.q_proj.lora_A.weight"], ours[f"{query}.a"][1].T)
     b = found[f"{PREFIX}1.self_attn.q_proj.lora_B.weight"]
     assert b.shape == (24, 2) and b[6 + 5, 1] == ours[f"{query}.b"][1, 1, 1, 5]

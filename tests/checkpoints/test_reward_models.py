@@ -1,4 +1,4 @@
-"""Reward models of Hugging Face folders in and out without torch; tests/parity compares their scores."""
+"""Import and export of Hugging Face reward models without torch; tests/parity compares their scores."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ CLASSES = {
     "t5": "T5ForSequenceClassification",
     "llama": "LlamaForSequenceClassification",
     "mistral": "MistralForSequenceClassification",
-    "mistral without a window": "LlamaForSequenceClassification",  # It computes the same.
+    "mistral without a window": "LlamaForSequenceClassification",  # The two classes compute the same.
     "qwen2": "Qwen2ForSequenceClassification",
     "qwen3": "Qwen3ForSequenceClassification",
     "gemma": "GemmaForSequenceClassification",
@@ -54,7 +54,7 @@ def write_reward_model(folder, name, head=HEAD):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A whole folder of the Llama, to be changed."""
+    """A complete folder of the Llama; tests change it."""
     write_reward_model(tmp_path / "folder", "llama")
     return tmp_path / "folder"
 
@@ -125,7 +125,7 @@ def test_copies_of_t5s_embedding_may_be_there(tmp_path):
 
 
 def test_an_import_is_a_bradley_terry_model_and_goes_out_as_it_came(folder, tmp_path):
-    """Settings that only transformers has, and the tokenizer's files, go with it."""
+    """The export also has the settings that only transformers uses, and the tokenizer's files."""
     reconfigure(folder, final_setting="kept", pad_token_id=7, problem_type="regression")
     (folder / "tokenizer.json").write_text("{}")
     network = import_checkpoint(folder, tmp_path / "run").network
@@ -160,7 +160,7 @@ def scores(stored, *texts):
 
 @pytest.mark.parametrize("name", ["llama", "llama tied", "gpt_neox"])
 def test_a_model_that_was_trained_here_goes_out_with_its_rewards(name, tmp_path):
-    """The head is the difference of two rows of the output embedding; the markers stay around the response."""
+    """The head is the difference of two rows of the output embedding. The markers stay around the response."""
     tensors = random_tensors(model_shapes(POLICIES[name]))
     write_checkpoint(tmp_path / "run", 0, Network("bradley_terry", POLICIES[name], (12, 11, 10, 9, 8)), tensors)
     export_checkpoint(tmp_path / "run", tmp_path / "out", "huggingface")
@@ -182,7 +182,7 @@ def test_a_model_that_was_trained_here_goes_out_with_its_rewards(name, tmp_path)
     ("name", "kind"), [("t5", "bradley_terry"), ("gemma2", "bradley_terry"), ("llama", "pairwise")]
 )
 def test_any_other_preference_model_goes_out_as_the_policy_inside(name, kind, tmp_path):
-    """T5's classifier reads its texts in another way, and Gemma 2 has a cap between the embedding and the logits."""
+    """T5's classifier reads its texts in another way. Gemma 2 has a cap between the embedding and the logits."""
     tensors = random_tensors(model_shapes(POLICIES[name]))
     write_checkpoint(tmp_path / "run", 0, Network(kind, POLICIES[name], (12, 11, 10, 9, 8)), tensors)
     export_checkpoint(tmp_path / "run", tmp_path / "out", "huggingface")

@@ -1,4 +1,4 @@
-"""T5X's formats: its own files, and what we write, read by us and by flax, tensorstore and Orbax alone."""
+"""T5X's formats: we read T5X's own files and ours; flax, tensorstore and Orbax read ours without us."""
 
 import dataclasses
 import gzip
@@ -72,7 +72,7 @@ def test_there_and_back_is_the_same(name, written, params, tmp_path):
 
 
 def test_the_tree_is_t5xs(written, params):
-    """Names and shapes by hand, as t5x/examples/t5/network.py makes them; read by Orbax alone."""
+    """Names and shapes by hand, as t5x/examples/t5/network.py makes them. Only Orbax reads the tree."""
     tree = ocp.StandardCheckpointer().restore((written / "t5x" / "checkpoint_0" / "state").absolute())
     assert tree["state"]["step"] == 0
     target = tree["target"]
@@ -91,7 +91,10 @@ def test_the_tree_is_t5xs(written, params):
 
 
 def test_every_checkpointer_of_orbax_restores_it(written, params):
-    """Without a target they give numpy arrays; with one, jax arrays as they are asked for, as T5X does."""
+    """Without a target they return numpy arrays.
+
+    With a target, as T5X uses it, they return the jax arrays that it asks for.
+    """
     folder = (written / "t5x" / "checkpoint_0" / "state").absolute()
     wanted = np.array(params["token_embedder"]["embedding"])
     plain, standard = (maker().restore(folder) for maker in (ocp.PyTreeCheckpointer, ocp.StandardCheckpointer))
@@ -134,7 +137,7 @@ def test_flax_and_tensorstore_read_the_folder(written, run):
 
 @needs_fixtures
 def test_a_file_of_t5xs_own(tmp_path):
-    """T5X's tiny T5: flax reads the whole file, our reader tensor by tensor."""
+    """T5X's tiny T5. Flax reads the whole file, our reader reads it tensor by tensor."""
     wanted = flax.serialization.msgpack_restore(FILE.read_bytes())["optimizer"]
     found = open_tree(FILE)
     flat = flax.traverse_util.flatten_dict(wanted, sep=".")
@@ -151,7 +154,10 @@ def test_a_file_of_t5xs_own(tmp_path):
 
 @needs_fixtures
 def test_a_folder_of_t5xs_own():
-    """A toy of T5X's: a kernel and a bias in the optimizer's state, no parameters; its hidden zarr files are lost."""
+    """A toy checkpoint of T5X: the optimizer's state has a kernel and a bias, and there are no parameters.
+
+    The hidden zarr files are lost.
+    """
     folder = FIXTURES / "tiny_t5" / "checkpoint_1"
     tensors = open_tree(folder / "checkpoint")
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
@@ -171,7 +177,7 @@ def test_a_folder_of_t5xs_own():
 
 
 def test_layers_that_t5x_scans(params, tmp_path):
-    """The axis of layers is the second of each parameter."""
+    """In each parameter the second axis is the layers."""
     theirs = exported(tensors_of(params), t5_entries(CONFIG, scanned=True))
     query = theirs["decoder.layers.self_attention.query.kernel"]
     assert query.shape == query.read(None).shape == (12, 3, 10)
@@ -205,7 +211,7 @@ def test_tied_embeddings_have_no_logits(tmp_path):
 
 
 def damaged(change):
-    """Flax's tree of the written file with a change to its target."""
+    """Flax's tree of the written file, with its target changed."""
 
     def make(written, tmp_path):
         content = flax.serialization.msgpack_restore((written / "t5x-file").read_bytes())
@@ -279,7 +285,7 @@ def test_a_part_of_a_folder_that_is_not_whole_is_named(how, written, tmp_path):
 
 
 def test_a_tensor_that_cannot_be_read_leaves_no_checkpoint(written, tmp_path):
-    """What no look at sizes can find: bytes that are others within a whole file."""
+    """A check of sizes cannot find this damage: the file is whole, but some bytes are different."""
     shutil.copytree(written / "t5x-legacy", tmp_path / "folder")
     part = tmp_path / "folder" / "checkpoint_0" / "target.encoder.encoder_norm.scale" / "0"
     content = part.read_bytes()

@@ -1,4 +1,4 @@
-"""Where T5X is installed: it reads what we write, we read what it writes, and both networks give the same logits."""
+"""With T5X installed: it reads our checkpoints, we read its own, and both networks give the same logits."""
 
 import dataclasses
 import importlib.util
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("t5x") is None, reason=
 
 FORMATS = ("t5x", "t5x-legacy", "t5x-file")
 READER = pathlib.Path(__file__).parent / "t5x_reader.py"
-# Its network always has these two.
+# T5X's network always has these two values.
 CONFIG = dataclasses.replace(CONFIGS["t5"], relative_position_buckets=32, relative_position_max_distance=128)
 
 
@@ -32,7 +32,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def batch():
-    """One response a prompt, longer than the first position buckets; T5X takes the id 0 for padding."""
+    """One response for each prompt, longer than the exact position buckets. T5X reads id 0 as padding."""
     batch = make_batch(3, responses=1, prompt_length=40, response_length=24)
     prompts = np.maximum(batch.prompts, 1) * (np.arange(40) < batch.prompt_lengths[:, None])
     responses = np.maximum(batch.responses, 1)
@@ -41,7 +41,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def exchanged(params, batch, tmp_path_factory):
-    """The folder in which T5X has read what we wrote."""
+    """The folder after T5X has read our checkpoints."""
     folder = tmp_path_factory.mktemp("t5x")
     leaves = jax.tree_util.tree_leaves_with_path(params)
     tensors = {jax.tree_util.keystr(path, simple=True, separator="."): from_array(leaf) for path, leaf in leaves}

@@ -1,4 +1,4 @@
-"""Tensors that are read when they are asked for, between our names and another format's."""
+"""Tensors that are loaded only on request, and their conversion between our names and those of another format."""
 
 import hypothesis
 import jax
@@ -12,7 +12,7 @@ from alignment_gap.errors import UserError
 
 
 def reading(array, reads, *, stacked=False):
-    """A tensor that notes what is read of it."""
+    """A tensor that records each read."""
 
     def read(layer):
         reads.append(layer)
@@ -71,7 +71,7 @@ def test_what_is_ignored_may_be_there_in_any_shape_or_not_at_all():
         check_shapes("run", SHAPES | {"another": ()}, SHAPES, ignored={"extra"})
 
 
-# Two parameters: of [layers, 3, 2] each layer is a tensor [2, 3] of theirs, and [4] is one reversed.
+# Two parameters. "w" is [layers, 3, 2], and each layer is a tensor [2, 3] of the other format. "b" is reversed there.
 ENTRIES = {
     "w": Entry(("w0", "w1", "w2"), (2, 3), np.transpose, np.transpose, per_layer=True),
     "b": Entry(("bias",), (4,), np.flip, np.flip),
@@ -89,7 +89,7 @@ def test_their_tensors_make_up_our_parameters():
         "w": ((3, 3, 2), "float64", True),
         "b": ((4,), "float64", False),
     }
-    # Nothing is loaded by that, and of a stack one layer where one is asked for.
+    # `imported` loads nothing. A request for one layer reads only this layer.
     assert not any(reads.values())
     np.testing.assert_array_equal(tensors["w"].read(1), OURS["w"][1])
     assert reads == {"w0": [], "w1": [None], "w2": [], "bias": []}
@@ -118,7 +118,7 @@ def test_tensors_of_another_format_are_checked_by_its_names():
 
 @strategies.composite
 def layouts(draw):
-    """An entry that transposes and joins the axes of a random shape, and the parameter in memory."""
+    """An entry that transposes and joins the axes of a random shape, and a parameter of this shape."""
     layers = draw(strategies.integers(0, 3))
     shape = tuple(draw(strategies.lists(strategies.integers(1, 3), min_size=1, max_size=3)))
     order = draw(strategies.permutations(range(len(shape))))

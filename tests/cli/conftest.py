@@ -1,4 +1,4 @@
-"""Tests import process_runs from this folder and job_runs from that of the jobs, however pytest was started."""
+"""Makes process_runs (here) and job_runs (tests/jobs) importable, however pytest was started."""
 
 import pathlib
 import sys

@@ -1,4 +1,4 @@
-"""Commands of several processes on this machine, as of a pod in miniature: eight devices together."""
+"""Runs commands in several processes on this machine, like a small pod: eight devices in total."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 
 from alignment_gap.launch.local import free_port
 
-# Commands one after the other; the first joins the processes, which stay together.
+# Runs commands one after the other. The first command joins the processes; they stay joined.
 COMMANDS = """
 import json, sys
 from alignment_gap.cli.main import main
@@ -24,7 +24,7 @@ for words in json.loads(sys.argv[1]):
             raise
 """
 
-# The gin settings of a network that trains in a moment on the built-in task.
+# Gin settings of a network that trains in a moment on the built-in task.
 TINY_T5 = {
     "VOCABULARY_SIZE": 136,
     "T5Config.width": 16,
@@ -35,19 +35,19 @@ TINY_T5 = {
     "T5Config.mlp_width": 16,
 }
 
-# Gloo says on standard output that it has connected, from several threads that cut into each other's lines.
+# Several threads of Gloo print that they have connected; their lines can mix with each other.
 GLOO = re.compile(r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d")
 
 
 def said_by(output):
-    """The lines of standard output that are not Gloo's."""
+    """The lines of standard output that do not come from Gloo."""
     return [line for line in output.splitlines() if GLOO.sub("", line).strip()]
 
 
 def run_processes(folder, *commands, caches=False):
-    """Exit statuses and outputs of one process for each list of commands, started in `folder`.
+    """Runs one process for each list of commands, in `folder`; returns exit statuses and outputs.
 
-    With `caches` each has a cache folder of its own, as it has on a machine of its own.
+    With `caches` each process has its own cache folder, as on a machine of its own.
     """
     count = len(commands)
     flags = (

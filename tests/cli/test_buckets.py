@@ -1,4 +1,4 @@
-"""Two processes that share no disk train into a bucket what they train into a folder."""
+"""Two processes without a shared disk train into a bucket; the result is the same as in a folder."""
 
 from built_in import write_posts
 from job_runs import assert_equal_runs

@@ -1,4 +1,4 @@
-"""`alignment-gap checkpoint`: out, in again, and what a checkpoint holds; one line for what cannot be."""
+"""`alignment-gap checkpoint`: export, import, show, and one line for every wrong input."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ CONFIG = T5Config(vocabulary_size=40, width=16, encoder_layers=1, decoder_layers
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run whose one checkpoint is of step 3."""
+    """The folder of a run with one checkpoint, of step 3."""
     folder, policy = tmp_path_factory.mktemp("checkpoint") / "run", make_policy(CONFIG)
     mesh, optimizer = make_mesh(MeshConfig()), make_optimizer(OptimizerConfig())
     abstract = abstract_state(policy.init, optimizer, mesh)

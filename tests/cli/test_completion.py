@@ -1,6 +1,6 @@
-"""Shells complete commands, flags and values by the scripts; and every command's help has its defaults and an example.
+"""Shells complete commands, flags and values with our scripts; every command's help has defaults and an example.
 
-What a command's flags are is read off the definitions themselves.
+The tests read the flags of a command from its definitions.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from alignment_gap.cli.main import COMMANDS, main
 
 INIT = flags.FlagValues.__init__
 OF_ABSL = {"flagfile", "undefok"}
-# The commands that take no further word.
+# Commands that take no further word.
 LEAVES = [
     *(name for name in COMMANDS if name not in ("data", "checkpoint", "completion")),
     *(f"data {word}" for word in SUBCOMMANDS),
@@ -35,7 +35,7 @@ def places():
 
 
 def shown(monkeypatch, *words):
-    """What a command prints, and the flags that it has defined."""
+    """The output of a command, and the flags that it defines."""
     monkeypatch.setattr(sys, "argv", ["alignment-gap", *words])
     defined, said = [], io.StringIO()
 
@@ -64,7 +64,7 @@ def test_help_has_an_example_that_parses_and_every_default(words, monkeypatch):
     examples = [shlex.split(line) for line in lines if line.startswith(f"alignment-gap {words}")]
     assert examples
     known = {*values} | {f"no{name}" for name in values}
-    # After the flags of a launch come those of the command that is launched.
+    # After the flags of launch come the flags of the command that it launches.
     for example in examples if words != "launch" else []:
         given = [word.removeprefix("--").partition("=")[0] for word in example if word.startswith("--")]
         assert all(name in known or name.startswith(("config.", "gin.")) for name in given), example
@@ -87,7 +87,7 @@ def test_a_place_has_the_flags_that_its_command_defines(words, places, monkeypat
 
 @pytest.fixture(scope="module")
 def complete(places):
-    """What bash offers for words of which the last one is being written."""
+    """What bash offers for the last of these words."""
     script = completion.bash_script(places)
 
     def offered(*words):
@@ -113,10 +113,10 @@ def complete(places):
         (["data", "prepare", "--posts.p"], ["--posts.pairs="]),
         (["launch", "--engine", "=", "slurm", "da"], ["data"]),
         (["launch", "--engine", "=", "slurm", "data", "show", "--ex"], ["--examples="]),
-        # Bash takes words apart at the equals sign.
+        # Bash splits words at the equals sign.
         (["data", "vocabulary", "--model", "="], ["unigram", "bpe"]),
         (["data", "vocabulary", "--model", "=", "b"], ["bpe"]),
-        # Nothing of ours: readline completes files.
+        # We offer nothing here; readline completes files.
         (["data", "vocabulary", "--output", "=", "o"], []),
         (["data", "show", "runs/"], []),
         (["study", "--none"], []),
@@ -158,7 +158,7 @@ def test_fish(places, tmp_path, monkeypatch):
 
 
 def test_zsh(places, tmp_path):
-    """The script's own part: what it hands to zsh's _describe and _arguments."""
+    """Tests only our part of the script: the arguments of zsh's _describe and _arguments."""
     path = script_of("zsh", places, tmp_path)
 
     def handed(*words):

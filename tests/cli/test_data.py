@@ -1,4 +1,4 @@
-"""`alignment-gap data`: one line for every wrong input; what the commands do is run by tests/docs/test_data.py."""
+"""`alignment-gap data` prints one line for every wrong input; tests/docs/test_data.py runs the commands."""
 
 import sys
 

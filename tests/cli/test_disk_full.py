@@ -1,4 +1,4 @@
-"""A disk that fills up while a checkpoint is written: one line, what was saved stays, and the same command goes on."""
+"""The disk fills up while a checkpoint is written: one line, saved checkpoints stay, the same command can continue."""
 
 import gc
 import os
@@ -25,7 +25,7 @@ ENOUGH = 32 * 2**20
 
 @pytest.fixture
 def small(tmp_path):
-    """A function that gives a disk of its own, made for the test, so many bytes; and the disk's folder."""
+    """A small disk of its own for the test: its folder, and a function that sets its size in bytes."""
     folder = tmp_path / "small"
     folder.mkdir()
 
@@ -58,18 +58,18 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(small, tmp_pat
     folder, resize = small
     write_posts(tmp_path / "pairs", 32)
     assert train(monkeypatch, tmp_path / "pairs", folder / "run", 1) == 0
-    # The second checkpoint finds room for half of itself.
+    # Half of the second checkpoint fits.
     assert not resize(used(folder) * 3 // 2).returncode
     capfd.readouterr()
     assert train(monkeypatch, tmp_path / "pairs", folder / "run", 4) == 2
-    gc.collect()  # The failed save's other tasks are collected now: they too say nothing.
+    gc.collect()  # The other tasks of the failed save are collected now; they print nothing either.
     said = capfd.readouterr().err
     place = folder / "run" / "checkpoints"
     assert said.splitlines()[-1] == (
         f"error: no space is left for a checkpoint in {place}: free some and run the same command again, which goes "
         "on from step 1"
     )
-    assert said.count("\n") <= 2 and not caplog.records  # The bar's line is the other.
+    assert said.count("\n") <= 2 and not caplog.records  # The second line is the progress bar's.
     assert not resize(ENOUGH).returncode
     assert (place / "1").is_dir() and not (place / "2").is_dir()
     assert train(monkeypatch, tmp_path / "pairs", folder / "run", 4) == 0

@@ -15,7 +15,7 @@ CORE = [Package("jax", ">=0.10.2", "0.10.3"), Package("flax", ">=0.12", "0.12")]
 
 @pytest.fixture
 def examine(monkeypatch, capsys, tmp_path):
-    """The exit status, and the rows by title, for packages and devices that are given."""
+    """The exit status, and the rows by title, for the given packages and devices."""
     monkeypatch.chdir(tmp_path)
 
     def run(core=CORE, extras=(), devices='print(\'["tpu", ["4 x TPU v5e"]]\')'):
@@ -83,7 +83,7 @@ def test_its_rows_are_of_commands():
 
 
 def test_it_needs_the_standard_library_alone():
-    """So it can tell that jax or absl is missing."""
+    """So the doctor can report that jax or absl is missing."""
     program = "import sys, alignment_gap.cli.doctor\nprint({'jax', 'absl', 'numpy'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

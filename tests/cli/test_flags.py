@@ -1,4 +1,4 @@
-"""Flags taken from dataclasses: their names, defaults, types and help, and one line for what they cannot be."""
+"""Flags from dataclasses: names, defaults, types and help; and one line for every wrong value."""
 
 import dataclasses
 from xml.etree import ElementTree
@@ -25,7 +25,7 @@ class Inner:
     names: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        """Raises UserError where the rate is negative."""
+        """Raises UserError if the rate is negative."""
         checks.at_least(self, 0, "rate")
 
 

@@ -19,7 +19,7 @@ def printed(monkeypatch, capsys):
 
 
 def cells(table, name):
-    """The cells of a row, cut where the header's are."""
+    """The cells of a row, split at the columns of the header."""
     header, *rows = table.splitlines()
     starts = [title.start() for title in re.finditer(r"\S+( \S+)*", header)]
     assert header.split("  ")[0] in ("loss", "alias")

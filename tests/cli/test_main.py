@@ -1,4 +1,4 @@
-"""The `alignment-gap` command: its help, its exit statuses, and one line for a user's mistake."""
+"""The `alignment-gap` command: its help, its exit statuses, and one line for every mistake of the user."""
 
 import pathlib
 import re
@@ -35,7 +35,10 @@ def test_the_version(monkeypatch, capsys):
 
 
 def test_what_ends_after_a_failed_save_says_nothing(capsys, monkeypatch):
-    """Tensorstore's callbacks cannot raise, so that Python prints what they meet; anything else it still prints."""
+    """Tensorstore's callbacks cannot raise, so Python prints their errors.
+
+    Other errors of this kind are still printed.
+    """
     told = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
 
@@ -94,7 +97,10 @@ def test_exit_statuses(capsys):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_decides_the_exit_status(number, status, capsys):
-    """At once where no loop asks for it; at the end of a step where one does, which says where it stands."""
+    """Without a loop that checks for signals the process ends at once.
+
+    With one, the process ends after a step, and prints where it stands.
+    """
     before = signal.getsignal(number)
     assert guarded(lambda: signal.raise_signal(number)) == status
 
@@ -120,7 +126,7 @@ def test_what_jax_caught_of_several_processes_is_a_scheduler_s():
 @pytest.mark.parametrize("lines", [1, 100_000])
 @pytest.mark.parametrize("options", [[], ["-u"]])
 def test_output_that_nobody_reads_to_the_end_is_no_error(lines, options, monkeypatch):
-    """As of `alignment-gap losses | head -1`, whether it fits into a buffer or not."""
+    """Such as `alignment-gap losses | head -1`, whether or not the output fits into a buffer."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     program = (
         "import sys\nfrom alignment_gap.cli.main import guarded\n"

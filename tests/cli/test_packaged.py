@@ -1,4 +1,4 @@
-"""Gin files and configs that come with the package are found from any folder, after those that are there."""
+"""Gin files and configs of the package are found from any folder; files of that folder come first."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The plan command as a user types it: jobs of gin files, of a study, and of a size alone."""
+"""The plan command as a user types it: for jobs of gin files, for a study, and for a size."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ def tiny(monkeypatch):
 
 
 def gin(run, *names):
-    """The words of a gin file of ours and of the folders that it reads, of which none is there."""
+    """The words for one of our gin files, with the folders that it reads. The folders do not exist."""
     return [f"--gin_file={ROOT / 'gin' / 'runs' / run}.gin", *(f"--gin.{name}={FOLDERS[name]}" for name in names)]
 
 
@@ -147,7 +147,7 @@ def test_slices_of_a_job_are_those_of_the_topology():
 def test_every_kind_of_a_studys_jobs(job, expected):
     config = read(STUDY, f"--job={job}", TPU)
     assert names(config) == expected
-    # The whole study is of one shape; nothing of it is there.
+    # All jobs of the study have one shape. None of its files exists.
     assert {type(each.model) for each in config.programs} == {T5Config}
     assert {each.model.width for each in config.programs} == {64}
     assert {each.batch.prompt for each in config.programs} == {512}

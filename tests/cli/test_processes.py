@@ -1,4 +1,4 @@
-"""Every kind of job in several processes does what one process does, and a failure in one ends all with one line."""
+"""Several processes do every kind of job as one process does; a failure in one of them ends all, with one line."""
 
 import csv
 import functools
@@ -42,7 +42,7 @@ def train(name, workdir, **settings):
 
 SFT = train("sft", "sft", DATASET="pairs", TRAIN_STEPS=4, **TINY_T5)
 JUDGE = train("preference_model", "judge", DATASET="pairs", START="sft", TRAIN_STEPS=4)
-# At a rate that ruins the policy, so that the best checkpoint is not the last.
+# The learning rate is so high that it ruins the policy. So the best checkpoint is not the last.
 BEST = TINY_T5 | {
     "DATASET": "pairs",
     "LEARNING_RATE": 1.0,
@@ -99,7 +99,7 @@ LABEL_FAILING = ["data", "label", "--dataset=pairs", "--judge=failing:judge", "-
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The folder of a chain of jobs that this process did."""
+    """The folder of a chain of jobs that this process ran alone."""
     folder = tmp_path_factory.mktemp("alone")
     write_posts(folder / "pairs", 32)
     with pytest.MonkeyPatch.context() as patch:
@@ -118,9 +118,9 @@ def run(patch, words):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """The folder of all that two processes did, and what they said: to start them takes longer than most commands.
+    """The folder of two processes that ran all jobs, and their outputs; starting takes longer than most commands.
 
-    What fails ends them, so it comes last, here and below.
+    The job that fails ends the processes, so it comes last, here and below.
     """
     folder = tmp_path_factory.mktemp("together")
     write_posts(folder / "pairs", 32)
@@ -133,7 +133,7 @@ def together(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def again(together):
-    """What two other processes said that went on with a run, and of which one then does not find its dataset."""
+    """Outputs of two other processes that continue a run; then one of them does not find its dataset."""
     score = ["data", "reference", "--checkpoint=sft", "--mesh.layout=fsdp", "--batch_size=16"]
     going_on = [ONLINE("two", TRAIN_STEPS=4), KEEPING_THE_BEST[1]]
     commands = ([*going_on, [*score, f"--dataset={name}"]] for name in ("pairs", "nowhere"))
@@ -144,7 +144,10 @@ def again(together):
 
 @pytest.fixture(scope="module")
 def four(together):
-    """What four processes said that went on with a run of two, twice, and then gave a finished job other settings."""
+    """Outputs of four processes.
+
+    They continue a run of two processes, twice; then they run a finished job with other settings.
+    """
     shutil.copytree(together[0] / "four", together[0] / "four again")
     going_on = [ONLINE(name, TRAIN_STEPS=4) for name in ("four", "four again")]
     statuses, outputs = run_processes(together[0], *4 * [[*going_on, [*SFT, "--gin.SEED=5"]]])
@@ -153,7 +156,7 @@ def four(together):
 
 
 def assert_close_runs(ours, theirs):
-    """The sums over devices are taken in another order, which Adam's division can enlarge."""
+    """Sums over devices have another order, and Adam's division can enlarge the difference."""
     assert steps(ours) == steps(theirs)
     for line, expected in zip(metrics(ours), metrics(theirs), strict=True):
         for name in ("loss", "gradient_norm"):
@@ -192,14 +195,14 @@ def test_two_processes_evaluate_what_one_does(alone, together):
 
 
 def test_two_processes_ask_a_language_model_about_their_own_rows(together, server, monkeypatch):
-    """Each on a machine of its own; of an online run, while the next batch is sampled and asked about."""
+    """Each process has its own machine. In the online run the next batch is sampled while a judge answers."""
     folder = together[0]
     label = ["data", "label", "--dataset=pairs", f"--judge={server.name}", "--buckets=1", *MESH]
     online = functools.partial(ONLINE, JUDGE=server.name, REFRESH_EVERY=2, TRAIN_STEPS=4)
     both = [[*label, "--output=asked"], online("online_asked")]
     statuses, outputs = run_processes(folder, both, both, caches=True)
     assert statuses == [0, 0], outputs
-    # One trial question in each process; no text is asked about twice in one of them.
+    # One trial question in each process. No process asks about a text twice.
     questions = 2 * len(open_dataset(folder / "pairs"))
     (parts,) = json.loads((folder / "asked" / "judge.json").read_text()).values()
     assert parts["judge_questions"] == parts["judge_answered"] == questions
@@ -227,7 +230,7 @@ def test_the_first_alone_speaks(together):
 
 
 def test_online_is_resumed_bit_for_bit_by_as_many_processes_and_closely_by_more(together, again, four):
-    """Two that stop half way and go on; and four that go on from there, twice."""
+    """Two processes stop half way and continue. Four processes continue from the same place, twice."""
     folder, _ = together
     assert metrics(folder / "two") == metrics(folder / "online")
     assert_equal_checkpoints(folder / "two", folder / "online")
@@ -257,7 +260,7 @@ def test_a_folder_that_one_process_does_not_find_ends_all(again):
 
 def test_a_judge_that_fails_in_one_process_ends_all(together):
     folder, outputs = together
-    # The progress bar of the first may be closed after the line.
+    # The progress bar of the first process may be closed after the line.
     told = [line for line in outputs[0][1].splitlines() if line.startswith("error: ")]
     assert told[0].startswith("error: process 1: AssertionError: process 1 is out of")
     assert "Traceback" in outputs[1][1] and "Traceback" not in outputs[0][1]
@@ -266,7 +269,7 @@ def test_a_judge_that_fails_in_one_process_ends_all(together):
 
 def test_two_processes_store_the_log_probs_that_one_and_two_train_with(together, mesh, monkeypatch):
     folder, outputs = together
-    # The first alone speaks.
+    # Only the first process prints.
     assert ["pairs: log-probs of 32 examples under sft" in output for output, _ in outputs] == [True, False]
     assert ["scoring" in error for _, error in outputs] == [True, False]
     dataset = open_dataset(folder / "pairs")
@@ -278,12 +281,12 @@ def test_two_processes_store_the_log_probs_that_one_and_two_train_with(together,
     np.testing.assert_allclose(np.load(values), np.asarray(expected)[inside], atol=1e-5)
     monkeypatch.chdir(folder)
     with monkeypatch.context() as patch:
-        # One process finds what two have stored, and computes no log-probs of the reference.
+        # One process finds what two have stored, and does not compute log-probs of the reference.
         patch.setattr(reference, "make_score", None)
         assert run(patch, IPO("ipo_one", **FROM_STORE)) == 0
     assert run(monkeypatch, IPO("ipo_plain", **IN_ROWS)) == 0
     assert_close_runs(folder / "ipo_two", folder / "ipo_one")
-    # Rows are filled over the whole batch, so that each reads prompts that are another's without packing.
+    # Packing fills rows over the whole batch, so each process reads other prompts than without packing.
     for line, wanted in zip(metrics(folder / "ipo_packed"), metrics(folder / "ipo_plain"), strict=True):
         assert line["prompts"] == wanted["prompts"] == 16
         for name in ("loss", "gradient_norm", "log_prob", "margin"):

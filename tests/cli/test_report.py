@@ -1,4 +1,4 @@
-"""The report command: it reads folders, and whatever it cannot read is one line."""
+"""The report command: it reads folders, and prints one line for each thing that it cannot read."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from alignment_gap.cli.main import main
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """Runs the command in a folder with a training job in runs/sft: its exit status and what it wrote."""
+    """Runs the command in a folder with a training job in runs/sft; returns the exit status and the output."""
     folder = tmp_path / "runs" / "sft"
     folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps({"kind": "policy", "loss.name": "sft"}))

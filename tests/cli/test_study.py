@@ -26,7 +26,7 @@ def settings_of(*words):
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """Runs the command in an empty folder: its exit status and what it wrote."""
+    """Runs the command in an empty folder; returns the exit status and the output."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words):
@@ -61,7 +61,7 @@ def test_help_tells_what_there_is():
         ("arms.checkpoint_steps=(5, 10)", (5, 10)),
         ("policy.tied_embeddings=true", True),
         ("policy.tied_embeddings=False", False),
-        # Texts, whatever they look like, and what was None before.
+        # Strings, whatever they look like, and values whose default is None.
         ("name=2024", "2024"),
         ("name=", ""),
         ("prepared=runs/hh", "runs/hh"),
@@ -195,14 +195,14 @@ def test_the_report_over_sizes_is_a_job_and_the_last_that_is_launched(command):
     status, printed = command("launch", "--engine=slurm", "--dry_run", *words)
     assert status == 0
     last = printed.out.rpartition("# sbatch")[2]
-    # The order of the two says nothing.
+    # The order of these two is not defined.
     assert "--dependency=afterok:<palm_300k-report>:<palm_30k-report>\n" in last
     assert last.splitlines()[2] == "#SBATCH --job-name=report"
     assert f"study {shlex.quote(SCALING)}" in last and "--job=report" in last
 
 
 def test_a_folder_of_another_config_is_refused(command, tmp_path):
-    """Before any job is run: a report would be of both."""
+    """Before any job runs. Otherwise one report would mix two configs."""
     folder = tmp_path / "runs" / "study"
     folder.mkdir(parents=True)
     (folder / "study.json").write_text('{"seeds": 5}')

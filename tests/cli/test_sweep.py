@@ -1,4 +1,4 @@
-"""`alignment-gap launch --sweep`: a training job for each value, run once, and the page that compares them."""
+"""`alignment-gap launch --sweep` runs one training job for each value, once, and writes a page that compares them."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""`alignment-gap train`: gin files in T5X's conventions, and one job run from them."""
+"""`alignment-gap train`: gin files in T5X's conventions, and one job that they configure."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""Examples and datasets of the built-in posts, as they are prepared, for the tests of what reads datasets."""
+"""Examples and datasets of the built-in posts, as `data prepare` makes them, for tests that read datasets."""
 
 import pathlib
 
@@ -9,14 +9,14 @@ from alignment_gap.data.text import PostsConfig, TextSourceConfig, encode_pair, 
 
 
 def posts_examples(count: int, seed: int = 0, first: int = 0) -> list[Example]:
-    """The training pairs `first` to `first + count` of the world `seed`."""
+    """The training pairs `first` to `first + count` of the world with this seed."""
     config = _config(first + count, seed)
     pairs = open_source(config.source).read(first, first + count)
     return [example_of(encode_pair(pair, load_vocabulary("posts"), config.limits)) for pair in pairs]
 
 
 def write_posts(folder: str | pathlib.Path, count: int, seed: int = 0) -> Card:
-    """A dataset of the first training pairs, with the provenance that `prepare` gives it."""
+    """Writes a dataset of the first training pairs, with the provenance that `data prepare` gives it."""
     unsaid = ("workers", "end_prompts")
     settings = {name: value for name, value in to_dict(_config(count, seed)).items() if name not in unsaid}
     provenance = {"made_by": "prepare", **settings, "split": "train"}

@@ -1,4 +1,4 @@
-"""A tokenizer of single bytes as a Hugging Face checkpoint has it, and a chat template for it."""
+"""A tokenizer of single bytes, saved like that of a Hugging Face checkpoint, and a chat template for it."""
 
 import json
 
@@ -13,7 +13,7 @@ CHATML = (
 
 
 def make_tokenizer(folder, *, begins=True, ends=False, tokens=(), **names):
-    """A tokenizer of single bytes with special tokens, saved as a checkpoint has it."""
+    """Makes a tokenizer of single bytes with special tokens, and saves it like that of a checkpoint."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = SPECIAL | {piece: index for index, piece in enumerate(alphabet, start=len(SPECIAL))}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=pieces, merges=[], unk_token="<unk>"))

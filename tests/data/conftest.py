@@ -1,4 +1,4 @@
-"""Small examples, and an independent notion of their equality."""
+"""Small examples, and a comparison of examples that does not use our code."""
 
 import pytest
 from random_examples import make_random_examples

@@ -1,4 +1,4 @@
-"""Small examples, for the tests of data and of what reads it."""
+"""Small examples, for tests of data and of code that reads it."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from alignment_gap.data.records import Example
 def make_random_examples(
     count: int, *, responses: int = 2, seed: int = 0, with_reference: bool = False, with_sampler: bool = False
 ) -> list[Example]:
-    """Examples of random tokens, with reference and sampler log-probs where they are asked for."""
+    """Examples of random tokens, with reference and sampler log-probs on request."""
     rng = np.random.default_rng(seed)
 
     def tokens(longest: int) -> np.ndarray:

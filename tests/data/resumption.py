@@ -1,4 +1,4 @@
-"""One helper for every source: its output is the same after a save and restore at every step."""
+"""Helpers for every source: its output does not change with a restart, at any step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,12 @@ import numpy as np
 
 
 def assert_equal_output_after_restore(make_source: Callable[[], Callable[[int], Any]], steps: int) -> list[Any]:
-    """Asserts that a source made anew at any step gives what one that ran through gives from there on.
+    """Asserts that a source that restarts at any step gives the same batches from there on.
 
-    All that a restart knows is the step, which is what a training checkpoint keeps.
+    A restart knows only the step; a training checkpoint keeps no more.
 
     Returns:
-      The batches of the run that was not interrupted, for further checks.
+      The batches of the run without a restart, for further checks.
     """
     source = make_source()
     through = [jax.device_get(source(step)) for step in range(steps)]
@@ -27,9 +27,9 @@ def assert_equal_output_after_restore(make_source: Callable[[], Callable[[int], 
 def assert_union_of_processes(
     make_source: Callable[[Any], Callable[[int], Any]], steps: int, counts: tuple[int, ...] = (2, 4)
 ) -> None:
-    """Asserts that the rows that processes read are together, in order, the rows that one process reads.
+    """Asserts that the rows of all processes, in order, are the rows that one process reads.
 
-    The number of processes changes at every step, as it does where a run goes on elsewhere.
+    The number of processes changes at every step, as it may when a run continues elsewhere.
     """
     whole = make_source(None)
     parts = {
@@ -43,7 +43,7 @@ def assert_union_of_processes(
 
 
 def assert_equal_batches(first: Any, second: Any) -> None:
-    """Bit for bit, with equal structures, dtypes and shapes."""
+    """Asserts equality bit for bit, with equal structures, dtypes and shapes."""
     assert jax.tree.structure(first) == jax.tree.structure(second)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert a.dtype == b.dtype

@@ -1,4 +1,4 @@
-"""What the rooms of data import."""
+"""Which sub-packages of data import which others."""
 
 import ast
 import pathlib
@@ -12,7 +12,7 @@ FOLDER = pathlib.Path(alignment_gap.data.__file__).parent
 
 
 def imported_rooms(file: pathlib.Path) -> set[str]:
-    """The rooms whose modules a file imports, at its top or within a function."""
+    """The sub-packages whose modules a file imports, at module level or within a function."""
     nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {getattr(node, "module", None) or alias.name for node in nodes for alias in node.names}
     return {name.split(".")[2] for name in names if name.startswith("alignment_gap.data.")}

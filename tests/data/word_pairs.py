@@ -1,4 +1,4 @@
-"""A small source of pairs of words and its preparation, for the tests of preparing and of its job."""
+"""A small source of pairs of words, and its preparation, for tests of `data prepare` and of its job."""
 
 import json
 
@@ -12,7 +12,10 @@ LIMITS = Limits(prompt_length=6, response_length=5)
 
 
 def write_pairs(path, count, seed=0):
-    """Explicit-prompt pairs of words; prompts of 1 to 8 words come again, responses have 1 to 5."""
+    """Writes pairs of words with explicit prompts.
+
+    Prompts have 1 to 8 words and repeat; responses have 1 to 5 words.
+    """
     rng = np.random.default_rng(seed)
 
     def text(longest):
@@ -29,7 +32,7 @@ def write_pairs(path, count, seed=0):
 
 
 def words_config(folder):
-    """The config of 120 such pairs, which are written into the folder with their vocabulary."""
+    """The config of 120 such pairs; writes them and their vocabulary to the folder."""
     write_pairs(folder / "pairs.jsonl", 120)
     (folder / "words.txt").write_text("\n".join(WORDS))
     return PrepareConfig(
@@ -42,7 +45,7 @@ def words_config(folder):
 
 
 def tree(folder):
-    """Every file's bytes but the lock's, and those of the job's own, where the settings and the time are."""
+    """The bytes of every file, except the lock and the job's own files, which hold settings and time."""
     files = (path for path in folder.rglob("*") if path.is_file())
     own = (".lock", "job.json", "done.json")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name not in own}

@@ -1,4 +1,4 @@
-"""The commands of docs/adapters.md run, on a base and pairs that are as small as can be."""
+"""The commands of docs/adapters.md run, with a base and pairs that are as small as possible."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ from alignment_gap.models import T5Config
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
 MODEL = T5Config(vocabulary_size=136, width=16, encoder_layers=1, decoder_layers=1, heads=2, head_size=8, mlp_width=16)
-# The page's runs are longer.
+# Shortens the runs of the page.
 SHORT = {"train": ["--gin.TRAIN_STEPS=2", "--gin.BATCH_SIZE=8"], "sample": ["--response_length=4"]}
 
 
@@ -33,7 +33,7 @@ def read_all(tensors):
 
 def test_the_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # The cache of compiled functions is the tests'.
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # The tests have their own cache of compiled functions.
     write_posts(tmp_path / "pairs", 16)
     rng = np.random.default_rng(0)
     tensors = {
@@ -55,7 +55,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     assert ours.keys() == theirs.keys() and all(name.endswith((".a", ".b")) for name in ours)
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-    # The exported sum is the base's kernels and the deltas, and not the base.
+    # The exported kernels are the sums of base and deltas, not the base alone.
     source = open_foreign(tmp_path / "lora_merged")
     found, expected = read_all(imported(source.tensors, source.entries)), read_all(plain_tensors(trained))
     for name, value in expected.items():

@@ -1,4 +1,4 @@
-"""docs/architecture.md: packages import only from floors below; what it names is there."""
+"""docs/architecture.md: packages import only from lower floors, and everything that the page names exists."""
 
 import ast
 import inspect
@@ -19,7 +19,7 @@ FLOORS = re.findall(r"^\| `(\w+)` \| ", TEXT[TEXT.index("| floor |") : TEXT.inde
 
 
 def imported(path):
-    """The packages and modules of ours that a file imports from, by their first name."""
+    """The packages and modules of ours that a file imports, by the first part of their names."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "alignment_gap":
             yield from (alias.name for alias in node.names)

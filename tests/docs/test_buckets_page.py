@@ -1,4 +1,4 @@
-"""docs/buckets.md: its numbers and names are those of the code."""
+"""docs/buckets.md has the numbers and names of the code."""
 
 import pathlib
 import re

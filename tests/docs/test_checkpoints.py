@@ -1,4 +1,4 @@
-"""The commands of docs/checkpoints.md, run in order, and then its Python."""
+"""The commands of docs/checkpoints.md run in order, then its Python runs."""
 
 import dataclasses
 import pathlib

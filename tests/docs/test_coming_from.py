@@ -1,4 +1,4 @@
-"""The names on our side of the tables of docs/coming_from.md are there."""
+"""The tables of docs/coming_from.md name only things of ours that exist."""
 
 import dataclasses
 import pathlib
@@ -12,7 +12,7 @@ from alignment_gap.training.guard import GuardConfig
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
 MACROS = {name for path in (ROOT / "gin").rglob("*.gin") for name in re.findall(r"%(\w+)", path.read_text())}
-# Macros of T5X's own gin files, on the right in the table of ours for T5X.
+# Macros of T5X's own gin files; the table for T5X has them on our side.
 OF_T5X = {"TASK_FEATURE_LENGTHS"}
 RIGHT = [name for row in re.findall(r"^\| .* \| (.*) \|$", TEXT, re.M) for name in re.findall(r"`([^`]+)`", row)]
 CLASSES = {name: each for name, each in vars(jobs).items() if dataclasses.is_dataclass(each)} | {

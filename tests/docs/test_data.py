@@ -1,4 +1,4 @@
-"""The commands of docs/data.md, one after another, at a tiny size on generated files."""
+"""The commands of docs/data.md run one after another, at a tiny size, on generated files."""
 
 import contextlib
 import gzip
@@ -22,7 +22,7 @@ TEXT = (ROOT / "docs" / "data.md").read_text()
 SIZE = {"TRAIN_STEPS": 2, "BATCH_SIZE": 8}
 MODEL = {"VOCABULARY_SIZE": 512, "T5Config.width": 16, "T5Config.heads": 2, "T5Config.head_size": 8}
 MODEL |= {"T5Config.mlp_width": 16, "T5Config.encoder_layers": 1, "T5Config.decoder_layers": 1}
-# The built-in task's words are as good as any.
+# Any words will do; these are the built-in task's.
 WORDS = posts.vocabulary().words[:30]
 
 
@@ -58,7 +58,7 @@ def make_sources(folder):
 
 
 def run(words):
-    """What a command prints; training is tiny."""
+    """What a command prints; training jobs are made tiny."""
     if words[1] == "train":
         settings = SIZE | (MODEL if "--gin_file=gin/runs/sft.gin" in words else {})
         settings = {name: value for name, value in settings.items() if f"--gin.{name}=None" not in words}
@@ -113,7 +113,7 @@ def test_the_job_on_both_datasets_is_as_long_as_their_epoch(ran):
     datasets = [runs / name / "train" for name in ("prepared", "posts")]
     steps = sum(len(open_dataset(dataset)) for dataset in datasets) // SIZE["BATCH_SIZE"]
     assert [path.name for path in (runs / "ipo_both" / "checkpoints").iterdir()] == [str(steps)]
-    # The job looked for what `data reference` had stored: under another digest it would have made its own.
+    # The job used the log-probs that `data reference` stored; a job with another digest would have stored its own.
     assert [len(list(dataset.glob("reference/*/log_probs.npy"))) for dataset in datasets] == [1, 1]
 
 

@@ -1,4 +1,4 @@
-"""Every line of the tables of docs/jobs.md on equal bits names a test, and the test is there."""
+"""The tables of docs/jobs.md on equal bits name a test in every line, and these tests exist."""
 
 import ast
 import pathlib

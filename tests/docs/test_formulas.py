@@ -1,4 +1,4 @@
-"""docs/formulas.md has every loss once, with the settings and the papers of its function."""
+"""docs/formulas.md has every loss once, with the settings and the papers that its function has."""
 
 import inspect
 import pathlib
@@ -28,5 +28,5 @@ def test_a_loss_has_a_formula_its_settings_and_its_sources(name):
     settings = [f"`{each.name}={each.default!r}`" for each in parameters if each.kind is each.KEYWORD_ONLY]
     (written,) = re.findall(r"^Settings: (.*)$", section, re.M)
     assert written == (", ".join(settings) or "none")
-    # What a docstring says before its arguments; hypo's formula names no other paper.
+    # The docstring before its arguments; hypo's formula names no other paper.
     assert set(ARXIV.findall(section)) == set(ARXIV.findall(inspect.getdoc(loss).partition("Args:")[0]))

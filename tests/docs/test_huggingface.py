@@ -1,4 +1,4 @@
-"""The commands of docs/huggingface.md run, on a folder and pairs that are as small as can be."""
+"""The commands of docs/huggingface.md run, with a folder and pairs that are as small as possible."""
 
 import json
 import pathlib
@@ -62,7 +62,7 @@ def write_conversations(path, count=40):
 
 
 def train_vocabulary(companions, name):
-    """A vocabulary of the words, with the file name that a checkpoint's folder has."""
+    """Trains a vocabulary of these words, under the file name that a checkpoint's folder has."""
     companions.mkdir()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["Human: Assistant: " + " ".join(WORDS)] * 9),
@@ -108,7 +108,7 @@ def test_the_commands_take_a_folder_to_a_folder(vocabulary, tmp_path, monkeypatc
     write_pairs(tmp_path / "pairs.jsonl")
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # The cache of compiled functions is the tests'.
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # The tests have their own cache of compiled functions.
     commands = commands_of("From a folder, through IPO, to a folder")
     assert len(commands) == 4
     for command in commands:
@@ -127,7 +127,7 @@ def test_the_commands_take_a_folder_to_a_folder(vocabulary, tmp_path, monkeypatc
 
 
 def test_the_commands_make_a_judge_of_a_reward_model(tmp_path, monkeypatch):
-    """Its tokenizer and chat template prepare the dataset; a dataset of another tokenizer is refused in one line."""
+    """Its tokenizer and chat template prepare the dataset. A dataset of another tokenizer is refused in one line."""
     model, head, companions = MODELS["tokenizer.model"], RewardHead(pad_id=0), tmp_path / "companions"
     train_vocabulary(companions, "tokenizer.model")
     template = "{% for each in messages %}{{ each.content }} {% endfor %}"

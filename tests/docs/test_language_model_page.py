@@ -1,4 +1,4 @@
-"""docs/jobs.md on a language model over HTTP: its command runs, its settings are those of the package."""
+"""The section of docs/jobs.md on a language model over HTTP: its command runs, and the package has its settings."""
 
 import dataclasses
 import json

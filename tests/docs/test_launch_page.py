@@ -1,4 +1,4 @@
-"""Every command of docs/launch.md is printed job by job, and the table of engines and of ends is that of the code."""
+"""Every command of docs/launch.md prints its jobs; the tables of engines and of exit statuses match the code."""
 
 import pathlib
 import re

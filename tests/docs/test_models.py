@@ -1,4 +1,4 @@
-"""The page on policies: its Python runs, and its tables say what the configs say."""
+"""The page on policies: its Python runs, and its tables match the configs."""
 
 import pathlib
 import re
@@ -14,6 +14,7 @@ FAMILIES = {
     "Llama 3": "llama3_8b",
     "Qwen 2.5": "qwen2.5_7b",
     "Qwen 3": "qwen3_8b",
+    "Pythia": "pythia_6.9b",
 }
 
 
@@ -40,9 +41,12 @@ def test_the_table_of_families_is_what_their_configs_say():
 
 
 def _written(field, value):
-    """A text as it is, yes for true, a number without its zeros; nothing for a number or truth value by default."""
+    """A string stays, true is yes, a number has no trailing zeros.
+
+    A number or a truth value that is the default is empty.
+    """
     if isinstance(value, str):
         return value
     if value == getattr(DecoderConfig(), field):
         return ""
-    return "yes" if value is True else f"{value:g}"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:g}"

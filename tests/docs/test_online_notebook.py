@@ -1,4 +1,4 @@
-"""notebooks/online_run.ipynb runs, and shows what it says."""
+"""notebooks/online_run.ipynb runs, and prints what its text says."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ CELLS = json.loads((ROOT / "notebooks" / "online_run.ipynb").read_text(encoding=
 
 @pytest.fixture(scope="module")
 def scope():
-    """The names of the notebook, after fewer steps."""
+    """The names of the notebook after fewer steps."""
     scope: dict = {}
     for cell in CELLS:
         if cell["cell_type"] == "code":

@@ -1,4 +1,4 @@
-"""The commands of docs/plan.md: the first runs, the others are plans that could be made. Its tables are complete."""
+"""The commands of docs/plan.md: the first one runs, the others are valid. The tables are complete."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The commands of docs/pod.md: the plans could be made, and the launches are printed job by job."""
+"""The commands of docs/pod.md: plans are valid, and launches print their jobs."""
 
 import pathlib
 import re

@@ -1,7 +1,7 @@
-"""The README's Python runs, its files exist; its commands and those of pages that use its folders run, tiny.
+"""The README's Python runs, and its files exist. Its commands run at a tiny size.
 
-These pages are docs/jobs.md, docs/choose.md and docs/coming_from.md. All of their training jobs are opened, which finds
-whatever is wrong with them, and two are run.
+The commands of pages that use its folders run too: docs/jobs.md, docs/choose.md and docs/coming_from.md. Every training
+job is opened, which finds any mistake in it; two of them run.
 """
 
 import collections
@@ -42,7 +42,7 @@ JOBS, CHOOSE, COMING = (
 SIZE = {"TRAIN_STEPS": 2, "CHECKPOINT_EVERY": 1, "BATCH_SIZE": 8}
 MODEL = {"VOCABULARY_SIZE": 512, "T5Config.width": 16, "T5Config.heads": 2, "T5Config.head_size": 8}
 MODEL |= {"T5Config.mlp_width": 16, "T5Config.encoder_layers": 1, "T5Config.decoder_layers": 1}
-# What makes each command small. The last of equal flags counts.
+# Flags that make each command small. Of equal flags the last one counts.
 SMALL = {
     "train": [f"--gin.{name}={value}" for name, value in SIZE.items()],
     "data prepare": ["--workers=1", "--posts.pairs=32", "--posts.validation_pairs=8"],
@@ -59,7 +59,7 @@ RUN = ("runs/built_in_sft", "runs/replayed")
 
 
 def commands(text):
-    """The words of every command of a page, without variables of the environment."""
+    """The words of every command of a page, without environment variables."""
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
     words = (shlex.split(line, comments=True) for line in lines)
@@ -85,13 +85,14 @@ def make_sources(folder):
 
 
 def small(words):
-    """The words of a command with those that make it small."""
+    """The words of a command, and the flags that make it small."""
     name = next(name for name in SMALL if " ".join(words[1:]).startswith(name))
     more = [flag for flag in SMALL[name] if not flag.startswith("--posts") or "--source=posts" in words]
     if "--gin_file=gin/runs/sft.gin" in words:
         more += [f"--gin.{name}={value}" for name, value in MODEL.items()]
     if workdir(words) == "runs/replayed":
-        # The record of so few steps lacks the longest prompt, to whose length the online run padded.
+        # The online run padded to the longest prompt of its dataset. The record of so few steps does not have this
+        # prompt.
         more.append(f"--gin.DatasetConfig.prompt_length={open_dataset('runs/golden_pairs').card.max_prompt_length}")
     return [*words, *more]
 
@@ -108,7 +109,7 @@ def run(words):
 
 
 def opened(words):
-    """The config of a training job, of which all but the steps was done."""
+    """The config of a training job. The job is opened, but takes no steps."""
     rest, overrides = gin_files.split_overrides(small(words))
     files = [word.removeprefix("--gin_file=") for word in rest if word.startswith("--gin_file=")]
     config = gin_files.read_config(files, overrides)
@@ -126,7 +127,10 @@ def is_opened(words):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The folder after the commands of all pages, and what each printed, by its words; jobs by their folders."""
+    """The folder after the commands of all pages, and the output of each command, by its words.
+
+    Jobs go by their folders.
+    """
     folder, said, jobs = tmp_path_factory.mktemp("readme"), {}, {}
     make_sources(folder)
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:

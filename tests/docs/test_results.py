@@ -1,4 +1,4 @@
-"""What docs/results and README say of the studies follows from the measurements that are kept beside them."""
+"""The numbers in docs/results and README follow from the measurements in docs/results."""
 
 import dataclasses
 import importlib.util
@@ -35,7 +35,7 @@ def study(request):
 
 @pytest.fixture(scope="module")
 def measured(study):
-    """The checkpoints of all pieces, in the order of their seeds."""
+    """The checkpoints of all pieces, ordered by seed."""
     pieces = [read_outcomes(at(piece)) for piece in make_results.pieces_of(study)]
     return [result for piece in sorted(pieces, key=lambda piece: piece[0].seed) for result in piece]
 
@@ -65,7 +65,7 @@ def test_readme_has_the_claims_of_the_main_study():
 
 @pytest.mark.parametrize("piece", sorted(RESULTS.glob("*/seed_*")), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_piece_is_its_seed_of_todays_config(piece):
-    """Measurements that the config no longer makes would be pooled with others."""
+    """Otherwise measurements of an old config would be pooled with others."""
     facts, measured = read_facts(at(piece)), read_outcomes(at(piece))
     assert analysis.seeds_of(measured) == [facts.config.seed] and piece.name == f"seed_{facts.config.seed}"
     path = ROOT / "configs" / "study" / f"{piece.parent.name}.py"
@@ -73,7 +73,7 @@ def test_a_piece_is_its_seed_of_todays_config(piece):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     today = from_dict(StudyConfig, module.get_config().to_dict())
-    # How attention is implemented is no part of what was measured.
+    # The implementation of attention does not change the measurements.
     policy = dataclasses.replace(today.policy, attention=facts.config.policy.attention)
     assert dataclasses.replace(today, seed=facts.config.seed, seeds=1, policy=policy) == facts.config
 
@@ -83,12 +83,12 @@ KL = (1.0, 4.0)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A study of two pieces, made."""
+    """A study made of two pieces."""
     folder = tmp_path_factory.mktemp("results") / "paper"
     settings = {"sft": ("sft", math.nan, math.nan), "online": ("ipo", 0.1, 1e-3), "offline": ("ipo", 0.1, 1e-3)}
     rates = (("sft", 0.0, 0.1), *((arm, kl, rate) for arm, rate in (("online", 0.8), ("offline", 0.3)) for kl in KL))
     for seed in (0, 1):
-        # Every example has the mean, so that no estimate has noise.
+        # Every example equals the mean, so no estimate has noise.
         results = [
             CheckpointResult(arm, *settings[arm], seed, int(kl), {"kl": np.full(8, kl), "win_rate": np.full(16, rate)})
             for arm, kl, rate in rates
@@ -103,7 +103,7 @@ def made(tmp_path_factory):
 def test_a_study_is_made_from_its_pieces(made):
     assert {path.name for path in made.iterdir()} == {"seed_0", "seed_1", *make_results.MADE}
     assert (made / "figures" / "figure_4.png").read_bytes().startswith(b"\x89PNG")
-    make_results.make(made)  # Again, over what is there.
+    make_results.make(made)  # Make it again, over the existing files.
 
 
 def test_the_claims_stand_between_their_marks(made):
@@ -113,6 +113,6 @@ def test_the_claims_stand_between_their_marks(made):
     assert "stale words" not in text
     (row,) = (line for line in text.splitlines() if "At equal KL online is better than offline." in line)
     assert "| agrees | +50.0 points (+50.0 to +50.0) | 2 |" in row
-    # A claim that was not measured is no row.
+    # A claim without measurements has no row.
     assert "Pairs with one side of SFT" not in text
     assert make_results.with_claims(text, made) == text

@@ -1,4 +1,4 @@
-"""The commands and the Python of docs/sharding.md run; its table is that of the layouts."""
+"""The commands and the Python of docs/sharding.md run; its table has the layouts of the code."""
 
 import json
 import os

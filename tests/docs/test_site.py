@@ -1,4 +1,4 @@
-"""The site is built from the pages without a warning; formulas and API pages are in it."""
+"""The site builds from the pages without a warning; it has the formulas and the API pages."""
 
 import importlib.util
 import pathlib

@@ -1,4 +1,4 @@
-"""The commands and the Python of docs/sources.md, in their order, in a folder with files of the names that they use."""
+"""The commands and the Python of docs/sources.md run in order, in a folder with files under the names that they use."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ def write(path: str, rows: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The folder in which every block ran, and the names that the Python left."""
+    """The folder in which every block ran, and the names that the Python defined."""
     folder = tmp_path_factory.mktemp("docs")
     rng = random.Random(0)
     words = [a + b for a in ("ka", "lo", "mi", "ne", "ru") for b in ("bel", "dor", "fin", "gam")]
@@ -52,7 +52,7 @@ def ran(tmp_path_factory):
                 exec(code, scope)
                 continue
             for line in code.replace("\\\n", " ").strip().splitlines():
-                # The size of a vocabulary suits a whole source, not this test's few words.
+                # The page's vocabulary size suits a whole source, not the few words of this test.
                 program, name, *arguments = shlex.split(line.replace("--size=32000", "--size=286"))
                 assert (program, name) == ("alignment-gap", "data")
                 main(["alignment-gap data", *arguments, *(["--workers=1"] if arguments[0] == "prepare" else [])])

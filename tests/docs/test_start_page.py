@@ -1,4 +1,4 @@
-"""The commands and the Python of docs/start.md, docs/reading_a_run.md and docs/faq.md, one after another, tiny."""
+"""The commands and the Python of docs/start.md, docs/reading_a_run.md and docs/faq.md run in order, at a tiny size."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ START, READING, FAQ = (
 TRAIN = {"TRAIN_STEPS": 2, "BATCH_SIZE": 8, "JobConfig.log_every": 1}
 NETWORK = {"T5Config.width": 16, "T5Config.heads": 2, "T5Config.head_size": 8, "T5Config.mlp_width": 16}
 NETWORK |= {"T5Config.encoder_layers": 1, "T5Config.decoder_layers": 1}
-# What makes each command small. The last of equal flags counts.
+# Flags that make each command small. Of equal flags the last one counts.
 SMALL = {
     "data prepare": ["--workers=1", "--posts.pairs=32", "--posts.validation_pairs=8"],
     "train": [f"--gin.{name}={value}" for name, value in TRAIN.items()],
@@ -53,7 +53,7 @@ def run(words):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The folder after all commands, and what each printed, by its words."""
+    """The folder after all commands, and the output of each command, by its words."""
     folder = tmp_path_factory.mktemp("start")
     (folder / "gin").symlink_to(ROOT / "gin")
     with contextlib.chdir(folder):

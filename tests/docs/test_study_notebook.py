@@ -1,4 +1,4 @@
-"""notebooks/study.ipynb runs on the files that a study leaves, and finds the gap that was planted in them."""
+"""notebooks/study.ipynb runs on the files of a study, and finds the planted gap."""
 
 import json
 import math
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def planted(arm, height):
-    """A run whose win rate at a KL of k nats is height * k + 0.5, with examples that scatter about it."""
+    """A run whose win rate at a KL of k nats is 0.5 + height * k. Its examples scatter about this mean."""
     noise = np.linspace(-0.1, 0.1, 8)
     return [
         CheckpointResult(arm, "ipo", 0.1, 1e-3, 0, step, {"kl": noise + step, "win_rate": noise + 0.5 + height * step})
@@ -25,7 +25,7 @@ def planted(arm, height):
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """Runs the notebook on results, as a study writes them, and gives its names."""
+    """Writes results as a study writes them, runs the notebook on them, and returns its names."""
 
     def run(results):
         folder = tmp_path / "runs" / "study"
@@ -55,7 +55,7 @@ def origin():
 
 def test_notebook_finds_the_planted_gap(ran, origin, capsys):
     scope = ran([origin, *planted("golden", 0.02), *planted("online", 0.1), *planted("offline", 0.05)])
-    # Budgets are equally spaced in the root, from 1 to 4 nats: the gap is 0.05 of their mean.
+    # Budgets are equally spaced in sqrt(KL), from 1 to 4 nats; the gap is 0.05 times their mean.
     ((pair, gap),) = scope["gaps"].items()
     assert pair == ("ipo", "online", "offline")
     np.testing.assert_allclose(gap, 0.05 * np.mean(np.linspace(1, 2, 32) ** 2), atol=1e-6)

@@ -1,4 +1,4 @@
-"""The commands of docs/study.md: their jobs are listed, its arm is in the graph, its tables are those of the code."""
+"""The commands of docs/study.md list their jobs, its arm is in the graph, and its tables match the code."""
 
 import contextlib
 import gzip
@@ -35,7 +35,7 @@ HASH = re.compile(r"-[0-9a-f]{12}\b")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The files and folders that the commands name."""
+    """The files and folders that the commands name exist here."""
     folder = tmp_path_factory.mktemp("study_page")
     for name in ("prepared/train", "prepared/validation", "helpful/train"):
         write_posts(folder / "runs" / name, 4)
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, monkeypatch):
-    """Runs a command in the folder; gives its exit status and what it printed."""
+    """Runs a command in the folder; returns its exit status and its output."""
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
 
@@ -117,7 +117,7 @@ def test_the_pieces_of_the_page_are_pooled(run, folder, monkeypatch):
 
 
 def _of(word):
-    """The number of the command that has a word."""
+    """The number of the command that contains a word."""
     return next(number for number, words in enumerate(COMMANDS) if word in words)
 
 

@@ -1,4 +1,4 @@
-"""Examples through jitted functions: each row once, in order, whatever the batch, the bucket and the process."""
+"""Examples go through jitted functions: each row once, in order, for any batch, bucket and number of processes."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def test_each_row_comes_back_once(count, in_eights):
     results = in_eights.run(function, (numbers, rows))
     np.testing.assert_array_equal(results["twice"], 2 * numbers)
     np.testing.assert_array_equal(results["sum"], rows.sum(1))
-    # One shape, one compilation.
+    # One shape means one compilation.
     assert shapes == [(8,)]
 
 
@@ -55,7 +55,7 @@ def test_it_runs_where_no_transfer_is_made_unasked(in_eights):
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_puts_its_own_rows_alone(process, in_eights, monkeypatch):
-    """Of two processes with half of each batch; what they get is gathered from both."""
+    """Each of two processes holds half of each batch. The results are gathered from both."""
     held = {0: np.arange(4), 1: np.arange(4, 8)}[process]
     put = []
     monkeypatch.setattr(module, "host_rows", lambda mesh, size: held)
@@ -65,7 +65,7 @@ def test_a_process_puts_its_own_rows_alone(process, in_eights, monkeypatch):
     found = in_eights.run(lambda numbers: numbers, (rows,))
     whole = np.array([*range(11), *range(5)]).reshape(2, 8)
     np.testing.assert_array_equal(np.stack([numbers for (numbers,) in put]), whole[:, held])
-    # As many as there are examples, of what was gathered.
+    # The gathered results have one entry for each example.
     np.testing.assert_array_equal(found, np.concatenate([np.concatenate([w[held], w[held] + 100]) for w in whole])[:11])
 
 
@@ -88,7 +88,7 @@ def test_collate_pads_to_the_largest_shape(in_eights):
 
 @pytest.mark.parametrize("count", [0, 3, 8, 30])
 def test_each_example_gets_its_own_result_in_order(count, in_eights):
-    """The result of a batch is one for each of its rows, whichever batch an example was in."""
+    """A batch gives one result for each of its rows, whichever batch an example is in."""
     examples = make_random_examples(count)
     shapes = []
 
@@ -100,7 +100,7 @@ def test_each_example_gets_its_own_result_in_order(count, in_eights):
     assert [example.prompt_id for example, _ in pairs] == [example.prompt_id for example in examples]
     for example, (number, total) in pairs:
         assert number == example.prompt_id and total == example.prompt.sum()
-    # Each shape is a bucket, none is over the batch size, and one at most is not full.
+    # Each shape is a bucket. No batch is larger than the batch size; at most one is smaller.
     assert {shape[1:] for shape in shapes} <= {(6, 4), (9, 5)}
     assert sum(rows for rows, *_ in shapes) == count
     assert sum(rows < 8 for rows, *_ in shapes) <= 1

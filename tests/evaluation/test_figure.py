@@ -1,4 +1,4 @@
-"""The figure of an evaluation: what it draws, read from the specification that becomes the picture."""
+"""The figure of an evaluation; the tests read the specification of the picture."""
 
 import importlib.util
 import math
@@ -14,7 +14,7 @@ METRICS = ["win_rate.golden.sft", "win_rate.rubric.sft", "reward.rubric", "accur
 
 
 def rows(**changes):
-    """Three checkpoints with each metric, the ends 0.1 beside it."""
+    """Three checkpoints with each metric; the ends of the intervals are 0.1 away."""
     made = []
     for number, kl in enumerate((0.1, 1.5, 9.0)):
         values = {"win_rate.golden.sft": 0.5, "win_rate.rubric.sft": 0.4, "reward.rubric": 3.0, "accuracy": 0.6}
@@ -28,7 +28,7 @@ def rows(**changes):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The specifications that are given to be drawn."""
+    """The specifications that the code asks to draw."""
     specs = []
     monkeypatch.setattr(charts, "png", lambda spec, scale=2.0: specs.append(spec) or b"drawn")
     return specs
@@ -39,7 +39,7 @@ def panels(spec):
 
 
 def points(panel):
-    """The values of a panel, whichever of its layers holds them."""
+    """The values of a panel, in whichever layer they are."""
     return panel.get("data", panel["layer"][0].get("data"))["values"]
 
 
@@ -90,7 +90,7 @@ def test_the_picture_is_a_png_on_white():
     picture = kl_picture(rows(), METRICS)
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", picture[16:24])
-    # Two panels of 340 by 280 beside each other, a third below, at twice the size.
+    # Two panels of 340 by 280 side by side and a third below, at twice the size.
     assert width > 2 * 2 * 340 and height > 2 * 2 * 280
 
 

@@ -1,4 +1,4 @@
-"""The fits recover the coefficients of curves that they were drawn from."""
+"""The fits recover the coefficients of the curves that produced the points."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The bootstrap of a mean against the normal interval, its coverage, and the arrays that break a bootstrap."""
+"""The bootstrap of a mean: comparison with the normal interval, coverage, and arrays that break a bootstrap."""
 
 import dataclasses
 import math
@@ -119,7 +119,7 @@ def test_agreeing_groups_keep_the_width_of_their_examples():
 
 
 def simulated_groups(rng, groups, between):
-    """Replicates of a paired difference whose truth is 0.3, over groups that each have another one."""
+    """Replicates of a paired difference. Its expectation is 0.3; each group has its own true value."""
     replicates = []
     for _ in range(groups):
         truth = 0.3 + between * rng.standard_normal()
@@ -132,19 +132,19 @@ def simulated_groups(rng, groups, between):
 
 @pytest.mark.parametrize(("groups", "between"), [(1, 0.0), (3, 0.0), (3, 1.0), (8, 0.2)])
 def test_intervals_over_groups_cover_the_known_truth(groups, between):
-    """Of 300 simulations of 95 % intervals 285 cover it, give or take 4; the wider of two intervals covers more."""
+    """A 95 % interval covers the truth in 285 of 300 simulations, give or take 4. The wider of two covers more."""
     rng = np.random.default_rng(groups)
     covered = 0
     for _ in range(300):
         band = over_groups(simulated_groups(rng, groups, between))
         covered += bool(band.low[0] <= 0.3 <= band.high[0])
     assert covered >= 273
-    # Groups that differ leave Student's interval alone, which is exact.
+    # If groups differ, only Student's interval counts, and it is exact.
     assert covered <= 297 or between < 1
 
 
 def test_two_groups_that_differ_have_a_wide_interval():
-    """Student's t with one degree of freedom is 12.7; normal tails would say 1.96."""
+    """Student's t with one degree of freedom is 12.7; normal tails would give 1.96."""
     interval = over_groups([np.full((11, 1), 0.0), np.full((11, 1), 1.0)]).at(0)
     assert (interval.low, interval.value, interval.high) == pytest.approx((0.5 - 6.3531, 0.5, 0.5 + 6.3531), abs=1e-3)
 
@@ -177,7 +177,7 @@ def test_a_zero_has_no_sign():
 
 @pytest.mark.parametrize("size", [20, 200])
 def test_the_interval_of_a_mean_covers_as_often_in_small_samples(size):
-    """A skewed distribution of mean 1; the percentile interval is a little narrow where the sample is small."""
+    """The distribution is skewed and has mean 1. In small samples the percentile interval is a little too narrow."""
     rng = np.random.default_rng(size)
     covered = 0
     for trial in range(300):
@@ -190,7 +190,7 @@ def test_the_interval_of_a_mean_covers_as_often_in_small_samples(size):
 
 
 def replicates(groups, size=400, seed=0):
-    """For every group an estimate and replicates that scatter about it with an error of 0.1."""
+    """For each group an estimate, and replicates that scatter about it with a standard error of 0.1."""
     rng = np.random.default_rng(seed)
     return [np.concatenate([[value], rng.normal(value, 0.1, size)]) for value in groups]
 

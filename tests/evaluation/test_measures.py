@@ -1,4 +1,4 @@
-"""What policies and judges are measured by, each value worked out by hand or from the parts it is made of."""
+"""Measures of policies and judges; expected values are worked out by hand, or from the parts of a measure."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from alignment_gap.evaluation.measures import agreed, classified, diverged, judg
 from alignment_gap.evaluation.metrics import make_divergence
 from alignment_gap.judges import PROBABILITIES, REWARDS, Judge
 
-# Eleven prompts in batches of eight: the second batch is filled up.
+# Eleven prompts in batches of eight: the second batch is padded.
 PROMPTS = make_batch(11, vocabulary_size=16)
 
 
@@ -35,13 +35,13 @@ def responses(*rows):
 
 
 def totals(prompts, prompt_lengths, texts, lengths):
-    """The sum of the tokens of each response, and of its prompt's first."""
+    """The sum of a response's tokens and the first token of its prompt."""
     inside = jnp.arange(texts.shape[-1]) < lengths[..., None]
     return (jnp.where(inside, texts, 0).sum(-1) + prompts[:, :1]).astype(jnp.float32)
 
 
 def odds(*texts):
-    """The probability of each of two responses from their totals: a / (a + b)."""
+    """The probability of each of two responses, from their totals: a / (a + b)."""
     values = totals(*texts)
     return values / values.sum(-1, keepdims=True)
 
@@ -56,7 +56,7 @@ def plain(rows):
 
 
 OURS = [[k + 1, 2] for k in range(11)]
-# Wider than ours, and of other lengths.
+# Wider arrays than ours, and responses of other lengths.
 THEIRS = {"even": OURS, "long": [[3] * (1 + k % 4) for k in range(11)], "short": [[6] for _ in range(11)]}
 
 
@@ -107,7 +107,7 @@ def test_kl_is_measured_on_the_first_prompts(batching, even_policy, mesh):
 
 
 def test_a_policy_is_classified_by_hand(batching):
-    """One token a response under unigrams: ours has the logits -1 to 1, the reference is uniform."""
+    """Responses have one token, policies are unigrams. Ours has the logits -1 to 1, the reference is uniform."""
     tokens = np.array([[15, 0], [0, 15], [7, 7], [3, 9]] * 2, np.int32)
     pairs = dataclasses.replace(
         host(make_batch(8)),
@@ -127,7 +127,10 @@ def test_a_policy_is_classified_by_hand(batching):
 
 
 def test_a_judge_agrees_with_labels_and_with_other_judges(batching):
-    """One less the difference: 1 for the same preference, 0 for the other one, 0.5 where one of both is a tie."""
+    """Agreement is 1 minus the difference:
+
+    1 for equal preferences, 0 for opposite ones, 0.5 if one of them is a tie.
+    """
     pairs = dataclasses.replace(
         host(make_batch(4)),
         prompts=np.zeros((4, 6), np.int32),
@@ -140,5 +143,5 @@ def test_a_judge_agrees_with_labels_and_with_other_judges(batching):
     assert found.keys() == {"accuracy", "agreement.odds", "agreement.itself"}
     np.testing.assert_array_equal(found["accuracy"], [1.0, 0.0, 0.5, 0.5])
     np.testing.assert_array_equal(found["agreement.itself"], 1.0)
-    # Of 5 and 2 the odds are 5 / 7, and so on.
+    # The odds of 5 against 2 are 5 / 7, and so on.
     np.testing.assert_allclose(found["agreement.odds"], [5 / 7, 1 - 1 / 5, 1.0, 9 / 10], rtol=1e-6)

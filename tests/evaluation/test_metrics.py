@@ -1,4 +1,4 @@
-"""Metrics against brute force and by hand."""
+"""Metrics, compared with brute force and with values worked out by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +57,7 @@ def test_kl_is_the_same_on_another_mesh(even_policy, two, found):
 
 
 def test_kl_is_no_distance(divergence, two, found):
-    """To the policy from the reference it is another number."""
+    """The KL of the reference from the policy has another value."""
     assert np.abs(np.asarray(divergence(*two[::-1], *texts(BATCH))) / found - 1).max() > 0.05
 
 
@@ -71,7 +71,7 @@ def test_preferences_by_hand():
 
 
 def test_classification_by_hand():
-    """Ratios of both responses: (2, -1), (-1, 2), (1, 1), (3, 0); the second, first, first, second wins."""
+    """The log-ratios of both responses are (2, -1), (-1, 2), (1, 1), (3, 0); the winners are 2, 1, 1, 2."""
     reference = np.full((4, 2, 2), -1.0, np.float32)
     moves = np.array([[[1, 1], [0, -1]], [[-1, 0], [1, 1]], [[1, 0], [0, 1]], [[2, 1], [0, 0]]], np.float32)
     scores = np.array([[0, 1], [1, 0], [1, 0], [0, 1]], np.float32)

@@ -1,4 +1,4 @@
-"""Measured values as rows, as CSV and as a table."""
+"""Measurements as rows, as CSV and as a table."""
 
 import csv
 import io
@@ -56,7 +56,7 @@ def test_csv_is_what_was_given_and_an_empty_field_for_nan():
     assert lines[0] == "run,step,kl,kl_low" and lines[1] == "runs/ipo,4,0.25," and lines[-1] == ""
     (_, second) = csv.DictReader(io.StringIO(text))
     assert second["run"] == 'a "quoted", one' and int(second["step"]) == 8
-    # Every digit, so that a number that is read is the number that was written.
+    # CSV has every digit, so reading it returns the same number.
     assert float(second["kl"]) == 1 / 3 and float(second["kl_low"]) == -1e-9
 
 

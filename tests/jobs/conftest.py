@@ -1,4 +1,4 @@
-"""The smallest runs that other jobs start from, ask and measure."""
+"""The smallest runs that other jobs start from, ask or measure."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# Tests import job_runs from this folder, however pytest was started.
+# Makes job_runs importable from this folder, however pytest was started.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from built_in import write_posts
@@ -18,7 +18,7 @@ from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, Onli
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.training import OptimizerConfig
 
-# These tests go back and forth between more settings than the runs of a study, for which a few update steps are kept.
+# The package caches few update steps, enough for a study. These tests switch between more settings.
 assembly._traced_once = functools.lru_cache(maxsize=32)(assembly._traced_once.__wrapped__)
 
 

@@ -1,4 +1,4 @@
-"""Jobs of the smallest size: run, stopped half way, and compared bit for bit."""
+"""Jobs of the smallest size: functions that run them, stop them half way, and compare them bit for bit."""
 
 import contextlib
 import dataclasses
@@ -17,17 +17,17 @@ MODEL = T5Config(vocabulary_size=136, width=16, encoder_layers=1, decoder_layers
 
 
 def shifted_hinge(chosen_logps, rejected_logps, *, shift=1.0, kind="a"):
-    """A loss of the tests' own, which jobs name as job_runs:shifted_hinge."""
+    """A loss of the tests; jobs name it as job_runs:shifted_hinge."""
     del kind
     return jnp.maximum(0.0, shift - (chosen_logps - rejected_logps))
 
 
 class Stopped(KeyboardInterrupt):
-    """Stands for a kill between two steps."""
+    """Replaces a kill between two steps."""
 
 
 class Bar:
-    """A progress bar that remembers, and stops when so much is done."""
+    """A progress bar that records its updates, and stops the job after a number of them."""
 
     def __init__(self, stop_at=None):
         self.updates, self.lines, self.stop_at = [], [], stop_at
@@ -57,18 +57,18 @@ class Bar:
 
 
 def changed(config, **settings):
-    """The job with other settings of its online source."""
+    """The job with some other settings of its online source."""
     return dataclasses.replace(config, source=dataclasses.replace(config.source, **settings))
 
 
 def run_job(config, folder, bar=None):
-    """Trains, and gives the folder."""
+    """Trains, and returns the folder."""
     make(TRAIN, config, folder, bar or Bar())
     return folder
 
 
 def run_and_stop(config, folder, after):
-    """Trains, and is stopped when so many steps are done and the next one has begun."""
+    """Trains, and stops in the step after `after` steps."""
     with contextlib.suppress(Stopped):
         make(TRAIN, config, folder, Bar(after))
         raise AssertionError("the job was not stopped")
@@ -84,7 +84,7 @@ def steps(folder):
 
 
 def arrays(folder, step=None):
-    """Every array of a checkpoint, the last one by default, by the name of its store and its own."""
+    """All arrays of a checkpoint, by default the last one, by store and name."""
     path = folder / "checkpoints" / str(steps(folder)[-1] if step is None else step)
     stores = [store for store in ("params", "optimizer", "copies") if (path / store).exists()]
     return {f"{s}.{name}": tensor.read(None) for s in stores for name, tensor in open_store(path / s).items()}
@@ -104,7 +104,7 @@ def assert_equal_runs(first, second):
 
 
 def misread(logps):
-    """A loss that says wrongly what it reads."""
+    """A loss with a wrong `reads`."""
     return -logps[:, 0]
 
 

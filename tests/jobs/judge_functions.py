@@ -1,6 +1,6 @@
-"""Judges of the tests' own, which jobs name as judge_functions:NAME."""
+"""Judges of the tests; jobs name them as judge_functions:NAME."""
 
 
 def brevity(prompts, responses):
-    """The fewer words, the better; over texts."""
+    """A judge of texts: fewer words are better."""
     return [[-len(response.split()) for response in each] for each in responses]

@@ -1,4 +1,4 @@
-"""Jobs that train adapters: what they hold, how they go on, what they share, and what they refuse."""
+"""Jobs that train adapters: their checkpoints, how they continue, the arrays that they share, and what they refuse."""
 
 import csv
 import dataclasses
@@ -46,13 +46,13 @@ def ipo(ipo_config, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def adapted_judge(ipo_config, tmp_path_factory):
-    """A preference model of adapters on the same base."""
+    """A preference model with adapters on the same base."""
     config = dataclasses.replace(ipo_config, kind="pairwise", loss=LossConfig(), steps=2)
     return run_job(config, tmp_path_factory.mktemp("adapters") / "judge")
 
 
 def inputs_of(config):
-    """What a job was opened with."""
+    """The inputs of a job after it is opened."""
     _, inputs = open_training(config).run.args
     return inputs
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_holds_adapters_alone_and_names_its_base(ipo, ipo_config, s
 
 
 def test_the_run_begins_as_its_reference_and_leaves_it(ipo):
-    """To the bit: the reference is the base, and fresh adapters add zeros."""
+    """Exactly: the reference is the base, and new adapters add zeros."""
     first, *_, last = metrics(ipo)
     assert first["chosen_log_ratio"] == first["rejected_log_ratio"] == first["margin"] == 0.0
     assert first["loss"] == 25.0
@@ -83,7 +83,7 @@ def test_the_run_begins_as_its_reference_and_leaves_it(ipo):
 
 
 def test_killed_it_goes_on_with_the_same_bits(ipo, ipo_config, tmp_path):
-    """With dropout, which follows from the step."""
+    """The run has dropout; the masks depend only on the step."""
     run_and_stop(ipo_config, tmp_path / "run", 3)
     assert_equal_runs(ipo, run_job(ipo_config, tmp_path / "run"))
 
@@ -114,7 +114,7 @@ def test_reference_and_judge_share_the_arrays_of_the_base(ipo, ipo_config, adapt
 
 
 def test_online_its_own_samples_are_judged_and_trained_on(ipo_config, adapted_judge, pairs, tmp_path):
-    """In step 1 the log-probs that the sampler drew with are those of the policy, of which it has a copy."""
+    """The sampler uses a copy of the adapters. In the first step its log-probs are those of the policy."""
     prompts = DatasetConfig(str(pairs), batch_size=8)
     source = OnlineConfig(prompts, judge=JudgeConfig(str(adapted_judge)), response_length=6, refresh_every=2)
     config = dataclasses.replace(
@@ -132,7 +132,7 @@ def test_online_its_own_samples_are_judged_and_trained_on(ipo_config, adapted_ju
 
 @pytest.fixture(scope="module")
 def rounded(ipo_config, tmp_path_factory):
-    """The folder of a run of adapters on a base in int8."""
+    """The folder of a run of adapters on an int8 base."""
     adapter = dataclasses.replace(ipo_config.adapter, base_dtype="int8")
     return run_job(dataclasses.replace(ipo_config, adapter=adapter), tmp_path_factory.mktemp("adapters") / "int8")
 
@@ -141,7 +141,7 @@ def test_a_base_in_int8_is_the_reference_too(rounded, ipo, sft):
     first, *_, last = metrics(rounded)
     assert first["chosen_log_ratio"] == first["rejected_log_ratio"] == 0.0 and first["loss"] == 25.0
     assert last["loss"] < first["loss"]
-    # Close to the run on the base itself, and not equal to it.
+    # The loss is close to that of the run on the float base, but not equal.
     other = metrics(ipo)[-1]["loss"]
     assert last["loss"] != other and last["loss"] == pytest.approx(other, rel=0.1)
     (_, params), (_, base) = (load_policy(folder, make_mesh(MeshConfig())) for folder in (rounded, sft))
@@ -152,7 +152,7 @@ def test_a_base_in_int8_is_the_reference_too(rounded, ipo, sft):
 
 
 def test_a_sum_with_a_base_in_int8_is_the_policy_that_was_trained(rounded):
-    """Tensor by tensor for an export, and on the devices for a run that starts from it."""
+    """Merging gives the same tensors for an export (tensor by tensor) and on the devices, and the same log-probs."""
     mesh, stored = make_mesh(MeshConfig()), open_checkpoint(rounded)
     policy, params = load_policy(rounded, mesh)
     plain = load_plain(stored.folder, stored.network, mesh)
@@ -219,7 +219,7 @@ def test_adapters_without_a_base_are_refused(ipo_config):
 
 
 def test_a_run_does_not_go_on_with_another_base(ipo, ipo_config, judge, sft, tmp_path):
-    """Of the same name with other parameters, or of another name: one line."""
+    """Refused in one line: a base with the same name but other parameters, and a base with another name."""
     shutil.copytree(sft, tmp_path / "sft")
     shutil.copytree(ipo, tmp_path / "run")
     with pytest.raises(UserError, match="start") as error:

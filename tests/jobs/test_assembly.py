@@ -1,4 +1,4 @@
-"""What is traced and compiled is shared by the runs of a process that have the same settings, and by no others."""
+"""Runs in one process share traced and compiled functions if their settings agree, and only then."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ def ipo(sft, sft_config):
 
 @pytest.mark.parametrize("settings", [{"steps": 9, "checkpoint_every": 5}, {"seed": 7}])
 def test_what_alters_no_step_shares_it(ipo, settings):
-    """A policy's seed draws its start and its batches."""
+    """The seed of a policy's job changes only its initial parameters and its batches."""
     assert update_step(dataclasses.replace(ipo, **settings)) is update_step(ipo)
 
 

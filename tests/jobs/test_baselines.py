@@ -1,4 +1,4 @@
-"""Baselines of preference models: pairs whose labels they tell, and what they refuse."""
+"""Baselines of preference models: pairs whose labels they predict, and what they refuse."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from alignment_gap.jobs.folder import make
 
 
 def pair(chosen, rejected, *, swapped):
-    """An example whose preferred response is the second one where it is swapped."""
+    """An example whose first response is preferred; with `swapped`, the second one."""
     responses = [np.array(each, np.int32) for each in (chosen, rejected)]
     scores = np.array([1.0, 0.0], np.float32)
     order = [1, 0] if swapped else [0, 1]
@@ -19,7 +19,7 @@ def pair(chosen, rejected, *, swapped):
 
 
 def random_pairs(count, seed, mark):
-    """Pairs of random responses, of which the preferred one ends with the mark."""
+    """Pairs of random responses. The preferred one ends with the mark."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         chosen, rejected = (rng.integers(10, 40, size=rng.integers(2, 9)).tolist() for _ in range(2))
@@ -52,7 +52,7 @@ def test_ngrams_tell_nothing_where_there_is_nothing_to_tell():
 
 
 def test_the_regression_is_that_of_its_formula():
-    """One n-gram tells 3 of 4 pairs: at the minimum of mean log(1 + exp(-x w)) + penalty w^2 / 2 its slope is 0."""
+    """One n-gram predicts 3 of 4 pairs. The slope of mean log(1 + exp(-x w)) + penalty w^2 / 2 is 0 at the minimum."""
     train = [pair([7], [8], swapped=False)] * 3 + [pair([8], [7], swapped=True)]
     rows = _differences(train, {(7,): 0})
     assert rows.toarray().tolist() == [[1], [1], [1], [-1]]

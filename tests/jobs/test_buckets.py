@@ -1,4 +1,4 @@
-"""Jobs whose inputs and folders are in a bucket: the same bytes as on a disk, through cuts, kills and other writers."""
+"""Jobs with inputs and folders in a bucket write the same bytes as on a disk, despite cuts, kills and other writers."""
 
 import dataclasses
 import json
@@ -31,13 +31,13 @@ POSTS = PrepareConfig(TextSourceConfig(location="posts", posts=PostsConfig(pairs
 
 @pytest.fixture
 def s3_pairs(s3_folder):
-    """The dataset of `pairs`, in a bucket."""
+    """The dataset of `pairs` in a bucket."""
     write_posts(s3_folder / "pairs", 48)
     return s3_folder / "pairs"
 
 
 def files(folder):
-    """The bytes of a folder's files by their names."""
+    """The bytes of a folder's files, by name."""
     paths = folder.files() if isinstance(folder, storage.Url) else [p for p in folder.rglob("*") if p.is_file()]
     return {str(path)[len(str(folder)) + 1 :]: path.read_bytes() for path in paths}
 
@@ -54,7 +54,7 @@ def test_a_dataset_is_the_same_in_a_bucket(bucket, pairs):
     np.testing.assert_array_equal(dataset[40].prompt, open_dataset(pairs)[40].prompt)
     proxy.requests = []
     open_dataset(folder / "pairs")
-    assert not [path for _, path in proxy.requests if "array_record" in path]  # It is in the cache.
+    assert not [path for _, path in proxy.requests if "array_record" in path]  # The file is in the cache.
 
 
 def test_a_dataset_that_a_cut_left_half_way_is_none(s3_folder, s3):
@@ -110,7 +110,7 @@ def s3_config(sft_config, s3_pairs):
 
 
 def test_a_run_over_devices_goes_on_on_another_machine(s3_config, s3_folder, sft_config, tmp_path, monkeypatch):
-    """The devices share the parameters; the other machine's cache is empty."""
+    """The devices share the parameters. The cache of the other machine is empty."""
     mesh = MeshConfig(data=2, fsdp=4)
     here = run_job(dataclasses.replace(sft_config, mesh=mesh), tmp_path / "run")
     config = dataclasses.replace(s3_config, mesh=mesh)
@@ -120,7 +120,7 @@ def test_a_run_over_devices_goes_on_on_another_machine(s3_config, s3_folder, sft
     assert_equal_runs(s3_folder / "run", here)
     (name, shape) = max(((n, v.shape) for n, v in arrays(here).items() if n.startswith("params")), key=lambda x: x[1])
     stored = s3_folder / "run" / "checkpoints" / "6" / "params" / name.removeprefix("params.")
-    assert shape and len(stored.files()) > 2  # A chunk for each device's part.
+    assert shape and len(stored.files()) > 2  # There is a chunk for the part of each device.
 
 
 def test_a_run_is_that_of_a_disk(s3_config, s3_folder, sft):
@@ -166,7 +166,7 @@ def test_retention_in_a_bucket(s3_config, s3_folder, sft):
 
 
 def test_the_best_in_a_bucket_are_known_to_a_run_that_goes_on(s3_folder):
-    """The lowest loss is that of step 2, which another process than the one that goes on has saved."""
+    """Step 2 has the lowest loss. One process saved it, another one continues the run."""
     keep, losses = KeepConfig(last=1, best=1), {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0}
     for steps in ((1, 2), (3, 4)):
         with Checkpoints(s3_folder / "checkpoints", keep=keep) as checkpoints:

@@ -1,4 +1,4 @@
-"""Datasets composed of datasets: shuffled, mixed by weight, cut; every prompt once."""
+"""Datasets made from datasets: shuffled, mixed by weight, limited, and with every prompt once."""
 
 import collections
 import dataclasses
@@ -55,7 +55,7 @@ def test_a_mixture_has_the_weights_and_is_mixed(pairs, tmp_path):
     whole = compose(tmp_path / "all", pairs, other, seed=2)
     ids = [e.prompt_id for e in whole]
     assert sorted(ids) == sorted([*(e.prompt_id for e in open_dataset(pairs)), *(e.prompt_id for e in others)])
-    # The two are mixed: the last 20 are not all of the second.
+    # The two datasets are mixed: the last 20 examples are not all from the second one.
     assert 0 < sum(each >= 5000 for each in ids[-20:]) < 20
     digests = [open_dataset(each).card.digest for each in (pairs, other)]
     assert [part["digest"] for part in whole.card.provenance["inputs"]] == digests

@@ -1,4 +1,4 @@
-"""Evaluation of a run: each outcome from the responses that are stored with it, means with intervals, resumption."""
+"""Evaluation of a run: outcomes follow from the stored responses; means with intervals; resumption."""
 
 import csv
 import dataclasses
@@ -29,7 +29,7 @@ def run(sft, sft_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(pairs, sft, tmp_path_factory):
-    """A dataset of one response of the supervised policy to each of the first prompts."""
+    """A dataset with one response of the supervised policy to each of the first prompts."""
     folder = tmp_path_factory.mktemp("evaluate") / "answers"
     sampler = SamplerConfig(temperature=0.7)
     config = GenerateConfig(str(pairs), (str(sft),), samples=1, limit=24, sampler=sampler, response_length=6)
@@ -90,7 +90,7 @@ def test_every_judge_meets_every_opponent_and_every_checkpoint_is_measured(evalu
 
 
 def test_a_policy_classifies_further_pairs_and_samples_of_its_own(config, evaluation, pairs, tmp_path):
-    """The first of two own samples is the response that is measured; the second is another."""
+    """The first of two samples is the response that is measured; the second one is new."""
     few = tmp_path / "few"
     make(COMPOSE, ComposeConfig((str(pairs),), order="recorded", limit=12), few, Bar())
     further = (f"same={pairs}", f"few={few}")
@@ -140,7 +140,7 @@ def test_the_table_has_means_with_intervals_that_hold_them(evaluation):
 
 
 def test_killed_after_a_checkpoint_it_goes_on_and_ends_the_same(config, evaluation, tmp_path):
-    """In batches of another size, whose rounding alone differs."""
+    """Batches of another size give the same result up to rounding."""
     with pytest.raises(Stopped):
         evaluated(config, tmp_path / "out", Bar(stop_at=1))
     first = (tmp_path / "out" / "2.npz").stat().st_mtime_ns
@@ -156,7 +156,7 @@ def test_killed_after_a_checkpoint_it_goes_on_and_ends_the_same(config, evaluati
 
 
 def test_a_damaged_file_of_a_finished_evaluation_is_measured_anew(config, evaluation, tmp_path):
-    """One bit of one outcome: the checksum sees it, whoever reads it."""
+    """One bit of one outcome is flipped. The checksum detects it in every reader."""
     folder = tmp_path / "out"
     shutil.copytree(evaluation, folder)
     whole = (folder / "4.npz").read_bytes()
@@ -176,7 +176,7 @@ def test_a_preference_model_is_compared_with_labels_and_with_judges(judge, pairs
     assert {len(values) for values in outcomes.values()} == {16}
     alone = dataclasses.replace(config, judges=(f"self={judge}",))
     agreement = load_outcomes(evaluated(alone, tmp_path / "self") / "4.npz")["agreement.self"]
-    # With itself, whose probabilities are no ties.
+    # With itself as the judge; none of its probabilities is a tie.
     np.testing.assert_allclose(agreement, 1, atol=1e-6)
 
 
@@ -189,7 +189,7 @@ def test_a_judge_by_name(config, tmp_path):
 
 
 def test_the_best_of_n_is_the_best_of_the_first_n_responses_by_its_judge(config, tmp_path):
-    """The judge that chooses is among those that measure, so its rewards rise with every further response."""
+    """The choosing judge is also a measuring judge. So its reward rises with the number of responses."""
     judges = {"judges": ("short=judge_functions:brevity",), "opponents": (config.opponents[0],)}
     choice = {"best_of": (1, 2, 4), "best_by": "judge_functions:brevity"}
     asked = dataclasses.replace(config, **judges, **choice)
@@ -200,7 +200,7 @@ def test_the_best_of_n_is_the_best_of_the_first_n_responses_by_its_judge(config,
     for number, found in ((1, one), (2, two), (4, four)):
         assert found["kl"] == pytest.approx(np.full(8, math.log(number) - (number - 1) / number))
         assert found.keys() == {"reward.short", "win_rate.short.recorded", "length", "kl", "responses", "lengths"}
-    # One response is the one that the last checkpoint gives without a choice.
+    # With one response there is no choice: it is the response of the last checkpoint.
     plain = evaluated(dataclasses.replace(config, **judges, steps=(6,)), tmp_path / "plain")
     np.testing.assert_array_equal(stored(plain, 6)["responses"], one["responses"])
     assert [line.split(",")[1] for line in (folder / "results.csv").read_text().splitlines()] == ["step", "1", "2", "4"]
@@ -240,7 +240,7 @@ def test_what_cannot_be_used_is_told_before_anything_is_written(name, config, sf
 
 
 def test_prompts_come_once(config, pairs, tmp_path):
-    """Of a dataset with every pair twice."""
+    """The dataset has every pair twice."""
     make(COMPOSE, ComposeConfig((str(pairs), str(pairs)), order="recorded"), tmp_path / "twice", Bar())
     changes = {"dataset": str(tmp_path / "twice"), "judges": (), "opponents": (), "steps": (2,), "prompts": 512}
     folder = evaluated(dataclasses.replace(config, **changes), tmp_path / "out")

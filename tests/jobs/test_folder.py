@@ -1,4 +1,4 @@
-"""A job's folder: complete or absent, one owner at a time, gone on with by the same settings alone."""
+"""The folder of a job: complete or absent, one owner at a time, and continued only with the same settings."""
 
 import dataclasses
 import errno
@@ -28,7 +28,7 @@ class Config:
 
 
 def kind_of(run, facts=None, **changes):
-    """A kind whose job does what `run` does."""
+    """A kind of job that calls `run`."""
     return Kind(
         **{
             "name": "write",
@@ -86,7 +86,7 @@ def test_a_folder_of_an_earlier_version_goes_on_with_the_defaults_of_settings_th
     assert not make(kind, Config("b"), tmp_path, Bar()) and len(ran) == 1
     with pytest.raises(UserError, match="limit was None, now 3"):
         make(kind, Config("b", limit=3), tmp_path, Bar())
-    # What a version did not know and is not in the config, as the digest of an input, is no default.
+    # A value that is not in the config, such as the digest of an input, has no default. So it may not be missing.
     with pytest.raises(UserError, match="other was absent, now digest"):
         make(kind_of(write, {"input": "digest", "other": "digest"}), Config("b"), tmp_path, Bar())
 
@@ -123,7 +123,7 @@ def test_a_job_that_fails_is_not_done_and_goes_on_with_what_it_had(tmp_path):
 
 
 def test_the_last_failure_is_kept_until_the_next_attempt(tmp_path):
-    """With the settings that its remedy names, which alone may differ then."""
+    """The failure names the settings that its remedy changes. The next attempt may change only these."""
     lines = ["too fast: lower speed", "a bug\nin two lines"]
 
     def run(config, folder):
@@ -192,7 +192,7 @@ def test_a_folder_in_use_is_refused_until_its_owner_ends(tmp_path):
         with pytest.raises(UserError, match="in use"):
             make(kind_of(write), Config(), tmp_path, Bar())
         owner.kill()
-    # A killed owner holds nothing.
+    # A killed owner holds no lock.
     assert make(kind_of(write), Config(), tmp_path, Bar())
 
 

@@ -1,4 +1,4 @@
-"""Datasets of fresh responses: in the order of the policies, the same in any batches, labelled by any judge."""
+"""Datasets of new responses: in the order of the policies, equal in any batches, and labelled by any judge."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from alignment_gap.sharding import replicated
 
 @jax.jit
 def echo(ids, prompts, lengths):
-    """Two responses: the prompt's id and an end; the prompt's first token alone."""
+    """Two responses: the prompt's id with an end, and the first token of the prompt."""
     first = jnp.stack([jnp.stack([ids, jnp.ones_like(ids)], 1), jnp.stack([prompts[:, 0], 0 * ids], 1)], 1)
     zeros = jnp.zeros(first.shape)
     return Samples(first, jnp.broadcast_to(jnp.array([2, 1]), (len(ids), 2)), zeros, zeros)
@@ -43,7 +43,7 @@ def test_samples_come_in_the_order_of_the_policies_and_are_not_yet_labelled(mesh
 
 
 def test_a_network_samples_alike_in_buckets(even_policy, mesh):
-    """The same tokens for the same seed."""
+    """Equal seeds draw equal tokens."""
     params, examples = random_params(even_policy), random_pairs(29)
     generate = make_generate(even_policy, mesh, samples=2, max_length=4, eos_id=1, config=SamplerConfig())
     draw = functools.partial(generate, params, *jax.device_put((jax.random.key(3), jnp.int32(0)), replicated(mesh)))
@@ -76,7 +76,7 @@ def test_one_policy_answers_twice_and_the_judge_compares(config, judge, pairs, t
 
 
 def test_two_policies_against_each_other(config, sft, sft_config, tmp_path):
-    """The first is the same as when it answers alone, and the second has keys of its own."""
+    """The first policy answers as it does alone. The second one has its own random keys."""
     other = run_job(dataclasses.replace(sft_config, start=str(sft), steps=2), tmp_path / "other")
     policies = (str(sft), str(other))
     both = generated(dataclasses.replace(config, policies=policies), tmp_path / "both")
@@ -97,7 +97,7 @@ def test_rewards_of_the_rubric_for_more_than_two_responses(config, tmp_path):
 
 
 def test_killed_half_way_it_goes_on_and_ends_the_same(config, judge, tmp_path, monkeypatch):
-    """In other batches, too: a response depends on its prompt and the seed alone."""
+    """Even with another batch size: a response depends only on its prompt and the seed."""
     monkeypatch.setattr(parts, "part_size", lambda count: 8)
     config = dataclasses.replace(config, judge=JudgeConfig(str(judge)))
     with pytest.raises(Stopped):

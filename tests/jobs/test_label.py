@@ -1,4 +1,4 @@
-"""Labels of a judge for a dataset: every example gets its own, whoever judges, in whatever batches."""
+"""A judge labels a dataset: every example gets its own label, for any judge and any batches."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def random_pairs(count):
 
 @jax.jit
 def checksum(prompts, prompt_lengths, responses, lengths):
-    """Scores that any example can be checked by: lengths, and a sum that padding would change."""
+    """Scores that identify an example: its lengths, and a sum that padding would change."""
     inside = jnp.arange(responses.shape[-1]) < lengths[..., None]
     return (lengths * 1000 + jnp.where(inside, responses, 0).sum(-1) + prompts.sum(-1)[:, None]).astype(jnp.float32)
 
@@ -43,7 +43,7 @@ SHAPES = [((6, 4),), ((2, 2), (4, 3), (6, 4))]
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("batch_size", [8, 32])
 def test_every_example_has_the_label_of_its_own(mesh, batch_size, shapes, monkeypatch):
-    """Also where a window ends within the examples."""
+    """Even if the examples end within a window."""
     monkeypatch.setattr(batching, "_WINDOW", 2)
     examples, judge = random_pairs(19), Judge(checksum, "rewards", {})
     labelled = list(label(iter(examples), judge, Batching(mesh, batch_size, shapes)))
@@ -55,7 +55,10 @@ def test_every_example_has_the_label_of_its_own(mesh, batch_size, shapes, monkey
 
 
 def test_a_batch_has_the_smallest_shape_that_holds_it(mesh):
-    """Of 40 examples: each shape has all that fit into it and are no whole batch of a smaller one, but for the last."""
+    """There are 40 examples.
+
+    A shape gets all that fit and do not fill batches of a smaller shape; the last one gets the rest.
+    """
     examples, seen = random_pairs(40), []
 
     def scores(prompts, prompt_lengths, responses, lengths):

@@ -1,4 +1,4 @@
-"""Jobs whose judge is a language model over HTTP: labels, online batches and win rates, on a server that misbehaves."""
+"""Jobs with a language model over HTTP as the judge: labels, online batches and win rates; the server misbehaves."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ from alignment_gap.jobs.label import LABEL, LabelConfig
 from alignment_gap.judges import JudgeConfig
 
 pytestmark = pytest.mark.usefixtures("quick_endpoint")
-# To the trial question.
+# Answers the trial question.
 OK = (200, {}, '{"choices": [{"message": {"content": "A"}}]}')
 
 
@@ -68,7 +68,7 @@ def test_killed_half_way_it_asks_nothing_twice_and_tells_all(pairs, name, server
     found = labelled(config, tmp_path / "out")
     vocabulary = find_vocabulary(found)
     assert [each.scores.tolist() for each in found] == [hard(each, vocabulary) for each in open_dataset(pairs)]
-    # Every question once, and twice more for what failed.
+    # Each question once, and two retries after failures.
     distinct = {*server.questions}
     assert len(server.asked) == len(distinct) + 1 + 2
     summary = LABEL.summary(tmp_path / "out")
@@ -77,7 +77,7 @@ def test_killed_half_way_it_asks_nothing_twice_and_tells_all(pairs, name, server
     assert f"{asked} questions, {asked + 2} requests, 2 retried" in summary
     made = found.card.provenance
     assert (made["judge"], made["labels"]) == (server.name, "hard") and len(made["judge.digest"]) == 64
-    # Again, in another folder: from what was kept.
+    # In another folder the stored answers suffice.
     assert labelled(config, tmp_path / "again").card.digest == found.card.digest
     assert len(server.asked) == len(distinct) + 3
     assert (tmp_path / "again" / "judge.json").read_bytes() == (tmp_path / "out" / "judge.json").read_bytes()
@@ -132,18 +132,18 @@ def test_an_endpoint_that_goes_down_leaves_the_line_in_the_folder(pairs, name, s
 
 @pytest.fixture(scope="module")
 def online(online):
-    """The job with samples that a function compares by their words."""
+    """The job, with a function as the judge: it compares samples by their words."""
     return changed(online, judge=JudgeConfig("judge_functions:brevity"), response_length=8)
 
 
 def learned(folder):
-    """The metrics without those of the judge."""
+    """The metrics, except those of the judge."""
     return [{key: value for key, value in line.items() if "judge" not in key} for line in metrics(folder)]
 
 
 @pytest.mark.parametrize("refresh_every", [1, 3])
 def test_an_online_run_is_that_of_a_function_with_the_same_preferences(refresh_every, online, name, server, tmp_path):
-    """Also where the next batch is sampled while one is judged, and where it was stopped then."""
+    """Even if the next batch is sampled while one is judged, and if the run is stopped meanwhile."""
     by_function = run_job(changed(online, refresh_every=refresh_every), tmp_path / "function")
     config = changed(online, refresh_every=refresh_every, judge=JudgeConfig(name))
     run = run_job(config, tmp_path / "run")
@@ -180,7 +180,7 @@ def test_a_prompt_without_a_verdict_gives_its_place_to_another(online, name, ser
     assert unlucky not in {vocabulary.decode(each.prompt) for each in record}
     assert sum(line["judge_given_up"] for line in metrics(run)) >= 2
     assert all(line["skipped"] == 0 for line in metrics(run))
-    # The record is what was trained on.
+    # The run trained on exactly its record.
     source = DatasetConfig(str(run / "record"), batch_size=8, order="recorded")
     replayed = run_job(dataclasses.replace(online, source=source), tmp_path / "replayed")
     ours, theirs = arrays(run), arrays(replayed)

@@ -1,4 +1,4 @@
-"""Model cards: the method and the data of the job, what an evaluation measured, and nothing of the machine."""
+"""Model cards: method and data of the job, and an evaluation's measurements, but nothing about the machine."""
 
 import csv
 import dataclasses
@@ -41,7 +41,7 @@ def evaluation(run, pairs, sft, tmp_path_factory):
 
 
 def table(text, title):
-    """The rows of the table under a title, without its head."""
+    """The rows of the table under a title, without the header."""
     lines = text.partition(f"## {title}\n")[2].partition("\n## ")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
 
@@ -56,7 +56,7 @@ def test_method_and_data_are_those_of_the_job(run, judge, sft, pairs, tmp_path):
     card = open_dataset(pairs).card
     assert table(text, "Data") == [["pairs", "48", "posts", card.digest[:12]]]
     assert "Step 2 of a policy that was trained by online ipo" in text and "No evaluation was given." in text
-    # Nothing of the machine is published.
+    # Nothing about the machine is published.
     assert str(run.parent) not in text and str(pairs.parent) not in text
 
 

@@ -1,4 +1,4 @@
-"""Jobs whose reference moves: resumed and replayed bit for bit, with adapters, in a mixture, and what is refused."""
+"""Jobs with a moving reference: resumed and replayed bit for bit, with adapters, in a mixture, and what is refused."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ COPY = "copies.reference."
 
 @pytest.fixture(scope="module")
 def averaged(sft, pairs):
-    """DPO on pairs, whose reference is a moving average."""
+    """DPO on pairs. The reference is a moving average."""
     return JobConfig(
         loss=LossConfig("dpo", {"beta": 0.1}),
         source=DatasetConfig(str(pairs), batch_size=8),
@@ -43,7 +43,7 @@ def run(averaged, tmp_path_factory):
 
 
 def copied(folder, step):
-    """The parameters of a checkpoint, and its copy of the reference's."""
+    """The parameters of a checkpoint, and its copy of the reference."""
     found = arrays(folder, step)
     return {
         prefix: {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
@@ -52,7 +52,10 @@ def copied(folder, step):
 
 
 def test_the_copy_in_a_checkpoint_is_the_moving_average(run, sft):
-    """Saved before its move: at step 2 it is the start, at step 4 it has moved once."""
+    """A checkpoint is saved before the move of its step.
+
+    At step 2 the copy is the start; at step 4 it has moved once.
+    """
     start, two, four = (copied(folder, step) for folder, step in ((sft, 6), (run, 2), (run, 4)))
     assert start["params."].keys() == two[COPY].keys()
     for name, value in start["params."].items():
@@ -61,7 +64,7 @@ def test_the_copy_in_a_checkpoint_is_the_moving_average(run, sft):
         np.testing.assert_allclose(four[COPY][name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-# Between two moves, and after the checkpoint at which it moves next.
+# Between two moves, and after a checkpoint that is saved before a move.
 @pytest.mark.parametrize("after", [3, 4])
 def test_killed_it_goes_on_with_the_same_bits(after, run, averaged, tmp_path):
     run_and_stop(averaged, tmp_path, after)
@@ -85,7 +88,7 @@ def test_it_may_begin_elsewhere_than_the_policy(averaged, sft, tmp_path):
 
 
 def test_online_its_record_is_replayed_without_it(averaged, judge, pairs, tmp_path):
-    """The samples come from a mixture with the reference as it moves; the record holds its log-probs."""
+    """The sampler is a mixture with the moving reference. The record holds the reference's log-probs."""
     source = OnlineConfig(DatasetConfig(str(pairs), batch_size=8), judge=JudgeConfig(str(judge)), mixture=1.0)
     config = dataclasses.replace(averaged, loss=LossConfig("ipo_md"), source=source, steps=4)
     online = run_job(config, tmp_path / "run")
@@ -120,7 +123,7 @@ def test_of_adapters_the_adapters_alone_are_copied(averaged, tmp_path):
 
 
 def test_it_stays_in_memory_once(averaged, tmp_path):
-    """As its copy: the parameters that were read for the start are let go of."""
+    """Only as the copy: the run releases the parameters that it read for the start."""
     opened = open_training(dataclasses.replace(averaged, steps=1))
     opened.run(tmp_path, Bar())
     _, inputs = opened.run.args
@@ -138,7 +141,7 @@ def test_it_is_evaluated_against_the_start(run, sft, pairs, tmp_path):
 
 
 def test_held_out_pairs_are_measured_against_it_where_it_is(averaged, pairs, tmp_path):
-    """The margin grows up to step 3, after which the reference is the policy."""
+    """The margin grows until step 3. Then the reference is set to the policy."""
     monitor = MonitorConfig(validation=str(pairs), validate_every=1)
     config = dataclasses.replace(averaged, monitor=monitor, reference_every=3, reference_alpha=1.0, steps=4)
     lines = (run_job(config, tmp_path) / "validation.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Online jobs: every kind of source, every loss, resumed and replayed bit for bit."""
+"""Online jobs with every kind of source and every loss; resumed and replayed bit for bit."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ IPO = LossConfig("ipo", {"beta": 0.1})
 
 
 def replay(config, folder, batch_size=8):
-    """The job on the recorded stream of a run, in order."""
+    """The job on the recorded batches of a run, in order."""
     source = DatasetConfig(str(folder / "record"), batch_size=batch_size, order="recorded")
     return dataclasses.replace(config, source=source)
 
@@ -36,7 +36,7 @@ def test_it_samples_its_own_policy_and_is_labelled_by_the_judge(run, online):
     assert {tuple(example.scores.tolist()) for example in record} <= {(0.0, 1.0), (1.0, 0.0), (0.5, 0.5)}
     made = record.card.provenance
     assert made["made_by"] == "online" and made["judge"] == online.source.judge.judge and made["inputs"]
-    # At the start the policy is the reference: the sampler's log-probs are the reference's.
+    # At the start the policy is the reference, so both have the same log-probs.
     first = record[0]
     for sampled, reference in zip(first.sampler_log_probs, first.reference_log_probs, strict=True):
         np.testing.assert_allclose(sampled, reference, atol=1e-4)
@@ -52,7 +52,7 @@ def test_a_replay_of_the_record_is_the_run_bit_for_bit(run, online, tmp_path):
     assert_equal_checkpoints(replayed, run)
 
 
-# Before the first checkpoint and after the second; the loop's tests have it at a checkpoint, too.
+# Before the first checkpoint and after the second one; the tests of the loop stop at a checkpoint.
 @pytest.mark.parametrize("after", [1, 5])
 def test_killed_it_goes_on_with_the_same_bits(after, run, online, tmp_path):
     run_and_stop(online, tmp_path, after)
@@ -61,24 +61,24 @@ def test_killed_it_goes_on_with_the_same_bits(after, run, online, tmp_path):
 
 
 def test_other_checkpoints_when_it_goes_on_lose_no_batch_of_the_record(run, online, tmp_path):
-    """It was stopped after a chunk of the record was written, which the checkpoints of now do not know."""
+    """The run stops after it has written a chunk of the record. The new checkpoints do not match this chunk."""
     run_and_stop(dataclasses.replace(online, checkpoint_every=3), tmp_path, after=5)
     run_job(online, tmp_path)
     same_record(tmp_path, run)
-    # A longer run goes on with the record, too.
+    # A longer run continues the record too.
     longer = run_job(dataclasses.replace(online, steps=8), tmp_path)
     assert len(open_dataset(longer / "record")) == 64
 
 
 def test_the_digest_of_the_record_follows_from_its_samples_alone(run, online, tmp_path, monkeypatch):
-    """However often it is saved, stopped in a file and after it, and made longer."""
+    """The digest does not depend on checkpoints, on stops within a file or after it, or on a longer run."""
 
     def saved(name, **settings):
         return run_job(dataclasses.replace(online, **settings), tmp_path / name)
 
     digest = open_dataset(run / "record").card.digest
     assert open_dataset(saved("three", checkpoint_every=3) / "record").card.digest == digest
-    # In files of four steps.
+    # Each file has four steps.
     monkeypatch.setattr(sources, "_CHUNK_STEPS", 4)
     whole = saved("whole")
     assert [chunk.name for chunk in open_dataset(whole / "record").card.files] == [
@@ -93,7 +93,7 @@ def test_the_digest_of_the_record_follows_from_its_samples_alone(run, online, tm
 
 
 def assert_same_files(first, second):
-    """Of the two records; their cards tell the same story."""
+    """Asserts that both records have equal files, including their cards."""
     ours, theirs = (
         {path.name: path.read_bytes() for path in (folder / "record").iterdir()} for folder in (first, second)
     )
@@ -127,7 +127,7 @@ def semi_online(online, tmp_path_factory):
 
 
 def test_a_sampler_that_lags_draws_from_the_policy_of_the_last_refresh(run, semi_online):
-    """Up to the first update it is the online run; then the samples of steps 0 to 2 come from the start."""
+    """Its step 0 is that of the online run. The samples of steps 0 to 2 come from the start, later ones do not."""
     ours, online = open_dataset(semi_online / "record"), open_dataset(run / "record")
     drawn = [np.concatenate([np.concatenate(e.responses) for e in each[:8]]) for each in (ours, online)]
     np.testing.assert_array_equal(*drawn)
@@ -158,7 +158,7 @@ def test_a_sampler_that_never_refreshes_stays_at_the_start(online, tmp_path):
 
 
 def test_the_best_and_the_worst_of_four(online, tmp_path):
-    """Both are labelled by their shares of wins among the four, which are compared."""
+    """Labels are win fractions among all four samples; the best and the worst sample keep theirs."""
     config = changed(dataclasses.replace(online, steps=2), samples=4, keep="best_and_worst")
     record = open_dataset(run_job(config, tmp_path) / "record")
     assert record.card.responses_per_prompt == 2 and record.card.scores == "rewards"
@@ -175,7 +175,7 @@ def test_the_best_of_four_is_trained_on_alone(online, tmp_path):
 
 
 def test_rewards_of_the_rubric_reach_the_loss(online, tmp_path):
-    """GRPO's loss is zero where all rewards are equal; here they are those of the built-in task."""
+    """GRPO's loss is zero if all rewards are equal. Here the rewards come from the rubric."""
     config = dataclasses.replace(online, loss=LossConfig("grpo", {"beta": 0.0}), steps=2)
     config = changed(config, samples=4, judge=JudgeConfig("rubric", labels="rewards"))
     record = open_dataset(run_job(config, tmp_path) / "record")
@@ -184,7 +184,7 @@ def test_rewards_of_the_rubric_reach_the_loss(online, tmp_path):
 
 
 def test_a_mixture_is_between_the_policy_and_the_reference(online, reward_model, tmp_path):
-    """With weight 1 the samples are the reference's; labels are probabilities that add up to one."""
+    """With weight 1 the samples come from the reference. Labels are probabilities that add up to one."""
     judge = JudgeConfig(str(reward_model), labels="soft")
     config = dataclasses.replace(online, loss=LossConfig("ipo_md"), steps=4)
     record = open_dataset(run_job(changed(config, judge=judge, mixture=1.0), tmp_path) / "record")
@@ -210,7 +210,7 @@ def hypo(online, pairs, prompts):
 
 
 def test_recorded_pairs_and_fresh_samples_in_one_step(hypo, tmp_path):
-    """The stream of the fresh samples is recorded, and replayed beside the pairs it is the run again."""
+    """The fresh samples are recorded. A replay of this record with the pairs equals the run."""
     run = run_job(hypo, tmp_path / "run")
     record = open_dataset(run / "record")
     assert len(record) == 6 * 8 and record.card.responses_per_prompt == 1
@@ -238,7 +238,8 @@ def test_a_second_source_in_vain_is_refused(hypo, tmp_path):
         run_job(dataclasses.replace(hypo, loss=IPO), tmp_path / "run")
 
 
-# What a loss needs beside two samples with hard labels; as many samples as in tests above, which have compiled them.
+# The settings that a loss needs in addition to two samples with hard labels. The numbers of samples are those of tests
+# above, whose functions are compiled already.
 SOURCES = {
     "nash_md": {"mixture": 0.125, "against": "mixture"},
     "ipo_md": {"mixture": 0.125},
@@ -248,8 +249,8 @@ SOURCES = {
 
 @pytest.mark.parametrize("name", losses.names())
 def test_every_loss_of_the_registry_is_served_by_some_source(name, online, hypo, monkeypatch):
-    """The loss is traced on that source's batches as a job opens; its gradient is tested where the objective is."""
-    # On their shapes: the numbers of the start and of the judge need not be read for every loss.
+    """An opened job traces the loss on batches of the source. The tests of the objective check its gradient."""
+    # Shapes suffice here, so the parameters of the start and of the judge are not read.
     monkeypatch.setattr(train, "_start", lambda *assembly: None)
     monkeypatch.setattr(train, "open_judge", lambda *judge: None)
     served = hypo if name == "hypo" else changed(online, **SOURCES.get(name, {}))
@@ -259,7 +260,7 @@ def test_every_loss_of_the_registry_is_served_by_some_source(name, online, hypo,
 
 @pytest.mark.parametrize("name", ["dapo", "kto", "rebel"])
 def test_a_loss_trains_on_fresh_samples(name, online, tmp_path):
-    """One of each kind that reads more than two log-probs: the sampler's, the batch's others, all pairs of a prompt."""
+    """One loss for each further input: the sampler's log-probs, other examples of the batch, all pairs of a prompt."""
     config = changed(dataclasses.replace(online, loss=LossConfig(name), steps=1), **SOURCES.get(name, {}))
     (line,) = metrics(run_job(config, tmp_path))
     assert np.isfinite(line["loss"]) and line["gradient_norm"] > 0
@@ -281,7 +282,7 @@ def test_what_a_source_cannot_serve_is_told_before_the_first_step(loss, settings
 
 
 def test_a_policy_gradient_runs_on_the_record_of_samples(run, online, tmp_path):
-    """With the log-probs that they were drawn with; its width is another where rows are packed."""
+    """It reads the sampler's log-probs from the record. In packed rows the width of a batch has another meaning."""
     config = dataclasses.replace(replay(online, run), loss=LossConfig("ppo_clip"), steps=2)
     assert len(metrics(run_job(config, tmp_path / "ppo"))) == 2
     packed = dataclasses.replace(config.source, order="shuffle", packing=2)
@@ -310,7 +311,8 @@ def test_bad_settings_of_an_online_source(settings, message):
 def test_another_layout_draws_the_same_and_trains_alike(run, online, tmp_path):
     """The samples of step 0 are the same tokens; losses agree up to the rounding of sums over devices.
 
-    The layout splits all that the others do, and positions; the tests of sampler and update step have every one.
+    This layout splits everything that the others split, and positions. The tests of sampler and update step have all
+    layouts.
     """
     assert jax.device_count() == 8
     mesh = MeshConfig(data=-1, fsdp=2, model=2, layout="sequence")

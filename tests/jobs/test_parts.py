@@ -1,4 +1,4 @@
-"""Datasets that are made from others part by part: what a kill or damage costs, and what the card says."""
+"""Datasets that are made from others in parts: what a kill or damage costs, and what the card records."""
 
 import pytest
 from job_runs import Bar, Stopped
@@ -15,7 +15,7 @@ def dataset(tmp_path):
 
 
 def copy(dataset, folder, made, bar=None):
-    """A copy in parts of 10; `made` is told which were made."""
+    """A copy in parts of 10; `made` collects the parts that are made."""
     folder.mkdir(exist_ok=True)
 
     def make(start, stop):

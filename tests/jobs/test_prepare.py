@@ -1,4 +1,4 @@
-"""Preparing as a job: a kill, ctrl-c, other settings in the same folder, and what the terminal is told."""
+"""`data prepare` as a job: kills, Ctrl-c, other settings in the same folder, and the terminal's output."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ from alignment_gap.jobs.prepare import PREPARE
 
 
 def prepare(config, output):
-    """Runs the job in this process alone, and gives the cards of its datasets."""
+    """Runs the job in this process, without others; returns the cards of its datasets."""
     make(PREPARE, dataclasses.replace(config, workers=config.workers or 1), output, Bar())
     return {path.parent.name: open_dataset(path.parent).card for path in output.glob("*/card.json")}
 
@@ -43,7 +43,8 @@ def test_nothing_of_an_unfinished_part_is_left_where_other_settings_start_anew(c
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("alignment_gap.data.tasks.prepare.write_json", stop)
-        # Its first part is the third of the other's: it is written, but not known as finished.
+        # The first part of the other job is the third part of this one: its file is written, but not recorded as
+        # finished.
         patch.setattr("alignment_gap.data.tasks.prepare._known", lambda work, part: output / f".parts/{part}")
         for name in ("0", "1"):
             (output / ".parts").mkdir(parents=True, exist_ok=True)
@@ -88,11 +89,11 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("wait", [0.0, 0.3])
 def test_ctrl_c_while_processes_start_is_one_line(wait, config, tmp_path):
-    """When the first of them has just been made, and when they import."""
+    """Just after the first process has started, and while processes import modules."""
     source, output = pathlib.Path(config.source.location), tmp_path / "out"
-    source.write_text(200 * source.read_text())  # Too many to be done before the interrupt.
+    source.write_text(200 * source.read_text())  # There is too much work to finish before the interrupt.
     words = ["data", "prepare", f"--source={source}", f"--vocabulary={config.vocabulary}", f"--output={output}"]
-    # A shell's background jobs, of which this may be one, ignore the signal, and so do their children.
+    # Background jobs of a shell ignore the signal, and so do their children; this test may be one.
     listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     run = f"{listen}; from alignment_gap.cli.main import main; main()"
     process = subprocess.Popen(
@@ -162,7 +163,7 @@ def test_a_folder_of_something_else_is_refused(config, tmp_path):
 
 
 def test_a_finished_folder_is_looked_through_and_told_in_a_few_lines(config, tmp_path):
-    """A folder whose settings nobody can read is refused, and nothing in it is touched."""
+    """A damaged part is made again. A folder with unreadable settings is refused, and none of its files changes."""
     output = tmp_path / "out"
     cards = prepare(config, output)
     whole = tree(output)
@@ -193,7 +194,7 @@ def test_prompts_that_were_cut_are_counted_in_the_summary(config, tmp_path):
 
 
 def test_how_prompts_end_and_what_is_unknown_is_told(tmp_path):
-    """A piece that no text of the vocabulary had is unknown."""
+    """A piece is unknown if no text of the vocabulary had it."""
     model = io.BytesIO()
     settings = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "vocab_size": 40, "hard_vocab_limit": False}
     texts = iter(["the cat sat on the mat", "a dog ran to the hat"] * 9)
@@ -211,7 +212,7 @@ def test_how_prompts_end_and_what_is_unknown_is_told(tmp_path):
 
 
 def test_a_folder_of_an_earlier_version_is_one_whose_prompts_have_no_end(config, tmp_path):
-    """It says nothing of the setting. It is left as it is, or refused where prompts would end now."""
+    """Its settings do not name end_prompts. The folder stays as it is; it is refused if prompts end now."""
     config = dataclasses.replace(config, vocabulary="bytes", end_prompts=False, limits=Limits(64, 64))
     output = tmp_path / "out"
     prepare(config, output)

@@ -1,4 +1,4 @@
-"""Reference log-probs: computed once and stored, they train like those of each step; anything else is refused."""
+"""Reference log-probs, computed once and stored, train like those of each step; anything else is refused."""
 
 import dataclasses
 import sys
@@ -54,7 +54,7 @@ def store(dataset, policy, params, mesh, **changes):
 
 
 def test_stored_log_probs_are_those_of_the_examples(dataset, policy, params, mesh):
-    """Against other batches with other padding."""
+    """Compares with other batches, which have other padding."""
     told = []
     stored = store(dataset, policy, params, mesh, progress=told.append)
     assert sum(told) == 20
@@ -141,7 +141,7 @@ def test_the_digest_of_parameters_is_of_their_bits_alone(policy, params):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two datasets and the run that is start and reference."""
+    """Two datasets, and the run that is both start and reference."""
     root = tmp_path_factory.mktemp("reference")
     for name, count, seed in (("a", 32, 0), ("b", 16, 1)):
         write_posts(root / name, count, seed)
@@ -164,7 +164,7 @@ def runs(tmp_path_factory):
 
 
 def test_a_job_trains_the_same_with_stored_log_probs(runs):
-    """Bit for bit on this machine, though the rows were scored in other batches; of the same shapes they are."""
+    """Bit for bit on this machine. The rows were scored in other batches, but of the same shapes."""
     root, config = runs
     for way in ("each_step", "stored", "auto"):
         run_job(dataclasses.replace(config, reference_log_probs=way), root / way)
@@ -174,7 +174,7 @@ def test_a_job_trains_the_same_with_stored_log_probs(runs):
 
 
 def test_the_command_stores_what_a_job_of_its_settings_looks_for(runs, mesh, monkeypatch, capsys):
-    """A job in bfloat16 with two buckets; its rematerialisation and batch size do not count."""
+    """The job uses bfloat16 and two buckets. Its rematerialisation and its batch size do not matter."""
     root, config = runs
     words = [f"--dataset={config.source.folder}", f"--checkpoint={root / 'sft'}", "--buckets=2", "--dtype=bfloat16"]
     monkeypatch.setattr(sys, "argv", ["alignment-gap", "data", "reference", *words, "--compilation_cache="])
@@ -199,7 +199,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused(dataset, params, mesh):
 
 
 def test_batches_of_another_size_are_not_gone_on_with(dataset, monkeypatch):
-    """Batch 1 of 16 holds other examples than batch 1 of 8."""
+    """Batch 1 of 16 examples has other examples than batch 1 of 8."""
     monkeypatch.setattr(storage, "SAVE_EVERY", 0.0)
     identity = {"dataset": dataset.card.digest}
     storage.ReferenceWriter(dataset, identity, 8).write(np.arange(8), np.zeros((8, 2, 5), np.float32))

@@ -32,7 +32,7 @@ MODELS = {
 
 
 def imported(folder, name, digest=None):
-    """The run of an import of a random reward model."""
+    """The run of an imported reward model with random parameters."""
     rng = np.random.default_rng(0)
     tensors = {
         each: from_array(rng.normal(scale=0.3, size=shape).astype(np.float32), stacked="layers" in each.split("."))
@@ -52,7 +52,7 @@ def rewards(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(rewards, sft_config, tmp_path_factory):
-    """A run that starts from the Llama."""
+    """A run that starts from the Llama reward model."""
     config = dataclasses.replace(sft_config, kind="bradley_terry", model=None, start=str(rewards["llama"]), steps=2)
     return run_job(config, tmp_path_factory.mktemp("rewards") / "trained")
 
@@ -113,7 +113,7 @@ def test_it_is_trained_further_and_goes_out_again(trained, rewards, tmp_path):
 
 
 def test_adapters_are_trained_on_it(rewards, sft_config, tmp_path):
-    """The head belongs to the base; the run judges, and goes out merged."""
+    """The head belongs to the base. The run can judge, and its export is merged."""
     config = dataclasses.replace(sft_config, kind="bradley_terry", model=None, start=str(rewards["llama"]), steps=2)
     run = run_job(dataclasses.replace(config, adapter=AdapterConfig(2, targets=("query",))), tmp_path / "run")
     assert sorted(open_checkpoint(run).tensors) == [f"decoder.layers.query.kernel.{part}" for part in "ab"]
@@ -131,7 +131,7 @@ NO_POLICY = "is a reward model, whose head replaces the output embedding: give a
 
 
 def test_it_is_no_policy(rewards, sft_config, pairs):
-    """Neither a start, nor a reference, nor what a pairwise model asks: one line before anything is loaded."""
+    """Not as a start, not as a reference, and not as a pairwise model. One line, before anything is loaded."""
     folder = str(rewards["t5"])
     starts = {"model": None, "start": folder}
     ipo = {"loss": LossConfig("ipo"), "reference": folder, "model": MODELS["t5"]}
@@ -146,7 +146,7 @@ def test_it_is_no_policy(rewards, sft_config, pairs):
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(pairs, online, sft, tmp_path):
-    """In one line, before the parameters are read, wherever it is the judge."""
+    """In one line, before the parameters are read, in every job in which it judges."""
     run = imported(tmp_path, "llama", digest="f" * 64)
     assert read_digest(open_checkpoint(run).folder)
     message = "was prepared with the vocabulary .*, .* was trained with ffffffffffff: prepare the dataset with the"

@@ -1,4 +1,4 @@
-"""Responses to prompts from a dataset, a file and the keyboard."""
+"""Responses to prompts from a dataset, from a file and from the keyboard."""
 
 import dataclasses
 import io
@@ -24,7 +24,7 @@ PROMPTS = ["the tea was sour . summary:", "my sister lost the keys at the park .
 
 
 def tokens_of(text):
-    """The ids of a text, also where it has ids that are no words."""
+    """The ids of a text, which may name ids that are not words."""
     vocabulary = load_vocabulary("posts")
     named = re.compile(r"<no_token_(\d+)>|<extra_id_(\d+)>")
     ids = []
@@ -63,7 +63,7 @@ def test_a_record_for_every_prompt_with_the_policy_s_own_log_probs(config, file,
         assert len(record["responses"]) == len(record["tokens"]) == len(record["log_probs"]) == 2
         prompt = np.array([vocabulary.encode(record["prompt"])], np.int32)
         for text, count, log_prob in zip(record["responses"], record["tokens"], record["log_probs"], strict=True):
-            # An answer within the length has an end, which is a token of its own.
+            # An answer that is shorter than the limit has an end, which is also a token.
             tokens = [*tokens_of(text), vocabulary.eos_id][:count]
             assert len(tokens) == count <= 6
             response = np.array([[tokens]], np.int32)
@@ -96,7 +96,7 @@ def test_prompts_of_a_dataset_of_lines_and_of_the_keyboard(config, pairs, file, 
 
 
 def test_prompts_end_as_those_that_the_run_was_trained_on(config, sft_config, pairs, file, tmp_path):
-    """Typed prompts are those of the dataset, whose card says that they end with the end id."""
+    """The dataset's card says that its prompts end with the end id. Typed prompts then end with it too."""
     examples, card = open_dataset(pairs)[:16], open_dataset(pairs).card
     ended = [dataclasses.replace(each, prompt=np.append(each.prompt, np.int32(1))) for each in examples]
     provenance = card.provenance | {"end_prompts": True}

@@ -1,4 +1,4 @@
-"""Prompts as conversations: which chat template writes them, where answers end, and turns at the keyboard."""
+"""Prompts as conversations: the chat template that writes them, the end of an answer, and turns at the keyboard."""
 
 import dataclasses
 import io
@@ -29,7 +29,7 @@ ASKED = "<s><|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run as an import leaves it: random parameters, and a tokenizer with a chat template."""
+    """A run as an import makes it: random parameters, and a tokenizer with a chat template."""
     folder = tmp_path_factory.mktemp("chat") / "run"
     folder.mkdir()
     tokenizer = folder / "tokenizer"
@@ -81,7 +81,7 @@ def test_lines_of_the_keyboard_are_turns_and_an_empty_one_begins_anew(config, mo
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\nthree\n"))
     first, second, third = records(dataclasses.replace(config, prompts=None, samples=2))
     assert first["prompt"] == ASKED.format("one") and third["prompt"] == ASKED.format("three")
-    # The first of the samples is the answer that the conversation goes on with.
+    # The conversation continues with the first sample.
     answer = first["responses"][0]
     assert second["prompt"] == first["prompt"] + answer + f"{END}\n" + ASKED.format("two").removeprefix("<s>")
 
@@ -92,11 +92,11 @@ def test_an_answer_ends_with_any_end_id_of_the_generation_config(config, run, tm
     long = dataclasses.replace(config, run=str(copy), samples=16, response_length=12)
     lengths = records(long)[0]["tokens"]
     assert max(lengths) > 1
-    # Every id ends an answer.
+    # Here every id ends an answer.
     size = load_vocabulary(run / "tokenizer").size
     (copy / "tokenizer" / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(size)]}))
     assert records(long)[0]["tokens"] == [1] * 16
-    # Prompts that no template writes are answered as ever.
+    # Prompts without a template do not use these end ids.
     assert max(records(dataclasses.replace(long, template="none"))[0]["tokens"]) > 1
 
 

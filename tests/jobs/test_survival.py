@@ -1,4 +1,4 @@
-"""What a training job survives: a signal in the middle, damage to its last checkpoint, updates that are not finite."""
+"""What a training job survives: a signal, damage to its last checkpoint, updates that are not finite."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from alignment_gap.training import GuardConfig, OptimizerConfig
 
 
 class Signalled(Bar):
-    """A progress bar during which SIGTERM comes once, when so many steps are done."""
+    """A progress bar that raises SIGTERM once, after a number of steps."""
 
     def update(self, count):
         self.updates.append(count)
@@ -29,7 +29,7 @@ class Signalled(Bar):
 
 
 def interrupted(config, folder, after):
-    """Trains until SIGTERM comes after so many steps, and gives the steps that have a checkpoint then."""
+    """Trains until SIGTERM comes after a number of steps; returns the steps with a checkpoint."""
     with signals_caught(), pytest.raises(Interrupted, match=f"saved at step {after} of {config.steps}"):
         run_job(config, folder, Signalled(after))
     assert not (folder / DONE).exists() and not (folder / FAILED).exists()
@@ -38,7 +38,7 @@ def interrupted(config, folder, after):
 
 @pytest.fixture(scope="module")
 def online(sft, judge, pairs):
-    """A checkpoint is due at steps 4 and 6 alone."""
+    """Checkpoints are due only at steps 4 and 6."""
     return JobConfig(
         source=OnlineConfig(DatasetConfig(str(pairs), batch_size=8), judge=JudgeConfig(str(judge))),
         optimizer=OptimizerConfig(learning_rate=1e-2),
@@ -59,7 +59,7 @@ def record_files(folder):
 
 
 def test_signals_leave_no_trace_in_a_finished_job(run, online, tmp_path):
-    """SIGTERM in steps 2, 3 and 5: it goes on from where it stood, and ends with the very same files."""
+    """SIGTERM comes in steps 2, 3 and 5. The job continues from there, and its files in the end are the same."""
     assert interrupted(online, tmp_path, 2) == [2]
     assert interrupted(online, tmp_path, 3) == [3]
     assert interrupted(online, tmp_path, 5) == [4, 5]
@@ -71,7 +71,7 @@ def test_signals_leave_no_trace_in_a_finished_job(run, online, tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("abandoned_reads")
 def test_a_damaged_last_checkpoint_costs_its_steps_alone(run, online, tmp_path):
-    """The record after the whole checkpoint is drawn again with it."""
+    """The run goes back to the last good checkpoint; the record after it is sampled again."""
     longer = dataclasses.replace(online, steps=8)
     whole = run_job(longer, tmp_path / "whole")
     damaged = tmp_path / "damaged"
@@ -98,7 +98,7 @@ def test_a_damaged_last_checkpoint_costs_its_steps_alone(run, online, tmp_path):
 @pytest.mark.usefixtures("abandoned_reads")
 @pytest.mark.parametrize("loss", ["sft", "ipo"])
 def test_a_job_that_goes_on_reads_its_start_no_more(loss, sft, sft_config, pairs, tmp_path):
-    """The start is damaged meanwhile. It is the reference of ipo, whose log-probs are stored."""
+    """The start is damaged after the stop. It is also the reference of ipo, whose log-probs are stored."""
     shutil.copytree(sft, tmp_path / "start")
     shutil.copytree(pairs, tmp_path / "pairs")
     config = dataclasses.replace(
@@ -122,13 +122,13 @@ def test_a_job_that_goes_on_reads_its_start_no_more(loss, sft, sft_config, pairs
 
 
 def overflowing(chosen_logps, *, scale=1.0):
-    """A loss whose value is infinite where its setting says so."""
+    """A loss whose value is infinite if `scale` is large."""
     return -chosen_logps * jnp.exp(scale)
 
 
 @pytest.fixture(scope="module")
 def diverging(sft_config):
-    """Every update is skipped."""
+    """A job that skips every update."""
     loss = LossConfig("test_survival:overflowing", {"scale": 1000.0})
     return dataclasses.replace(sft_config, loss=loss, steps=4, guard=GuardConfig(stop_after=3))
 
@@ -138,7 +138,7 @@ def test_a_job_that_diverges_may_change_what_its_line_says(diverging, tmp_path):
         run_job(diverging, tmp_path)
     assert "updates up to step 3" in json.loads((tmp_path / FAILED).read_text())["line"]
     assert [line["skipped"] for line in metrics(tmp_path)] == [1, 2, 3]
-    # Another seed is another job still; a lower learning rate is not.
+    # A changed seed still makes another job; a lower learning rate does not.
     with pytest.raises(UserError, match="seed was 0, now 1"):
         run_job(dataclasses.replace(diverging, seed=1), tmp_path)
     slower = dataclasses.replace(
@@ -147,6 +147,6 @@ def test_a_job_that_diverges_may_change_what_its_line_says(diverging, tmp_path):
     run_job(slower, tmp_path)
     assert (tmp_path / DONE).exists() and not (tmp_path / FAILED).exists()
     assert metrics(tmp_path)[-1]["skipped"] == 4
-    # Once it went on, the learning rate is a part of what the job is again.
+    # After the job has continued, the learning rate counts as one of its settings again.
     with pytest.raises(UserError, match=r"learning_rate was 0.001, now 0.01"):
         run_job(dataclasses.replace(slower, optimizer=OptimizerConfig(learning_rate=1e-2)), tmp_path)

@@ -1,4 +1,4 @@
-"""One training job: what it learns, what it resumes, what it refuses."""
+"""One training job: what it learns, how it resumes, and what it refuses."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ BETA = 0.1
 
 
 def at(folder):
-    """The source of a dataset's batches."""
+    """The source of batches from a dataset."""
     return DatasetConfig(str(folder), batch_size=8)
 
 
@@ -64,7 +64,7 @@ def test_continues_after_a_stop_bit_for_bit(sft, sft_config, tmp_path):
 
 
 def test_the_same_job_gives_the_same_bits_again_and_by_an_engine(sft, sft_config, tmp_path):
-    """The engine runs the job's command in a process of its own."""
+    """The engine runs the command of the job in its own process."""
     assert_equal_runs(run_job(sft_config, tmp_path / "again"), sft)
     job = Job("sft", TRAIN, sft_config, tmp_path / "started")
     run_local([Task(job.name, job.words, job.folder)], LocalConfig(), tmp_path / "logs", print)
@@ -79,7 +79,7 @@ def test_a_finished_job_is_not_run_again(sft, sft_config):
 
 
 def test_a_mixture_in_buckets_continues_after_a_stop_bit_for_bit(sft_config, pairs, tmp_path):
-    """Two datasets by weight, batches of several shapes, read ahead, for as many steps as two epochs have."""
+    """Two weighted datasets, batches of several shapes, and prefetching; two epochs set the number of steps."""
     write_posts(tmp_path / "b", 16, seed=1)
     source = DatasetConfig(f"{pairs}, {tmp_path / 'b'}", weights=(1.0, 1.0), batch_size=16, buckets=2, epochs=2)
     config = dataclasses.replace(sft_config, source=source, steps=None)
@@ -91,7 +91,7 @@ def test_a_mixture_in_buckets_continues_after_a_stop_bit_for_bit(sft_config, pai
 
 
 def test_packed_rows_train_as_one_prompt_a_row_does(sft, sft_config, tmp_path):
-    """With the reference in each step, and with what is stored of it; killed and continued with the same bits."""
+    """With the reference in each step, and with stored log-probs. A killed run continues with the same bits."""
     source = dataclasses.replace(sft_config.source, batch_size=16, prompt_length=64, response_length=48)
     config = dataclasses.replace(sft_config, model=None, loss=LossConfig("ipo"), start=str(sft), source=source, steps=4)
     run_job(config, tmp_path / "plain")
@@ -104,11 +104,11 @@ def test_packed_rows_train_as_one_prompt_a_row_does(sft, sft_config, tmp_path):
         for line, other in zip(metrics(tmp_path / name), expected, strict=True):
             assert line["padding"] < other["padding"]
             for key in ("loss", "gradient_norm", "prompts", "margin", "log_prob", "length"):
-                # A margin of the first step is a difference of equal numbers.
+                # The first margin is a difference of equal numbers, so it needs an absolute tolerance.
                 np.testing.assert_allclose(line[key], other[key], rtol=1e-3, atol=2e-5, err_msg=key)
     run_and_stop(packed, tmp_path / "stopped", after=3)
     assert_equal_runs(run_job(packed, tmp_path / "stopped"), whole)
-    # It may go on with one prompt a row.
+    # It may continue with one prompt in each row.
     assert steps(run_job(dataclasses.replace(config, steps=5), tmp_path / "stopped"))[-1] == 5
 
 
@@ -300,7 +300,7 @@ def test_a_dataset_that_was_damaged_or_exchanged(pairs, sft, sft_config, tmp_pat
     with pytest.raises(UserError, match=r"record \d+ of .*pairs.array_record cannot be read"):
         run_job(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    # The dataset is prepared anew, and differs: a run on the earlier one does not go on with it.
+    # The dataset is prepared again, and differs. A run on the old dataset cannot continue with it.
     record_file.write_bytes(whole)
     run_and_stop(config, tmp_path / "run", after=3)
     write_posts(folder, 40)
@@ -320,7 +320,7 @@ def test_a_preference_model_starts_from_a_policy_and_says_what_it_is(kind, sft, 
     model, _ = load_preference_model(tmp_path / "judge", mesh)
     size = load_vocabulary("posts").size
     assert (model.kind, model.policy.config) == (kind, MODEL)
-    # T5's sentinels, counted from the end.
+    # T5's sentinels, from the last one down.
     assert model.markers == tuple(range(size - 1, size - 6, -1))
 
 
@@ -387,12 +387,12 @@ def test_a_start_of_another_vocabulary_is_refused(pairs, sft, sft_config, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-# What is seen of a job while it trains.
+# What a job reports while it trains.
 
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
-    """Two batches of 8, and three examples that make no whole one."""
+    """Two batches of 8, and three more examples that do not fill a batch."""
     folder = tmp_path_factory.mktemp("held-out") / "pairs"
     write_posts(folder, 19, seed=1)
     return folder
@@ -409,7 +409,7 @@ def test_validation_is_what_training_on_it_would_report_and_changes_nothing(sft,
     found = [json.loads(line) for line in (watched / "validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in found] == [2, 3]
 
-    # The same reference, the same parameters, and each of the two batches as the first one of a job.
+    # A job with the same reference and the same parameters trains on each of the two batches, with a rate of almost 0.
     source = DatasetConfig(str(held_out), batch_size=8, order="recorded")
     trained = dataclasses.replace(config, start=str(watched), reference=str(sft), source=source, steps=2, log_every=1)
     trained = dataclasses.replace(trained, optimizer=OptimizerConfig("sgd", learning_rate=1e-30))
@@ -429,17 +429,18 @@ def test_times_of_a_step_are_told(sft, sft_config, judge, tmp_path):
     assert parts == {f"seconds_{name}" for name in ("data", "sampling", "judging", "reference", "update")}
     assert second["tokens_per_second"] > second["pairs_per_second"] > 0
     assert second["tokens"] == pytest.approx(second["tokens_per_second"] / second["pairs_per_second"] * 8)
-    # The table of chips has no CPU.
+    # The table of chips does not have a CPU.
     assert "mfu" not in second
 
 
 def test_mfu_is_three_forward_passes_by_hand_over_what_the_devices_could_do(sft_config, tmp_path, monkeypatch):
-    """On eight devices that the table has with 0.1 TFLOP/s each; width, heads and MLP are 16 wide."""
+    """The table gets an entry for eight devices of 0.1 TFLOP/s each; width, heads and MLP have size 16."""
     monkeypatch.setitem(DEVICE_KINDS, jax.devices()[0].device_kind, "cpu")
     source = dataclasses.replace(sft_config.source, prompt_length=64, response_length=48)
     folder = run_job(dataclasses.replace(sft_config, source=source, steps=2), tmp_path)
     prompts, responses, matrix = 8 * 64, 8 * 2 * 48, 2 * 16 * 16
-    # Four projections and three matrices of the MLP; the decoder's attention to the prompt has four projections more.
+    # Four projections and three matrices of the MLP; the decoder also has the projections of its attention to the
+    # prompt.
     encoder = prompts * (4 + 3) * matrix
     decoder = responses * (4 + 2 + 3) * matrix + prompts * 2 * matrix
     attention = 2 * 2 * 16 * (prompts * 64 + responses * (48 + 64))
@@ -466,7 +467,7 @@ def test_checkpoints_that_cannot_be_kept(settings, message):
 
 
 def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(sft_config, held_out, tmp_path):
-    """At a rate that ruins the policy. Every checkpoint is validated, though no validation is due but the last."""
+    """The learning rate ruins the policy. Every checkpoint is validated, though only the last validation is due."""
     config = dataclasses.replace(
         sft_config,
         optimizer=OptimizerConfig(learning_rate=1.0),

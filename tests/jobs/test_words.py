@@ -1,4 +1,4 @@
-"""Settings as the words of a command: the command line reads them back as the same settings."""
+"""Settings become the words of a command, and the command line reads them back as the same settings."""
 
 import shlex
 

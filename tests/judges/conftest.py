@@ -1,4 +1,4 @@
-"""The dataset that judges are asked about, batches of it, and preference models as checkpoints."""
+"""The dataset for judges, batches of it, and checkpoints of preference models."""
 
 import dataclasses
 import pathlib
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-# Judges are named "own_judges:brevity", however pytest was started.
+# Makes judges importable as "own_judges:brevity", however pytest was started.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from built_in import write_posts
@@ -41,13 +41,13 @@ def posts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone():
-    """A mesh of one of the eight devices."""
+    """A mesh with one of the eight devices."""
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 @pytest.fixture(scope="session")
 def texts_on(posts):
-    """What a judge reads of the first 8 prompts, with the K responses of `samples` examples each, on a mesh."""
+    """The inputs of a judge on a mesh: the first 8 prompts, each with `samples` responses."""
 
     def make(mesh, samples=2):
         examples = [
@@ -67,7 +67,7 @@ def texts_on(posts):
 
 @pytest.fixture(scope="session")
 def network_of(vocabulary):
-    """The network of a kind: a policy or a preference model, that answers in the posts' vocabulary."""
+    """The network of a policy or of a preference model; it answers in the posts' vocabulary."""
 
     def make(kind, digest=vocabulary.digest):
         markers = () if kind == "policy" else tuple(extra_id(vocabulary, i) for i in range(5))
@@ -78,7 +78,7 @@ def network_of(vocabulary):
 
 @pytest.fixture(scope="session")
 def write_run(network_of):
-    """Writes the folder of a run of a kind with random parameters at each of its steps."""
+    """Writes the folder of a run of a given kind, with random parameters at each step."""
 
     def write(folder, kind, steps=(2,), **settings):
         network = network_of(kind, **settings)
@@ -92,7 +92,7 @@ def write_run(network_of):
 
 @pytest.fixture(scope="session")
 def runs(write_run, tmp_path_factory):
-    """The folder of a run of each kind; that of pairs has two checkpoints."""
+    """The folder of a run of each kind; the pairwise run has two checkpoints."""
     folder = tmp_path_factory.mktemp("runs")
     steps = {"policy": (2,), "pairwise": (2, 4), "bradley_terry": (2,)}
     return {kind: write_run(folder / kind, kind, steps=each) for kind, each in steps.items()}

@@ -1,4 +1,4 @@
-"""A real server that speaks as OpenAI-compatible endpoints do, and fails, stalls and talks nonsense as it is told."""
+"""A real server with the API of OpenAI-compatible endpoints. It fails, stalls and talks nonsense on request."""
 
 import contextlib
 import http.server
@@ -12,7 +12,7 @@ SECRET = "sk-no-one-may-read-this"
 
 
 def parts(messages):
-    """Prompt and both responses of a question by the default template."""
+    """The prompt and both responses of a question in the default template."""
     texts = re.search(
         r"\[PROMPT\]\n(.*?)\n\[END OF PROMPT\].*\[RESPONSE A\]\n(.*?)\n\[END OF RESPONSE A\]"
         r".*\[RESPONSE B\]\n(.*?)\n\[END OF RESPONSE B\]",
@@ -23,24 +23,23 @@ def parts(messages):
 
 
 def shorter(messages):
-    """Prefers the response of fewer words."""
+    """Prefers the response with fewer words."""
     _, first, second = parts(messages)
     lengths = len(first.split()), len(second.split())
     return f"I counted.\n{'tie' if lengths[0] == lengths[1] else 'AB'[lengths[0] > lengths[1]]}"
 
 
 class Server:
-    """What the server is told, and what it was asked.
+    """The instructions for the server, and the requests that it received.
 
     Attributes:
-      answer: a list of messages -> the text that it answers.
-      faults: what happens to the next requests in place of an answer, one each: (status, headers, body), or a number of
-        seconds for which it stalls.
-      key: the only key that it takes; None for any.
+      answer: maps a list of messages to the text of the answer.
+      faults: replaces the next answers, one each, by (status, headers, body), or by a stall of a number of seconds.
+      key: the only key that it accepts; None for any.
       asked: the bodies of all requests.
       keys: their Authorization headers.
-      times: when they came, in seconds.
-      busy, busiest: requests at this moment, and the most of them at any.
+      times: their times, in seconds.
+      busy, busiest: the number of requests at this moment, and its maximum.
     """
 
     def __init__(self):
@@ -59,7 +58,7 @@ class Server:
         return [text for text in texts if "two plus two" not in text]
 
     def respond(self, body, key):
-        """Status, headers and body for a request."""
+        """Status, headers and body of the answer to a request."""
         with self.lock:
             self.asked.append(body)
             self.keys.append(key)
@@ -85,7 +84,7 @@ class Server:
 
 @contextlib.contextmanager
 def judge_server():
-    """The server, whose `url` is that of the endpoint."""
+    """The server; its `url` is that of the endpoint."""
     told = Server()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -95,7 +94,7 @@ def judge_server():
                 status, headers, content = 404, {}, "no such page"
             else:
                 status, headers, content = told.respond(body, self.headers.get("Authorization"))
-            with contextlib.suppress(ConnectionError):  # Who asked may have given up.
+            with contextlib.suppress(ConnectionError):  # The client may have given up.
                 self.send_response(status)
                 for name, value in ({"Content-Length": len(content.encode())} | headers).items():
                     self.send_header(name, str(value))

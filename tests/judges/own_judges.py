@@ -1,13 +1,13 @@
-"""Judges of a user's own, by their names, and judges that are none."""
+"""A user's own judges, by name, and functions that cannot be judges."""
 
 
 def brevity(prompts, responses):
-    """Texts: the fewer words the better."""
+    """Texts: fewer words are better."""
     return [[-len(response.split()) for response in each] for each in responses]
 
 
 def overlap(prompts, responses):
-    """Texts: the share of a response's words that the prompt has."""
+    """Texts: the fraction of a response's words that occur in the prompt."""
     return [
         [sum(word in prompt.split() for word in response.split()) / len(response.split()) for response in each]
         for prompt, each in zip(prompts, responses, strict=True)
@@ -15,13 +15,13 @@ def overlap(prompts, responses):
 
 
 def shortness(prompt_ids, response_ids):
-    """Lists of token ids: the fewer the better."""
+    """Lists of token ids: fewer tokens are better."""
     assert all(isinstance(token, int) for prompt in prompt_ids for token in prompt)
     return [[-len(response) for response in each] for each in response_ids]
 
 
 def numbers(prompt_ids, response_ids):
-    """Lists of token ids: a number that tells every prompt and response from the others."""
+    """Lists of token ids: a number that identifies the prompt and the response."""
     return [
         [numbered(prompt + response) for response in each]
         for prompt, each in zip(prompt_ids, response_ids, strict=True)
@@ -33,17 +33,17 @@ def numbered(ids):
 
 
 def flat(prompts, responses):
-    """One number a prompt, where each response needs one."""
+    """One number for each prompt, though each response needs one."""
     return [0.0 for _ in prompts]
 
 
 def nowhere(prompts, responses):
-    """Numbers of which one is none."""
+    """Returns nan instead of numbers."""
     return [[float("nan") for _ in each] for each in responses]
 
 
 def strange(question, answer):
-    """Parameters of other names."""
+    """Has parameters with other names."""
     return 0.0
 
 

@@ -1,4 +1,4 @@
-"""What all judges have in common: how they are named, what they say of themselves, and shares of wins."""
+"""Features that all judges share: their names, their facts, and win fractions."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +10,10 @@ from alignment_gap.judges.contract import shares_of_wins
 
 
 def test_shares_of_wins_by_hand():
-    """Of two, of four that are different, of four with ties, and of three equal ones."""
+    """For two responses, four different ones, four with ties, and three equal ones."""
     np.testing.assert_array_equal(shares_of_wins(jnp.array([[0.3, 0.1], [2.0, 2.0]])), [[1.0, 0.0], [0.5, 0.5]])
     found = shares_of_wins(jnp.array([[-1.0, 5.0, 0.0, 3.0], [1.0, 2.0, 2.0, 0.0]]))
-    # Second row: 1 beats 0 of the others; each 2 beats 1 and 0 and is even with the other 2.
+    # Second row: 1 beats one of three. Each 2 beats two and ties with the other 2.
     np.testing.assert_allclose(found, [[0, 1, 1 / 3, 2 / 3], [1 / 3, 2.5 / 3, 2.5 / 3, 0]], rtol=1e-6)
     np.testing.assert_array_equal(shares_of_wins(jnp.zeros((1, 3))), [[0.5] * 3])
 
@@ -33,7 +33,7 @@ def test_shares_of_wins_depend_on_the_order_of_rewards_alone():
         ("my_package.judges:brevity", False),
         ("runs/golden", True),
         ("golden", True),
-        # A place with a colon is a folder all the same.
+        # A URL or a path may have a colon; it is still a folder.
         ("gs://bucket/golden", True),
         ("./odd:name", True),
         ("runs/rubric", True),

@@ -1,4 +1,4 @@
-"""An endpoint that fails: what is tried again and when, what ends the job in one line, and that no key is told."""
+"""An endpoint that fails: which requests are retried and when, which errors end the job, and that no key is printed."""
 
 import datetime
 import email.utils
@@ -25,7 +25,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def opened(server):
-    """The endpoint with some settings of its own."""
+    """The endpoint with some other settings."""
     return lambda **settings: Endpoint(EndpointConfig(**{"url": server.url, "model": MODEL} | settings))
 
 
@@ -80,7 +80,7 @@ def test_everyone_waits_for_what_the_endpoint_says(server, opened, as_date):
     asked = opened()
     asked.ask(QUESTION)
     asked.ask(QUESTION)
-    # A date has whole seconds.
+    # A date has a resolution of a second.
     assert server.times[1] - server.times[0] >= 0.99 and len(server.asked) == 3
 
 

@@ -1,4 +1,4 @@
-"""Judges on the host: what a callable and the rubric are asked, and what becomes of their answers."""
+"""Judges on the host: the inputs of a callable and of the rubric, and how their answers become scores."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ RUBRIC = "rubric"
 
 @pytest.fixture(scope="module")
 def plain(texts_on, mesh):
-    """Prompts and three responses each as lists of token ids, cut at their lengths, and the arrays that hold them."""
+    """Prompts with three responses each, as lists of token ids without padding, and the arrays that hold them."""
     arrays = texts_on(mesh, samples=3)
     prompts, prompt_lengths, responses, lengths = (np.asarray(array) for array in arrays)
     ids = [row[:length].tolist() for row, length in zip(prompts, prompt_lengths, strict=True)]
@@ -40,7 +40,7 @@ def test_a_callable_over_ids_is_given_every_text_without_padding(ask, plain):
     scores, _ = ask("own_judges:numbers", "rewards")
     expected = [[numbered(prompt + each) for each in row] for prompt, row in zip(ids, answers, strict=True)]
     np.testing.assert_array_equal(scores, expected)
-    # Otherwise rows could be swapped unseen.
+    # The scores differ, so swapped rows would show.
     assert len(np.unique(scores)) > 12
 
 
@@ -79,7 +79,7 @@ def test_hard_labels_are_shares_of_wins_of_the_rewards(name, ask):
 
 @pytest.mark.parametrize("name", ["own_judges:numbers", "own_judges:overlap", RUBRIC])
 def test_one_device_gets_the_answer_of_eight(name, ask, posts, texts_on, alone):
-    """Bit for bit: what is computed on the host does not depend on how rows are laid out."""
+    """Bit for bit: computation on the host does not depend on the layout of the rows."""
     judge = open_judge(JudgeConfig(name), posts, alone)
     np.testing.assert_array_equal(judge.scores(*texts_on(alone, samples=3)), ask(name, "hard")[0])
 
@@ -92,7 +92,7 @@ def test_scores_are_laid_out_as_batches_are(posts, texts_on, mesh):
 
 
 def test_they_are_asked_where_no_transfer_is_made_unasked(posts, texts_on, mesh):
-    """As in the training loop, which an online source is called in."""
+    """The training loop forbids implicit transfers too, and it calls an online source."""
     texts, judge = texts_on(mesh), open_judge(JudgeConfig(RUBRIC, labels="hard"), posts, mesh)
     with jax.transfer_guard("disallow"):
         scores = judge.scores(*texts)
@@ -155,7 +155,7 @@ def test_only_the_built_in_task_has_a_rubric(posts, mesh, tmp_path):
     others = open_dataset(tmp_path)
     with pytest.raises(UserError, match="does not come from the built-in task, which alone has a rubric"):
         open_judge(JudgeConfig(RUBRIC), others, mesh)
-    # Nothing says where its vocabulary is either: texts cannot be decoded, ids can be given.
+    # The dataset does not name its vocabulary either: a judge of texts cannot decode it, a judge of ids can work.
     with pytest.raises(UserError, match="does not say where its vocabulary is"):
         open_judge(JudgeConfig("own_judges:brevity"), others, mesh)
     assert open_judge(JudgeConfig("own_judges:shortness"), others, mesh).kind == "probabilities"

@@ -1,4 +1,4 @@
-"""A language model as a judge: what it is asked, what its answers become, and that nothing is asked twice."""
+"""A language model as a judge: its questions, how its answers become scores, and that no question is asked twice."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_endpoint")
 
 @pytest.fixture
 def settings(server, tmp_path):
-    """Writes a file with settings, and gives its name."""
+    """Writes a file with settings, and returns its name."""
 
     def write(**values):
         path = tmp_path / "judge.json"
@@ -33,7 +33,7 @@ def settings(server, tmp_path):
 
 @pytest.fixture
 def ask(posts, mesh, texts_on):
-    """Opens a judge and asks it about responses to eight prompts: scores, and what was counted."""
+    """Opens a judge and asks it about responses to eight prompts; returns scores and counts."""
 
     def scores(name, labels="hard", samples=2, on=None):
         judge = open_judge(JudgeConfig(name, labels=labels), posts, on or mesh)
@@ -45,7 +45,7 @@ def ask(posts, mesh, texts_on):
 
 @pytest.fixture(scope="module")
 def words(texts_on, mesh, vocabulary):
-    """The number of words of each of three responses to eight prompts."""
+    """The number of words in each of three responses to eight prompts."""
     _, _, responses, lengths = (np.asarray(array) for array in texts_on(mesh, samples=3))
     return np.array(
         [[len(vocabulary.decode(responses[b, k, : lengths[b, k]]).split()) for k in range(3)] for b in range(8)]
@@ -53,7 +53,7 @@ def words(texts_on, mesh, vocabulary):
 
 
 def brevity(words):
-    """The share of the other responses that have more words; as many are a half."""
+    """The fraction of the other responses that have more words; an equal number counts one half."""
     wins = (np.sign(words[:, None, :] - words[:, :, None]) + 1) / 2
     return (wins.sum(axis=2) - 0.5) / (words.shape[1] - 1)
 
@@ -75,7 +75,7 @@ def test_every_pair_is_asked_in_both_orders(samples, server, ask, words, posts, 
     [(lambda messages: "A", 0.5), (lambda messages: "B\n", 0.5), (lambda messages: "A\nA\nA\ntie", 0.5)],
 )
 def test_one_that_repeats_itself_prefers_neither(answer, preference, server, ask):
-    """A judge that names the place and not the response says nothing of a pair."""
+    """A judge that always names the same place says nothing about the responses."""
     server.answer = answer
     scores, counts = ask(server.name, "soft")
     np.testing.assert_array_equal(scores, np.full((8, 2), preference))
@@ -84,7 +84,7 @@ def test_one_that_repeats_itself_prefers_neither(answer, preference, server, ask
 
 def test_soft_labels_are_the_mean_of_both_orders_and_hard_ones_whom_it_favours(server, ask, words):
     def hesitant(messages):
-        """As `shorter`, where the shorter one comes first; a tie where it comes second."""
+        """Answers like `shorter` if the shorter response comes first, and with a tie if it comes second."""
         return "A" if shorter(messages).endswith("A") else "tie"
 
     server.answer = hesitant
@@ -131,7 +131,7 @@ def test_nonsense_is_asked_again_with_what_it_lacked_and_then_given_up(server, a
     refused = []
 
     def stubborn(messages):
-        """Never gives a verdict on the first question that it meets, and on others only when it is reminded."""
+        """Never gives a verdict on the first question that it meets; on others it does after a reminder."""
         with server.lock:
             refused.extend([parts(messages)] if not refused and "two plus two" not in messages[0]["content"] else [])
         if parts(messages) == refused[:1][0] if refused else False:
@@ -154,7 +154,7 @@ def test_nonsense_is_asked_again_with_what_it_lacked_and_then_given_up(server, a
     again = [body["messages"] for body in server.asked if len(body["messages"]) == 3]
     assert {each[1]["content"] for each in again} == {"Hm, A I suppose.", "They are both nice."}
     assert all('exactly "A", "B" or "tie"' in each[2]["content"] for each in again)
-    # What was given up is asked again only where more is allowed, and then goes on.
+    # Questions without a verdict are asked again only if more retries are allowed; then only these are asked.
     asked, server.answer = len(server.asked), shorter
     np.testing.assert_array_equal(ask(settings(retries=2))[0], scores)
     assert len(server.asked) == asked
@@ -180,7 +180,7 @@ def test_a_second_judge_asks_nothing_twice_and_counts_the_same(server, ask):
     second, found = ask(server.name)
     np.testing.assert_array_equal(first, second)
     assert len(server.asked) == 20 and counts == found
-    # The trial met at least one of the failures.
+    # At least one of the failures hit the trial question.
     assert counts["judge_requests"] <= 18 and counts["judge_requests"] == 16 + counts["judge_retried"]
 
 
@@ -220,7 +220,7 @@ def test_what_was_answered_stays_where_one_fails(server, ask, settings):
 
 
 def test_killed_with_signal_9_it_has_what_was_answered(server, settings):
-    """A process that asks one question after another, and is killed while it waits for an answer."""
+    """A process asks one question after another, and is killed while it waits for an answer."""
     name, waits = settings(parallel=1), threading.Event()
 
     def answer(messages):

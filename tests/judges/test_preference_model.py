@@ -14,7 +14,7 @@ from alignment_gap.judges.preference_model import judge_network
 
 @pytest.fixture(scope="module")
 def answers(network_of, texts_on, alone):
-    """Log-odds that the first of two of the responses is better, by the model itself: [B] for a kind and an order."""
+    """The model's own log-odds [B] that the first of two responses is better, for a kind of model and an order."""
     prompts, prompt_lengths, responses, lengths = texts_on(alone, samples=3)
     models = {kind: network_of(kind).preference_model() for kind in ("pairwise", "bradley_terry")}
     log_odds = {kind: jax.jit(model.log_odds) for kind, model in models.items()}
@@ -43,7 +43,7 @@ def sigmoid(x):
 
 
 def shares(wins):
-    """Mean preference of each of three responses from those for the first of each pair."""
+    """The mean preference of each of three responses, from the preferences for the first of each pair."""
     first = [(wins[0, 1] + wins[0, 2]) / 2, (1 - wins[0, 1] + wins[1, 2]) / 2, (2 - wins[0, 2] - wins[1, 2]) / 2]
     return np.stack(first, axis=1)
 
@@ -52,9 +52,9 @@ PAIRS = ((0, 1), (0, 2), (1, 2))
 
 
 def test_a_pairwise_model_is_asked_in_both_orders(answers, scores_of):
-    """Hard: the order in which the model likes the first response better wins. Soft: the mean of both answers."""
+    """Hard labels compare the log-odds of both orders. Soft labels average both probabilities."""
     both = {(i, j): (answers("pairwise", i, j), answers("pairwise", j, i)) for i, j in PAIRS}
-    # The model has a bias to a place, else the second order would change nothing.
+    # The model prefers one place. Otherwise the second order would change nothing.
     assert max(np.abs(shown + swapped).max() for shown, swapped in both.values()) > 0.1
     hard = {pair: (np.sign(shown - swapped) + 1) / 2 for pair, (shown, swapped) in both.items()}
     np.testing.assert_allclose(scores_of("pairwise", "hard", 2), shares(hard), atol=1e-6)
@@ -97,14 +97,14 @@ def test_equal_responses_are_a_tie(runs, posts, texts_on, mesh):
 
 @pytest.mark.parametrize(("kind", "labels"), [("pairwise", "hard"), ("pairwise", "soft"), ("bradley_terry", "rewards")])
 def test_one_device_gets_the_answer_of_eight(kind, labels, runs, scores_of, posts, texts_on, alone):
-    """Up to the rounding of sums that are taken in another order; no label changes."""
+    """Equal up to rounding, because sums have another order. No label changes."""
     judge = open_judge(JudgeConfig(runs[kind], labels=labels), posts, alone)
     scores = judge.scores(*texts_on(alone, samples=3))
     np.testing.assert_allclose(scores, scores_of(kind, labels), rtol=1e-5, atol=0 if labels == "hard" else 1e-5)
 
 
 def test_a_step_is_that_steps_judge(answers, scores_of):
-    """The last checkpoint where none is asked for."""
+    """By default the last checkpoint judges."""
     last = scores_of("pairwise", "soft", 4)
     np.testing.assert_array_equal(scores_of("pairwise", "soft"), last)
     assert np.abs(scores_of("pairwise", "soft", 2) - last).max() > 1e-3
@@ -115,7 +115,7 @@ def test_a_step_is_that_steps_judge(answers, scores_of):
 
 
 def test_its_facts_tell_its_parameters(runs, posts, mesh, tmp_path):
-    """A copy of the folder is the same judge, another step is another one."""
+    """A copy of the folder is the same judge; another step is another judge."""
     facts = open_judge(JudgeConfig(runs["pairwise"], 4), posts, mesh).facts
     shutil.copytree(runs["pairwise"], tmp_path / "copy")
     copied = open_judge(JudgeConfig(str(tmp_path / "copy")), posts, mesh).facts

@@ -1,11 +1,11 @@
-"""A command that stands for a job: it ends well, fails, dies or is asked to save, and leaves what a job would."""
+"""A command in place of a job: it succeeds, fails, dies or saves when told to, and leaves the files of a job."""
 
 import pathlib
 import sys
 
 import pytest
 
-# Tests import slurm_cluster from this folder, however pytest was started.
+# Makes slurm_cluster importable from this folder, however pytest was started.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from alignment_gap.launch import local, slurm
@@ -47,7 +47,7 @@ if number == 0:
 
 @pytest.fixture
 def task_of(tmp_path, monkeypatch):
-    """Tasks of the command above: `task_of(name, behaviour, *needs)`."""
+    """Makes tasks of the command above: `task_of(name, behaviour, *needs)`."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     for engine in (local, slurm):
@@ -62,7 +62,7 @@ def task_of(tmp_path, monkeypatch):
 
 @pytest.fixture
 def attempts(tmp_path):
-    """How often each job was begun, in the order in which they were first begun."""
+    """The number of attempts at each job; the order is that of the first attempts."""
 
     def count():
         names = (tmp_path / "jobs" / "order.txt").read_text().split()

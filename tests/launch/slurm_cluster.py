@@ -1,9 +1,9 @@
 """A real Slurm of several nodes on this machine, for tests and trials.
 
-python tests/launch/slurm_cluster.py --nodes 3 -- COMMAND
+Usage: python tests/launch/slurm_cluster.py --nodes 3 -- COMMAND
 
-It starts munged, slurmctld and a slurmd for each node, all in one folder, and runs the command with SLURM_CONF set to
-it. Debian's packages slurm-wlm and munge have what it needs. It has to be root, since slurmd is.
+It starts munged, slurmctld and one slurmd for each node, all in one folder. Then it runs the command; SLURM_CONF names
+the cluster's config. Debian's packages slurm-wlm and munge have the programs. Run it as root: slurmd needs root.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import tempfile
 import time
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
-# Preempted jobs are put back into the queue, and get a while to save. Credentials expire soon, since a job that is
-# requeued waits for that.
+# Preempted jobs return to the queue, and have some time to save. Credentials expire soon, because a requeued job waits
+# until they do.
 CONFIG = """
 ClusterName=here
 SlurmctldHost=localhost
@@ -56,7 +56,7 @@ PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF State=UP MaxTime=INF
 
 
 def missing():
-    """Why no cluster can be started here; nothing where one can."""
+    """Why no cluster can start here; empty if one can."""
     lost = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     if lost:
         return f"{', '.join(lost)} not installed: apt-get install slurm-wlm munge"
@@ -65,7 +65,7 @@ def missing():
 
 @contextlib.contextmanager
 def cluster(nodes=2, cpus=1):
-    """A running Slurm; gives the environment in which its commands find it."""
+    """A running Slurm; yields the environment in which its commands find it."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="slurm-"))
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     started = []

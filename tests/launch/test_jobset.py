@@ -1,4 +1,4 @@
-"""JobSets and workflows: what the published schemas take, and what a slice's hosts need."""
+"""JobSets and workflows: manifests that the published schemas accept, and the settings for the hosts of a slice."""
 
 import pathlib
 
@@ -19,7 +19,7 @@ LOGS = pathlib.Path("study", "logs")
 
 
 def assert_within(made, found):
-    """All of it, beside which there may be defaults."""
+    """Everything in `made` is in `found`, which may also have defaults."""
     if isinstance(made, dict):
         for key, value in made.items():
             assert key in found
@@ -33,7 +33,7 @@ def assert_within(made, found):
 
 
 def check_jobset(made):
-    """Against JobSet's schema, whose models drop what they do not know, and Kubernetes' own, which refuses it."""
+    """Checks with JobSet's models, which drop unknown fields, and with Kubernetes' own schema, which refuses them."""
     assert_within(made, JobsetV1alpha2JobSet.from_dict(made).to_dict())
     for replicated in made["spec"]["replicatedJobs"]:
         job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **replicated["template"]}
@@ -83,7 +83,7 @@ def test_the_check_of_schemas_finds_a_wrong_name(task_of):
     ],
 )
 def test_slices_have_their_hosts(topology, accelerator, kind, chips, hosts):
-    """The vendor's tables: names count cores on v4 and v5p, chips on v5e and v6e."""
+    """By the vendor's tables. Names count cores on v4 and v5p, but chips on v5e and v6e."""
     found = slice_of(topology)
     assert (found.accelerator, found.accelerator_type, found.chips, found.hosts) == (accelerator, kind, chips, hosts)
 
@@ -107,7 +107,7 @@ def test_a_command_of_one_process_needs_no_tpu(task_of):
 
 
 def test_what_the_user_has_to_mend_is_not_tried_again(task_of):
-    """Exit status 2 fails the set; all others, of what was evicted, killed or crashed, begin it again so often."""
+    """Exit status 2 fails the set. Other failures (evicted, killed, crashed) restart it, up to a limit."""
     spec = manifest(task_of("sft"), CONFIG)["spec"]
     (rule,) = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
     assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
@@ -135,7 +135,7 @@ def test_names_are_kubernetes_own():
     ]
     made = [object_name(name) for name in names]
     assert made[0] == "sft" and len(set(made)) == len(made)
-    # JobSet names a service after itself, whose name begins with a letter.
+    # JobSet creates a service with its own name, and the name of a service begins with a letter.
     assert all(len(name) <= 40 and name[0].isalpha() and name.strip("-") == name for name in made)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for name in made)
 
@@ -151,7 +151,7 @@ def test_what_would_be_created_is_printed(task_of):
     assert [made["kind"] for made in one] == ["JobSet"]
     text = jobset_text([task_of("a"), task_of("b", "ends", "a", processes=False)], CONFIG, LOGS)
     assert [made["kind"] for made in yaml.safe_load_all(text)] == ["Workflow"]
-    # xpk gets only the commands that need a slice.
+    # Only commands that need a slice go to xpk.
     assert text.count("# xpk workload create") == 1
     done = task_of("c")
     done.folder.mkdir(parents=True)
@@ -185,7 +185,7 @@ def test_what_is_missing_is_one_line(task_of, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("refuses", [False, True])
 def test_kubectl_gets_the_manifest(task_of, tmp_path, monkeypatch, refuses):
-    """A program in the place of kubectl: no cluster is at hand."""
+    """A program replaces kubectl, because there is no cluster here."""
     kubectl = tmp_path / "bin" / "kubectl"
     kubectl.parent.mkdir()
     refusal = 'cat > /dev/null; echo "Error: forbidden" >&2; exit 1'

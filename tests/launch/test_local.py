@@ -1,4 +1,4 @@
-"""The engine of this machine, with commands that stand for jobs."""
+"""The engine for this machine, with commands in place of jobs."""
 
 import signal
 import threading
@@ -39,7 +39,7 @@ def test_a_job_that_fails_stops_what_needs_it_and_nothing_else(task_of, attempts
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_job_whose_process_was_killed_is_run_again(processes, task_of, attempts, tmp_path, monkeypatch):
-    """Of two processes the other one waits for the first for ever, and ends with it."""
+    """If one of two processes is killed, the other waits forever, until the engine ends it."""
     monkeypatch.setattr(local, "_GRACE", 1.0)
     said, error = launch([task_of("a", "dies")], tmp_path, processes=processes)
     assert error is None and attempts() == {"a": 2 * processes}
@@ -48,7 +48,7 @@ def test_a_job_whose_process_was_killed_is_run_again(processes, task_of, attempt
 
 
 def test_the_process_that_failed_first_decides(task_of, attempts, tmp_path):
-    """The other one ends a second later with the status of an error that the user can mend, as a watcher does."""
+    """The other process ends a second later, with the status of a user error, because it watches the first one."""
     said, error = launch([task_of("a", "dies-with-a-line")], tmp_path, processes=2)
     assert error is None and attempts() == {"a": 4}
     assert "a: a process ended with exit status -9" in said
@@ -65,7 +65,7 @@ def test_a_command_that_cannot_be_split_has_one_process(task_of, attempts, tmp_p
 
 
 def test_an_engine_that_is_interrupted_has_its_jobs_save(task_of, tmp_path):
-    """Ctrl-c reaches the engine alone; the next launch goes on."""
+    """Only the engine receives Ctrl-c. The next launch continues."""
     folder = tmp_path / "jobs" / "a"
 
     def interrupt():

@@ -1,4 +1,4 @@
-"""The script for a queued resource, run with a program in the place of gcloud."""
+"""The script for a queued resource runs with a program in place of gcloud."""
 
 import pathlib
 import subprocess
@@ -9,7 +9,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.launch import QueuedConfig, run_queued
 from alignment_gap.launch.queued import queued_text
 
-# Keeps the state of the queued resource in a file, and runs what ssh gives to the hosts as one of them.
+# Keeps the state of the queued resource in a file. Runs the command that ssh gives to the hosts, as one host.
 GCLOUD = """#!/bin/bash
 echo "$*" >> {folder}/asked
 state={folder}/state
@@ -27,7 +27,7 @@ case "$*" in
 esac
 """
 
-# In the place of alignment-gap on a host.
+# Replaces alignment-gap on a host.
 JOB = """#!/bin/bash
 echo "$JAX_PLATFORMS $*" >> ran
 if [ "$1" = fails ]; then exit 2; fi
@@ -37,7 +37,7 @@ if [ "$1" = saves -a ! -e saved ]; then touch saved; exit 75; fi
 
 @pytest.fixture
 def gcloud(tmp_path, monkeypatch):
-    """Puts the programs into the PATH; gives what gcloud was asked for and what ran on the host."""
+    """Puts the programs into PATH; returns the requests to gcloud, and the commands that ran on the host."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (tmp_path / "shared").mkdir()

@@ -1,4 +1,4 @@
-"""Slurm: the scripts and, where it is installed, a real controller with several nodes that runs them."""
+"""Slurm: its scripts; and where Slurm is installed, a real controller with several nodes runs them."""
 
 import subprocess
 import time
@@ -39,7 +39,7 @@ def test_what_needs_the_same_becomes_an_array_in_the_order_of_needs(task_of):
         (["labels"], ["data"]),
         (["arm"], ["labels", "sft-0"]),
     ]
-    # What is done is left out, and so is the need of it.
+    # Finished jobs are left out, and other jobs do not wait for them.
     tasks[0].folder.mkdir(parents=True)
     (tasks[0].folder / "done.json").write_text('{"settings": {}}')
     assert words_of(batches(tasks)[0]) == (["sft-0", "sft-1"], [])
@@ -88,14 +88,14 @@ def test_no_slurm_is_one_line(task_of, tmp_path, monkeypatch):
 
 
 def submit(tasks, folder, **settings):
-    """Submits, and gives the numbers of the jobs by their names."""
+    """Submits the tasks; returns the numbers of the jobs by name."""
     said = []
     submit_slurm(tasks, SlurmConfig(**settings), folder / "logs", said.append)
     return {line.split()[1]: line.split()[0] for line in said}
 
 
 def queue():
-    """The jobs that are not over, with their states."""
+    """The jobs that have not ended, with their states."""
     done = subprocess.run(["squeue", "-h", "-o", "%j %T"], capture_output=True, text=True, check=True)
     return dict(line.split() for line in done.stdout.splitlines())
 
@@ -122,7 +122,7 @@ def test_a_graph_runs_in_order_and_a_failure_stops_what_needs_it(environment, ta
     assert [task.name for task in tasks if not task.is_done] == ["right", "after-right"]
     (log,) = (tmp_path / "logs").glob("right-*.log")
     assert "error: it fails: mend it" in log.read_text()
-    # Mended, it and what needs it are run, and nothing else.
+    # After the mistake is mended, only this job and jobs that need it run.
     mended = [task_of("right") if task.name == "right" else task for task in tasks]
     assert list(submit(mended, tmp_path)) == ["right", "after-right"]
     wait_until(lambda: all(task.is_done for task in mended))
@@ -147,7 +147,10 @@ def test_a_job_that_dies_is_queued_again_so_often(environment, task_of, attempts
 
 @needs_slurm
 def test_a_preempted_job_saves_is_requeued_and_goes_on(environment, task_of, attempts, tmp_path):
-    """A job of a better partition takes all nodes; what needs the preempted one waits for its second attempt."""
+    """A job in a partition of higher priority takes all nodes.
+
+    Jobs that need the preempted one wait for its second attempt.
+    """
     tasks = [task_of("long", "saves"), task_of("next", "ends", "long")]
     folder = tasks[0].folder
     submit(tasks, tmp_path, partition="low")
@@ -161,7 +164,7 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(environment, task_of, att
 
 @needs_slurm
 def test_a_job_near_its_time_limit_saves_and_goes_on_in_another(environment, task_of, attempts, tmp_path):
-    """The signal comes within a minute, the grain of Slurm's limits."""
+    """Slurm's limits have a resolution of a minute, so the signal comes within a minute."""
     task = task_of("limited", "saves")
     submit([task], tmp_path, time="1", grace=58)
     wait_until(lambda: task.is_done)

@@ -1,4 +1,4 @@
-"""How far each job is, from folders as jobs leave them."""
+"""The state of each job, from the files in its folder."""
 
 import json
 
@@ -11,7 +11,7 @@ from alignment_gap.launch.tasks import Task
 
 @pytest.fixture
 def tasks(tmp_path):
-    """A training job, and one that needs it."""
+    """A training job, and another one that needs it."""
     return [Task("sft", ("train",), tmp_path / "sft"), Task("arm", ("train",), tmp_path / "arm", ("sft",))]
 
 
@@ -31,7 +31,7 @@ def test_nothing_was_begun(tasks):
 
 
 def test_a_job_that_runs_has_step_rate_and_time_to_go(tasks):
-    """16 prompts a step and 8 a second are half a step a second: 75 steps take 150 s."""
+    """16 prompts a step at 8 prompts a second are half a step a second, so 75 steps take 150 s."""
     begin(tasks[0].folder, step=25, prompts=16.0, pairs_per_second=8.0)
     with locked(tasks[0].folder):
         assert states(tasks)[0] == "running, step 25 of 100, 0.5 steps/s, 150 s to go"

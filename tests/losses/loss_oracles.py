@@ -1,7 +1,7 @@
-"""Every loss again, in NumPy at float64, written from the papers' formulas and naive about overflow.
+"""Every loss in NumPy at float64, written from the formulas of the papers, without care for overflow.
 
-`n` holds the arrays of the library's namespace; `o` holds the same values and stands wherever a formula takes no
-gradient, so that finite differences in `n` see what autodiff should.
+`n` holds the arrays with the library's names. `o` holds the same values; a formula uses `o` where the gradient is
+stopped, so finite differences in `n` give the gradient that autodiff should give.
 """
 
 import inspect
@@ -23,7 +23,7 @@ POLICY = (
 
 
 def namespace(seed: int, batch: tuple[int, ...] = (3,), responses: int = 3, tokens: int = 4) -> SimpleNamespace:
-    """Random arrays under all the names that losses read."""
+    """Random arrays under all names that losses read."""
     rng = np.random.default_rng(seed)
     group, token = (*batch, responses), (*batch, responses, tokens)
 
@@ -83,7 +83,7 @@ def mean_margin(n):
 
 
 def soft(loss):
-    """A loss of the two log-ratios in expectation over who wins."""
+    """A loss of the two log-ratios, as the expectation over which response wins."""
     return lambda n, o: n.preference * loss(*ratios(n)) + (1 - n.preference) * loss(*ratios(n)[::-1])
 
 
@@ -105,14 +105,14 @@ def kto(n, o, z):
 
 
 def others_mean(values):
-    """The mean of the other responses of the group, response by response."""
+    """For each response, the mean of the other responses in its group."""
     size = values.shape[-1]
     columns = [np.delete(values, k, axis=-1).mean(-1) for k in range(size)]
     return np.stack(columns, -1)
 
 
 def pairs_mean(values):
-    """The mean over pairs of the squared difference."""
+    """The mean of the squared difference over pairs."""
     pairs = itertools.combinations(range(values.shape[-1]), 2)
     return np.mean([(values[..., j] - values[..., k]) ** 2 for j, k in pairs], axis=0)
 
@@ -147,7 +147,7 @@ def grpo_terms(n, o, beta, high):
 
 
 def shared_sum(logps, mask, other_mask, alpha):
-    """Token by token: full weight up to the shorter length, alpha after it."""
+    """A sum over tokens: weight 1 up to the shorter length, weight alpha after it."""
     total = np.zeros(logps.shape[:-1])
     for index in np.ndindex(*logps.shape[:-1]):
         scored = logps[index][mask[index]]
@@ -188,7 +188,7 @@ def against_others(rewards):
 
 
 def sampled_kl(logps, old, reference):
-    """The value at `old`, and the slope of the KL's estimate with a leave-one-out baseline."""
+    """The value at `old`, and the gradient of the KL's estimate with a leave-one-out baseline."""
     x = old - reference
     return (x + against_others(x) * (logps - old)).mean(-1)
 
@@ -197,7 +197,7 @@ def hypo(n, o):
     return logistic(0.5 * margin(n)) + 0.3 * sampled_kl(n.fresh_logps, o.fresh_logps, o.ref_fresh_logps)
 
 
-# f': the derivative of each divergence's f at u.
+# f', the derivative of each divergence's f, at u.
 LINKS = {
     "reverse_kl": lambda u: np.log(u) + 1,
     "forward_kl": lambda u: -1 / u,
@@ -292,7 +292,7 @@ def length_penalized(w, r, n):
 ALL_SOFT = ("preference",)
 LOG_COLLISIONS = ("chosen_log_collisions", "rejected_log_collisions")
 
-# (loss, settings, optional arrays that it is given, oracle)
+# (loss, settings, optional arrays that the loss is given, oracle)
 CASES = [
     ("dpo", {"beta": 0.5}, (), hard(lambda w, r: logistic(0.5 * (w - r)))),
     ("dpo", {"beta": 0.5}, ALL_SOFT, soft(lambda w, r: logistic(0.5 * (w - r)))),
@@ -497,7 +497,7 @@ IDS = [f"{i}-{name}-{'-'.join(map(str, settings.values()))}" for i, (name, setti
 
 
 def finite_difference(oracle, n, name):
-    """Central differences of the sum of the oracle over one array."""
+    """Central differences of the oracle's sum with respect to one array."""
     o = SimpleNamespace(**vars(n))
     base = getattr(n, name)
     gradient = np.zeros_like(base)
@@ -513,7 +513,7 @@ def finite_difference(oracle, n, name):
 
 
 def arrays_for(loss, n, optional):
-    """The arrays that a loss names: the required ones and the optional ones of the case."""
+    """The arrays that a loss takes: the required ones, and the optional ones of the case."""
     parameters = inspect.signature(loss).parameters.values()
     names = [
         each.name

@@ -1,4 +1,4 @@
-"""The notebook and the documentation's code run as printed."""
+"""The code of the notebook and of the documentation runs as printed."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def strict_promotion():
-    """A user's loop runs under JAX's own promotion."""
+    """A user's loop has JAX's own dtype promotion."""
 
 
 def test_notebook_trains_with_every_loss():
@@ -23,10 +23,10 @@ def test_notebook_trains_with_every_loss():
             exec("".join(cell["source"]), scope)
     shares = scope["shares"]
     np.testing.assert_allclose(shares.pop("online_kl"), 0.2, atol=1e-3)
-    # These imitate all responses, whatever their scores (or nearly, at a temperature of 1).
+    # These losses imitate all responses, whatever their scores (at a temperature of 1, almost).
     imitation = [shares.pop(name) for name in ("sft", "rwr", "reward_weighted_regression")]
     np.testing.assert_allclose(imitation, 0.2, atol=0.03)
-    # At its default temperature DiscoPOP starts by lowering the margin: test_golden has its slope.
+    # At its default temperature DiscoPOP lowers the margin at first; test_golden has its slope.
     assert shares.pop("discopop") < 0.2
     assert {name: share for name, share in shares.items() if not share > 0.25} == {}
 
@@ -37,7 +37,7 @@ def test_documentation_code_trains():
     scope: dict = {}
     exec(training, scope)
     exec(own, scope)
-    # The order of the rewards: each of the three pairs pulls its margin to 1 / (2 beta) = 5 nats.
+    # This is the order of the rewards. Each of the three pairs pulls its margin to 1 / (2 beta) = 5 nats.
     assert np.all(np.diff(scope["policy"]) > 1.0)
     assert scope["losses"].reads(scope["centred"]) == {scope["losses"].OTHER_PROMPTS}
 
@@ -56,7 +56,7 @@ def test_documentation_says_what_each_loss_reads():
     rows = re.findall(r"^\| `([A-Z_]+)` \|.*\| (.*) \|$", text, flags=re.MULTILINE)
     described = {getattr(losses, constant): set(re.findall(r"`(\w+)`", written)) for constant, written in rows}
     names = [name for name in losses.names() if name not in losses.aliases()]
-    # The table names the setting of wpo, which by default reads nothing.
+    # The table has a setting of wpo; by default wpo does not read this array.
     found = {name: losses.get(name, **({"alignment": "sampled"} if name == "wpo" else {})) for name in names}
     assert described == {
         each: {name for name, loss in found.items() if each in losses.reads(loss)} for each in described

@@ -1,7 +1,7 @@
-"""Games small enough to know the answer, reached by gradient descent with the library's own losses.
+"""Games that are small enough for exact solutions; gradient descent with the library's losses finds them.
 
-A policy over a few responses; every pair (y, y') is weighted with mu(y) mu(y'), where mu is the policy itself, without
-gradient (online), or a fixed distribution (offline). The label is the soft preference P[y, y'].
+A policy has a few responses. Every pair (y, y') has the weight mu(y) mu(y'). Online, mu is the policy itself, without
+gradient; offline, it is a fixed distribution. The label is the soft preference P[y, y'].
 """
 
 import functools
@@ -54,7 +54,7 @@ def softmax(logits):
 
 
 def regularized_nash(preferences, reference, beta):
-    """pi = ref exp(P pi / beta), normalised, by damped iteration at float64."""
+    """pi = ref exp(P pi / beta), normalised; found by damped iteration at float64."""
     policy = reference
     for _ in range(20_000):
         best = softmax(np.log(reference) + preferences @ policy / beta)
@@ -73,7 +73,7 @@ def random_game(seed, size=4):
 @pytest.mark.parametrize(("beta", "expected"), [(1.0, 0.549834), (0.1, 0.880797)])
 @pytest.mark.parametrize("sampler", [None, (0.5, 0.5), (0.9, 0.1)], ids=str)
 def test_two_actions(beta, expected, sampler):
-    """pi_1 / pi_2 = exp((2 p - 1) / (2 beta)), online as offline, whatever the sampler."""
+    """pi_1 / pi_2 = exp((2 p - 1) / (2 beta)), online and offline, for any sampler."""
     policy = play(losses.get("ipo", beta=beta), TWO, sampler=sampler)
     np.testing.assert_allclose(policy[0], expected, atol=2e-6)
 
@@ -121,7 +121,7 @@ def test_offline_ipo_has_its_closed_form(seed):
 
 @pytest.mark.parametrize("sampler", [(0.25, 0.25, 0.25, 0.25), (0.5, 0.2, 0.2, 0.1)], ids=str)
 def test_offline_dpo_recovers_bradley_terry_rewards(sampler):
-    """With P = sigma(r_i - r_j): pi = ref exp(r / beta), normalised, whatever the sampler."""
+    """If P = sigma(r_i - r_j), pi = ref exp(r / beta), normalised, for any sampler."""
     rewards = np.array([0.4, -0.3, 0.1, 0.0])
     preferences = 1 / (1 + np.exp(rewards[None] - rewards[:, None]))
     reference = random_game(0)[1]

@@ -1,8 +1,8 @@
 """Values worked out by hand.
 
-The pair of every test: log-probs -1 and -4 under the policy, -2 and -3 under the reference, so that
-w = 1, l = -1, h = 2; with beta = 1/2, z = beta h = 1.
-Used below: log(1 + e^-1) = 0.3132617, log(1 + e^-1/2) = 0.4740770, log(1 + e^1/2) = 0.9740770,
+Every test has the same pair: its log-probs are -1 and -4 under the policy, -2 and -3 under the reference. So w = 1,
+l = -1 and h = 2; with beta = 1/2, z = beta h = 1. The tests use these values:
+log(1 + e^-1) = 0.3132617, log(1 + e^-1/2) = 0.4740770, log(1 + e^1/2) = 0.9740770,
 sigma(1) = 0.7310586, sigma(1/2) = 0.6224593, e^-1 = 0.3678794.
 """
 
@@ -55,7 +55,7 @@ WITH_REFERENCE = [
     ("nca", {}, 1.1981540),
     # the batch's mean of 1/2 and -1/2 is 0: 2 * 0.4740770
     ("bco", {}, 0.9481540),
-    # shift 1/2: log 2 + log(1 + e^-1)
+    # With a shift of 1/2: log 2 + log(1 + e^-1)
     ("bco", {"shift": 0.5}, 1.0064089),
     # targets +-1
     ("sppo", {}, 0.0),
@@ -65,7 +65,7 @@ WITH_REFERENCE = [
     ("apo_zero", {}, 0.7550813),
     # 0.6224593 + 1 - 0.7310586
     ("apo_down", {}, 0.8914007),
-    # 3 - (-1) = 2 of one example is its own sort
+    # 3 - (-1) = 2 of a single example is its own sorted order
     ("aot", {}, 0.3132617),
     ("aot", {"coupling": "unpaired"}, 0.3132617),
 ]
@@ -84,7 +84,7 @@ WITHOUT_REFERENCE = [
     ("orpo", {"beta": 0.1}, 1.0238181),
     # log(1 + exp(-3/2)) + 1
     ("cpo", {"beta": 0.5}, 1.2014133),
-    # one token shorter at 0.5 a token: log(1 + e^-1) + 1
+    # one token shorter, at 0.5 for each token: log(1 + e^-1) + 1
     ("cpo", {"beta": 0.5, "length_penalty": 0.5}, 1.3132617),
 ]
 
@@ -176,12 +176,13 @@ def test_hypo():
     loss = losses.get("hypo", beta=0.5, kl_weight=0.2)
     value, (d_chosen, d_fresh) = jax.value_and_grad(loss, (0, 4))(*PAIR, fresh, reference)
     np.testing.assert_allclose(value, 0.5132617, rtol=1e-5)
-    # DPO's slope -0.5 sigma(-1). A sample's weight is its log-ratio less the other's: 0.2 * 4 / 2 and its negative.
+    # DPO's slope is -0.5 sigma(-1). The weight of a sample is its log-ratio minus the other's: 0.2 * 4 / 2 and its
+    # negative.
     np.testing.assert_allclose(d_chosen, -0.5 * 0.2689414, rtol=1e-5)
     np.testing.assert_allclose(d_fresh, [0.4, -0.4], rtol=1e-6)
     # p = 3/4, as in test_soft_preferences.
     np.testing.assert_allclose(loss(*PAIR, fresh, reference, 0.75), 0.5632617 + 0.2, rtol=1e-5)
-    # At the reference the default weight pulls as hard as DPO where a single sample's log-ratio is 5.
+    # At the reference the default weight pulls as hard as DPO if the log-ratio of a single sample is 5.
     d_chosen, d_fresh = jax.grad(losses.hypo, (0, 4))(*[jnp.float32(0.0)] * 4, jnp.array([5.0]), jnp.zeros(1))
     np.testing.assert_allclose([-d_chosen, d_fresh[0]], [0.05, 0.05], rtol=1e-5)
 
@@ -221,13 +222,14 @@ def test_clipped_surrogates():
     np.testing.assert_allclose(losses.grpo(TOKENS, SCORES, MASK, OLD, beta=0.0), -0.0589172, rtol=1e-5)
     group = losses.grpo(TOKENS, SCORES, MASK, OLD, beta=0.0, over_tokens="group")
     np.testing.assert_allclose(group, -0.7070068 * 1.4 / 5, rtol=1e-5)
-    # A higher upper clip: 1.4 in place of 1.2.
+    # A higher upper clip: 1.4 instead of 1.2.
     high = losses.ppo_clip(TOKENS, SCORES, MASK, OLD, clip_high=0.4)
     np.testing.assert_allclose(high, (-1.7 / 3 + 0.45) / 2, rtol=1e-5)
 
 
 def test_ld_dpo():
-    # Chosen of 3 tokens at -1, rejected of 2 at -2, reference 0: 2 shared, the third at a half:
+    # Chosen has 3 tokens at -1, rejected has 2 at -2, the reference is 0. They share 2 tokens; the third counts one
+    # half: w = -2.5, l = -4, z = 1.5 * 2/3 = 1.
     # w = -2.5, l = -4, z = 1.5 * 2/3 = 1.
     mask = jnp.array([True, True, True]), jnp.array([True, True, False])
     tokens = jnp.full(3, -1.0), jnp.full(3, -2.0), jnp.zeros(3), jnp.zeros(3)

@@ -1,4 +1,4 @@
-"""Values and gradients of every loss against an independent implementation at float64."""
+"""Values and gradients of every loss equal those of an independent implementation at float64."""
 
 from types import SimpleNamespace
 

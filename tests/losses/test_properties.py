@@ -1,4 +1,4 @@
-"""What must hold for every loss, whatever the numbers."""
+"""Properties of every loss, for any numbers."""
 
 import inspect
 
@@ -13,7 +13,7 @@ from loss_oracles import CASES, IDS, POLICY, arrays_for, namespace
 
 from alignment_gap import losses
 
-# Contrastive with a reference, over sides or margin, taking a preference in expectation over the label.
+# Contrastive losses with a reference, over sides or over the margin, that take soft preferences as an expectation.
 OF_MARGIN = ["dpo", "ipo", "slic", "gpo", "discopop", "exo"]
 OF_SIDES = ["nca", "bco", "apo_zero", "apo_down", "f_dpo", "chi_po"]
 BY_TARGET = ["sppo", "ipo_md"]
@@ -39,7 +39,7 @@ AT_STEP_ZERO = {
 LOGPS = arrays_of.arrays(np.float32, (4, 5), elements=strategies.floats(-200, 0, width=32))
 FRESH = arrays_of.arrays(np.float32, (2, 5, 3), elements=strategies.floats(-50, 0, width=32))
 LIMITED = hypothesis.settings(max_examples=25, deadline=None)
-# 1 - p is exact in float32: a rounded one is another preference, which losses of 1e5 show.
+# In float32, 1 - p is exact. A rounded label would be another preference, and losses of 1e5 would show it.
 EXACT_PREFERENCE = strategies.integers(0, 4096).map(lambda i: i / 4096)
 
 jitted = {name: jax.jit(losses.get(name)) for name in (*OF_MARGIN, *OF_SIDES, *BY_TARGET, "aot")}
@@ -64,7 +64,7 @@ def test_swapping_sides_flips_the_preference(name, logps, preference):
     )
 
 
-# EXO's label is the target distribution itself: its oracle proves it.
+# In EXO the label is the target distribution; its oracle covers it.
 @pytest.mark.parametrize("name", [name for name in (*OF_MARGIN, *OF_SIDES) if name != "exo"])
 @LIMITED
 @hypothesis.given(logps=LOGPS, preference=strategies.floats(0, 1, width=32))
@@ -79,7 +79,7 @@ def test_soft_labels_are_expectations(name, logps, preference):
 @LIMITED
 @hypothesis.given(logps=LOGPS, shift=strategies.integers(-64, 64))
 def test_losses_of_the_margin_ignore_a_constant_on_both_sides(name, logps, shift):
-    # Quarters, so that adding the constant is exact.
+    # Multiples of 1/4, so that adding the constant is exact.
     w, r, ref_w, ref_r = np.round(4 * logps) / 4
     np.testing.assert_array_equal(jitted[name](w, r, ref_w, ref_r), jitted[name](w + shift, r + shift, ref_w, ref_r))
 
@@ -115,7 +115,7 @@ def test_dpo_ipo_and_slic_are_members_of_the_family(beta, preference):
     target = 1 / (2 * beta)
     np.testing.assert_array_equal(losses.ipo(*pair, preference, beta=beta), member(lambda h: (h - target) ** 2, 1.0))
     np.testing.assert_allclose(losses.ipo(*pair, preference, beta=beta), member("square") / beta**2, rtol=2e-5)
-    # The original's square, (1 - z)^2, is IPO at half its beta.
+    # The paper's square, (1 - z)^2, is IPO with half the beta.
     original = member(lambda z: (1 - z) ** 2, 2 * beta) / (4 * beta**2)
     np.testing.assert_allclose(losses.ipo(*pair, preference, beta=beta), original, rtol=2e-5)
 
@@ -133,7 +133,7 @@ def test_named_curves_are_convex(curve, z):
 
 
 def extreme(n, pattern):
-    """The namespace with every log-prob at 0 or -1e4, policy and reference opposed by the pattern."""
+    """The namespace with all log-probs 0 or -1e4; the pattern opposes policy and reference."""
     values = dict(vars(n))
     for i, name in enumerate(sorted(key for key in values if "logps" in key or "collisions" in key)):
         values[name] = np.full_like(values[name], -1e4 * ((pattern >> (i % 6)) & 1))
@@ -172,7 +172,7 @@ def test_vmap_equals_the_batch_unless_the_loss_reads_other_prompts(name):
     loss = losses.get(name)
     optional = ("chosen_lengths", "rejected_lengths", "ref_token_logps")
     n = namespace(seed=4)
-    # A less likely reference: KTO takes no mean below 0.
+    # The reference is less likely, because KTO clips the mean at 0.
     n.ref_logps = n.ref_logps - 3.0
     arrays = arrays_for(loss, n, optional)
     mapped = jax.vmap(lambda arrays: loss(**arrays))(arrays)
@@ -196,7 +196,7 @@ def test_shapes_and_types_are_checked_first(name):
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "ppo_clip", "ld_dpo", "wpo"])
 def test_padding_does_not_count(name):
-    """Whatever stands where the mask is false, NaN too, changes neither value nor gradient."""
+    """Numbers at padding, even NaN, change neither value nor gradient."""
     loss = losses.get(name)
     arrays = arrays_for(loss, namespace(seed=5), ("ref_token_logps", "old_token_logps"))
     masks = {5: arrays.get("rejected_mask"), 4: arrays.get("mask", arrays.get("chosen_mask"))}
@@ -255,7 +255,10 @@ def test_kto_reads_the_mean_of_its_kl_arrays_whatever_their_shape(kl):
     logps=arrays_of.arrays(np.float32, (3, 4), elements=strategies.floats(-5, 0, width=32)).map(jnp.asarray)
 )
 def test_rloos_clip_is_pessimistic_and_stops_the_gradient(clip, logps):
-    """No value below that of the plain ratio; no gradient once q has moved with the advantage beyond the clip."""
+    """The value is never below that of the plain ratio.
+
+    There is no gradient after q passes the clip in the advantage's direction.
+    """
     policy, old, scores = logps
     plain = losses.rloo(policy, scores, old_logps=old)
     clipped, gradient = jax.value_and_grad(lambda policy: losses.rloo(policy, scores, old_logps=old, clip=clip))(policy)

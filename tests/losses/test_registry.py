@@ -1,4 +1,4 @@
-"""Names, settings and combinations; what importing the losses loads."""
+"""Names, settings and combinations of losses, and the modules that importing the losses loads."""
 
 import functools
 import inspect
@@ -172,7 +172,7 @@ def test_a_loss_of_ones_own_says_what_it_reads_by_an_attribute():
         losses.reads(mine)
 
 
-# `training.loss_inputs` offers these.
+# `training.loss_inputs` provides these.
 OFFERED = {
     *("token_logps", "mask", "logps", "scores", "lengths", "preference"),
     *(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("logps", "lengths", "token_logps", "mask")),
@@ -217,7 +217,7 @@ def test_two_losses_cannot_have_one_name():
 
 @pytest.fixture
 def module_of_ones_own(tmp_path, monkeypatch):
-    """A module that the path finds: `some_package.some_losses`."""
+    """Adds a module to the path: `some_package.some_losses`."""
     (tmp_path / "some_package").mkdir()
     (tmp_path / "some_package" / "__init__.py").touch()
     source = """

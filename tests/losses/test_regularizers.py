@@ -1,4 +1,4 @@
-"""Estimators and policy gradients against exact expectations: every outcome of a small policy is enumerated."""
+"""Estimators and policy gradients equal exact expectations; the tests enumerate every outcome of a small policy."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def kl(logits, ref_logits):
 
 
 def expected_over_groups(loss, size, sampler=LOGITS):
-    """The function of the logits whose gradient is the expected gradient over groups of the sampler's samples."""
+    """A function of the logits. Its gradient is the expected gradient over groups of samples of the sampler."""
     groups = jnp.array(list(itertools.product(range(3), repeat=size)))
     weights = jnp.prod(jax.nn.softmax(sampler)[groups], axis=-1)
 

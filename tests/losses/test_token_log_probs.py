@@ -1,4 +1,4 @@
-"""Log-probs and divergences without the logits, against their plain forms."""
+"""Log-probs and divergences computed without the logits equal their plain forms."""
 
 import re
 
@@ -19,7 +19,7 @@ WEIGHTS = jax.random.normal(KEYS[3], TOKENS)
 OTHER_HIDDEN = jax.random.normal(KEYS[4], (*TOKENS, WIDTH + 1))
 OTHER_EMBEDDING = jax.random.normal(KEYS[5], (VOCABULARY, WIDTH + 1))
 FORMS = [{}, {"scale": 0.25}, {"soft_cap": 3.0}, {"scale": 0.5, "soft_cap": 2.0}]
-# None is one block; 16 does not divide 150 tokens; 1 makes a block of every token.
+# None is one block. 16 does not divide 150 tokens. 1 gives every token its own block.
 CASES = [*((form, block_size) for form in FORMS for block_size in (None, 16)), ({}, 1), ({}, 75)]
 
 
@@ -40,7 +40,7 @@ def plain_kl(hidden_p, embedding_p, hidden_q, embedding_q, **form):
 
 
 def assert_close(ours, plain):
-    """1e-5 of each array's own scale."""
+    """Compares with a tolerance of 1e-5 relative to the scale of each array."""
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
@@ -108,7 +108,7 @@ def test_bfloat16_accumulates_in_float32(block_size):
     )
     assert value.dtype == jnp.float32
     assert d_hidden.dtype == d_embedding.dtype == jnp.bfloat16
-    # Products of bfloat16 are exact in float32, so the values are those of the widened inputs.
+    # Products of bfloat16 are exact in float32. So the values equal those of the inputs cast to float32.
     wide = value_and_gradients(plain_log_probs, hidden.astype(jnp.float32), embedding.astype(jnp.float32))
     np.testing.assert_allclose(value, wide[0], rtol=1e-5, atol=1e-5)
     for ours, exact in zip((d_hidden, d_embedding), wide[1], strict=True):
@@ -157,7 +157,7 @@ def test_shapes_are_checked_first():
 
 
 def peak_memory(function, *shapes):
-    """Temporary bytes of the value and of all gradients; compiled, not run."""
+    """Temporary bytes of the value and all gradients; compiles, but does not run."""
 
     def run(weights, *arrays):
         value, pullback = jax.vjp(function, *arrays)
@@ -168,7 +168,7 @@ def peak_memory(function, *shapes):
 
 
 def test_peak_memory_at_a_real_size():
-    """At most an eighth of the plain form's at 8,192 tokens, a vocabulary of 32,128 and a width of 1,024."""
+    """At most an eighth of the plain form's, at 8,192 tokens, a vocabulary of 32,128 and a width of 1,024."""
     targets = jnp.zeros(8192, jnp.int32)
     hidden, embedding = (8192, 1024), (32128, 1024)
 
@@ -211,6 +211,6 @@ def test_vocabulary_and_batch_split_over_a_mesh(block_size):
     layouts = (batch, vocabulary, batch, batch)
     placed = [jax.device_put(array, layout) for array, layout in zip(arrays, layouts, strict=True)]
     assert_close(split(*placed), run(*arrays))
-    # No device ever holds anything of the whole vocabulary, neither logits nor embedding, whatever is communicated.
+    # No device ever holds all of the vocabulary, neither as logits nor as embedding, in any communication.
     program = split.lower(*arrays).compile().as_text()
     assert not re.findall(r"\[(?:\d+,)*40(?:,\d+)*\]", program)

@@ -1,4 +1,4 @@
-"""Both policies once more, in plain numpy at float64: one response, no cache, no loop over stacked layers, no sharing.
+"""Both policies in plain numpy at float64: one response at a time, no cache, no loop over stacked layers, no sharing.
 
 Written from the papers: T5 (1910.10683, with the gated GELU of 2002.05202), PaLM (2204.02311), RoPE (2104.09864),
 Gemma (2403.08295, 2408.00118, 2503.19786), Llama 3 (2407.21783), Qwen 2 and 3 (2407.10671, 2505.09388),
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def relative_bucket(distance, *, bidirectional, buckets, max_distance):
-    """The bucket of key position minus query position, as T5 states it."""
+    """The bucket of key position minus query position, as T5 defines it."""
     offset = 0
     if bidirectional:
         buckets //= 2
@@ -24,7 +24,7 @@ def relative_bucket(distance, *, bidirectional, buckets, max_distance):
     exact = buckets // 2
     if near < exact:
         return offset + near
-    # The logarithm may miss a whole number by its last bit.
+    # In floats the logarithm may fall just below a whole number.
     steps = math.floor(math.log(near / exact) / math.log(max_distance / exact) * (buckets - exact) + 1e-9)
     return offset + min(exact + steps, buckets - 1)
 
@@ -44,7 +44,7 @@ def norm(x, scale, epsilon=1e-6):
 
 
 def gelu(x):
-    """The tanh form, which T5 v1.1 was trained with."""
+    """The tanh form; T5 v1.1 was trained with it."""
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -73,7 +73,7 @@ def attention(query, key, value, *, bias=0.0, mask, scale, soft_cap=None):
 
 
 def rope(x, positions, frequencies):
-    """Pair i of a head, components i and i + half: a complex number turned by position * frequencies[i]."""
+    """Pair i of a head (components i and i + half) as a complex number, rotated by position * frequencies[i]."""
     half = len(frequencies)
     turn = np.exp(1j * np.outer(positions, frequencies))[:, None]
     turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * turn
@@ -81,7 +81,7 @@ def rope(x, positions, frequencies):
 
 
 def rope_frequencies(config, *, local):
-    """Of each pair of a head; Llama 3.1's scaling goes by wavelength in tokens."""
+    """The frequency of each pair of a head. Llama 3.1's scaling depends on the wavelength in tokens."""
     base = config.rope_local_base if local and config.rope_local_base else config.rope_base
     size = config.rotary_size or config.head_size
     found = [base ** (-2 * pair / size) for pair in range(size // 2)]
@@ -139,7 +139,7 @@ def _t5_bias(params, size, config, *, bidirectional):
 
 
 def t5_logits(config, params, prompt, response):
-    """Logits [R, V] of each token of one response behind one prompt, both without padding."""
+    """Logits [R, V] of each token of one response to one prompt, both without padding."""
     table, encoder, decoder = params["token_embedder"]["embedding"], params["encoder"], params["decoder"]
     x = table[prompt]
     bias, mask = _t5_bias(encoder, len(prompt), config, bidirectional=True), np.ones((len(prompt), len(prompt)), bool)
@@ -176,7 +176,7 @@ def _decoder_norm(x, params, config):
 
 
 def _decoder_attention(config, index, layer, y):
-    """Layer `index` of a decoder, its self-attention over one sequence y [S, D] of normalised inputs."""
+    """Self-attention of layer `index` of a decoder, over one sequence y [S, D] of normalised inputs."""
     local = config.window is not None and (index + 1) % config.full_attention_every != 0
     positions = np.arange(len(y))
     distance = positions[:, None] - positions
@@ -199,7 +199,7 @@ def _decoder_attention(config, index, layer, y):
 
 
 def decoder_logits(config, params, prompt, response):
-    """Logits [R, V] of each token of one response: prompt and response are one sequence."""
+    """Logits [R, V] of each token of one response; prompt and response are one sequence."""
     table, decoder = params["token_embedder"]["embedding"], params["decoder"]
     activation = {"silu": silu, "gelu": gelu, "exact_gelu": exact_gelu}[config.activation]
     x = table[np.concatenate([prompt, response[:-1]]).astype(int)]
@@ -234,7 +234,7 @@ def logits_of(config, params, prompt, response):
 
 
 def score_rows(config, params, prompts, prompt_lengths, responses, response_lengths):
-    """Log-probs [B, K, R] of every token, 0 at padding; each response on its own."""
+    """Log-probs [B, K, R] of every token, 0 at padding; computes each response separately."""
     scores = np.zeros(responses.shape)
     for b, k in np.ndindex(*responses.shape[:2]):
         prompt, response = prompts[b, : prompt_lengths[b]], responses[b, k, : response_lengths[b, k]]

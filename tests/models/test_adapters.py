@@ -1,4 +1,4 @@
-"""Adapters of a policy: which projections they are of, what they start as, and what a kernel with one computes."""
+"""Adapters of a policy: the projections that get one, their initial values, and the product of a kernel with one."""
 
 import functools
 
@@ -19,7 +19,7 @@ T5, DECODER = (make_policy(CONFIGS[name]) for name in ("t5", "decoder"))
 
 
 def named(policy, *targets):
-    """The projections that have an adapter, by their names."""
+    """The names of the projections that have an adapter."""
     adapters = Adapters(policy, AdapterConfig(1, targets=targets))
     leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: unbox(adapters.init(jax.random.key(0)))))
     paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
@@ -27,14 +27,14 @@ def named(policy, *targets):
 
 
 def random_adapters(adapters, seed=1):
-    """Adapters none of whose parts is zero."""
+    """Adapters without zeros."""
     shapes = jax.eval_shape(lambda: unbox(adapters.init(jax.random.key(0))))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes)
 
 
 def by_hand(params, adapters, scale):
-    """The parameters with W + scale * A B of each layer in the place of W, by matrices of numpy."""
+    """The parameters with W + scale * A B instead of W in each layer; numpy multiplies the matrices."""
     if set(adapters) == {"a", "b"}:
         a, b = (np.asarray(adapters[name]) for name in "ab")
         matrices = a.reshape(len(a), -1, a.shape[-1]) @ b.reshape(len(b), b.shape[1], -1)
@@ -65,7 +65,7 @@ def test_fresh_adapters_change_no_bit(policy):
     whole = adapters.on(base, fresh, jax.random.key(1))
     np.testing.assert_array_equal(scored(whole, *texts(BATCH)), scored(base, *texts(BATCH)))
     a, b = fresh["decoder"]["layers"]["mlp"]["wo"]["kernel"].values()
-    # Uniform between -1 / sqrt(7) and 1 / sqrt(7), as PEFT's.
+    # Uniform between -1 / sqrt(7) and 1 / sqrt(7), like PEFT's.
     assert a.shape == (3, 7, 2) and 0.3 < float(jnp.abs(a).max()) < 7**-0.5
     assert b.shape == (3, 2, 12) and not b.any()
     assert not jnp.array_equal(a[0], a[1])
@@ -80,7 +80,7 @@ def test_the_base_is_not_copied():
 
 
 def test_axes_are_those_of_the_kernel():
-    """So that adapters are split as their kernels are; the rank is whole."""
+    """So adapters are split like their kernels. The rank has its own axis name."""
     boxes = jax.eval_shape(lambda: Adapters(DECODER, AdapterConfig(2)).init(jax.random.key(0)))["decoder"]["layers"]
     names = {name: [boxes[name]["kernel"][part].names for part in "ab"] for name in ("query", "value", "out")}
     assert names["query"] == [("layers", "embed", "rank"), ("layers", "rank", "heads", "kv")]
@@ -108,12 +108,12 @@ def test_targets_by_the_names_that_people_know(policy, targets, found):
 
 
 def test_dropout_is_of_the_adapters_input_alone():
-    """The kernel reads all of x; a the kept part of it, scaled up: with W = 0 and a b = 1 it is seen."""
+    """W reads all of x; A reads x after dropout, scaled up. W = 0 and A B = 1 make the dropout visible."""
     x = jnp.ones((1, 4000))
     kernel = LowRank(jnp.zeros((4000, 1)), jnp.ones((4000, 1)), jnp.ones((1, 1)), jax.random.key(0), 0.25)
     kept = kernel.dropped(x)
     np.testing.assert_allclose(np.unique(kept), [0.0, 4 / 3], rtol=1e-6)
-    # A binomial share: four standard deviations.
+    # The share is binomial; the bound is four standard deviations.
     assert abs(float((kept == 0).mean()) - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
     np.testing.assert_array_equal(kept, kernel.dropped(x))
 

@@ -1,4 +1,4 @@
-"""Settings of the decoder that no family has together, against its numpy statement; and what they add to it."""
+"""Decoder settings that no family combines equal the numpy model; and the parameters that settings add."""
 
 import dataclasses
 from functools import partial
@@ -16,7 +16,7 @@ from alignment_gap.models import DecoderConfig, make_policy, score
 
 BATCH = make_batch(3)
 PALM = dataclasses.replace(CONFIGS["decoder"], layers=2)
-# Settings that meet in no family, such as those of serial blocks in parallel ones.
+# Settings that no family combines, such as those of serial blocks in parallel ones.
 MIXED = {
     "parallel, windows and both norms": {
         "post_norms": True,
@@ -45,7 +45,7 @@ MIXED = {
         "query_key_norm": True,
         "query_pre_attention_scalar": 2.5,
         "window": 3,
-        # No layer is without a window.
+        # Every layer has a window.
         "full_attention_every": 3,
         "logits_scale": "one",
     },
@@ -80,7 +80,7 @@ def test_settings_that_no_family_combines_equal_the_numpy_model(name):
 
 
 LAYER = "decoder.layers"
-# What a setting adds to the parameters of PALM's decoder, by hand: 2 layers of 4 heads of 6, 2 key heads, width 12.
+# The parameters that a setting adds to PALM's decoder, by hand: 2 layers, 4 heads of size 6, 2 key heads, width 12.
 ADDED = {
     "post_norms": {f"{LAYER}.post_{name}_layer_norm.scale": (2, 12) for name in ("attention", "mlp")},
     "query_key_norm": {f"{LAYER}.{name}_norm.scale": (2, 6) for name in ("query", "key")},
@@ -143,7 +143,7 @@ def test_which_layers_have_no_window(settings, full):
 
 
 def test_the_input_embedding_is_scaled_in_the_dtype_of_the_computation():
-    """As Gemma's code does: the root of the width is rounded too. Of width 12 it is 3.469 in bfloat16, not 3.464."""
+    """Like Gemma's code, this rounds the square root of the width: sqrt(12) is 3.469 in bfloat16, not 3.464."""
     config = dataclasses.replace(PALM, embedding_scale="sqrt_width", dtype="bfloat16")
     policy = make_policy(config)
     params = random_params(policy)
@@ -154,7 +154,7 @@ def test_the_input_embedding_is_scaled_in_the_dtype_of_the_computation():
 
 
 def test_a_windowed_layer_sees_so_many_tokens_and_no_more():
-    """One layer with a window of 3, its query at the response's third token: of the prompt the last token counts."""
+    """One layer has a window of 3. At the response's third token it still sees the last token of the prompt."""
     config = dataclasses.replace(PALM, layers=1, window=3, full_attention_every=2)
     policy = make_policy(config)
     params, length = random_params(policy), jnp.full((1, 1), 4)
@@ -165,6 +165,6 @@ def test_a_windowed_layer_sees_so_many_tokens_and_no_more():
     for place in range(6):
         other = scores(params, prompt.at[0, place].add(7), jnp.array([6]), response, length)[0, 0]
         seen[place] = np.abs(other - base) > 1e-6
-    # The token at t is predicted from those at 5 + t and the two before: the prompt's last is at 5.
+    # Position 5 + t predicts the response's token t; it sees itself and two before. The prompt's last token is at 5.
     expected = [[5 + t - 2 <= place <= 5 + t for t in range(4)] for place in range(6)]
     np.testing.assert_array_equal(seen, expected)

@@ -1,4 +1,4 @@
-"""Fused attention: rows and masks by hand, parity with XLA's attention, and what settings it refuses."""
+"""Fused attention: rows and masks by hand, equality with XLA's attention, and the settings that it refuses."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ BATCH = make_batch(4, responses=3)
 
 
 def test_a_row_by_hand():
-    # Prompts 5 6 7 and 8, of which the last token is the first input of two responses of two tokens.
+    # Prompts 5 6 7 and 8. Their last tokens are the first inputs of two responses of two tokens each.
     row = Row(prompt=2, rows=2, length=2, padding=1)
     prompts, lengths = jnp.array([[5, 6, 7], [8, 0, 0]]), jnp.array([3, 1])
     inputs = jnp.array([[[7, 1], [7, 2]], [[8, 3], [8, 4]]])
@@ -56,7 +56,7 @@ def test_a_row_by_hand():
 
 
 def test_no_slot_attends_to_nothing():
-    """Else its softmax would be that of an empty set."""
+    """Without any key, its softmax would be undefined."""
     row = Row.of(5, 3, 5, "cudnn")
     segments = np.asarray(row.segments(jnp.array([1, 4, 6])))
     for window in (None, 1, 3):
@@ -74,7 +74,7 @@ def test_no_slot_attends_to_nothing():
     attention=strategies.sampled_from(sorted(MULTIPLE)),
 )
 def test_a_slot_attends_to_the_texts_that_it_ends(prompt, rows, length, window, attention):
-    """By the text of each slot: the prompt, then what its response has had so far; of it the last are in a window."""
+    """The text of a slot is the prompt and its response up to the slot. A window keeps the last tokens of this text."""
     row = Row.of(prompt, rows, length, attention)
     assert row.padding < MULTIPLE[attention] and (prompt + rows * length + row.padding) % MULTIPLE[attention] == 0
     before = list(range(prompt))
@@ -89,19 +89,19 @@ def test_a_slot_attends_to_the_texts_that_it_ends(prompt, rows, length, window, 
 
 
 def test_a_row_of_several_prompts_by_hand():
-    """Prompts 5 6 and 7, each with a response of two tokens and of one; their last tokens are first inputs."""
+    """Prompts 5 6 and 7 have a response each, of two tokens and of one. Their last tokens are the first inputs."""
     packing = Packing.of(jnp.array([[2, 1]]), jnp.array([[[2], [1]]]), 4, 4)
     row = Row(prompt=4, rows=1, length=4, padding=2)
     tokens, positions, segments = row.packed(jnp.array([[5, 6, 7, 0]]), jnp.array([[[6, 1, 7, 0]]]), packing)
     assert tokens.tolist() == [[5, 6, 7, 0, 6, 1, 7, 0, 0, 0]]
-    # Of the text 5 6 1 and of the text 7; the slots that are text are those of segments 0 and 1.
+    # The texts 5 6 1 and 7. Their slots are those of segments 0 and 1.
     text = np.array([[1, 0, 0, 0, 1, 1, 1, 0, 0, 0]])
     assert (positions * text).tolist() == [[0, 0, 0, 0, 1, 2, 0, 0, 0, 0]]
     assert segments.tolist() == [[0, 2, 2, 2, 0, 0, 1, 2, 2, 2]]
 
 
 def test_texts_of_a_packed_row_are_segments_of_their_own():
-    """For any lengths: two slots are of one segment where they are of one prompt, the last tokens of which are none."""
+    """For any lengths: a prompt and its responses form one segment. A prompt's last token is only in its responses."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         lengths = rng.integers(1, 4, (1, 3, 3))
@@ -112,7 +112,7 @@ def test_texts_of_a_packed_row_are_segments_of_their_own():
         _, positions, segments = (np.asarray(x[0]) for x in row.packed(jnp.ones((1, 10), jnp.int32), inputs, packing))
         assert len(segments) == 32 and (segments[30:] == 3).all()
         for slot in range(3):
-            # The prompt but its last token, then each response from the prompt's last token on.
+            # The prompt without its last token; then each response, which begins with this token.
             expected = list(range(prompts[0, slot] - 1))
             for k in range(2):
                 expected += [prompts[0, slot] - 1 + token for token in range(sizes[0, slot, k])]
@@ -139,13 +139,13 @@ def _assert_equal_attention(config, kernel):
 
 @pytest.mark.parametrize("name", ["palm", "gemma2"])
 def test_splash_equals_xla_in_value_and_gradient(name):
-    """In the kernel's interpreter; Gemma 2 has windows, soft caps and grouped heads."""
+    """In the interpreter of the kernel. Gemma 2 has windows, soft caps and grouped heads."""
     _assert_equal_attention({"palm": CONFIGS["decoder"], **SETTINGS}[name], "splash")
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_the_row_of_cudnn_equals_xla_in_value_and_gradient(name, monkeypatch):
-    """With the plain form of the function that calls cuDNN, at float32."""
+    """At float32, with the plain form of the function that calls cuDNN."""
     monkeypatch.setattr(fused_attention, "CUDNN", "xla")
     monkeypatch.setattr(fused_attention, "check", lambda config: None)
     _assert_equal_attention(SETTINGS[name], "cudnn")
@@ -153,7 +153,7 @@ def test_the_row_of_cudnn_equals_xla_in_value_and_gradient(name, monkeypatch):
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_splash_over_a_mesh_equals_splash_on_one_device(kv_heads):
-    """One key head is read by the query heads of every device, two are split over the devices with theirs."""
+    """One key head is on every device, for all query heads. Two key heads are split like their query heads."""
     config = dataclasses.replace(CONFIGS["decoder"], kv_heads=kv_heads, layers=1, attention="splash")
     policy = make_policy(config)
     params, mesh = random_params(policy), make_mesh(MeshConfig(data=2, fsdp=2, model=2))
@@ -189,20 +189,20 @@ print(lowered.compile().as_text())
 
 
 def test_splash_compiles_for_a_tpu_slice():
-    """Value and gradient for eight chips of v5e, ahead of time."""
+    """Value and gradient compile ahead of time for eight chips of v5e."""
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs ahead of time")
     process = subprocess.run(
         [sys.executable, "-c", TPU_PROGRAM], env=os.environ | TPU_VARIABLES, capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    # Forward and the two backward kernels, of the full layers and of those with a window.
+    # The forward and the two backward kernels, for full layers and for layers with a window.
     for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
         calls = [line for line in process.stdout.splitlines() if kernel in line and "tpu_custom_call" in line]
         assert len(calls) == 2, kernel
 
 
 def test_cudnn_is_what_a_gpu_would_run(monkeypatch):
-    """Lowered for CUDA without one, with the version of cuDNN and the platform pretended."""
+    """The program is lowered for CUDA without a GPU; the test fakes the version of cuDNN and the platform."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)

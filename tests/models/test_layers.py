@@ -1,4 +1,4 @@
-"""Layers against plain statements of what they compute."""
+"""Layers equal plain definitions of what they compute."""
 
 import dataclasses
 from functools import partial
@@ -37,7 +37,7 @@ def test_relative_position_buckets_follow_the_rule_of_t5(bidirectional, buckets,
 
 
 def test_buckets_by_hand():
-    # 8 buckets one way: 0 to 3 exact, then log2 steps up to 64: from 4, from 8, from 16, from 32.
+    # 8 buckets in one direction: 0 to 3 are exact; then buckets begin at 4, 8, 16 and 32, up to 64.
     distances = -jnp.array([-5, 0, 1, 3, 4, 7, 8, 15, 16, 31, 32, 63, 1000])
     buckets = relative_position_bucket(distances, False, 8, 64)
     np.testing.assert_array_equal(buckets, [0, 0, 1, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7])
@@ -49,7 +49,10 @@ def _normal(rng, *shape):
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_buckets_equal_the_float32_logarithms_of_t5x_and_transformers(bidirectional):
-    """T5X adds an epsilon inside of the logarithm, transformers does not; at T5's sizes no distance falls between."""
+    """T5X adds an epsilon inside the logarithm, transformers does not.
+
+    At T5's sizes all distances get the same buckets.
+    """
     distances = np.arange(-512, 513)
     buckets = 16 if bidirectional else 32
     exact, near = buckets // 2, np.abs(distances) if bidirectional else np.maximum(-distances, 0)
@@ -157,7 +160,7 @@ def test_a_projection_and_its_gradients_are_those_of_the_matrix_product(features
 
 
 def test_remat_keeps_projections_where_it_is_told_to(architecture):
-    """By the products in the program of the gradient: attention's are computed again with "dots", all with "full"."""
+    """Counts products in the gradient. "dots" computes those of attention again, "full" computes all of them again."""
     products = {}
     for remat in ("none", "dots", "full"):
         policy = make_policy(dataclasses.replace(CONFIGS[architecture], remat=remat))
@@ -170,5 +173,6 @@ def test_remat_keeps_projections_where_it_is_told_to(architecture):
         params = unbox(jax.eval_shape(policy.init, jax.random.key(0)))
         products[remat] = str(jax.make_jaxpr(jax.grad(total))(params)).count("dot_general[")
     assert products["none"] < products["dots"] < products["full"]
-    # A layer's sums need no output of their last products: T5 has two of 18, the decoder, prompt and response, 4 of 14.
+    # The last products of a layer's sums are not computed again: 2 of 18 in T5; 4 of 14 in the decoder (prompt,
+    # response).
     assert products["full"] - products["dots"] == {"t5": 16, "decoder": 10}[architecture]

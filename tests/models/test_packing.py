@@ -1,4 +1,4 @@
-"""Packed rows: places by hand, and the very scores and gradients of the rows they are made of."""
+"""Packed rows: positions by hand, and the same scores and gradients as for unpacked rows."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from alignment_gap.models import fused_attention, make_policy, score
 from alignment_gap.models.packing import Packing, Places, unpack
 
 BATCH = make_batch(8)
-# Eight prompts in three rows of four slots; the fullest row has no padding, and two have empty slots.
+# Eight prompts in three rows of four slots. The fullest row has no padding; two rows have empty slots.
 ROWS = np.array([0, 0, 0, 0, 1, 1, 2, 2])
 SLOTS = np.array([0, 1, 2, 3, 4, 5, 8, 9])
 
@@ -32,7 +32,7 @@ PACKED = jax.tree.map(jnp.asarray, Rows(SHAPE, 4, 1).pack(BATCH, ROWS))
 
 
 def test_places_by_hand():
-    # Two texts of two and three tokens, then one; behind them padding.
+    # Two texts of two and three tokens, then one more; the rest is padding.
     places = Places.of(jnp.array([[2, 3, 1], [1, 0, 4]]), 7)
     np.testing.assert_array_equal(places.slot, [[0, 0, 1, 1, 1, 2, 3], [0, 2, 2, 2, 2, 3, 3]])
     np.testing.assert_array_equal(places.position[0, :6], [0, 1, 0, 1, 2, 0])
@@ -40,7 +40,7 @@ def test_places_by_hand():
 
 
 def test_who_sees_whom_by_hand():
-    """Prompts of two tokens and one, with one response each, of one token and two; then padding."""
+    """Prompts of two tokens and of one, with a response each, of one token and of two; then padding."""
     packing = Packing.of(jnp.array([[2, 1]]), jnp.array([[[1], [2]]]), 4, 4)
     prompts = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
     np.testing.assert_array_equal(packing.within_prompts()[0, 0], prompts)
@@ -50,7 +50,7 @@ def test_who_sees_whom_by_hand():
     np.testing.assert_array_equal(packing.across()[0, 0], across)
     np.testing.assert_array_equal(packing.is_response[0, 0], [1, 1, 1, 0])
     np.testing.assert_array_equal(packing.is_last()[0, :3], [0, 1, 1])
-    # A response's first input is its prompt's last token, at that token's position.
+    # The first input of a response is the prompt's last token, at the position of this token.
     np.testing.assert_array_equal(packing.response_positions()[0, 0, :3], [1, 0, 1])
 
 
@@ -61,7 +61,7 @@ def test_unpack_by_hand():
     np.testing.assert_array_equal(lengths, [[2], [1], [1]])
 
 
-# One shape for all, so that nothing is compiled anew.
+# All examples have one shape, so nothing compiles again.
 SLOTS_OF_ROW, ROW_SIZE = 3, 10
 
 
@@ -74,8 +74,8 @@ def row_lengths(columns):
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(lengths=row_lengths(3))
 def test_a_packed_row_token_by_token(lengths):
-    """Of slots with a prompt and two responses each, some of them empty: every token by a loop over texts."""
-    # A slot is empty or has a prompt and a token of each response.
+    """A loop over texts checks every token. Slots have a prompt and two responses each, or are empty."""
+    # A slot is empty, or it has a prompt and at least one token of each response.
     lengths = np.array([(a, max(b, 1), max(c, 1)) if a else (0, 0, 0) for a, b, c in lengths])
     prompt_size = response_size = ROW_SIZE
     packing = Packing.of(
@@ -104,7 +104,7 @@ def test_a_packed_row_token_by_token(lengths):
         for a, text in enumerate(row):
             if text is None:
                 continue
-            # A response's first input is the prompt's last token, at that token's place in the text.
+            # The first input of a response is the prompt's last token, at the position of this token.
             assert positions[k, a] == lengths[text[0], 0] - 1 + text[1]
             assert across[k, a].tolist() == [other is not None and other[0] == text[0] for other in prompts]
             assert inside[k, a].tolist() == [other is not None and other[0] == text[0] for other in row]
@@ -127,7 +127,7 @@ def test_what_is_unpacked_are_the_responses_one_by_one(lengths):
 
 
 def value_and_gradient(policy, batch, log_probs_of):
-    """Log-probs [8, 2, 5] and the gradient of a sum in which each token has a weight of its own."""
+    """Log-probs [8, 2, 5], and the gradient of their weighted sum; each token has its own weight."""
 
     def total(params):
         log_probs = log_probs_of(score(policy, params, *texts(batch)))
@@ -154,11 +154,10 @@ def assert_equal_to_unpacked(config):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), packed[1], plain[1])
 
 
-# Packing changes masks and positions. Of the decoder's settings, windows and rotary bases read them: Gemma 3 has a
-# window and two bases.
+# Packing changes masks and positions. Only windows and rotary bases depend on them; Gemma 3 has a window and two bases.
 @pytest.mark.parametrize("name", ["t5", "decoder", "gemma3"])
 def test_packed_rows_have_the_scores_and_gradients_of_their_prompts(name):
-    """Gemma 3 has windows that are shorter than a prompt with its response."""
+    """Gemma 3's windows are shorter than a prompt with its response."""
     assert_equal_to_unpacked({**CONFIGS, **SETTINGS}[name])
 
 

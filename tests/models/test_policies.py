@@ -1,4 +1,4 @@
-"""Both policies through one contract, against their numpy statements and against themselves."""
+"""Both policies have one interface; tests compare them with the numpy models and with themselves."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ def test_every_parameter_names_its_axes(policy):
 
 
 def test_number_of_t5_parameters():
-    # Attention: 4 projections of 12 x (2 x 5) = 480. MLP: 3 x 12 x 7 = 252. Norms of 12.
+    # Attention: 4 projections of 12 x (2 x 5) = 480. MLP: 3 x 12 x 7 = 252. Norms have 12.
     encoder = 2 * (480 + 252 + 2 * 12) + 12 + 2 * 8
     decoder = 3 * (2 * 480 + 252 + 3 * 12) + 12 + 2 * 8
     assert count_parameters(make_policy(CONFIGS["t5"])) == 2 * 13 * 12 + encoder + decoder
@@ -187,7 +187,7 @@ def test_what_is_recomputed_or_unrolled_does_not_change_gradients(policy, params
 def test_every_parameter_has_a_gradient(gradient):
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.isfinite(leaf).all(), path
-        # Every layer of a stack, each on its own.
+        # Each layer of a stack separately.
         stacked = "layers" in jax.tree_util.keystr(path)
         for part in leaf if stacked else [leaf]:
             assert np.abs(part).max() > 1e-6, path
@@ -199,13 +199,13 @@ def test_bfloat16_is_close(policy, params, scores):
     assert jax.eval_shape(partial(response_hidden, half), params, *arrays).dtype == jnp.bfloat16
     low = jax.jit(partial(score, half))(params, *texts(BATCH))
     assert low.dtype == jnp.float32
-    # Eight bits of mantissa over three layers.
+    # Three layers with eight bits of mantissa.
     np.testing.assert_allclose(low, scores, atol=0.3)
     assert np.abs(low - scores).mean() < 0.05
 
 
 def _products(jaxpr):
-    """The matrix products of a traced function, those in its loops too."""
+    """The matrix products of a traced function, including those in loops."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield equation
@@ -215,7 +215,7 @@ def _products(jaxpr):
 
 
 def test_bfloat16_computes_over_float32_parameters(policy, params):
-    """Every product of two matrices reads bfloat16; parameters and their gradients are float32."""
+    """The inputs of every matrix product are bfloat16; parameters and gradients are float32."""
     half = make_policy(dataclasses.replace(policy.config, dtype="bfloat16"))
     boxed = jax.eval_shape(half.init, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(boxed)} == {jnp.dtype("float32")}

@@ -1,4 +1,4 @@
-"""What all policies share: logits by hand, the dtype of each parameter, collisions, first inputs, and their sizes."""
+"""Features of all policies: logits by hand, the dtypes of parameters, collisions, first inputs, and sizes."""
 
 import dataclasses
 from functools import partial
@@ -30,10 +30,10 @@ def test_logits_by_hand():
     embedding, hidden = jnp.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), jnp.array([[3.0, -1.0]])
     np.testing.assert_allclose(Output(embedding).logits(hidden), [[3.0, -2.0, 2.0]])
     np.testing.assert_allclose(Output(embedding, 0.5).logits(hidden), [[1.5, -1.0, 1.0]])
-    # The cap is of the scaled logits: 2 tanh(z / 2).
+    # The cap applies to the scaled logits: 2 tanh(z / 2).
     capped = Output(embedding, 0.5, 2.0).logits(hidden)
     np.testing.assert_allclose(capped, 2 * np.tanh([[0.75, -0.5, 0.5]]), rtol=1e-6)
-    # Of bfloat16 they are accumulated in float32: 1 + 2^-9 has no bfloat16.
+    # Products of bfloat16 accumulate in float32: 1 + 2^-9 is not a bfloat16.
     half = Output(jnp.array([[1.0, 2.0**-9]])).logits(jnp.ones((1, 2), jnp.bfloat16))
     assert half.dtype == jnp.float32 and float(half[0, 0]) == 1 + 2.0**-9
 
@@ -57,7 +57,7 @@ def test_parameters_of_the_computation_are_cast_but_for_norms_and_position_biase
         whole = path[-1].key in ("scale", "rel_embedding")
         assert leaf.dtype == (jnp.float32 if whole else jnp.bfloat16), path
         assert whole == ("norm" in path[-2].key or "relpos" in path[-2].key)
-    # Nothing is computed otherwise: each use casts them anyway.
+    # The results do not change, because every use casts the parameters anyway.
     hidden = jax.jit(partial(response_hidden, policy))
     arrays = BATCH.prompts, BATCH.prompt_lengths, BATCH.responses
     np.testing.assert_array_equal(hidden(cast, *arrays), hidden(params, *arrays))
@@ -87,7 +87,7 @@ def test_collisions_have_no_gradient(policy, params):
 
 @dataclasses.dataclass(frozen=True)
 class Echo:
-    """Its hidden states are its inputs, so that these can be seen."""
+    """A policy whose hidden states are its inputs; so a test can see them."""
 
     config: DecoderConfig | T5Config
 
@@ -100,14 +100,14 @@ class Echo:
 
 @pytest.mark.parametrize(("name", "starts"), [("t5", [0, 0, 0]), ("decoder", [7, 5, 9])])
 def test_a_response_is_shifted_behind_its_first_input(unchecked, name, starts):
-    """A T5 begins with id 0, a decoder with the prompt's last token; also where a row holds two prompts."""
+    """T5 begins with id 0, a decoder with the prompt's last token, even if a row holds two prompts."""
     echo = Echo(CONFIGS[name])
     prompts, lengths = jnp.array([[6, 7, 1], [5, 2, 2], [8, 8, 9]]), jnp.array([2, 1, 3])
     responses = jnp.array([[[1, 2, 3]], [[4, 5, 6]], [[7, 8, 9]]])
     assert echo.start_tokens(prompts, lengths).tolist() == starts
     found = response_hidden(echo, None, prompts, lengths, responses)[:, 0, :, 0]
     assert found.tolist() == [[start, *row[0][:2]] for start, row in zip(starts, responses.tolist(), strict=True)]
-    # The first two prompts in one row, with one response of two tokens each.
+    # The first two prompts share a row; each has one response of two tokens.
     packed, sizes = jnp.array([[6, 7, 5, 0]]), jnp.array([[2, 1]])
     assert echo.start_tokens(packed, sizes).tolist() == [starts[:2]]
     packing = Packing.of(sizes, jnp.array([[[2], [2]]]), 4, 4)

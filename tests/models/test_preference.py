@@ -1,4 +1,4 @@
-"""The preference model: its context by hand, the sign rule, and that it can learn."""
+"""The preference model: its context by hand, the sign rule, and learning."""
 
 import dataclasses
 import functools
@@ -23,8 +23,8 @@ BATCH = make_batch(6, vocabulary_size=8)
 SWAPPED = (*texts(BATCH)[:2], BATCH.responses[:, ::-1], BATCH.response_lengths[:, ::-1])
 
 
-# Either kind with an architecture of its own: what joins texts and compares answers knows neither. The numpy model
-# meets all four.
+# Each kind has its own architecture here. The code that joins texts and compares answers depends on neither; the
+# comparison with the numpy model has all four.
 @pytest.fixture(scope="session", params=[("t5", "pairwise"), ("decoder", "bradley_terry")], ids="-".join)
 def model(request):
     architecture, kind = request.param
@@ -72,9 +72,9 @@ def test_join_of_full_rows_loses_nothing():
 
 
 def _rewards(model, params, prompt, parts):
-    """The log-odds of the answer behind prompt, marked parts and question, by the numpy model."""
+    """The log-odds of the answer to the prompt, the marked parts and the question, by the numpy model."""
     text = [token for marker, part in zip(MARKERS[:2], parts, strict=False) for token in (marker, *part)]
-    # The last row of logits predicts what follows the question, whatever that is.
+    # The last row of logits predicts the token after the question; so the last input, 0, does not matter.
     logits = logits_of(model.policy.config, params, prompt, np.array([*text, MARKERS.question, 0]))[-1]
     return logits[MARKERS.first_better] - logits[MARKERS.second_better]
 
@@ -102,14 +102,14 @@ def test_the_sign_rule_compares_both_orders(model, params, log_odds, preferences
     forward, backward = log_odds(params, *texts(BATCH)), log_odds(params, *SWAPPED)
     np.testing.assert_array_equal(preferences(params, *texts(BATCH)), forward > backward)
     if model.kind == "pairwise":
-        # An order matters to the raw answer, which is what the rule removes.
+        # The raw answer depends on the order; the rule removes this.
         assert np.abs(forward + backward).max() > 1e-2
     else:
         np.testing.assert_allclose(forward, -backward, rtol=1e-5, atol=1e-6)
 
 
 def test_identical_responses_tie(params, preferences):
-    """Also where only the padding behind them differs."""
+    """Even if their padding differs."""
     same = BATCH.responses.at[:, 1].set(BATCH.responses[:, 0])
     lengths = BATCH.response_lengths.at[:, 1].set(BATCH.response_lengths[:, 0])
     padding = jnp.arange(5) >= lengths[..., None]
@@ -172,7 +172,7 @@ def test_scores_of_one_response_are_refused(model, params):
 
 
 def test_pair_loss_by_hand():
-    # -log sigma(2) = log(1 + e^-2) = 0.126928; a tie at log-odds 0 costs log 2.
+    # -log sigma(2) = log(1 + e^-2) = 0.126928. A tie at log-odds 0 costs log 2.
     loss = pair_loss(jnp.array([2.0, 2.0, 0.0, 2.0]), jnp.array([1.0, 0.0, 0.5, 0.5]))
     np.testing.assert_allclose(loss, [0.126928, 2.126928, 0.693147, 1.126928], rtol=1e-5)
 
@@ -187,7 +187,7 @@ def test_unknown_kind_is_refused(policy):
 
 
 def test_the_order_of_a_pair_is_random_but_the_label_goes_with_it(model, params, log_odds):
-    """Every value is that of one of the two orders, both orders come up, and another step draws others."""
+    """Every value belongs to one of the two orders. Both orders occur, and each step draws new ones."""
     objective = objective_of(model)
     forward = pair_loss(log_odds(params, *texts(BATCH)), BATCH.scores[:, 0])
     backward = pair_loss(log_odds(params, *SWAPPED), BATCH.scores[:, 1])
@@ -196,9 +196,9 @@ def test_the_order_of_a_pair_is_random_but_the_label_goes_with_it(model, params,
     assert (is_forward | is_backward).all()
     if model.kind == "pairwise":
         assert not (is_forward & is_backward).any()
-        # Of 120 fair coins fewer than 36 or more than 84 fall one way with probability 1e-5.
+        # Fewer than 36 or more than 84 heads in 120 fair throws have probability 1e-5.
         assert 36 <= is_forward.sum() <= 84
-        # Pairs of one step have coins of their own.
+        # The pairs of one step have independent coins.
         assert is_forward.sum(1).std() > 0
 
 
@@ -211,9 +211,9 @@ def test_accuracy_counts_a_tie_as_half(model, params):
 
 @dataclasses.dataclass(frozen=True)
 class Counting:
-    """A policy whose state is the sum of its inputs: a first response counts once, and all before a second one again.
+    """A policy whose state sums its inputs: those of the first response once, those of the second -1.5 times.
 
-    The log-odds of the answer are (2 - 0) * state: the first answer has the embedding 2, the second 0.
+    The log-odds of the answer are (2 - 0) * state, because the first answer has the embedding 2, the second 0.
     """
 
     config: None = None
@@ -230,13 +230,13 @@ class Counting:
         return jnp.cumsum(worth, -1)[..., None]
 
 
-# Responses that are worth 3, 2 and 4; behind their ends is more.
+# Responses with sums 3, 2 and 4; their padding holds other numbers.
 RESPONSES = jnp.array([[[1, 2, 7], [2, 6, 6], [4, 5, 5]]])
 COUNTED = (jnp.array([[5]]), jnp.array([1]), RESPONSES, jnp.array([[2, 1, 1]]))
 
 
 def counted(*pair):
-    """The batch of these two of the three responses."""
+    """The batch of two of the three responses."""
     return (*COUNTED[:2], COUNTED[2][:, jnp.array(pair)], COUNTED[3][:, jnp.array(pair)])
 
 
@@ -245,18 +245,18 @@ def sigmoid(x):
 
 
 def test_a_pairwise_model_by_hand(unchecked):
-    """At the scale 0.5 the log-odds are the first's worth less 1.5 times the second's."""
+    """With scale 0.5 the log-odds are the sum of the first response minus 1.5 times that of the second."""
     model, scale = PreferenceModel(Counting(), MARKERS), 0.5
     np.testing.assert_allclose(model.log_odds(scale, *counted(0, 1)), [3 - 1.5 * 2])
     np.testing.assert_allclose(model.log_odds(scale, *counted(1, 0)), [2 - 1.5 * 3])
     np.testing.assert_allclose(model.log_odds(scale, *counted(2, 0)), [4 - 1.5 * 3])
-    # Hard by which order gives the larger answer, soft by the mean of r and of 1 - r swapped.
+    # Hard: the order with the larger answer decides. Soft: the mean of r and of 1 minus the swapped r.
     np.testing.assert_array_equal(model.preferences(scale, *counted(0, 1)), [1.0])
     np.testing.assert_array_equal(model.preferences(scale, *counted(0, 2)), [0.0])
     soft = model.preferences(scale, *counted(0, 1), soft=True)
     np.testing.assert_allclose(soft, [(sigmoid(0.0) + 1 - sigmoid(-2.5)) / 2], rtol=1e-6)
     np.testing.assert_allclose(1 - soft, model.preferences(scale, *counted(1, 0), soft=True), rtol=1e-6)
-    # Of three responses each has two others; the worths are 3, 2 and 4.
+    # Each of three responses is compared with two others. The sums are 3, 2 and 4.
     np.testing.assert_array_equal(model.scores(scale, *COUNTED), [[0.5, 0.0, 1.0]])
     pairs = {
         (i, j): float(model.preferences(scale, *counted(i, j), soft=True)[0])
@@ -267,7 +267,7 @@ def test_a_pairwise_model_by_hand(unchecked):
 
 
 def test_a_bradley_terry_model_by_hand(unchecked):
-    """Each response is read alone, as a first one, so that its reward is its worth at the scale 0.5."""
+    """Each response is read alone, in the first place. With scale 0.5 its reward is its sum."""
     model, scale = PreferenceModel(Counting(), MARKERS, "bradley_terry"), 0.5
     np.testing.assert_allclose(model.scores(scale, *COUNTED, labels="rewards"), [[3.0, 2.0, 4.0]])
     np.testing.assert_allclose(model.log_odds(scale, *counted(0, 2)), [-1.0])
@@ -276,14 +276,14 @@ def test_a_bradley_terry_model_by_hand(unchecked):
     np.testing.assert_array_equal(model.scores(scale, *COUNTED), [[0.5, 0.0, 1.0]])
     soft = [[sigmoid(1) + sigmoid(-1), sigmoid(-1) + sigmoid(-2), sigmoid(1) + sigmoid(2)]]
     np.testing.assert_allclose(model.scores(scale, *COUNTED, labels="soft"), np.array(soft) / 2, rtol=1e-5)
-    # One response alone has a reward too.
+    # A single response has a reward too.
     one = (*COUNTED[:2], COUNTED[2][:, :1], COUNTED[3][:, :1])
     np.testing.assert_allclose(model.scores(scale, *one, labels="rewards"), [[3.0]])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_that_a_token_wins(kind):
-    """The response with the token 5 is better; the two differ in nothing else but chance."""
+    """A response is better if it has token 5; nothing else tells the two apart."""
     config = DecoderConfig(vocabulary_size=13, width=16, layers=1, heads=2, kv_heads=1, head_size=8, mlp_width=16)
     model = PreferenceModel(make_policy(config), MARKERS, kind)
     objective, optimizer = preference_objective(model, jax.random.key(1)), optax.adam(2e-2)

@@ -1,4 +1,4 @@
-"""Kernels in int8: what they hold, what a product with one computes, and the policy with such a base."""
+"""Kernels in int8: their values, the product with one, and a policy on such a base."""
 
 import functools
 
@@ -23,7 +23,7 @@ POLICIES = [make_policy(CONFIGS[name]) for name in ("t5", "decoder")]
 @pytest.mark.parametrize(("shape", "inputs"), [((2, 5, 3, 4), 1), ((2, 3, 4, 5), 2), ((1, 6, 7), 1)])
 def test_each_value_is_within_half_a_step_of_its_output(shape, inputs):
     kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    kernel[:, ..., 0] = 0.0  # An output without any weight.
+    kernel[:, ..., 0] = 0.0  # One output has only zeros.
     held = quantize(jnp.asarray(kernel), inputs)
     assert held.values.dtype == jnp.int8 and held.scale.shape == (shape[0], *shape[1 + inputs :])
     largest = np.abs(kernel).max(axis=tuple(range(1, 1 + inputs)), keepdims=True)
@@ -31,7 +31,7 @@ def test_each_value_is_within_half_a_step_of_its_output(shape, inputs):
     assert (np.abs(found - kernel) <= largest / 254 + 1e-7).all()
     assert int(jnp.abs(held.values).max()) == 127
     np.testing.assert_array_equal(found[..., 0], 0.0)
-    # What int8 holds, int8 holds again.
+    # Rounding what is already rounded changes nothing.
     np.testing.assert_allclose(rounded(found, inputs), found, rtol=1e-6)
 
 
@@ -88,13 +88,13 @@ def test_a_policy_on_such_a_base_is_the_policy_with_rounded_kernels(policy):
     (ours, our_gradient), (theirs, their_gradient) = compiled(parts, held), compiled(parts, plain)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4), our_gradient, their_gradient)
-    # It is another function than with the kernels themselves.
+    # The result differs from that of the original kernels.
     assert abs(float(ours - compiled(parts, base)[0])) > 1e-3
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_samples_come_from_the_scored_policy(policy):
-    """The sampler applies adapters on int8 kernels and does not add them, so no plain copy of the base exists."""
+    """The sampler keeps adapters and int8 kernels apart. So there is no float copy of the base."""
     adapters, held = held_in_int8(policy, random_params(policy))
     params = adapters.on(held, unbox(adapters.init(jax.random.key(0))))
     keys = sample_keys(jax.random.key(3), jnp.int32(0), BATCH.prompt_ids, 2)

@@ -1,4 +1,4 @@
-"""Reward heads: which token they read, by the numpy model, and what they refuse."""
+"""Reward heads: the token that they read (compared with the numpy model), and what they refuse."""
 
 import dataclasses
 
@@ -32,14 +32,17 @@ def parameters(policy, head=RewardHead()):  # noqa: B008
 
 
 def hidden_of(policy, params, prompt, response):
-    """The hidden state that predicts the response's last token, by the numpy model with an identity for an output."""
+    """The hidden state that predicts the response's last token, from the numpy model with an identity as the output."""
     config = dataclasses.replace(policy.config, tied_embeddings=False)
     params = {**params, "output_embedder": {"embedding": jnp.eye(13, 12)}}
     return logits_of(config, params, np.asarray(prompt), np.asarray(response))[-1][:12]
 
 
 def reward_of(policy, params, text, after=0):
-    """By hand, of a text: a decoder's head reads its last token, T5's where the decoder predicts it."""
+    """The reward of a text by hand.
+
+    A decoder's head reads its last token; T5's head reads the state that predicts it.
+    """
     head = jax.tree.map(np.asarray, params["score"])
     if "dense" not in head:
         return hidden_of(policy, params, text[:1], [*text[1:], after]) @ head["kernel"][:, 0]
@@ -80,7 +83,7 @@ def test_a_bias_is_added_to_the_reward():
 
 
 def test_tokens_of_the_pad_id_at_the_end_are_skipped():
-    """The prompt's last token is read at the earliest; a pad id before another token is a token."""
+    """The head reads at least the prompt's last token. A pad id before another token counts as a token."""
     policy = POLICIES["llama3"]
     params, skipped = parameters(policy), 0
     for pad in sorted({response[-1] for _, _, response in every_text(BATCH)})[:3]:

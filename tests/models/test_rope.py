@@ -1,4 +1,4 @@
-"""Rotary positions by hand, by their invariances, and their scalings against plain statements of them."""
+"""Rotary positions by hand and by their invariances; their scalings equal plain definitions."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def test_rotated_dot_products_depend_on_the_relative_position_only():
 
 
 def test_rotation_by_hand():
-    # One pair of components, frequency 1: a quarter turn takes (1, 0) to (0, 1), up to the angle of one radian a step.
+    # One pair with frequency 1: position 2 turns (1, 0) by 2 radians.
     turned = rotate(jnp.array([[[1.0, 0.0]]]), rotation(jnp.array([2]), np.ones(1)))
     np.testing.assert_allclose(turned[0, 0], [np.cos(2.0), np.sin(2.0)], rtol=1e-6)
 

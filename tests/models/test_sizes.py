@@ -1,4 +1,4 @@
-"""Every named size against the parameter count that its authors state, and against its gin file."""
+"""Every named size has the parameter count that its authors publish, and the values of its gin file."""
 
 import json
 
@@ -9,7 +9,7 @@ from alignment_gap.configuration import to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.models import count_parameters, make_policy, sizes
 
-# Exact counts of the published checkpoints: from their model cards and weight indices.
+# Exact counts of the published checkpoints, from their model cards and weight indices.
 PUBLISHED = {
     "t5_small": 76_961_152,
     "t5_base": 247_577_856,
@@ -42,12 +42,12 @@ PUBLISHED = {
     "pythia_6.9b": 6_857_302_016,
     "pythia_12b": 11_846_072_320,
 }
-# 2204.02311, table 1, in billions to the digits given: width, layers, heads, and the count without the norms' scales.
+# 2204.02311, table 1: width, layers, heads, and the count in billions as printed, which leaves out the norms' scales.
 PALM = {"palm_8b": (4096, 32, 16, 8.63), "palm_62b": (8192, 64, 32, 62.50), "palm_540b": (18_432, 118, 48, 540.35)}
 LADDER = {"palm_10m": 1e7, "palm_30m": 3e7, "palm_100m": 1e8, "palm_300m": 3e8, "palm_1b": 1e9, "palm_3b": 3e9}
-# Without the two tables of embeddings of T5, and PaLM's one.
+# The counts leave out the embeddings: two tables in T5, one in PaLM.
 LAPTOP = {"t5_30k": 3e4, "t5_300k": 3e5, "t5_3m": 3e6, "palm_30k": 3e4, "palm_300k": 3e5, "palm_3m": 3e6}
-# Vocabulary of mT5 and the counts of its checkpoints of T5 v1.1's shapes.
+# The counts of mT5's checkpoints. They have T5 v1.1's shapes and mT5's vocabulary.
 MT5 = {"t5_small": 300_176_768, "t5_base": 582_401_280, "t5_xl": 3_742_619_648, "t5_xxl": 12_921_057_280}
 
 
@@ -56,7 +56,7 @@ def _count(name, **overrides):
 
 
 def _by_hand(config):
-    """Parameters of a decoder, matrix by matrix."""
+    """The number of parameters of a decoder, matrix by matrix."""
     width, heads, kv_heads, size = config.width, config.heads, config.kv_heads, config.head_size
     attention = 2 * width * heads * size + 2 * width * kv_heads * size
     attention += (heads + 2 * kv_heads) * size * config.query_key_value_bias + 2 * size * config.query_key_norm

@@ -1,4 +1,4 @@
-"""A stack of layers that is compiled once, against a loop over them."""
+"""A stack compiles one layer; the result equals a loop over layers."""
 
 import dataclasses
 import itertools
@@ -45,7 +45,7 @@ def by_hand(x, params, inputs):
 
 @pytest.mark.parametrize("config", itertools.starmap(Config, [("none", 1), ("none", 5), ("full", 2), ("dots", 1)]))
 def test_a_stack_is_its_layers_one_after_another_however_it_runs(config):
-    """In value and gradient; its outputs are those of all layers."""
+    """In value and gradient. The outputs are those of all layers."""
     last, outputs = jax.jit(lambda x, p: scan_stack(layer, x, p, INPUTS, config=config))(X, PARAMS)
     wanted = by_hand(np.asarray(X), PARAMS, INPUTS)
     np.testing.assert_allclose(last, wanted[0], rtol=1e-5)
@@ -81,7 +81,7 @@ def test_layers_of_a_stack_are_drawn_each_anew_and_name_their_axis():
 
 @pytest.mark.parametrize("unroll", [1, 3])
 def test_every_layer_of_a_decoding_stack_writes_its_own_part_of_the_cache(unroll):
-    """At its step; what each layer reads is what it has written so far."""
+    """A layer writes at its step, and reads what it has written so far."""
     depth, steps = 3, 4
 
     @jax.jit

@@ -1,7 +1,7 @@
-"""T5's fused attention, in Pallas's interpreter: equal to the plain form, for rows of any length and packed rows.
+"""T5's fused attention in Pallas's interpreter equals the plain form, for rows of any length and for packed rows.
 
-Float32 values and gradients of single calls are within 1e-5 of the plain form's, relative to the largest; those of
-bfloat16 within 2e-2, which is what rounding weights before or after they are normalised makes.
+Values and gradients of single calls agree within 1e-5 of the largest in float32, and within 2e-2 in bfloat16. One
+form rounds the weights before it normalises them, the other one after that.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def _plain(query, keys, values, ranges, bias=None):
 
 
 def _ranges(rng, shape, size):
-    """Ranges of any kind: whole rows, one key, none."""
+    """Ranges of all kinds: whole rows, one key, no key."""
     begin, end = np.sort(rng.integers(0, size + 1, (2, *shape)), axis=0)
     begin[0, 0, 0], end[0, 0, 0] = 0, size
     begin[-1, -1, -1], end[-1, -1, -1] = 3, 3
@@ -43,7 +43,10 @@ def _ranges(rng, shape, size):
 
 
 def _both(fused, plain, arrays, ranges):
-    """Outputs and gradients of both forms, for a sum in which each output of a query with keys has its own weight."""
+    """Outputs and gradients of both forms.
+
+    The gradient is that of a sum; queries with keys have random weights in it.
+    """
     shape = arrays[0].shape
     weights = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
     weights *= (ranges.end > ranges.begin)[..., None, None].astype(jnp.float32)
@@ -77,7 +80,7 @@ def _arrays(rng, *shapes, dtype="float32"):
 )
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_self_attention_equals_the_plain_form(length, most, dtype, bound, bidirectional):
-    """With its bias, whose table has a gradient too; rows of 64 have tiles of one bias, off the diagonal."""
+    """The bias's table has a gradient too. In rows of 64, all tiles far from the diagonal share a bias."""
     rng = np.random.default_rng(length)
     arrays = _arrays(rng, *[(2, 2, length, 2, 5)] * 3, dtype=dtype)
     table = {"params": {"rel_embedding": jnp.asarray(rng.normal(size=(2, 8)), jnp.float32)}}
@@ -101,7 +104,7 @@ def test_self_attention_equals_the_plain_form(length, most, dtype, bound, bidire
 
 @pytest.mark.parametrize(("heads", "size"), [(4, 64), (2, 128), (3, 24)])
 def test_k_rows_attend_to_the_keys_of_their_prompt(heads, size):
-    """Two heads of 64 share the lanes of a block, one of 128 fills them, three of 24 need padding."""
+    """Two heads of size 64 share a block of lanes, one of 128 fills it, three of 24 need padding."""
     rng = np.random.default_rng(heads)
     arrays = _arrays(rng, (2, 3, 7, heads, size), *[(2, 21, heads, size)] * 2)
     arrays[0] *= size**-0.5
@@ -122,7 +125,7 @@ def test_queries_without_keys_give_zero_and_no_gradient():
 
 @pytest.mark.parametrize(("length", "most"), [(5, 16), (16, 16), (40, 16), (100, 32)])
 def test_the_line_has_every_distance_of_the_tiles(length, most):
-    """Row k of the line, turned right by k, has the distances of key k to all queries, as far as biases differ."""
+    """The line, rotated right by k, has the distances from key k to all queries, up to distances of equal bias."""
     line, block = t5_attention.line_distances(length, FARTHEST, most), t5_attention.block_of(length, most)
     turned = np.stack([np.roll(line, key) for key in range(block)])
     tiles = len(line) // block - 1
@@ -133,7 +136,7 @@ def test_the_line_has_every_distance_of_the_tiles(length, most):
 
 
 def test_ranges_of_packed_rows_are_their_masks():
-    """For any lengths; padding attends to nothing."""
+    """For any lengths. Padding attends to nothing."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         lengths = rng.integers(0, 4, (2, 3, 3))
@@ -170,7 +173,7 @@ def test_t5_scores_as_with_the_plain_form(remat):
 
 
 def test_t5_over_a_mesh_scores_as_on_one_device():
-    """Batch and heads are split; the gradient of the position biases is summed over the batch."""
+    """Batch and heads are split. The gradient of the position biases is summed over the batch."""
     policy = make_policy(dataclasses.replace(EVEN_CONFIGS["t5"], attention="pallas"))
     params, mesh = random_params(policy), make_mesh(MeshConfig(data=2, fsdp=2, model=2))
     gradient = jax.value_and_grad(lambda params, *texts: score(policy, params, *texts).sum())
@@ -187,7 +190,7 @@ def test_t5_takes_the_kernel_on_tpus_unasked(platform, monkeypatch):
     monkeypatch.setattr(t5_attention, "make", lambda *given: calls.append(given) or (lambda query, *_: query))
     policy = make_policy(T5Config())
     jax.eval_shape(partial(score, policy), random_params(policy), *texts(BATCH))
-    # One for the encoder, two for the decoder.
+    # The encoder has one call, the decoder two.
     assert len(calls) == (3 if platform == "tpu" else 0)
 
 
@@ -224,7 +227,7 @@ print(lowered.compile().as_text())
 
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1", "v6e:2x4"])
 def test_packed_t5_compiles_for_tpu_slices(topology):
-    """Value and gradient, ahead of time; nothing of size queries x keys is anywhere in the program."""
+    """Value and gradient compile ahead of time. No array in the program has the size queries x keys."""
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs ahead of time")
     process = subprocess.run(
         [sys.executable, "-c", TPU_PROGRAM, topology],
@@ -235,7 +238,7 @@ def test_packed_t5_compiles_for_tpu_slices(topology):
     )
     assert process.returncode == 0, process.stderr[-2000:]
     calls = [line for line in process.stdout.splitlines() if "tpu_custom_call" in line]
-    # Of the encoder, of the responses, of responses to prompts; forward twice, for remat.
+    # The encoder, the responses, and responses to prompts; forward runs twice, because of remat.
     assert sum("t5_attention_forward" in line for line in calls) == 6
     assert sum("t5_attention_backward" in line for line in calls) == 3
     assert "500,500]" not in process.stdout and "512,512]" not in process.stdout

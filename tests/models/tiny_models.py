@@ -1,4 +1,4 @@
-"""Policies and batches that are as small as can be, for the tests of models, sampling, sharding and training."""
+"""Policies and batches that are as small as possible, for tests of models, sampling, sharding and training."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from alignment_gap.models import DecoderConfig, T5Config
 from alignment_gap.models.policy import Output
 from alignment_gap.sharding import MeshConfig, unbox
 
-# Every size differs from every other where it can, so that a swapped axis shows.
+# Sizes differ from each other where possible, so that swapped axes show.
 CONFIGS = {
     "t5": T5Config(
         vocabulary_size=13,
@@ -27,7 +27,7 @@ CONFIGS = {
     ),
     "decoder": DecoderConfig(vocabulary_size=13, width=12, layers=3, heads=4, kv_heads=2, head_size=6, mlp_width=7),
 }
-# The decoder with the settings of each family of checkpoints; windows are shorter than prompt and response together.
+# The decoder with the settings of each family of checkpoints. Windows are shorter than a prompt with its response.
 _SERIAL = dataclasses.replace(CONFIGS["decoder"], block="serial", logits_scale="one", rope_base=100.0)
 _GEMMA = dataclasses.replace(_SERIAL, activation="gelu", norm="one_plus_scale", embedding_scale="sqrt_width")
 SETTINGS = {
@@ -75,7 +75,7 @@ SETTINGS = {
         rotary_size=4,
     ),
 }
-# Sizes that two and eight devices divide.
+# Two and eight devices divide these sizes.
 EVEN_CONFIGS = {
     "t5": T5Config(
         vocabulary_size=16, width=16, encoder_layers=1, decoder_layers=1, heads=2, head_size=4, mlp_width=24
@@ -88,7 +88,7 @@ MESHES = {
     "model": MeshConfig(1, 1, 8),
     "two_by_four": MeshConfig(2, 1, 4),
     "all": MeshConfig(2, 2, 2),
-    # Prompts of six tokens are split in two.
+    # Splits prompts of six tokens in two.
     "sequence": MeshConfig(2, 2, 2, layout="sequence"),
 }
 
@@ -101,19 +101,19 @@ def initial_params(policy):
 
 @functools.cache
 def random_params(policy, seed=0):
-    """Parameters of which none keeps an initial value that hides it, such as a norm's scale of one."""
+    """Random parameters. No parameter has an initial value that hides it, such as a norm's scale of one."""
     params = initial_params(policy)(jax.random.key(seed))
     rng = np.random.default_rng(seed)
 
     def moved(leaf):
-        # By numpy, which compiles nothing for each shape.
+        # numpy does not compile anything for a new shape.
         return jnp.asarray(np.asarray(leaf) + (0.2 * rng.standard_normal(leaf.shape)).astype(leaf.dtype))
 
     return jax.tree.map(moved, params)
 
 
 def make_batch(prompts, *, responses=2, prompt_length=6, response_length=5, vocabulary_size=13, seed=0):
-    """Random prompts, responses and lengths, with the shortest and the longest among them; garbage behind the ends."""
+    """Random prompts, responses and lengths, including the shortest and the longest. Padding holds garbage."""
     rng = np.random.default_rng(seed)
     prompt_lengths = rng.integers(1, prompt_length + 1, prompts)
     response_lengths = rng.integers(1, response_length + 1, (prompts, responses))
@@ -137,7 +137,7 @@ def texts(batch):
 
 @dataclasses.dataclass(frozen=True)
 class Unigram:
-    """The least that is a policy: one distribution over tokens, whatever came before; it only scores."""
+    """A minimal policy: one distribution over tokens, which ignores the context. It can only score."""
 
     config: None = None
 

@@ -7,12 +7,12 @@ import sys
 WITH_TRL = importlib.util.find_spec("trl") is not None
 
 collect_ignore_glob = [] if WITH_TRL else ["test_*.py"]
-# The tests import trl_harness from this folder, and byte_tokenizer from that of the data.
+# Makes trl_harness (here) and byte_tokenizer (tests/data) importable.
 sys.path += [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1] / "data")]
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The table of docs/losses.md: one row for every comparison that passed."""
+    """Prints the table of docs/losses.md: one row for every comparison that passed."""
     if "trl_harness" not in sys.modules:
         return
     from trl_harness import ROWS

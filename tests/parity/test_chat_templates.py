@@ -1,4 +1,4 @@
-"""Conversations and preference records as TRL and transformers read them."""
+"""Conversations and preference records give the texts that TRL and transformers give."""
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -36,7 +36,7 @@ TEMPLATES = {
         "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}\n"
     ),
 }
-# It writes no common prompt, so that no answer can be cut out.
+# With this template the text of a prompt is not a prefix of the whole text, so no answer can be cut out.
 HELPERS = "{{ messages | tojson }}{{ strftime_now('%Y') }}"
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 CHATS = [
@@ -52,7 +52,7 @@ def read(record: dict, template: Template) -> TextPair:
 
 
 def both_of(source: str) -> tuple[Template, PreTrainedTokenizerFast]:
-    """Ours and theirs of one template."""
+    """One template, in our class and in transformers' tokenizer."""
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=source, **TOKENS)
     return Template(source, tuple(TOKENS.items())), theirs

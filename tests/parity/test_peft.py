@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT: the same logits here, and after an export there again; merged too."""
+"""LoRA adapters of PEFT give the same logits here, and there again after an export; merged ones do too."""
 
 import os
 
@@ -34,7 +34,7 @@ SETTINGS = {
 
 
 def with_adapters(model, case, rank=4):
-    """PEFT's model over a model, with no part of its adapters zero."""
+    """A model with PEFT adapters that have no zeros."""
     task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     config = peft.LoraConfig(task_type=task, r=rank, lora_alpha=6, **SETTINGS[case])
     adapted = peft.get_peft_model(model, config).eval()
@@ -81,7 +81,7 @@ def test_adapters_come_in_and_go_out_with_equal_logits(case, tmp_path):
 
 
 def test_a_run_trained_here_has_the_fresh_adapters_of_peft():
-    """Zero b, and a of the same distribution: its bound and its variance."""
+    """B is zero; A has the same distribution as PEFT's, with the same bound and variance."""
     adapted = peft.get_peft_model(
         random_model(*CASES["llama_grouped"]), peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["down_proj"])
     )

@@ -1,4 +1,4 @@
-"""Reward models as transformers writes them: the same scores here, and after an export there again."""
+"""Reward models from transformers give the same scores here, and there again after an export."""
 
 import os
 
@@ -63,7 +63,7 @@ def test_scores_here_and_after_an_export_there(case, tmp_path):
     print(f"{case}: scores differ by at most {difference:.1e}, their deviation is {theirs.std():.2f}")
     assert difference < 1e-5
     assert theirs.std() > 0.02
-    # All rows in one batch there, padded on the right.
+    # transformers reads all rows in one batch, padded on the right.
     if model.config.pad_token_id is not None:
         np.testing.assert_allclose(ours, their_rewards(model, TEXTS, model.config.pad_token_id), rtol=0, atol=1e-5)
     export_checkpoint(tmp_path / "run", tmp_path / "exported", "huggingface")
@@ -79,7 +79,7 @@ def test_scores_here_and_after_an_export_there(case, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_trained_here_gives_its_rewards_there(tied, tmp_path):
-    """The text there is the prompt, the first marker, the response and the question."""
+    """transformers reads the prompt, the first marker, the response and the question."""
     sizes = {"vocabulary_size": 50, "width": 24, "layers": 3, "heads": 4, "kv_heads": 2, "head_size": 10}
     config = DecoderConfig(**sizes, mlp_width=20, block="serial", logits_scale="one", tied_embeddings=tied)
     tensors = {

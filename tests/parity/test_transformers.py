@@ -1,4 +1,4 @@
-"""Every family's folder as transformers writes it: the same logits here, and after an export there again."""
+"""Every family's folder from transformers gives the same logits here, and there again after an export."""
 
 import copy
 import os
@@ -61,7 +61,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 8,
 }
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0}
-# Prompts and responses of up to 14 and 9 tokens: beyond the short windows and llama3's original length.
+# Prompts have up to 14 tokens, responses up to 9: more than the short windows, and than llama3's original length.
 CASES = {
     "t5_untied": ("T5", {**T5, "tie_word_embeddings": False}),
     "t5_tied": ("T5", {**T5, "tie_word_embeddings": True}),
@@ -149,7 +149,7 @@ def through_our_checkpoint(folder, run):
 
 
 def check_logits(stored, model):
-    """Logits and log-probs of all rows, padded to one shape here and each alone there."""
+    """Compares logits and log-probs of all rows. Here they are padded to one shape; there each row is alone."""
     policy, params = make_policy(stored.network.model), params_of(stored.tensors)
     arrays = PROMPTS, PROMPT_LENGTHS, RESPONSES
     logits = our_logits(policy, params, *arrays)
@@ -180,7 +180,7 @@ def test_logits_here_and_after_an_export_there(case, tmp_path):
             assert torch.equal(tensor, ours[key]), key
         for row in range(3):
             arrays = PROMPTS[row, : PROMPT_LENGTHS[row]], RESPONSES[row, 0]
-            # The same tensors; torch's products differ in the last bits with where in memory they are.
+            # The tensors are equal. The last bits of torch's products depend on where the tensors are in memory.
             logits = their_logits(again, *arrays), their_logits(model, *arrays)
             np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
 

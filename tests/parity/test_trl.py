@@ -1,4 +1,4 @@
-"""Every loss that TRL has, value and gradient, against TRL's own code; deliberate differences are asserted too."""
+"""Every loss of TRL, value and gradient, equals TRL's own code; deliberate differences are asserted too."""
 
 import types
 
@@ -17,7 +17,7 @@ from alignment_gap import losses
 
 PAIRS, TOKENS = 6, 7
 RNG = np.random.default_rng(0)
-# Chosen in the first half, rejected in the second, as TRL lays them out.
+# Chosen responses come in the first half, rejected ones in the second, as in TRL.
 LOGPS = RNG.uniform(-3, -0.05, (2 * PAIRS, TOKENS)).astype(np.float32)
 REFERENCE = RNG.uniform(-3, -0.05, (2 * PAIRS, TOKENS)).astype(np.float32)
 COLLISIONS = RNG.uniform(-3, -0.05, (2 * PAIRS, TOKENS)).astype(np.float32)
@@ -34,7 +34,7 @@ def total(logps):
 
 
 def ours_on_pairs(loss):
-    """The batch's mean and its gradient in the token log-probs."""
+    """The mean over the batch, and its gradient with respect to the token log-probs."""
 
     def mean(logps):
         reference = jnp.asarray(REFERENCE)
@@ -53,7 +53,7 @@ def ours_on_pairs(loss):
 
 
 def named(name, *arrays, **settings):
-    """A loss of the arrays that it requires and those that are named."""
+    """A loss that gets the arrays that it requires, and the named ones."""
     loss = losses.get(name, **settings)
     reads = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", *arrays)
     return lambda given: loss(**{each: given[each] for each in reads})
@@ -160,7 +160,7 @@ DPO_CASES = [
             alignment="sampled",
         ),
     ),
-    # TRL averages over all tokens of the batch; here every example counts for itself.
+    # TRL averages over all tokens of the batch; here every example has the same weight.
     (
         "sft",
         {},
@@ -181,7 +181,7 @@ def test_dpo_trainer(loss_type, settings, label, loss):
 @pytest.mark.parametrize(
     ("loss_type", "loss"),
     [
-        # Here a sum over tokens unless asked otherwise, and BCO's shift is that of its paper.
+        # Here IPO sums over tokens by default, and BCO's shift is that of its paper.
         ("ipo", named("ipo", beta=0.3)),
         ("bco_pair", named("bco", beta=0.3)),
     ],
@@ -216,7 +216,7 @@ def trl_kto(desirable, **settings):
         "ref_logps": tensor(np.where(MASK, REFERENCE, 0).sum(-1)),
         "ref_KL_logps": tensor(ref_kl),
     }
-    # The first call is for the KL where it is asked for.
+    # The first call computes the KL, if it is requested.
     outputs = [Outputs(tensor(kl))] if settings["calculate_KL"] else []
     outputs.append(Outputs(logps * tensor(MASK)))
     instance = trainer(KTOTrainer, **attributes)
@@ -249,7 +249,7 @@ def sides(gradient=True):
 
 
 def back(pair, weight):
-    """Gradients in the two sides' scores as gradients in the token log-probs."""
+    """Converts gradients with respect to the scores of both sides to gradients with respect to token log-probs."""
     scores = np.concatenate([side.grad.numpy() for side in pair])
     return np.where(MASK, scores[:, None] * weight[:, None], 0)
 
@@ -285,7 +285,7 @@ def test_simpo_in_the_cpo_trainer():
 def test_slic_in_the_cpo_trainer():
     pair, _ = sides()
     theirs = trl_cpo(pair, loss_type="hinge")
-    # Their scale is beta, ours is 1 with a margin of 1 / beta.
+    # TRL scales by beta; ours has scale 1 and a margin of 1 / beta.
     value, gradient = ours_on_pairs(
         lambda n: 0.3 * losses.slic_hf(n["chosen_logps"], n["rejected_logps"], delta=1 / 0.3, sft_weight=0.0)
     )
@@ -295,7 +295,7 @@ def test_slic_in_the_cpo_trainer():
 
 def test_orpo_trainer():
     _, pair = sides()
-    # Their NLL is that of prompt and response over the batch's tokens; the contrast is compared.
+    # TRL's NLL covers prompt and response, over the tokens of the batch. So only the contrast is compared.
     loss = -trainer(ORPOTrainer, beta=0.3).odds_ratio_loss(*pair)[0].mean()
     loss.backward()
 
@@ -319,7 +319,7 @@ def in_groups(array, groups=GROUPS):
     ("loss_type", "groups", "settings", "label"),
     [
         ("grpo", GROUPS, {}, "`grpo`"),
-        # Theirs is the mean over the tokens of the batch, ours over those of a prompt: equal for one prompt.
+        # TRL averages over the tokens of the batch, ours over those of a prompt: equal for one prompt.
         ("bnpo", 1, {"over_tokens": "group"}, '`grpo, over_tokens="group"`, one prompt'),
         ("dr_grpo", GROUPS, {"max_length": 11}, "`dr_grpo, max_length=...`"),
     ],
@@ -370,7 +370,7 @@ def test_grpo_trainer(loss_type, groups, settings, label):
 
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_rloo_trainer(on_policy):
-    """TRL's value is always that of a ratio; without `old_logps` ours has the same gradient at the sampling policy."""
+    """TRL's value always has a ratio. At the sampling policy our gradient without `old_logps` is the same."""
     logps = tensor(LOGPS, gradient=True)
     old = total(LOGPS) + (0.0 if on_policy else jnp.asarray(RNG.normal(0, 0.3, 2 * PAIRS), jnp.float32))
     rewards = tensor(SCORES).reshape(GROUPS, -1)

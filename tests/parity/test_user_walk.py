@@ -1,4 +1,4 @@
-"""A user's way with a Llama: LoRA by online IPO against a reward model, evaluated, exported, and loaded elsewhere."""
+"""A user's way with a Llama: LoRA by online IPO with a reward model, then evaluation, export, and use elsewhere."""
 
 import importlib.util
 import json
@@ -147,7 +147,7 @@ def test_the_card_says_what_was_done_and_measured(walked):
 
 
 def test_the_tuned_run_speaks_the_chat_template_of_its_checkpoint(walked):
-    """Its prompts are those that transformers' own tokenizer writes."""
+    """transformers' own tokenizer writes the same prompts."""
     out = command(
         *("sample", f"--run={walked / 'tuned'}", "--format=jsonl", "--response_length=8", "--batch_size=8"),
         text="say 3\n",

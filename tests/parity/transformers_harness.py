@@ -1,4 +1,4 @@
-"""transformers' models at random, and the logits of both sides."""
+"""transformers' models with random parameters, and the logits of both libraries."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ CLASSES = {
 
 
 def random_model(family, settings, scale=0.1, seed=0):
-    """A model of which no parameter keeps an initial value that hides it, such as a norm's weight or a bias of 0."""
+    """A model in which no parameter has an initial value that hides it, such as a norm's weight of 1 or a bias of 0."""
     config_class, model_class = CLASSES[family]
     torch.manual_seed(seed)
     model = model_class._from_config(config_class(**settings), attn_implementation="eager").eval()
@@ -81,7 +81,7 @@ def reload(folder):
 
 
 def their_logits(model, prompt, response):
-    """Logits [R, V] that predict the response's tokens, of one unpadded row."""
+    """Logits [R, V] that predict the response's tokens, for one row without padding."""
     prompt, response = torch.tensor(prompt[None], dtype=torch.long), torch.tensor(response[None], dtype=torch.long)
     with torch.no_grad():
         if model.config.is_encoder_decoder:
@@ -92,7 +92,7 @@ def their_logits(model, prompt, response):
 
 
 def their_rewards(model, texts, pad):
-    """The score of each text, in one batch that is padded on the right."""
+    """The score of each text, in one batch with padding on the right."""
     size = max(map(len, texts))
     rows = torch.tensor([[*text, *[pad] * (size - len(text))] for text in texts], dtype=torch.long)
     mask = torch.tensor([[1] * len(text) + [0] * (size - len(text)) for text in texts])

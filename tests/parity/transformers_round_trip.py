@@ -1,10 +1,10 @@
-"""A new user's way: a folder of transformers in, 20 steps of IPO on human pairs, a folder out that transformers loads.
+"""A round trip: import a transformers folder, take 20 steps of IPO on human pairs, export, and load it there.
 
 python tests/parity/transformers_round_trip.py --family=t5 --pairs=pairs.jsonl.gz --vocabulary=t5.spiece.model \
     --workdir=runs/round_trip
 
-Run it in the environment of `make parity`, with the repository in PYTHONPATH. The folder is random, of the full shape
-of Flan-T5 small, or of a Gemma 3 with 40M parameters; the vocabulary is copied into it.
+Run it in the environment of `make parity`, with the repository in PYTHONPATH. The folder has random parameters in the
+full shape of Flan-T5 small, or of a Gemma 3 with 40M parameters, and a copy of the vocabulary.
 """
 
 import argparse
@@ -56,13 +56,13 @@ def round_trip(family, settings, pairs, vocabulary, workdir, *, prompt_length=64
 
     Args:
       family: "t5" or "gemma".
-      settings: of transformers' config.
+      settings: settings of transformers' config.
       pairs: human pairs in Anthropic HH's format.
       vocabulary: a SentencePiece model.
       workdir: a new folder.
       prompt_length: longer prompts are left out.
       response_length: longer responses are left out.
-      steps: of IPO, 8 pairs each.
+      steps: steps of IPO, with 8 pairs each.
     """
     import numpy as np
     from transformers_harness import our_logits, random_model, reload, their_logits

@@ -1,4 +1,4 @@
-"""Calls TRL's own loss methods on given log-probs, with no model, data or processes behind them."""
+"""Calls TRL's own loss methods on given log-probs, without model, data or other processes."""
 
 import collections
 import contextlib
@@ -7,7 +7,7 @@ import types
 import numpy as np
 import torch
 
-# What passed: TRL's name, its settings, ours, largest relative difference of value and of gradient.
+# Comparisons that passed: TRL's name, its settings, ours, and the largest relative differences of value and gradient.
 ROWS: list[tuple[str, str, str, float, float]] = []
 
 
@@ -34,7 +34,7 @@ class Accelerator:
 
 
 class Outputs(types.SimpleNamespace):
-    """What a model with a fused head returns; all but the log-probs only feeds metrics."""
+    """The output of a model with a fused head. Only the log-probs matter; the rest feeds metrics."""
 
     def __init__(self, log_probs, log_sum_sq_probs=None):
         zeros = torch.zeros_like(log_probs)
@@ -48,7 +48,7 @@ class Outputs(types.SimpleNamespace):
 
 
 def trainer(cls, **attributes):
-    """An instance of a TRL trainer with these attributes, its constructor never run."""
+    """An instance of a TRL trainer with these attributes; its constructor does not run."""
     instance = object.__new__(cls)
     common = {
         "accelerator": Accelerator(),
@@ -70,19 +70,19 @@ def tensor(array, gradient=False):
 
 
 def with_prompt(mask):
-    """TRL's completion mask: one prompt token before the response."""
+    """TRL's completion mask, with one prompt token before the response."""
     return torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), tensor(mask).long()], dim=1)
 
 
 def relative(ours, theirs):
-    """The largest difference, relative to the largest magnitude."""
+    """The largest difference relative to the largest magnitude."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-6))
 
 
 def agree(theirs, settings, ours, value, gradient):
-    """Asserts 1e-5 for pairs (ours, theirs) of value and gradient, and keeps the row."""
+    """Asserts agreement within 1e-5 for pairs (ours, theirs) of value and gradient, and records the row."""
     differences = relative(*value), relative(*gradient)
     assert max(differences) <= 1e-5, (theirs, ours, differences)
     ROWS.append((theirs, settings, ours, *differences))

@@ -1,4 +1,4 @@
-"""Virtual devices as a mesh, and the compiler for TPUs where it is installed."""
+"""Virtual devices as a mesh, and the TPU compiler where it is installed."""
 
 import importlib.util
 import pathlib
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# Tests import planning from this folder, however pytest was started.
+# Makes planning importable from this folder, however pytest was started.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from planning import config_of, program_of

@@ -1,4 +1,4 @@
-"""A compiler that is made up: what it says of a program follows from the program's network and batch alone."""
+"""A fake compiler: its figures follow from the network and the batch of a program."""
 
 import dataclasses
 
@@ -12,17 +12,17 @@ from alignment_gap.sharding.chips import GIB, parse_topology
 
 POLICY = T5Config(vocabulary_size=256, dtype="bfloat16", remat="full")
 JUDGE = dataclasses.replace(POLICY, width=32)
-# GiB of a device's parameters by the width of the network; others have 8.
+# GiB of parameters on a device, by the width of the network; 8 for other widths.
 PARAMETERS = {32: 0.25, POLICY.width: 1.0}
 V5E = parse_topology("v5e:2x4")
 PAPER = {"prompt": 1024, "response": 128}
 
 
 def compile_(config, program):
-    """State of three times the parameters; 0.1 GiB of temporaries a prompt, half of it for other programs; code.
+    """State is three times the parameters. Temporaries are 0.1 GiB for each prompt, half of it outside the update.
 
-    Every program moves HBM for a second, and every device computes for half a second. More than 12 GiB of temporaries
-    are refused.
+    Every program moves HBM for a second, and every device computes for half a second. It refuses more than 12 GiB of
+    temporaries.
     """
     update = program.kind == "update"
     parameters = int(PARAMETERS.get(program.model.width, 8) * GIB)
@@ -52,7 +52,7 @@ def update_config(model=POLICY, batch=64, programs=None, **settings):
 
 
 def online_config():
-    """An online plan: the reference is called score."""
+    """An online plan. The reference's program is named score."""
     programs = (
         program_of("update", POLICY),
         program_of("sample", POLICY),

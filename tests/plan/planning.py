@@ -1,4 +1,4 @@
-"""The smallest networks, batches and programs that can be planned, and plans of compilations that are made up."""
+"""The smallest networks, batches and programs for plans, and plans of fake compilations."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from alignment_gap.plan.steps import PlanConfig, Program
 from alignment_gap.sharding import MeshConfig
 from alignment_gap.sharding.chips import parse_topology
 
-# Every size is a multiple of 8, so that eight devices split it.
+# Every size is a multiple of 8, so eight devices can split it.
 T5 = T5Config(vocabulary_size=256, width=64, encoder_layers=2, decoder_layers=2, heads=8, head_size=16, mlp_width=96)
 DECODER = DecoderConfig(
     vocabulary_size=256, width=64, layers=2, heads=8, kv_heads=8, head_size=16, mlp_width=96, tied_embeddings=True
@@ -28,24 +28,24 @@ def facts_of(model, shape=SHAPE, kind="policy", **facts):
 
 
 def program_of(kind, model=DECODER, shape=SHAPE, **settings):
-    """A program of a policy, or of a pairwise preference model where it is a judge."""
+    """A program of a policy; a program of kind judge is that of a pairwise preference model."""
     facts = facts_of(model, shape, "pairwise" if kind == "judge" else "policy")
     return Program(kind, kind, facts, **settings)
 
 
 def config_of(*programs, layout="fsdp", topology=CPU, search=False, **job):
-    """A plan of programs, by default of the update alone; the job has a start, so that its loss has a reference."""
+    """A plan of programs; by default only of the update. The job has a start, so its loss has a reference."""
     job = JobConfig(mesh=MeshConfig(layout=layout), start="start", **job)
     return PlanConfig(job, programs or (program_of("update"),), topology, search)
 
 
 def replaced(program, **shape):
-    """The program with other sizes of its batch."""
+    """The program with other batch sizes."""
     facts = dataclasses.replace(program.facts, batch=dataclasses.replace(program.batch, **shape))
     return dataclasses.replace(program, facts=facts)
 
 
 def write_run(folder, network, step=1):
-    """A run with one checkpoint, which says what network it holds and has a single small parameter."""
+    """A run with one checkpoint. It records the network, but has only one small parameter."""
     write_checkpoint(folder, step, network, {"w": from_array(np.ones(3, np.float32))})
     return str(folder)

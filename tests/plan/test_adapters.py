@@ -1,4 +1,4 @@
-"""Plans of adapters: their base is in memory once, for the update, the sampler, the reference and a judge on it."""
+"""Plans with adapters: update, sampler, reference and a judge on the same base hold the base once."""
 
 import dataclasses
 
@@ -28,13 +28,13 @@ def job_of(judge, **settings):
 
 
 def judge_of(folder, base):
-    """The folder of a preference model whose adapters are of rank 4."""
+    """The folder of a preference model with adapters of rank 4."""
     adapter = AdapterConfig(4)
     return write_run(folder, Network("pairwise", DECODER, MARKERS, adapter=adapter, base=base, base_digest="0"))
 
 
 def sizes(adapter=ADAPTER):
-    """Bytes of the base and of adapters."""
+    """Bytes of the base, and of the adapters."""
     policy = make_policy(DECODER)
     parts = jax.tree.leaves(abstract_parameters(Adapters(policy, adapter).init))
     return 4 * count_parameters(policy), 4 * sum(leaf.size for leaf in parts)
@@ -72,7 +72,7 @@ def test_memory_is_the_base_once_and_three_times_the_adapters(tmp_path):
     by_name = {part.program.name: part.compiled for part in plan.parts}
     assert by_name["update"].parameters == adapters
     assert by_name["sampling"].parameters == base + adapters and by_name["reference"].parameters == base
-    # Forward and the gradients of activations, not of kernels; and of adapters all three.
+    # Forward, and the gradients with respect to activations, but not to kernels. Adapters have all three.
     assert by_name["update"].flops < 2.7 * by_name["reference"].flops
     assert f"{base // 4:,} parameters and {adapters // 4:,} of adapters on 8 devices" in as_text(plan)
 

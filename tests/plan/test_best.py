@@ -1,4 +1,4 @@
-"""The search for the fastest settings, over compilations that are made up so that the best is known by hand."""
+"""The search for the fastest settings, with a fake compiler: so the best settings are known by hand."""
 
 import dataclasses
 
@@ -17,17 +17,17 @@ from alignment_gap.training import OptimizerConfig
 
 MODEL = dataclasses.replace(POLICY, heads=8)
 THREE_HEADS = program_of("update", dataclasses.replace(POLICY, heads=3))
-# Milliseconds of an update by what it recomputes, and GiB of its activations in one microbatch.
+# Milliseconds of an update, and GiB of activations in one microbatch, by the setting of remat.
 MILLISECONDS, ACTIVATIONS = {"full": 400, "dots": 320, "none": 300}, {"full": 4, "dots": 10, "none": 28}
 BANDWIDTH = 819e9
 
 
 class Compiler:
-    """Tells made-up figures, and counts.
+    """Returns made-up figures, and records its calls.
 
-    fsdp is the fastest for the update, and a model axis adds 100 ms for each doubling. The state is 8 GiB, split over
-    fsdp and model; a quarter of it is the first moments, of which bfloat16 needs half. A sampler takes 600 ms, and 50
-    ms on a mesh with a model axis.
+    The update is fastest with fsdp; each doubling of the model axis adds 100 ms. The state is 8 GiB, split over fsdp
+    and model. A quarter of it is first moments; in bfloat16 they need half. A sampler takes 600 ms, but 50 ms on a
+    mesh with a model axis.
     """
 
     def __init__(self, state=8.0):
@@ -71,7 +71,7 @@ def offline(**settings):
 
 
 def test_offline_the_least_recomputed_that_fits_in_the_fewest_microbatches_wins():
-    """28 GiB of activations fit v5e's 15.75 in two microbatches, which then take 315 ms; "dots" fits in one, 320 ms."""
+    """In two microbatches 28 GiB of activations fit v5e's 15.75 GiB. They take 315 ms; "dots" takes 320 ms in one."""
     compiler = Compiler()
     found = search(offline(), compiler)
     assert found.best.choice == Choice("fsdp", (1, 8, 1), "none", 2, "float32")
@@ -81,7 +81,7 @@ def test_offline_the_least_recomputed_that_fits_in_the_fewest_microbatches_wins(
 
 
 def test_online_the_whole_step_decides():
-    """The fastest update, on fsdp, has the slower sampler; a model axis of 2 makes the step faster."""
+    """The fastest update is that on fsdp, but its sampler is slow. With a model axis of 2 the whole step is faster."""
     programs = (program_of("update", MODEL), program_of("sample", MODEL), program_of("judge", MODEL, holds=True))
     found = search(update_config(programs=programs, source=OnlineConfig()), Compiler())
     assert found.best.choice.layout == "fsdp_tensor" and found.best.choice.sizes == (1, 4, 2)
@@ -92,8 +92,8 @@ def test_online_the_whole_step_decides():
 def test_moments_in_bfloat16_are_tried_only_where_nothing_else_fits():
     found = search(offline(), Compiler())
     assert {trial.choice.moment_dtype for trial in found.trials} == {"float32"}
-    # 12.5 GiB a chip beside 4 of activations are too much; seven eighths of them fit. Then "dots" fits in four
-    # microbatches, 10.9 and 2.5 GiB, and takes 368 ms in place of 400.
+    # 12.5 GiB on a chip do not fit with 4 GiB of activations, but seven eighths of them do. Then "dots" fits in four
+    # microbatches, with 10.9 and 2.5 GiB, and takes 368 ms instead of 400.
     found = search(offline(), Compiler(state=8 * 12.5))
     assert found.best.choice == Choice("fsdp", (1, 8, 1), "dots", 4, "bfloat16")
     assert found.best.plan.step_seconds == pytest.approx(0.368)
@@ -140,7 +140,8 @@ def test_the_gin_file_sets_what_was_found(tmp_path):
     assert (job.mesh.layout, job.mesh.data, job.mesh.fsdp, job.mesh.model) == ("fsdp", 1, 8, 1)
     assert (job.model.remat, job.model.dtype, job.model.width) == ("none", "bfloat16", 512)
     assert (job.microbatches, job.source.batch_size, job.optimizer.moment_dtype) == (2, 64, "float32")
-    # Without a size by name, the model comes from START: the file sets all of it, so that remat has an effect.
+    # Without a named size the model comes from START. So the file sets all fields of the model, which lets remat take
+    # effect.
     file.write_text(gin_text(found, "alignment-gap plan --best=best.gin", None))
     job = gin_files.read_config(["gin/runs/offline_ipo.gin", str(file)], words)
     assert job.model == dataclasses.replace(MODEL, remat="none")

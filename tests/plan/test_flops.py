@@ -1,4 +1,4 @@
-"""FLOPs of a job's programs against counts by hand, and against XLA's where no loop hides a part from it."""
+"""FLOPs of a job's programs equal counts by hand, and XLA's where no loop hides a part from it."""
 
 import dataclasses
 
@@ -15,13 +15,13 @@ from alignment_gap.sharding import MeshConfig, make_mesh, unbox
 from alignment_gap.training.flops import count_flops
 
 PROMPTS, RESPONSES = 8 * 24, 8 * 2 * 16
-# A token's FLOPs in one layer: a projection between width and heads, one matrix of the MLP.
+# FLOPs of a token in one layer: a projection between width and heads, and one matrix of the MLP.
 PROJECTION, MATRIX = 2 * 64 * 128, 2 * 64 * 96
 LOGITS = RESPONSES * 2 * 64 * 256
 
 
 def t5_forward():
-    """Products without the logits, attention, and the products whose results no gradient needs."""
+    """FLOPs of products (without the logits), of attention, and of products whose results no gradient needs."""
     encoder = PROMPTS * (4 * PROJECTION + 3 * MATRIX)
     decoder = RESPONSES * (6 * PROJECTION + 3 * MATRIX) + PROMPTS * 2 * PROJECTION
     attention = PROMPTS * 24 + RESPONSES * (16 + 24)
@@ -29,7 +29,7 @@ def t5_forward():
 
 
 def decoder_forward():
-    """As of the T5. Attention and MLP stand side by side, so that neither's last product is needed."""
+    """The same for the decoder. Attention and MLP are parallel, so no gradient needs the last product of either."""
     layer = 4 * PROJECTION + 3 * MATRIX
     attention = PROMPTS * 24 + RESPONSES * (24 + 16)
     unneeded = 2 * (PROMPTS + RESPONSES) * (PROJECTION + MATRIX)
@@ -45,7 +45,7 @@ def mesh():
 
 
 def flops_of(program, mesh, **job):
-    """All FLOPs of a program, and those that the model needs."""
+    """All FLOPs of a program, and the FLOPs that the model needs."""
     return _flops(program, config_of(program, **job).job, mesh)
 
 
@@ -66,7 +66,8 @@ def test_an_update_is_three_forward_passes_and_what_remat_computes_again(name, r
 
 
 def test_logits_in_blocks_are_computed_again(mesh):
-    # 64 MiB of float32 logits a device are 8 * 2**24 values; 256 tokens of a vocabulary of 2**20 are twice as many.
+    # A block has 64 MiB of float32 logits on each device: 8 * 2**24 values. 256 tokens and a vocabulary of 2**20 give
+    # twice as many.
     model = dataclasses.replace(DECODER, vocabulary_size=2**20)
     flops, needed = flops_of(program_of("update", model), mesh)
     assert flops - needed == RESPONSES * 2 * 64 * 2**20
@@ -98,7 +99,7 @@ def test_divergence_runs_both_networks(mesh):
 @pytest.mark.parametrize(("samples", "pairs"), [(2, 1), (4, 6)])
 def test_a_preference_model_reads_each_pair_in_both_orders(samples, pairs, mesh):
     judge = replaced(program_of("judge", T5), samples=samples)
-    tokens = 8 * 2 * (2 * 16 + 4)  # Two orders of both responses, three markers and the answer.
+    tokens = 8 * 2 * (2 * 16 + 4)  # Two orders of both responses, with three markers and the answer.
     encoder = PROMPTS * (4 * PROJECTION + 3 * MATRIX)
     decoder = tokens * (6 * PROJECTION + 3 * MATRIX) + PROMPTS * 2 * PROJECTION
     attention = 2 * 2 * 128 * (PROMPTS * 24 + tokens * (2 * 16 + 4 + 24))
@@ -135,6 +136,6 @@ def test_xla_counts_as_much_and_a_little_for_norms_and_softmax(config):
     lowered = scores.lower(params, *texts)
     assert "stablehlo.while" not in lowered.as_text()
     if config is DECODER:
-        # Only the keys and values of the prompt's last layer are read; XLA leaves its other products out.
+        # Of the prompt's last layer only keys and values are read; XLA removes its other products.
         expected -= 2 * 24 * (2 * PROJECTION + 3 * MATRIX + 4 * 128 * 24)
     assert expected < lowered.compile().cost_analysis()["flops"] < 1.1 * expected

@@ -1,4 +1,4 @@
-"""Collectives and HBM traffic of compiled programs whose own are known by hand."""
+"""Collectives and HBM traffic of compiled programs equal those known by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def looped(mesh):
-    """Five times in a loop: a sum over `model` of float32[6, 8] and a gather over `data` to float32[4, 32]."""
+    """A loop of five steps: a sum over `model` of float32[6, 8], and a gather over `data` to float32[4, 32]."""
 
     def inner(x, y):
         def body(_, carry):
@@ -231,7 +231,7 @@ ENTRY %main (x: f32[8]) -> f32[64] {
 }
 """)
     found = [(each.kind, each.bytes, each.count, each.group) for each in hlo.collectives(program, 8)]
-    # That of one device is none.
+    # A collective of one device does not count.
     assert found == [("all-gather", 256, 1, tuple(range(8))), ("collective-permute", 256, 1, (0, 1))]
 
 
@@ -248,5 +248,5 @@ def test_a_compiled_loop_over_layers_reads_each_layer_once():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 64), (10, 64, 64))]
     program = hlo.parse(jax.jit(layers).lower(*shapes).compile().as_text())
     weights, stream = 4 * 10 * 64 * 64, 4 * 10 * 16 * 64
-    # The stream is read and written by the product and by tanh, and may be copied; the stack is not read ten times.
+    # The product and tanh both read and write the stream, which may also be copied. The stack is not read ten times.
     assert weights + 2 * stream < hlo.hbm_traffic(program) < 3 * weights + 8 * stream

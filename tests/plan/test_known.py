@@ -1,4 +1,4 @@
-"""Networks and lengths of folders: from the folder, from the job that will make it, and from the user."""
+"""Networks and lengths of folders: from the folder, from the job that will make it, or from the user."""
 
 import dataclasses
 from pathlib import Path
@@ -42,7 +42,7 @@ GRAPH = Known((PREPARED, SFT, GOLDEN, ONLINE))
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of a policy, of a Bradley-Terry model and of one that was begun, in a folder by these names."""
+    """A folder with a policy, a Bradley-Terry model and an unfinished run, under these names."""
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "policy", Network(model=DECODER))
     write_run(folder / "rewards", Network("bradley_terry", T5, MARKERS))
@@ -157,7 +157,7 @@ def example(prompt, *responses, **fields):
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
-    """Two datasets of pairs, of which the first has the sampler's log-probs."""
+    """Two datasets of pairs; the first has log-probs of the sampler."""
     folder = tmp_path_factory.mktemp("datasets")
     for name, rows in {
         "recorded": [example(5, 3, 4, sampler_log_probs=True)],

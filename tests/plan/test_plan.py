@@ -1,4 +1,4 @@
-"""Plans of made-up compilations that add up by hand."""
+"""Plans of fake compilations add up to totals known by hand."""
 
 import dataclasses
 import math
@@ -45,11 +45,11 @@ def test_programs_that_hold_no_policy_of_a_step_have_no_state():
 
 
 def test_the_time_of_a_step_is_that_of_its_programs_one_after_another():
-    # Every program moves a second's traffic, and computes for half a second on each of the eight devices.
+    # Every program moves HBM for a second, and computes for half a second on each of the eight devices.
     plan = plan_of(online_config())
     assert [part.times.bound for part in plan.parts] == ["hbm"] * 4
     assert plan.step_seconds == pytest.approx(4.0)
-    # Of what the update computes three quarters are the model's.
+    # The model needs three quarters of the update's FLOPs.
     assert plan.utilisation == pytest.approx((0.75 + 3) * 0.5 / 4.0)
 
 
@@ -64,7 +64,7 @@ def test_a_sampler_tells_the_least_time_of_a_token():
     update, sample, *_ = plan_of(online_config()).parts
     assert (update.tokens, update.token_seconds) == (0, 0.0)
     assert sample.tokens == 128
-    # Parameters are read in half of float32's bytes, each device reads its part of the cache.
+    # Parameters are read in bfloat16, half the bytes of float32. Each device reads its part of the cache.
     cache = cache_bytes(sample.program) / 8
     assert sample.token_seconds == pytest.approx((0.5 * GIB + cache) / 819e9)
 
@@ -73,14 +73,17 @@ def test_a_sampler_tells_the_least_time_of_a_token():
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
 def test_a_cache_is_keys_and_values_of_prompts_and_samples(model, heads, dtype, width):
     sample = program_of("sample", dataclasses.replace(model, dtype=dtype))
-    # Two layers; 8 prompts of 24 tokens, each once, and 16 samples of 16.
+    # Two layers; 8 prompts of 24 tokens, each once, and 16 samples of 16 tokens.
     keys_and_values = 2 * 2 * heads * 16 * (8 * 24 + 16 * 16) * width
-    # And a few bytes a prompt that say how long it is.
+    # And a few bytes for the length of each prompt.
     assert keys_and_values <= cache_bytes(sample) <= keys_and_values + 8 * 24
 
 
 def test_both_networks_of_a_divergence_count_once():
-    """Two networks and two programs' code stay; the larger program works in 0.05 GiB a prompt beside them."""
+    """Two networks and the code of two programs stay in memory.
+
+    The larger program also needs 0.05 GiB for each prompt.
+    """
     programs = (program_of("sample", POLICY, holds=True), program_of("divergence", POLICY, holds=True))
     plan = plan_of(update_config(batch=64, programs=programs))
     assert plan.working == int(0.05 * GIB * 64)
@@ -89,7 +92,7 @@ def test_both_networks_of_a_divergence_count_once():
 
 @pytest.mark.parametrize("batch", [8, 64, 512])
 def test_the_largest_batch_is_found_from_either_side(batch):
-    # 3 + 0.25 GiB stay: (15.75 - 3.25) / 0.1 = 125 prompts, of which the compiler refuses more than 120.
+    # 3 + 0.25 GiB stay in memory. So (15.75 - 3.25) / 0.1 = 125 prompts fit, but the compiler refuses more than 120.
     asked = []
 
     def recorded(config, program):
@@ -104,7 +107,7 @@ def test_the_largest_batch_is_found_from_either_side(batch):
 
 def test_the_largest_batch_is_a_multiple_of_its_parts():
     plan = plan_of(update_config(batch=64, search=True, microbatches=4))
-    # Four microbatches over eight devices: 96, for 128 are more than 120.
+    # With four microbatches on eight devices 96 fit; 128 are more than 120.
     assert plan.largest_batch == 96
 
 
@@ -137,7 +140,7 @@ def test_memory_that_does_not_grow_with_the_batch_ends_the_search():
 
 def test_what_does_not_fit_says_what_would_help():
     plan = plan_of(update_config(batch=256, search=True))
-    # 3 GiB of state and 25.6 of temporaries; the compiler says no more where it gives up.
+    # 3 GiB of state and 25.6 GiB of temporaries. A compiler that gives up reports nothing else.
     assert plan.needed == pytest.approx((3 + 25.6) * GIB)
     assert [line.partition(":")[0] for line in plan.advice] == [
         "--microbatches=32",

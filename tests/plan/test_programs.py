@@ -1,4 +1,4 @@
-"""Real programs, compiled for the virtual devices of this process; for TPUs and for others in a process of its own."""
+"""Real programs, compiled here for this process's virtual devices, and in another process for TPUs and others."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ def test_the_state_of_an_update_is_split_by_its_layout(layout, parts, compiled):
     update = compiled("update", layout)
     part = PARAMETERS // parts
     assert update.parameters == part
-    # Parameters and two moments, which the new state takes the place of; the rest are a few bytes.
+    # Parameters and two moments; the new state replaces the old one. The rest is a few bytes.
     assert 3 * part <= update.state <= 3 * part + 24
     assert update.aliased == update.state
     batch = 4 * (24 + 2 * (1 + 2 * 16 + 2 + 2 * 16 + 1) + 8) * 1
@@ -57,15 +57,15 @@ def test_a_program_that_only_reads_has_no_state(compiled):
     score = compiled("score")
     assert (score.state, score.aliased) == (0, 0)
     assert score.parameters == PARAMETERS // 8
-    # A device scores one prompt: two responses of 16 tokens in float32.
+    # A device scores one prompt: two responses of 16 tokens, in float32.
     assert score.outputs == 4 * 2 * 16
 
 
 def test_copies_of_the_data_add_their_gradients_up(compiled):
     update = compiled("update", "data")
     assert axes_of(update) == {"data"}
-    # Prompts and responses each give a gradient of every layer; the logits give the embedding a third one. Each is
-    # added up by itself, the last norm's once. The rest are some numbers: the gradient's norm and metrics.
+    # Prompts and responses each give a gradient of every layer; the logits give a third one of the embedding. Each of
+    # them is summed separately, that of the last norm once. The rest is a few numbers: the gradient's norm and metrics.
     embedding, last_norm = 4 * 256 * 64, 4 * 64
     gradients = 2 * (PARAMETERS - embedding - last_norm) + 3 * embedding + last_norm
     assert gradients <= bytes_of(update, "all-reduce") < gradients + 128
@@ -75,14 +75,14 @@ def test_copies_of_the_data_add_their_gradients_up(compiled):
 def test_split_parameters_are_gathered_where_they_are_used(compiled):
     update, score = compiled("update"), compiled("score")
     assert axes_of(update) == axes_of(score) == {"fsdp"}
-    matrices = PARAMETERS - 4 * 64 * 5  # All but the five norms' scales; those may stay whole.
-    assert bytes_of(score, "all-gather") >= matrices - 4 * 256 * 64  # Of the embedding, rows may be moved instead.
+    matrices = PARAMETERS - 4 * 64 * 5  # All but the scales of five norms, which may stay whole.
+    assert bytes_of(score, "all-gather") >= matrices - 4 * 256 * 64  # XLA may move rows of the embedding instead.
 
 
 def test_a_tensor_layout_adds_up_activations_and_splits_no_batch(compiled):
     score = compiled("score", "tensor")
     assert axes_of(score) == {"model"}
-    # Each layer adds up what attention and MLP give back, for all tokens of the batch.
+    # Each layer sums the outputs of attention and MLP, for all tokens of the batch.
     stream = 4 * 8 * (24 + 2 * 16) * 64
     assert bytes_of(score, "all-reduce") >= 2 * stream - 4 * 8 * 24 * 64
 
@@ -90,7 +90,7 @@ def test_a_tensor_layout_adds_up_activations_and_splits_no_batch(compiled):
 def test_a_sampler_holds_no_state_and_returns_tokens_and_log_probs():
     sample = program_of("sample")
     found = compile_here(config_of(sample, layout="data", source=OnlineConfig()), sample)
-    # A device draws two responses: tokens, two log-probs each, and lengths.
+    # A device samples two responses: tokens, two log-probs for each, and lengths.
     assert found.outputs == 2 * (16 + 2 * 16 + 1) * 4 + 4 * 8
     assert (found.state, found.parameters) == (0, PARAMETERS)
 
@@ -103,7 +103,7 @@ def test_the_networks_among_the_arguments_are_counted(kind, source, networks):
     program = replaced(program_of(kind), samples=1)
     found = compile_here(config_of(program, layout="data", **({"source": source} if source else {})), program)
     assert found.networks == networks
-    # Beside them are a batch's texts and keys, a few bytes.
+    # The texts and keys of a batch need a few more bytes.
     assert networks * PARAMETERS < found.arguments < networks * PARAMETERS + 4096
 
 
@@ -120,7 +120,7 @@ def size(tree):
 def test_a_sampler_that_lags_behind_has_parameters_of_its_own(refresh_every, copies):
     job = {"source": OnlineConfig(refresh_every=refresh_every)}
     (state, _), params = arguments_of(program_of("update"), **job)
-    # A sampler that stays at the start reads the reference's.
+    # A sampler that stays at the start reads the reference's parameters.
     assert size(state.copies) == copies * size(params)
 
 
@@ -247,7 +247,7 @@ def test_more_devices_than_there_are_is_one_line():
 
 
 def run_as(monkeypatch, status, stderr, result=None):
-    """Has the compiling process end so, without starting it."""
+    """Replaces the compiling process by one that ends like this."""
 
     def run(command, **settings):
         if result is not None:

@@ -1,4 +1,4 @@
-"""What a plan says on the terminal and as JSON, of made-up compilations."""
+"""Plans of fake compilations as text and as JSON."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_memory_in_gib():
 def test_times_and_flops():
     plan = plan_of(online_config())
     update = lines_of(plan, "update")[1].split()
-    # Half a second of arithmetic on eight chips, of which a quarter is computed again; a second of traffic.
+    # Half a second of arithmetic on eight chips, a quarter of it recomputation; and a second of traffic.
     assert update[1:6] == ["500", "1,000", "0", "1,000", "HBM"]
     assert [float(count) for count in update[6:]] == pytest.approx([591, 197])
     (step,) = lines_of(plan, "a step")

@@ -1,4 +1,4 @@
-"""The time of collectives on links whose bandwidth is known, and of programs that one part binds."""
+"""The time of collectives on links of known bandwidth, and the time of programs with one bottleneck."""
 
 import jax
 import numpy as np
@@ -82,9 +82,9 @@ def test_each_part_may_bind(bound, work):
 
 
 def ring_hops(n):
-    """The load of the busiest one-way link of a ring where each device sends one unit to every other, by the near way.
+    """The load of the busiest one-way link of a ring. Each device sends one unit to every other, the shorter way.
 
-    Opposite devices send half either way.
+    To the opposite device it sends half in each direction.
     """
     load = np.zeros((2, n))
     for source in range(n):
@@ -103,7 +103,7 @@ def test_an_all_to_all_in_a_ring_passes_what_its_links_carry():
     topology = Topology("v5e", (16, 16))
     ring = [Device(0, i, 0) for i in range(16)]
     exchange = hlo.Collective("all-to-all", 1600, 1, (0, 1))
-    # Every device holds 1600 bytes, a sixteenth for each.
+    # Every device holds 1600 bytes, a sixteenth for each device.
     assert seconds(exchange, ring, topology) == pytest.approx(100 * ring_hops(16) / topology.chip.link_bandwidth)
 
 
@@ -111,7 +111,7 @@ def test_an_all_reduce_over_slices_is_one_within_them_and_one_between():
     topology = Topology("v5e", (2, 4), slices=2)
     group = [Device(i, j, 0, slice_index=s) for s in range(2) for i in range(2) for j in range(4)]
     reduce, chip = hlo.Collective("all-reduce", 1600, 1, tuple(range(16))), topology.chip
-    # Neither axis of a 2x4 closes to a ring: a link of each. Between slices each device sends its eighth.
+    # Neither axis of a 2x4 is a ring, so each has one link. Between slices each device sends its eighth.
     within = 2 * 1600 * 7 / 8 / (2 * chip.link_bandwidth)
     between = 2 * (1600 / 8) / 2 / chip.dcn_bandwidth
     assert seconds(reduce, group, topology) == pytest.approx(within + between)
@@ -148,7 +148,7 @@ def test_collectives_of_one_kind_and_axes_are_one_row(mesh):
     topology = parse_topology("cpu:8")
     link = topology.chip.link_bandwidth
     found = [
-        hlo.Collective("all-gather", 100, 3, (0, 2)),  # Partition 2 is the next along fsdp.
+        hlo.Collective("all-gather", 100, 3, (0, 2)),  # Partition 2 is the next one along fsdp.
         hlo.Collective("all-gather", 50, 2, (0, 2)),
         hlo.Collective("all-gather", 8000, 1, (0, 1)),
         hlo.Collective("all-reduce", 10, 1, (0, 2, 4, 6)),

@@ -1,4 +1,4 @@
-"""The programs of every kind of job, listed by hand."""
+"""The programs of every kind of job equal lists made by hand."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig
 from alignment_gap.sharding.chips import parse_topology
 
-# Nothing of these is there: lengths and sizes are the user's.
+# None of these folders exists. The user gives lengths and sizes.
 KNOWN = Known(given=Overrides(judge="t5_small", prompt_length=40, response_length=20))
 PROMPTS = DatasetConfig("prompts", batch_size=8)
 JUDGE = JudgeConfig("runs/judge")
@@ -65,7 +65,7 @@ def test_offline_the_reference_scores_what_is_not_stored(reference_log_probs, is
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_reference_that_moves_is_held_by_the_state(rank):
-    """Of adapters it has adapters too."""
+    """With adapters, the reference has adapters too."""
     job = policy_job(reference_every=4, adapter=AdapterConfig(rank))
     assert planned(job) == [("update", "update", shape(2), False), ("reference", "score", shape(2), False)]
     update, reference = programs_of(job, KNOWN)[1]
@@ -78,7 +78,7 @@ def test_kto_scores_the_mismatched_responses_too():
         ("reference", "score", shape(2), True),
         ("reference, mismatched", "score", shape(2), False),
     ]
-    # They are never stored, so that the reference stays in memory.
+    # Their log-probs are never stored, so the reference stays in memory.
     assert planned(policy_job(loss=LossConfig("kto"), reference_log_probs="stored")) == [
         ("update", "update", shape(2), False),
         ("reference, mismatched", "score", shape(2), True),

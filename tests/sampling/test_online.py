@@ -1,4 +1,4 @@
-"""The online source: what it takes from prompts, state and judge, and that it is a function of the step alone."""
+"""The online source: its use of prompts, state and judge; and its batch is a function of the step alone."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ def state_of(step, value=0):
 
 
 def sampler(samples, moved=0):
-    """Samples that tell step, parameter and prompt by their tokens, each shorter than the one before it."""
+    """Samples whose tokens name step, parameter and prompt. Odd samples are shorter."""
 
     def draw(state, batch):
         tokens = jnp.stack([state.step + jnp.zeros(8, jnp.int32), state.params + jnp.zeros(8, jnp.int32)], axis=1)
@@ -46,7 +46,7 @@ def sampler(samples, moved=0):
 
 
 def by_table(table):
-    """Scores of the last tokens, looked up: one list for all prompts."""
+    """A judge that looks up the score of the last token; all prompts have the same scores."""
     return lambda prompts, prompt_lengths, responses, lengths: jnp.asarray(table, jnp.float32)[responses[..., 3]]
 
 
@@ -60,7 +60,7 @@ def test_a_batch_is_prompts_samples_and_scores(mesh):
         np.testing.assert_array_equal(batch.responses[2], [[step, 5, number, 0], [step, 5, number, 1]])
         np.testing.assert_array_equal(batch.response_lengths, [[4, 3]] * 8)
         np.testing.assert_array_equal(batch.scores, [[0, 1]] * 8)
-        # Of the distribution that was drawn from, not of the policy.
+        # From the distribution that the samples come from, not from the policy.
         np.testing.assert_array_equal(batch.sampler_log_probs[0, :, 0], [-0.5, -1.0])
         assert batch.reference_log_probs is batch.fresh is batch.mismatched is None
 
@@ -77,7 +77,7 @@ def test_samples_that_nobody_scores_are_even(mesh):
         ("all", [0.1, 0.9, 0.4, 0.2], [0, 1, 2, 3]),
         ("best_and_worst", [0.1, 0.9, 0.4, 0.2], [1, 0]),
         ("best_and_worst", [-3.0, -5.0, -4.0, -3.5], [0, 1]),
-        # Of equal scores the first is the best and the last the worst: two responses, never one twice.
+        # Of equal scores the first sample is the best and the last one the worst, so they are never the same sample.
         ("best_and_worst", [0.5, 0.5, 0.5, 0.5], [0, 3]),
         ("best_and_worst", [0.2, 0.7, 0.7, 0.2], [1, 3]),
         ("best", [0.1, 0.9, 0.4, 0.2], [1]),
@@ -85,7 +85,7 @@ def test_samples_that_nobody_scores_are_even(mesh):
     ],
 )
 def test_what_is_kept_of_four_samples(keep, table, kept, mesh):
-    """With each sample go its length, its score and its log-probs."""
+    """A kept sample keeps its length, its score and its log-probs."""
     source = online_source(PROMPTS.__getitem__, sampler(4), against_each_other(by_table(table)), keep, mesh)
     batch = source(1, state_of(1))
     np.testing.assert_array_equal(batch.responses[..., 3], [kept] * 8)
@@ -105,7 +105,7 @@ def test_each_prompt_keeps_its_own_best(mesh):
 
 
 def test_every_sample_meets_one_sample_of_the_opponent(mesh):
-    """The opponent's tokens are 7 more; a sample's score is that of its side, which depends on both."""
+    """The opponent's tokens are 7 larger. The score of a sample is that of its side, and depends on both sides."""
     asked = []
 
     def scores(prompts, prompt_lengths, responses, lengths):
@@ -115,10 +115,10 @@ def test_every_sample_meets_one_sample_of_the_opponent(mesh):
 
     score = against_opponent(scores, sampler(2, moved=7), mesh)
     batch = online_source(PROMPTS.__getitem__, sampler(3), score, "all", mesh)(0, state_of(0))
-    # The second sample of the opponent is never asked about.
+    # The judge is never asked about the opponent's second sample.
     assert asked == [([0, 7], [4, 4]), ([1, 7], [3, 4]), ([2, 7], [4, 4])]
     np.testing.assert_allclose(batch.scores, [[1 / 8, 1 / 9, 1 / 10]] * 8, rtol=1e-6)
-    # The opponent leaves no trace in the batch.
+    # The batch does not contain the opponent's samples.
     np.testing.assert_array_equal(batch.responses[..., 3], [[0, 1, 2]] * 8)
 
 
@@ -137,7 +137,7 @@ def test_opponents_see_the_state_and_the_prompts_of_the_step(mesh):
 
 
 def later(table, events):
-    """A judge that is asked in one moment and answers in another, by a table of each step's scores."""
+    """A judge that is asked first and answers later; it logs both. The table has the scores."""
 
     def begin(prompts, prompt_lengths, responses, lengths):
         step = int(responses[0, 0, 0])
@@ -153,7 +153,7 @@ def later(table, events):
 
 
 def test_the_next_step_is_asked_about_before_this_one_is_answered(mesh):
-    """In windows of three steps; the parameters are those that the state has when the samples are drawn."""
+    """In windows of three steps. Samples come from the parameters that the state has at that time."""
     events, prompts = [], dict.fromkeys(range(5), PROMPTS[0])
     score = against_each_other(later([[1, 0]] * 8, events))
     source = online_source(prompts.__getitem__, sampler(2), score, "all", mesh, lambda step: step in (0, 1, 3))
@@ -207,9 +207,9 @@ def test_an_opponent_s_samples_are_asked_about_before_they_are_answered(mesh):
 
 @pytest.fixture(scope="module")
 def sources(even_policy, mesh, tmp_path_factory):
-    """Makes a source of three samples a prompt, of which the best and the worst are kept.
+    """Makes a source with three samples for each prompt; it keeps the best and the worst.
 
-    Shuffled prompts over more than two epochs, and parameters that differ at every step.
+    Prompts are shuffled, for more than two epochs. The parameters differ at every step.
     """
     folder = tmp_path_factory.mktemp("prompts")
     examples = [dataclasses.replace(e, prompt=e.prompt % 16) for e in make_random_examples(10)]
@@ -240,7 +240,7 @@ def sources(even_policy, mesh, tmp_path_factory):
 
 def test_resumes_at_every_step(sources):
     through = assert_equal_output_after_restore(sources, 4)
-    # A prompt comes again with other samples, so that a step's batch is not another's by chance.
+    # A prompt that repeats has other samples, so batches of different steps cannot be equal by chance.
     for pair in itertools.pairwise(through):
         of, again = (dict(zip(b.prompt_ids.tolist(), b.responses, strict=True)) for b in pair)
         common = of.keys() & again.keys()

@@ -1,4 +1,4 @@
-"""The sampler against the scorer, against enumeration, and against itself on other meshes."""
+"""The sampler agrees with the scorer, with enumeration, and with itself on other meshes."""
 
 import dataclasses
 import itertools
@@ -93,7 +93,7 @@ def test_a_response_ends_with_its_first_eos(drawn, restricted):
     for samples in (drawn, restricted):
         inside = np.arange(LENGTH) < samples.lengths[..., None]
         is_eos = samples.responses == EOS
-        # EOS is the last token counted or there is none and the response is full; and it has a log-prob of its own.
+        # EOS is the last token that counts, and has a log-prob; without EOS the response is full.
         ends = np.where(is_eos.any(-1), is_eos.argmax(-1) + 1, LENGTH)
         np.testing.assert_array_equal(samples.lengths, ends)
         assert (samples.log_probs[inside] < 0).all()
@@ -129,7 +129,7 @@ def test_a_sample_depends_on_run_step_and_prompt_id_only(even_policy, even_param
     assert (later.responses != drawn.responses).any((-1, -2)).all()
 
 
-# "model" is left out: "two_by_four" leaves the same heads whole, and splits what is left, and the batch too.
+# "model" is left out: "two_by_four" leaves the same heads whole, and it splits everything else and the batch.
 @pytest.mark.parametrize("name", ["fsdp", "two_by_four", "all", "sequence"])
 def test_another_mesh_draws_the_same(name, even_policy, even_params, drawn):
     samples = draw_with(even_policy, even_params, SamplerConfig(), make_mesh(MESHES[name]))
@@ -146,7 +146,7 @@ def test_another_mesh_draws_the_same(name, even_policy, even_params, drawn):
     ids=["t5", "decoder"],
 )
 def test_under_fsdp_a_token_moves_activations_and_no_weights(config):
-    """Eight prompts, one sample of 16 tokens each: what the loop over tokens moves, by its compiled program."""
+    """Eight prompts, one sample of 16 tokens each. The compiled program shows what the loop over tokens moves."""
     length, mesh = 16, make_mesh(MeshConfig(layout="fsdp"))
     policy = make_policy(config)
     generate = make_generate(policy, mesh, samples=1, max_length=length, eos_id=EOS, config=SamplerConfig())
@@ -165,9 +165,9 @@ def test_under_fsdp_a_token_moves_activations_and_no_weights(config):
         array(8),
     )
     program = hlo.parse(generate.lower(*arguments).compile().as_text())
-    # What runs before the loop runs at most once a layer.
+    # Collectives before the loop run at most once for each layer.
     moved = [each.bytes for each in hlo.collectives(program, 8) if each.count >= length]
-    # A query's kernel is one of the smallest; of its columns each device has a quarter.
+    # A query's kernel is one of the smallest. Each device has a quarter of its columns.
     assert moved and max(moved) < 4 * 128 * 8 * 16 / 4
 
 
@@ -180,7 +180,7 @@ def test_keys_are_distinct_and_repeat():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A policy over four tokens, its parameters, those of a reference, and 512 times one prompt."""
+    """A policy over four tokens, its parameters, those of a reference, and one prompt 512 times."""
     config = DecoderConfig(vocabulary_size=4, width=8, layers=1, heads=2, kv_heads=1, head_size=4, mlp_width=8)
     policy, batch = make_policy(config), make_batch(512)
     batch = dataclasses.replace(
@@ -193,7 +193,7 @@ def tiny():
 
 
 def enumerated(token_probabilities):
-    """The probability of every response of up to two tokens of four, given those of each token after the first."""
+    """The probability of every response of up to two tokens (of four), from the probabilities of tokens."""
     exact = {}
     for first, second in itertools.product(range(4), range(4)):
         probabilities = token_probabilities(np.array([first, second]))
@@ -204,7 +204,7 @@ def enumerated(token_probabilities):
 
 
 def assert_drawn_from(samples, exact):
-    """4096 draws against all 13 responses; Pearson's chi-square and the log-prob of each that was drawn."""
+    """Compares 4096 samples with all 13 responses: Pearson's chi-square, and the log-prob of every sample."""
     drawn = [tuple(row) for row in samples.responses.reshape(-1, 2).tolist()]
     assert len(drawn) == 4096 and set(drawn) <= set(exact)
     expected = np.array([4096 * p for p in exact.values()])
@@ -227,7 +227,7 @@ def test_samples_follow_the_exact_distribution(tiny, mesh):
 
 
 def test_a_mixture_is_the_geometric_one_token_by_token(tiny, mesh):
-    """pi^(1 - b) ref^b, each token's normalised, and then the temperature; for b of 0 and 1 see the next test."""
+    """pi^(1 - b) ref^b, normalised for each token, then the temperature. The next test has b = 0 and b = 1."""
     weight = 0.4
     policy, params, reference, batch = tiny
     settings = {"batch": batch, "samples": 8, "length": 2, "reference": reference, "mixture": weight}
@@ -242,7 +242,7 @@ def test_a_mixture_is_the_geometric_one_token_by_token(tiny, mesh):
         return powers / powers.sum(axis=-1, keepdims=True)
 
     assert_drawn_from(samples, enumerated(probabilities))
-    # Whatever they are drawn from, the log-probs are the policy's own.
+    # The log-probs are those of the policy, even though another distribution is sampled.
     for response, log_probs in zip(samples.responses[:4, 0], samples.log_probs[:4, 0], strict=True):
         expected = token_log_probs(params, response)[np.arange(2), response]
         count = 1 if response[0] == EOS else 2
@@ -250,7 +250,7 @@ def test_a_mixture_is_the_geometric_one_token_by_token(tiny, mesh):
 
 
 def test_a_mixture_of_weight_0_is_the_policy_and_of_weight_1_the_reference(even_policy, even_params, mesh, drawn):
-    """The same keys draw the very same tokens."""
+    """The same keys draw the same tokens."""
     reference = random_params(even_policy, 1)
     own = draw_with(even_policy, even_params, SamplerConfig(), mesh, reference=reference, mixture=0.0)
     np.testing.assert_array_equal(own.responses, drawn.responses)
@@ -263,7 +263,7 @@ def test_a_mixture_of_weight_0_is_the_policy_and_of_weight_1_the_reference(even_
 
 
 def test_the_scorer_agrees_with_the_sampler_of_a_mixture(scorer, even_policy, even_params, mesh):
-    """Each network has a cache of its own: the policy's log-probs are those of its scorer, at every position."""
+    """Each network has its own cache. The policy's log-probs equal those of its scorer at every position."""
     reference = random_params(even_policy, 1)
     samples = draw_with(even_policy, even_params, SamplerConfig(), mesh, reference=reference, mixture=0.5)
     texts = (PROMPTS.prompts, PROMPTS.prompt_lengths, samples.responses, samples.lengths)
@@ -283,11 +283,11 @@ def test_restrict_by_hand():
     # 0.4 + 0.3 reaches 0.65; 0.4 does not.
     assert restricted_tokens(logits, top_p=0.65) == [False, True, False, True]
     assert restricted_tokens(logits, top_p=0.75) == [False, True, True, True]
-    # At least one stays, however small top_p is.
+    # At least one token stays, however small top_p is.
     assert restricted_tokens(logits, top_p=1e-6) == [False, True, False, False]
-    # Top-p counts within top-k: 0.4 / 0.7 = 0.571 reaches 0.55 alone, which 0.4 of all would not.
+    # Top-p works within top-k: 0.4 / 0.7 = 0.571 reaches 0.55, but 0.4 of all tokens would not.
     assert restricted_tokens(logits, top_k=2, top_p=0.55) == [False, True, False, False]
-    # Temperature 1/2 squares the weights, 1, 16, 4, 9 of 30: 16 / 30 = 0.533 reaches 0.5.
+    # Temperature 1/2 squares the weights: 1, 16, 4, 9 of 30. Then 16 / 30 = 0.533 reaches 0.5.
     assert restricted_tokens(logits, top_p=0.5) == [False, True, False, True]
     assert restricted_tokens(logits, temperature=0.5, top_p=0.5) == [False, True, False, False]
 
@@ -321,7 +321,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 
 def test_bfloat16_samples_agree_with_their_scorer(mesh):
-    """Both read the same rounded hidden states, computed in another order."""
+    """Both read the same rounded hidden states, but compute in another order."""
     policy = make_policy(dataclasses.replace(EVEN_CONFIGS["decoder"], dtype="bfloat16"))
     params = random_params(policy)
     samples = draw_with(policy, params, SamplerConfig(), mesh)
@@ -351,7 +351,8 @@ def test_tokens_are_drawn_in_proportion_to_their_probabilities(size):
 
 
 def test_the_rarest_tokens_of_a_large_vocabulary_are_drawn_too():
-    # One token of probability 0.5; 2**20 others of 0.5 / 2**20 each, less than one float32 random number tells apart.
+    # One token has probability 0.5; 2**20 others have 0.5 / 2**20 each, less than one float32 random number can
+    # resolve.
     logits = np.zeros(2**20 + 1, np.float32)
     logits[7] = 20 * np.log(2)
     drawn = np.asarray(jax.jit(jax.vmap(draw, (0, None)))(jax.random.split(jax.random.key(4), 200), logits))

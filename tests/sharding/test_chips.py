@@ -1,4 +1,4 @@
-"""Topologies by name, and what is said of wrong ones."""
+"""Topologies by name, and the errors for wrong names."""
 
 import types
 
@@ -40,7 +40,7 @@ def test_wrong_names_are_one_line_with_a_remedy(text, slices, says):
 
 @pytest.mark.parametrize("kind", TPUS)
 def test_a_chip_has_the_vendors_bandwidth_over_all_its_links(kind):
-    # GB/s both ways of a chip's links together, from the vendor's pages.
+    # GB/s of all links of a chip together, in both directions, from the vendor's pages.
     both_ways = {"v4": 600, "v5e": 400, "v5p": 1200, "v6e": 800, "tpu7x": 1200}[kind]
     chip = CHIPS[kind]
     assert chip.devices * chip.link_bandwidth * 2 * 2 * chip.dimensions == both_ways * 1e9
@@ -53,7 +53,7 @@ def kinds(*names):
 
 def test_the_peak_of_devices_is_the_sum_of_the_vendors_figures():
     assert peak_flops(kinds(*256 * ["TPU v5 lite"])) == 256 * 197e12
-    # Of a TPU7x jax sees two devices a chip.
+    # jax shows a TPU7x chip as two devices.
     assert peak_flops(kinds("TPU7x", "TPU7x")) == 2307e12
 
 

@@ -1,4 +1,4 @@
-"""Where the rules lay parameters, activations and batches: by hand, and by properties of any array."""
+"""How the rules lay out parameters, activations and batches: by hand, and by properties of any array."""
 
 import math
 
@@ -47,12 +47,12 @@ def boxed(names, shape):
         (("layers", "embed", "heads", "kv"), (3, 8, 4, 5), P(None, "fsdp", "model", None)),
         (("layers", "mlp", "embed"), (3, 6, 8), P(None, "model", "fsdp")),
         (("heads", "relpos_buckets"), (4, 32), P("model", None)),
-        # The halves of an adapter: by the width or, where there is none, by the rank.
+        # fsdp splits a part of an adapter along the width; a part without the width, along the rank.
         (("layers", "embed", "rank"), (3, 8, 4), P(None, "fsdp", None)),
         (("layers", "rank", "heads", "kv"), (3, 4, 4, 5), P(None, "fsdp", "model", None)),
-        # 15 rows are not split in two, nor are 7 columns.
+        # Neither 15 rows nor 7 columns can be split in two.
         (("vocab", "embed"), (15, 7), P(None, None)),
-        # A factored moment has lost an axis that its name still has.
+        # A factored moment has one axis less than its names.
         (("layers", "embed", "mlp"), (3, 8), P()),
     ],
 )
@@ -83,16 +83,16 @@ SIZES = {"data": 2, "fsdp": 2, "model": 2}
 @pytest.mark.parametrize(
     ("names", "shape", "rules", "spec"),
     [
-        # The batch takes fsdp, so an activation's width stays whole.
+        # The batch uses fsdp, so the width of an activation stays whole.
         (("batch", None, "length", "embed"), (8, 2, 6, 16), STANDARD, P(("data", "fsdp"), None, None, None)),
         (("batch", "length", "mlp"), (8, 6, 24), STANDARD, P(("data", "fsdp"), None, "model")),
         (("batch", "kv_length", "kv_heads", "kv"), (8, 6, 1, 4), STANDARD, P(("data", "fsdp"), None, None, None)),
         (("batch", "kv_length", "kv_heads", "kv"), (8, 6, 4, 4), STANDARD, P(("data", "fsdp"), None, "model", None)),
-        # Positions are split where nothing else is, and they divide.
+        # Positions are split if nothing else is, and if they can be divided.
         (("batch", "length", "embed"), (8, 6, 16), SEQUENCE, P(("data", "fsdp"), "model", None)),
         (("batch", "length", "heads", "kv"), (8, 6, 4, 4), SEQUENCE, P(("data", "fsdp"), None, "model", None)),
         (("batch", "length", "embed"), (8, 7, 16), SEQUENCE, P(("data", "fsdp"), None, None)),
-        # A rule before another of its name counts; None ends the search; a second one is taken where the first fails.
+        # The first rule of a name counts; None ends the search; a second rule applies if the first one fails.
         (("mlp", "embed"), (8, 8), (("embed", None), *STANDARD), P("model", None)),
         (("batch",), (2,), (*STANDARD, ("batch", "data")), P("data")),
     ],
@@ -109,7 +109,7 @@ def test_rules_by_hand(names, shape, rules, spec):
         ((2, 8, 1), (2, 2, 4, 1)),
         ((1, 6, 1), (1, 2, 3, 1)),
         ((1, 32, 4), (1, 8, 4, 4)),
-        # A prime is all columns, and what model outweighs is not split.
+        # A prime number becomes columns only. Nothing is split if model is as large.
         ((1, 7, 1), (1, 1, 7, 1)),
         ((1, 2, 2), (1, 2, 1, 2)),
         ((8, 1, 1), (8, 1, 1, 1)),
@@ -124,15 +124,15 @@ def test_decoding_splits_fsdp_in_two(sizes, expected):
 @pytest.mark.parametrize(
     ("names", "shape", "spec"),
     [
-        # Weights are split along both axes; a single head, which is not split, along one.
+        # Weights are split along both axes. A single head cannot be split, so only one axis is.
         (("layers", "embed", "heads", "kv"), (3, 16, 8, 4), P(None, "fsdp", ("columns", "model"), None)),
         (("layers", "mlp", "embed"), (3, 24, 16), P(None, ("columns", "model"), "fsdp")),
         (("embed", "kv_heads", "kv"), (16, 1, 4), P("fsdp", None, None)),
         (("embed", "heads", "kv"), (16, 6, 4), P("fsdp", "model", None)),
-        # The stream is split by width as their rows are, what they give as their columns are.
+        # The stream is split by width, like the rows of weights; outputs are split like the columns.
         (("batch", None, "length", "embed"), (16, 2, 1, 16), P("data", None, None, "fsdp")),
         (("batch", None, None, "mlp"), (16, 2, 1, 24), P(("data", "fsdp"), None, None, ("columns", "model"))),
-        # The cache lies as batch_sharding does on the whole mesh.
+        # The cache is laid out like batch_sharding on the whole mesh.
         (
             ("layers", "cache_batch", None, "kv_heads", "kv_length", "kv"),
             (3, 16, 2, 8, 6, 4),
@@ -179,13 +179,13 @@ def test_constrain_lays_out_within_a_mesh_and_nowhere_else():
 
 
 def test_blocks_of_logits_are_counted_over_the_mesh():
-    """2^16 tokens and 2^12 ids are 1 GiB of logits: 16 blocks of 64 MiB, or two of eight devices."""
+    """2^16 tokens and 2^12 ids have 1 GiB of logits: 16 blocks of 64 MiB, or two blocks on eight devices."""
     assert _number_of_blocks(2**16, 2**12, None) == 16
     assert within(make_mesh(MESHES["all"]), lambda: _number_of_blocks(2**16, 2**12, None))() == 2
 
 
-# The mesh axes of every parameter on the mesh (data=2, fsdp=2, model=2), by hand: a matrix's rows or columns of the
-# stream's width are split over fsdp, its heads, hidden units or tokens over model.
+# The mesh axes of every parameter on the mesh (data=2, fsdp=2, model=2), by hand. The width of a matrix is split over
+# fsdp; its heads, hidden units or tokens are split over model.
 ATTENTION = {
     "query.kernel": (None, "fsdp", "model", None),
     "key.kernel": (None, "fsdp", "model", None),
@@ -209,7 +209,7 @@ SPECS = {
         "output_embedder.embedding": ("model", "fsdp"),
         "encoder.encoder_norm.scale": ("fsdp",),
         "decoder.decoder_norm.scale": ("fsdp",),
-        # A learned bias for each head and bucket.
+        # The bias has a number for each head and bucket.
         "encoder.relpos_bias.rel_embedding": ("model", None),
         "decoder.relpos_bias.rel_embedding": ("model", None),
         **under("encoder.layers.attention", ATTENTION),
@@ -223,7 +223,7 @@ SPECS = {
         "decoder.layers.pre_cross_attention_layer_norm.scale": (None, "fsdp"),
         "decoder.layers.pre_mlp_layer_norm.scale": (None, "fsdp"),
     },
-    # One key head, which is not split; parallel blocks have one norm.
+    # The single key head is not split. Parallel blocks have one norm.
     "decoder": {
         "token_embedder.embedding": ("model", "fsdp"),
         "decoder.decoder_norm.scale": ("fsdp",),
@@ -233,7 +233,7 @@ SPECS = {
         **under("decoder.layers.mlp", MLP),
         "decoder.layers.pre_layer_norm.scale": (None, "fsdp"),
     },
-    # Two key heads with biases; 13 tokens and 7 hidden units are odd, so that their axes stay whole.
+    # Two key heads with biases. 13 tokens and 7 hidden units are odd, so these axes stay whole.
     "qwen2": {
         "token_embedder.embedding": (None, "fsdp"),
         "decoder.decoder_norm.scale": ("fsdp",),
@@ -265,7 +265,8 @@ def test_parameters_lie_as_the_table_says(name):
 @pytest.mark.parametrize(
     ("layout", "sizes", "shards"),
     [
-        # Of the embedding [16, 16], a query [1, 16, 2, 4], and an MLP's input [1, 16, 24], by hand, on eight devices.
+        # The parts of an embedding [16, 16], a query [1, 16, 2, 4], and an MLP's input [1, 16, 24] on one of eight
+        # devices.
         ("data", {}, [(16, 16), (1, 16, 2, 4), (1, 16, 24)]),
         ("fsdp", {}, [(16, 2), (1, 2, 2, 4), (1, 2, 24)]),
         # Eight does not divide two heads.
@@ -315,13 +316,13 @@ def test_trees_are_constrained_by_the_names_of_their_parameters():
     for name, array in found.items():
         assert array.sharding.is_equivalent_to(wanted[name], array.ndim), name
         assert (np.asarray(array) == 1).all(), name
-    # Elsewhere the arrays are given back as they are.
+    # Outside a mesh the function returns the arrays unchanged.
     elsewhere = zip(jax.tree.leaves(constrain_like(tree, zeros)), jax.tree.leaves(zeros), strict=True)
     assert all(array is given for array, given in elsewhere)
 
 
 def test_a_mesh_is_in_force_within_its_function_alone():
-    """Also within another's, and after an error."""
+    """Even within the function of another mesh, and after an error."""
     all_axes, model = make_mesh(MESHES["all"]), make_mesh(MESHES["model"])
     names, shape = ("batch", "heads"), (8, 8)
 
@@ -336,7 +337,7 @@ def test_a_mesh_is_in_force_within_its_function_alone():
     assert inner() is None
 
     def odd():
-        # Eight devices divide no axis of six; two do.
+        # Eight devices cannot divide an axis of six; two devices can.
         return spec_within((6, 6), None, "heads")
 
     assert within(all_axes, lambda: (odd(), within(model, odd)(), odd()))() == (

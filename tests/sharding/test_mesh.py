@@ -1,4 +1,4 @@
-"""Meshes by hand and by their properties: the sizes of a layout, what does not fit, and slices."""
+"""Meshes by hand and by their properties: sizes of a layout, sizes that do not fit, and slices."""
 
 import math
 
@@ -25,12 +25,12 @@ from alignment_gap.sharding.mesh import _over_slices
         (MeshConfig(layout="fsdp_tensor"), (1, 2, 4)),
         (MeshConfig(layout="sequence", model=2), (1, 4, 2)),
         (MeshConfig(data=2, layout="fsdp"), (2, 4, 1)),
-        # A size of -1 that is given takes what the layout's own would.
+        # An explicit -1 takes the remaining devices, in place of the layout's own open axis.
         (MeshConfig(data=-1, fsdp=2, layout="tensor"), (4, 2, 1)),
         (MeshConfig(data=-1, layout="fsdp_tensor"), (2, 1, 4)),
         (MeshConfig(fsdp=-1, layout="fsdp_tensor"), (1, 2, 4)),
         (MeshConfig(model=-1, layout="fsdp_tensor"), (1, 1, 8)),
-        # Two slices: the axis that reaches over their network is data.
+        # With two slices, the data axis crosses the network between them.
         (MeshConfig(layout="fsdp", slices=2), (2, 4, 1)),
         (MeshConfig(layout="fsdp_tensor", slices=2), (2, 1, 4)),
         (MeshConfig(slices=4), (8, 1, 1)),
@@ -48,7 +48,7 @@ def test_mesh_shapes(config, shape):
 @pytest.mark.parametrize(
     ("layout", "slices", "shapes"),
     [
-        # For one slice of 1, 4, 16 and 256 devices; None where the four of the model axis are not there.
+        # Shapes for 1, 4, 16 and 256 devices of one slice; None if there are not enough devices for a model axis of 4.
         ("data", 1, [(1, 1, 1), (4, 1, 1), (16, 1, 1), (256, 1, 1)]),
         ("fsdp", 1, [(1, 1, 1), (1, 4, 1), (1, 16, 1), (1, 256, 1)]),
         ("tensor", 1, [(1, 1, 1), (1, 1, 4), (1, 1, 16), (1, 1, 256)]),
@@ -77,7 +77,7 @@ def test_sizes_that_the_layout_gives(layout, slices, shapes):
     other=strategies.integers(1, 300),
 )
 def test_sizes_that_are_given_are_kept_and_one_may_be_left_open(sizes, left_open, layout, other):
-    """Whatever the layout; a number of devices that the given sizes do not divide is refused."""
+    """For any layout. A number of devices is refused if the given sizes do not divide it."""
     given_sizes = [-1 if axis == left_open else size for axis, size in enumerate(sizes)]
     config, devices = MeshConfig(*given_sizes, layout=layout), math.prod(sizes)
     assert config.shape(devices) == sizes
@@ -128,14 +128,14 @@ def test_every_layout_names_axes_that_meshes_have():
         assert sizes.count(-1) == 1 and min(sizes) == -1, layout
         for name, axes in rules:
             assert set((axes,) if isinstance(axes, str) else axes or ()) <= set(AXES), (layout, name)
-    # One layout splits positions, and does so after all else that the model axis splits.
+    # Only this layout splits positions; its rule comes after the other rules of the model axis.
     names = [name for name, _ in LAYOUTS["sequence"].rules]
     assert names[-1] == "length" and names.count("length") == 1
     assert dict(LAYOUTS["sequence"].rules) == dict(STANDARD) | {"length": "model"}
 
 
 class Chip:
-    """What mesh_utils reads of a device."""
+    """The attributes of a device that mesh_utils reads."""
 
     def __init__(self, number, slice_index=None, process=None):
         self.id, self.process_index = number, number if process is None else process
@@ -152,7 +152,7 @@ def test_slices_lie_along_the_data_axis():
 
 
 def test_devices_without_slices_count_as_one_for_each_process():
-    """Where all chips say the same slice too, as those of one slice do."""
+    """Also if all chips name the same slice, as chips of one slice do."""
     for index in (None, 3):
         chips = [Chip(number, index, number % 4) for number in range(8)]
         devices = _over_slices(4, (4, 1, 2), chips)

@@ -1,4 +1,4 @@
-"""What processes do together: alone, with a client that is made up, and as two that really meet."""
+"""What processes do together: in a single process, with a fake client, and as two real processes."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_own_rows_undo_put_batch(name):
 
 
 def test_rows_of_a_process_that_holds_every_other_part(unchecked):
-    """As where a slice of another process lies between two of its own."""
+    """As if a slice of another process were between two slices of this one."""
     mesh = make_mesh(MESHES["data"])
     batch = put_batch(np.arange(16).reshape(16, 1), mesh, 16)
     mine = [shard for shard in batch.addressable_shards if shard.index[0].start % 4 == 0]
@@ -99,7 +99,7 @@ def test_what_all_have_alike_is_whole_on_every_device():
         assert put[name].sharding == replicated(mesh) and put[name].dtype == tree[name].dtype
         assert len(put[name].addressable_shards) == 8
         np.testing.assert_array_equal(put[name], tree[name])
-    # A random key stays one, and draws the same numbers.
+    # A random key stays a key, and draws the same numbers.
     assert jax.dtypes.issubdtype(put["key"].dtype, jax.dtypes.prng_key)
     np.testing.assert_array_equal(jax.random.key_data(put["key"]), jax.random.key_data(tree["key"]))
 
@@ -130,11 +130,11 @@ def test_processes_that_cannot_meet_are_refused(settings, message):
 
 
 class Ended(BaseException):
-    """Stands for the end of the process."""
+    """Replaces the end of the process."""
 
 
 class Store:
-    """The key-value store of a run, as its client shows it; gives the answers in turn where they are made up."""
+    """The key-value store of a run, as its client sees it; returns prepared answers in turn."""
 
     def __init__(self, *answers):
         self.answers, self.written = list(answers), {}
@@ -153,7 +153,7 @@ class Store:
 
 @pytest.fixture
 def ended(monkeypatch):
-    """A run of two processes of which this is one; the statuses that it ended with."""
+    """This is one of two processes; collects the statuses with which it ends."""
     statuses = []
 
     def end(status):
@@ -177,7 +177,7 @@ def test_a_process_that_fails_shows_why_then_tells_the_others_then_ends(ended, m
 
 
 def test_the_first_failure_is_the_one_that_all_are_told(ended, monkeypatch):
-    """Not what follows from it, such as a sum that cannot go on without the process that failed."""
+    """Later failures are not told, such as that of a sum that waits for the failed process."""
     store = Store()
     store.written[processes._FAILURE] = "2 process 1: no space left on device"
     monkeypatch.setattr(distributed.global_state, "client", store)
@@ -187,7 +187,7 @@ def test_the_first_failure_is_the_one_that_all_are_told(ended, monkeypatch):
 
 
 def test_a_process_ends_with_the_line_of_another(ended, monkeypatch, capfd):
-    """The store raises while nobody has failed."""
+    """The store raises as long as no process has failed."""
     store = Store(KeyError("none"), RuntimeError("gone"), "1 process 1: disk full: free space")
     monkeypatch.setattr(distributed.global_state, "client", store)
     with pytest.raises(Ended):
@@ -197,7 +197,7 @@ def test_a_process_ends_with_the_line_of_another(ended, monkeypatch, capfd):
 
 
 def test_a_failure_that_is_passed_on_names_the_process_it_comes_from(ended, monkeypatch, capfd):
-    """Whoever is faster to tell it, the one that failed included."""
+    """No matter which process tells the failure first."""
     store = Store()
     monkeypatch.setattr(distributed.global_state, "client", store)
     with pytest.raises(Ended):
@@ -221,7 +221,7 @@ def test_a_process_that_tells_of_its_own_failure_tells_of_no_other(ended, monkey
 
 
 def test_the_next_process_is_silent(ended, monkeypatch, capfd):
-    """It said that it lives until its third beat; engines run a job again that ends with 1."""
+    """Its last sign of life is the third beat. The status is 1, so that engines run the job again."""
     beats = [KeyError("not yet"), "1", "2", "3", *40 * ["3"]]
     store, clock = Store(*beats), iter(range(100))
     monkeypatch.setattr(distributed.global_state, "client", store)
@@ -233,13 +233,13 @@ def test_the_next_process_is_silent(ended, monkeypatch, capfd):
     line = "process 1 has died or hangs: nothing was heard of it for 30 s"
     assert ended == [1] and capfd.readouterr().err == f"\nerror: {line}\n"
     assert store.written[processes._FAILURE] == f"1 {line}"
-    # Of 40 beats 31 were waited for, and this process has said each time that it lives.
+    # It waited for 31 of 40 beats, and reported its own life each time.
     assert len(store.answers) == 40 - 31 and store.written[f"{processes._ALIVE}/0"] == str(4 + 31)
 
 
 @pytest.mark.parametrize(("process", "waits"), [(0, 8), (1, 2)])
 def test_the_first_process_ends_last(process, waits, ended, monkeypatch):
-    """It keeps the store: jax aborts those that find it gone."""
+    """It keeps the store. jax aborts a process that does not find the store."""
     slept = []
     monkeypatch.setattr(processes, "_LOOK_EVERY", 1.0)
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -256,7 +256,7 @@ def test_nobody_watches_where_no_others_are():
 
 
 def test_the_watching_threads_end_before_python_does():
-    """One inside of the key-value store when Python ends aborts the process, all of whose work is done by then."""
+    """If a thread is in the key-value store when Python ends, the process aborts, although its work is done."""
     program = """
 import atexit, sys, threading
 watching = lambda: sorted(t.name for t in threading.enumerate() if t.name.startswith("alignment_gap"))
@@ -269,11 +269,12 @@ print(watching(), flush=True)
     done = subprocess.run(
         [sys.executable, "-c", program, free_port()], env=environment, capture_output=True, text=True, timeout=200
     )
-    # A single process has nobody who may be silent.
+    # A single process does not watch others.
     assert done.stdout.splitlines() == ["['alignment_gap _end_when_another_fails']", "[]"] and done.returncode == 0
 
 
-# Two processes of two devices each: what each finds, as a line of JSON, and how the second one's failure ends both.
+# Two processes of two devices each: each prints its findings as a line of JSON. Then the second one fails, which ends
+# both.
 PROGRAM = """
 import json, sys, time
 import jax, numpy as np
@@ -350,7 +351,7 @@ def two():
         for process in started:
             process.kill()
     assert all(output for output, _ in outputs), outputs
-    # Gloo says on standard output that it has connected.
+    # Gloo prints on standard output that it has connected.
     lines = [[line for line in output.splitlines() if line.startswith("{")] for output, _ in outputs]
     return [process.returncode for process in started], [json.loads(line) for (line,) in lines], [e for _, e in outputs]
 
@@ -385,7 +386,7 @@ def test_where_one_of_two_raises_both_do_and_the_other_is_named(two):
 def test_a_long_line_reaches_the_other_up_to_its_last_whole_letter(two):
     _, (first, second), _ = two
     assert second["long"] == ["UserError", "x" + "é" * 2000]
-    # 2048 bytes, of which "process 1: x" takes 12: 1018 letters of two.
+    # 2048 bytes. "process 1: x" takes 12 of them, so 1018 letters of two bytes fit.
     assert first["long"] == ["UserError", "process 1: x" + "é" * 1018]
 
 

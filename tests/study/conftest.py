@@ -1,4 +1,4 @@
-"""The smallest study that runs every job: its config, its graph, and its folder when it is finished."""
+"""The smallest study that runs every job: its config, its graph, and its folder after it has finished."""
 
 import json
 import pathlib
@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-# Tests import nano and the like from this folder, job_runs from that of the jobs and process_runs from that of the
-# commands, however pytest was started.
+# Makes nano and others (here), job_runs (tests/jobs) and process_runs (tests/cli) importable, however pytest was
+# started.
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "jobs"), str(HERE.parent / "cli")]
 
@@ -23,13 +23,13 @@ def config():
 
 @pytest.fixture
 def graph(config, tmp_path):
-    """The graph of a study in a folder where nothing was run."""
+    """The graph of a study in an empty folder."""
     return open_studies(config, tmp_path)[0].graph
 
 
 @pytest.fixture(scope="session")
 def finished(config, tmp_path_factory):
-    """A finished study, whose pictures are placeholders; two of its jobs ran at a time."""
+    """A finished study with placeholders for pictures. Two of its jobs ran at a time."""
     (study,) = open_studies(config, tmp_path_factory.mktemp("study"))
     with pytest.MonkeyPatch.context() as patch:
         do_not_draw(patch)
@@ -39,12 +39,12 @@ def finished(config, tmp_path_factory):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Reports whose pictures are placeholders."""
+    """Reports get placeholders for pictures."""
     do_not_draw(monkeypatch)
 
 
 def do_not_draw(patch):
-    """A picture is what would be drawn, and the library is none: drawing takes longer than the rest of a report."""
+    """A picture becomes its specification, and the page has no drawing library; drawing would take most of the time."""
     patch.setattr("alignment_gap.evaluation.charts.png", lambda spec, scale=2.0: json.dumps(spec).encode())
     patch.setattr("alignment_gap.jobs.evaluate.kl_picture", lambda rows, metrics: repr(metrics).encode())
     patch.setattr("vl_convert.javascript_bundle", lambda code: code)

@@ -1,4 +1,4 @@
-"""The whole study at the smallest size that runs every job; a config file for the command, too."""
+"""A study with every job, at the smallest size; also a config file for the command."""
 
 from ml_collections import ConfigDict
 
@@ -12,7 +12,7 @@ from alignment_gap.training import OptimizerConfig
 
 
 def nano_study() -> StudyConfig:
-    """One arm of each kind, on the eight devices of the tests: parameters over fsdp and model, the batch over data."""
+    """One arm of each kind. The eight devices split parameters over fsdp and model, and the batch over data."""
     return StudyConfig(
         name="nano",
         task=PrepareConfig(

@@ -1,4 +1,4 @@
-"""What a user may add to a study without a change to the package: an arm, a claim, a loss, a judge."""
+"""What a user may add to a study without changes to the package: an arm, a claim, a loss, a judge."""
 
 import dataclasses
 
@@ -29,22 +29,22 @@ AS_ONLINE = Claim(
     estimate=EqualKl(("mirrored", "ipo"), ("online", "ipo")),
     holds=LEVEL,
 )
-# A second arm of the same name, one of a name that no folder can have, and something that is no arm.
+# An arm with the same name, and an object that is not an arm.
 TWIN = dataclasses.replace(REPLAYED)
 NO_ARM = "online"
 
 
 def squared(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1):
-    """IPO written once more."""
+    """A copy of IPO."""
     margin = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
     return (margin - 1 / (2 * beta)) ** 2
 
 
 def logistic(chosen_logps, rejected_logps):
-    """A loss without a beta and without a reference."""
+    """A loss without beta and without a reference."""
     return -jax.nn.log_sigmoid(chosen_logps - rejected_logps)
 
 
 def brevity(prompt_ids, response_ids):
-    """A judge that likes short responses."""
+    """A judge that prefers short responses."""
     return [[-len(response) for response in each] for each in response_ids]

@@ -1,4 +1,4 @@
-"""Results of studies whose truth is known."""
+"""Results of studies with known effects."""
 
 import math
 
@@ -10,7 +10,7 @@ ONLINE, OFFLINE = ("online", "ipo"), ("offline", "ipo")
 
 
 def checkpoint(arm, step, *, loss="ipo", beta=0.1, lr=1e-3, seed=0, size=16, **means):
-    """A checkpoint whose examples all equal the mean, so that no estimate has noise."""
+    """A checkpoint whose examples all equal the mean, so no estimate has noise."""
     outcomes = {metric: np.full(size, value) for metric, value in means.items()}
     return CheckpointResult(arm, loss, beta, lr, seed, step, outcomes)
 
@@ -21,7 +21,7 @@ def origin(seed=0, **means):
 
 
 def two_runs(online=(0.5, 0.8), offline=(0.4, 0.7), seed=0):
-    """The origin and one run of each arm, with win rates at 1 and at 4 nats."""
+    """The origin and one run of each arm, with the win rates at 1 and 4 nats."""
     results = [origin(seed)]
     for arm, win_rates in (("online", online), ("offline", offline)):
         results += [checkpoint(arm, 1, seed=seed, kl=1.0, win_rate=win_rates[0])]

@@ -1,4 +1,4 @@
-"""What tests of whole studies share: running quietly, reading results, and comparing folders byte by byte."""
+"""Functions for tests of whole studies: run them without output, read results, compare folders byte by byte."""
 
 import contextlib
 import csv
@@ -12,7 +12,7 @@ from alignment_gap.jobs.folder import DONE, JOB
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.study.run import open_studies, run_study
 
-# The cache of compiled functions, for commands, which choose their own.
+# The cache of compiled functions; commands choose their own, so they need this flag.
 CACHE = f"--compilation_cache={os.environ['JAX_COMPILATION_CACHE_DIR']}"
 
 
@@ -21,20 +21,20 @@ def quiet(line):
 
 
 def run(config, folder, **settings):
-    """Runs a study and gives it, with the lines that it said."""
+    """Runs a study; returns it and the lines that it printed."""
     (study,), lines = open_studies(config, folder), []
     run_study(study, say=lines.append, **settings)
     return study, lines
 
 
 def copied(study, folder):
-    """A folder with the finished jobs of a study, for another one that shares them."""
+    """A copy of a study's folder with its finished jobs, for another study that shares them."""
     shutil.copytree(study.workdir, folder)
     return folder
 
 
 def newly_run(lines):
-    """The jobs that a study had to run, from its lines about those that it did not have to."""
+    """The jobs that a study had to run. Its lines name the other ones."""
     done = {line.split("] ")[1].removesuffix(": finished before") for line in lines if line.endswith("finished before")}
     return lambda graph: [job.name.removeprefix("seed0-") for job in graph.jobs if job.name not in done]
 
@@ -46,15 +46,16 @@ def rows(study):
 
 
 def snapshot(folder):
-    """When each file was last written, but for those that say who works on a job."""
+    """The time of the last write of each file, except files that record who works on a job."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", JOB))
     return {path: path.stat().st_mtime_ns for path in files}
 
 
 def contents(folder, root):
-    """The bytes of a job's files without the place of the study in them; logs and checkpoints are compared apart.
+    """The bytes of a job's files, without the path of the study.
 
-    Lengths are left out, which whoever reads a dataset leaves with it.
+    Logs and checkpoints are left out; they are compared apart. Files of lengths are left out, because any reader of a
+    dataset may write them.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -66,7 +67,7 @@ def contents(folder, root):
 
 
 def assert_equal_jobs(ours, theirs):
-    """The same settings, datasets, results, and, of a training run, the same arrays in the same checkpoints."""
+    """Equal settings, datasets and results; of a training run also equal arrays in the same checkpoints."""
     roots = ours.folder.parent, theirs.folder.parent
     first, second = (contents(job.folder, root) for job, root in zip((ours, theirs), roots, strict=True))
     assert first.keys() == second.keys(), ours.name
@@ -88,7 +89,7 @@ def assert_equal_jobs(ours, theirs):
 
 @contextlib.contextmanager
 def unwritten(folder):
-    """No file of the folder is written meanwhile."""
+    """Asserts that no file of the folder is written within the block."""
     before = snapshot(folder)
     yield
     assert snapshot(folder) == before

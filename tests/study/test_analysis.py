@@ -1,4 +1,4 @@
-"""What the analysis claims, on results whose truth is known: worked out by hand, or planted and drawn at random."""
+"""The results of the analysis when the truth is known: worked out by hand, or random around a planted effect."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from alignment_gap.study.analysis import CheckpointResult, compare
 
 
 def noisy_study(trial, gap, *, settings=4, size=256):
-    """Online one run, offline a sweep of runs of equal truth; prompts differ in difficulty, which all runs share."""
+    """Online has one run, offline a sweep of equally good runs. Prompts differ in difficulty; all runs share it."""
     rng = np.random.default_rng(trial)
     difficulty = rng.uniform(-0.15, 0.15, size=size)
 
@@ -100,7 +100,7 @@ def test_arms_losses_and_seeds_of_results():
 
 
 def test_frontiers_and_gap_by_hand():
-    # sqrt(KL) at 1, 1.5, 2; at 2.25 nats the mixture of neighbours has weight 1.25 / 3 on the later one.
+    # sqrt(KL) is 1, 1.5 and 2. At 2.25 nats the later neighbour has weight 1.25 / 3 in the mixture.
     comparison = compare(two_runs(), ONLINE, OFFLINE, points=3)
     np.testing.assert_allclose(comparison.budgets, [1.0, 2.25, 4.0])
     np.testing.assert_allclose(comparison.first_frontier.value, [0.5, 0.5 + 0.3 * 1.25 / 3, 0.8])

@@ -1,4 +1,4 @@
-"""Jobs of a graph at the same time: in order, to the end of what runs after a failure, and stopped by a signal."""
+"""Jobs of a graph at the same time: their order, a failure (running jobs finish), and a stop by a signal."""
 
 import dataclasses
 import signal
@@ -21,7 +21,7 @@ class Named:
 
 @pytest.fixture
 def job_of(tmp_path):
-    """A job that does what it is told in its folder."""
+    """Makes a job that calls `work`."""
 
     def make_job(name, work, *needs):
         opened = Opened({}, lambda folder, open_bar: work(open_bar))

@@ -1,4 +1,4 @@
-"""A study whose data and whose folder are in a bucket has the results of one on a disk, byte for byte."""
+"""A study with data and folder in a bucket has the same results as on a disk, byte for byte."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The claims of the paper: one rule, by results whose answer is known by hand."""
+"""The claims of the paper: one rule decides them; results whose answer is known by hand test it."""
 
 import dataclasses
 import math
@@ -30,12 +30,12 @@ from alignment_gap.study.estimates import (
 
 AHEAD = Claim("ahead", "One is ahead.", "1", 0, EqualKl(ONLINE, OFFLINE), ABOVE_ZERO)
 LEVEL_CLAIM = dataclasses.replace(AHEAD, name="level", holds=LEVEL)
-# A claim in your own module.
+# A claim from the user's own module.
 OWN, NO_CLAIM, TWIN = dataclasses.replace(AHEAD, name="own"), "own", dataclasses.replace(CLAIMS[0])
 
 
 def seeds_with(*gaps):
-    """A seed for each gap between online and offline, which is equal at every KL."""
+    """One seed for each gap between online and offline. The gap is the same at every KL."""
     return [r for seed, gap in enumerate(gaps) for r in two_runs((0.4 + gap, 0.6 + gap), (0.4, 0.6), seed)]
 
 
@@ -44,7 +44,7 @@ def answer(results, claim=AHEAD, *others):
 
 
 def estimate(estimate, results):
-    """The estimate of every seed, on the examples themselves."""
+    """The estimate for every seed, on all its examples, without resampling."""
     return {seed: pytest.approx(float(values[0])) for seed, values in estimate(Evidence(results)).items()}
 
 
@@ -74,7 +74,7 @@ def test_a_claim_is_decided_where_the_interval_is_inside_or_outside_of_its_range
 
 
 def test_numbers_of_an_answer_by_hand():
-    """Student's t with two degrees of freedom over the seeds; the examples of a seed are all alike."""
+    """Student's t with two degrees of freedom over the seeds; all examples of a seed are equal."""
     found = answer(seeds_with(0.1, 0.2, 0.3))
     error = 0.1 / math.sqrt(3)
     half_width = stats.t.ppf(0.975, 2) * error
@@ -113,7 +113,7 @@ def test_the_correction_is_for_the_number_of_claims_that_were_measured():
     results = seeds_with(0.1, 0.13, 0.16)
     alone = answer(results)
     assert alone.verdict == "agrees" and 0.01 < alone.p_value < 0.05
-    # Claims of which nothing can be told, whose estimate is the end of their range.
+    # No data can decide these claims: the estimate is at the end of their range.
     open_claims = [
         dataclasses.replace(AHEAD, name=f"open {number}", holds=(alone.interval.value, math.inf)) for number in range(9)
     ]
@@ -170,7 +170,7 @@ def test_ends_are_the_last_checkpoints_averaged_over_the_runs():
     assert estimate(AtEnd((ONLINE,), "accuracy"), results) == {0: 0.4}
     assert estimate(AtEnd((OFFLINE,), "accuracy"), results) == {0: 0.7}
     assert estimate(AtEnd((ONLINE, OFFLINE), "accuracy"), results) == {0: 0.7}
-    # Of the sweep, the run at the online setting; all of them where there is none.
+    # The run of the sweep with the online setting; if there is none, all runs of the sweep.
     assert estimate(EndGap(ONLINE, OFFLINE, "chosen_log_ratio"), results) == {0: 6.0}
     assert estimate(EndGap(ONLINE, OFFLINE, "chosen_log_ratio"), [results[1], results[3]]) == {0: -53.0}
 
@@ -187,7 +187,7 @@ def test_the_proxy_leads_by_its_accuracy_over_that_of_the_best_policy():
 
 
 def swept(accuracies, win_rates):
-    """Runs of two checkpoints each, at settings that differ in beta."""
+    """Runs with two checkpoints each; the runs differ in beta."""
     return [origin()] + [
         checkpoint("offline", step, beta=0.1 * run, kl=1.0 * step, accuracy=accuracy, win_rate=win_rate)
         for run, pair in enumerate(zip(accuracies, win_rates, strict=True), start=1)
@@ -212,7 +212,7 @@ def test_a_correlation_needs_three_runs_of_differing_results(accuracies):
 
 
 def at_sizes(**gaps):
-    """Online ahead of offline, and of shuffled by half of that, by a gap that depends on the size."""
+    """Online is ahead of offline by a gap that depends on the size, and ahead of shuffled by half of it."""
     for parameters, (size, gap) in enumerate(gaps.items(), start=1):
         results = two_runs((0.4, 0.6), (0.4 - gap, 0.6 - gap))
         results += [

@@ -1,4 +1,4 @@
-"""The commands of `--list`, run one by one, are the study: the same bytes, whoever did which job."""
+"""The commands of `--list`, run one by one, give the same bytes as the study, whichever command did a job."""
 
 import json
 import pathlib
@@ -15,13 +15,13 @@ from alignment_gap.study.run import open_studies
 
 NANO = f"--config={pathlib.Path(__file__).with_name('nano.py')}"
 KINDS = {"prepare", "train", "label", "generate", "evaluate"}
-# A command that prints how the shell has split its words.
+# A command that prints the words into which the shell has split it.
 ECHO = f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n"
 
 
 @pytest.fixture
 def alignment_gap(monkeypatch, capsys):
-    """Runs a command in this process and gives what it printed."""
+    """Runs a command in this process, and returns its output."""
 
     def run(words):
         monkeypatch.setattr(sys, "argv", ["alignment-gap", *words])
@@ -35,7 +35,7 @@ def alignment_gap(monkeypatch, capsys):
 
 
 def shell(commands, folder):
-    """The words of commands as a shell splits them."""
+    """The words of commands, as a shell splits them."""
     (folder / "alignment-gap").write_text(ECHO)
     (folder / "alignment-gap").chmod(0o755)
     script = f"PATH={shlex.quote(str(folder))}:$PATH\n" + "\n".join(commands)
@@ -44,7 +44,7 @@ def shell(commands, folder):
 
 
 def blocks(text):
-    """What --list says: by name, the state, folder and needs of every job, and its command."""
+    """The output of --list: state, folder, needs and command of every job, by name."""
     found = {}
     for line in text.splitlines():
         if not line.startswith(" "):
@@ -59,15 +59,15 @@ def blocks(text):
 
 
 def needed(job):
-    """A job with all that it needs, and what they need."""
+    """A job and all jobs that it needs, directly or not."""
     return {job.name}.union(*map(needed, job.needs))
 
 
 def test_the_commands_run_one_by_one_give_the_same_bytes(finished, tmp_path, alignment_gap, undrawn):
-    """A shell splits every command into words; this process runs them, each from nothing but its words.
+    """A shell splits every command into words. This process runs them; each command knows nothing but its words.
 
-    They are those of the whole chain to the evaluation of a policy that was trained online. The folders of the other
-    jobs are those of the finished study.
+    The commands are the chain of jobs that ends with the evaluation of an online policy. The folders of the other
+    jobs are copies from the finished study.
     """
     workdir = tmp_path / "a study"
     listing = ["study", NANO, f"--workdir={workdir}", CACHE, "--list"]

@@ -1,4 +1,4 @@
-"""Runs side by side: studies by their tables, training jobs by what they logged, and one line for what cannot be."""
+"""Runs side by side: studies by their tables, training jobs by their logs, and one line for wrong inputs."""
 
 import html.parser
 import json
@@ -39,7 +39,7 @@ def study(folder, win_rate, settings, *claims, arms=("online", "offline")):
 
 
 def job(folder, losses, **settings):
-    """The folder of a training job that still runs."""
+    """The folder of an unfinished training job."""
     folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps({"kind": "policy", "loss.name": "ipo", "steps": 9} | settings))
     lines = [{"step": step, "loss": loss, "pairs_per_second": 10.0 * step} for step, loss in enumerate(losses, 1)]
@@ -48,7 +48,7 @@ def job(folder, losses, **settings):
 
 
 class Page(html.parser.HTMLParser):
-    """The cells of the tables, row by row, the text, and the specifications of the figures."""
+    """The cells of the tables by row, the text, and the specifications of the figures."""
 
     def __init__(self, path):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a study refuses before any work, in one line that names the setting and the remedy."""
+"""A study refuses wrong settings before any work, in one line that names the setting and the remedy."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from alignment_gap.study.run import open_studies
 
 
 def nested(config, path, value):
-    """The config as dictionaries, with one setting of a dotted path replaced."""
+    """The config as dictionaries. The setting at a dotted path is replaced."""
     settings = to_dict(config)
     *groups, leaf = path.split(".")
     place = settings
@@ -31,7 +31,7 @@ def refused(config, path, value, workdir):
     return str(caught.value)
 
 
-# By the dataclasses, with the path of the setting.
+# The dataclasses refuse these, with the path of the setting.
 SETTINGS = {
     "seed": (-1, "config.seed is -1: it must be at least 0"),
     "seeds": (0, "config.seeds is 0: it must be at least 1"),
@@ -56,7 +56,7 @@ SETTINGS = {
     "task.seed": (3, "config.task.seed is 3: a study prepares its data with its own seeds, so set seed instead"),
     "task.validation": (1.0, "config.task.validation is 1.0"),
 }
-# By the graph and by what is there: jobs of later hours.
+# The graph and the jobs' inputs refuse these, though the jobs would run hours later.
 INPUTS = {
     "arms.losses": (("ippo",), "did you mean 'ipo'"),
     "arms.batch_size": (6, "arms.batch_size is 6: it must be a multiple of"),
@@ -90,7 +90,10 @@ def test_what_a_later_job_would_refuse(config, path, tmp_path):
 
 
 def test_a_loss_that_the_source_of_an_arm_does_not_serve(config, tmp_path):
-    """Recorded pairs have no log-probs of a sampler; the record of the online arm, which another arm shuffles, has."""
+    """Recorded pairs do not have the sampler's log-probs.
+
+    The online arm's record has them, so a shuffled arm is fine.
+    """
     message = refused(config, "arms.losses", ("grpo",), tmp_path)
     assert message.startswith("seed0-offline-grpo-beta0.1-lr0.01: the loss grpo needs samples of the policy with")
     arms = dataclasses.replace(config.arms, losses=("grpo",), names=("online", "shuffled"))
@@ -98,7 +101,7 @@ def test_a_loss_that_the_source_of_an_arm_does_not_serve(config, tmp_path):
 
 
 def test_a_folder_with_a_comma(config, tmp_path):
-    """Settings that list folders have commas between them."""
+    """Commas separate the folders of a setting."""
     with pytest.raises(UserError, match="a,b has a comma, but commas separate folders in settings: give another"):
         open_studies(config, tmp_path / "a,b")
 

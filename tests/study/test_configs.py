@@ -1,4 +1,4 @@
-"""The graphs of configs/study: what there is, nothing made twice, an arm for every claim. None is run."""
+"""The graphs of configs/study: their jobs, no job twice, an arm for every claim. No job runs."""
 
 import collections
 import dataclasses
@@ -67,7 +67,7 @@ def test_hh_is_a_study_whose_paths_are_the_users_to_give():
 
 
 def trained(graph):
-    """The runs of the arms of the first seed: (arm, loss) and how many settings."""
+    """The number of settings of each (arm, loss), among the runs of the first seed."""
     return collections.Counter((run.arm, run.loss) for run in graph.seeds[0].runs)
 
 
@@ -101,7 +101,7 @@ def test_every_job_comes_after_its_needs_and_nothing_is_made_twice(graph):
 def test_the_paper_study_has_every_arm_of_the_table_and_every_method_of_the_claims():
     runs = trained(graph_of("paper"))
     assert {arm for arm, _ in runs} == {"sft", "golden", *(arm.name for arm in ARMS)}
-    # Claims on scale are for a study over sizes.
+    # Claims about scale need a study over sizes.
     assert {method for claim in CLAIMS for method in methods_of(claim.estimate)} <= runs.keys()
     assert study_of("paper").seeds >= 5
     assert set(study_of("paper").evaluation.classified) == {"heldout", "stream", "own"}
@@ -121,7 +121,7 @@ def test_the_runs_of_the_paper_study():
 def test_make_study_is_small_and_part_of_the_paper_study():
     jobs, folders = graph_of("tiny").jobs, {job.folder for job in graph_of("paper").jobs}
     assert len(jobs) == 28 and sum(job.kind is TRAIN for job in jobs) == 11
-    # Beside the sweep, which is another, and evaluations, which measure less.
+    # Two kinds of jobs differ: the sweep, which has other settings, and evaluations, which measure less.
     missing = {job.name.removeprefix("seed0-") for job in jobs if job.folder not in folders}
     swept = {f"{kind}offline-ipo-beta0.03-lr0.0003" for kind in ("", "evaluation-")}
     assert missing == swept | {name for name in missing if name.startswith("evaluation-")}
@@ -134,7 +134,7 @@ def test_the_papers_own_settings_build_a_graph_for_every_size(task):
     assert trained(large)["offline", "ipo"] == 18 and trained(large)["offline", "best_of_n"] == 3
     steps = {job.config.steps for job in large.jobs if job.name.startswith("seed0-offline-ipo")}
     assert steps == {4000, 20_000}
-    # The base is the policy of the smallest size, so it is trained once.
+    # The smallest size is also the base, so it is trained once.
     assert "seed0-sft" not in {job.name for job in large.jobs}
     assert large.job("seed0-base").config.start == "imported/t5_large"
     assert xl.job("seed0-sft").config.start == "imported/t5_xl"

@@ -1,4 +1,4 @@
-"""Training curves: what of metrics.jsonl is drawn, how it is thinned, and the table of throughput."""
+"""Training curves: the metrics that are drawn, how curves are thinned, and the table of throughput."""
 
 import json
 import math
@@ -15,14 +15,14 @@ BASE = Figure("training", "Training", "How?", "Nothing.")
 
 
 def lines(count, **metrics):
-    """Lines of metrics, each metric a function of the step."""
+    """Lines of metrics. Each metric is a function of the step."""
     return [
         {"step": step, "loss": 1.0} | {name: of(step) for name, of in metrics.items()} for step in range(1, count + 1)
     ]
 
 
 def panels(figure):
-    """The y axes of the panels, by the field that is drawn."""
+    """The titles of the panels' y axes, by field."""
     layers = [panel["layer"][0]["encoding"]["y"] for panel in figure.spec["concat"]]
     return {y["field"]: y["title"] for y in layers}
 
@@ -52,7 +52,7 @@ def test_many_runs_have_fewer_points_each():
 
 
 def test_values_that_no_axis_can_show_are_left_out():
-    """A page holds strict JSON, and a logarithm needs a number above 0."""
+    """A page holds strict JSON, and a logarithmic axis needs positive numbers."""
     bad = lines(3, gradient_norm=lambda step: 0.0 if step == 1 else 1.0, margin=lambda step: math.nan)
     figure = curves_figure(BASE, [TrainingRun("sft", bad, 1.0)], {"sft": "#000000"})
     rows = figure.spec["data"]["values"]
@@ -131,7 +131,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
 
 
 def test_a_value_that_was_not_finite_breaks_no_curve_and_no_table(tmp_path):
-    """metrics.jsonl has null for it, as of a step whose update was skipped."""
+    """metrics.jsonl has null in its place, such as in a step whose update was skipped."""
     written = [{"step": 1, "loss": 2.0, "skipped": 0.0}, {"step": 2, "loss": None, "skipped": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
     run = TrainingRun("online", read_lines(tmp_path), 10.0, "ipo")

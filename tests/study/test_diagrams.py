@@ -1,4 +1,4 @@
-"""The diagrams of a study: boxes are its jobs, lines what they read, and nothing else."""
+"""The diagrams of a study have its jobs as boxes and the inputs of jobs as lines, and nothing else."""
 
 import dataclasses
 import pathlib

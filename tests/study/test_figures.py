@@ -1,4 +1,4 @@
-"""The figures: what is drawn, what is left out with a reason, and that the drawing comes out."""
+"""The figures: what they show, what they leave out (with a reason), and that they can be drawn."""
 
 import dataclasses
 import importlib
@@ -51,7 +51,7 @@ def draw(results, arms=MAIN_ARMS):
 
 
 def rows(figure):
-    """The data of all charts in a figure."""
+    """The data of all charts of a figure."""
     found, stack = [], [figure.spec]
     while stack:
         part = stack.pop()
@@ -91,7 +91,7 @@ def test_every_panel_of_the_table_has_a_question_of_its_own():
 
 
 def test_no_two_figures_say_the_same():
-    """Nor where many losses and panels are drawn by the same functions."""
+    """Even if the same functions draw many losses and panels."""
     windows = ("replayed", "small_windows", "large_windows")
     results = [*study(losses=("ipo", "best_of_n", "dpo", "slic")), *(each for arm in windows for each in run(arm))]
     found = draw(results, arms=[arm for arm in ARMS if arm.panel in (MAIN, WINDOWS)]).values()
@@ -139,7 +139,7 @@ def test_ipo_lies_behind_best_of_n(drawn):
 
 
 def scales(figure, channel="color"):
-    """What each value of a field is drawn as, from all scales of a channel in the specification."""
+    """The colour (or other mark) of each value, from all scales of a channel in the specification."""
     found, stack = {}, [figure.spec]
     while stack:
         part = stack.pop()
@@ -183,7 +183,7 @@ def test_settings_that_differ_are_told_apart_with_a_legend_each():
     assert list(sizes) == ["0.001", "0.003"] and sizes["0.003"] > 3 * sizes["0.001"]
     assert dashes == {"1x": [1, 0], "5x": [6, 3]}
     assert scales(figure)["offline"] == next(arm.colour for arm in ARMS if arm.name == "offline")
-    # In a lighter mark behind another loss a setting tells nothing.
+    # The lighter marks of another loss do not show settings.
     assert legends(draw([*study(), *swept])["figure_9_best_of_n"]) == {"arm"}
     assert figure.png().startswith(b"\x89PNG")
 
@@ -196,7 +196,7 @@ def test_an_arm_of_another_table_is_drawn_beside_the_known_ones():
 
 
 def test_the_question_is_that_of_the_arms():
-    """The first contrast of the arms gives the first figure, whatever they are called."""
+    """The first contrast of the arms makes the first figure, whatever the names of the arms."""
     found = draw(study(arms=("online", "mirrored"), losses=("ipo",)), arms=(REPLAYED, *MAIN_ARMS))
     (said,) = found["equal_kl_ipo"].sentences
     assert re.search(r" for mirrored and .* for online, in parentheses", said)
@@ -204,7 +204,7 @@ def test_the_question_is_that_of_the_arms():
 
 
 def test_the_arms_of_a_panel_are_drawn_with_those_that_they_are_compared_with():
-    """Under the first loss; no other figure has them."""
+    """With the first loss. No other figure has them."""
     windows = ("replayed", "small_windows", "large_windows")
     results = [*study(), *(result for arm in windows for result in run(arm))]
     found = draw(results, arms=[arm for arm in ARMS if arm.panel in (MAIN, WINDOWS)])
@@ -323,7 +323,7 @@ def test_without_the_extra_the_remedy_is_named(package, module, monkeypatch):
 
 
 def axes(figure):
-    """Titles of the y axes."""
+    """The titles of the y axes."""
     found, stack = set(), [figure.spec]
     while stack:
         part = stack.pop()

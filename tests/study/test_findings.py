@@ -1,4 +1,4 @@
-"""The sentences of the report, on numbers for which they are known."""
+"""The sentences of the report, for results whose right sentences are known."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from alignment_gap.study.estimates import AtEnd, Correlation, EndGap, Evidence, 
 
 
 def with_gaps(mean, peak, **changes):
-    """A comparison with these intervals of its gaps."""
+    """A comparison whose gaps have these intervals."""
     gaps = {"mean_gap": Interval(*mean), "peak_gap": Interval(*peak)}
     return dataclasses.replace(compare(two_runs(), ONLINE, OFFLINE), **gaps, **changes)
 
@@ -24,7 +24,7 @@ def sentence(comparison):
     return f"{findings.equal_kl_headline(comparison)} {findings.equal_kl_detail(comparison)}"
 
 
-# Peaks that are far from the gap at equal KL.
+# Peaks whose gap is far from the gap at equal KL.
 
 
 def test_a_peak_beyond_the_reach_of_the_other_is_one_at_unequal_kl():
@@ -36,7 +36,7 @@ def test_a_peak_beyond_the_reach_of_the_other_is_one_at_unequal_kl():
 
 
 def test_peaks_that_both_could_reach_are_two_checkpoints():
-    """Online is far ahead at the largest budget and level at the others."""
+    """Online is far ahead at the largest budget, and level at the others."""
     results = two_runs((0.3, 0.9), (0.3, 0.4))
     comparison = compare(results, ONLINE, OFFLINE)
     assert findings.peaks_apart(Evidence(results), comparison) == (
@@ -136,7 +136,7 @@ def test_over_optimisation_without_a_rubric_says_nothing():
 
 
 def test_fits_are_of_every_arm_and_score_and_find_the_curve():
-    """Win rates on d(a - b log d) above SFT's, d = sqrt(KL), with a = 0.1 and b = 0.02."""
+    """The win rates are SFT's plus d(a - b log d), with d = sqrt(KL), a = 0.1 and b = 0.02."""
     d = np.array([0.5, 1.0, 2.0, 3.0])
     wins = 0.2 + d * (0.1 - 0.02 * np.log(d))
     points = enumerate(zip((d**2).tolist(), wins.tolist(), strict=True), 1)
@@ -149,7 +149,7 @@ def test_fits_are_of_every_arm_and_score_and_find_the_curve():
 
 
 def test_the_best_of_n_samples_of_sft_are_fitted_to_the_curve_of_best_of_n():
-    """Win rates on d(a - b d) above SFT's, with a = 0.1 and b = 0.02 and the KL of best-of-n."""
+    """The win rates are SFT's plus d(a - b d), with a = 0.1, b = 0.02 and the KL of best-of-n."""
     kls = [math.log(n) - (n - 1) / n for n in (2, 4, 8, 16)]
     points = enumerate(((kl, 0.2 + kl**0.5 * (0.1 - 0.02 * kl**0.5)) for kl in kls), 1)
     results = [origin(), *(checkpoint("sft_best_of_n", n, kl=kl, win_rate=win) for n, (kl, win) in points)]
@@ -158,7 +158,7 @@ def test_the_best_of_n_samples_of_sft_are_fitted_to_the_curve_of_best_of_n():
     assert (a.value, b.value) == (pytest.approx(0.1), pytest.approx(0.02))
 
 
-# Numbers in words.
+# Numbers as words.
 
 
 @pytest.mark.parametrize(

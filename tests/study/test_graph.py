@@ -1,4 +1,4 @@
-"""The graph of a study: which jobs, from what, in which folders, and by which commands."""
+"""The graph of a study: its jobs, their inputs, folders and commands."""
 
 import dataclasses
 import fnmatch
@@ -25,7 +25,7 @@ from alignment_gap.study.arms import ARMS, Arm, Branch
 from alignment_gap.study.graph import study_graph, takes_beta
 
 ROOT = Path("somewhere/jobs")
-# Every job of the nano study, and what it needs, without "seed0-".
+# Every job of the nano study and the jobs that it needs, without "seed0-".
 NEEDS = {
     "data": "",
     "sft": "data",
@@ -58,7 +58,7 @@ def build(config, root=ROOT):
 
 
 def changed(config, **parts):
-    """The config with settings of some of its parts replaced: `arms={"beta": 1.0}`."""
+    """The config with some settings of its parts replaced: `arms={"beta": 1.0}`."""
     inner = {name: dataclasses.replace(getattr(config, name), **settings) for name, settings in parts.items()}
     return dataclasses.replace(config, **inner)
 
@@ -72,7 +72,7 @@ def jobs_of(graph):
 
 
 def reread(job):
-    """Config and folder that the command line makes of the words of a job's command."""
+    """The config and the folder that the command line reads from a job's command."""
     words = shlex.split(job.command)
     assert words[: 1 + len(job.kind.command.split())] == ["alignment-gap", *job.kind.command.split()]
     words, overrides = gin_files.split_overrides(words[len(job.kind.command.split()) :])
@@ -87,7 +87,7 @@ def reread(job):
     return given, Path(values[job.kind.output].value)
 
 
-# What there is.
+# The jobs.
 
 
 def test_the_jobs_and_what_each_needs(config):
@@ -175,7 +175,7 @@ def test_a_job_is_found_by_its_name_and_the_nearest_is_named(config):
         graph.job("seed0-prox")
 
 
-# What each does.
+# The work of each job.
 
 
 def test_arms_differ_in_nothing_but_their_source(config):
@@ -252,7 +252,7 @@ FURTHER = tuple(arm.name for arm in ARMS if arm.name not in ("online", "shuffled
 
 @pytest.fixture
 def every(config):
-    """The jobs of a study with every arm of the table, two losses, and all that policies may classify."""
+    """The jobs of a study with every arm of the table, two losses, and all sets that policies may classify."""
     arms = {"further": FURTHER, "losses": ("ipo", "best_of_n"), "checkpoint_steps": (2, 4, 40)}
     return jobs_of(build(changed(config, arms=arms, evaluation={"classified": ("heldout", "stream", "own")})))
 
@@ -395,7 +395,7 @@ def test_the_stream_needs_an_online_arm(config):
 
 
 def test_nothing_is_made_twice(config, every):
-    """No two jobs have the same settings, and no two the same folder."""
+    """No two jobs have the same settings or the same folder."""
     seen = {}
     for name, job in every.items():
         settings = repr(dataclasses.replace(job.config, seed=0) if hasattr(job.config, "seed") else job.config)
@@ -415,7 +415,7 @@ def test_the_steps_of_the_sweep_are_multiples_of_the_online_steps(config):
     assert jobs["evaluation-offline-ipo-beta0.1-lr0.01-steps5x"].config.steps == (10, 20)
     runs = {(run.arm, run.steps_factor) for run in graph.seeds[0].runs}
     assert {("offline", 1), ("offline", 5), ("online", 1)} < runs and ("online", 5) not in runs
-    # The steps are an axis of the first of the swept arms alone.
+    # Only the first swept arm also varies its steps.
     assert ("shuffled", 1) in runs and ("shuffled", 5) not in runs
 
 
@@ -446,7 +446,7 @@ def test_a_sweep_is_of_the_arms_that_are_swept_and_of_a_beta_only_where_the_loss
     losses = {short(job): job.config.loss for job in build(swept).jobs if job.kind is TRAIN}
     assert losses["offline-ipo-beta0.5-lr0.001"] == LossConfig("ipo", {"beta": 0.5})
     assert losses["offline-best_of_n-lr0.001"] == LossConfig("best_of_n")
-    # The stream of an online run is replayed under its own loss.
+    # The stream of an online run is replayed with the loss of that run.
     shuffled = jobs_of(build(swept))["shuffled-best_of_n-lr0.01"]
     assert "online-best_of_n-lr0.01" in map(short, shuffled.needs)
     assert takes_beta("dpo") and not takes_beta("best_of_n")

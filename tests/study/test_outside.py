@@ -1,4 +1,4 @@
-"""What a user adds from outside the package: an arm, a loss and a judge, named in the config and nowhere else."""
+"""A user adds an arm, a loss and a judge from outside the package; only the config names them."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def with_arms(config, **settings):
 
 @pytest.fixture(scope="module")
 def replayed(finished, config, tmp_path_factory):
-    """A finished study with one more arm, and the jobs that it had to run."""
+    """A finished study with one more arm, and the jobs that ran for it."""
     folder = copied(finished, tmp_path_factory.mktemp("outside") / "study")
     names = (*config.arms.names, "outside:REPLAYED")
     config = dataclasses.replace(config, claims=("outside:AS_ONLINE",))
@@ -42,7 +42,7 @@ def test_an_arm_adds_its_two_jobs_and_no_other(replayed):
 
 
 def test_the_stream_of_an_online_run_in_its_order_is_the_online_run(replayed):
-    """The table's lambda is all that the arm is made of, and it is enough for the paper's sanity check."""
+    """The lambda in the table defines the arm completely, and suffices for the paper's sanity check."""
     study, (training, _) = replayed
     online = study.graph.job("seed0-online-ipo-beta0.1-lr0.01").folder
     for step in (2, 4):
@@ -65,7 +65,7 @@ def test_the_arm_is_in_the_findings_and_in_every_figure(replayed):
     assert AS_ONLINE.paper in page
     assert "at equal KL" in page and "mirrored \u2212 online" in page
     (specs,) = (part.partition("</script>")[0] for part in page.split('type="application/json">')[1:])
-    # The stages before the arms have curves without them, and curves have no marks.
+    # Stages before the arms have curves without them, and curves have no marks.
     elsewhere = ("equal_kl_ipo", "figure_2", "figure_3", "training_sft", "training_judges")
     for name, spec in json.loads(specs).items():
         if name not in elsewhere:
@@ -74,7 +74,7 @@ def test_the_arm_is_in_the_findings_and_in_every_figure(replayed):
 
 
 def test_a_loss_and_a_judge_are_named_in_the_config(finished, config, tmp_path, undrawn):
-    """The loss is IPO written once more; its name has a colon, and no file's name may have one."""
+    """The loss is a copy of IPO. Its name has a colon, which no file name may have."""
     folder = copied(finished, tmp_path / "study")
     changed = with_arms(config, losses=("outside:squared",), names=("offline",))
     study, lines = run(changed, folder, update=True)
@@ -114,7 +114,7 @@ def test_policies_and_the_proxy_classify_held_out_pairs_the_stream_and_own_sampl
 
 
 def test_an_arm_with_a_loss_and_a_second_source_of_its_own(finished, config, tmp_path):
-    """HyPO reads recorded pairs and fresh samples; an early policy's pairs are sampled for another arm."""
+    """HyPO reads recorded pairs and fresh samples. For the other arm a job samples pairs of an early policy."""
     folder = copied(finished, tmp_path / "study")
     graph = study_graph(with_arms(config, further=("hypo", "sft_vs_early")), folder / "jobs")
     for name in ("hypo-hypo-beta0.1-lr0.01", "pairs-sft_vs_early-ipo", "sft_vs_early-ipo-beta0.1-lr0.01"):

@@ -1,4 +1,4 @@
-"""A study in pieces: its pooled report is that of the whole, and what is no piece of it is refused in one line."""
+"""The pooled report of a study's pieces equals that of the whole; anything else is refused in one line."""
 
 import dataclasses
 import datetime
@@ -22,7 +22,7 @@ TABLES = ("results.csv", "claims.csv", "outcomes.npz", "facts.json")
 
 
 def results(seed):
-    """Online is better; the metrics have other numbers of examples, and the proxy has but one of them."""
+    """Online is better. The metrics have different numbers of examples, and the proxy has only one metric."""
     rng = np.random.default_rng(seed)
     found = []
     for arm, kl, rate in (("sft", 0.0, 0.3), *((arm, k, rate) for k in (1.0, 3.0) for arm, rate in ARMS)):
@@ -62,7 +62,7 @@ def pieces(tmp_path_factory):
 
 def test_outcomes_are_kept_exactly(tmp_path):
     written = results(3)
-    # One that float32 holds, one that it does not.
+    # float32 holds the first array exactly, but not the second.
     written[1].outcomes["kl"] = np.float32([0.1, 2.5, 3.7]).astype(np.float64)
     written[2].outcomes["kl"] = np.array([0.1, math.pi])
     write_outcomes(at(tmp_path), written)

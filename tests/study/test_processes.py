@@ -1,4 +1,4 @@
-"""A study in two processes is the study in one, and what one of them refuses both refuse."""
+"""A study in two processes equals the study in one; if one process refuses a setting, both do."""
 
 import csv
 import dataclasses
@@ -15,14 +15,15 @@ from alignment_gap.data.records import open_dataset
 from alignment_gap.study.run import open_studies
 
 NANO = ["study", f"--config={pathlib.Path(__file__).with_name('nano.py')}", "--workdir=study"]
-# The golden policy is trained online, as arms are.
+# The golden policy is trained online, like the arms.
 NO_ARMS = "--config.arms.names=()"
 
 
 def test_two_processes_make_the_study_that_one_makes(finished, config, tmp_path):
-    """Sums over devices are taken in another order, which Adam's division can enlarge; no sampled token changes.
+    """Sums over devices have another order, and Adam's division can enlarge the difference; no sampled token changes.
 
-    Jobs that resemble others are left to one process: the proxy, which is a second judge, and what measures SFT.
+    Jobs that resemble others are copied from a study in one process: the proxy, which is a second judge, and
+    evaluations of SFT.
     """
     arms = dataclasses.replace(config.arms, names=())
     (study,) = open_studies(dataclasses.replace(config, arms=arms), tmp_path / "study")
@@ -59,7 +60,7 @@ def test_two_processes_make_the_study_that_one_makes(finished, config, tmp_path)
 
 
 def test_what_one_process_refuses_both_refuse(tmp_path):
-    """A dataset that the second process alone is told to read, and which is not there."""
+    """Only the second process is told to read the dataset, and it does not exist."""
     statuses, outputs = run_processes(tmp_path, [NANO], [[*NANO, "--config.prepared=nowhere"]])
     assert statuses == [2, 2], outputs
     first, second = (error.strip().splitlines()[-1] for _, error in outputs)

@@ -1,4 +1,4 @@
-"""The report on disk: complete or absent, self-contained, and safe with whatever text the data hold."""
+"""The report on disk: complete or absent, self-contained, and safe whatever text the data have."""
 
 import collections
 import csv
@@ -20,7 +20,7 @@ from alignment_gap.study.config import ArmsConfig, StudyConfig
 from alignment_gap.study.curves import TrainingRun
 from alignment_gap.study.report import JudgeFacts, ReportContext, peaks_text, write_report
 
-# As a reader sees them: a row of a table is its cells, one after the other.
+# As the text of the page: the cells of a row follow one another.
 FACTS = [
     "Study tiny, seed 0, 5 checkpoints",
     "golden, held-out human labels79.0%91.3%",
@@ -78,7 +78,7 @@ def context(**changes):
 
 
 class Page(html.parser.HTMLParser):
-    """The tags, links, texts and scripts of a page."""
+    """The links, texts and scripts of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -106,7 +106,7 @@ class Page(html.parser.HTMLParser):
 
 
 def sentences(page):
-    """What ends in a full stop, a question mark or a colon, of some length, outside of tables of numbers."""
+    """The sentences of a page that have more than 25 characters."""
     text = re.sub(r"\s+", " ", " ".join(page.texts))
     return [each for each in re.split(r"(?<=[.?]) (?=[A-Z])", text) if len(each) > 25]
 
@@ -139,7 +139,7 @@ def test_every_claim_is_a_row_of_a_table(folder, page):
     row = found["online-beats-offline"]
     assert (row["figure"], row["holds_above"], row["holds_below"], row["seeds"]) == ("1", "0.0", "inf", "1")
     assert row["verdict"] == "cannot be told" and row["reason"].startswith("one seed")
-    # Both arms have the same draws, so the gap is nothing at all.
+    # Both arms have the same draws, so the gap is exactly 0.
     assert {row[name] for name in ("value", "low", "high", "detectable")} == {"0.0"}
     assert row["p_adjusted"] == "" and found["replay-is-online"]["value"] == ""
     assert all(claim.paper in page.text for claim in CLAIMS)
@@ -203,7 +203,7 @@ def test_training_is_drawn_and_its_throughput_is_a_table(page):
 
 
 def test_peaks_far_from_equal_kl_are_explained_where_they_stand(tmp_path, undrawn):
-    """Online goes on to a KL that offline never reaches, and wins there."""
+    """Online reaches a KL that offline does not reach, and wins there."""
     found = [r for r in results() if r.arm != "online"]
     near = [dataclasses.replace(r, arm="online") for r in found if r.arm == "offline"]
     far = dataclasses.replace(near[-1], step=9, outcomes={"kl": np.full(8, 40.0), "win_rate": np.ones(40)})
@@ -249,7 +249,7 @@ def test_several_seeds_report_students_interval(tmp_path, undrawn):
 
 
 def test_the_arms_are_those_of_the_config(tmp_path, undrawn):
-    """What an arm reads is told of those that the study has."""
+    """The page explains only the arms of the study."""
     config = StudyConfig(arms=ArmsConfig(names=("offline", "online")))
     write_report(tmp_path, results(), context(config=config))
     text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text

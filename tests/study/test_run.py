@@ -1,4 +1,4 @@
-"""A study runs to its report, goes on after a kill with the same numbers, and never does a job again."""
+"""A study runs until its report exists; after a kill it continues with the same numbers; no job runs twice."""
 
 import dataclasses
 import json
@@ -139,7 +139,7 @@ def test_the_datasets_of_a_study_lead_back_to_the_human_pairs(finished):
     assert find_vocabulary(record).digest == record.card.vocabulary_digest
 
 
-# Never again.
+# No job runs twice.
 
 
 def test_a_finished_study_runs_no_job_again(finished, config, tmp_path, undrawn):
@@ -148,7 +148,7 @@ def test_a_finished_study_runs_no_job_again(finished, config, tmp_path, undrawn)
         _, lines = run(config, folder)
     said = [line for line in lines if line.startswith("[")]
     jobs = enumerate(finished.graph.jobs, 1)
-    # Jobs that do not wait for each other say so in any order: two of them run at a time.
+    # Two jobs run at a time, so lines of independent jobs may come in any order.
     assert sorted(said) == sorted(f"[{number}/20] {job.name}: finished before" for number, job in jobs)
     assert lines[-1] == f"report: {folder / 'report.html'}"
     assert lines[-2].startswith("Loss  Arm")
@@ -176,7 +176,7 @@ def test_a_job_before_its_inputs_says_what_is_missing(config, tmp_path):
     assert not (job.folder / "done.json").exists()
 
 
-# Another config in a folder.
+# A folder with another config.
 
 
 def test_another_config_is_refused_and_update_redoes_only_what_depends_on_it(finished, config, tmp_path, undrawn):
@@ -197,11 +197,11 @@ def test_two_runs_in_one_folder_are_refused(finished):
         run_study(finished, say=quiet)
 
 
-# Other starts.
+# Other starting points.
 
 
 def test_sft_starts_from_another_run_and_pools_prepared_datasets(finished, config, tmp_path):
-    """With no learning rate to speak of it stays where it starts; the judge asks the network that it finds there."""
+    """The learning rate is almost 0, so SFT stays at its start; the judge gets the network of that start."""
     data, sft, pairs = (finished.graph.job(f"seed0-{name}").folder for name in ("data", "sft", "relabelled-train"))
     settings = SftConfig(
         start=str(sft),
@@ -224,7 +224,7 @@ def test_sft_starts_from_another_run_and_pools_prepared_datasets(finished, confi
 
 
 def test_a_prepared_dataset_in_the_place_of_the_task_gives_the_same_policy(finished, config, tmp_path):
-    """It is what the built-in task was prepared into, so all is as in the study of that task."""
+    """The dataset is that of the built-in task, so the results equal those of a study of the task."""
     data = finished.graph.job("seed0-data").folder
     (study,) = open_studies(dataclasses.replace(config, prepared=str(data)), tmp_path)
     job = study.graph.job("seed0-sft")
@@ -235,7 +235,7 @@ def test_a_prepared_dataset_in_the_place_of_the_task_gives_the_same_policy(finis
 
 
 def test_judges_and_arms_start_from_any_run(finished, config, tmp_path):
-    """With no learning rate to speak of they stay there; an arm's reference is SFT all the same."""
+    """The learning rate is almost 0, so they stay at their start. The reference of the arm is still SFT."""
     runs = {name: finished.graph.job(f"seed0-{name}").folder for name in ("golden", "online-ipo-beta0.1-lr0.01")}
     golden, online = runs.values()
     still = OptimizerConfig(name="sgd", learning_rate=1e-30)
@@ -250,7 +250,7 @@ def test_judges_and_arms_start_from_any_run(finished, config, tmp_path):
         ours, theirs = arrays(job.folder), arrays(start)
         for array in (array for array in ours if array.startswith("params.")):
             np.testing.assert_array_equal(ours[array], theirs[array], err_msg=array)
-    # At the reference IPO is (1 / (2 beta))**2.
+    # IPO is (1 / (2 beta))**2 if the policy is the reference.
     assert abs(metrics(job.folder)[0]["loss"] - 25) > 0.1
 
 
@@ -260,12 +260,12 @@ def test_judges_and_arms_start_from_any_run(finished, config, tmp_path):
 def test_a_study_of_a_prepared_dataset_killed_with_signal_9_goes_on_to_the_same_numbers(
     finished, config, tmp_path, without_tensorflow
 ):
-    """The task is what another study prepared, so all numbers are that study's. No process can import TensorFlow."""
+    """Another study prepared the dataset, so all numbers equal that study's. No process can import TensorFlow."""
     data, names = finished.graph.job("seed0-data").folder, ("online",)
     command = [sys.executable, "-c", "from alignment_gap.cli.main import main; main()", "study"]
     command += [f"--config={HERE / 'nano.py'}", f"--workdir={tmp_path}", f"--config.prepared={data}", CACHE]
     command += [f"--config.arms.names={names}"]
-    # All but the online arm and its evaluation is there already.
+    # Only the online arm and its evaluation are missing.
     arms = dataclasses.replace(config.arms, names=names)
     (study,) = open_studies(dataclasses.replace(config, prepared=str(data), arms=arms), tmp_path)
     for job in study.graph.jobs:

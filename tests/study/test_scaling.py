@@ -1,4 +1,4 @@
-"""A scaling study: what its sizes share, and that each is a study of its own."""
+"""A scaling study: its sizes share some jobs, and each size is a study."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ SIZES = ("palm_10m", "t5_small")
 
 
 def scaling(config, **settings):
-    """The study over two sizes, with one network for the golden policy and the judges."""
+    """The study over two sizes; the golden policy and the judges have one network."""
     return dataclasses.replace(config, **({"sizes": SIZES, "base": BaseConfig(config.policy)} | settings))
 
 
@@ -125,7 +125,7 @@ def test_judges_of_another_network_cannot_start_from_the_base(config, tmp_path):
 
 
 def test_a_finished_size_leaves_the_shared_jobs_to_the_next(config, tmp_path, monkeypatch):
-    """What the first size has made, the second only reports; every size writes its own report."""
+    """The second size only reports jobs that the first one has done. Every size writes its own report."""
     made = []
 
     def make(kind, settings, folder, open_bar):

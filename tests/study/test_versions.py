@@ -1,4 +1,4 @@
-"""The git commit of a report: that of the package's own checkout, and nothing of another one."""
+"""The git commit in a report is that of the package's own checkout, never that of another one."""
 
 import subprocess
 

@@ -1,8 +1,8 @@
-"""T5X, from the checkout that `make t5x` names; without one these tests skip."""
+"""T5X from the checkout that `make t5x` names; without it these tests are skipped."""
 
 import os
 
-# Before jax is imported anywhere.
+# This must come before any import of jax.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import importlib.util
@@ -13,7 +13,7 @@ import warnings
 import pytest
 
 TESTS = pathlib.Path(__file__).parents[1]
-# Tests import built_in from there.
+# Makes built_in importable.
 sys.path.insert(0, str(TESTS / "data"))
 
 NEEDED = ("t5x", "airio", "jestimator", "seqio", "fiddle")
@@ -21,7 +21,7 @@ NEEDED = ("t5x", "airio", "jestimator", "seqio", "fiddle")
 
 @pytest.fixture(scope="session", autouse=True)
 def t5x():
-    """The package, with which TensorFlow comes."""
+    """The t5x package; it imports TensorFlow."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         pytest.skip(f"no {missing[0]} is installed: run make t5x T5X=CHECKOUT, with a checkout of google-research/t5x")
     with warnings.catch_warnings():

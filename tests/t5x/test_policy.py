@@ -1,4 +1,4 @@
-"""The model that T5X trains: every loss of a pair has our own value, and what a pair cannot serve is one line."""
+"""The model that T5X trains: its losses of pairs equal ours; a loss that pairs cannot serve is refused in one line."""
 
 import types
 
@@ -9,13 +9,13 @@ import pytest
 
 LENGTHS = {"prompt": 9, "chosen": 6, "rejected": 6}
 VOCABULARY = 17
-# Losses that read more than a pair with its reference.
+# Losses that read more than a pair and its reference.
 BEYOND_A_PAIR = ("dr_grpo", "grpo", "hypo", "kto", "nash_md", "online_kl", "ppo_clip", "reinforce", "rloo")
 
 
 @pytest.fixture(scope="module")
 def ours(t5x):
-    """What these tests take from us and from T5X; both are imported where T5X is."""
+    """Functions of ours and of T5X for these tests; imported here, because T5X may be missing."""
     import seqio
     from t5x import optimizers
     from t5x.examples.t5 import network
@@ -47,7 +47,7 @@ def ours(t5x):
 
 @pytest.fixture(scope="module")
 def features():
-    """A batch as the feature converter gives it; four pairs, one of them a tie."""
+    """A batch of the feature converter: four pairs, one of them a tie."""
     rng = np.random.default_rng(0)
     batch = {"scores": np.array([[1, 0], [0.7, 0.3], [0.5, 0.5], [1, 0]], np.float32)}
     for name, longest in LENGTHS.items():
@@ -68,7 +68,7 @@ def params(ours, features):
 
 @pytest.fixture(scope="module")
 def scored(params, features, ours):
-    """The batch and its log-probs and log collisions by our own network with the same parameters."""
+    """The batch, with log-probs and log collisions from our own network with the same parameters."""
     import flax
 
     from alignment_gap.checkpoints.t5x_tree import TARGET, t5_foreign
@@ -86,14 +86,14 @@ def scored(params, features, ours):
 
 @pytest.fixture(scope="module")
 def theirs(ours, params, features):
-    """The log-probs and log collisions of T5X's network."""
+    """The log-probs and log collisions from T5X's network."""
     return ours.make("wpo", loss_settings={"alignment": "sampled"})._score(
         params, ours.tasks.preference_batch(features), None
     )
 
 
 def test_log_probs_are_our_own(scored, theirs):
-    """Float32; logits of magnitude 1 to 10 are summed in another order."""
+    """Both are float32; logits of magnitude 1 to 10 are summed in another order."""
     for found, expected in zip(theirs, scored[1], strict=True):
         assert np.abs(expected).max() > 2
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -107,7 +107,7 @@ def names():
 
 @pytest.mark.parametrize("name", names())
 def test_every_loss_has_our_own_value(name, ours, params, features, scored, theirs, monkeypatch):
-    """The network is the same for all of them, and is run once."""
+    """All of them share one run of the network."""
     from alignment_gap import losses
     from alignment_gap.training import apply_loss, loss_inputs
 
@@ -138,7 +138,7 @@ def test_a_loss_without_a_reference_asks_for_none(ours, params, features):
 
 
 def test_microbatches_sum_to_the_batch(ours, params, features):
-    """As T5X adds them, with the batch size as the normalizing factor."""
+    """T5X sums the microbatches; the batch size is the normalizing factor."""
     model = ours.make("dpo", loss_settings={"beta": 0.5}, loss_normalizing_factor=4)
     whole = model.loss_fn(params, features, None)[0]
     parts = [{name: value[rows] for name, value in features.items()} for rows in (slice(0, 2), slice(2, 4))]

@@ -1,7 +1,7 @@
-"""T5X's own `train.py` trains two steps by a gin file of ours, our job trains the same two, the parameters agree.
+"""T5X's own `train.py` takes two steps with a gin file of ours; our job takes the same two; the parameters agree.
 
-Both use plain SGD. Two steps of it differ by the gradients alone, so that a loss with another factor or divisor shows,
-which the division of Adam would hide.
+Both use plain SGD, so two steps differ only by the gradients. A loss with another factor or divisor would show, which
+Adam's division would hide.
 """
 
 import os
@@ -15,9 +15,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 BATCH = 8
-# T5X adds in another order: it has layers one after another where we scan, and both responses as rows of a batch. So
-# gradients differ in their last bits, and each step rounds a parameter to float32. The bound is in units of the spacing
-# of float32 at the parameter's largest entry; the steps move each parameter by at least MOVED of them.
+# T5X sums in another order: its layers follow one another, ours are scanned; and it has both responses as rows of a
+# batch. So gradients differ in the last bits, and each step rounds parameters to float32. The bound is in units of
+# float32's spacing at the largest entry of a parameter; the steps move each parameter by at least MOVED units.
 ROUNDINGS, MOVED = 4, 400
 
 SGD = f"""
@@ -30,8 +30,8 @@ OPTIMIZER = @optimizers.sgd()
 optimizers.sgd.learning_rate = %RATE
 """
 
-# A loss with a reference, another in microbatches, and one without a reference, whose means over tokens are small. The
-# loss, its settings, microbatches of T5X, and the learning rate.
+# A loss with a reference, one in microbatches, and one without a reference, whose means over tokens are small. Each
+# case has the loss, its settings, T5X's microbatches, and the learning rate.
 CASES = {
     "ipo": ("ipo", {"beta": 0.1}, 1, 1e-3),
     "dpo in microbatches": ("dpo", {"beta": 0.5}, 2, 1e-2),
@@ -50,7 +50,7 @@ def alignment_gap(*words):
 
 
 def t5x_train(t5x, folder, pairs, **settings):
-    """T5X's main, with gin bindings."""
+    """Runs T5X's main with gin bindings."""
     (folder / "sgd.gin").write_text(SGD)
     bindings = {"DATASET": str(pairs), "MODEL_DIR": str(folder / "t5x"), **settings}
     script = pathlib.Path(t5x.__path__[0]) / "train.py"
@@ -69,9 +69,9 @@ def params_of(folder):
 
 @pytest.fixture(scope="module")
 def start(t5x, pairs, tmp_path_factory):
-    """The folder with T5X's first checkpoint, and the same as a run of ours, whose log-probs are stored."""
+    """The folder with T5X's first checkpoint, and the same checkpoint as a run of ours with stored log-probs."""
     folder = tmp_path_factory.mktemp("start")
-    # Without a step, T5X ends before its checkpoint is written.
+    # T5X writes the checkpoint only if it takes a step.
     t5x_train(t5x, folder, pairs, TRAIN_STEPS=1, LOSS="simpo", LOSS_SETTINGS={}, RATE=1e-3)
     alignment_gap("checkpoint", "import", f"--from={folder / 't5x' / 'checkpoint_0'}", f"--output={folder / 'ours'}")
     alignment_gap("data", "reference", f"--dataset={pairs}", f"--checkpoint={folder / 'ours'}")

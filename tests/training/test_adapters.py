@@ -1,4 +1,4 @@
-"""Adapters in the update step: full rank is full fine-tuning, what changes and what does not, layouts, memory."""
+"""Adapters in the update step: full rank equals full fine-tuning; what changes and what does not; layouts; memory."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ class Trained(NamedTuple):
 
 
 def some_adapters(adapters, seed=1):
-    """Adapters with b of the size that it has after some steps."""
+    """Adapters whose b has the size that it has after some steps."""
     shapes = jax.eval_shape(lambda: unbox(adapters.init(jax.random.key(0))))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: np.float32(rng.normal(0, 0.2, leaf.shape)), shapes)
@@ -58,7 +58,7 @@ def laid_out(tree, abstract):
 
 
 def take_steps(adapters, mesh, *, start=None, optimizer=OPTIMIZER, microbatches=1, steps=2):
-    """Steps on CPO from given adapters."""
+    """Takes steps on CPO, from the given adapters."""
     policy = adapters.policy
     abstract, frozen = abstract_state(adapters.init, optimizer, mesh), abstract_base(policy, mesh, policy.init)
     objective = adapter_objective(policy_objective(policy, losses.get("cpo")), adapters, jax.random.key(3))
@@ -75,7 +75,7 @@ def take_steps(adapters, mesh, *, start=None, optimizer=OPTIMIZER, microbatches=
 
 
 def stepping(name):
-    """Adam on the parameters whose path has the name; the others stay."""
+    """Adam for parameters with the name in their path; the others stay."""
 
     def masked(updates, _):
         return jax.tree.map_with_path(lambda path, leaf: leaf if name in keystr(path) else 0 * leaf, updates)
@@ -84,10 +84,10 @@ def stepping(name):
 
 
 def test_of_full_rank_with_a_the_identity_it_is_full_fine_tuning(even_policy):
-    """With a = I, which stays, and alpha = rank, the delta is b itself and has the kernel's own gradient x^T g.
+    """If a = I stays fixed and alpha = rank, the delta is b, and its gradient x^T g is that of the kernel.
 
-    So an optimizer takes the same steps on b as on the kernel, but for the rounding of x W + x b. Were a trained too,
-    its steps would be those of another parametrisation: equal in the first step alone, where b = 0 gives a no gradient.
+    So an optimizer takes the same steps on b as on the kernel, up to the rounding of x W + x b. If a were trained too,
+    this would be another parametrisation: only the first step would agree, because b = 0 gives a no gradient.
     """
     adapters = Adapters(even_policy, AdapterConfig(16, alpha=16.0, targets=("decoder.mlp.wi_0",)))
     parts = unbox(adapters.init(jax.random.key(0)))
@@ -106,7 +106,7 @@ def test_of_full_rank_with_a_the_identity_it_is_full_fine_tuning(even_policy):
         state, metrics = step(state, jax.device_put(BATCH, batch_sharding(ALONE)))
         np.testing.assert_allclose(line["loss"], metrics["loss"], rtol=1e-5)
     theirs = state.params["decoder"]["layers"]["mlp"]["wi_0"]["kernel"]
-    # Each of the three steps is of 1e-2: one in another direction would show.
+    # Each of the three steps has size 1e-2, so a step in another direction would show.
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
     assert float(jnp.abs(theirs - before).max()) > 2e-2
 
@@ -127,7 +127,7 @@ def test_adapters_alone_change(alone):
 
 @pytest.mark.parametrize("name", ["fsdp", "all"])
 def test_every_layout_takes_the_same_steps(name, alone):
-    """With dropout: what is dropped depends on no layout. Sums are taken in another order."""
+    """Dropout does not depend on the layout. Sums are taken in another order."""
     other = take_steps(Adapters(DECODER, AdapterConfig(2, dropout=0.2)), make_mesh(MESHES[name]))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5), other.metrics, alone.metrics)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
@@ -157,7 +157,7 @@ def test_packed_rows_are_scored_as_alone():
 
 
 def test_the_sampler_agrees_with_the_scorer():
-    """The sampler adds adapters to their kernels, the scorer applies them."""
+    """The sampler adds the adapters to their kernels, the scorer applies them separately."""
     adapters, mesh = Adapters(DECODER, AdapterConfig(2)), make_mesh(MESHES["all"])
     base = laid_out(random_params(DECODER), abstract_params(DECODER.init, mesh))
     whole = adapters.on(base, laid_out(some_adapters(adapters), abstract_params(adapters.init, mesh)))
@@ -172,7 +172,7 @@ def test_the_sampler_agrees_with_the_scorer():
 
 
 def test_a_base_in_bfloat16_changes_no_bit_of_a_bfloat16_computation():
-    """What reads it casts it anyway: log-probs and the adapters' gradients are those with the float32 base."""
+    """Every use casts the base anyway. So log-probs and the adapters' gradients equal those with a float32 base."""
     policy = make_policy(dataclasses.replace(EVEN_CONFIGS["decoder"], dtype="bfloat16"))
     adapters, wide = Adapters(policy, AdapterConfig(2)), random_params(policy)
     narrow = compute_params(policy, wide)
@@ -193,7 +193,7 @@ def analysis(step, *arguments):
 
 
 def test_no_gradient_no_optimizer_state_and_no_copy_of_the_base():
-    """By the compiler's own account: a base of 2.1 MB beside a batch and adapters of some KB."""
+    """The compiler reports the memory. The base has 2.1 MB; the batch and the adapters have a few KB."""
     config = DecoderConfig(vocabulary_size=16, width=128, layers=4, heads=2, kv_heads=2, head_size=64, mlp_width=256)
     policy = make_policy(config)
     adapters, objective = Adapters(policy, AdapterConfig(1)), policy_objective(policy, losses.get("cpo"))
@@ -207,12 +207,12 @@ def test_no_gradient_no_optimizer_state_and_no_copy_of_the_base():
     state = abstract_state(adapters.init, OPTIMIZER, ALONE)
     step = make_update_step(adapter_objective(objective, adapters), OPTIMIZER, ALONE, state, frozen=(base,))
     found = analysis(step, state, batch, base)
-    # Parameters and two moments; the base is an argument, and what is returned takes the place of what is given.
+    # Parameters and two moments. The base is an argument; outputs take the place of inputs.
     assert 3 * size <= all_of_it.argument_size_in_bytes
     assert size + 3 * small <= found.argument_size_in_bytes < size + 3 * small + 4096
     assert found.alias_size_in_bytes < 3 * small + 4096
     assert found.output_size_in_bytes < 3 * small + 4096
-    # The gradient of all parameters is among the temporaries of the one, and in no form among those of the other.
+    # The temporaries of full training contain the gradient of all parameters; those of adapter training do not.
     assert all_of_it.temp_size_in_bytes - found.temp_size_in_bytes > 0.9 * size
 
 
@@ -221,7 +221,7 @@ def adapters_of(adapters):
 
 
 def test_flops_have_no_gradient_of_the_base():
-    """A forward pass is 2 units for each parameter of a projection, its gradient 4; of a frozen one 2."""
+    """Per parameter of a projection, a forward pass costs 2 units and its gradient 4; for a frozen parameter 2."""
     from alignment_gap.training.flops import count_flops
 
     objective = policy_objective(DECODER, losses.get("cpo"))

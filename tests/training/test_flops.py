@@ -1,4 +1,4 @@
-"""FLOPs of traced programs against counts by hand."""
+"""FLOPs of traced programs equal counts by hand."""
 
 import jax
 import jax.numpy as jnp

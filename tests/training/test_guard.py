@@ -1,4 +1,4 @@
-"""Updates that would ruin the parameters are not made, in a real update step; all others are as without the guard."""
+"""The guard skips updates that would ruin the parameters, in a real update step; other updates do not change."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ OPTIMIZER = optax.adamw(0.1)
 
 
 def loss(chosen_logps, scores):
-    """Ends at minus infinity with its gradient where the first score of a prompt is 0."""
+    """If the first score of a prompt is 0, the loss is infinite and so is its gradient."""
     return -chosen_logps * jnp.log(scores[:, 0])
 
 
@@ -43,7 +43,7 @@ def abstract(mesh):
 
 @pytest.fixture(scope="module")
 def step_of(mesh, abstract):
-    """The update step under a guard."""
+    """The update step with a guard."""
     objective = policy_objective(UNIGRAM, loss)
     return lambda config: make_update_step(objective, OPTIMIZER, mesh, abstract, skip=config)
 
@@ -58,7 +58,7 @@ def start(abstract):
 
 
 def batch_of(mesh, score):
-    """A batch whose first prompt has this score."""
+    """A batch with this score for the first prompt."""
     scores = np.full((8, 2), 0.5, np.float32)
     scores[0] = score
     return jax.device_put(dataclasses.replace(BATCH, scores=scores), batch_sharding(mesh))
@@ -83,7 +83,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(score, update, abst
         assert not np.isfinite(metrics["loss"])
     assert_same(copied((state.params, state.optimizer_state)), before)
     assert int(state.step) == 3
-    # It goes on from there, as if the bad batches had not been.
+    # Training continues as if there had been no bad batches.
     state, metrics = update(state, batch_of(mesh, 0.25))
     assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (2, 0)
     healthy, _ = update(start(abstract), batch_of(mesh, 0.5))
@@ -93,7 +93,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(score, update, abst
 
 @pytest.mark.parametrize("name", ["best_of_n", "kto", "ipo"])
 def test_no_loss_trains_on_prompts_without_scores(name, abstract, mesh):
-    """Not even one that reads no scores, or reads which of three responses has the highest."""
+    """Even a loss that ignores scores, or that reads only which of three responses has the highest."""
     responses = np.repeat(np.asarray(BATCH.responses)[:, :1], 3, axis=1)
     lengths, scores = np.repeat(np.asarray(BATCH.response_lengths)[:, :1], 3, axis=1), np.full((8, 3), 0.5, np.float32)
     batch = dataclasses.replace(
@@ -111,7 +111,7 @@ def test_no_loss_trains_on_prompts_without_scores(name, abstract, mesh):
 
 
 def test_a_healthy_step_is_the_same_without_the_guard(update, abstract, mesh, monkeypatch, step_of):
-    """Up to a last bit: the choice keeps XLA from fusing the last multiplication and addition."""
+    """Up to the last bit: with the guard, XLA does not fuse the last multiplication and addition."""
     monkeypatch.setattr("alignment_gap.training.update.guard", lambda config, skipped, *_: (jnp.bool_(True), skipped))
     unguarded = step_of(GuardConfig())
     first, second = (copied(step(start(abstract), batch_of(mesh, 0.25))[0].params) for step in (update, unguarded))
@@ -119,7 +119,7 @@ def test_a_healthy_step_is_the_same_without_the_guard(update, abstract, mesh, mo
 
 
 def test_a_spike_is_skipped_once_the_norm_is_known(monkeypatch):
-    """Norms of 1, of which the mean is 1; 5 times as much is allowed, 5.1 times is not, and leaves the mean alone."""
+    """Norms of 1 have the mean 1. A norm of 5 is allowed, one of 5.1 is not, and does not change the mean."""
     monkeypatch.setattr(guarding, "_LEARNED", 3)
     config, skipped = GuardConfig(spike=5.0), guarding.nothing_skipped()
 
@@ -127,7 +127,7 @@ def test_a_spike_is_skipped_once_the_norm_is_known(monkeypatch):
         return guarding.guard(config, memory, jnp.int32(number), jnp.float32(1), jnp.float32(norm))
 
     made, memory = step(0, 9.0, skipped)
-    assert made  # Nothing is known yet.
+    assert made  # The mean is not known yet.
     np.testing.assert_allclose(memory.norm, 9.0)
     for number in range(3):
         made, skipped = step(number, 1.0, skipped)
@@ -138,7 +138,7 @@ def test_a_spike_is_skipped_once_the_norm_is_known(monkeypatch):
     np.testing.assert_array_equal(after.norm, skipped.norm)
     made, after = step(4, 5.0, after)
     assert made and (int(after.total), int(after.in_a_row)) == (1, 0)
-    np.testing.assert_allclose(after.norm, 0.75 + 0.25 * 5, rtol=1e-6)  # The fourth of four.
+    np.testing.assert_allclose(after.norm, 0.75 + 0.25 * 5, rtol=1e-6)  # This is the fourth norm of the mean.
 
 
 @pytest.mark.parametrize("settings", [{"stop_after": 0}, {"spike": 1.0}, {"spike": float("nan")}])

@@ -1,4 +1,4 @@
-"""The loop and its checkpoints with the smallest update step there is."""
+"""The loop and its checkpoints, with a minimal update step."""
 
 import concurrent.futures
 import contextlib
@@ -33,7 +33,7 @@ def fresh():
 
 
 def walk(loss_at=None, gradient_at=None, skipping_from=None):
-    """An update step that adds one, and reports nan after the given step, and updates that are skipped."""
+    """An update step that adds 1. It reports nan or inf in the given steps, and skips from a given step on."""
 
     @jax.jit
     def update_step(state, batch):
@@ -90,7 +90,7 @@ def test_metrics_every_few_steps_and_at_the_end(tmp_path):
 
 
 def numbered(step, state):
-    """A batch that tells its step, and what the state was made of when it was asked for."""
+    """A batch that records its step, and the parameter of the state at that time."""
     return dataclasses.replace(BATCH, prompt_ids=jnp.full(4, step), scores=jnp.full((4, 2), state.params["w"][0]))
 
 
@@ -104,12 +104,12 @@ def test_the_recorder_gets_every_batch_once_before_its_checkpoint(tmp_path):
             assert step not in checkpoints.steps()
 
     run(tmp_path, source=allowed(numbered), record=record)
-    # Each is of the state before its update, and none of them is kept for longer.
+    # Each batch comes from the state before its update. The recorder gets each batch once.
     assert seen == [(2, [0, 1], [1, 2]), (5, [2, 3, 4], [3, 4, 5])]
 
 
 def allowed(source):
-    """The source, which may make arrays of numbers inside of the loop."""
+    """The source, with leave to make arrays from numbers inside the loop."""
 
     def unguarded(step, state):
         with jax.transfer_guard("allow"):
@@ -128,7 +128,7 @@ def with_copy():
 
 
 def lagging(every):
-    """The refresh of a copy of the parameters, and a source that writes down what the copy was at each step."""
+    """The refresh of a copy of the parameters, and a source that records the copy at each step."""
     seen = []
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), with_copy()
@@ -142,7 +142,7 @@ def lagging(every):
 
 
 def test_a_copy_is_that_of_the_last_refresh(tmp_path):
-    """The parameter is step + 1. Refreshed before the steps 0, 2 and 4, the copy is 1, 1, 3, 3, 5."""
+    """The parameter is step + 1. With refreshes before steps 0, 2 and 4 the copy is 1, 1, 3, 3, 5."""
     settings, seen = lagging(2)
     state = run(tmp_path, **settings)
     assert seen == [(0, 1), (1, 1), (2, 3), (3, 3), (4, 5)]
@@ -151,7 +151,7 @@ def test_a_copy_is_that_of_the_last_refresh(tmp_path):
 
 
 def test_a_copy_outlives_a_restart_between_two_refreshes(tmp_path):
-    """Stopped after step 2 of a copy that is refreshed every 3 steps; one made anew would be of step 2."""
+    """The copy is refreshed every 3 steps, and the run stops after step 2. A new copy would be that of step 2."""
     settings, seen = lagging(3)
     run(tmp_path, checkpoint_steps=(2,), **settings)
     run(tmp_path, **settings)
@@ -167,7 +167,7 @@ def test_a_refresh_keeps_what_it_copied(tmp_path):
 
 
 class Bar:
-    """Writes down what a bar is told."""
+    """Records the calls of a progress bar."""
 
     def __init__(self):
         self.told = []
@@ -192,7 +192,7 @@ class Bar:
 
 
 def test_progress_counts_what_was_done_before_a_restart(tmp_path):
-    """The rate counts from the first step on; the loss is shown with each line of metrics."""
+    """The rate counts from the first step. Each line of metrics updates the loss."""
     bar = Bar()
     run(tmp_path, checkpoint_steps=(2,), bar=bar)
     assert bar.told == [0, "unpause", 1, 1, "0.5"]
@@ -214,7 +214,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def test_metrics_of_steps_that_are_done_again_are_written_once(tmp_path):
-    """Killed after the line of step 3, whose checkpoint was never written."""
+    """The run is killed after the line of step 3, before a checkpoint of this step."""
 
     def killed(step, state):
         if step == 4:
@@ -229,7 +229,7 @@ def test_metrics_of_steps_that_are_done_again_are_written_once(tmp_path):
 
 
 def test_a_run_whose_updates_are_skipped_stops_with_what_to_change(tmp_path):
-    """Skipped from step 3 on; the third in a row is step 6, whose line is the next one."""
+    """Updates are skipped from step 4 on. The third in a row is step 6, which has the next line of metrics."""
     with pytest.raises(UserError, match="the last 3 updates up to step 6 were skipped, the loss is nan") as error:
         run(tmp_path, walk(loss_at=6, skipping_from=3), checkpoint_steps=(2, 4, 9), skip=GuardConfig(stop_after=3))
     assert "optimizer.learning_rate" in error.value.may_change
@@ -245,7 +245,10 @@ def test_a_few_skipped_updates_stop_nothing(tmp_path):
 
 
 def test_saves_of_several_threads_begin_one_after_the_other(tmp_path, monkeypatch):
-    """Orbax numbers the saves of all threads together: two that begin at once wait for each other's signals."""
+    """Orbax counts the saves of all threads together.
+
+    Two saves that begin at once would wait for each other's signals.
+    """
     inside, most, save = [], [], ocp.CheckpointManager.save
 
     def watched(*arguments, **settings):
@@ -268,7 +271,7 @@ def test_saves_of_several_threads_begin_one_after_the_other(tmp_path, monkeypatc
 
 
 def interrupted(at, then=BATCH):
-    """A source during whose batch, of the step `at`, SIGTERM comes."""
+    """A source that raises SIGTERM while it makes the batch of step `at`."""
 
     def source(step, state):
         if step == at:
@@ -279,7 +282,10 @@ def interrupted(at, then=BATCH):
 
 
 def test_a_signal_saves_where_the_run_stands_and_leaves_no_trace(tmp_path):
-    """SIGTERM during step 4 of 5, none of which has a checkpoint; the interim one goes with the next."""
+    """SIGTERM comes in step 4 of 5, and no checkpoint is due yet.
+
+    The interim checkpoint is deleted with the next one.
+    """
     seen = []
 
     def record(step, batches):
@@ -332,7 +338,7 @@ def test_the_checkpoints_that_are_kept(keep, left, tmp_path):
 
 
 def test_an_interim_checkpoint_takes_no_place_of_those_that_are_kept(tmp_path):
-    """SIGTERM during step 4. Without it the last two of 2, 3 and 5 are 3 and 5."""
+    """SIGTERM comes in step 4. Without its checkpoint, the last two of 2, 3 and 5 are 3 and 5."""
     settings = {"checkpoint_steps": (2, 3, 5), "keep": KeepConfig(last=2)}
     with signals_caught(), pytest.raises(Interrupted):
         run(tmp_path, source=interrupted(3), **settings)
@@ -343,7 +349,7 @@ def test_an_interim_checkpoint_takes_no_place_of_those_that_are_kept(tmp_path):
         assert checkpoints.steps() == [3, 5]
 
 
-# What the validation of each step gives, for the loss and for the accuracy both.
+# The validation result of each step, for both loss and accuracy.
 MEASURED = [0.0, 0.5, 0.1, 0.4, float("nan"), 0.3]
 VALIDATED = {
     "validation": Validation(
@@ -363,7 +369,10 @@ VALIDATED = {
     ],
 )
 def test_the_best_checkpoints_stay_however_often_the_run_is_stopped(keep, left, tmp_path):
-    """Whole; then ended after step 3 and by a signal in step 4, which has an interim checkpoint without metrics."""
+    """One run is not stopped.
+
+    The other ends after step 3, and then stops in step 4 with an interim checkpoint without metrics.
+    """
     settings = {"keep": keep, "watched": VALIDATED}
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
@@ -376,7 +385,7 @@ def test_the_best_checkpoints_stay_however_often_the_run_is_stopped(keep, left, 
         assert checkpoints.steps() == left
         np.testing.assert_array_equal(checkpoints.restore_params(ABSTRACT, left[0])["w"], left[0] + 1)
     with Checkpoints(tmp_path / "stopped" / "checkpoints") as checkpoints:
-        # No checkpoint was due at step 4.
+        # Step 4 has no regular checkpoint.
         assert checkpoints.steps() == [step for step in left if step != 4]
 
 
@@ -396,7 +405,7 @@ def test_a_checkpoint_that_was_saved_before_the_best_were_asked_for_is_none_of_t
 
 
 def changed_weight(folder):
-    """One bit of a weight, written as Orbax would: nothing but the digest can see it."""
+    """Changes one bit of a weight, and writes it as Orbax would. Only the digest can detect this."""
     with open_array(folder / "params", "w") as array:
         array[1] = np.nextafter(array[1], np.float32(9))
 
@@ -456,7 +465,7 @@ def test_a_damaged_last_checkpoint_is_put_aside(damage, reason, finished, tmp_pa
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A checkpoint whose arrays are files of their own, and its state."""
+    """A checkpoint whose arrays are separate files, and its state."""
     folder, rng = tmp_path_factory.mktemp("large"), np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(64, 32)).astype(np.float32)) for _ in range(2)]
     state = TrainState(jnp.int32(5), {"w": arrays[0], "b": jnp.ones(3)}, {"m": arrays[1], "count": jnp.int32(3)})
@@ -469,11 +478,11 @@ def large(tmp_path_factory):
 @pytest.mark.usefixtures("abandoned_reads")
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_byte_is_damaged_no_other_state_is_restored(seed, large, tmp_path):
-    """One file of a checkpoint is cut, emptied or has a bit flipped: it is restored as it was, or told."""
+    """One file of a checkpoint is cut, emptied or has a flipped bit. Then the state is either unchanged or refused."""
     folder, state = large
     draw, told = random.Random(seed), 0
     files = [path for path in sorted((folder / "5").rglob("*")) if path.is_file() and path.stat().st_size]
-    # Damage to some files changes nothing that is restored. The largest file, emptied, is always told.
+    # Damage to some files does not change the restored state. If the largest file is emptied, this is always detected.
     largest = max(files, key=lambda path: path.stat().st_size)
     for number in range(8):
         copy = tmp_path / str(number)

@@ -40,7 +40,7 @@ def test_the_host_is_timed_in_every_step_and_devices_where_a_step_is_measured():
     found = times.line(4)
     assert found.keys() == {"seconds_data", "seconds_update"} and all(is_of_the_clock(name) for name in found)
     assert found["seconds_data"] >= 0.02 and found["seconds_update"] >= 0.02
-    # Of one step only, where the sum over the four would be over 0.08.
+    # This is the time of one step. The sum over the four would be more than 0.08.
     assert not times.measures and times.line(4) == {}
 
 
@@ -59,7 +59,7 @@ def test_names_that_tell_times(name, expected):
 
 
 def test_utilisation_is_the_least_time_of_the_update_over_what_it_took(tmp_path):
-    """10^12 model FLOPs on two devices of 100 * 10^12 FLOP/s take 5 ms at least; they took 20 ms."""
+    """10^12 model FLOPs take at least 5 ms on two devices of 100 * 10^12 FLOP/s. They took 20 ms."""
     monitor = Monitor(tmp_path, least_seconds=lambda batch: 1e12 / 200e12)
     assert monitor.utilisation(BATCH, {"loss": 1.0, "seconds_update": 0.02}) == {"mfu": pytest.approx(0.25)}
     assert monitor.utilisation(BATCH, {"loss": 1.0}) == {}
@@ -70,7 +70,7 @@ def test_the_learning_rate_of_a_line_is_that_of_the_last_update_that_was_made(tm
     monitor = Monitor(tmp_path, learning_rate=lambda made: 1 / (1 + made))
     for step, skipped in ((1, 1.0), (4, 1.0), (6, 2.0)):
         monitor.write(step, {"loss": 1.0, "skipped": skipped})
-    # None was made, three were, four were.
+    # There were no updates, then three, then four.
     assert [line["learning_rate"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 1 / 3, 1 / 4]
 
 
@@ -83,7 +83,7 @@ def test_further_counts_are_in_every_line(tmp_path):
 
 
 def test_validation_every_few_steps_and_at_the_end(tmp_path):
-    """A run that goes on from step 3 drops the lines of later steps."""
+    """A run that continues from step 3 drops the lines of later steps."""
     (tmp_path / "validation.jsonl").write_text('{"step": 2, "loss": 9.0}\n{"step": 4, "loss": 9.0}\n')
     monitor = Monitor(
         tmp_path, validation=Validation(2, lambda state: {"loss": float(state.step), "accuracy": float("nan")})
@@ -137,7 +137,7 @@ def test_without_clu_tensorboard_is_refused_in_one_line(without_tensorflow):
 
 
 def test_a_process_that_stood_still_itself_goes_on(tmp_path):
-    """Stopped for longer than the limit, it is given the time for a step once it runs again."""
+    """The process stops for longer than the limit. When it runs again, it gets the full time for a step."""
     program = HANGING.replace("time.sleep(100)", "pass").replace("hang_after=0.5", "hang_after=4.0")
     program = program.replace("time.sleep(0.2)", "print('on', flush=True); time.sleep(2.4)")
     words = [sys.executable, "-c", program, str(tmp_path)]

@@ -1,4 +1,4 @@
-"""A reference that moves (TR-DPO): its moves by hand in real steps, and where it stays."""
+"""A moving reference (TR-DPO): its moves by hand in real steps, and when it stays."""
 
 import dataclasses
 
@@ -22,15 +22,15 @@ from alignment_gap.training import (
 
 BETA, RATE, STEPS = 0.5, 0.3, 5
 UNIGRAM, OPTIMIZER, REFERENCE = Unigram(), optax.sgd(RATE), "reference"
-# Responses of one length: the partition function of a pair's log-ratio cancels.
+# All responses have equal lengths, so the partition function cancels in the log-ratio of a pair.
 BATCH = dataclasses.replace(make_batch(8), response_lengths=np.full((8, 2), 5, np.int32))
 
 
 def by_hand(every, alpha):
     """Logits of policy and reference after every step of DPO, in float64.
 
-    With d the counts of the chosen response's tokens less those of the rejected one, h = (logits - reference) . d, and
-    the gradient of -log sigma(beta h) is -beta sigma(-beta h) d.
+    Let d be the token counts of the chosen response minus those of the rejected one, and h = (logits - reference) . d.
+    Then the gradient of -log sigma(beta h) is -beta sigma(-beta h) d.
     """
     responses, scores = np.asarray(BATCH.responses), np.asarray(BATCH.scores)
     counts = np.stack([[np.bincount(tokens, minlength=16) for tokens in pair] for pair in responses]).astype(float)
@@ -96,7 +96,7 @@ def test_between_its_moves_and_before_the_first_step_nothing_is_run():
 
 
 def test_synced_it_is_the_policy_bit_for_bit_in_memory_of_its_own():
-    """The update step reuses the buffers of the parameters."""
+    """The update step reuses the buffers of the parameters, so the reference may not share them."""
     state, _, move = rig(make_mesh(MESHES["data"]), 1, 1.0)
     params = jax.tree.map(lambda leaf: leaf * np.float32(np.pi), state.params)
     expected = np.array(params["logits"])

@@ -1,4 +1,4 @@
-"""Optimizers by their first steps, and schedules by hand."""
+"""Optimizers by their first steps by hand, and schedules by hand."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def boxed(value, *names):
 
 
 def steps(config, gradients, start=10.0, length=None):
-    """The parameter, a pair of equal numbers, after each step."""
+    """The parameter (two equal numbers) after each step."""
     optimizer = make_optimizer(config, steps=length, parameters={"w": boxed(np.zeros(2), "embed")})
     params = {"w": jnp.full(2, start)}
     state, seen = optimizer.init(params), []
@@ -36,13 +36,13 @@ def test_sgd_by_hand():
 
 
 def test_clipping_by_hand():
-    # The norm of (3, 3) is 3 sqrt(2): each becomes 1 / sqrt(2). A norm below 1 stays.
+    # The norm of (3, 3) is 3 sqrt(2), so each number becomes 1 / sqrt(2). A norm below 1 does not change.
     config = OptimizerConfig("sgd", learning_rate=1.0, clip_norm=1.0)
     np.testing.assert_allclose(steps(config, [3.0, 0.1]), [10 - 0.5**0.5, 9.9 - 0.5**0.5], rtol=1e-6)
 
 
 def test_warm_up_by_hand():
-    # Rates 0, 1/2, 1, 1.
+    # The rates are 0, 1/2, 1, 1.
     config = OptimizerConfig("sgd", learning_rate=1.0, warmup_steps=2, clip_norm=None)
     np.testing.assert_allclose(steps(config, [1.0] * 4), [10.0, 9.5, 8.5, 7.5], rtol=1e-6)
 
@@ -55,7 +55,7 @@ def test_adam_starts_with_the_learning_rate():
 @pytest.mark.parametrize("name", ["adafactor", "adamw", "lion", "muon", "sgd"])
 def test_weight_decay_is_per_step_times_the_learning_rate(name):
     config = OptimizerConfig(name, learning_rate=0.1, weight_decay=0.5, clip_norm=None)
-    # Without a gradient each step keeps 1 - 0.1 * 0.5 of the parameter.
+    # Without a gradient, each step multiplies the parameter by 1 - 0.1 * 0.5.
     np.testing.assert_allclose(steps(config, [0.0, 0.0]), [9.5, 9.025], rtol=1e-5)
 
 
@@ -88,7 +88,7 @@ def test_settings_out_of_range_are_refused(settings, message):
         OptimizerConfig(**settings)
 
 
-# Schedules by hand: ten steps, of which two warm up.
+# Schedules by hand: ten steps; two of them warm up.
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_run_that_ends_in_its_warm_up_cannot_decay():
         make_schedule(OptimizerConfig(schedule="cosine", warmup_steps=10), 10)
 
 
-# What is decayed, what Muon takes, and moments.
+# The parameters that are decayed, the parameters for Muon, and moments.
 
 PARAMETERS = {
     "bias": np.ones(3, np.float32),
@@ -145,9 +145,9 @@ BOXED = {name: boxed(value, *AXES[name]) for name, value in PARAMETERS.items()}
 
 def update_of(config, gradients):
     optimizer = make_optimizer(config, parameters=BOXED)
-    # As a state is made: of parameters in boxes, which are taken off then.
+    # A state is made like this: from boxed parameters, which are then unboxed.
     state = jax.tree.map(jnp.asarray, unbox(optimizer.init(BOXED)))
-    with jax.numpy_dtype_promotion("standard"):  # As optax is written.
+    with jax.numpy_dtype_promotion("standard"):  # optax needs this promotion.
         updates, _ = optimizer.update(gradients, state, PARAMETERS)
     return updates
 
@@ -173,7 +173,7 @@ def test_muon_orthogonalises_the_matrix_of_each_layer_and_leaves_the_rest_to_ada
         for layer, gradient in zip(updates[name], gradients[name], strict=True):
             update, gradient = np.reshape(layer, (rows, -1)), gradient.reshape(rows, -1)
             left, _, right = np.linalg.svd(gradient, full_matrices=False)
-            # Five steps of Newton and Schulz give singular values of about 1, between 0.5 and 1.5 (2502.16982, 2.1).
+            # Five Newton-Schulz steps give singular values of about 1, between 0.5 and 1.5 (2502.16982, 2.1).
             singular = np.diag(left.T @ update @ right.T) / (-0.1 * 0.2 * np.sqrt(max(update.shape)))
             assert ((singular > 0.5) & (singular < 1.5)).all()
             np.testing.assert_allclose(left @ left.T @ update @ right.T @ right, update, atol=1e-5)
@@ -196,6 +196,7 @@ def test_first_moments_in_bfloat16_take_half_of_the_memory_and_give_nearly_the_s
 
 
 def test_lion_by_hand():
-    # The sign of 0.9 m + 0.1 g, with m = 0.99 m + 0.01 g after it: 1; then of 0.009 - 0.1.
+    # The first step has the sign of 0.9 m + 0.1 g = 0.1. Then m = 0.99 m + 0.01 g = 0.01, and 0.009 - 0.1 has the other
+    # sign.
     config = OptimizerConfig("lion", learning_rate=0.1, clip_norm=None)
     np.testing.assert_allclose(steps(config, [1.0, -1.0]), [9.9, 10.0], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""One compiled update step, two sources: a recorded online run, replayed in order, is the online run, bit for bit."""
+"""One compiled update step, two sources: the replay of a recorded online run equals that run, bit for bit."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ SAMPLER = "sampler"
 
 
 class Killed(Exception):
-    """Stands for a kill between two steps."""
+    """Replaces a kill between two steps."""
 
 
 def host_batch(seed=0):
@@ -49,7 +49,7 @@ def host_batch(seed=0):
 
 
 class Rig:
-    """A policy with its update step, and all sources for it; what is compiled is shared by all runs."""
+    """A policy, its update step and all sources. All runs share the compiled functions."""
 
     def __init__(self, architecture):
         self.mesh = make_mesh(MESHES["all"])
@@ -74,7 +74,7 @@ class Rig:
         return state_from_params(random_params(self.policy), self.abstract, self.optimizer)
 
     def online(self, params_of=lambda state: state.params):
-        """Two samples of the given parameters of a state, labelled by the judge."""
+        """Two samples from parameters of the state; the judge labels them."""
 
         def prompts(step):
             return jax.device_put(self.prompts[step], batch_sharding(self.mesh))
@@ -87,7 +87,7 @@ class Rig:
         return with_reference(source, self.score, lambda state: self.reference)
 
     def lagging(self):
-        """Samples of the copy that is refreshed every four steps."""
+        """Samples from a copy that is refreshed every four steps."""
         return self.online(lambda state: state.copies[SAMPLER])
 
     def offline(self, folder):
@@ -118,7 +118,7 @@ class Rig:
         return jax.device_get(state)
 
     def watched(self, log):
-        """The update step itself, with the parameters after it written down."""
+        """The update step; it also logs the new parameters."""
 
         def update_step(state, batch):
             state, metrics = self.update_step(state, batch)
@@ -154,7 +154,7 @@ rig_of = functools.cache(Rig)
 
 @pytest.fixture(scope="module")
 def online_of(tmp_path_factory):
-    """An architecture's uninterrupted online run: its folder, its last state, its parameters after every step."""
+    """An architecture's online run, without a stop: its folder, its last state, its parameters after every step."""
 
     @functools.cache
     def run(architecture):
@@ -166,7 +166,7 @@ def online_of(tmp_path_factory):
     return run
 
 
-# Two tests have both architectures. How a run goes on, lags behind and is restored knows neither of them.
+# Two tests cover both architectures. Resuming, lagging and restoring do not depend on the architecture.
 @pytest.fixture(scope="module")
 def rig():
     return rig_of("decoder")
@@ -186,12 +186,12 @@ def test_a_replay_is_the_online_run_bit_for_bit(architecture, online_of, tmp_pat
         assert_identical(before, after)
     assert_identical(state, last)
     assert metrics(tmp_path / "replay") == metrics(folder)
-    # Both sources went through one compiled function.
+    # Both sources used one compiled function.
     assert rig.update_step._cache_size() == 1
 
 
 def test_the_stream_is_on_policy_and_labelled(architecture, online_of):
-    """Otherwise the replay would prove nothing: samples change with the parameters, and both labels come up."""
+    """Otherwise the replay would prove nothing: parameters change, so the samples do, and both labels occur."""
     folder, _, log = online_of(architecture)
     record = open_dataset(folder / "record")
     assert len(record) == STEPS * BATCH_SIZE
@@ -235,7 +235,7 @@ def test_an_online_run_goes_on_where_it_was_stopped(at, rig, online, tmp_path):
 
 @pytest.fixture(scope="module")
 def lagging(rig, tmp_path_factory):
-    """The uninterrupted run of a sampler that lags behind: its folder, its last state, its parameters."""
+    """The run with a lagging sampler, without a stop: its folder, its last state, its parameters."""
     folder, log = tmp_path_factory.mktemp("lagging") / "run", []
     settings = {"update_step": rig.watched(log), "refresh": rig.refresh, "record": recorder(folder / "record")}
     return folder, rig.run(folder, rig.lagging(), **settings), log
@@ -243,7 +243,7 @@ def lagging(rig, tmp_path_factory):
 
 @pytest.mark.parametrize("at", [3, 5])
 def test_a_run_with_a_lagging_sampler_goes_on_with_the_same_copy(at, rig, lagging, tmp_path):
-    """Refreshed before the steps 0 and 4: from the checkpoint of step 2 it goes on with the copy of step 0."""
+    """Refreshes come before steps 0 and 4. So from the checkpoint of step 2 it continues with the copy of step 0."""
     folder, state, log = lagging
     with pytest.raises(Killed):
         rig.run(tmp_path, stopped(rig.lagging(), at), refresh=rig.refresh)
@@ -258,7 +258,7 @@ def test_a_run_with_a_lagging_sampler_goes_on_with_the_same_copy(at, rig, laggin
 
 
 def test_a_lagging_sampler_is_another_run_from_the_first_update_on(online, lagging):
-    """And only from there: both draw their first samples from the start."""
+    """The first step is equal: both runs draw their first samples from the start."""
     ours, theirs = online[2], lagging[2]
     assert_identical(ours[0], theirs[0])
     assert not np.array_equal(ours[1]["token_embedder"]["embedding"], theirs[1]["token_embedder"]["embedding"])
@@ -319,7 +319,7 @@ def test_reference_log_probs_are_attached_only_where_there_are_none(rig):
 
 
 def test_what_is_beside_a_batch_has_the_references_log_probs_too(rig):
-    """A second source of single responses, and every prompt with the responses of the next one."""
+    """The batches beside it: a second source of single responses, and each prompt with the next prompt's responses."""
     batch = jax.device_put(host_batch(), batch_sharding(rig.mesh))
     second = dataclasses.replace(
         batch, responses=batch.responses[:, :1], response_lengths=batch.response_lengths[:, :1]
@@ -339,7 +339,7 @@ def test_what_is_beside_a_batch_has_the_references_log_probs_too(rig):
     np.testing.assert_array_equal(found.mismatched.response_lengths, np.roll(batch.response_lengths, -1, axis=0))
     expected = -np.roll(batch.responses, -1, axis=0).astype(np.float32) - np.asarray(batch.prompts)[:, :1, None]
     np.testing.assert_array_equal(found.mismatched.reference_log_probs, expected)
-    # The batch itself stays what it was.
+    # The batch itself does not change.
     np.testing.assert_array_equal(found.responses, batch.responses)
 
 

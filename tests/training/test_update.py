@@ -1,4 +1,4 @@
-"""The update step: the same on every mesh, any loss by the names of its arrays, and what is true at the reference."""
+"""The update step: equal on every mesh; losses get arrays by their names; and exact values at the reference."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ from alignment_gap.training import (
 from alignment_gap.training.update import _mean, _weights
 
 BATCH = make_batch(8, vocabulary_size=16)
-# Four microbatches on eight devices.
+# Enough for four microbatches on eight devices.
 LARGE_BATCH = make_batch(32, vocabulary_size=16)
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3))
 
@@ -51,7 +51,7 @@ def fresh_state(policy, mesh, seed=0, copies=()):
 
 
 class Steps(NamedTuple):
-    """The layout of a state, the state itself before and after two steps, and the metrics of both."""
+    """The layout of a state, the state before and after two steps, and the metrics of both steps."""
 
     abstract: TrainState
     before: TrainState
@@ -64,12 +64,12 @@ class Steps(NamedTuple):
 
 
 def two_steps(policy, mesh, microbatches, batch=LARGE_BATCH):
-    """Two steps on the mesh from random parameters."""
+    """Takes two steps on the mesh, from random parameters."""
     abstract = abstract_state(policy.init, OPTIMIZER, mesh)
     before = state = state_from_params(random_params(policy), abstract, OPTIMIZER)
     objective = policy_objective(policy, losses.get("cpo"))
     step = make_update_step(objective, OPTIMIZER, mesh, abstract, microbatches=microbatches)
-    # From the host, where an array is cut into parts without a program for each.
+    # numpy arrays are split on the host, without compiling a program for each.
     batch = jax.device_put(jax.tree.map(np.asarray, batch), batch_sharding(mesh))
     values = []
     for _ in range(2):
@@ -80,7 +80,7 @@ def two_steps(policy, mesh, microbatches, batch=LARGE_BATCH):
 
 @functools.cache
 def steps_on(policy, name, microbatches):
-    """Those on one of `MESHES`, which several tests look at."""
+    """Two steps on one of `MESHES`; several tests share them."""
     return two_steps(policy, make_mesh(MESHES[name]), microbatches)
 
 
@@ -89,23 +89,23 @@ def alone(even_policy):
     return two_steps(even_policy, single_device_mesh(), 1)
 
 
-# Each axis of the mesh alone and with the others, with microbatches and without. "two_by_four" is left out: "all"
-# splits more, and the sampler's tests have both.
+# Each axis of the mesh alone, and all together; with microbatches and without. "two_by_four" is left out: "all" splits
+# more, and the sampler's tests have both.
 @pytest.mark.parametrize(
     ("name", "microbatches"), [("fsdp", 1), ("model", 1), ("sequence", 1), ("data", 4), ("all", 4)]
 )
 def test_every_mesh_takes_the_same_steps(name, microbatches, even_policy, alone):
-    """Sums are taken in another order: differences in the last bits of float32, which Adam's division can enlarge."""
+    """Sums have another order, so the last bits of float32 differ; Adam's division can enlarge the difference."""
     other = steps_on(even_policy, name, microbatches)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5), other.metrics, alone.metrics)
-    # The learning rate is 1e-3: a step in another direction would show as 1e-3.
+    # The learning rate is 1e-3, so a step in another direction would show as a difference of 1e-3.
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-5), other.params, alone.params)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), random_params(even_policy), alone.params)
     assert min(jax.tree.leaves(moved)) > 5e-4
 
 
 def packed(batch, multiple):
-    """The batch with several prompts in each of `multiple` rows, or of some more."""
+    """The batch packed into `multiple` rows, or a few more; rows have several prompts."""
     lengths = np.concatenate([batch.prompt_lengths[:, None], batch.response_lengths], axis=1)
     rows = Rows((9, 8), 8, multiple)
     found = rows.fill(lengths)
@@ -115,7 +115,7 @@ def packed(batch, multiple):
 
 @pytest.mark.parametrize(("name", "microbatches"), [("all", 4), ("sequence", 1)])
 def test_packed_rows_take_the_same_steps(name, microbatches, even_policy, alone):
-    """Whatever rows have empty slots, and however many prompts fall to a device or a microbatch."""
+    """For any empty slots, and any number of prompts on a device or in a microbatch."""
     mesh = make_mesh(MESHES[name])
     batch = packed(LARGE_BATCH, mesh.batch_parts * microbatches)
     assert len(batch.prompts) < 32
@@ -143,17 +143,18 @@ def collectives(program, kind):
 
 
 def test_fsdp_splits_the_batch_and_gathers_parameters(even_policy):
-    """What is communicated: parameters of a layer, their gradients, scalars; and rows of the embedding.
+    """It communicates a layer's parameters and their gradients, scalars, and rows of the embedding.
 
-    CPUs have no reduce-scatter: gradients are added up by an all-reduce, of which each device keeps its part.
+    CPUs have no reduce-scatter. So an all-reduce sums the gradients, and each device keeps its part.
     """
     mesh = make_mesh(MESHES["fsdp"])
     abstract = abstract_state(even_policy.init, OPTIMIZER, mesh)
     step = make_update_step(policy_objective(even_policy, losses.get("cpo")), OPTIMIZER, mesh, abstract)
-    # 40 is no size of the models: 5 prompts on each of 8 devices.
+    # No size of the models is 40. Each of 8 devices has 5 prompts.
     batch = make_batch(40, vocabulary_size=16, prompt_length=6, response_length=7)
     program = step.lower(abstract, batch).compile().as_text()
-    # No device holds an activation of the whole batch, in rows or flattened: 40 x 6 prompt and 40 x 2 x 7 tokens.
+    # No device holds an activation of the whole batch (40), also not flattened: 40 x 6 prompt tokens, 40 x 2 x 7
+    # response tokens.
     assert not re.findall(r"f32\[(?:\d+,)*(?:40|240|560)(?:,\d+)*\]", program)
     stacked = {leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract.params) if "layers" in str(path)}
     of_a_layer = {tuple(size for size in shape[1:] if size > 1) for shape in stacked}
@@ -170,7 +171,10 @@ def test_fsdp_splits_the_batch_and_gathers_parameters(even_policy):
 
 
 def test_adafactors_moments_are_small_where_they_are_whole():
-    """Factored moments have lost an axis, and are whole on every device; unfactored ones follow their parameter."""
+    """Factored moments lack an axis, and every device holds them whole.
+
+    Other moments are split like their parameter.
+    """
     config = DecoderConfig(vocabulary_size=1024, width=256, layers=2, heads=4, head_size=64, mlp_width=512)
     mesh = make_mesh(MESHES["all"])
     abstract = abstract_state(make_policy(config).init, make_optimizer(OptimizerConfig("adafactor")), mesh)
@@ -183,7 +187,7 @@ def test_adafactors_moments_are_small_where_they_are_whole():
 
 
 def test_no_device_makes_more_than_its_part(even_policy):
-    """Of a fresh state on eight devices each holds an eighth, but for what has no width; and makes no more."""
+    """Each of eight devices holds and makes an eighth of a new state; leaves without the width are whole."""
     mesh = make_mesh(MESHES["fsdp"])
     abstract = abstract_state(even_policy.init, OPTIMIZER, mesh)
     state = fresh_state(even_policy, mesh)
@@ -196,7 +200,7 @@ def test_no_device_makes_more_than_its_part(even_policy):
 
 def test_the_order_of_a_judges_pair_follows_from_its_prompt(unchecked):
     class FirstTokens:
-        """Log-odds that tell which response came first."""
+        """Log-odds that show which response came first."""
 
         def log_odds(self, params, prompts, prompt_lengths, responses, response_lengths):
             return responses[:, 0, 0].astype(jnp.float32)
@@ -237,12 +241,12 @@ def test_shardings_outlive_a_step_and_the_old_state_is_reused(even_policy):
     assert all(jax.tree.leaves(kept))
     assert int(steps.after.step) == 2
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(steps.before.params))
-    # The parameters that it was made from were copied.
+    # The state copied the parameters.
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(random_params(even_policy)))
 
 
 def test_a_fresh_state_is_the_policys_own(even_policy):
-    """Created sharded or on one device: the same numbers."""
+    """The numbers do not depend on whether it is created on one device or on several."""
     sharded = fresh_state(even_policy, make_mesh(MESHES["all"]), seed=3)
     single = fresh_state(even_policy, single_device_mesh(), seed=3)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(sharded.params), jax.device_get(single.params))
@@ -278,12 +282,12 @@ def test_every_registered_loss_trains_a_policy(unigram_batch):
 
 
 def test_every_loss_of_packed_rows_is_that_of_their_prompts_or_refused(unigram_batch):
-    """Value and gradient; a loss that reads other prompts than its own is another one for half of the batch."""
-    # A reference that is far less likely, for KTO takes no mean below 0.
+    """In value and gradient. A loss that reads other prompts gives another value for half of the batch."""
+    # The reference is much less likely, because KTO clips the mean at 0.
     batch = dataclasses.replace(unigram_batch, reference_log_probs=unigram_batch.reference_log_probs - 1.0)
     rows, half = packed(batch, 2), jax.tree.map(lambda leaf: leaf[:4], batch)
     settings = {"dr_grpo": {"max_length": 7}, "wpo": {"alignment": "sampled"}}
-    # A batch with fresh samples beside it is not packed.
+    # A batch with fresh samples beside it is never packed.
     names = [name for name in losses.names() if "fresh_logps" not in inspect.signature(losses.get(name)).parameters]
     configured = {name: losses.get(name, **settings.get(name, {})) for name in names}
     by_prompts = {False: [], True: []}
@@ -320,7 +324,10 @@ def test_every_loss_of_packed_rows_is_that_of_their_prompts_or_refused(unigram_b
 
 
 def test_a_loss_of_ones_own_is_given_what_it_names(unigram_batch):
-    """Settings have defaults, optional arrays are given where there are any, names that are unknown stay defaults."""
+    """Settings keep their defaults.
+
+    Optional arrays are passed if they exist. Unknown names with defaults keep these.
+    """
     seen = {}
 
     def mine(chosen_logps, mask, ref_logps=None, something=None, *, strength=2.0):
@@ -341,7 +348,7 @@ def test_a_loss_of_ones_own_is_given_what_it_names(unigram_batch):
 
 
 def test_log_collisions_are_offered_where_a_loss_reads_them(unigram_batch):
-    """A unigram's log sum_v p(v)^2 is one number at every token, and 0 at padding."""
+    """A unigram has one log sum_v p(v)^2 for every token; padding has 0."""
     calls = []
 
     class Counted(Unigram):
@@ -372,7 +379,7 @@ def test_log_collisions_are_offered_where_a_loss_reads_them(unigram_batch):
 
 
 def test_sampled_alignment_of_wpo_trains_as_its_weights_say(unigram_batch):
-    """Each token's log-prob is taken less log sum_v p(v)^2, which is the same number everywhere for a unigram."""
+    """Each token's log-prob is reduced by log sum_v p(v)^2. For a unigram this is the same number for every token."""
     collision = np.log(np.sum(np.asarray(jax.nn.softmax(PARAMS["logits"]), np.float64) ** 2))
     objectives = [policy_objective(UNIGRAM, losses.get("wpo", alignment=each)) for each in ("plain", "sampled")]
     plain, sampled = (each(PARAMS, unigram_batch, jnp.int32(0))[0] for each in objectives)
@@ -400,7 +407,7 @@ def test_one_response_a_prompt_is_no_pair_of_itself():
         with pytest.raises(UserError, match="a batch of one response a prompt does not have: choose one of single"):
             policy_objective(UNIGRAM, losses.get(name))(PARAMS, singles, jnp.int32(0))
     value, diagnostics = policy_objective(UNIGRAM, losses.get("kto"))(PARAMS, singles, jnp.int32(0))
-    # At the reference z = r = 0, and either side is sigma(0).
+    # At the reference z = r = 0, so both sides are sigma(0).
     np.testing.assert_allclose(value, np.full((8, 1), 0.5), rtol=1e-5)
     assert diagnostics.keys() == {"length", "log_prob"}
 
@@ -423,7 +430,7 @@ def test_at_the_reference_the_losses_are_known(even_policy):
 
 
 def test_diagnostics_by_hand():
-    """One token a response: tokens 15 and 0 of the unigram's logits 1 and -1, against a uniform reference."""
+    """Responses have one token, 15 or 0. The unigram's logits are 1 and -1 there; the reference is uniform."""
     batch = dataclasses.replace(
         BATCH,
         responses=jnp.tile(jnp.array([[15, 3], [0, 3]]), (8, 1, 1)),
@@ -450,7 +457,10 @@ def test_equal_policies_classify_at_chance():
 
 
 def test_loss_inputs_by_hand():
-    """K = 4. Row 0: the best is 2, the worst 1. Row 1: ties take the first best and the last worst. Row 2: all tie."""
+    """K = 4.
+
+    Row 0: response 2 is the best, 1 the worst. Row 1 has ties: the first best, the last worst. Row 2: all tie.
+    """
     scores = jnp.array([[0.5, 0.1, 0.9, 0.3], [0.2, 0.8, 0.8, 0.2], [0.4, 0.4, 0.4, 0.4]])
     token_log_probs = -jnp.arange(1.0, 25.0).reshape(3, 4, 2)
     reference = jnp.full((3, 4, 2), -0.5)
@@ -467,7 +477,7 @@ def test_loss_inputs_by_hand():
     np.testing.assert_array_equal(inputs["rejected_lengths"], [2, 1, 2])
     np.testing.assert_array_equal(inputs["preference"], [1, 1, 0.5])
     np.testing.assert_array_equal(inputs["logps"][1], [-9, -23, -13, -15])
-    # Padding of the reference does not count.
+    # Padding of the reference is ignored.
     np.testing.assert_array_equal(inputs["ref_rejected_logps"], [-1, -0.5, -1])
     np.testing.assert_array_equal(inputs["rejected_token_logps"][1], [-15, 0])
     np.testing.assert_array_equal(inputs["ref_rejected_token_logps"][1], [-0.5, 0])

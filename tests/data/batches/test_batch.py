@@ -1,4 +1,4 @@
-"""The batch type: its masks come from lengths, and a tree of it is a batch again."""
+"""The batch type: masks follow from lengths, and a tree map over a batch gives a batch."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def test_masks_by_hand():
 
 
 def test_an_end_that_has_the_id_of_padding_is_a_token():
-    """Of a vocabulary whose padding id is its end id: 0."""
+    """In this vocabulary the end id is also the padding id: 0."""
     example = Example(1, np.array([5], np.int32), (np.array([3, 0], np.int32), np.array([0], np.int32)), np.ones(2))
     batch = collate([example], 2, 4)
     np.testing.assert_array_equal(length_mask(jnp.asarray(batch.response_lengths), 4)[0].sum(-1), [2, 1])
@@ -53,7 +53,7 @@ TOKENS = arrays_of.arrays(np.int32, strategies.integers(1, 4), elements=strategi
 
 @strategies.composite
 def contents(draw):
-    """The fields of examples with K responses of any tokens, zeros among them, and scores."""
+    """The fields of examples with K responses of any tokens, including 0, and scores."""
     responses = draw(strategies.integers(1, 3))
     return [
         (

@@ -1,4 +1,4 @@
-"""Shapes that batches are padded to: which are chosen, which fit, and how an epoch is cut into batches of one."""
+"""The shapes that batches are padded to: how they are chosen, which fit, and how an epoch is cut into batches."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from alignment_gap.errors import UserError
 
 
 def padded_tokens(lengths, shapes):
-    """Counted example by example."""
+    """Counts the padded tokens example by example."""
     total = 0
     for prompt, *responses in lengths.tolist():
         p, r = next((p, r) for p, r in shapes if prompt <= p and max(responses) <= r)
@@ -29,7 +29,7 @@ def lengths():
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_chosen_buckets_pad_least_of_all_chains(lengths, count):
-    """Against every chain of shapes, in steps of 2 tokens."""
+    """Compares with every chain of shapes, in steps of 2 tokens."""
     found = choose_buckets(lengths, count, (12, 7), multiple=2)
     limits = list(itertools.product((2, 4, 6, 8, 10, 12), (2, 4, 6, 7)))
     chains = [
@@ -79,7 +79,10 @@ def test_the_first_example_that_fits_nowhere_is_named():
 
 
 def test_an_epoch_is_cut_into_batches_of_one_bucket_by_hand():
-    """Of bucket 0 one is left over and completes the first batch of bucket 1; of bucket 2 one is left."""
+    """One example of bucket 0 is left over; it completes the first batch of bucket 1.
+
+    One of bucket 2 is left at the end.
+    """
     fitting = np.array([0, 1, 0, 2, 1, 0, 1, 2, 2], np.uint8)
     numbers = np.array([20, 21, 22, 23, 24, 25, 26, 27, 28])
     groups, rest = cut_within_buckets(numbers, fitting, 2)
@@ -101,7 +104,7 @@ def test_every_example_is_in_one_batch_and_moves_up_only_where_its_bucket_cannot
     assert len(rest) < size and all(len(batch) == size for batch in cut)
     for bucket, group in enumerate(groups):
         assert (fitting[group] <= bucket).all()
-        # At most one batch of a bucket has examples of those before it.
+        # At most one batch of a bucket has examples of smaller buckets.
         assert sum((fitting[batch] < bucket).any() for batch in group) <= 1
     for bucket in range(len(groups)):
         moved = sum(int((fitting[group] == bucket).sum()) for group in groups[bucket + 1 :])

@@ -1,4 +1,4 @@
-"""Records and examples as the arrays of a batch, and back."""
+"""Records and examples become the arrays of a batch, and come back."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def test_stored_reference_log_probs_join_those_of_the_sampler(tmp_path, make_exa
     dataset, numbers = open_dataset(tmp_path), np.array([4, 1])
 
     class Stored(ReferenceLogProbs):
-        """Of every token the number of its example."""
+        """Stores for every token the number of its example."""
 
         def __init__(self):
             pass
@@ -69,7 +69,7 @@ def test_stored_reference_log_probs_join_those_of_the_sampler(tmp_path, make_exa
 
 
 def test_a_damaged_record_is_named(tmp_path, make_examples, unchecked):
-    """Without the checks of types, which look into a sequence and come upon the damage first."""
+    """Type checks are off: they look into a sequence, and would find the damage first."""
     write_dataset(tmp_path, make_examples(200), vocabulary_digest="", provenance={})
     path = tmp_path / "pairs.array_record"
     content = bytearray(path.read_bytes())
@@ -110,7 +110,7 @@ def test_collate_pads_on_the_right(make_examples, with_reference, with_sampler):
 def test_examples_of_is_the_inverse_of_collate_also_on_the_device(make_examples, plain, with_reference, with_sampler):
     examples = make_examples(4, with_reference=with_reference, with_sampler=with_sampler)
     batch = collate(examples, 11, 6)
-    # What is beside the pairs, of any shape, is not among the examples.
+    # The batches beside the pairs have any shape; they are not among the examples.
     beside = dataclasses.replace(batch, fresh=collate(make_examples(3), 12, 7), mismatched=batch)
     for either in (batch, jax.tree.map(jnp.asarray, batch), beside, jax.tree.map(jnp.asarray, beside)):
         assert [plain(e) for e in examples_of(either)] == [plain(e) for e in examples]

@@ -27,7 +27,7 @@ def dataset(tmp_path, make_examples):
 
 @pytest.fixture
 def mixture(dataset, tmp_path, make_examples):
-    """Three datasets of 50, 7 and 20 examples, whose numbers are 0 to 49, 100 to 106 and 200 to 219."""
+    """Three datasets of 50, 7 and 20 examples. Their numbers are 0 to 49, 100 to 106 and 200 to 219."""
     datasets = [dataset]
     for start, count in ((100, 7), (200, 20)):
         write_dataset(tmp_path / str(start), make_examples(start + count)[start:], vocabulary_digest="", provenance={})
@@ -56,7 +56,7 @@ def test_batches_reach_over_the_end_of_an_epoch_without_loss(dataset, batch_size
     source = offline_source(dataset, batch_size=batch_size, seed=3, **LENGTHS, **buckets)
     seen = collections.Counter(ids(source, range(50)))
     assert set(seen) == set(range(50)) and set(seen.values()) == {batch_size}
-    # At no time has an example come two times more often than another, but within a bucket's order.
+    # Batches that cover one epoch have every example; repeats come only from the start of the next epoch.
     seen = collections.Counter(ids(source, range(-(-50 // batch_size))))
     assert set(seen) == set(range(50)) and max(seen.values()) <= 1 + -(-batch_size // 50)
 
@@ -112,7 +112,7 @@ def test_prefetched_resumes_at_every_step(dataset, threads):
 
 
 def test_grain_reads_the_source_and_restores_it(dataset):
-    """Its own check of checkpoints, on a pipeline of its own over our batches."""
+    """Grain's own check of checkpoints runs on a grain pipeline over our batches."""
     source = offline_source(dataset, batch_size=8, seed=3, **LENGTHS, **BUCKETS)
     pipeline = grain.MapDataset.range(9).map(lambda step: source(step).prompt_ids).to_iter_dataset()
     grain.experimental.assert_equal_output_after_checkpoint(pipeline)
@@ -129,7 +129,7 @@ def chi_squared(first, cells):
 
 
 def test_shuffle_is_near_uniform(make_examples):
-    """Each of 8 examples is first about as often as any other, over seeds and over epochs."""
+    """Each of 8 examples comes first about equally often, over seeds and over epochs."""
     examples = make_examples(8)
     sources = [offline_source(examples, batch_size=1, seed=seed, **LENGTHS) for seed in range(400)]
     # Chi-squared with 7 degrees of freedom, p about 1e-4.
@@ -155,7 +155,7 @@ def test_window_is_uniform_within_a_window(make_examples):
 
 
 def test_each_batch_is_of_one_bucket_and_of_few_shapes(dataset):
-    """And an example stands in a larger bucket than its own only to fill a batch up."""
+    """An example stands in a larger bucket than its own only to complete a batch."""
     source = offline_source(dataset, batch_size=8, seed=3, **LENGTHS, **BUCKETS)
     shapes = [(4, 3), (6, 5), (9, 5)]
     moved = 0
@@ -192,14 +192,14 @@ def test_padding_is_counted_with_and_without_buckets(make_examples):
 
 
 def test_a_mixture_has_its_weights_in_every_epoch_and_loses_nothing(mixture):
-    """77 places at weights 1, 2, 3 are 12.8, 25.7 and 38.5: by largest remainders 13, 26, 38."""
+    """Weights 1, 2, 3 give 12.8, 25.7 and 38.5 of 77 places. Largest remainders make them 13, 26 and 38."""
     source = offline_source(mixture, batch_size=7, seed=3, weights=(1, 2, 3), **LENGTHS)
     seen = collections.Counter()
     for epoch in range(4):
         drawn = ids(source, range(11 * epoch, 11 * epoch + 11))
         assert [sum(low <= i < low + 100 for i in drawn) for low in (0, 100, 200)] == [13, 26, 38]
         seen.update(drawn)
-    # Each dataset goes round: of its 52, 104 and 152 draws every example has its share, give or take one.
+    # Each dataset repeats in turn: in its 52, 104 or 152 draws all its examples come equally often, give or take one.
     for first, size, draws in ((0, 50, 52), (100, 7, 104), (200, 20, 152)):
         counts = {seen[i] for i in range(first, first + size)}
         assert (

@@ -1,4 +1,4 @@
-"""The order of an epoch: a pure function of seed and number of the epoch, with each dataset's share of the places."""
+"""The order of an epoch is a function of the seed and the epoch's number; each dataset has its share of the places."""
 
 import collections
 import itertools
@@ -15,10 +15,10 @@ from alignment_gap.errors import UserError
 
 def test_the_shares_of_the_places_by_hand():
     assert draws_of((5, 3), None) == (5, 3)
-    # 10 places in halves; 7 places at 1 to 2 are 2.33 and 4.67.
+    # Two halves of 10 places. Weights 1 to 2 give 2.33 and 4.67 of 7 places.
     assert draws_of((9, 1), (1, 1)) == (5, 5)
     assert draws_of((4, 3), (1, 2)) == (2, 5)
-    # Of 10 places each third is 3.33: the first of equal remainders goes up.
+    # A third of 10 places is 3.33. Of equal remainders the first is rounded up.
     assert draws_of((5, 4, 1), (1, 1, 1)) == (4, 3, 3)
     assert draws_of((4, 3), (0.1, 0.2)) == draws_of((4, 3), (10, 20))
 
@@ -76,7 +76,7 @@ def test_a_window_s_examples_stay_in_it_and_the_last_may_be_short():
 
 
 def test_a_weighted_dataset_goes_through_all_of_its_examples_before_one_comes_again():
-    """Datasets of 5 and 3 examples with 2 and 6 places: rounds of 2.5 epochs, and of half an epoch."""
+    """Datasets of 5 and 3 examples have 2 and 6 places: a round takes 2.5 epochs, or half an epoch."""
     order = Order((5, 3), (2, 6), 1)
     epochs = [order.epoch(number).tolist() for number in range(5)]
     for epoch in epochs:
@@ -84,7 +84,7 @@ def test_a_weighted_dataset_goes_through_all_of_its_examples_before_one_comes_ag
         assert collections.Counter(number for number in epoch if number >= 5) == {5: 2, 6: 2, 7: 2}
     first = [number for epoch in epochs for number in epoch if number < 5]
     assert set(collections.Counter(first).values()) == {2}
-    # Two epochs and the half of the third are the first round; places within an epoch are shuffled.
+    # The first round takes two epochs and half of the third. Places within an epoch are shuffled.
     assert len({*first[:4]}) == 4
 
 
@@ -98,7 +98,7 @@ def test_a_stream_is_the_epochs_one_after_another_read_anywhere():
 
 
 def test_permutations_are_those_of_the_documented_generator():
-    """PCG64's raw output, which NumPy promises not to change between versions."""
+    """They follow PCG64's raw output. NumPy promises that it does not change between versions."""
     keys = np.random.PCG64((4, 2)).random_raw(6)
     assert random_keys(6, 4, 2).tolist() == keys.tolist()
     assert permutation(6, 4, 2).tolist() == sorted(range(6), key=lambda i: keys[i])
@@ -118,7 +118,7 @@ def test_what_is_kept_is_computed_once_whatever_the_number_of_threads():
     for thread in threads:
         thread.join()
     assert made == [3]
-    for number in (4, 5, 3):  # Two are kept: the third pushes the first out.
+    for number in (4, 5, 3):  # The cache keeps two values; the third pushes the first out.
         cached(number)
     assert made == [3, 4, 5, 3]
 
@@ -130,7 +130,7 @@ def test_what_is_kept_is_computed_once_whatever_the_number_of_threads():
     )
 )
 def test_places_are_the_nearest_whole_numbers_to_the_weights(datasets):
-    """Largest remainders: no other numbers with this sum are nearer to the exact shares."""
+    """By largest remainders. No other whole numbers with this sum are nearer to the exact shares."""
     sizes, weights = zip(*datasets, strict=True)
     exact = np.array(weights) / sum(weights) * sum(sizes)
     draws = draws_of(sizes, weights)

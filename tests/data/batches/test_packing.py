@@ -1,4 +1,4 @@
-"""Several prompts in one row: which share one, that nothing is lost, and that a packed source has the plain one's."""
+"""Several prompts in one row: which prompts share a row, and that a packed batch has the same texts as a plain one."""
 
 import dataclasses
 from fractions import Fraction
@@ -20,7 +20,7 @@ FIELDS = {"with_reference": True, "with_sampler": True}
 
 
 def texts_of(batch):
-    """Each prompt id with the tokens of prompt and responses, scores, and log-probs, one by one."""
+    """For each prompt id: the tokens of prompt and responses, the scores, and the log-probs, text by text."""
     found = []
     for row in range(len(batch.prompts)):
         start, starts = 0, [0] * batch.responses.shape[1]
@@ -56,20 +56,21 @@ def texts_in(examples):
 
 def test_rows_by_hand():
     rows = Rows((10, 6), slots=2, multiple=1)
-    # The longest first, prompt and responses together: 6 opens a row, 9 the next; 4 goes to 6, 3 and 2 to a third.
+    # The longest example (prompt and responses) comes first. 6 opens a row, 9 opens the next one, 4 joins 6, and 3 and
+    # 2 share a third.
     lengths = np.array([[2, 1, 1], [9, 1, 1], [3, 2, 1], [6, 1, 4], [4, 2, 1]])
     np.testing.assert_array_equal(rows.fill(lengths), [2, 1, 2, 0, 0])
-    # Of two that are as long the first comes first, though 0.3 + 0.2 + 0.1 < 0.1 + 0.2 + 0.3.
+    # Of two equally long examples the first comes first, though in floats 0.3 + 0.2 + 0.1 < 0.1 + 0.2 + 0.3.
     np.testing.assert_array_equal(Rows((10, 10), 1, 1).fill(np.array([[3, 2, 1], [1, 2, 3]])), [0, 1])
-    # Two slots a row.
+    # A row has two slots.
     np.testing.assert_array_equal(rows.fill(np.ones((3, 3), np.int64)), [0, 0, 1])
-    # Responses take room of their own: two of four tokens do not go into six.
+    # Responses need room too: two responses of four tokens do not fit into six.
     np.testing.assert_array_equal(rows.fill(np.array([[1, 4, 1], [1, 4, 1]])), [0, 1])
     np.testing.assert_array_equal(rows.fill(np.array([[1, 1, 4], [1, 1, 2]])), [0, 0])
 
 
 def first_fit(lengths, shape, slots):
-    """The rows by first fit decreasing, example by example, in fractions of a row."""
+    """The rows by first-fit decreasing, example by example, with sizes as exact fractions of a row."""
     room = (shape[0], *[shape[1]] * (lengths.shape[1] - 1))
     sizes = [sum(Fraction(int(part), whole) for part, whole in zip(row, room, strict=True)) for row in lengths]
     rows, members = [0] * len(lengths), []
@@ -101,7 +102,7 @@ def test_the_number_of_rows_is_a_multiple_and_none_is_empty():
     for multiple in (1, 2, 4, 6, 12):
         rows = Rows((6, 6), slots=6, multiple=multiple).fill(lengths)
         assert sorted(set(rows)) == list(range(max(2, multiple)))
-    # Never more rows than prompts.
+    # There are never more rows than prompts.
     assert set(Rows((6, 6), slots=1, multiple=8).fill(lengths)) == set(range(12))
 
 
@@ -114,7 +115,8 @@ def test_rows_hold_what_they_can_and_little_room_is_left(seed):
     totals = np.stack([lengths[found == row].sum(axis=0) for row in range(found.max() + 1)])
     assert totals.max() <= 40 and totals.min() > 0
     assert np.bincount(found).max() <= rows.slots
-    # No packing needs fewer rows than its fullest column has tokens; this one is within a fifth and one step of it.
+    # No packing needs fewer rows than the tokens of the fullest column need. This one needs at most a fifth and one
+    # multiple more.
     assert found.max() + 1 <= 1.2 * lengths.sum(axis=0).max() / 40 + rows.multiple
 
 
@@ -177,12 +179,12 @@ def test_mixtures_are_packed_by_weight(dataset, tmp_path, make_examples):
     source = offline_source(examples, batch_size=16, seed=3, weights=(1, 3), packing=2, row_multiple=2, **LENGTHS)
     ids = [text[0] - 1000 for step in range(20) for text in texts_of(source(step))]
     assert len(ids) == 320
-    # Epochs of 80 places: 20 of the first dataset, 60 of the second.
+    # An epoch has 80 places: 20 for the first dataset, 60 for the second.
     assert [sum(i < 50 for i in ids[start : start + 80]) for start in range(0, 320, 80)] == [20, 20, 20, 20]
 
 
 def test_padding_of_a_large_epoch_is_that_of_a_sample(dataset, monkeypatch):
-    """Of 20 examples of 50: the first and the fourth batch."""
+    """The sample has 20 of 50 examples: the first and the fourth batch."""
     monkeypatch.setattr("alignment_gap.data.batches.offline._SAMPLED", 20)
     source = offline_source(dataset, batch_size=10, seed=3, packing=4, **LENGTHS)
     assert source.padding().slots == sum(batch.prompts.size + batch.responses.size for batch in map(source, (0, 3)))

@@ -7,7 +7,7 @@ from alignment_gap.errors import UserError
 
 
 class Counting:
-    """A source that notes which steps were read; step 5 cannot be."""
+    """A source that records the steps that are read. Step 5 fails."""
 
     def __init__(self):
         self.read = []

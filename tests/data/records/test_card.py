@@ -1,4 +1,4 @@
-"""The card as text, back to the first sources, and the vocabulary that they were encoded with."""
+"""The card of a dataset as text, back to its first sources, and the vocabulary of its tokens."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from alignment_gap.errors import UserError
 
 @pytest.fixture
 def make(tmp_path, make_examples):
-    """Writes a dataset of this provenance and opens it."""
+    """Writes a dataset with this provenance, and opens it."""
 
     def write(name, provenance, digest="v", **settings):
         write_dataset(tmp_path / name, make_examples(4), vocabulary_digest=digest, provenance=provenance, **settings)
@@ -60,7 +60,7 @@ def test_a_vocabulary_that_no_source_states_must_be_given(make):
 
 @pytest.mark.parametrize("provenance", [{"vocabulary": "posts", "made_by": "prepare"}, {"task": "posts"}])
 def test_the_posts_bring_their_vocabulary(make, provenance):
-    """As prepared from the source, and as they were recorded before they were one."""
+    """In two forms of provenance: today's, in which posts are a source, and the older one."""
     digest = load_vocabulary("posts").digest
     posts = make("posts", provenance, digest)
     assert find_vocabulary(posts).digest == digest

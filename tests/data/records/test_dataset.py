@@ -66,7 +66,7 @@ def test_the_card_says_what_the_scores_are(tmp_path, make_examples):
     plain = write_dataset(tmp_path / "b", make_examples(4), **ABOUT)
     assert (rewards.scores, plain.scores) == ("rewards", "probabilities")
     assert open_dataset(tmp_path / "a").card == rewards
-    # The same records are trained on otherwise.
+    # Training reads the same records in another way.
     assert rewards.digest != plain.digest and rewards.files == plain.files
     assert close_dataset(tmp_path / "b", **ABOUT, scores="rewards") == rewards
     with pytest.raises(UserError, match="scores is 'logits': choose one of probabilities, rewards"):
@@ -74,7 +74,7 @@ def test_the_card_says_what_the_scores_are(tmp_path, make_examples):
 
 
 def test_a_dataset_from_before_the_newer_fields_is_read_and_keeps_its_digest(tmp_path, make_examples, plain):
-    """Its card lacks "scores", its files "sampler_log_probs", as do the summaries of chunks that are not closed."""
+    """The old card lacks "scores". Its files, and the summaries of open chunks, lack "sampler_log_probs"."""
     examples = make_examples(6, with_reference=True)
     card = write_dataset(tmp_path, examples, **ABOUT)
     written = json.loads((tmp_path / "card.json").read_text())
@@ -82,7 +82,7 @@ def test_a_dataset_from_before_the_newer_fields_is_read_and_keeps_its_digest(tmp
     (tmp_path / "card.json").write_text(json.dumps(written))
     old = open_dataset(tmp_path)
     assert old.card == card and [plain(e) for e in old] == [plain(e) for e in examples]
-    # By hand: SHA-256 of the vocabulary's digest and of the files'.
+    # By hand: SHA-256 of the vocabulary's digest and the digests of the files.
     content = json.dumps(["abc", [written["files"][0]["sha256"]]]).encode()
     assert old.card.digest == hashlib.sha256(content).hexdigest()
     write_chunk(tmp_path, "more", examples)
@@ -252,13 +252,13 @@ def test_more_files_than_may_be_open_are_said_to_be_so(tmp_path, make_examples):
             open_dataset(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-    # So that a process may have two such datasets open, where it may have 1,024 files.
+    # A process that may have 1,024 open files can then open two such datasets.
     for count in (1, 5000, 300_000, 10_000_000, 123_456_789):
         assert -(-count // part_size(count)) <= 400 and part_size(count) >= 5000
 
 
 def test_a_flipped_bit_is_found(tmp_path, make_examples, unchecked):
-    """Without the checks of types, which look into a sequence and may meet the damage first."""
+    """Type checks are off: they look into a sequence, and may find the damage first."""
     write_dataset(tmp_path, make_examples(2000), **ABOUT)
     path = tmp_path / "pairs.array_record"
     content = bytearray(path.read_bytes())
@@ -299,7 +299,7 @@ def test_the_card_has_the_lengths_percentiles(tmp_path, make_examples):
         assert found["bin_width"] == 1
         assert found["histogram"] == np.bincount(values)[1:].tolist()
     assert not (tmp_path / "a" / ".chunks").exists()
-    # Closed again without what was kept of the chunks, which are then read.
+    # Closes it again, without the summaries of the chunks; so the chunks are read.
     assert close_dataset(tmp_path / "a", **ABOUT) == card
 
 
@@ -320,7 +320,7 @@ def test_provenance_holds_the_whole_chain(tmp_path, make_examples):
 
 
 def test_a_chain_of_datasets_is_kept_though_their_folders_move(tmp_path, make_examples):
-    """In the order in which the inputs were given; what one dataset says later changes no other's provenance."""
+    """Inputs keep their order. Later changes to one dataset do not change the provenance of another."""
     for name in ("a", "b"):
         write_dataset(tmp_path / name, make_examples(3), vocabulary_digest="v", provenance={"source": name})
     first, second = (open_dataset(tmp_path / name) for name in ("a", "b"))
@@ -347,11 +347,11 @@ def test_files_that_are_not_what_the_card_says_are_removed_and_named(tmp_path, m
     path.write_bytes(path.read_bytes()[:-1])
     assert discard_damaged(tmp_path) == ["part-0.array_record", "part-2.array_record"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["card.json", "part-1.array_record"]
-    # What was removed is made again, and the dataset is the same.
+    # The removed files are made again, and the dataset is the same.
     for name in (0, 2):
         write_chunk(tmp_path, f"part-{name}", examples[3 * name : 3 * name + 3])
     assert close_dataset(tmp_path, **ABOUT) == card
-    # A card that nobody can read says nothing of its files, which stay.
+    # An unreadable card says nothing about its files, so they stay.
     (tmp_path / "card.json").write_text("{")
     assert discard_damaged(tmp_path) == ["card.json"]
     assert close_dataset(tmp_path, **ABOUT) == card

@@ -1,4 +1,4 @@
-"""One record: its bytes, and the form that it shares with the others."""
+"""One record: its bytes, and the form that all records share."""
 
 import dataclasses
 

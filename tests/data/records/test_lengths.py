@@ -1,4 +1,4 @@
-"""The lengths of a dataset's examples, and the file that keeps them."""
+"""The lengths of a dataset's examples, and the file that stores them."""
 
 import os
 import stat

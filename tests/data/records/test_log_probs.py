@@ -1,4 +1,4 @@
-"""Log-probs that are kept beside a dataset: their layout, what a kill costs, how they are found and what is refused."""
+"""Log-probs stored with a dataset: their layout, what a kill loses, how they are found, and what is refused."""
 
 import hashlib
 import json
@@ -30,12 +30,12 @@ def identity_of(dataset, **changes):
 
 
 def value(number, response, token):
-    """A log-prob that says whose it is."""
+    """A log-prob that identifies its example, response and token."""
     return -(100 * number + 10 * response + token + 0.5)
 
 
 def batch_of(numbers, width=3):
-    """[n, K, R] with the values of `value`, and garbage at padding."""
+    """An array [n, K, R] with the values of `value`; padding holds garbage."""
     rows = np.full((len(numbers), 2, width), np.float32(9.0))
     for place, number in enumerate(numbers):
         for response, length in enumerate(LENGTHS[number]):
@@ -100,14 +100,14 @@ def test_a_kill_costs_what_was_not_saved(dataset, monkeypatch):
     identity = identity_of(dataset)
     writer = ReferenceWriter(dataset, identity, 2)
     writer.write(np.array([3, 0]), batch_of([3, 0]))
-    # Within the first minute nothing is promised.
+    # In the first minute nothing is saved.
     assert ReferenceWriter(dataset, identity, 2).done == 0
     monkeypatch.setattr(log_probs, "SAVE_EVERY", 0.0)
     writer = ReferenceWriter(dataset, identity, 2)
     writer.write(np.array([3, 0]), batch_of([3, 0]))
     writer.write(np.array([4, 1]), batch_of([4, 1]))
     assert ReferenceWriter(dataset, identity, 2).done == 2
-    # Which examples a batch has depends on its size.
+    # A batch of another size holds other examples.
     assert ReferenceWriter(dataset, identity, 3).done == 0
 
 

@@ -1,4 +1,4 @@
-"""What prepared data looks like: text with its boundaries, and the histograms."""
+"""The preview of prepared data: text with its boundaries, and the histograms."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def dataset(tmp_path):
 
 
 def test_an_example_by_hand(dataset):
-    """Of the nine the first alone: ids and text of the prompt and of each response, its score before it."""
+    """Shows only the first of nine: ids and text of the prompt and of each response; the score precedes a response."""
     assert preview(dataset, WORDS, 1) == (
         "example 0 of 9 (prompt id 70)\n"
         "  prompt, 2 tokens: 2 3\n"

@@ -1,4 +1,4 @@
-"""Preparing a source: what is in the datasets, that every run gives the same bytes, and what is refused."""
+"""Preparing a source: the contents of the datasets, the same bytes in every run, and what is refused."""
 
 import collections
 import dataclasses
@@ -28,7 +28,7 @@ SHARED = pathlib.Path(__file__).parents[4] / "shared/data"
 
 
 def prepare(config, output):
-    """Prepares in this process alone, and gives the cards of the datasets."""
+    """Prepares in this process, without others; returns the cards of the datasets."""
     output.mkdir(exist_ok=True)
     preparation = open_preparation(dataclasses.replace(config, workers=config.workers or 1))
     return preparation.write(output, open_bar=functools.partial(progress_bar, silent=True))
@@ -66,7 +66,7 @@ def test_the_datasets_hold_the_pairs_within_the_limits_and_share_no_prompt(confi
         assert all(e.scores.tolist() == [1, 0] for e in dataset)
         assert len({e.prompt_id for e in dataset}) == len({e.prompt.tobytes() for e in dataset})
         assert card.provenance["dropped"] == dropped[split] and sum(dropped[split].values()) > 1
-        # The words have no unknown id, and their prompts no end.
+        # This vocabulary has no unknown id, and its prompts have no end.
         assert not {"unknown", "end_prompts"} & card.provenance.keys()
         assert card.provenance["records"] == 120 and card.provenance["split"] == split
     assert sorted(found["train"] + found["validation"]) == sorted(wanted)
@@ -195,7 +195,7 @@ def test_the_built_in_posts_are_prepared_like_any_other_source(tmp_path):
     train, validation = (open_dataset(tmp_path / "out" / split) for split in ("train", "validation"))
     assert [*map(plain, train)] == [*map(plain, posts_examples(40))]
     assert not {e.prompt.tobytes() for e in train} & {e.prompt.tobytes() for e in validation}
-    # Validation posts count from a billion, whatever the number of training pairs.
+    # Validation posts are numbered from a billion, whatever the number of training pairs.
     first = posts.pair(0, 1_000_000_000)
     assert find_vocabulary(validation).decode(validation[0].prompt) == " ".join(first.post.words)
     assert validation[0].scores.tolist() == [first.preferred == 0, first.preferred == 1]
@@ -240,7 +240,7 @@ def test_a_dataset_of_the_tests_has_the_provenance_that_prepare_gives(tmp_path):
 
 
 def test_a_drop_is_counted_with_the_split_that_its_prompt_would_be_in(config, tmp_path):
-    """By its prompt, also where it is a duplicate or no pair; with train where it has no prompt."""
+    """Duplicates and bad pairs count by their prompt. A record without a prompt counts with train."""
     held = [f"w{i}" for i in range(50) if held_out(np.array([i + 2], np.int32).tobytes(), 0.5, 0)]
     rest = [f"w{i}" for i in range(50) if f"w{i}" not in held]
     good = [{"prompt": word, "chosen": "w1", "rejected": "w2"} for word in (held[0], rest[0])]
@@ -256,7 +256,7 @@ def test_a_drop_is_counted_with_the_split_that_its_prompt_would_be_in(config, tm
 
 
 def test_prompts_end_as_the_vocabularys_models_are_used_to_or_as_is_asked(config, tmp_path):
-    """Datasets of both kinds are told from each other, and cannot be mixed."""
+    """Datasets with and without ended prompts are distinguished, and cannot be mixed."""
     config = dataclasses.replace(config, vocabulary="bytes", limits=Limits(64, 64))
     found = {}
     for name, ends in (("usual", None), ("ended", True), ("plain", False)):
@@ -274,14 +274,14 @@ def test_prompts_end_as_the_vocabularys_models_are_used_to_or_as_is_asked(config
 
 
 def copy_of(dataset, folder):
-    """A dataset that is made from another."""
+    """A dataset derived from another one."""
     provenance = derived("compose", {"pairs": dataset})
     write_dataset(folder, dataset[:3], vocabulary_digest=dataset.card.vocabulary_digest, provenance=provenance)
     return open_dataset(folder)
 
 
 def test_what_an_earlier_version_knew_of_its_parts_is_counted_anew(config, tmp_path, capsys):
-    """It did not count by split; a damaged folder of it is made again, to the same bytes."""
+    """The earlier version did not count by split. Its damaged folder is made again, with the same bytes."""
     output = tmp_path / "out"
     prepare(config, output)
     whole = tree(output)
@@ -340,7 +340,7 @@ def test_settings_out_of_range_are_named(make, message):
 
 
 def test_what_may_change_in_a_folder_is_what_refused_nothing(tmp_path):
-    """And a folder in which no part is finished forgets its settings."""
+    """If no part is finished, the folder forgets its settings."""
     settings, parts = tmp_path / "job.json", tmp_path / ".parts"
     assert may_change(tmp_path, settings) == []
     stated = {"limits.long_prompts": "refuse", "source.bad_pairs": "refuse", "limits.long_responses": "drop", "seed": 0}
@@ -359,7 +359,7 @@ def test_what_may_change_in_a_folder_is_what_refused_nothing(tmp_path):
 
 
 def test_ids_of_prompts_follow_from_their_tokens_alone():
-    """31 bits of SHA-256 of the tokens as int32, by hand."""
+    """They are 31 bits of SHA-256 of the tokens as int32, here by hand."""
     prompt = np.array([5, 1000, 7], np.int32)
     digest = hashlib.sha256(bytes([5, 0, 0, 0, 0xE8, 3, 0, 0, 7, 0, 0, 0])).digest()
     assert prompt_id(prompt) == int.from_bytes(digest[:8], "big") >> 33 < 2**31

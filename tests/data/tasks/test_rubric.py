@@ -1,4 +1,4 @@
-"""The true quality of responses: known where all data lead back to the built-in posts, and nowhere else."""
+"""The true quality of responses is known only if all data come from the built-in posts."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from alignment_gap.data.text import load_vocabulary, posts
 from alignment_gap.errors import UserError
 
 DIGEST = posts.vocabulary().digest
-# Other than the default, so that a rubric of the default's settings is told from it.
+# These differ from the defaults, so a rubric with default settings would show.
 STRICT = posts.PostsSettings(order_weight=0.5, word_cost=0.2)
 OLD = {"task": "posts", "config": {"kind": "posts", "pairs": 8, "settings": dataclasses.asdict(STRICT)}}
 NEW = {"made_by": "prepare", "source": {"location": "posts", "posts": {"settings": dataclasses.asdict(STRICT)}}}
@@ -26,7 +26,7 @@ def examples():
 
 @pytest.fixture
 def make(tmp_path, examples):
-    """Writes a dataset of this provenance and opens it."""
+    """Writes a dataset with this provenance, and opens it."""
 
     def write(name, provenance, digest=DIGEST):
         write_dataset(tmp_path / name, examples, vocabulary_digest=digest, provenance=provenance)
@@ -49,7 +49,7 @@ def test_it_is_the_rubric_of_the_posts(tmp_path, examples):
 
 
 def test_it_agrees_with_values_worked_out_by_hand(tmp_path):
-    """Six rubric scores of test_posts; what follows the end is ignored."""
+    """Six rubric scores of test_posts. Tokens after the end are ignored."""
     write_posts(tmp_path, 1)
     ids, end = posts.vocabulary().encode, posts.vocabulary().eos_id
     post = "the tea tasted sour . in june my sister was at the park and lost the keys . i felt tired . summary:"
@@ -67,7 +67,7 @@ def test_it_agrees_with_values_worked_out_by_hand(tmp_path):
 
 @pytest.mark.parametrize("provenance", [NEW, OLD])
 def test_the_settings_are_those_that_the_provenance_states(make, provenance, examples):
-    """As a source, and as the posts were recorded before they were one; directly and through two other datasets."""
+    """Provenance has a newer and an older form. It is found directly, and through two more datasets."""
     source = make("source", provenance)
     labelled = make("labelled", derived("relabel", {"pairs": source}))
     mixed = make("mixed", derived("mix", {"pairs 0": labelled, "pairs 1": source}))

@@ -1,4 +1,4 @@
-"""Prepared datasets as seqio Tasks: the same pairs in the same order as our own batches, never cut."""
+"""Prepared datasets as seqio Tasks: the same pairs as in our own batches, in the same order, and never cut."""
 
 import types
 import warnings
@@ -39,7 +39,7 @@ def pairs(tmp_path):
 
 
 def store_reference(dataset, checkpoint="one"):
-    """Log-probs that tell their example, response and token."""
+    """Stores log-probs that identify their example, response and token."""
     writer = ReferenceWriter(dataset, {"dataset": dataset.card.digest, "checkpoint": checkpoint}, len(dataset))
     shape = (len(dataset), 2, dataset.card.max_response_length)
     writer.write(np.arange(len(dataset)), -np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
@@ -58,7 +58,7 @@ def batches_of(seqio, modules, folder, converter, **settings):
 
 
 def chosen_first(batch):
-    """Our batch with the chosen response before the rejected one, as a Task has them."""
+    """Our batch with the chosen response first, as a Task has it."""
     order = np.argsort(-np.asarray(batch.scores), axis=1, kind="stable")
     rows = np.arange(len(order))[:, None]
     return [batch.prompts, batch.prompt_lengths, *(np.asarray(each)[rows, order] for each in batch_arrays(batch))]

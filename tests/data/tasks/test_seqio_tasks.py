@@ -1,4 +1,4 @@
-"""The TFDS builder, the seqio tasks on it, and TFDS as a source; TensorFlow is imported in this file's tests alone."""
+"""The TFDS builder, seqio tasks on it, and TFDS as a source. Only the tests of this file import TensorFlow."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ BATTLE = {
 
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory):
-    """The data folder of TFDS with `alignment_pairs` in it, built from the publishers' forms."""
+    """The data folder of TFDS, with `alignment_pairs` built from the publishers' formats."""
     manual = tmp_path_factory.mktemp("manual")
     long = dialogue("long", "y" * 9, "no")
     write_lines(manual / "harmlessness/train.jsonl.gz", [*TRAIN, TRAIN[0], dialogue("x", "same", "same"), long])
@@ -158,7 +158,7 @@ def test_a_preference_task_gives_our_own_tokens_and_leaves_out_long_pairs(tasks,
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_folder))
     task = tasks.TaskRegistry.get("alignment_pairs_harmlessness_test")
     examples = list(task.get_dataset(LENGTHS, "train", shuffle=False).as_numpy_iterator())
-    # 8 in the split; "y" * 9 with its end id is over the length.
+    # The split has 8 pairs. One is too long: "y" * 9 and the end id.
     assert len(examples) == 7
     limits, vocabulary = Limits(LENGTHS["prompt"], LENGTHS["chosen"]), load_vocabulary("bytes")
     source = open_source(TextSourceConfig("tfds:alignment_pairs/harmlessness:train"))
@@ -214,7 +214,7 @@ def test_a_mixture_draws_from_its_tasks(tasks):
     dataset = tasks.MixtureRegistry.get("two").get_dataset(LENGTHS, "train", shuffle=False, seed=0)
     drawn = [bytes((e["prompt"][:-1] - 3).astype(np.uint8)).decode() for e in dataset.take(200).as_numpy_iterator()]
     arena = sum(prompt.startswith("\n\nHuman: q") and "question" not in prompt for prompt in drawn)
-    # About 59 of 67 examples are the arena's.
+    # About 59 of 67 examples come from the arena.
     assert 0.75 < arena / 200 < 0.97
 
 

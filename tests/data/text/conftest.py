@@ -1,4 +1,4 @@
-"""Small records in each source's true form, and how people keep them."""
+"""Small records in the original form of each source, and the containers that hold them."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ import pytest
 
 
 def _write(folder: pathlib.Path, form: str, records: list[dict]) -> str:
-    """Keeps `records` in a container and gives its location."""
+    """Writes `records` to a container, and returns its location."""
     lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
     if form in ("jsonl", "json"):
         (folder / f"a.{form}").write_bytes(lines)
@@ -39,7 +39,7 @@ def write():
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    """No test asks the network, nor leaves anything in a cache."""
+    """No test uses the network or leaves files in a cache."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
 
 

@@ -55,11 +55,12 @@ def test_a_gzip_file_is_opened_once_for_ranges_in_their_order(write, tmp_path, m
     def numbers(*bounds):
         return [value["n"] for value in values(records, *bounds)]
 
-    # Some ranges are another process's.
+    # Other processes read the ranges in between.
     for start in (0, 3, 9, 12, 18):
         assert numbers(start, start + 3) == list(range(start, min(start + 3, 20)))
     assert len(opened) == 1
-    # One that lies before, two at a time, one that is left before its end: each from the beginning.
+    # These read from the beginning: an earlier range, two readers at once, and a range after a reader that stopped
+    # early.
     assert numbers(2, 5) == [2, 3, 4]
     two = zip(records.read(5, 8), records.read(5, 8), strict=True)
     assert [(a.values["n"], b.values["n"]) for a, b in two] == [(5, 5), (6, 6), (7, 7)]
@@ -206,7 +207,7 @@ def test_a_hub_name_without_network_is_one_line(monkeypatch):
 
 
 def test_a_hub_name_has_a_subset_and_a_split(tmp_path, monkeypatch):
-    # `datasets` takes a folder of that name for the repository, so that all but the download is as with the hub's.
+    # `datasets` takes a folder of this name for a repository. So everything but the download is as with the hub.
     import datasets
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""From a dialogue's text to token ids: the split into prompt and responses, what is refused or dropped, the lengths."""
+"""From the text of a dialogue to token ids: prompt and responses, refused and dropped pairs, lengths."""
 
 import collections
 import gzip
@@ -46,7 +46,7 @@ def write_lines(path: pathlib.Path, *lines) -> pathlib.Path:
 
 
 def read(path, bad_pairs: str = "refuse", **limits) -> tuple[list[Encoded], dict[str, int]]:
-    """The pairs of a file as ids, and the counts of what was dropped."""
+    """The pairs of a file as ids, and the counts of dropped pairs."""
     source = open_source(TextSourceConfig(str(path), task="dialogues", bad_pairs=bad_pairs))
     settings = Limits(**LIMITS | limits)
     items = [
@@ -167,7 +167,7 @@ def test_what_is_held_out_depends_on_the_prompt_and_the_seed_alone():
     assert first == again != other
     # Binomial with a standard deviation of 0.0097.
     assert 0.21 < sum(first) / 2000 < 0.29 and 0.21 < sum(other) / 2000 < 0.29
-    # A larger share holds out more, never fewer.
+    # A larger fraction holds out the same prompts and more.
     assert all(held_out(prompt, 0.5, 1) for prompt, held in zip(prompts, first, strict=True) if held)
     assert not any(held_out(prompt, 0.0, 1) for prompt in prompts)
 
@@ -184,7 +184,7 @@ def test_real_pairs_are_all_accounted_for(name, count):
             seen[item.reason] += 1
             continue
         seen["good"] += 1
-        # Put together again, nothing but blanks around the responses is lost; texts are kept out of the output.
+        # The split loses only blanks around the responses. A failure does not print the texts.
         whole = [item.prompt + response for response in item.responses]
         if ["".join(x.split()) for x in whole] != [
             "".join(lines[number][name].split()) for name in ("chosen", "rejected")
@@ -195,7 +195,7 @@ def test_real_pairs_are_all_accounted_for(name, count):
 
 
 def by_hand(pair, limits, ends):
-    """What becomes of a pair of texts in bytes: the reason of its drop, or its ids and whether the prompt was cut."""
+    """What to expect of a pair of texts in bytes: why it is dropped, or its ids and whether the prompt is cut."""
     prompt = [byte + 3 for byte in pair.prompt.encode()] + [1] * ends
     responses = [[byte + 3 for byte in text.encode()] + [1] for text in pair.responses]
     if responses[0] == responses[1]:
@@ -216,7 +216,7 @@ def by_hand(pair, limits, ends):
     end_prompts=strategies.sampled_from([None, True, False]),
 )
 def test_what_becomes_of_any_pair_within_any_limits(texts, lengths, long_prompts, end_prompts):
-    """ByT5's prompts end with the end id, where nothing else is asked for."""
+    """By default prompts of ByT5 end with the end id."""
     limits, pair = Limits(*lengths, long_prompts=long_prompts), TextPair(texts[0], texts[1:], (0.25, 0.75), where="a:1")
     expected = by_hand(pair, limits, end_prompts is not False)
     found = encode_pair(pair, load_vocabulary("bytes"), limits, bad_pairs="drop", end_prompts=end_prompts)

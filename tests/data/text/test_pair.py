@@ -1,4 +1,4 @@
-"""A pair as text, and a record's fields by their role: what is taken, and in which words the rest is refused."""
+"""A pair as text. Records map to it by the roles of their fields; other records are refused, with a reason."""
 
 import hypothesis
 import pytest

@@ -19,23 +19,24 @@ def score(response: str, **settings) -> float:
 @pytest.mark.parametrize(
     "response, expected",
     [
-        # 0.9 of coverage and 0.1 of order, all attained, in 7 words.
+        # In 7 words, all of the 0.9 for coverage and of the 0.1 for order.
         ("sister lost keys at park in june", 1.0),
-        # The same in 10 words: 3 over the brief, 0.04 each.
+        # The same in 10 words: 3 words too many cost 0.04 each.
         ("my sister lost the keys at the park in june", 0.88),
-        # Who 0.25, action 0.2 and thing 0.25 of 1, and two of the four neighbours in order.
+        # Who, action and thing are 0.25, 0.2 and 0.25 of 1. Two of the four pairs of neighbours are in order.
         ("sister lost keys", 0.9 * 0.7 + 0.1 * 2 / 4),
-        # All facts, backwards: nothing for order.
+        # All facts, backwards: nothing for the order.
         ("june park keys lost sister", 0.9),
-        # A wrong thing: its 0.25 is missing, sister-lost and lost-park and park-june are in order, one invention.
+        # A wrong thing: its 0.25 is missing, and it is one invention. sister-lost, lost-park and park-june are in
+        # order.
         ("sister lost camera park june", 0.9 * 0.75 + 0.1 * 3 / 4 - 0.25),
-        # A thing told twice, 0.15.
+        # A fact that comes twice costs 0.15.
         ("sister lost keys keys park june", 0.85),
-        # A word without substance that follows itself, 0.15.
+        # A repeated filler word costs 0.15.
         ("sister lost the the keys park june", 0.85),
-        # A side remark of the post costs by its length only: 9 words.
+        # A side remark of the post costs only by its length: 9 words.
         ("sister lost keys park june the tea tasted sour", 1 - 2 * 0.04),
-        # A side remark that is not in the post is two inventions: soup, bland.
+        # A side remark that the post does not have is two inventions: soup, bland.
         ("sister lost keys park june soup bland", 0.5),
         ("", 0.0),
         ("in the at my", 0.0),
@@ -56,7 +57,7 @@ def test_rubric_ignores_what_follows_the_end():
 
 def test_rubric_counts_padding_before_the_end_as_a_word_and_what_is_no_word_as_an_invention():
     words = ids("sister lost keys at park in june")
-    # One word over the brief costs 0.04, an invention 0.25 on top.
+    # One word too many costs 0.04; an invention costs 0.25 more.
     assert posts.rubric(ids(POST), [*words, 0]) == pytest.approx(0.96)
     for no_word in (posts.vocabulary().size - 1, posts.vocabulary().size + 5):
         assert posts.rubric(ids(POST), [*words, no_word]) == pytest.approx(0.71)
@@ -88,7 +89,7 @@ def test_facts_are_drawn_uniformly_and_independently():
 
 
 def test_a_world_keeps_its_stream():
-    """Changing what a seed generates makes old results incomparable: do it knowingly."""
+    """A change to the stream of a seed makes old results incomparable. Change it only on purpose."""
     pair = posts.pair(0, 1)
     assert " ".join(pair.post.words) == (
         "the rain was grey . in march my father was at the library and broke the guitar . summary:"
@@ -155,7 +156,10 @@ def test_degenerate_responses_score_far_below_the_writer():
 
 
 def test_oracle_features_decide_the_pairs_linearly():
-    """What the rubric rewards is recognisable: a linear classifier on noisy labels finds the noiseless preference."""
+    """A linear classifier on noisy labels recovers the noiseless preference.
+
+    So the features of the rubric can be learned.
+    """
 
     def features(pair, k):
         words, facts = pair.responses[k], pair.post.facts

@@ -1,4 +1,4 @@
-"""The built-in posts as a source like any other: numbered records, two splits, a form, a vocabulary, a digest."""
+"""The built-in posts as a source: numbered records, two splits, a form, a vocabulary, a digest."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ CONFIG = TextSourceConfig("posts", posts=SMALL)
 
 
 def test_a_record_by_hand():
-    """Post 1 of world 0, as test_posts has it."""
+    """Post 1 of world 0; test_posts has the same post."""
     (record,) = PostsRecords(PostsConfig(pairs=2)).read(1, 2)
     assert record == Record(
         "posts:train:2",

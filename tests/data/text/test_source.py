@@ -1,4 +1,4 @@
-"""A source as a whole: its settings, its digest, its ranges, and what it refuses, drops or keeps."""
+"""A source: its settings, its digest, its ranges, and the records that it refuses, drops or keeps."""
 
 import dataclasses
 import hashlib
@@ -68,7 +68,7 @@ def test_a_named_field_that_is_not_there_is_refused_before_anything_is_read(writ
 
 
 def test_named_fields_make_a_source_one_of_own_pairs(write, tmp_path, dialogue):
-    """Though its records look like dialogues."""
+    """Its records look like dialogues, but the names override this."""
     location = write(tmp_path, "jsonl", [dialogue("hi", "yes", "no")])
     assert open_source(TextSourceConfig(location)).config.task == "dialogues"
     source = open_source(TextSourceConfig(location, fields="chosen=chosen,rejected=rejected"))

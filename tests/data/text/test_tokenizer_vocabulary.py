@@ -44,7 +44,7 @@ def test_prompts_begin_as_the_tokenizers_own_do(folder):
 @pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("ends", [False, True])
 def test_prompts_end_as_the_tokenizers_own_do(folder, begins, ends):
-    """Also where one token begins and ends."""
+    """If the end token is the one that begins prompts, prompts do not end with it."""
     theirs = make_tokenizer(folder, begins=begins, ends=ends)
     assert prompt_ids("hello", load_vocabulary(folder)) == theirs.encode("hello").ids
     assert load_vocabulary(folder).ends_prompts == ends

@@ -18,7 +18,7 @@ def parts(pair: TextPair) -> tuple:
     return pair.prompt, pair.responses, pair.scores
 
 
-# The examples of TRL's page on dataset formats, and what its trainers make of them.
+# The examples on TRL's page about dataset formats, and the texts that its trainers make of them.
 FORMS = {
     "explicit, standard": (
         {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
@@ -121,7 +121,7 @@ GOOD = {
         ({"prompt": "p", "completion": "a"}, "lacks the field 'label'"),
         ({"completion": "a", "label": True}, "lacks the field 'prompt'"),
         ({"prompt": "p", "chosen": "a"}, "lacks the field 'rejected', which the first record has"),
-        # Not one with an implicit prompt, nor one of another form.
+        # The first record has an explicit prompt, so these records are refused.
         ({"chosen": "pc", "rejected": "pd"}, "lacks the field 'prompt', which the first record has"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "preference": 1}, "has the field 'preference', which the fir"),
         ({"prompt": "p", "chosen": 3, "rejected": "b"}, "the field 'chosen' is int, not a text"),

@@ -150,20 +150,20 @@ def test_t5_vocabulary_has_t5s_ids():
     # The example of Hugging Face's T5 documentation.
     assert vocabulary.encode("Hello, my dog is cute") == [8774, 6, 82, 1782, 19, 5295]
     assert prompt_ids("Hello, my dog is cute", vocabulary) == [8774, 6, 82, 1782, 19, 5295, 1]
-    # What docs/data.md says that its pieces lose.
+    # docs/data.md says that these pieces lose them.
     assert vocabulary.encode("a\nb\n\n c") == vocabulary.encode("a b c")
     for sign in "{}<~^\\`\t日":
         assert (vocabulary.unk_id in vocabulary.encode(f"a{sign}b")) == (sign != "\t"), sign
 
 
-# Whole characters: no half of a surrogate pair.
+# Complete characters only, without halves of surrogate pairs.
 TEXTS = strategies.text(strategies.characters(exclude_categories=("Cs",)), max_size=30)
 
 
 @hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(text=TEXTS, behind=strategies.lists(strategies.integers(0, 500), max_size=4))
 def test_bytes_express_every_text(text, behind):
-    """Also as an array, and whatever follows the end."""
+    """Ids may also be an array, and anything may follow the end."""
     vocabulary = load_vocabulary("bytes")
     ids = vocabulary.encode(text)
     assert len(ids) == len(text.encode()) and not {0, 1, 2} & set(ids) and max(ids, default=3) < 259
@@ -193,7 +193,7 @@ def test_words_come_back_from_their_ids(words, picks):
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(ids=strategies.lists(strategies.integers(0, 80), max_size=8))
 def test_every_id_is_written_whatever_a_model_makes(model_path, ids):
-    """Ids of all kinds in any order; what follows the first end is not shown."""
+    """Ids of all kinds in any order. Ids after the first end are not shown."""
     for vocabulary in (WordVocabulary(["a", "b"], extra_ids=3), load_vocabulary("bytes"), load_vocabulary(model_path)):
         shown = vocabulary.decode(ids)
         end = ids.index(1) if 1 in ids else len(ids)

@@ -25,23 +25,23 @@ def test_a_vocabulary_of_ones_own_has_t5s_ids_and_expresses_every_text(tmp_path)
     for text in ["\n\nHuman: kabel  lodor?\n\nAssistant:", " 日本 é\ttab ", "１"]:
         assert vocabulary.decode(vocabulary.encode(text)) == text
         assert vocabulary.unk_id not in vocabulary.encode(text)
-    # Syllables of the texts are pieces; what they do not have is bytes.
+    # The pieces are syllables of the texts; other characters become bytes.
     assert len(vocabulary.encode(" kabel")) < 6 and len(vocabulary.encode("é")) == 3
     assert load_vocabulary(tmp_path / "own.model").digest == vocabulary.digest
 
 
 def test_real_pairs_come_back_with_their_line_ends_and_rare_signs(tmp_path):
-    """T5's own vocabulary loses the line ends of the same texts."""
+    """T5's own vocabulary loses the line ends of these texts."""
     path, t5 = SHARED / "hh/helpful-base.test.jsonl.gz", SHARED / "vocab/t5.spiece.model"
     if not (path.exists() and t5.exists()):
         pytest.skip(f"{path} and {t5} are not here: human pairs are not shipped with the project")
     found = list(itertools.islice(source_texts(TextSourceConfig(str(path), bad_pairs="drop")), 1500))
     vocabulary, theirs = train_vocabulary(found[:600], tmp_path / "own.model", 2000), load_vocabulary(t5)
     lost = [text for text in found if vocabulary.decode(vocabulary.encode(text)) != text]
-    assert not lost, f"{len(lost)} of {len(found)} texts were lost"  # The texts are kept out of the output.
+    assert not lost, f"{len(lost)} of {len(found)} texts were lost"  # A failure does not print the texts.
     lines = [text for text in found if "\n" in text]
     assert len(lines) > 500 and not any("\n" in theirs.decode(theirs.encode(text)) for text in lines[:50])
-    # Of another set, with signs that none of the texts had.
+    # Other texts, with characters that no training text had.
     for text in ["def f(x):\n\treturn {x: ~x}\n", "日本語 😀 ½\r\n", "\n\n\n", "a  b   c "]:
         ids = vocabulary.encode(text)
         assert vocabulary.unk_id not in ids
