@@ -102,8 +102,8 @@ def test_settings_of_the_decoder_equal_the_numpy_model(name):
     assert 0.3 < float(jnp.std(_logits(policy)(initial))) < 3
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
-def test_decoding_with_windows_equals_scoring(name):
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_neox"])
+def test_decoding_with_windows_or_on_a_part_of_each_head_equals_scoring(name):
     policy = make_policy(SETTINGS[name])
     params, (prompts, lengths, responses, _) = random_params(policy, 2), texts(BATCH)
 

@@ -244,6 +244,19 @@ SPECS = {
         "decoder.layers.pre_attention_layer_norm.scale": (None, "fsdp"),
         "decoder.layers.pre_mlp_layer_norm.scale": (None, "fsdp"),
     },
+    # Four key heads, biases everywhere, and an MLP of two matrices.
+    "gpt_neox": {
+        "token_embedder.embedding": (None, "fsdp"),
+        "output_embedder.embedding": (None, "fsdp"),
+        **under("decoder.decoder_norm", dict.fromkeys(("scale", "bias"), ("fsdp",))),
+        **under("decoder.layers", ATTENTION),
+        **under("decoder.layers", dict.fromkeys(("query.bias", "key.bias", "value.bias"), (None, "model", None))),
+        "decoder.layers.out.bias": (None, "fsdp"),
+        **under("decoder.layers.mlp", {"wi.kernel": (None, "fsdp", None), "wi.bias": (None, None)}),
+        **under("decoder.layers.mlp", {"wo.kernel": (None, None, "fsdp"), "wo.bias": (None, "fsdp")}),
+        **under("decoder.layers.pre_attention_layer_norm", dict.fromkeys(("scale", "bias"), (None, "fsdp"))),
+        **under("decoder.layers.pre_mlp_layer_norm", dict.fromkeys(("scale", "bias"), (None, "fsdp"))),
+    },
 }
 
 
