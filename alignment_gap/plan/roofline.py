@@ -27,7 +27,7 @@ class Moved:
       devices: number of devices in a group.
       count: number of runs in one call.
       bytes: total bytes per device; for each collective, the larger of operand and result.
-      seconds: total time at the speed of the group's links.
+      seconds: total time on the group's links, for the bytes or for the hops, whichever is longer.
     """
 
     kind: str
@@ -93,18 +93,23 @@ def _axes(collective: Collective, mesh: Any, topology: Topology) -> tuple[str, i
 def seconds(collective: Collective, group: Sequence[Any], topology: Topology) -> float:
     """The time of one collective: its bytes over the group's links, plus its part between slices over the network.
 
+    If the bytes are few, it takes at least the time of its hops instead (https://jax-ml.github.io/scaling-book/sharding,
+    "A note on ICI latency"). The latency of the network between slices is unknown and left out.
+
     A ring passes (n - 1) / n of a gathered array through each device; an all-reduce passes twice that. In a ring of n
     devices, an all-to-all costs a quarter of gathering all n arrays: with both directions in use, data travels a
     quarter of the ring on average.
     """
-    n, size = len(group), float(collective.bytes)
+    n, size, hop = len(group), float(collective.bytes), topology.chip.hop
     rounds = 2.0 if collective.kind == "all-reduce" else 1.0
     if not collective.group:  # Between slices: a gather sends a device's own part, other collectives the whole array.
         part = size if collective.kind == "all-gather" else size / topology.slices
         return rounds * part * (topology.slices - 1) / topology.chip.dcn_bandwidth
     slices = len({getattr(device, "slice_index", None) for device in group})
     if collective.kind == "collective-permute":
-        return size / (topology.chip.dcn_bandwidth if slices > 1 else topology.chip.link_bandwidth)
+        if slices > 1:
+            return size / topology.chip.dcn_bandwidth
+        return max(size / topology.chip.link_bandwidth, hop)
     time = 0.0
     if slices > 1:
         # Each device exchanges its part of the array that its slice has reduced or will gather.
@@ -112,25 +117,28 @@ def seconds(collective: Collective, group: Sequence[Any], topology: Topology) ->
         time += rounds * part * (slices - 1) / slices / topology.chip.dcn_bandwidth
     inside = n // slices
     if inside > 1:
-        wires, ring = _wires(group, topology)
+        wires, ring, hops = _wires(group, topology)
         passed = size * ring / 4 if collective.kind.endswith("all-to-all") else size * (inside - 1) / inside
-        time += rounds * passed / (wires * topology.chip.link_bandwidth)
+        time += rounds * max(passed / (wires * topology.chip.link_bandwidth), hops * hop)
     return time
 
 
-def _wires(group: Sequence[Any], topology: Topology) -> tuple[float, float]:
-    """The number of links over which a device of the group receives at once, and the length of its rings.
+def _wires(group: Sequence[Any], topology: Topology) -> tuple[float, float, int]:
+    """The links over which a device of the group receives at once, the length of its rings, and its longest path.
 
-    A torus axis that the group fills, and that closes to a ring, counts both directions; any other axis counts one.
+    A torus axis that the group fills, and that closes to a ring, counts both directions; any other axis counts one. The
+    path to the farthest device has half as many hops as a ring has devices; along any other axis it goes to the end.
     """
     if not topology.chip.dimensions:
-        return 1.0, len(group)
+        return 1.0, len(group), len(group) - 1
     first = getattr(group[0], "slice_index", None)
     coordinates = np.array([device.coords for device in group if getattr(device, "slice_index", None) == first])
-    wires, lengths = 0.0, []
+    wires, lengths, hops = 0.0, [], 0
     for axis, whole in enumerate(topology.shape):
         length = len(set(coordinates[:, axis].tolist()))
         if length > 1:
+            is_ring = length == whole and whole % topology.chip.wraps == 0
             lengths.append(length)
-            wires += 2.0 if length == whole and whole % topology.chip.wraps == 0 else 1.0
-    return (wires or 1.0), math.prod(lengths) ** (1 / max(len(lengths), 1))
+            wires += 2.0 if is_ring else 1.0
+            hops += length // 2 if is_ring else length - 1
+    return (wires or 1.0), math.prod(lengths) ** (1 / max(len(lengths), 1)), hops

@@ -5,6 +5,7 @@
 The figures come from the vendor's public pages, and are per device as XLA sees it (a TPU7x chip has two devices):
 https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x. The pages give the bidirectional interconnect
 bandwidth of all links of a chip together. Half of it, divided by the number of links, is one link's one-way bandwidth.
+A hop over a TPU's link takes about a microsecond: https://jax-ml.github.io/scaling-book/sharding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from alignment_gap.errors import UserError
 
-GIB, TERA, GIGA = 2.0**30, 1e12, 1e9
+GIB, TERA, GIGA, MICRO = 2.0**30, 1e12, 1e9, 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Chip:
       dcn_bandwidth: bytes/s of a device's share of the data-centre network between slices, one way.
       shape: an example of a topology.
       devices: number of devices in a chip, as XLA counts them.
+      hop: seconds that a message of any size takes at least from one device to the next; 0 if unknown.
     """
 
     hbm: float
@@ -46,6 +48,7 @@ class Chip:
     dcn_bandwidth: float
     shape: str
     devices: int = 1
+    hop: float = MICRO
 
 
 CHIPS: dict[str, Chip] = {
@@ -60,9 +63,9 @@ CHIPS: dict[str, Chip] = {
     # 192 GiB, 2307 TFLOP/s, 7380 GB/s, 1200 GB/s over 6 links both ways, DCN 100 Gbit/s; two devices share all of it.
     "tpu7x": Chip(94.75 * GIB, 1153.5 * TERA, 3690 * GIGA, 50 * GIGA, 3, 4, 6.25 * GIGA, "4x4x4", devices=2),
     # To try a plan on a laptop: one core of a desktop computer, and its part of the memory.
-    "cpu": Chip(4 * GIB, 0.1 * TERA, 10 * GIGA, 10 * GIGA, 0, 1, 1 * GIGA, "8"),
+    "cpu": Chip(4 * GIB, 0.1 * TERA, 10 * GIGA, 10 * GIGA, 0, 1, 1 * GIGA, "8", hop=0.0),
     # H100 SXM: 80 GB, 989 TFLOP/s, 3350 GB/s, NVLink 450 GB/s one way. https://www.nvidia.com/en-us/data-center/h100
-    "cuda": Chip(74 * GIB, 989 * TERA, 3350 * GIGA, 450 * GIGA, 0, 1, 50 * GIGA, "8"),
+    "cuda": Chip(74 * GIB, 989 * TERA, 3350 * GIGA, 450 * GIGA, 0, 1, 50 * GIGA, "8", hop=0.0),
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.dimensions)
 # jax's names of these devices. The figures of "cpu" describe no real CPU, so it is not listed here.

@@ -24,15 +24,45 @@ def test_a_ring_takes_from_both_sides_and_a_line_from_one():
     topology = Topology("v5e", (16, 16))
     ring, line = [Device(0, i, 0) for i in range(16)], [Device(0, i, 0) for i in range(4)]
     link = topology.chip.link_bandwidth
-    gather = hlo.Collective("all-gather", 1600, 1, (0, 1))
-    assert seconds(gather, ring, topology) == pytest.approx(1600 * 15 / 16 / (2 * link))
-    assert seconds(gather, line, topology) == pytest.approx(1600 * 3 / 4 / link)
-    reduce = hlo.Collective("all-reduce", 1600, 1, (0, 1))
+    gather = hlo.Collective("all-gather", 1_600_000_000, 1, (0, 1))
+    assert seconds(gather, ring, topology) == pytest.approx(1.6e9 * 15 / 16 / (2 * link))
+    assert seconds(gather, line, topology) == pytest.approx(1.6e9 * 3 / 4 / link)
+    reduce = hlo.Collective("all-reduce", 1_600_000_000, 1, (0, 1))
     assert seconds(reduce, ring, topology) == pytest.approx(2 * seconds(gather, ring, topology))
     plane = [Device(i, j, 0) for i in range(16) for j in range(16)]
-    assert seconds(gather, plane, topology) == pytest.approx(1600 * 255 / 256 / (4 * link))
-    permute = hlo.Collective("collective-permute", 1600, 1, (0, 1))
-    assert seconds(permute, line[:2], topology) == pytest.approx(1600 / link)
+    assert seconds(gather, plane, topology) == pytest.approx(1.6e9 * 255 / 256 / (4 * link))
+    permute = hlo.Collective("collective-permute", 1_600_000_000, 1, (0, 1))
+    assert seconds(permute, line[:2], topology) == pytest.approx(1.6e9 / link)
+
+
+@pytest.mark.parametrize(
+    ("shape", "hops"),
+    [
+        # A ring of 16 reaches its farthest device in 8 hops, a line of 4 its end in 3; two axes one after the other.
+        ([(0, i) for i in range(16)], 8),
+        ([(0, i) for i in range(4)], 3),
+        ([(0, 3), (0, 7)], 1),
+        ([(i, j) for i in range(16) for j in range(16)], 16),
+        ([(i, j) for i in range(4) for j in range(16)], 11),
+    ],
+)
+def test_a_small_array_takes_as_long_as_its_hops(shape, hops):
+    topology = Topology("v5e", (16, 16))
+    group = [Device(*place, 0) for place in shape]
+    gather, reduce, exchange = (
+        hlo.Collective(kind, 64, 1, (0, 1)) for kind in ("all-gather", "all-reduce", "all-to-all")
+    )
+    assert seconds(gather, group, topology) == pytest.approx(hops * 1e-6)
+    assert seconds(reduce, group, topology) == pytest.approx(2 * hops * 1e-6)
+    assert seconds(exchange, group, topology) == pytest.approx(hops * 1e-6)
+
+
+def test_a_small_permute_is_one_hop_and_other_chips_have_no_known_hop():
+    permute, pair = hlo.Collective("collective-permute", 64, 1, (0, 1)), [Device(0, 0, 0), Device(0, 1, 0)]
+    assert seconds(permute, pair, Topology("v5e", (16, 16))) == pytest.approx(1e-6)
+    for name in ("cuda:8", "cpu:8"):
+        topology = parse_topology(name)
+        assert seconds(permute, pair, topology) == pytest.approx(64 / topology.chip.link_bandwidth)
 
 
 def test_between_slices_the_networks_share_counts():
@@ -102,34 +132,34 @@ def ring_hops(n):
 def test_an_all_to_all_in_a_ring_passes_what_its_links_carry():
     topology = Topology("v5e", (16, 16))
     ring = [Device(0, i, 0) for i in range(16)]
-    exchange = hlo.Collective("all-to-all", 1600, 1, (0, 1))
-    # Every device holds 1600 bytes, a sixteenth for each device.
-    assert seconds(exchange, ring, topology) == pytest.approx(100 * ring_hops(16) / topology.chip.link_bandwidth)
+    exchange = hlo.Collective("all-to-all", 1_600_000_000, 1, (0, 1))
+    # Every device holds 1.6 GB, a sixteenth for each device.
+    assert seconds(exchange, ring, topology) == pytest.approx(1e8 * ring_hops(16) / topology.chip.link_bandwidth)
 
 
 def test_an_all_reduce_over_slices_is_one_within_them_and_one_between():
     topology = Topology("v5e", (2, 4), slices=2)
     group = [Device(i, j, 0, slice_index=s) for s in range(2) for i in range(2) for j in range(4)]
-    reduce, chip = hlo.Collective("all-reduce", 1600, 1, tuple(range(16))), topology.chip
+    reduce, chip = hlo.Collective("all-reduce", 1_600_000_000, 1, tuple(range(16))), topology.chip
     # Neither axis of a 2x4 is a ring, so each has one link. Between slices each device sends its eighth.
-    within = 2 * 1600 * 7 / 8 / (2 * chip.link_bandwidth)
-    between = 2 * (1600 / 8) / 2 / chip.dcn_bandwidth
+    within = 2 * 1.6e9 * 7 / 8 / (2 * chip.link_bandwidth)
+    between = 2 * (1.6e9 / 8) / 2 / chip.dcn_bandwidth
     assert seconds(reduce, group, topology) == pytest.approx(within + between)
 
 
 def test_a_permute_to_another_slice_takes_the_network():
     topology = Topology("v5e", (2, 4), slices=2)
-    permute = hlo.Collective("collective-permute", 1600, 1, (0, 8))
+    permute = hlo.Collective("collective-permute", 1_600_000_000, 1, (0, 8))
     pair = [Device(0, 0, 0, slice_index=i) for i in range(2)]
-    assert seconds(permute, pair, topology) == pytest.approx(1600 / topology.chip.dcn_bandwidth)
+    assert seconds(permute, pair, topology) == pytest.approx(1.6e9 / topology.chip.dcn_bandwidth)
 
 
 @pytest.mark.parametrize("name", ["v4:4x4x4", "v5p:4x4x4"])
 def test_a_cube_takes_in_by_six_links(name):
     topology = parse_topology(name)
     cube = [Device(i, j, k) for i in range(4) for j in range(4) for k in range(4)]
-    gather = hlo.Collective("all-gather", 6400, 1, tuple(range(64)))
-    expected = 6400 * 63 / 64 / (6 * topology.chip.link_bandwidth)
+    gather = hlo.Collective("all-gather", 6_400_000_000, 1, tuple(range(64)))
+    expected = 6.4e9 * 63 / 64 / (6 * topology.chip.link_bandwidth)
     assert seconds(gather, cube, topology) == pytest.approx(expected)
 
 
