@@ -13,6 +13,9 @@ from mkdocs.structure.files import File, Files
 
 ROOT = pathlib.Path(__file__).parent
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_INLINE_CODE = re.compile(r"(?<=<code>)[^<\n]*(?=</code>)")
+_COMMANDS = re.compile(r'<div class="language-(?:sh|bash|console) highlight">.*?</div>', re.DOTALL)
+_HYPHENATED = r"-*\w+(?:-\w+)+|--?[A-Za-z]\w*"  # Flags, and names such as alignment-gap.
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -41,13 +44,48 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
-    """Writes formulas as MathML, which browsers show without a script; an unknown command is an error here."""
+    """Writes formulas as MathML, which browsers show without a script; lets code break at the ends of its words."""
+    content = _COMMANDS.sub(lambda block: re.sub(r"(?<=>)[^<]+", _keep_flags, block[0]), content)
+    content = _INLINE_CODE.sub(_breakable, content)
+    content = re.sub(r"\b\d+e-\d+(?=[^<>]*<)", r'<span class="whole">\g<0></span>', content)
     return _FORMULA.sub(_mathml, content)
 
 
+def _keep_flags(text: re.Match[str]) -> str:
+    """Text whose words with hyphens, such as flags, stay on one line."""
+    return re.sub(rf"(?<![\w&;-])(?:{_HYPHENATED})", r'<span class="whole">\g<0></span>', text[0])
+
+
+def _breakable(text: re.Match[str]) -> str:
+    """Code that breaks after a sign inside a long word, and nowhere in a name with hyphens."""
+    return re.sub(rf"{_HYPHENATED}|(?:(?!--)[^\s-])+", _broken, text[0])
+
+
+def _broken(word: re.Match[str]) -> str:
+    if re.fullmatch(_HYPHENATED, word[0]):
+        return f'<span class="whole">{word[0]}</span>'
+    if len(html.unescape(word[0])) <= 16:
+        return word[0]
+    signs = r"[_/.=:,]+(?=\w)"
+    return re.sub(signs if re.search(signs, word[0]) else r"(?<=[a-z])(?=[A-Z][a-z])", r"\g<0><wbr>", word[0])
+
+
 def _mathml(match: re.Match[str]) -> str:
-    written = convert(html.unescape(match[3]).strip(), display="inline" if match[2] == "(" else "block")
-    return written.replace("<mi>log</mi>", '<mo rspace="0.17em">log</mo>')  # A thin space before its argument.
+    """A formula; `\\qquad` separates parts that may stand below each other. An unknown command is an error."""
+    formula = html.unescape(match[3]).strip()
+    if match[2] == "(":
+        return _spaced(convert(formula, display="inline"))
+    first, *others = (_spaced(convert(part, display="block")) for part in formula.split(r"\qquad"))
+    others = [part.replace('display="block"', 'displaystyle="true"') for part in others]
+    return f'<div class="formula">{"".join([first, *others])}</div>'
+
+
+def _spaced(written: str) -> str:
+    """Names of functions with a thin space before them, and after them unless a bracket follows; bars without."""
+    written = written.replace("<mo>&#x0007C;</mo>", '<mo lspace="0" rspace="0" stretchy="false">&#x0007C;</mo>')
+    written = re.sub(r"<m[io]>([A-Za-z]{2,})</m[io]>", r'<mo lspace="0.17em" rspace="0.17em">\1</mo>', written)
+    bracket = r"(?:<mrow>)?<mo[^>]*>(?:\(|\[|&#x00028;)"
+    return re.sub(rf'rspace="0.17em">(\w+)</mo>(?={bracket})', r'rspace="0">\1</mo>', written)
 
 
 def _notebook(path: pathlib.Path) -> str:
