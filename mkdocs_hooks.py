@@ -21,7 +21,7 @@ _HYPHENATED = r"-*\w+(?:-\w+)+|--?[A-Za-z]\w*"  # Flags, and names such as align
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are made from files outside of docs/, each where the links of docs/ lead."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    pages = {"index.md": re.sub(r"\]\(docs/", "](", readme)}
+    pages = {"index.md": readme.replace("](docs/", "](").replace("[docs/", "[")}
     for path in [ROOT / "CHANGELOG.md", *(ROOT / "benchmarks").rglob("*.md")]:
         name = path.relative_to(ROOT).as_posix()
         pages[name] = re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", path.read_text(encoding="utf-8"))
@@ -57,17 +57,18 @@ def _keep_flags(text: re.Match[str]) -> str:
 
 
 def _breakable(text: re.Match[str]) -> str:
-    """Code that breaks after a sign inside a long word, and nowhere in a name with hyphens."""
-    return re.sub(rf"{_HYPHENATED}|(?:(?!--)[^\s-])+", _broken, text[0])
+    """Code that breaks after a sign inside a long word, and at no hyphen."""
+    words = [word if len(html.unescape(word)) <= 16 else _broken(word) for word in re.split(r"(\s+)", text[0])]
+    return re.sub(_HYPHENATED, r'<span class="whole">\g<0></span>', "".join(words))
 
 
-def _broken(word: re.Match[str]) -> str:
-    if re.fullmatch(_HYPHENATED, word[0]):
-        return f'<span class="whole">{word[0]}</span>'
-    if len(html.unescape(word[0])) <= 16:
-        return word[0]
-    signs = r"[_/.=:,]+(?=\w)"
-    return re.sub(signs if re.search(signs, word[0]) else r"(?<=[a-z])(?=[A-Z][a-z])", r"\g<0><wbr>", word[0])
+def _broken(word: str) -> str:
+    """A word that breaks after signs, and after underscores or between capitals where that is not enough."""
+    parts = re.split(r"(?<=[/=:,])(?=[\w\"'])|(?<=\.)(?=\w{5})", word)
+    inside = [r"(?<=_)(?=\w)" if "_" in part else r"(?<=[a-z])(?=[A-Z][a-z])" for part in parts]
+    return "<wbr>".join(
+        re.sub(border, "<wbr>", part) if len(part) > 16 else part for border, part in zip(inside, parts, strict=True)
+    )
 
 
 def _mathml(match: re.Match[str]) -> str:
@@ -90,7 +91,7 @@ def _spaced(written: str) -> str:
 
 def _notebook(path: pathlib.Path) -> str:
     """The cells of a notebook as a page."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(path.read_text(encoding="utf-8").replace("[docs/", "[").replace("](../docs/", "](../"))["cells"]
     texts = ("".join(cell["source"]) for cell in cells)
     written = [
         text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```"
