@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parent
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 _INLINE_CODE = re.compile(r"(?<=<code>)[^<\n]*(?=</code>)")
 _COMMANDS = re.compile(r'<div class="language-(?:sh|bash|console) highlight">.*?</div>', re.DOTALL)
+_UNNAMED_COMMANDS = re.compile(r"language-text(?= highlight\"><pre><span></span><code>(?:alignment-gap|python) )")
 _HYPHENATED = r"-*\w+(?:-\w+)+|--?[A-Za-z]\w*"  # Flags, and names such as alignment-gap.
 
 
@@ -45,6 +46,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
     """Writes formulas as MathML, which browsers show without a script; lets code break at the ends of its words."""
+    content = _UNNAMED_COMMANDS.sub("language-sh", content)
     content = _COMMANDS.sub(lambda block: re.sub(r"(?<=>)[^<]+", _keep_flags, block[0]), content)
     content = _INLINE_CODE.sub(_breakable, content)
     content = re.sub(r"\b\d+e-\d+(?=[^<>]*<)", r'<span class="whole">\g<0></span>', content)
@@ -58,16 +60,16 @@ def _keep_flags(text: re.Match[str]) -> str:
 
 def _breakable(text: re.Match[str]) -> str:
     """Code that breaks after a sign inside a long word, and at no hyphen."""
-    words = [word if len(html.unescape(word)) <= 16 else _broken(word) for word in re.split(r"(\s+)", text[0])]
+    words = [word if len(html.unescape(word)) <= 18 else _broken(word) for word in re.split(r"(\s+)", text[0])]
     return re.sub(_HYPHENATED, r'<span class="whole">\g<0></span>', "".join(words))
 
 
 def _broken(word: str) -> str:
     """A word that breaks after signs, and after underscores or between capitals where that is not enough."""
     parts = re.split(r"(?<=[/=:,])(?=[\w\"'])|(?<=\.)(?=\w{5})", word)
-    inside = [r"(?<=_)(?=\w)" if "_" in part else r"(?<=[a-z])(?=[A-Z][a-z])" for part in parts]
+    inside = [r"(?<=[^\W_]_)(?=\w)" if "_" in part else r"(?<=[a-z]{3})(?=[A-Z][a-z])" for part in parts]
     return "<wbr>".join(
-        re.sub(border, "<wbr>", part) if len(part) > 16 else part for border, part in zip(inside, parts, strict=True)
+        re.sub(border, "<wbr>", part) if len(part) > 18 else part for border, part in zip(inside, parts, strict=True)
     )
 
 
