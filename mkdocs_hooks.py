@@ -25,11 +25,12 @@ def on_files(files: Files, config: Any) -> Files:
     pages = {"index.md": readme.replace("](docs/", "](").replace("[docs/", "[")}
     for path in [ROOT / "CHANGELOG.md", *(ROOT / "benchmarks").rglob("*.md")]:
         name = path.relative_to(ROOT).as_posix()
-        pages[name] = re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", path.read_text(encoding="utf-8"))
+        content = path.read_text(encoding="utf-8").replace("[docs/", "[")
+        pages[name] = re.sub(r"\]\(((?:\.\./)*)docs/", r"](\1", content)
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         pages[f"notebooks/{path.stem}.md"] = _notebook(path)
     for page in re.findall(r"api/([\w.]+)\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")):
-        pages[f"api/{page}.md"] = f"# alignment_gap.{page}\n\n::: alignment_gap.{page}\n"
+        pages[f"api/{page}.md"] = f"# alignment_gap.<wbr>{page.replace('.', '.<wbr>')}\n\n::: alignment_gap.{page}\n"
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     for path in (ROOT / "benchmarks").rglob("*.json"):
