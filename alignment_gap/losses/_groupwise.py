@@ -37,7 +37,8 @@ def sft(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     (logps,) = as_float32(logps)
     return -jnp.mean(_over_tokens(logps, lengths, over_tokens), axis=-1)
@@ -66,7 +67,8 @@ def best_of_n(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     logps, scores = as_float32(logps, scores)
     logps = _over_tokens(logps, lengths, over_tokens)
@@ -89,7 +91,8 @@ def raft(logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, keep: int
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     logps, scores = as_float32(logps, scores)
     if not 1 <= keep <= logps.shape[-1]:
@@ -119,7 +122,8 @@ def reward_weighted_regression(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(temperature=temperature)
     logps, scores = as_float32(logps, scores)
@@ -147,7 +151,8 @@ def rebel(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     logps, ref_logps, scores = as_float32(logps, ref_logps, scores)

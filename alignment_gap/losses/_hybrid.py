@@ -44,7 +44,8 @@ def hypo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     contrast = dpo(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, preference, beta=beta)
     return contrast + kl_weight * online_kl(fresh_logps, ref_fresh_logps)

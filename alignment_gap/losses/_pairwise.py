@@ -68,7 +68,8 @@ def dpo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     check_choice("smoothing", smoothing, ("conservative", "robust"))
@@ -119,7 +120,8 @@ def ipo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     pair = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -155,7 +157,8 @@ def ipo_md(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -204,7 +207,8 @@ def gpo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     if not callable(f):
@@ -242,7 +246,8 @@ def slic(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     return gpo(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, preference, f="hinge", beta=beta)
 
@@ -277,7 +282,8 @@ def discopop(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta, tau=tau)
 
@@ -317,7 +323,8 @@ def exo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     if not 0.0 < label_smoothing < 0.5:
@@ -368,7 +375,8 @@ def f_dpo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta, alpha=alpha)
     check_choice("divergence", divergence, ("reverse_kl", "forward_kl", "jensen_shannon", "alpha"))
@@ -418,7 +426,8 @@ def chi_po(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -464,7 +473,8 @@ def r_dpo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)

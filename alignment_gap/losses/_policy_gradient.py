@@ -50,7 +50,8 @@ def reinforce(
       float32 [*B].
 
     Raises:
-      ValueError: the reference is missing. AssertionError: shapes or types do not fit.
+      ValueError: the reference is missing.
+      AssertionError: shapes or types do not fit.
     """
     logps, rewards = _penalized(logps, scores, ref_logps, beta)
     mean = jnp.mean(rewards, axis=-1, keepdims=True)
@@ -88,7 +89,8 @@ def rloo(
       float32 [*B].
 
     Raises:
-      ValueError: the reference is missing, or K is 1. AssertionError: shapes or types do not fit.
+      ValueError: the reference is missing, or K is 1.
+      AssertionError: shapes or types do not fit.
     """
     logps, rewards = _penalized(logps, scores, ref_logps, beta)
     check_group(logps)
@@ -163,7 +165,8 @@ def grpo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range, or K is 1. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range, or K is 1.
+      AssertionError: shapes or types do not fit.
     """
     check_choice("over_tokens", over_tokens, ("mean", "sum", "group"))
     (scores,) = as_float32(scores)
@@ -212,7 +215,8 @@ def dr_grpo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range, or K is 1. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range, or K is 1.
+      AssertionError: shapes or types do not fit.
     """
     (scores,) = as_float32(scores)
     check_group(scores)

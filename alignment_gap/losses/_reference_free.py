@@ -42,7 +42,8 @@ def simpo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     pair = _means(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
@@ -121,7 +122,8 @@ def cpo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     pair = chosen, rejected = as_pair(chosen_logps, rejected_logps)

@@ -33,7 +33,7 @@ def kl_estimate(
     value estimates KL(pi || ref). As a regulariser use k2, `online_kl` or the exact sum.
 
     Args:
-      logps: log-probs under the policy of its own samples, in nats: [*B] for responses, or [*B, T] for tokens.
+      logps: log-probs under the policy of its own samples, in nats: `[*B]` for responses, or `[*B, T]` for tokens.
       ref_logps: the same under the reference.
       estimator: "k1", "k2" or "k3".
 
@@ -41,7 +41,8 @@ def kl_estimate(
       float32 of the input's shape, nats: one value for each response or token, without a sum.
 
     Raises:
-      ValueError: there is no such estimator. AssertionError: shapes or types do not fit.
+      ValueError: there is no such estimator.
+      AssertionError: shapes or types do not fit.
     """
     check_choice("estimator", estimator, ("k1", "k2", "k3"))
     logps, ref_logps = as_float32(logps, ref_logps)
@@ -138,7 +139,8 @@ def geometric_mixture(
       float32 [*B, V], log-probs to sample from.
 
     Raises:
-      ValueError: mixture is outside [0, 1]. AssertionError: shapes or types do not fit.
+      ValueError: mixture is outside [0, 1].
+      AssertionError: shapes or types do not fit.
     """
     if not 0.0 <= mixture <= 1.0:
         raise ValueError(f"mixture must be in [0, 1], got {mixture}")

@@ -43,7 +43,8 @@ def nca(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     pair = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -87,7 +88,8 @@ def bco(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -128,7 +130,8 @@ def sppo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -162,7 +165,8 @@ def apo_zero(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     pair = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -197,7 +201,8 @@ def apo_down(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     pair = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -240,7 +245,8 @@ def aot(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     check_choice("coupling", coupling, ("paired", "unpaired"))
@@ -288,7 +294,8 @@ def kto(
       float32 [*B], one value per response.
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
     logps, ref_logps, scores = as_float32(logps, ref_logps, scores)

@@ -50,7 +50,8 @@ def token_log_probs(
       float32 [*B], nats; one value per token, without a mask. Sum them where the response's mask is true.
 
     Raises:
-      ValueError: block_size is not positive. AssertionError: shapes or types do not fit.
+      ValueError: block_size is not positive.
+      AssertionError: shapes or types do not fit.
     """
     chex.assert_type([hidden, output_embedding, targets], [float, float, int])
     _check_hidden(hidden, output_embedding)
@@ -82,7 +83,7 @@ def token_kl(
     sums it over the response.
 
     Args:
-      hidden_p, hidden_q: [*B, D] and [*B, E], the last hidden states of the two models.
+      hidden_p, hidden_q: `[*B, D]` and `[*B, E]`, the last hidden states of the two models.
       embedding_p, embedding_q: [V, D] and [V, E], their output embeddings, with the same vocabulary.
       scale: factor on the logits of both models; if only one model has a scale, fold it into its hidden states.
       soft_cap: bound on the absolute logits of both models, or None.
@@ -92,7 +93,8 @@ def token_kl(
       float32 [*B], nats; one value per token, without a mask. Sum them where the response's mask is true.
 
     Raises:
-      ValueError: block_size is not positive. AssertionError: shapes or types do not fit.
+      ValueError: block_size is not positive.
+      AssertionError: shapes or types do not fit.
     """
     chex.assert_type([hidden_p, embedding_p, hidden_q, embedding_q], float)
     _check_hidden(hidden_p, embedding_p)
@@ -132,7 +134,8 @@ def token_entropy(
       float32 [*B], nats; one value per token, without a mask.
 
     Raises:
-      ValueError: block_size is not positive. AssertionError: shapes or types do not fit.
+      ValueError: block_size is not positive.
+      AssertionError: shapes or types do not fit.
     """
     return _of_logits(entropy, hidden, output_embedding, scale, soft_cap, block_size)
 
@@ -158,7 +161,8 @@ def token_log_collision(
       float32 [*B], nats; one value per token, without a mask.
 
     Raises:
-      ValueError: block_size is not positive. AssertionError: shapes or types do not fit.
+      ValueError: block_size is not positive.
+      AssertionError: shapes or types do not fit.
     """
 
     def log_collision(logits: Float[Array, "T V"]) -> Float[Array, " T"]:

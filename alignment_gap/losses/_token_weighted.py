@@ -35,7 +35,7 @@ def ld_dpo(
     arXiv 2409.06411. Sum over tokens. alpha = 1 gives `dpo`; alpha = 0 ignores the excess tokens.
 
     Args:
-      chosen_token_logps, rejected_token_logps: [*B, T], [*B, S], log-probs of the tokens under the policy, in nats.
+      chosen_token_logps, rejected_token_logps: `[*B, T]`, `[*B, S]`, log-probs of the tokens under the policy, in nats.
       ref_chosen_token_logps, ref_rejected_token_logps: the same under the reference.
       chosen_mask, rejected_mask: true at scored tokens; t counts scored tokens only.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
@@ -46,7 +46,8 @@ def ld_dpo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     chosen = as_float32(chosen_token_logps, ref_chosen_token_logps)
     rejected = as_float32(rejected_token_logps, ref_rejected_token_logps)
@@ -86,7 +87,7 @@ def wpo(
     arXiv 2406.11827. The loss sums over tokens; the weights take the mean. `wpo_weights` gives the weights alone.
 
     Args:
-      chosen_token_logps, rejected_token_logps: [*B, T], [*B, S], log-probs of the tokens under the policy, in nats.
+      chosen_token_logps, rejected_token_logps: `[*B, T]`, `[*B, S]`, log-probs of the tokens under the policy, in nats.
       ref_chosen_logps, ref_rejected_logps: [*B], token-summed log-probs under the reference.
       chosen_mask, rejected_mask: true at scored tokens.
       preference: [*B] or a number, the probability that the first response is the better; None means 1.
@@ -99,7 +100,8 @@ def wpo(
       float32 [*B].
 
     Raises:
-      ValueError: a setting is out of range. AssertionError: shapes or types do not fit.
+      ValueError: a setting is out of range.
+      AssertionError: shapes or types do not fit.
     """
     check_choice("alignment", alignment, ("plain", "sampled"))
     if alignment == "plain":
