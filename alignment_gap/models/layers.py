@@ -328,6 +328,19 @@ def heads_first(keys: Float[Array, "*B S G C"], values: Float[Array, "*B S G C"]
     return jnp.swapaxes(keys, -3, -2), jnp.swapaxes(values, -3, -2)
 
 
+def placed_cache(cache: dict[str, Any]) -> dict[str, Any]:
+    """A policy's cache in the layout of a loop over tokens; the prompts' keys and values [L, B, G, P, C] move once.
+
+    All else that a cache holds has one entry for each prompt, such as a mask.
+    """
+    rest = {name: x for name, x in cache.items() if name not in ("prompt", "responses")}
+    return {
+        "prompt": tuple(constrain(x, "layers", "cache_batch", "kv_heads", "kv_length", "kv") for x in cache["prompt"]),
+        "responses": tuple(map(_cached, cache["responses"])),
+        **{name: constrain(x, "cache_batch", *[None] * (x.ndim - 1)) for name, x in rest.items()},
+    }
+
+
 def empty_cache(shape: tuple[int, ...], dtype: Any) -> KeysValues:
     """Zeros for the keys and values [L, B, K, G, R, C] of the responses in all layers."""
     empty = _cached(jnp.zeros(shape, dtype))

@@ -171,7 +171,8 @@ def compute_params(policy: Policy, params: Any) -> Any:
     """
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        stays = path[-1].key in ("scale", "rel_embedding") or path[0].key == HEAD
+        name, module = path[-1].key, path[-2].key
+        stays = name == "rel_embedding" or module.endswith("norm") or path[0].key == HEAD
         return leaf if stays else leaf.astype(policy.config.dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda node: not isinstance(node, Mapping))

@@ -20,6 +20,11 @@ _FREE = re.compile(
     r"|.*-done|async-update"
 )
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+# replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}: the ids may be given by an array of their own.
+_MESH = re.compile(
+    r"replica_groups=mesh\[(?P<axes>[^\]]*)\]"
+    r"(?:,\s*device_ids=\(\[(?P<ids>[\d,]+)\](?:T\((?P<turn>[\d,]+)\))?\))?\s*\{(?P<spread>[^}]*)\}"
+)
 _CALLED = re.compile(r"(calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 
 
@@ -213,10 +218,13 @@ def _group(text: str, devices: int) -> tuple[int, ...]:
         groups, sizes = _numbers(iota[1]), _numbers(iota[2])
         ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(iota[3]) if iota[3] else None)
         return tuple(ids.reshape(groups)[0].tolist())
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:device_ids=\S+\s*)?\{([^}]*)\}", text):
-        axes = re.findall(r"'(\w+)'=(\d+)", named[1])
-        ids = np.arange(math.prod(int(size) for _, size in axes)).reshape([int(size) for _, size in axes])
-        spread = re.findall(r"'(\w+)'", named[2])
+    if named := _MESH.search(text):
+        axes = re.findall(r"'(\w+)'=(\d+)", named["axes"])
+        ids = np.arange(math.prod(int(size) for _, size in axes))
+        if named["ids"]:
+            ids = ids.reshape(_numbers(named["ids"])).transpose(_numbers(named["turn"]) if named["turn"] else None)
+        ids = ids.reshape([int(size) for _, size in axes])
+        spread = re.findall(r"'(\w+)'", named["spread"])
         return tuple(ids[tuple(slice(None) if axis in spread else 0 for axis, _ in axes)].ravel().tolist())
     return tuple(range(devices))
 

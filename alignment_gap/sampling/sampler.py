@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -9,11 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree import leaves
 from jaxtyping import Array, Float, Int, Key
 
 from alignment_gap import checks, losses
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, abstract_parameters, compute_params, merged
+from alignment_gap.models.layers import placed_cache
 from alignment_gap.sharding import constrain, constrain_like, decoding
 
 # Tokens in a block of `draw`: about the square root of a vocabulary's size.
@@ -108,12 +111,25 @@ def sample(
     networks = [compute_params(policy, merged(each)) for each in (params, *([mixture.params] if mixture else []))]
     caches = [policy.prefill(each, prompts, prompt_lengths, samples, max_length) for each in networks]
     start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None], (batch, samples))
-    with decoding():
+    with _decoding(policy, networks):
         boxed = abstract_parameters(policy.init)
-        networks = [constrain_like(boxed, each) for each in networks]
-        start, keys = (constrain(x, "cache_batch", None) for x in (start, keys))
+        # In two steps, each a single collective: columns for rows within a copy, then the rows of the other copies. In
+        # one step XLA would first gather each whole weight.
+        networks = [constrain_like(boxed, constrain_like(boxed, each, embed="copied_embed")) for each in networks]
+        caches = [placed_cache(cache) for cache in caches]
+        start, keys = (constrain(x, "draws", None) for x in (start, keys))
         draw_from = functools.partial(_distribution, config=config, weight=mixture.weight if mixture else None)
         return _decode(policy, networks, caches, start, keys, draw_from, max_length=max_length, eos_id=eos_id)
+
+
+def _decoding(policy: Policy, networks: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+    """The layout for a loop over tokens of these networks, which reads all weights but those of an encoder."""
+    weights = sum(
+        leaf.nbytes for each in networks for name, part in each.items() if name != "encoder" for leaf in leaves(part)
+    )
+    (layers, *_), *_ = (leaf.shape for leaf in leaves(networks[0]["decoder"]["layers"]))
+    kv_heads = getattr(policy.config, "kv_heads", policy.config.heads)
+    return decoding(weights=weights, layers=layers * len(networks), kv_heads=kv_heads)
 
 
 def _decode(
@@ -143,7 +159,7 @@ def _decode(
 
     def step(state: Any) -> Any:
         position, tokens, ended, caches, drawn = state
-        inputs = constrain(tokens, None, None)
+        inputs = constrain(tokens, "rows", None)
         steps = [policy.decode_step(*each, position, inputs) for each in zip(networks, caches, strict=True)]
         logits = [_laid_out(output.logits(hidden)) for output, (hidden, _) in zip(outputs, steps, strict=True)]
         from_ = draw_from(logits)
@@ -166,7 +182,7 @@ def _decode(
 
 def _laid_out(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:
     """Moves the logits so that each device draws for its own rows: in three steps, each a single collective."""
-    for names in (("batch", None, "vocab"), ("cache_batch", None, "vocab"), ("cache_batch", None, None)):
+    for names in (("batch", None, "vocab"), ("draws", None, "vocab"), ("draws", None, None)):
         logits = constrain(logits, *names)
     return logits
 

@@ -29,11 +29,12 @@ from alignment_gap.sharding.processes import (
     put_replicated,
     to_host,
 )
-from alignment_gap.sharding.rules import AXES, DECODING, LAYOUTS, SEQUENCE, STANDARD, Layout, Rules
+from alignment_gap.sharding.rules import AXES, DECODING, DECODING_BY_HEADS, LAYOUTS, SEQUENCE, STANDARD, Layout, Rules
 
 __all__ = [
     "AXES",
     "DECODING",
+    "DECODING_BY_HEADS",
     "LAYOUTS",
     "SEQUENCE",
     "STANDARD",

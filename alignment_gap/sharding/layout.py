@@ -14,13 +14,19 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from alignment_gap.sharding.chips import CHIPS, DEVICE_KINDS, Chip
 from alignment_gap.sharding.mesh import LogicalMesh
-from alignment_gap.sharding.rules import DECODING, Rules
+from alignment_gap.sharding.rules import DECODING, DECODING_BY_HEADS, Rules
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Not flax's own context: with it, flax would constrain each layer's parameters by the axis names of the whole stack.
 _RULES: contextvars.ContextVar[Rules] = contextvars.ContextVar("logical axis rules", default=())
+_CHIP: contextvars.ContextVar[Chip | None] = contextvars.ContextVar("the mesh's kind of chip", default=None)
+# Sums over devices in each layer of a loop over tokens: after self-attention, cross-attention and the MLP.
+_SUMS = 3
+# The largest part of a chip's memory that the weights of a loop over tokens may take in addition.
+_SHARE = 1 / 8
 
 
 def partition_spec(
@@ -53,35 +59,69 @@ def within(mesh: LogicalMesh, function: Function) -> Function:
 
     @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        with _in_force(mesh.devices.abstract_mesh, mesh.rules):
-            return function(*args, **kwargs)
+        kind = mesh.devices.devices.flat[0].device_kind
+        token = _CHIP.set(CHIPS[DEVICE_KINDS[kind]] if kind in DEVICE_KINDS else None)
+        try:
+            with _in_force(mesh.devices.abstract_mesh, mesh.rules):
+                return function(*args, **kwargs)
+        finally:
+            _CHIP.reset(token)
 
     return traced  # type: ignore[return-value]
 
 
-def decoding() -> contextlib.AbstractContextManager[None]:
+def decoding(*, weights: int, layers: int, kv_heads: int) -> contextlib.AbstractContextManager[None]:
     """A context with the mesh and the rules for a loop over tokens; has no effect outside a function `within` a mesh.
 
     Both meshes have the same order of devices, so arrays that both rules lay out alike are not moved. JAX needs all
     arrays of a random function on the same mesh, so call `constrain` in this context on arrays made before it.
+
+    Args:
+      weights: bytes of the weights that each token reads.
+      layers: number of layers.
+      kv_heads: number of key and value heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not _RULES.get():
         return contextlib.nullcontext()
-    sizes = decoding_sizes(mesh.shape)
+    sizes = decoding_sizes(mesh.shape, weight_copies(mesh.shape, _CHIP.get(), weights, layers))
     split = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    return _in_force(split, DECODING)
+    by_heads = kv_heads % (sizes["columns"] * sizes["model"]) == 0
+    return _in_force(split, DECODING_BY_HEADS if by_heads else DECODING)
 
 
-def decoding_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Sizes of the mesh axes in `decoding`: fsdp loses a factor, the fewest columns with columns * model >= fsdp.
+def weight_copies(sizes: Mapping[str, int], chip: Chip | None, weights: int, layers: int) -> int:
+    """The number of copies of the weights along fsdp with which a loop over tokens takes the least time.
 
-    fsdp splits a weight's rows, and columns * model its columns. The data moved for each token has two parts: fsdp
-    divides one, columns * model the other, which is several times larger (2211.05102).
+    Fewer devices for each copy read more bytes, but their sums take fewer hops. A token takes at least the time to read
+    its device's part of the weights, and that of the sums, which are small and take as long as their hops. A copy may
+    take an eighth of a chip's memory on each device; if none can be that small, or if the time of a hop is unknown,
+    there is one copy.
     """
+    if chip is None or not chip.hop:
+        return 1
+
+    def seconds(devices: int) -> float:
+        hops = devices // 2 if devices % chip.wraps == 0 else devices - 1
+        return weights / devices / chip.hbm_bandwidth + layers * _SUMS * 2 * hops * chip.hop
+
     fsdp, model = sizes["fsdp"], sizes["model"]
-    columns = next(n for n in range(1, fsdp + 1) if fsdp % n == 0 and n * n * model >= fsdp)
-    return {"data": sizes["data"], "fsdp": fsdp // columns, "columns": columns, "model": model}
+    parts = [n for n in range(1, fsdp + 1) if fsdp % n == 0 and weights / (n * model) <= _SHARE * chip.hbm]
+    return fsdp // min(parts, key=lambda n: seconds(n * model), default=fsdp)
+
+
+def decoding_sizes(sizes: Mapping[str, int], copies: int = 1) -> dict[str, int]:
+    """Sizes of the mesh axes in `decoding`, where fsdp is split into copies, fsdp and columns.
+
+    Several copies split the columns of the weights only. A single copy splits rows and columns: it has the fewest
+    columns with columns * model >= fsdp. The data moved for each token then has two parts: fsdp divides one,
+    columns * model the other, which is several times larger (2211.05102).
+    """
+    fsdp, model = sizes["fsdp"] // copies, sizes["model"]
+    columns = fsdp
+    if copies == 1:
+        columns = next(n for n in range(1, fsdp + 1) if fsdp % n == 0 and n * n * model >= fsdp)
+    return {"data": sizes["data"], "copies": copies, "fsdp": fsdp // columns, "columns": columns, "model": model}
 
 
 @contextlib.contextmanager
@@ -120,15 +160,17 @@ def is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
-def constrain_like(boxed: Any, tree: Any) -> Any:
+def constrain_like(boxed: Any, tree: Any, **renamed: str) -> Any:
     """Shards a tree of arrays, as `constrain` does, by the axis names of (abstract) boxed parameters.
 
     Several arrays may be in the place of one parameter, such as a kernel with adapters; the first has the axes' names.
+    Keywords rename axes: embed="copied_embed" lays out all axes named "embed" by the rules of "copied_embed".
     """
 
     def constrained(box: Any, node: Any) -> Any:
         (first, *rest), structure = jax.tree.flatten(node)
-        return jax.tree.unflatten(structure, [constrain(first, *box.names), *rest])
+        names = [renamed.get(name, name) for name in box.names]
+        return jax.tree.unflatten(structure, [constrain(first, *names), *rest])
 
     return jax.tree.map(constrained, boxed, tree, is_leaf=is_box)
 

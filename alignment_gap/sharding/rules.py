@@ -33,17 +33,25 @@ STANDARD: Rules = (
 # (2205.05198).
 SEQUENCE: Rules = (*(rule for rule in STANDARD if rule[0] != "length"), ("length", "model"))
 
-# The rules for a loop over tokens, for every layout. The mesh's fsdp axis is split in two: fsdp and columns. To gather
-# the weights for every token would take most of the time. So the weights stay, sharded along both of their axes, and
-# the activations move, which are small for one token: the input of a product is sharded as the weights' rows are, and
-# its result is summed over them. The cache stays where the prompts were computed, on all devices of a model copy.
-DECODING: Rules = (
+# The rules for a loop over tokens, for every layout. The mesh's fsdp axis is split in three: copies of the weights,
+# fsdp and columns. To gather the weights for every token would take most of the time. So the weights stay, sharded
+# along both of their axes, and the activations move, which are small for one token: the input of a product is sharded
+# as the weights' rows are, and its result is summed over them. Each copy computes its own rows of the batch, and each
+# of its devices draws for a part of them.
+_WEIGHTS: Rules = (
     ("embed", "fsdp"),
-    ("cache_batch", ("data", "fsdp", "columns")),
+    # On the way there: the rows that a copy's devices hold together.
+    ("copied_embed", ("copies", "fsdp")),
     *((name, axes) for name in ("vocab", "mlp", "heads", "kv_heads") for axes in (("columns", "model"), "model")),
-    ("batch", ("data", "fsdp")),
-    ("batch", "data"),
+    ("batch", ("data", "copies", "fsdp")),
+    ("batch", ("data", "copies")),
+    ("rows", ("data", "copies")),
 )
+_ALL = ("data", "copies", "fsdp", "columns")
+# The cache is split by heads, as the products that fill it are, so that attention moves nothing over the columns.
+DECODING_BY_HEADS: Rules = (("draws", _ALL), ("cache_batch", _ALL[:-1]), *_WEIGHTS)
+# With too few heads for this, the cache stays where the prompts were computed.
+DECODING: Rules = (("draws", _ALL), ("cache_batch", _ALL), *_WEIGHTS)
 
 
 class Layout(NamedTuple):

@@ -61,6 +61,10 @@ def test_a_loop_without_a_known_count_takes_the_bound_of_its_condition(mesh):
         ("replica_groups=[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", tuple(range(8))),
+        # The ids lie in an array of their own: 2 x 4, turned to 4 x 2.
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}, x={}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", (0, 4)),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([8]) {'axis_0'}", (0, 2, 4, 6)),
         ("source_target_pairs={{3,1},{1,2}}", (3, 1)),
         ("replica_groups={}", tuple(range(8))),
     ],

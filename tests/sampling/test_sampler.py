@@ -16,7 +16,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config, make_policy
 from alignment_gap.plan import hlo
 from alignment_gap.sampling import SamplerConfig, draw, make_generate, restrict, sample_keys
-from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, replicated
+from alignment_gap.sharding import MeshConfig, batch_sharding, layout, make_mesh, replicated
 from alignment_gap.training import abstract_params, make_score
 
 PROMPTS = make_batch(8, vocabulary_size=16)
@@ -133,6 +133,18 @@ def test_a_sample_depends_on_run_step_and_prompt_id_only(even_policy, even_param
 @pytest.mark.parametrize("name", ["fsdp", "two_by_four", "all", "sequence"])
 def test_another_mesh_draws_the_same(name, even_policy, even_params, drawn):
     samples = draw_with(even_policy, even_params, SamplerConfig(), make_mesh(MESHES[name]))
+    np.testing.assert_array_equal(samples.responses, drawn.responses)
+    np.testing.assert_allclose(samples.log_probs, drawn.log_probs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "copies"),
+    # Eight devices with all weights each, pairs that split T5's two heads, two groups of four, pairs by the model axis.
+    [((1, 8, 1), 8), ((1, 8, 1), 4), ((1, 8, 1), 2), ((1, 4, 2), 4)],
+)
+def test_copies_of_the_weights_draw_the_same(sizes, copies, even_policy, even_params, drawn, monkeypatch):
+    monkeypatch.setattr(layout, "weight_copies", lambda *_: copies)
+    samples = draw_with(even_policy, even_params, SamplerConfig(), make_mesh(MeshConfig(*sizes)))
     np.testing.assert_array_equal(samples.responses, drawn.responses)
     np.testing.assert_allclose(samples.log_probs, drawn.log_probs, rtol=1e-4, atol=1e-5)
 

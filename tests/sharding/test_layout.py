@@ -1,5 +1,6 @@
 """How the rules lay out parameters, activations and batches: by hand, and by properties of any array."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from alignment_gap.models import make_policy
 from alignment_gap.sharding import (
     AXES,
     DECODING,
+    DECODING_BY_HEADS,
     LAYOUTS,
     SEQUENCE,
     STANDARD,
@@ -33,7 +35,8 @@ from alignment_gap.sharding import (
     unbox,
     within,
 )
-from alignment_gap.sharding.layout import decoding_sizes
+from alignment_gap.sharding.chips import CHIPS
+from alignment_gap.sharding.layout import decoding_sizes, weight_copies
 
 
 def boxed(names, shape):
@@ -118,7 +121,43 @@ def test_rules_by_hand(names, shape, rules, spec):
 )
 def test_decoding_splits_fsdp_in_two(sizes, expected):
     found = decoding_sizes(dict(zip(("data", "fsdp", "model"), sizes, strict=True)))
+    assert found.pop("copies") == 1
     assert found == dict(zip(("data", "fsdp", "columns", "model"), expected, strict=True))
+
+
+def test_several_copies_split_the_columns_of_weights_only():
+    found = decoding_sizes({"data": 2, "fsdp": 64, "model": 4}, copies=16)
+    assert found == {"data": 2, "copies": 16, "fsdp": 1, "columns": 4, "model": 4}
+
+
+# A chip that reads a gigabyte a second, with a gigabyte of memory, rings of 8, and hops of a millisecond.
+SLOW = dataclasses.replace(CHIPS["v5e"], hbm=2**30, hbm_bandwidth=1e9, wraps=8, hop=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("weights", "layers", "fsdp", "model", "copies"),
+    [
+        # A token of 100 MB takes 100 / n ms to read, and 6 ms a hop. By n = 1, 2, 4, 8: 100, 56, 43, 36.5 ms; in a
+        # ring of 16 it is 54.25.
+        (100_000_000, 1, 16, 1, 2),
+        (100_000_000, 1, 8, 1, 1),
+        # With ten layers 60 ms a hop: one device reads all, 100 ms.
+        (100_000_000, 10, 8, 1, 8),
+        # A copy takes at most an eighth of a gigabyte on each device.
+        (1_000_000_000, 100, 16, 1, 2),
+        (10_000_000_000, 1, 16, 1, 1),
+        # The model axis splits the columns too.
+        (100_000_000, 1, 8, 2, 2),
+    ],
+)
+def test_how_many_copies_of_the_weights_take_the_least_time(weights, layers, fsdp, model, copies):
+    sizes = {"data": 1, "fsdp": fsdp, "model": model}
+    assert weight_copies(sizes, SLOW, weights, layers) == copies
+
+
+def test_without_a_known_hop_there_is_one_copy():
+    sizes = {"data": 1, "fsdp": 8, "model": 1}
+    assert [weight_copies(sizes, chip, 1, 1) for chip in (None, CHIPS["cuda"], CHIPS["v5e"])] == [1, 1, 8]
 
 
 @pytest.mark.parametrize(
@@ -130,18 +169,33 @@ def test_decoding_splits_fsdp_in_two(sizes, expected):
         (("embed", "kv_heads", "kv"), (16, 1, 4), P("fsdp", None, None)),
         (("embed", "heads", "kv"), (16, 6, 4), P("fsdp", "model", None)),
         # The stream is split by width, like the rows of weights; outputs are split like the columns.
-        (("batch", None, "length", "embed"), (16, 2, 1, 16), P("data", None, None, "fsdp")),
-        (("batch", None, None, "mlp"), (16, 2, 1, 24), P(("data", "fsdp"), None, None, ("columns", "model"))),
+        (("batch", None, "length", "embed"), (16, 2, 1, 16), P(("data", "copies"), None, None, "fsdp")),
+        (("batch", None, None, "mlp"), (16, 2, 1, 24), P(("data", "copies", "fsdp"), None, None, ("columns", "model"))),
         # The cache is laid out like batch_sharding on the whole mesh.
         (
             ("layers", "cache_batch", None, "kv_heads", "kv_length", "kv"),
             (3, 16, 2, 8, 6, 4),
-            P(None, ("data", "fsdp", "columns"), None, "model", None, None),
+            P(None, ("data", "copies", "fsdp", "columns"), None, "model", None, None),
         ),
+        # Each copy has its own rows of the batch, and each of its devices draws for a part of them.
+        (("rows", None), (16, 2), P(("data", "copies"), None)),
+        (("draws", None, "vocab"), (16, 2, 32), P(("data", "copies", "fsdp", "columns"), None, "model")),
     ],
 )
 def test_rules_of_decoding_by_hand(names, shape, spec):
-    assert partition_spec(names, shape, {"data": 2, "fsdp": 4, "columns": 2, "model": 2}, DECODING) == spec
+    sizes = {"data": 2, "copies": 1, "fsdp": 4, "columns": 2, "model": 2}
+    assert partition_spec(names, shape, sizes, DECODING) == spec
+
+
+def test_with_enough_heads_the_cache_is_split_by_heads():
+    sizes, names = {"data": 1, "copies": 4, "fsdp": 1, "columns": 2, "model": 2}, ("cache_batch", None, "heads", "kv")
+    assert partition_spec(names, (16, 2, 8, 4), sizes, DECODING_BY_HEADS) == P(
+        ("data", "copies", "fsdp"), None, ("columns", "model"), None
+    )
+    # As the projection leaves it, so that nothing moves.
+    assert partition_spec(("batch", *names[1:]), (16, 2, 8, 4), sizes, DECODING_BY_HEADS) == P(
+        ("data", "copies", "fsdp"), None, ("columns", "model"), None
+    )
 
 
 def test_decoding_leaves_a_batch_where_it_is():
@@ -149,13 +203,13 @@ def test_decoding_leaves_a_batch_where_it_is():
     x, whole = jnp.ones((8, 8)), replicated(mesh)
 
     def lay_out(x, y):
-        with decoding():
+        with decoding(weights=1, layers=1, kv_heads=3):
             return constrain(2 * x, "cache_batch", None), constrain(2 * y, None, "embed")
 
     batch, stream = jax.jit(within(mesh, lay_out))(jax.device_put(x, batch_sharding(mesh)), jax.device_put(x, whole))
     assert batch.sharding.is_equivalent_to(batch_sharding(mesh), 2)
     assert stream.sharding.shard_shape((8, 8)) == (8, 4)
-    with decoding():
+    with decoding(weights=1, layers=1, kv_heads=3):
         assert constrain(x, "cache_batch", None) is x
 
 

@@ -1,0 +1,66 @@
+"""Time of a sampled token by how many chips share a copy of the weights: what the plan chooses, and every other choice.
+
+    python benchmarks/sampling_layout.py t5_large_online_v5e
+    python benchmarks/sampling_layout.py t5_large_online_v5e --copies 1 64
+
+The name is one of plan_matrix.py. Compiles the sampler of that plan for TPUs, once for each number of copies. Prints a
+row for each: the times that arithmetic, HBM and interconnect take alone, at best, per token; the collectives per token;
+and the peak of a chip's memory. The first row is the sampler's own choice. No TPU is needed. Each compilation takes
+minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from unittest import mock
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from plan_matrix import commands
+
+from alignment_gap.cli.plan import read_config
+from alignment_gap.plan.programs import Compiled, compile_here, environment
+from alignment_gap.plan.roofline import times
+from alignment_gap.plan.steps import PlanConfig, Program
+from alignment_gap.sharding import layout
+from alignment_gap.sharding.chips import GIB
+
+
+def compiled_with(config: PlanConfig, program: Program, copies: int | None) -> tuple[Compiled, int]:
+    """The compiled sampler and its number of copies along fsdp; None for the sampler's own choice."""
+    chosen: list[int] = []
+    own = layout.weight_copies
+
+    def choose(*arguments: object) -> int:
+        chosen.append(own(*arguments) if copies is None else copies)  # type: ignore[arg-type]
+        return chosen[-1]
+
+    with mock.patch.object(layout, "weight_copies", choose):
+        return compile_here(config, program), chosen[-1]
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=[name for name in commands() if "online" in name])
+    parser.add_argument("--copies", type=int, nargs="*", default=[1], help="numbers of copies beside the own choice")
+    flags = parser.parse_args()
+    config, _ = read_config(["plan", *commands()[flags.name]])
+    (program,) = (each for each in config.programs if each.name == "sampling")
+    os.environ.update(environment(config.topology))
+    chip, tokens = config.topology.chip, program.batch.response
+    print("| copies | arithmetic, ms a token | HBM | interconnect | at best | collectives a token | peak, GiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for copies in (None, *flags.copies):
+        compiled, found = compiled_with(config, program, copies)
+        time = times(chip, compiled.flops / config.topology.devices, compiled.traffic, compiled.collectives)
+        cells = [f"{1e3 * each / tokens:.2f}" for each in (time.compute, time.hbm, time.interconnect, time.seconds)]
+        count = sum(moved.count for moved in compiled.collectives if moved.count >= tokens) / tokens
+        print(f"| {found} | {' | '.join(cells)} | {count:.0f} | {compiled.peak / GIB:.2f} |", flush=True)
+        for moved in compiled.collectives[:6]:
+            print(f"<!-- {moved} -->", flush=True)
+
+
+if __name__ == "__main__":
+    main()
