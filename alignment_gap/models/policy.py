@@ -80,7 +80,11 @@ class Policy(Protocol):
     def prefill(
         self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
     ) -> Any:
-        """A cache to decode `samples` responses of at most `max_length` tokens for each prompt."""
+        """A cache to decode `samples` responses of at most `max_length` tokens for each prompt.
+
+        It is a dictionary. "prompt" and "responses" are keys and values of all layers, as in `layers.placed_cache`; all
+        else has one entry for each prompt.
+        """
 
     def decode_step(
         self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"]
