@@ -53,7 +53,7 @@ def trainer(cls, **attributes):
     common = {
         "accelerator": Accelerator(),
         "aux_loss_enabled": False,
-        "model": types.SimpleNamespace(training=False, is_gradient_checkpointing=False),
+        "model": types.SimpleNamespace(training=False, is_gradient_checkpointing=False, _modules={}),
         "_metrics": {mode: collections.defaultdict(list) for mode in ("train", "eval")},
         "_total_train_tokens": 0,
         "_tp_size": 1,
