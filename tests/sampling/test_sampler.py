@@ -143,8 +143,19 @@ def test_another_mesh_draws_the_same(name, even_policy, even_params, drawn):
     [((1, 8, 1), 8), ((1, 8, 1), 4), ((1, 8, 1), 2), ((1, 4, 2), 4)],
 )
 def test_copies_of_the_weights_draw_the_same(sizes, copies, even_policy, even_params, drawn, monkeypatch):
+    found, own = [], layout.decoding_sizes
+
+    def sizes_of(*arguments):
+        found.append(own(*arguments))
+        return found[-1]
+
     monkeypatch.setattr(layout, "weight_copies", lambda *_: copies)
+    monkeypatch.setattr(layout, "decoding_sizes", sizes_of)
+    # Generators are kept by their mesh; those with other copies must not be used here, nor these elsewhere.
+    make_generate.cache_clear()
     samples = draw_with(even_policy, even_params, SamplerConfig(), make_mesh(MeshConfig(*sizes)))
+    make_generate.cache_clear()
+    assert [each["copies"] for each in found] == [copies]
     np.testing.assert_array_equal(samples.responses, drawn.responses)
     np.testing.assert_allclose(samples.log_probs, drawn.log_probs, rtol=1e-4, atol=1e-5)
 
