@@ -154,7 +154,7 @@ def one_judge_server():
 
 @pytest.fixture
 def server(one_judge_server):
-    """A server of a language model that judges; it has not been asked anything yet."""
+    """A server of a language model that judges, without any earlier requests."""
     one_judge_server.reset()
     return one_judge_server
 

@@ -41,7 +41,7 @@ def kl_estimate(
       float32 of the input's shape, nats: one value for each response or token, without a sum.
 
     Raises:
-      ValueError: there is no such estimator.
+      ValueError: the estimator is unknown.
       AssertionError: shapes or types do not fit.
     """
     check_choice("estimator", estimator, ("k1", "k2", "k3"))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from alignment_gap.plan.hlo import Collective
-from alignment_gap.sharding.chips import Chip, Topology
+from alignment_gap.sharding.chips import Chip, Topology, hops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +117,9 @@ def seconds(collective: Collective, group: Sequence[Any], topology: Topology) ->
         time += rounds * part * (slices - 1) / slices / topology.chip.dcn_bandwidth
     inside = n // slices
     if inside > 1:
-        wires, ring, hops = _wires(group, topology)
+        wires, ring, path = _wires(group, topology)
         passed = size * ring / 4 if collective.kind.endswith("all-to-all") else size * (inside - 1) / inside
-        time += rounds * max(passed / (wires * topology.chip.link_bandwidth), hops * hop)
+        time += rounds * max(passed / (wires * topology.chip.link_bandwidth), path * hop)
     return time
 
 
@@ -127,18 +127,18 @@ def _wires(group: Sequence[Any], topology: Topology) -> tuple[float, float, int]
     """The links over which a device of the group receives at once, the length of its rings, and its longest path.
 
     A torus axis that the group fills, and that closes to a ring, counts both directions; any other axis counts one. The
-    path to the farthest device has half as many hops as a ring has devices; along any other axis it goes to the end.
+    path to the farthest device goes along one axis after the other.
     """
     if not topology.chip.dimensions:
-        return 1.0, len(group), len(group) - 1
+        return 1.0, len(group), hops(len(group), ring=False)
     first = getattr(group[0], "slice_index", None)
     coordinates = np.array([device.coords for device in group if getattr(device, "slice_index", None) == first])
-    wires, lengths, hops = 0.0, [], 0
+    wires, lengths, path = 0.0, [], 0
     for axis, whole in enumerate(topology.shape):
         length = len(set(coordinates[:, axis].tolist()))
         if length > 1:
             is_ring = length == whole and whole % topology.chip.wraps == 0
             lengths.append(length)
             wires += 2.0 if is_ring else 1.0
-            hops += length // 2 if is_ring else length - 1
-    return (wires or 1.0), math.prod(lengths) ** (1 / max(len(lengths), 1)), hops
+            path += hops(length, ring=is_ring)
+    return (wires or 1.0), math.prod(lengths) ** (1 / max(len(lengths), 1)), path

@@ -123,7 +123,11 @@ def sample(
 
 
 def _decoding(policy: Policy, networks: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
-    """The layout for a loop over tokens of these networks, which reads all weights but those of an encoder."""
+    """The layout for a loop over tokens of these networks.
+
+    Each token reads all weights but those of an encoder. An input embedding counts as a whole, although only rows of it
+    are read.
+    """
     weights = sum(
         leaf.nbytes for each in networks for name, part in each.items() if name != "encoder" for leaf in leaves(part)
     )

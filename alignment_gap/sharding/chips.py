@@ -82,6 +82,11 @@ DEVICE_KINDS = {
 }
 
 
+def hops(devices: int, *, ring: bool) -> int:
+    """Hops to the farthest of some devices along one axis: half of a ring, or a line from end to end."""
+    return devices // 2 if ring else devices - 1
+
+
 def peak_flops(devices: Iterable[Any]) -> float | None:
     """Total FLOP/s of these jax devices, for dense bfloat16 products; None if the table lacks one of them."""
     kinds = [DEVICE_KINDS.get(device.device_kind) for device in devices]

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from alignment_gap.sharding.chips import CHIPS, DEVICE_KINDS, Chip
+from alignment_gap.sharding.chips import CHIPS, DEVICE_KINDS, Chip, hops
 from alignment_gap.sharding.mesh import LogicalMesh
 from alignment_gap.sharding.rules import DECODING, DECODING_BY_HEADS, Rules
 
@@ -78,7 +78,7 @@ def decoding(*, weights: int, layers: int, kv_heads: int) -> contextlib.Abstract
 
     Args:
       weights: bytes of the weights that each token reads.
-      layers: number of layers.
+      layers: number of layers that each token passes.
       kv_heads: number of key and value heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -102,8 +102,8 @@ def weight_copies(sizes: Mapping[str, int], chip: Chip | None, weights: int, lay
         return 1
 
     def seconds(devices: int) -> float:
-        hops = devices // 2 if devices % chip.wraps == 0 else devices - 1
-        return weights / devices / chip.hbm_bandwidth + layers * _SUMS * 2 * hops * chip.hop
+        far = hops(devices, ring=devices % chip.wraps == 0)
+        return weights / devices / chip.hbm_bandwidth + layers * _SUMS * 2 * far * chip.hop
 
     fsdp, model = sizes["fsdp"], sizes["model"]
     parts = [n for n in range(1, fsdp + 1) if fsdp % n == 0 and weights / (n * model) <= _SHARE * chip.hbm]

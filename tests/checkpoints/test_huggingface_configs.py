@@ -235,7 +235,7 @@ S, F = "sliding_attention", "full_attention"
     [
         ({"layer_types": [S, S, F, S, S, F]}, (4096, 3)),
         ({"layer_types": [S, S, S, S, S, F]}, (4096, 6)),
-        # If all layers have a window, n is one more than the number of layers; if no layer has one, there is no window.
+        # Every layer has a window: n is the number of layers plus one. No layer has one: the window is None.
         ({"layer_types": [S] * 6}, (4096, 7)),
         ({"layer_types": [F] * 6}, (None, 1)),
         ({"layer_types": [S, S, S, S, F, S]}, (4096, 5)),

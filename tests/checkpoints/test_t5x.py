@@ -154,9 +154,9 @@ def test_a_file_of_t5xs_own(tmp_path):
 
 @needs_fixtures
 def test_a_folder_of_t5xs_own():
-    """A toy checkpoint of T5X: the optimizer's state has a kernel and a bias, and there are no parameters.
+    """T5X's toy checkpoint stores an optimizer state of a kernel and a bias, and no parameters.
 
-    The hidden zarr files are lost.
+    It has lost its hidden zarr files.
     """
     folder = FIXTURES / "tiny_t5" / "checkpoint_1"
     tensors = open_tree(folder / "checkpoint")

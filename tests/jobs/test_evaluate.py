@@ -200,7 +200,7 @@ def test_the_best_of_n_is_the_best_of_the_first_n_responses_by_its_judge(config,
     for number, found in ((1, one), (2, two), (4, four)):
         assert found["kl"] == pytest.approx(np.full(8, math.log(number) - (number - 1) / number))
         assert found.keys() == {"reward.short", "win_rate.short.recorded", "length", "kl", "responses", "lengths"}
-    # With one response there is no choice: it is the response of the last checkpoint.
+    # The best of one response is this response, the one that the plain evaluation draws.
     plain = evaluated(dataclasses.replace(config, **judges, steps=(6,)), tmp_path / "plain")
     np.testing.assert_array_equal(stored(plain, 6)["responses"], one["responses"])
     assert [line.split(",")[1] for line in (folder / "results.csv").read_text().splitlines()] == ["step", "1", "2", "4"]

@@ -185,7 +185,7 @@ def test_what_is_missing_is_one_line(task_of, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("refuses", [False, True])
 def test_kubectl_gets_the_manifest(task_of, tmp_path, monkeypatch, refuses):
-    """A program replaces kubectl, because there is no cluster here."""
+    """A program stands in for kubectl and keeps the manifest that it gets."""
     kubectl = tmp_path / "bin" / "kubectl"
     kubectl.parent.mkdir()
     refusal = 'cat > /dev/null; echo "Error: forbidden" >&2; exit 1'
