@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
+from typing import Any
 from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -32,8 +34,10 @@ def compiled_with(config: PlanConfig, program: Program, copies: int | None) -> t
     chosen: list[int] = []
     own = layout.weight_copies
 
-    def choose(*arguments: object) -> int:
-        chosen.append(own(*arguments) if copies is None else copies)  # type: ignore[arg-type]
+    def choose(sizes: Mapping[str, int], *arguments: Any) -> int:
+        if copies is not None and sizes["fsdp"] % copies:
+            raise SystemExit(f"copies is {copies}: it must divide fsdp={sizes['fsdp']}")
+        chosen.append(own(sizes, *arguments) if copies is None else copies)
         return chosen[-1]
 
     with mock.patch.object(layout, "weight_copies", choose):
