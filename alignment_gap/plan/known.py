@@ -110,7 +110,10 @@ class Known:
         if job.adapter.rank is not None:
             network = dataclasses.replace(network, adapter=job.adapter, base=job.start)
         if job.start is None and job.model is None and size is None:
-            raise UserError("there is no model: give --model, or the gin file of one such as gin/models/t5_tiny.gin")
+            raise UserError(
+                "there is no model: give --model, or the gin files of a job and of its model, such as "
+                "--gin_file=gin/runs/sft.gin --gin_file=gin/models/t5_tiny.gin"
+            )
         if job.model is None:
             start = self.run(str(job.start), job.start_step)
             if job.kind != "bradley_terry":
