@@ -40,28 +40,42 @@ def needed(*names):
     return found
 
 
-def test_the_losses_need_jax_and_chex_alone():
-    """All other packages are hidden, as if they were not installed."""
+def with_jax_and_chex_alone(program):
+    """Runs a program while all other packages are hidden, as if they were not installed."""
     there = needed("jax", "chex") | {"alignment-gap"}
     owners = importlib.metadata.packages_distributions()
     hidden = {module for module, names in owners.items() if not there & {canonicalize_name(name) for name in names}}
     assert {"jaxtyping", "flax", "optax", "tqdm"} <= hidden
-    program = f"""
+    hide = f"""
 from importlib.machinery import PathFinder
 
 find_spec, hidden = PathFinder.find_spec, {hidden}
 PathFinder.find_spec = staticmethod(lambda name, *at: None if name.split(".")[0] in hidden else find_spec(name, *at))
+"""
+    return subprocess.run([sys.executable, "-c", hide + program], capture_output=True, text=True)
+
+
+def test_the_losses_need_jax_and_chex_alone():
+    done = with_jax_and_chex_alone("""
 import jax.numpy as jnp
 from alignment_gap import losses
 
 chosen, rejected, reference = jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0])
 print(losses.get("ipo", beta=0.1)(chosen, rejected, reference, reference))
 import jaxtyping
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+""")
     # (2 - 1 / (2 * 0.1))**2
     assert done.stdout == "[9.]\n", done.stderr
     assert done.stderr.endswith("No module named 'jaxtyping'\n")
+
+
+def test_with_jax_and_chex_alone_losses_are_listed_and_other_commands_end_with_one_line():
+    command = "import sys\nfrom alignment_gap.cli.main import main\nsys.argv = ['alignment-gap', {!r}]\nmain()"
+    done = with_jax_and_chex_alone(command.format("losses"))
+    assert done.returncode == 0 and "\nipo " in done.stdout, done.stderr
+    done = with_jax_and_chex_alone(command.format("train"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: train needs '") and "alignment-gap doctor" in done.stderr
 
 
 def test_tensorflow_is_imported_by_the_modules_made_for_it_alone():

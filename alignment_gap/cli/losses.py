@@ -11,7 +11,7 @@ from typing import Any
 
 from alignment_gap import losses
 from alignment_gap.cli.flags import parse
-from alignment_gap.evaluation.results import text_table
+from alignment_gap.tables import text_table
 
 
 def main(arguments: list[str]) -> None:

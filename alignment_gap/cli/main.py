@@ -62,7 +62,16 @@ def _run(arguments: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: {nearest(name, COMMANDS)}")
     freed_memory.keep_on_cpu()
-    importlib.import_module(f"alignment_gap.cli.{name}").main(["alignment-gap " + name, *arguments[1:]])
+    try:
+        command = importlib.import_module(f"alignment_gap.cli.{name}")
+    except ModuleNotFoundError as error:
+        if str(error.name).split(".")[0] == "alignment_gap":
+            raise
+        raise UserError(
+            f"{name} needs {error.name!r}, which is not installed: `alignment-gap doctor` prints the command that "
+            "installs what is missing"
+        ) from error
+    command.main(["alignment-gap " + name, *arguments[1:]])
 
 
 def guarded(run: Callable[[], None]) -> int:

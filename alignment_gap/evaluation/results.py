@@ -1,4 +1,4 @@
-"""Tables of measured values: rows of means with their intervals, as CSV and as text for a terminal."""
+"""Tables of measured values: rows of means with their intervals, as CSV."""
 
 from __future__ import annotations
 
@@ -36,15 +36,6 @@ def csv_text(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> st
     for row in rows:
         writer.writerow({name: "" if _is_nan(value) else value for name, value in row.items()})
     return text.getvalue()
-
-
-def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal; each column is as wide as its widest cell."""
-    lines = [list(headers), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
 
 
 def _is_nan(value: object) -> bool:

@@ -15,12 +15,13 @@ from alignment_gap import checks
 from alignment_gap.data.records import Example
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.intervals import mean_interval
-from alignment_gap.evaluation.results import csv_text, text_table
+from alignment_gap.evaluation.results import csv_text
 from alignment_gap.folders import AnyPath, write_bytes
 from alignment_gap.jobs.folder import Kind, Opened
 from alignment_gap.jobs.label import open_checked
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import on_first_process
+from alignment_gap.tables import text_table
 
 RESULTS = "results.csv"
 _COLUMNS = ("baseline", "pairs", "accuracy", "accuracy_low", "accuracy_high")

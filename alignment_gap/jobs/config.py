@@ -47,11 +47,15 @@ class LossConfig:
     def function(self) -> Callable[..., Any]:
         """The loss with its settings bound; raises UserError if a setting, or the loss's list of inputs, is wrong."""
         try:
+            losses.get(self.name)
+        except ValueError as error:
+            raise UserError(f"name: {error}") from error
+        try:
             loss = losses.get(self.name, **self.settings)
             losses.reads(loss)
             return loss
         except ValueError as error:
-            raise UserError(str(error)) from error
+            raise UserError(f"settings is {dict(self.settings)}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
 from alignment_gap.evaluation.figure import kl_picture
 from alignment_gap.evaluation.measures import Outcomes, Responses, agreed, classified, classified_own, diverged, judged
-from alignment_gap.evaluation.results import csv_text, means, text_table
+from alignment_gap.evaluation.results import csv_text, means
 from alignment_gap.folders import AnyPath, at, read_json, write_bytes
 from alignment_gap.jobs.compose import distinct_prompts
 from alignment_gap.jobs.config import POLICY
@@ -48,6 +48,7 @@ from alignment_gap.models import Policy
 from alignment_gap.progress import OpenBar
 from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig, first_says, make_mesh, on_every_process, on_first_process
+from alignment_gap.tables import text_table
 
 RESULTS, FIGURE = "results.csv", "figure.png"
 # Arrays in a checkpoint's file that are not outcomes.

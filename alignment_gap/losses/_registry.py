@@ -158,4 +158,5 @@ def _check_settings(function: Loss, settings: Settings) -> None:
     valid = _defaults(function)
     for name in settings:
         if name not in valid:
-            raise ValueError(f"setting of {getattr(function, '__name__', 'the loss')}: {unknown(name, valid)}")
+            known = unknown(name, valid) if valid else f"unknown {name!r}; it has no settings"
+            raise ValueError(f"setting of {getattr(function, '__name__', 'the loss')}: {known}")

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
-from alignment_gap.evaluation.results import text_table
 from alignment_gap.models import abstract_parameters, count_parameters
 from alignment_gap.plan.best import Search
 from alignment_gap.plan.plan import Plan
 from alignment_gap.sharding import AXES
 from alignment_gap.sharding.chips import GIB
+from alignment_gap.tables import text_table
 
 _BOUNDS = {"compute": "arithmetic", "hbm": "HBM", "interconnect": "interconnect"}
 

@@ -14,10 +14,11 @@ from alignment_gap.evaluation import charts
 from alignment_gap.jobs.config import POLICY
 from alignment_gap.jobs.folder import Job
 from alignment_gap.jobs.train import TRAIN
+from alignment_gap.study.arms import file_word
 from alignment_gap.study.graph import StudyGraph
 from alignment_gap.study.marks import WIDTH, Figure
 
-# Patterns of job names, and the labels of the boxes.
+# Patterns of job names, and the labels of the boxes. LOSS stands for the first loss of the study.
 _WORKFLOW = {
     "data": "human pairs",
     "sft": "SFT",
@@ -26,14 +27,14 @@ _WORKFLOW = {
     "relabelled-train": "D_golden",
     "proxy": "proxy model",
     "golden-ipo-.*": "golden policy",
-    "online-ipo-.*": "online",
-    "offline-ipo-.*": "offline",
+    "online-LOSS-.*": "online",
+    "offline-LOSS-.*": "offline",
 }
 _STREAM = {
-    "online-ipo-.*": "online",
-    "pairs-.*-ipo": "{pairs}",
-    "(shuffled|replayed|small_windows|large_windows)-ipo-.*": "{arm}",
-    "(final_vs_final|sft_vs_early|early_vs_final)-ipo-.*": "{arm}",
+    "online-LOSS-.*": "online",
+    "pairs-.*-LOSS": "{pairs}",
+    "(shuffled|replayed|small_windows|large_windows)-LOSS-.*": "{arm}",
+    "(final_vs_final|sft_vs_early|early_vs_final)-LOSS-.*": "{arm}",
 }
 
 # Kinds of results; each has its own outline.
@@ -44,8 +45,8 @@ _COLOURS = {_PAIRS: charts.LINE, _JUDGE: "#CC79A7", _POLICY: "#0072B2"}
 _WIDE, _HIGH, _BEND = 0.36, 0.16, 0.12
 
 
-def diagram_figures(graph: StudyGraph) -> list[Figure]:
-    """The workflow (figure 2 of the paper) and the uses of the online run's stream (figure 3), for one seed."""
+def diagram_figures(graph: StudyGraph, loss: str) -> list[Figure]:
+    """The workflow (figure 2 of the paper) and the uses of the online stream (figure 3), for one seed and one loss."""
     prefix = f"seed{graph.seeds[0].seed}-"
     jobs = {job.name.removeprefix(prefix): job for job in graph.jobs if job.name.startswith(prefix)}
     made = collections.Counter(map(_made, jobs.values()))
@@ -67,10 +68,15 @@ def diagram_figures(graph: StudyGraph) -> list[Figure]:
         "The pairs of an online run are kept. Offline runs train on them in their order and in random order, and on "
         "new pairs of the policies that the run went through.",
     )
-    drawn = [_drawn(workflow, jobs, _WORKFLOW), _drawn(stream, jobs, _STREAM)]
-    readers = [word for word in _boxes(jobs, _STREAM) if word != "online" and not word.startswith("pairs ")]
+    streams = _under(_STREAM, loss)
+    drawn = [_drawn(workflow, jobs, _under(_WORKFLOW, loss)), _drawn(stream, jobs, streams)]
+    readers = [word for word in _boxes(jobs, streams) if word != "online" and not word.startswith("pairs ")]
     said = f"Arms of this study that learn from it: {', '.join(readers) or 'none'}."
     return [drawn[0], dataclasses.replace(drawn[1], sentences=(said,))]
+
+
+def _under(patterns: Mapping[str, str], loss: str) -> dict[str, str]:
+    return {pattern.replace("LOSS", re.escape(file_word(loss))): word for pattern, word in patterns.items()}
 
 
 def _made(job: Job) -> str:

@@ -74,5 +74,5 @@ def _pooled(contexts: Sequence[ReportContext], seeds: dict[int, AnyPath]) -> Rep
         judges=judges,
         wall_time={job: time for context in contexts for job, time in context.wall_time.items()},
         notes=notes_on(config, judges),
-        diagrams=diagram_figures(study_graph(own, seeds[min(seeds)] / JOBS)),
+        diagrams=diagram_figures(study_graph(own, seeds[min(seeds)] / JOBS), own.arms.losses[0]),
     )

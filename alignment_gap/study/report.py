@@ -20,7 +20,7 @@ from typing import Any
 from alignment_gap.configuration import flatten, from_dict, to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.intervals import Interval
-from alignment_gap.evaluation.results import csv_text, text_table
+from alignment_gap.evaluation.results import csv_text
 from alignment_gap.folders import AnyPath, read_json, write_bytes, write_json
 from alignment_gap.study import analysis, curves, figures, findings
 from alignment_gap.study.analysis import METRICS, ORIGIN, CheckpointResult, Comparison, Method, loss_name
@@ -33,6 +33,7 @@ from alignment_gap.study.findings import MINUS, nats
 from alignment_gap.study.marks import Figure
 from alignment_gap.study.outcomes import write_outcomes
 from alignment_gap.study.page import render, write_page
+from alignment_gap.tables import text_table
 
 FACTS = "facts.json"
 _NONE = "\u2013"

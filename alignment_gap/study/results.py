@@ -68,7 +68,7 @@ def report_context(config: StudyConfig, graph: StudyGraph) -> ReportContext:
         samples=_samples(config, graph.seeds[0]),
         wall_time={job.name: _wall_time(job) for job in graph.jobs},
         notes=notes_on(config, judges),
-        diagrams=diagram_figures(graph),
+        diagrams=diagram_figures(graph, config.arms.losses[0]),
         training=[run for seed in graph.seeds for run in _training_runs(graph, seed)],
     )
 

@@ -1,4 +1,4 @@
-"""Measurements as rows, as CSV and as a table."""
+"""Measurements as rows, as CSV."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from alignment_gap.evaluation.intervals import mean_interval
-from alignment_gap.evaluation.results import csv_text, means, text_table
+from alignment_gap.evaluation.results import csv_text, means
 
 
 def test_a_row_has_the_mean_of_each_metric_with_its_ends():
@@ -62,16 +62,3 @@ def test_csv_is_what_was_given_and_an_empty_field_for_nan():
 
 def test_csv_of_no_rows_has_its_header():
     assert csv_text([], ["step", "kl"]) == "step,kl\n"
-
-
-def test_columns_of_a_table_are_as_wide_as_their_widest_cell():
-    table = text_table(["mean", "step 10", "step 200"], [["kl", "0.1", "0.25 (0.2 to 0.3)"], ["accuracy", "", "1"]])
-    assert table.split("\n") == [
-        "mean      step 10  step 200",
-        "kl        0.1      0.25 (0.2 to 0.3)",
-        "accuracy           1",
-    ]
-
-
-def test_a_table_without_rows_is_its_headers():
-    assert text_table(["a", "long name"], []) == "a  long name"

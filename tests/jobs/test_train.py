@@ -228,6 +228,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, sft, sft_config, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_wrong_loss_names_its_field():
+    with pytest.raises(UserError, match=r"^name: loss: unknown 'ipoo'; did you mean 'ipo'"):
+        LossConfig("ipoo")
+    line = r"^settings is \{'beta': 0.1\}: setting of online_kl: unknown 'beta'; it has no settings$"
+    with pytest.raises(UserError, match=line):
+        LossConfig("online_kl", {"beta": 0.1})
+
+
+def test_the_folder_above_a_dataset_is_refused_with_the_name_of_the_dataset(pairs, sft_config, tmp_path):
+    shutil.copytree(pairs, tmp_path / "prepared" / "train")
+    config = dataclasses.replace(sft_config, source=DatasetConfig(str(tmp_path / "prepared")))
+    with pytest.raises(UserError, match=r"prepared is not a finished dataset .*: give .*/prepared/train, or run"):
+        run_job(config, tmp_path / "run")
+
+
 def test_a_loss_that_says_wrongly_what_it_reads():
     with pytest.raises(UserError, match="reads: unknown 'everything'; valid: other prompts, width"):
         LossConfig("job_runs:misread")

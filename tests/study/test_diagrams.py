@@ -17,7 +17,7 @@ def lines_and_boxes(figure):
 
 def diagrams(config, tmp_path, **arms):
     config = dataclasses.replace(config, seed=3, arms=dataclasses.replace(config.arms, **arms))
-    return {figure.name: figure for figure in diagram_figures(study_graph(config, tmp_path))}
+    return {figure.name: figure for figure in diagram_figures(study_graph(config, tmp_path), config.arms.losses[0])}
 
 
 def test_the_workflow_is_that_of_the_paper(config, tmp_path):
@@ -28,6 +28,13 @@ def test_the_workflow_is_that_of_the_paper(config, tmp_path):
     } < edges
     assert not {"golden model to online", "proxy model to offline", "human pairs to offline"} & edges
     assert all(places[start][0] < places[end][0] for start, end in (edge.split(" to ") for edge in edges))
+
+
+def test_the_diagrams_are_those_of_the_first_loss(config, tmp_path):
+    drawn = diagrams(config, tmp_path, losses=("dpo", "slic"))
+    edges, _ = lines_and_boxes(drawn["figure_2"])
+    assert {"proxy model to online", "D_golden to offline", "golden model to golden policy"} < edges
+    assert lines_and_boxes(drawn["figure_3"])[0] == {"online to shuffled"}
 
 
 def test_the_arms_that_read_the_online_run(config, tmp_path):
@@ -47,6 +54,6 @@ def test_a_diagram_is_drawn(config, tmp_path):
 def test_a_study_without_arms_has_no_diagram_of_the_online_run(config):
     arms = dataclasses.replace(config.arms, names=())
     graph = study_graph(dataclasses.replace(config, arms=arms), pathlib.Path("jobs"))
-    workflow, stream = diagram_figures(graph)
+    workflow, stream = diagram_figures(graph, "ipo")
     assert workflow.spec and not workflow.missing
     assert stream.missing == "this study has none of its jobs"

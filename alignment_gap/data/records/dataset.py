@@ -561,9 +561,11 @@ def _read_card(path: AnyPath) -> Card:
             raise ValueError("its counts and lengths do not match its files")
         return card
     except OSError as error:
+        train = path.parent / "train"
+        given = f"{train}" if (train / CARD).exists() else "a prepared dataset's folder"
         raise UserError(
-            f"{path.parent} is not a finished dataset ({CARD}: {error.strerror}): give a prepared dataset's folder, "
-            "or run the job that writes it again"
+            f"{path.parent} is not a finished dataset ({CARD}: {error.strerror}): give {given}, or run the job that "
+            "writes it again"
         ) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
