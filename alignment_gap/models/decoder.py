@@ -375,7 +375,7 @@ class DecoderPolicy:
 
         x, stacked = self._embed(params, prompts), params["decoder"]["layers"]
         _, prompt = scan_stack(layer, x, stacked, self._full_layers(), config=config)
-        shape = (config.layers, len(prompts), samples, config.kv_heads, max_length, config.head_size)
+        shape = (config.layers, len(prompts), config.kv_heads, samples, max_length, config.head_size)
         return {
             "prompt": prompt,
             "prompt_lengths": prompt_lengths,

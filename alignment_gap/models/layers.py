@@ -197,15 +197,16 @@ class Segment(NamedTuple):
     """Keys and values that queries attend to: the prompt's, shared by K responses, or each response's own.
 
     Attributes:
-      keys: [B, G, S, D] if all K rows of a prompt share them, [B, K, G, S, D] if each row has its own. Heads come
-        before positions, the order that matrix products need; so decoding does not transpose the cache for each token.
+      keys: [B, G, S, D] if all K rows of a prompt share them, [B, G, K, S, D] if each row has its own. Heads come
+        before rows and positions, the order that matrix products need; so decoding does not transpose the cache for
+        each token.
       values: shaped as the keys.
       mask: True where a query may attend to a key; broadcastable to [B, K, Q, S].
       bias: added to the logits of each head, [H, Q, S], or None.
     """
 
-    keys: Float[Array, "B *K G S D"]
-    values: Float[Array, "B *K G S D"]
+    keys: Float[Array, "B G *K S D"]
+    values: Float[Array, "B G *K S D"]
     mask: Bool[Array, "#B #K #Q #S"]
     bias: Float[Array, "H Q S"] | None = None
 
@@ -223,32 +224,35 @@ def attend(
     query = constrain(query, "batch", None, None, "heads", "kv")
     query = constrain(query, "cache_batch", None, None, "heads", "kv")
     segments = [segment._replace(keys=_cached(segment.keys), values=_cached(segment.values)) for segment in segments]
-    groups = segments[0].keys.shape[-3]
-    query = query.reshape(batch, rows, length, groups, heads // groups, size) * scale
+    groups = segments[0].keys.shape[1]
+    query = query.reshape(batch, rows, length, groups, heads // groups, size).transpose(0, 3, 1, 4, 2, 5) * scale
     logits = []
+    # In this order of axes, the logits are as a product of queries and keys gives them. In other orders, XLA multiplies
+    # the keys by the few queries of a token and transposes the result, which is slow on a CPU.
     for segment in segments:
-        keys = "bgsd" if segment.keys.ndim == 4 else "bkgsd"
-        logit = jnp.einsum(f"bkqghd,{keys}->bkghqs", query, segment.keys, preferred_element_type=jnp.float32)
+        keys = "bgsd" if segment.keys.ndim == 4 else "bgksd"
+        logit = jnp.einsum(f"bgkhqd,{keys}->bgkhqs", query, segment.keys, preferred_element_type=jnp.float32)
         if soft_cap is not None:
             logit = soft_cap * jnp.tanh(logit / soft_cap)
         if segment.bias is not None:
-            logit += segment.bias.reshape(groups, heads // groups, *segment.bias.shape[1:])
-        logits.append(jnp.where(segment.mask[:, :, None, None], logit, MASKED))
+            logit += segment.bias.reshape(groups, 1, heads // groups, *segment.bias.shape[1:])
+        logits.append(jnp.where(segment.mask[:, None, :, None], logit, MASKED))
     weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(query.dtype)
     ends = list(itertools.accumulate(logit.shape[-1] for logit in logits))
     output = jnp.zeros((), query.dtype)
     for segment, weight in zip(segments, jnp.split(weights, ends[:-1], axis=-1), strict=True):
-        values = "bgsd" if segment.values.ndim == 4 else "bkgsd"
-        output += jnp.einsum(f"bkghqs,{values}->bkqghd", weight, segment.values)
-    output = jnp.reshape(output, (batch, rows, length, heads, size))
+        values = "bgsd" if segment.values.ndim == 4 else "bgksd"
+        output += jnp.einsum(f"bgkhqs,{values}->bgkhqd", weight, segment.values)
+    output = jnp.reshape(output.transpose(0, 2, 4, 1, 3, 5), (batch, rows, length, heads, size))
     output = constrain(output, "cache_batch", None, None, "heads", "kv")
     return constrain(output, "batch", None, None, "heads", "kv")
 
 
 def _cached(x: Array) -> Array:
-    """Shards keys or values as the cache does: those of a segment, or of all layers [L, B, K, G, R, C]."""
-    first = {4: ("cache_batch",), 5: ("cache_batch", None), 6: ("layers", "cache_batch", None)}[x.ndim]
-    return constrain(x, *first, "kv_heads", "kv_length", "kv")
+    """Shards keys or values as the cache does: those of a segment, or of all layers [L, B, G, K, R, C]."""
+    shared = ("cache_batch", "kv_heads")
+    first = {4: shared, 5: (*shared, None), 6: ("layers", *shared, None)}[x.ndim]
+    return constrain(x, *first, "kv_length", "kv")
 
 
 class RelativePositionBias(nn.Module):
@@ -325,7 +329,7 @@ def heads_first(keys: Float[Array, "*B S G C"], values: Float[Array, "*B S G C"]
     """Reorders keys and values from a projection's axes to the axes of a `Segment`."""
     names = ("batch", *[None] * (keys.ndim - 3), "kv_heads", "kv")
     keys, values = constrain(keys, *names), constrain(values, *names)
-    return jnp.swapaxes(keys, -3, -2), jnp.swapaxes(values, -3, -2)
+    return jnp.moveaxis(keys, -2, 1), jnp.moveaxis(values, -2, 1)
 
 
 def placed_cache(cache: dict[str, Any]) -> dict[str, Any]:
@@ -342,7 +346,7 @@ def placed_cache(cache: dict[str, Any]) -> dict[str, Any]:
 
 
 def empty_cache(shape: tuple[int, ...], dtype: Any) -> KeysValues:
-    """Zeros for the keys and values [L, B, K, G, R, C] of the responses in all layers."""
+    """Zeros for the keys and values [L, B, G, K, R, C] of the responses in all layers."""
     empty = _cached(jnp.zeros(shape, dtype))
     return empty, empty
 
@@ -350,7 +354,7 @@ def empty_cache(shape: tuple[int, ...], dtype: Any) -> KeysValues:
 def extend_cache(
     cache: KeysValues, new: KeysValues, layer: Int[Array, ""], step: Int[Array, ""]
 ) -> tuple[KeysValues, KeysValues]:
-    """Writes a layer's new keys and values [B, K, G, 1, C] at `step`; returns the cache, and the layer's part of it."""
+    """Writes a layer's new keys and values [B, G, K, 1, C] at `step`; returns the cache, and the layer's part of it."""
     index = (layer, 0, 0, 0, step, 0)
     keys, values = (
         jax.lax.dynamic_update_slice(old, _cached(add)[None], index) for old, add in zip(cache, new, strict=True)

@@ -315,7 +315,7 @@ class T5Policy:
             return None, decoder.apply({"params": layer_params}, encoded, method="prompt_keys_values")
 
         _, prompt = scan_stack(layer, None, params["decoder"]["layers"], config=self.config)
-        shape = (config.decoder_layers, len(prompts), samples, config.heads, max_length, config.head_size)
+        shape = (config.decoder_layers, len(prompts), config.heads, samples, max_length, config.head_size)
         return {
             "prompt": prompt,
             "prompt_mask": layers.prefix_mask(prompt_lengths, prompts.shape[-1]),
