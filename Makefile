@@ -52,6 +52,7 @@ lint: $(TEST_VENV)/installed
 $(VENV)/installed: requirements.lock setup.py
 $(TEST_VENV)/installed: requirements-test.lock setup.py
 $(VENV)/installed $(TEST_VENV)/installed:
+	@echo "Installing $< into $(@D): this takes a minute or two"
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet uv==0.13.9
 	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --compile-bytecode --requirement $<

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from alignment_gap import losses
 from alignment_gap.checks import nearest
 from alignment_gap.configuration import differences, flatten
 from alignment_gap.errors import UserError
@@ -115,8 +116,11 @@ def study_graph(config: StudyConfig, root: AnyPath) -> StudyGraph:
 
 
 def takes_beta(loss: str) -> bool:
-    """Whether a loss has the setting beta."""
-    return "beta" in inspect.signature(LossConfig(loss).function()).parameters
+    """Whether a loss has the setting beta; raises UserError if there is no such loss."""
+    try:
+        return "beta" in inspect.signature(losses.get(loss)).parameters
+    except ValueError as error:
+        raise UserError(f"arms.losses has {loss!r}: {error}") from error
 
 
 class Setting(NamedTuple):

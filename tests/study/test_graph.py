@@ -388,6 +388,11 @@ def test_policies_and_the_proxy_classify_the_same_pairs(every):
     assert every["judge-proxy-validation"].config.dataset == str(every["relabelled-validation"].folder)
 
 
+def test_an_unknown_loss_is_refused_by_its_setting(config):
+    with pytest.raises(UserError, match=r"^arms\.losses has 'dpoo': .* did you mean 'dpo'"):
+        build(changed(config, arms={"losses": ("ipo", "dpoo")}))
+
+
 def test_the_stream_needs_an_online_arm(config):
     settings = {"arms": {"names": ("offline",)}, "evaluation": {"classified": ("stream",)}}
     with pytest.raises(UserError, match="classified has 'stream', but no arm is named 'online'"):
