@@ -1,9 +1,10 @@
 """A job is a folder, made once. A stopped job continues from what its folder holds.
 
-    FOLDER/
-      job.json     the kind of job, its settings, and facts about its inputs; written first
-      failed.json  why the last attempt failed, and the settings that may change for the next attempt
-      done.json    the settings again, and the seconds that the job took; written last
+Beside its results, a folder holds:
+
+- `job.json`: the kind of job, its settings, and facts about its inputs; written first.
+- `failed.json`: why the last attempt failed, and the settings that may change for the next attempt.
+- `done.json`: the settings again, and the seconds that the job took; written last.
 """
 
 from __future__ import annotations
