@@ -130,7 +130,9 @@ def _binding(override: str, config: str) -> str:
         raise UserError(f"--gin.{override}: write --gin.NAME=value")
     macros = re.findall(r"^(\w+) = ", config, flags=re.MULTILINE) + re.findall(r"%(\w+)", config)
     if re.fullmatch(r"\w+", name) and name not in macros:
-        remedy = nearest(name, sorted({*macros})) if macros else "there are no gin files, give one with --gin_file"
+        remedy = (
+            nearest(name, sorted({*macros})) if macros else "the command names no gin file; give one with --gin_file"
+        )
         raise UserError(f"--gin.{name}: no macro of the gin files has this name: {remedy}")
     return f"{name} = {value if is_notation(value) else repr(value)}"
 

@@ -111,7 +111,7 @@ class Known:
             network = dataclasses.replace(network, adapter=job.adapter, base=job.start)
         if job.start is None and job.model is None and size is None:
             raise UserError(
-                "there is no model: give --model, or the gin files of a job and of its model, such as "
+                "the command names no model: give --model, or the gin files of a job and of its model, such as "
                 "--gin_file=gin/runs/sft.gin --gin_file=gin/models/t5_tiny.gin"
             )
         if job.model is None:

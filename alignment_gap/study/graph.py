@@ -115,12 +115,16 @@ def study_graph(config: StudyConfig, root: AnyPath) -> StudyGraph:
     return StudyGraph(tuple(job for builder in builders for job in builder.jobs), seeds)
 
 
-def takes_beta(loss: str) -> bool:
-    """Whether a loss has the setting beta; raises UserError if there is no such loss."""
+def takes_beta(loss: str, place: str) -> bool:
+    """Tells whether a loss has the setting beta.
+
+    Raises:
+      UserError: the loss is unknown. The message names `place`, the setting or the arm that has it.
+    """
     try:
         return "beta" in inspect.signature(losses.get(loss)).parameters
     except ValueError as error:
-        raise UserError(f"arms.losses has {loss!r}: {error}") from error
+        raise UserError(f"{place} has {loss!r}: {error}") from error
 
 
 class Setting(NamedTuple):
@@ -285,7 +289,8 @@ class _Seed:
 
     def _settings(self, arm: Arm, loss: str) -> list[Setting]:
         """The settings at which an arm is trained under a loss."""
-        arms, has_beta = self.config.arms, takes_beta(loss)
+        arms = self.config.arms
+        has_beta = takes_beta(loss, f"the arm {arm.name}" if arm.loss else "arms.losses")
         if arm.name not in arms.swept:
             beta = arm.beta_factor * arms.beta if has_beta else math.nan
             return [Setting(loss, beta, arms.optimizer.learning_rate)]

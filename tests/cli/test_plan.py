@@ -205,7 +205,7 @@ def test_without_a_job_it_is_the_papers():
             "runs/proxy is not there yet.*give --judge",
         ),
         ([*gin("sft", "DATASET"), TPU, "--gin.NO_MACRO=1"], "NO_MACRO"),
-        (["--model=tiny", TPU, "--gin.NO_MACRO=1"], "there are no gin files, give one with --gin_file"),
+        (["--model=tiny", TPU, "--gin.NO_MACRO=1"], "the command names no gin file; give one with --gin_file"),
         (["--gin_file=none.gin", TPU], "there is no such file"),
         ([STUDY, TPU], "--config and --job"),
         (["--job=seed0-sft", TPU], "--config and --job"),

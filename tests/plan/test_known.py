@@ -106,7 +106,7 @@ def test_a_judge_that_gives_rewards_is_a_bradley_terry_model(runs):
         (lambda known, runs: known.run("there/later"), "there/later is not there yet.*give --model"),
         (lambda known, runs: known.judge_of(JudgeConfig("there/later")), "there/later is not there yet.*give --judge"),
         (lambda known, runs: known.trained(JobConfig(start="there/later")), "there/later is not there yet"),
-        (lambda known, runs: known.trained(JobConfig()), "there is no model: give --model"),
+        (lambda known, runs: known.trained(JobConfig()), "the command names no model: give --model"),
         (lambda known, runs: known.run(str(runs / "begun")), "begun has no complete checkpoint"),
         (lambda known, runs: known.run(str(runs / "policy"), 7), "no checkpoint of step 7"),
         (lambda known, runs: known.shape(DatasetConfig("there/later")), "there/later is not.*give --prompt_length"),

@@ -454,7 +454,7 @@ def test_a_sweep_is_of_the_arms_that_are_swept_and_of_a_beta_only_where_the_loss
     # The stream of an online run is replayed with the loss of that run.
     shuffled = jobs_of(build(swept))["shuffled-best_of_n-lr0.01"]
     assert "online-best_of_n-lr0.01" in map(short, shuffled.needs)
-    assert takes_beta("dpo") and not takes_beta("best_of_n")
+    assert takes_beta("dpo", "arms.losses") and not takes_beta("best_of_n", "arms.losses")
 
 
 def test_a_prepared_dataset_is_every_seeds_task_and_no_job(config):
