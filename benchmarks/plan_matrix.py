@@ -12,10 +12,8 @@ benchmarks/results/plan.md, and the pictures plan/memory.png and plan/time.png.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import pickle
 import traceback
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,9 @@ import vl_convert
 
 from alignment_gap.cli.plan import read_config
 from alignment_gap.errors import UserError
+from alignment_gap.plan.kept import kept
 from alignment_gap.plan.plan import make_plan
-from alignment_gap.plan.programs import Compiled, compile_program
 from alignment_gap.plan.report import as_json
-from alignment_gap.plan.steps import PlanConfig, Program
 from alignment_gap.sharding.chips import GIB
 
 RESULTS = Path(__file__).parent / "results" / "plan"
@@ -62,17 +59,6 @@ def commands() -> dict[str, list[str]]:
     return plans
 
 
-def compile_once(config: PlanConfig, program: Program) -> Compiled:
-    """Compiles a program, or takes it from the cache of an earlier run."""
-    asked = repr((config.job, config.topology, program))
-    path = CACHE / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.pickle"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pickle.dumps(compile_program(config, program)))
-    found: Compiled = pickle.loads(path.read_bytes())
-    return found
-
-
 def make(name: str, arguments: list[str]) -> None:
     """Makes one plan, unless it exists."""
     path = RESULTS / f"{name}.json"
@@ -80,7 +66,7 @@ def make(name: str, arguments: list[str]) -> None:
         return
     words = ["alignment-gap", "plan", *arguments]
     config, _ = read_config(words[1:])
-    found = as_json(make_plan(config, compile_once))
+    found = as_json(make_plan(config, kept(CACHE, lambda line: None)))
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"command": words, **found}, indent=1) + "\n")
 

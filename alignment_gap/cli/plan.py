@@ -3,12 +3,14 @@
 alignment-gap plan --gin_file=gin/runs/online_ipo.gin --gin.PROMPTS=prepared/train --gin.START=runs/sft \\
     --gin.JUDGE=runs/proxy --topology=v5e:4x4 --layout=fsdp
 alignment-gap plan --config=configs/study/tiny.py --job=seed0-golden --topology=v5e:2x4
+alignment-gap plan --config=configs/study/tiny.py --topology=v5e:2x4 --kept=plans
 alignment-gap plan --model=t5_xxl --topology=v5e:16x16 --layout=fsdp --batch=512 --json=plan.json
 alignment-gap plan --model=t5_xl --online --judge=t5_large --topology=v5p:4x4x4 --batch=64
 alignment-gap plan --model=t5_large --topology=v5e:2x4 --batch=32 --best=t5_large_v5e-8.gin
 
-The job comes from gin files or from a study; without either, it is IPO of --model. The job's folders need not exist:
---model, --judge, --prompt_length and --response_length describe what they will hold. Flags win over what the job and
+The job comes from gin files or from a study; without either, it is IPO of --model. A study without --job is planned as
+a whole: the device-hours of all its jobs at best. The job's folders need not exist: --model, --judge, --networks,
+--prompt_length, --response_length and --examples describe what they will hold. Flags win over what the job and
 its folders say. The plan lowers the functions of a run and compiles them with the TPU's own compiler (pip install
 'jax[tpu]'). The exit status is 1 if the job does not fit.
 """
@@ -23,7 +25,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
@@ -33,9 +35,11 @@ from alignment_gap.cli.flags import read_config as flag_values
 from alignment_gap.errors import UserError
 
 if TYPE_CHECKING:
+    from alignment_gap.jobs.folder import Job
     from alignment_gap.plan.known import Overrides
     from alignment_gap.plan.plan import Plan
     from alignment_gap.plan.steps import PlanConfig
+    from alignment_gap.study.graph import StudyGraph
 
 # The defaults of a plan without a job: lengths and batch of the paper (2405.08448), and the least memory.
 USUAL: dict[str, Any] = {
@@ -48,26 +52,38 @@ USUAL: dict[str, Any] = {
 
 
 def main(arguments: list[str]) -> None:
-    """Makes and shows the plan; raises UserError for invalid flags, and SystemExit(1) if the job does not fit."""
+    """Makes and shows the plan; raises UserError for invalid flags, and SystemExit(1) if a job does not fit."""
     # This process only counts; the processes that compile have their own devices. No TPU library starts in this one.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    parsed = read_config(arguments)
+    parsed = _read_flags(arguments)
     if parsed is None:
         return
-    config, values = parsed
+    values, settings = parsed.values, parsed.study
 
     from alignment_gap.folders import at, write_bytes
+    from alignment_gap.plan.graph import plan_graph
+    from alignment_gap.plan.kept import kept
     from alignment_gap.plan.plan import make_plan
-    from alignment_gap.plan.report import as_json, as_text
+    from alignment_gap.plan.report import as_json, as_text, graph_json, graph_text
 
     say: Callable[[str], None] = functools.partial(print, file=sys.stderr)
-    plan = make_plan(config, say=say) if values.best is None else _best_plan(config, values, arguments, say)
-    print(as_text(plan))
+    if settings is not None and values.job is None:
+        if values.best is not None:
+            raise UserError("--best searches the settings of one job: name it by --job")
+        compile_ = kept(values.kept and at(values.kept), say)
+        planned = plan_graph(_study_jobs(settings), values.topology, _overrides(values), compile_)
+        text, result = graph_text(planned), graph_json(planned)
+        fits = all(each.plan.fits for each in planned if each.plan)
+    else:
+        config = _job_config(parsed)
+        plan = make_plan(config, say=say) if values.best is None else _best_plan(config, values, arguments, say)
+        text, result, fits = as_text(plan), as_json(plan), plan.fits
+    print(text)
     if values.json is not None:
         path = at(values.json)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, json.dumps(as_json(plan), indent=1).encode())
-    if not plan.fits:
+        write_bytes(path, json.dumps(result, indent=1).encode())
+    if not fits:
         sys.exit(1)
 
 
@@ -93,36 +109,63 @@ def _best_plan(
 
 
 def read_config(arguments: Sequence[str]) -> tuple[PlanConfig, flags.FlagValues] | None:
-    """The plan's settings and the flags; None after help was printed.
+    """The settings of a plan of one job, and the flags; None after help was printed.
 
     Raises:
       UserError: the arguments are not valid; raised before anything is compiled.
     """
-    from alignment_gap.plan.known import Known, Overrides
-    from alignment_gap.plan.steps import PlanConfig, programs_of
-    from alignment_gap.sharding.chips import parse_topology
+    parsed = _read_flags(arguments)
+    return parsed and (_job_config(parsed), parsed.values)
 
+
+class _Asked(NamedTuple):
+    """The flags, the words that set values of gin files, and the settings of a study; None without --config."""
+
+    values: flags.FlagValues
+    bindings: list[str]
+    study: dict[str, Any] | None
+
+
+def _read_flags(arguments: Sequence[str]) -> _Asked | None:
+    """The flags of the command; None after help was printed."""
     rest, bindings = gin_files.split_overrides(arguments)
     from_study = any(word.startswith("--config") for word in rest)
     parsed: Any = study.read(rest, _define, __doc__) if from_study else parse(rest, _define_all, __doc__)
     if parsed is None:
         return None
     values, settings = parsed
-    given, jobs, from_gin = flag_values(values, Overrides, {}), (), bool(values.gin_file or bindings)
     if values.topology is None:
         raise UserError("no --topology: give one, such as --topology=v5e:16x16")
-    if from_study == (values.job is None) or (from_study and from_gin):
-        raise UserError("give a job either by --config and --job together, or by gin files, but not by both")
-    if from_study:
-        job, jobs = _study_job(values.job, settings)
-    elif from_gin:
-        job = gin_files.read_config(values.gin_file, bindings, values.gin_search_paths)
+    if from_study and (values.gin_file or bindings):
+        raise UserError("give a job either by --config or by gin files, but not by both")
+    return _Asked(values, bindings, settings if from_study else None)
+
+
+def _overrides(values: flags.FlagValues) -> Overrides:
+    from alignment_gap.plan.known import Overrides
+
+    return flag_values(values, Overrides, {})
+
+
+def _job_config(asked: _Asked) -> PlanConfig:
+    """The programs of one job, and where they run."""
+    from alignment_gap.plan.known import Known, Overrides
+    from alignment_gap.plan.steps import PlanConfig, programs_of
+    from alignment_gap.sharding.chips import parse_topology
+
+    values, given, jobs = asked.values, _overrides(asked.values), ()
+    if (asked.study is None) != (values.job is None):
+        raise UserError("give a job of a study by --config and --job together")
+    if asked.study is not None:
+        job, jobs = _study_job(values.job, asked.study)
+    elif values.gin_file or asked.bindings:
+        job = gin_files.read_config(values.gin_file, asked.bindings, values.gin_search_paths)
     else:
         job = _usual_job(given, online=values.online)
         given = dataclasses.replace(Overrides(**USUAL), **{k: v for k, v in vars(given).items() if v is not None})
     training, programs = programs_of(job, Known(jobs, given))
     topology = parse_topology(values.topology, training.mesh.slices)
-    return PlanConfig(training, programs, topology, values.search), values
+    return PlanConfig(training, programs, topology, values.search)
 
 
 def _define_all(values: flags.FlagValues) -> None:
@@ -136,9 +179,10 @@ def _define(values: flags.FlagValues) -> None:
     gin_files.define_gin(values)
     define_config(values, Overrides, {})
     for name, says in (
-        ("job", "Name of a job in the study of --config."),
+        ("job", "Name of a job in the study of --config; without it, the whole study is planned."),
         ("topology", "Devices: v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, cpu:8 or cuda:8."),
         ("json", "JSON file for all results."),
+        ("kept", "Of a whole study: folder for the compiler's figures, from which a stopped plan continues."),
         ("best", "Gin file for the settings with the least step time: layout, mesh, remat, microbatches, moments."),
     ):
         flags.DEFINE_string(name, None, says, flag_values=values)
@@ -164,13 +208,32 @@ def _usual_job(given: Overrides, *, online: bool) -> Any:
 
 def _study_job(name: str, settings: dict[str, Any]) -> tuple[Any, Any]:
     """A job of a study, and all jobs of its graph."""
+    graphs = _study_graphs(settings)
+    if len(graphs) > 1:
+        raise UserError(f'--job={name}: name one of the sizes, such as --config.sizes="({next(iter(graphs))!r},)"')
+    (graph,) = graphs.values()
+    return graph.job(name).config, graph.jobs
+
+
+def _study_jobs(settings: dict[str, Any]) -> list[Job]:
+    """All jobs of a study, each once; the name of a job that not all sizes share has its size."""
+    graphs = _study_graphs(settings)
+    places = [{job.folder for job in graph.jobs} for graph in graphs.values()]
+    shared, found = set.intersection(*places), dict[Any, Any]()
+    for size, graph in graphs.items():
+        for job in graph.jobs:
+            name = job.name if job.folder in shared else f"{size} {job.name}"
+            found.setdefault(job.folder, dataclasses.replace(job, name=name))
+    return [*found.values()]
+
+
+def _study_graphs(settings: dict[str, Any]) -> dict[str, StudyGraph]:
+    """The graph of each size of a study, by its name; "" for a study without sizes."""
     from alignment_gap.configuration import from_dict
     from alignment_gap.study.config import StudyConfig
     from alignment_gap.study.graph import study_graph
     from alignment_gap.study.run import of_size
 
     config = from_dict(StudyConfig, settings)
-    if len(config.sizes) > 1:
-        raise UserError(f'--job={name}: name one of the sizes, such as --config.sizes="({config.sizes[0]!r},)"')
-    graph = study_graph(of_size(config, *config.sizes) if config.sizes else config, Path("jobs"))
-    return graph.job(name).config, graph.jobs
+    studies = {size: of_size(config, size) for size in config.sizes} or {"": config}
+    return {size: study_graph(study, Path("jobs")) for size, study in studies.items()}

@@ -47,7 +47,7 @@ from alignment_gap.judges import Judge, JudgeConfig, by_itself, open_judge
 from alignment_gap.models import Policy
 from alignment_gap.progress import OpenBar
 from alignment_gap.sampling import SamplerConfig
-from alignment_gap.sharding import MeshConfig, first_says, make_mesh, on_every_process, on_first_process
+from alignment_gap.sharding import LogicalMesh, MeshConfig, first_says, make_mesh, on_every_process, on_first_process
 from alignment_gap.tables import text_table
 
 RESULTS, FIGURE = "results.csv", "figure.png"
@@ -257,7 +257,7 @@ def _measure_policy(
     pairs = batching.collate(dataset[-config.pairs :]) if config.pairs else None
     further, own_labels = _further_pairs(config, batching), None
     if config.own_labels is not None:
-        own_labels = open_judge(by_itself(config.own_labels), dataset, mesh)
+        own_labels = _further_judge(config.own_labels, config, judges, dataset, mesh)
     place, reference_step = on_every_process(lambda: _reference(config))
     _, reference = open_policy(place, dataset, mesh, reference_step)
     digests, asked = _ask(config, dataset, judges, batching, last)
@@ -288,7 +288,7 @@ def _measure_best_of_n(
 ) -> tuple[dict[str, str], Measure]:
     """Digests of the last checkpoint and of all other inputs; and the function that measures the best of n."""
     digests, asked = _ask(config, dataset, judges, batching, last)
-    chooser = open_judge(by_itself(str(config.best_by)), dataset, batching.mesh)
+    chooser = _further_judge(str(config.best_by), config, judges, dataset, batching.mesh)
     digests |= {f"best_by.{key}": value for key, value in chooser.facts.items()}
 
     @functools.cache
@@ -314,6 +314,14 @@ def _measure_best_of_n(
         return asked.outcomes((tokens[rows, best], lengths[rows, best])) | {"kl": kl}
 
     return digests, measure
+
+
+def _further_judge(
+    judge: str, config: EvaluateConfig, judges: Mapping[str, Judge], dataset: Dataset, mesh: LogicalMesh
+) -> Judge:
+    """A judge that the evaluation asks for more than win rates; if it is among `judges`, it is not opened again."""
+    opened = {place: judges[name] for name, place in map(named, config.judges)}
+    return opened.get(judge) or open_judge(by_itself(judge), dataset, mesh)
 
 
 def _further_pairs(config: EvaluateConfig, batching: Batching) -> dict[str, tuple[PreferenceBatch, str]]:

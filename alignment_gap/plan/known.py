@@ -10,10 +10,12 @@ from alignment_gap import checks
 from alignment_gap.checkpoints import Network, check_policy, find_checkpoint, known_network
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.dataset import CARD
-from alignment_gap.data.tasks.prepare import PrepareConfig
+from alignment_gap.data.tasks.prepare import VALIDATION, PrepareConfig
+from alignment_gap.data.text.vocabulary import POSTS
 from alignment_gap.errors import UserError
 from alignment_gap.folders import at
 from alignment_gap.jobs.assembly import BatchShape, samples_kept
+from alignment_gap.jobs.compose import ComposeConfig
 from alignment_gap.jobs.config import POLICY, JobConfig, OnlineConfig, SourceConfig, recorded
 from alignment_gap.jobs.folder import Job
 from alignment_gap.jobs.generate import GenerateConfig
@@ -35,9 +37,12 @@ class Overrides:
     Attributes:
       model: size of the policy by name, such as t5_xxl or palm_8b.
       judge: size of the judge's network by name.
+      networks: FOLDER=SIZE, separated by commas; the sizes of networks by folder, for folders that are not there yet.
+        They go before `model` and `judge`.
       batch: prompts in a step, over all devices.
       prompt_length: tokens of a prompt.
       response_length: tokens of a response.
+      examples: examples of a dataset that is not there yet.
       microbatches: number of parts of a batch; their gradients are summed.
       layout: sharding of networks and batches: data, fsdp, tensor, fsdp_tensor or sequence.
       slices: number of slices of the topology; the data-centre network joins them.
@@ -50,9 +55,11 @@ class Overrides:
 
     model: str | None = None
     judge: str | None = None
+    networks: tuple[str, ...] = ()
     batch: int | None = None
     prompt_length: int | None = None
     response_length: int | None = None
+    examples: int | None = None
     microbatches: int | None = None
     layout: str | None = None
     slices: int | None = None
@@ -63,8 +70,15 @@ class Overrides:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError if a size is out of range."""
-        checks.at_least(self, 1, "batch", "prompt_length", "response_length")
+        """Raises UserError if a size is out of range, or `networks` has another form."""
+        checks.at_least(self, 1, "batch", "prompt_length", "response_length", "examples")
+        for each in self.networks:
+            if not all(each.rpartition("=")):
+                raise UserError(f"networks has {each!r}: give FOLDER=SIZE, such as imported/t5_xxl=t5_xxl")
+
+    def size_of(self, folder: str) -> str | None:
+        """The size that `networks` gives a folder; None if it is not among them."""
+        return {path: size for path, _, size in (each.rpartition("=") for each in self.networks)}.get(folder)
 
     def applied(self, job: JobConfig) -> JobConfig:
         """The job with these settings; raises UserError if the job refuses one of them."""
@@ -81,12 +95,16 @@ def _replaced(config: Config, **changes: Any) -> Config:
 
 
 class Contents(NamedTuple):
-    """The sizes of a dataset: the longest prompt, responses per prompt, and the longest response; and its arrays."""
+    """The sizes of a dataset: the longest prompt, responses per prompt, the longest response; its arrays and examples.
+
+    `examples` is None if their number is not known.
+    """
 
     prompt: int
     samples: int
     response: int
     fields: tuple[str, ...] = ()
+    examples: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +153,7 @@ class Known:
 
     def shape(self, source: SourceConfig) -> BatchShape:
         """The largest batch of a source."""
-        config, (prompt, samples, response, _) = recorded(source), self.contents(source)
+        config, (prompt, samples, response, *_) = recorded(source), self.contents(source)
         prompt, response = config.prompt_length or prompt, config.response_length or response
         if isinstance(source, OnlineConfig):
             samples, response = samples_kept(source), source.response_length or response
@@ -144,24 +162,30 @@ class Known:
 
     def contents(self, source: SourceConfig) -> Contents:
         """The contents of all datasets of a source together."""
-        each = [self._contents(folder.strip()) for folder in (recorded(source).folder or "").split(",")]
-        prompt, samples, response = (max(sizes) for sizes in zip(*(found[:3] for found in each), strict=True))
-        return Contents(prompt, samples, response, each[0].fields)
+        return self._together((recorded(source).folder or "").split(","))
 
-    @property
-    def _made(self) -> dict[str, Any]:
-        """The config of each job of the graph, by its folder."""
-        return {str(job.folder): job.config for job in self.jobs}
+    def _together(self, folders: Sequence[str]) -> Contents:
+        each = [self._contents(folder.strip()) for folder in folders]
+        prompt, samples, response = (max(sizes) for sizes in zip(*(found[:3] for found in each), strict=True))
+        known = [found.examples for found in each if found.examples is not None]
+        return Contents(prompt, samples, response, each[0].fields, sum(known) if len(known) == len(each) else None)
+
+    def _maker(self, path: str) -> Any:
+        """The config of the job of the graph whose folder is at `path`, or holds it; None if there is none."""
+        places = (at(path), *at(path).parents)
+        return next((job.config for job in self.jobs if job.folder in places), None)
 
     def _network(self, path: str, step: int | None, usual: Network, size: str | None, flag: str) -> Network:
         """The network that a folder holds or will hold, in a given size; `usual` if only the size is known."""
-        if isinstance(job := self._made.get(path), JobConfig):
+        if (named := self.given.size_of(path)) is not None:
+            return self._computed(usual, named)
+        if isinstance(job := self._maker(path), JobConfig):
             return self._trained(job, size)
         if size is not None:
             return self._computed(usual, size)
         if at(path).exists():
             return self._computed(known_network(find_checkpoint(at(path), step)), None)
-        raise UserError(f"{path} is not there yet, so its network is not known: give {flag}")
+        raise UserError(f"{path} is not there yet, so its network is not known: give {flag}, or --networks={path}=SIZE")
 
     def _computed(self, network: Network, model: ModelConfig | str | None) -> Network:
         """The network with another model and precision; raises UserError if its settings do not fit together."""
@@ -175,30 +199,45 @@ class Known:
     def _contents(self, path: str) -> Contents:
         if (at(path) / CARD).exists():
             card = open_dataset(path).card
-            return Contents(card.max_prompt_length, card.responses_per_prompt, card.max_response_length, card.fields)
-        made = next(
-            (job for folder, job in self._made.items() if path == folder or path.startswith(f"{folder}/")), None
-        )
+            lengths = card.max_prompt_length, card.responses_per_prompt, card.max_response_length
+            return Contents(*lengths, card.fields, card.count)
+        made = self._maker(path)
         if made is not None:
-            return self._contents_made(made)
+            return self._contents_made(made, path)
         prompt, response = self.given.prompt_length, self.given.response_length
         if prompt is None or response is None:
             what = path or "the dataset"
             raise UserError(
                 f"{what} is not there yet, so its lengths are not known: give --prompt_length and --response_length"
             )
-        return Contents(prompt, 2, response)
+        return Contents(prompt, 2, response, examples=self.given.examples)
 
-    def _contents_made(self, config: Any) -> Contents:
-        """The contents of the dataset that a job will make."""
+    def _contents_made(self, config: Any, path: str) -> Contents:
+        """The contents of the dataset that a job will make; `path` is the job's folder, or one inside it."""
         if isinstance(config, PrepareConfig):
-            return Contents(config.limits.prompt_length, 2, config.limits.response_length)
+            lengths, examples = (config.limits.prompt_length, 2, config.limits.response_length), self.given.examples
+            if config.source.location == POSTS:
+                posts = config.source.posts
+                examples = posts.validation_pairs if path.endswith(f"/{VALIDATION}") else posts.pairs
+            return Contents(*lengths, examples=examples)
         if isinstance(config, LabelConfig):
             return self._contents(str(config.dataset))
+        if isinstance(config, ComposeConfig):
+            found = self._together(config.datasets)
+            return found._replace(examples=at_most(found.examples, config.limit))
         if isinstance(config, GenerateConfig):
-            found = self._contents(str(config.prompts))
-            samples = config.each * len(config.policies)
-            return Contents(found.prompt, samples, config.response_length or found.response)
+            found, samples = self._contents(str(config.prompts)), config.each * len(config.policies)
+            response, examples = config.response_length or found.response, at_most(found.examples, config.limit)
+            return Contents(found.prompt, samples, response, examples=examples)
         shape = self.shape(config.online)  # The recorded stream of an online run.
         reference = (REFERENCE_LOG_PROBS,) if needs_reference(config, config.loss.function(), ()) else ()
-        return Contents(shape.prompt, shape.samples, shape.response, (SAMPLER_LOG_PROBS, *reference))
+        examples = config.steps and config.steps * shape.batch
+        return Contents(shape.prompt, shape.samples, shape.response, (SAMPLER_LOG_PROBS, *reference), examples)
+
+
+def at_most(examples: int | None, limit: int | None) -> int | None:
+    """The examples of a dataset that is cut to a limit; None if their number is not known.
+
+    A dataset may hold fewer examples than a limit, so the limit alone is not known to be their number.
+    """
+    return examples if limit is None or examples is None else min(examples, limit)

@@ -90,6 +90,13 @@ class Plan:
         return sum(part.times.seconds if part.times else math.inf for part in self.parts)
 
     @property
+    def job_seconds(self) -> float | None:
+        """The time of the whole job at best; None if the calls of a program are not known."""
+        calls = [part.program.calls for part in self.parts]
+        seconds = [part.times.seconds if part.times else math.inf for part in self.parts]
+        return None if None in calls else sum(n * each for n, each in zip(calls, seconds, strict=True) if n)
+
+    @property
     def utilisation(self) -> float:
         """Model FLOPs / the FLOPs that the devices could do in the step's time (MFU); an upper bound."""
         done = sum(part.compiled.model_flops for part in self.parts)
@@ -110,8 +117,7 @@ def make_plan(config: PlanConfig, compile_: Compile = compile_program, say: Call
     Raises:
       UserError: the mesh cannot split the batch, or the compiler is not available.
     """
-    for program in config.programs:
-        check_batch_size("batch", program.batch.batch, config.batch_unit)
+    check_batches(config)
     parts = tuple(_part(config, program, compile_, say) for program in config.programs)
     first = parts[0].compiled
     resident = {"policy and optimizer": first.state} if first.state else {}
@@ -122,6 +128,12 @@ def make_plan(config: PlanConfig, compile_: Compile = compile_program, say: Call
     if config.search:
         plan = dataclasses.replace(plan, largest_batch=_largest_batch(plan, compile_, say))
     return plan if plan.fits else dataclasses.replace(plan, advice=_advice(plan))
+
+
+def check_batches(config: PlanConfig) -> None:
+    """Raises UserError if the mesh cannot split the batch of a program."""
+    for program in config.programs:
+        check_batch_size("batch", program.batch.batch, config.batch_unit)
 
 
 def _part(config: PlanConfig, program: Program, compile_: Compile, say: Callable[[str], None]) -> Part:

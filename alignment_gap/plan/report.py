@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from alignment_gap.models import abstract_parameters, count_parameters
 from alignment_gap.plan.best import Search
+from alignment_gap.plan.graph import JobPlan, longest_chain
 from alignment_gap.plan.plan import Plan
 from alignment_gap.sharding import AXES
 from alignment_gap.sharding.chips import GIB
@@ -32,6 +34,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "needed": plan.needed,
         "step_seconds": plan.step_seconds if finite else None,
+        "job_seconds": plan.job_seconds if finite else None,
         "utilisation": plan.utilisation if finite else None,
     }
 
@@ -63,6 +66,78 @@ def as_text(plan: Plan) -> str:
     return "\n".join(
         [*head, *_memory_lines(plan), "", *_time_lines(plan), "", *_collective_lines(plan), *_verdict(plan)]
     )
+
+
+def graph_json(planned: Sequence[JobPlan]) -> dict[str, Any]:
+    """The jobs of a graph with their seconds at best, and the plans that they share, in seconds and bytes.
+
+    `plan` of a job is the place of its plan in `plans`; None if it computes on no device.
+    """
+    groups = _alike(planned)
+    places = {id(each): place for place, group in enumerate(groups) for each in group}
+    jobs = [
+        {
+            "job": each.job.name,
+            "folder": str(each.job.folder),
+            "seconds": each.seconds,
+            "device_seconds": each.device_seconds,
+            "plan": places.get(id(each)),
+        }
+        for each in planned
+    ]
+    return {
+        "device_seconds": _device_seconds(planned),
+        "longest_chain_seconds": longest_chain(planned),
+        "jobs": jobs,
+        "plans": [as_json(group[0].plan) for group in groups if group[0].plan],
+    }
+
+
+def graph_text(planned: Sequence[JobPlan]) -> str:
+    """The jobs of a graph that compute on devices, those that cost most first; jobs with equal plans share a line."""
+    total, groups = _device_seconds(planned), sorted(_alike(planned), key=_device_seconds, reverse=True)
+    headers = ["jobs", "hours each", "device-hours", "share", "most of it", "GiB a device", ""]
+    devices = max((each.plan.config.topology.devices for each in planned if each.plan), default=1)
+    count = sum(map(len, groups))
+    lines = [
+        text_table(headers, [_group_cells(group, total) for group in groups]),
+        f"{count} jobs on {devices} devices: {_hours(total)} device-hours, {_hours(total / devices)} hours one after "
+        "another, at best",
+        f"the longest chain of jobs that need each other takes {_hours(longest_chain(planned))} hours",
+    ]
+    return "\n".join(lines)
+
+
+def _alike(planned: Sequence[JobPlan]) -> list[list[JobPlan]]:
+    """The jobs that compute on devices; those of one kind with the same calls of the same programs are together."""
+    groups: dict[Any, list[JobPlan]] = {}
+    for each in planned:
+        if each.plan is not None:
+            parts = tuple((part.program.name, part.program.calls, part.compiled) for part in each.plan.parts)
+            groups.setdefault((each.job.kind.name, parts), []).append(each)
+    return [*groups.values()]
+
+
+def _device_seconds(planned: Sequence[JobPlan]) -> float:
+    return sum(each.device_seconds for each in planned)
+
+
+def _group_cells(group: Sequence[JobPlan], total: float) -> list[str]:
+    plan, more = group[0].plan, len(group) - 1
+    assert plan is not None
+    timed = [(part.times.seconds * (part.program.calls or 0), part) for part in plan.parts if part.times]
+    seconds, longest = max(timed, key=lambda each: each[0], default=(0.0, None))
+    share = seconds / group[0].seconds if group[0].seconds else 0.0
+    bound = f"{longest.program.name} {share:.0%}, {_BOUNDS[longest.times.bound]}" if longest and longest.times else ""
+    return [
+        group[0].job.name + (f" and {more} more" if more else ""),
+        _hours(group[0].seconds),
+        _hours(_device_seconds(group)),
+        f"{_device_seconds(group) / total:.1%}" if total and math.isfinite(total) else "",
+        bound,
+        _gib(plan.needed),
+        "" if plan.fits else "does not fit",
+    ]
 
 
 def gin_text(search: Search, command: str, model: str | None) -> str:
@@ -140,6 +215,9 @@ def _time_lines(plan: Plan) -> list[str]:
     if math.isfinite(plan.step_seconds):
         rate = plan.config.programs[0].batch.batch / plan.step_seconds
         lines.append(f"a step {plan.step_seconds:.3g} s, {rate:,.0f} prompts/s, MFU {plan.utilisation:.0%}, at best")
+        if plan.job_seconds is not None:
+            hours, all_hours = (_hours(n * plan.job_seconds) for n in (1, plan.config.topology.devices))
+            lines.append(f"the whole job {hours} hours, {all_hours} device-hours, at best")
     return lines
 
 
@@ -160,6 +238,10 @@ def _verdict(plan: Plan) -> list[str]:
         return [*lines, f"fits: {_gib(plan.capacity - plan.needed)} GiB a device are free"]
     lines.append(f"does not fit: {_gib(plan.needed - plan.capacity)} GiB a device too many; what would help:")
     return lines + [f"  {each}" for each in plan.advice]
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.3g}"
 
 
 def _gib(size: float) -> str:

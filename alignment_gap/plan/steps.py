@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignment_gap.checkpoints import Network
@@ -16,7 +17,7 @@ from alignment_gap.jobs.label import LabelConfig
 from alignment_gap.jobs.served import check_served, needs_reference, reads_mismatched
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.models import ModelConfig
-from alignment_gap.plan.known import Known
+from alignment_gap.plan.known import Known, at_most
 from alignment_gap.sharding.chips import Topology
 
 # Kinds of programs that draw tokens one after another.
@@ -34,6 +35,7 @@ class Program:
       holds: whether it has parameters of its own, which stay in memory in addition to the policy's.
       labels: the kind of a judge's labels.
       shares: whether its parameters are the base of the policy's adapters, alone or with its own adapters.
+      calls: number of its calls in the whole job; None if the number of examples is not known.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Program:
     holds: bool = False
     labels: str = "hard"
     shares: bool = False
+    calls: int | None = None
 
     @property
     def batch(self) -> BatchShape:
@@ -119,7 +122,7 @@ def _training(config: JobConfig, known: Known) -> Planned:
     )
     programs = [Program("update", "update", facts)]
     if facts.network.kind != POLICY:
-        return config, programs
+        return config, [dataclasses.replace(programs[0], calls=_steps(config, known))]
     loss = config.loss.function()
     check_served(config, loss, facts.fields)
     if config.online is not None:
@@ -145,7 +148,21 @@ def _training(config: JobConfig, known: Known) -> Planned:
             Program(name, "score", each, holds=not (place or is_base or moves), shares=is_base and not moves)
             for place, (name, each) in enumerate(found)
         ]
-    return config, programs
+    return config, [dataclasses.replace(program, calls=_steps(config, known)) for program in programs]
+
+
+def _steps(config: JobConfig, known: Known) -> int | None:
+    """The number of steps of a training job; None if it counts epochs of an unknown number of examples."""
+    if config.steps is not None:
+        return config.steps
+    examples, epochs = known.contents(config.source).examples, config.recorded.epochs
+    return None if examples is None or epochs is None else epochs * examples // known.shape(config.source).batch
+
+
+def _calls(shape: BatchShape, *examples: int | None, times: int | None = 1) -> int | None:
+    """`times` the number of batches for these examples, each in batches of their own; None if a number is not known."""
+    known = [-(-number // shape.batch) for number in examples if number is not None]
+    return None if times is None or len(known) < len(examples) else times * sum(known)
 
 
 def _sampling(online: OnlineConfig, facts: Facts, known: Known) -> list[Program]:
@@ -159,7 +176,12 @@ def _sampling(online: OnlineConfig, facts: Facts, known: Known) -> list[Program]
 
 
 def _judging(
-    name: str, judge: JudgeConfig, shape: BatchShape, known: Known, policy: Network | None = None
+    name: str,
+    judge: JudgeConfig,
+    shape: BatchShape,
+    known: Known,
+    policy: Network | None = None,
+    calls: int | None = None,
 ) -> list[Program]:
     """The program of a judge on the devices; no program for a judge on the host."""
     network = known.judge_of(judge)
@@ -170,38 +192,61 @@ def _judging(
     if policy and policy.adapter and network.adapter and network.adapter.base_dtype == policy.adapter.base_dtype:
         # A checkpoint names a step's folder as its base, a job names a run's folder.
         shares = f"{network.base}/".startswith(f"{policy.base}/")
-    return [Program(name, "judge", Facts(network, shape), True, judge.labels, shares)]
+    return [Program(name, "judge", Facts(network, shape), True, judge.labels, shares, calls)]
 
 
 def _labelling(config: LabelConfig, known: Known) -> Planned:
     source = DatasetConfig(config.dataset, batch_size=config.batch_size)
-    programs = _judging("judge", config.judge, known.shape(source), known)
-    return known.given.applied(JobConfig(mesh=config.mesh)), programs
+    shape = known.shape(source)
+    calls = _calls(shape, known.contents(source).examples)
+    return known.given.applied(JobConfig(mesh=config.mesh)), _judging("judge", config.judge, shape, known, calls=calls)
 
 
 def _generation(config: GenerateConfig, known: Known) -> Planned:
     job, shape = _answering(config, config.prompts, config.each, known)
+    calls = _calls(shape, at_most(known.contents(job.source).examples, config.limit))
     programs = [
-        Program(f"sampling {place}", "sample", Facts(known.run(folder), shape), holds=True)
+        Program(f"sampling {place}", "sample", Facts(known.run(folder), shape), holds=True, calls=calls)
         for place, folder in enumerate(config.policies)
     ]
     judged = dataclasses.replace(shape, samples=config.each * len(config.policies))
-    return job, programs + _judging("judge", config.judge, judged, known)
+    return job, programs + _judging("judge", config.judge, judged, known, calls=calls)
 
 
 def _evaluation(config: EvaluateConfig, known: Known) -> Planned:
-    network, (job, shape) = known.run(str(config.run)), _answering(config, config.dataset, 1, known)
-    answers, pairs = Facts(network, shape), Facts(network, known.shape(job.recorded))
-    judges = [*map(named, config.judges)]
-    programs = [
-        Program("sampling", "sample", answers, holds=True),
-        Program("KL", "divergence", answers, holds=True),
-        Program("classification", "score", pairs),
-    ]
+    """The programs that measure checkpoints. Judges compare each response with those of all opponents."""
+    network, run = known.run(str(config.run)), str(config.run)
+    job, shape = _answering(config, config.dataset, max(config.best_of, default=1), known)
+    pair = dataclasses.replace(shape, samples=2)
+    names = {judge: name for name, judge in map(named, config.judges)}
+    checkpoints = None if config.steps is None else len(config.steps)
+    calls = functools.partial(_calls, shape, times=1 if config.best_of else checkpoints)
+    compared = [config.prompts] * len(config.opponents) * max(len(config.best_of), 1)
+    programs = list[Program]()
+    asked: dict[str, Sequence[int | None]] = dict.fromkeys(names, compared)
     if network.kind != POLICY:
-        programs, judges = [], [("run", str(config.run)), *judges]
-    for name, judge in judges:
-        programs += _judging(f"judge {name}", JudgeConfig(judge), dataclasses.replace(shape, samples=2), known)
+        names = {run: "run"} | names
+        asked = {judge: [config.pairs or known.contents(job.source).examples] for judge in names}
+    elif config.best_of:
+        choices = calls(*[config.prompts] * len(config.best_of))
+        programs = [Program("sampling", "sample", Facts(network, shape), holds=True, calls=calls(config.prompts))]
+        chooser = _judging("judge, best of n", JudgeConfig(config.best_by), shape, known, calls=choices)
+        programs += [dataclasses.replace(each, holds=config.best_by not in names) for each in chooser]
+    else:
+        answers, pairs = Facts(network, shape), Facts(network, known.shape(job.recorded))
+        # Second samples make pairs of the policy's own. The policy and its reference both score all pairs.
+        own = [config.kl_prompts] * (config.own_labels is not None)
+        scored = 2 * [*[config.pairs] * (1 + len(config.classified)), *own]
+        programs = [
+            Program("sampling", "sample", answers, holds=True, calls=calls(*[config.prompts] * (1 + len(own)))),
+            Program("KL", "divergence", answers, holds=True, calls=calls(config.kl_prompts)),
+            Program("classification", "score", pairs, calls=calls(*scored)),
+        ]
+        if config.own_labels is not None:
+            asked[config.own_labels] = [*asked.get(config.own_labels, ()), *own]
+    for judge, examples in asked.items():
+        name = f"judge {names.get(judge, 'of own samples')}"
+        programs += _judging(name, JudgeConfig(judge), pair, known, calls=calls(*examples))
     return job, programs
 
 

@@ -119,10 +119,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Logic
     """
     devices = jax.devices() if devices is None else devices
     shape, rules = config.shape(len(devices)), config.all_rules()
-    types = (AxisType.Auto,) * len(AXES)
-    if config.slices == 1:
-        return LogicalMesh(jax.make_mesh(shape, AXES, axis_types=types, devices=devices), rules)
-    return LogicalMesh(Mesh(_over_slices(config.slices, shape, devices), AXES, axis_types=types), rules)
+    # An axis of the torus is split only if no whole axes have the sizes, as for 8 x 8 on a torus of 4 x 4 x 4.
+    placed = (
+        mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        if config.slices == 1
+        else _over_slices(config.slices, shape, devices)
+    )
+    return LogicalMesh(Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES)), rules)
 
 
 def _over_slices(slices: int, shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
@@ -136,7 +139,11 @@ def _over_slices(slices: int, shape: tuple[int, int, int], devices: Sequence[Any
         raise UserError(f"mesh slices is {slices} but the devices are of {found}: set slices={found}")
     within = (shape[0] // slices, *shape[1:])
     return mesh_utils.create_hybrid_device_mesh(
-        within, (slices, 1, 1), devices=devices, process_is_granule=not of_slices
+        within,
+        (slices, 1, 1),
+        devices=devices,
+        process_is_granule=not of_slices,
+        allow_split_physical_axes=True,
     )
 
 

@@ -3,6 +3,9 @@
 The paths are yours to give: the task, prepared with T5's vocabulary, and T5 checkpoints, imported.
 
 alignment-gap study --config=configs/study/pod.py:summarization --workdir=runs/pod --list
+alignment-gap plan --config=configs/study/pod.py:summarization --topology=v5e:16x16 --kept=runs/plans \\
+    --networks=imported/t5_large=t5_large,imported/t5_xl=t5_xl,imported/t5_xxl=t5_xxl \\
+    --prompt_length=1024 --response_length=128 --examples=90000
 """
 
 import dataclasses
@@ -29,6 +32,8 @@ SIZES = ("t5_large", "t5_xl", "t5_xxl")
 def get_config(task: str = "summarization") -> ConfigDict:
     if task not in TASKS:
         raise ValueError(f"the task is {task!r}: choose one of {', '.join(TASKS)}")
+    # Gradients of the largest networks leave no room for the activations of every layer.
+    memory = {"dtype": "bfloat16", "remat": "full"}
     judge = OptimizerConfig(name="adafactor", learning_rate=1e-4, warmup_steps=1000)
     # The paper pools its tasks here.
     sft = SftConfig(
@@ -41,7 +46,7 @@ def get_config(task: str = "summarization") -> ConfigDict:
     study = StudyConfig(
         name=f"pod {task}",
         prepared=f"prepared/{task}",
-        policy=sizes.get("t5_large"),
+        policy=sizes.get("t5_large", **memory),
         sizes=SIZES,
         by_size=(
             "arms.batch_size=32,16,8",
@@ -49,10 +54,12 @@ def get_config(task: str = "summarization") -> ConfigDict:
             "sft.batch_size=128,16,8",
             "sft.optimizer.learning_rate=3e-5,1e-5,1e-5",
         ),
-        base=BaseConfig(sizes.get("t5_large"), sft),
+        base=BaseConfig(sizes.get("t5_large", **memory), sft, batch_size=32),
         sft=dataclasses.replace(sft, start="imported/{size}"),
         # The paper trains judges until their validation accuracy is flat, and does not say how long that is.
-        golden=PreferenceModelConfig(start="imported/t5_xxl", steps=10_000, batch_size=16, optimizer=judge),
+        golden=PreferenceModelConfig(
+            model=sizes.get("t5_xxl", **memory), start="imported/t5_xxl", steps=10_000, batch_size=16, optimizer=judge
+        ),
         proxy=PreferenceModelConfig(steps=10_000, batch_size=32, optimizer=judge),
         arms=ArmsConfig(
             names=("online", "shuffled", "offline"),
@@ -71,6 +78,7 @@ def get_config(task: str = "summarization") -> ConfigDict:
         evaluation=EvaluationConfig(
             prompts=2048, kl_prompts=256, pairs=256, classified=("heldout", "stream", "own"), batch_size=256
         ),
-        mesh=MeshConfig(layout="fsdp"),
+        # The smallest batch of the study has 8 prompts, so the batch is split into at most 8 parts.
+        mesh=MeshConfig(layout="fsdp_tensor", fsdp=8, model=-1),
     )
     return ConfigDict(to_dict(study))

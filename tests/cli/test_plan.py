@@ -15,6 +15,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.jobs.assembly import BatchShape
 from alignment_gap.models import DecoderConfig, T5Config, sizes
 from alignment_gap.plan import programs
+from alignment_gap.plan.kept import kept
 from alignment_gap.plan.plan import make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -168,6 +169,48 @@ def test_a_study_over_sizes_is_planned_for_one_of_them():
         read(scaling, "--job=seed0-sft", TPU)
 
 
+@pytest.fixture
+def made_up(monkeypatch):
+    """A compiler that says at once that every program takes a second of HBM traffic; returns what it compiled."""
+    compiled = []
+
+    def compile_(config, program):
+        compiled.append(program.name)
+        return programs.Compiled(parameters=1, traffic=int(config.topology.chip.hbm_bandwidth))
+
+    monkeypatch.setattr("alignment_gap.plan.kept.kept", functools.partial(kept, compile_=compile_))
+    return compiled
+
+
+def test_a_whole_study(monkeypatch, capsys, tmp_path, made_up):
+    path, flags = tmp_path / "plan.json", [STUDY, TPU, f"--kept={tmp_path / 'kept'}"]
+    status, said = run(monkeypatch, capsys, *flags, f"--json={path}")
+    assert status == 0
+    jobs = {each["job"]: each for each in json.loads(path.read_text())["jobs"]}
+    assert len(jobs) == 28
+    assert jobs["seed0-data"]["plan"] is None
+    # Each update of the online arm comes with three other programs.
+    online, shuffled = (jobs[f"seed0-{arm}-ipo-beta0.1-lr0.0003"] for arm in ("online", "shuffled"))
+    assert online["seconds"] == pytest.approx(4 * shuffled["seconds"])
+    assert "jobs on 8 devices" in said.out and "longest chain" in said.out
+    assert said.err.count("compiling") == len(made_up) < len(jobs)
+    count = len(made_up)
+    status, said = run(monkeypatch, capsys, *flags)
+    assert (status, len(made_up), said.err) == (0, count, "")
+
+
+def test_a_whole_study_over_sizes(monkeypatch, capsys, tmp_path, made_up):
+    """Jobs that all sizes share are planned once; the others are named by their size."""
+    path = tmp_path / "plan.json"
+    scaling = [f"--config={ROOT / 'configs' / 'study' / 'scaling.py'}", "--config.sizes=('t5_30k','t5_300k')"]
+    status, _ = run(monkeypatch, capsys, *scaling, TPU, f"--json={path}")
+    assert status == 0
+    names = [each["job"] for each in json.loads(path.read_text())["jobs"]]
+    assert len(set(names)) == len(names)
+    assert "seed0-golden" in names and "t5_30k seed0-golden" not in names
+    assert {"t5_30k seed0-sft", "t5_300k seed0-sft"} <= {*names}
+
+
 def test_without_a_job_it_is_the_papers():
     config = read("--model=t5_xl", "--topology=v5p:4x4x4", "--online", "--judge=t5_large", "--dtype=float32")
     assert names(config) == ["update", "sampling", "judge", "reference"]
@@ -207,7 +250,8 @@ def test_without_a_job_it_is_the_papers():
         ([*gin("sft", "DATASET"), TPU, "--gin.NO_MACRO=1"], "NO_MACRO"),
         (["--model=tiny", TPU, "--gin.NO_MACRO=1"], "the command names no gin file; give one with --gin_file"),
         (["--gin_file=none.gin", TPU], "there is no such file"),
-        ([STUDY, TPU], "--config and --job"),
+        ([STUDY, TPU, "--best=best.gin"], "--best searches the settings of one job: name it by --job"),
+        ([STUDY, TPU, "--config.mesh.layout=fsdp", "--batch=12"], "^error: seed0-sft: batch is 12: it must be"),
         (["--job=seed0-sft", TPU], "--config and --job"),
         ([STUDY, "--job=seed0-sft", *gin("sft", "DATASET"), TPU], "but not by both"),
         ([STUDY, "--job=seed0-stf", TPU], "has no job 'seed0-stf': did you mean seed0-sft"),

@@ -17,6 +17,7 @@ from alignment_gap.jobs.config import LossConfig
 from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig, load_outcomes, results_text
 from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.generate import GENERATE, GenerateConfig
+from alignment_gap.judges import open_judge
 from alignment_gap.sampling import SamplerConfig
 
 
@@ -102,6 +103,22 @@ def test_a_policy_classifies_further_pairs_and_samples_of_its_own(config, evalua
     np.testing.assert_array_equal(found["accuracy.same"], found["accuracy"])
     assert len(found["accuracy.few"]) == 12 and len(found["accuracy.own"]) == 8
     assert set(found["accuracy.own"]) <= {0.0, 0.5, 1.0} and set(found["accuracy.own"]) != {0.5}
+
+
+def test_a_judge_with_two_tasks_is_in_memory_once(config, tmp_path, monkeypatch):
+    opened = []
+
+    def open_and_count(asked, *rest):
+        opened.append(asked.judge)
+        return open_judge(asked, *rest)
+
+    monkeypatch.setattr("alignment_gap.jobs.evaluate.open_judge", open_and_count)
+    name, place = config.judges[0].split("=")
+    asked = {"judges": (f"{name}={place}",), "own_labels": place, "steps": (2,), "opponents": ()}
+    evaluated(dataclasses.replace(config, **asked), tmp_path / "own")
+    assert opened == [place]
+    evaluated(dataclasses.replace(config, **asked | {"own_labels": "rubric"}), tmp_path / "other")
+    assert opened == [place, place, "rubric"]
 
 
 def test_further_pairs_are_pairs(config, answers, tmp_path):

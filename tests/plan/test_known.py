@@ -11,9 +11,10 @@ from planning import DECODER, T5, write_run
 from alignment_gap.checkpoints import Network
 from alignment_gap.data.records import Example, write_dataset
 from alignment_gap.data.tasks.prepare import PrepareConfig
-from alignment_gap.data.text import Limits
+from alignment_gap.data.text import Limits, PostsConfig, TextSourceConfig
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.assembly import BatchShape
+from alignment_gap.jobs.compose import COMPOSE, ComposeConfig
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.folder import Job
 from alignment_gap.jobs.generate import GENERATE, GenerateConfig
@@ -211,7 +212,56 @@ def test_datasets_that_jobs_will_make():
     assert contents("made/data/train") == contents("made/data/validation") == Contents(30, 2, 9)
     assert contents("made/labelled") == Contents(30, 2, 9)
     assert contents("made/generated") == Contents(30, 2, 12)
-    assert contents("made/online/record") == Contents(30, 2, 7, ("sampler_log_probs", "reference_log_probs"))
+    recorded = ("sampler_log_probs", "reference_log_probs")
+    assert contents("made/online/record") == Contents(30, 2, 7, recorded, examples=1000 * 32)
+
+
+def test_the_number_of_examples():
+    """The record has an example for each prompt of each step. The built-in task says how many pairs it makes."""
+    posts = TextSourceConfig(location="posts", posts=PostsConfig(pairs=500, validation_pairs=60))
+    built_in = Job("posts", PREPARE, PrepareConfig(posts), Path("made/posts"))
+    cut = Job("cut", COMPOSE, ComposeConfig(("made/posts/train", "made/online/record"), limit=400), Path("made/cut"))
+    all_ = Job("all", COMPOSE, ComposeConfig(("made/posts/train", "made/online/record")), Path("made/all"))
+    drawn = GenerateConfig("made/posts/train", ("made/sft",), limit=90)
+    generated = Job("generated", GENERATE, drawn, Path("made/generated"))
+    known = Known((*GRAPH.jobs, built_in, cut, all_, generated))
+
+    def count(folder, known=known):
+        return known.contents(DatasetConfig(folder)).examples
+
+    assert (count("made/posts/train"), count("made/posts/validation")) == (500, 60)
+    assert count("made/posts/train,made/posts/validation") == 560
+    assert (count("made/all"), count("made/cut"), count("made/generated")) == (32_500, 400, 90)
+    # A file that will be prepared has as many examples as the user says.
+    assert count("made/data/train") is None
+    assert count("made/data/train,made/posts/train") is None
+    told = dataclasses.replace(known, given=Overrides(examples=7))
+    assert (count("made/data/train", told), count("made/posts/train", told)) == (7, 500)
+    lengths = dataclasses.replace(LENGTHS, examples=7)
+    assert count("elsewhere", Known(given=lengths)) == 7
+
+
+def test_networks_of_folders_that_are_not_there_yet(runs):
+    given = Overrides(networks=(f"{runs}/policy=t5_small", "imported=t5_xl", "judge=t5_large"), judge="t5_small")
+    known = Known((*GRAPH.jobs, trained("tuned", start="imported")), given)
+    assert known.run("imported") == known.run("made/tuned") == Network(model=sizes.get("t5_xl"))
+    assert known.run(str(runs / "policy")).model == sizes.get("t5_small")
+    # They go before --judge, which still says what all other judges are.
+    assert known.judge_of(JudgeConfig("judge")).model == sizes.get("t5_large")
+    assert known.judge_of(JudgeConfig("another")).model == sizes.get("t5_small")
+    assert known.run("made/sft").model == T5
+    with pytest.raises(UserError, match=r"other is not there yet.*give --model, or --networks=other=SIZE"):
+        known.run("other")
+
+
+@pytest.mark.parametrize("wrong", ["imported", "=t5_xl", "imported="])
+def test_networks_have_one_form(wrong):
+    with pytest.raises(UserError, match=f"networks has {wrong!r}: give FOLDER=SIZE"):
+        Overrides(networks=(wrong,))
+
+
+def test_a_checkpoint_in_the_folder_of_a_run_is_of_its_network():
+    assert GRAPH.run("made/online/checkpoints/800") == GRAPH.run("made/online") == Network(model=T5)
 
 
 def test_a_folder_whose_name_begins_like_anothers_is_not_that_one():

@@ -225,6 +225,27 @@ def test_the_table_of_chips_knows_a_tpus_devices_by_the_name_that_jax_has_for_th
     assert done.stdout.split() == ["all", *TPUS], done.stderr
 
 
+def test_a_mesh_whose_sizes_are_no_axes_of_the_torus(libtpu):
+    """8 x 8 is no product of whole axes of 4 x 4 x 4, so an axis of the torus is split. Other meshes are jax's own."""
+    program = (
+        "import jax\n"
+        "from alignment_gap.plan.programs import devices_of\n"
+        "from alignment_gap.sharding import AXES, MeshConfig, make_mesh\n"
+        "from alignment_gap.sharding.chips import parse_topology\n"
+        "for name, shape in (('v5p:4x4x4', (1, 16, 4)), ('v5e:16x16', (1, 8, 32)), ('v4:4x4x4', (4, 4, 4))):\n"
+        "    devices = devices_of(parse_topology(name))\n"
+        "    types = (jax.sharding.AxisType.Auto,) * 3\n"
+        "    usual = jax.make_mesh(shape, AXES, axis_types=types, devices=devices)\n"
+        "    assert make_mesh(MeshConfig(*shape), devices).devices == usual, (name, shape)\n"
+        "devices = devices_of(parse_topology('v5p:4x4x4'))\n"
+        "found = make_mesh(MeshConfig(1, 8, 8), devices).devices.devices\n"
+        "print(*found.shape, len({device.id for device in found.flat}))\n"
+    )
+    variables = os.environ | environment(V5E) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "8", "8", "64"], done.stderr
+
+
 def test_what_a_tpu_has_no_room_for(libtpu):
     score = replaced(program_of("score"), batch=2**20, prompt=1024)
     found = compile_program(config_of(score, topology=V5E), score)

@@ -50,6 +50,17 @@ def test_times_and_flops():
     assert step == "a step 4 s, 16 prompts/s, MFU 47%, at best"
 
 
+def test_the_hours_of_a_job_whose_calls_are_known():
+    config = online_config()
+    timed = dataclasses.replace(
+        config, programs=tuple(dataclasses.replace(each, calls=1800) for each in config.programs)
+    )
+    assert lines_of(plan_of(timed), "the whole job") == ["the whole job 2 hours, 16 device-hours, at best"]
+    assert as_json(plan_of(timed))["job_seconds"] == 7200
+    assert lines_of(plan_of(config), "the whole job") == []
+    assert as_json(plan_of(config))["job_seconds"] is None
+
+
 def test_a_sampler_tells_its_time_a_token():
     (line,) = lines_of(plan_of(online_config()), "sample: ")
     assert line.startswith("sample: 7.81 ms a token")

@@ -179,6 +179,83 @@ def test_an_evaluated_preference_model_is_a_judge_itself(tmp_path):
     assert planned(config, known) == [("judge run", "judge", shape(2), True)]
 
 
+def calls(config, known=KNOWN, examples=None, **given):
+    """The calls of every program, by its name."""
+    known = dataclasses.replace(known, given=dataclasses.replace(known.given, examples=examples, **given))
+    return {program.name: program.calls for program in programs_of(config, known)[1]}
+
+
+def test_a_training_job_calls_its_programs_in_every_step():
+    names = ("update", "sampling", "judge", "reference")
+    assert calls(dataclasses.replace(online_job(), steps=70)) == dict.fromkeys(names, 70)
+    assert calls(policy_job(loss=LossConfig("sft"), steps=30)) == {"update": 30}
+    # Three epochs of 83 examples in batches of 8.
+    epochs = policy_job(steps=None, source=dataclasses.replace(PROMPTS, epochs=3))
+    assert calls(epochs, examples=83) == {"update": 31, "reference": 31}
+    assert calls(epochs) == {"update": None, "reference": None}
+
+
+def test_labelling_and_generation_call_a_program_for_every_batch():
+    label = LabelConfig("pairs", JUDGE, batch_size=8)
+    assert calls(label, examples=81) == {"judge": 11}
+    assert calls(label) == {"judge": None}
+    generate = GenerateConfig("prompts", ("runs/a", "runs/b"), JUDGE, batch_size=8, limit=40)
+    every = ("sampling 0", "sampling 1", "judge")
+    assert calls(generate, examples=81, model="t5_small") == dict.fromkeys(every, 5)
+    assert calls(generate, examples=17, model="t5_small") == dict.fromkeys(every, 3)
+    assert calls(generate, model="t5_small") == dict.fromkeys(every)
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """An evaluation of three checkpoints: 40 prompts are 5 batches, 20 for the KL are 3, and 9 pairs are 2."""
+    run = write_run(tmp_path / "policy", Network(model=DECODER))
+    counts = {"prompts": 40, "kl_prompts": 20, "pairs": 9, "batch_size": 8}
+    return EvaluateConfig(run, (1, 2, 3), "pairs", ("golden=runs/golden",), ("a=runs/a", "b=runs/b"), **counts)
+
+
+def test_an_evaluation_calls_its_programs_for_every_checkpoint(measured):
+    # Policy and reference both score the pairs. The judge compares with two opponents.
+    found = {"sampling": 3 * 5, "KL": 3 * 3, "classification": 3 * 2 * 2, "judge golden": 3 * 2 * 5}
+    assert calls(measured) == found
+    further = dataclasses.replace(measured, classified=("heldout=held", "stream=stream"))
+    assert calls(further) == found | {"classification": 3 * 2 * 6}
+    # Without a list of steps, the number of checkpoints is not known.
+    assert calls(dataclasses.replace(measured, steps=None)) == dict.fromkeys(found)
+
+
+def test_pairs_of_a_policys_own_are_second_samples_with_labels(measured):
+    own = dataclasses.replace(measured, own_labels="runs/golden")
+    assert calls(own) == {
+        "sampling": 3 * 2 * 5,
+        "KL": 3 * 3,
+        "classification": 3 * 2 * (2 + 3),
+        "judge golden": 3 * (2 * 5 + 3),
+    }
+    other = calls(dataclasses.replace(measured, own_labels="runs/other"))
+    assert (other["judge golden"], other["judge of own samples"]) == (3 * 2 * 5, 3 * 3)
+
+
+def test_the_best_of_n_are_chosen_among_one_set_of_samples(measured):
+    best = dataclasses.replace(measured, best_of=(1, 2, 4), best_by="runs/proxy")
+    assert calls(best) == {"sampling": 5, "judge, best of n": 3 * 5, "judge golden": 3 * 2 * 5}
+    assert planned(best) == [
+        ("sampling", "sample", shape(4), True),
+        ("judge, best of n", "judge", shape(4), True),
+        ("judge golden", "judge", shape(2), True),
+    ]
+    # The judge of the choice is in memory once.
+    again = dataclasses.replace(best, best_by="runs/golden")
+    assert [held for name, *_, held in planned(again) if name.startswith("judge")] == [False, True]
+
+
+def test_a_preference_model_and_other_judges_read_the_pairs(measured, tmp_path):
+    run = write_run(tmp_path / "model", Network("pairwise", DECODER, MARKERS))
+    judge = dataclasses.replace(measured, run=run, opponents=(), pairs=9)
+    assert calls(judge) == {"judge run": 3 * 2, "judge golden": 3 * 2}
+    assert calls(dataclasses.replace(judge, pairs=0), examples=33) == {"judge run": 3 * 5, "judge golden": 3 * 5}
+
+
 @pytest.mark.parametrize(
     "config", [PrepareConfig(), ComposeConfig(("pairs",)), LabelConfig("pairs", JudgeConfig("rubric"))]
 )
