@@ -216,8 +216,8 @@ class JobConfig:
       reference_step: step of the checkpoint in `reference`; None for the last.
       reference_log_probs: where the reference's log-probs of recorded examples come from. "stored": from beside the
         dataset; if they are not there, they are computed and stored first. "each_step": they are computed in each step.
-        "auto": the stored ones if there are any, otherwise in each step. Stored log-probs are used only for the same
-        dataset, checkpoint, lengths and precision.
+        "auto": the stored ones if there are any when the job begins, otherwise in each step. Stored log-probs are used
+        only for the same dataset, checkpoint, lengths and precision.
       reference_every: the reference moves towards the policy after this many steps (TR-DPO, arXiv 2404.09656); None
         for a fixed reference. The log-probs of a moving reference are computed in each step.
       reference_alpha: weight of the policy when the reference moves: alpha * policy + (1 - alpha) * reference. 1 copies

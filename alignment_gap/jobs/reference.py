@@ -18,9 +18,9 @@ from alignment_gap.data.batches import Bucket, PreferenceBatch, Prefetched, offl
 from alignment_gap.data.records import Dataset
 from alignment_gap.data.records.log_probs import ReferenceLogProbs, ReferenceWriter, open_reference, reference_folder
 from alignment_gap.errors import UserError
-from alignment_gap.folders import at, locked
+from alignment_gap.folders import AnyPath, at, locked, read_json, write_json
 from alignment_gap.jobs.assembly import Assembly
-from alignment_gap.jobs.config import DatasetConfig, OnlineConfig
+from alignment_gap.jobs.config import REFERENCE_LOG_PROBS, DatasetConfig, OnlineConfig
 from alignment_gap.jobs.reading import on_devices, open_reading
 from alignment_gap.jobs.sources import Inputs, Parameters
 from alignment_gap.models import Policy
@@ -42,6 +42,8 @@ from alignment_gap.training import load_params, make_score
 
 # Fields of a model's config that change how gradients are computed or layers are compiled, but not the outputs.
 _OF_TRAINING = ("remat", "scan_unroll")
+# In the folder of a training job: where its log-probs came from when it began.
+BEGUN = "reference.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,30 +113,51 @@ def compute_reference(config: ReferenceConfig, open_bar: OpenBar) -> list[Datase
     return list(reading.datasets)
 
 
-def stored_references(assembly: Assembly, inputs: Inputs, open_bar: OpenBar) -> list[ReferenceLogProbs]:
-    """The stored reference log-probs of a job's datasets; an empty list if the job computes them in each step."""
+def stored_references(
+    assembly: Assembly, inputs: Inputs, folder: AnyPath, open_bar: OpenBar
+) -> list[ReferenceLogProbs]:
+    """The stored reference log-probs of a job's datasets; an empty list if the job computes them in each step.
+
+    A job under "auto" keeps to what it finds when it begins, and notes this in its folder: stored log-probs are rounded
+    differently, so a job that is stopped would otherwise not continue as it began.
+    """
     config, reading, mesh = assembly.config, inputs.reading, assembly.mesh
     moves = config.reference_every is not None
-    if config.reference_log_probs == "each_step" or moves or isinstance(config.source, OnlineConfig):
+    where: str | None = config.reference_log_probs
+    if where == "each_step" or moves or isinstance(config.source, OnlineConfig):
         return []
     policy, reference = assembly.policy, inputs.reference
     assert reference is not None
     # Without a reference of its own, the job reads the base of its adapters, as it is held.
     base_dtype = config.adapter.base_dtype if config.reference is None else None
-    if config.reference_log_probs == "stored":
-        size = reading.config.batch_size
-        with open_bar(len(reading.examples), "scoring", " examples") as bar:
-            shared: dict[str, Any] = {"batch_size": size, "buckets": reading.shapes, "progress": bar.update}
-            shared["base_dtype"] = base_dtype
-            return [store_reference(dataset, policy, reference, mesh, **shared) for dataset in reading.datasets]
-    identities = [
-        reference_identity(data, policy, reference.digest, reading.shapes, base_dtype) for data in reading.datasets
-    ]
-    found = [open_reference(*each) for each in zip(reading.datasets, identities, strict=True)]
-    # On a slow file system one process may not see the files yet. It would run another program than the others, and
-    # all would wait for each other.
-    is_incomplete = first_reason("" if all(found) else "something is not stored")
-    return [] if is_incomplete else [stored for stored in found if stored]
+    if where == "auto" and (where := _begun_with(folder)) is None:
+        identities = [
+            reference_identity(data, policy, reference.digest, reading.shapes, base_dtype) for data in reading.datasets
+        ]
+        found = [open_reference(*each) for each in zip(reading.datasets, identities, strict=True)]
+        # On a slow file system one process may not see the files yet. It would run another program than the others, and
+        # all would wait for each other.
+        where = "each_step" if first_reason("" if all(found) else "something is not stored") else "stored"
+        on_first_process(lambda: write_json(folder / BEGUN, {"reference_log_probs": where}))
+    if where == "each_step":
+        return []
+    with open_bar(len(reading.examples), "scoring", " examples") as bar:
+        shared: dict[str, Any] = {"batch_size": reading.config.batch_size, "buckets": reading.shapes}
+        shared |= {"progress": bar.update, "base_dtype": base_dtype}
+        return [store_reference(dataset, policy, reference, mesh, **shared) for dataset in reading.datasets]
+
+
+def _begun_with(folder: AnyPath) -> str | None:
+    """Where a job under "auto" got its log-probs from when it began; None if it begins now."""
+
+    def read() -> int:
+        path = folder / BEGUN
+        if not path.exists():
+            return -1
+        return REFERENCE_LOG_PROBS.index(read_json(path, remedy="remove it")["reference_log_probs"])
+
+    place = int(first_says(read))
+    return None if place < 0 else REFERENCE_LOG_PROBS[place]
 
 
 def reference_identity(

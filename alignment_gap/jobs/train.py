@@ -5,6 +5,7 @@ FOLDER/
   checkpoints/STEP/          complete or absent
   metrics.jsonl              a line every `log_every` steps; `training.monitor` may write more files
   record/                    the samples of an online source, as a dataset
+  reference.json             under `reference_log_probs="auto"`: where the reference's log-probs come from
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def _run(assembly: Assembly, inputs: Inputs, folder: AnyPath, open_bar: OpenBar)
             )
         on_first_process(lambda: _carry_tokenizer(config, folder))
         if not inputs.stored and assembly.needs_reference:
-            inputs = inputs._replace(stored=stored_references(assembly, inputs, open_bar))
+            inputs = inputs._replace(stored=stored_references(assembly, inputs, folder, open_bar))
         bar = stack.enter_context(open_bar(steps, folder.name, " steps"))
         bar.write(_summary(assembly, inputs.reading))
         state = checkpoints.restore_last(assembly.abstract, bar.write) or _first_state(assembly, inputs)
