@@ -1,0 +1,105 @@
+"""Measures the work of the training loop on the host between steps, as a share of a step.
+
+    python benchmarks/host_work.py
+
+Runs whole jobs in this process, as `alignment-gap train` does: with prefetching, a line of metrics every 20 steps, and
+checkpoints. The clock measures the time of a step. The host's work is the CPU time of the loop's own thread, which
+does not count while it waits for the devices; the devices of a CPU compute in other threads. Reading and putting
+batches ahead, and writing checkpoints, happen in other threads too. The first step compiles and is not counted.
+
+Devices run a step while the host prepares the next one. So they wait for less than this work: for nothing but a save,
+if nothing of the step is computed on the host. The online job has a judge on the devices.
+
+On a machine with other work a step takes longer, so that the share is too small: use an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from alignment_gap.data.tasks.prepare import PrepareConfig
+from alignment_gap.data.text import PostsConfig, TextSourceConfig
+from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
+from alignment_gap.jobs.folder import make
+from alignment_gap.jobs.prepare import PREPARE
+from alignment_gap.jobs.train import TRAIN
+from alignment_gap.judges import JudgeConfig
+from alignment_gap.models import sizes
+from alignment_gap.progress import NO_BAR
+
+
+class Clock:
+    """A progress bar that notes the time and the thread's CPU time after every step."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[float, float]] = []
+
+    def __enter__(self) -> Clock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Shows nothing, so it has nothing to end."""
+
+    def update(self, steps: int) -> None:
+        """Notes the times."""
+        self.notes += [(time.perf_counter(), time.thread_time())] * steps
+
+    def unpause(self) -> None:
+        """Forgets the first step."""
+        self.notes.clear()
+
+    def write(self, line: str) -> None:
+        """Shows nothing."""
+
+    def set_postfix(self, **values: object) -> None:
+        """Shows nothing."""
+
+    def per_step(self) -> tuple[float, float]:
+        """Seconds of a step, and of the host's work in it."""
+        (start, worked), (end, done) = self.notes[0], self.notes[-1]
+        return (end - start) / (len(self.notes) - 1), (done - worked) / (len(self.notes) - 1)
+
+
+def run(config: JobConfig, folder: Path) -> tuple[float, float]:
+    """Runs a job; the seconds of a step, and of the host's work in it."""
+    clock = Clock()
+    make(TRAIN, config, folder, lambda total, name, unit: clock)
+    return clock.per_step()
+
+
+def main() -> None:
+    """Runs fine-tuning, a preference model, an offline and an online job, and prints a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="t5_3m", help="size of the policy")
+    parser.add_argument("--batch", type=int, default=32, help="prompts of a step")
+    parser.add_argument("--steps", type=int, default=101, help="steps of each job")
+    options = parser.parse_args()
+    model = sizes.get(options.model, vocabulary_size=136)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        posts = TextSourceConfig(location="posts", posts=PostsConfig(pairs=2000, validation_pairs=10))
+        make(PREPARE, PrepareConfig(posts), root / "data", lambda *_: NO_BAR)
+        pairs = DatasetConfig(str(root / "data" / "train"), batch_size=options.batch)
+        shared = {"steps": options.steps, "checkpoint_every": 50}
+        sft = JobConfig(model=model, loss=LossConfig("sft"), source=pairs, **shared)
+        offline = JobConfig(start=str(root / "sft"), source=pairs, **shared)
+        golden = dataclasses.replace(offline, kind="pairwise")
+        judge = JudgeConfig(str(root / "golden"))
+        online = dataclasses.replace(offline, source=OnlineConfig(pairs, judge=judge))
+        print(
+            f"{options.model}, {options.batch} prompts a step, jax {jax.__version__}, {jax.devices()[0].device_kind}\n"
+        )
+        print("| job | a step, ms | host work, ms | share |\n| --- | --- | --- | --- |")
+        for job, config in (("sft", sft), ("golden", golden), ("offline", offline), ("online", online)):
+            step, host = run(config, root / job)
+            print(f"| {job} | {1e3 * step:.1f} | {1e3 * host:.2f} | {host / step:.2%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
