@@ -164,6 +164,8 @@ def _job_config(asked: _Asked) -> PlanConfig:
         job = _usual_job(given, online=values.online)
         given = dataclasses.replace(Overrides(**USUAL), **{k: v for k, v in vars(given).items() if v is not None})
     training, programs = programs_of(job, Known(jobs, given))
+    if not programs:
+        raise UserError("this job computes on no device: there is nothing to plan")
     topology = parse_topology(values.topology, training.mesh.slices)
     return PlanConfig(training, programs, topology, values.search)
 

@@ -10,18 +10,11 @@ from typing import NamedTuple
 
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath
-from alignment_gap.jobs.config import JobConfig
-from alignment_gap.jobs.evaluate import EvaluateConfig
 from alignment_gap.jobs.folder import Job
-from alignment_gap.jobs.generate import GenerateConfig
-from alignment_gap.jobs.label import LabelConfig
 from alignment_gap.plan.known import Known, Overrides
 from alignment_gap.plan.plan import Compile, Plan, check_batches, make_plan
 from alignment_gap.plan.steps import PlanConfig, programs_of
 from alignment_gap.sharding.chips import parse_topology
-
-# Jobs of other kinds compute on the host alone.
-_ON_DEVICES = JobConfig | LabelConfig | GenerateConfig | EvaluateConfig
 
 
 class JobPlan(NamedTuple):
@@ -61,10 +54,11 @@ def plan_graph(jobs: Sequence[Job], topology: str, given: Overrides, compile_: C
 
 
 def _config(job: Job, known: Known, topology: str) -> PlanConfig | None:
-    if not isinstance(job.config, _ON_DEVICES):
-        return None
+    """The programs of a job, and where they run; None if it computes on no device."""
     try:
         training, programs = programs_of(job.config, known)
+        if not programs:
+            return None
         config = PlanConfig(training, programs, parse_topology(topology, training.mesh.slices), search=False)
         check_batches(config)
         if any(program.calls is None for program in programs):

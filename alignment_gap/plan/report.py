@@ -22,7 +22,7 @@ _BOUNDS = {"compute": "arithmetic", "hbm": "HBM", "interconnect": "interconnect"
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The whole plan, in bytes, FLOPs and seconds; an unknown time is None."""
-    values, finite = dataclasses.asdict(plan), math.isfinite(plan.step_seconds)
+    values = dataclasses.asdict(plan)
     del values["config"]["programs"]  # They are among the parts.
     for part, each in zip(plan.parts, values["parts"], strict=True):
         each["compiled"]["peak"], each["tokens"] = part.compiled.peak, part.tokens
@@ -33,15 +33,20 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parameters": parameters(plan),
         "fits": plan.fits,
         "needed": plan.needed,
-        "step_seconds": plan.step_seconds if finite else None,
-        "job_seconds": plan.job_seconds if finite else None,
-        "utilisation": plan.utilisation if finite else None,
+        "step_seconds": _finite(plan.step_seconds),
+        "job_seconds": _finite(plan.job_seconds),
+        "utilisation": plan.utilisation if math.isfinite(plan.step_seconds) else None,
     }
 
 
 def parameters(plan: Plan) -> int:
     """The number of parameters of the first program's network."""
     return count_parameters(plan.config.programs[0].facts.network.policy())
+
+
+def _finite(seconds: float | None) -> float | None:
+    """The time; None if it is not known, or infinite because a program does not fit."""
+    return seconds if seconds is not None and math.isfinite(seconds) else None
 
 
 def _trained(plan: Plan) -> str:
@@ -71,7 +76,8 @@ def as_text(plan: Plan) -> str:
 def graph_json(planned: Sequence[JobPlan]) -> dict[str, Any]:
     """The jobs of a graph with their seconds at best, and the plans that they share, in seconds and bytes.
 
-    `plan` of a job is the place of its plan in `plans`; None if it computes on no device.
+    `plan` of a job is the place of its plan in `plans`; None if it computes on no device. A time is None if a program
+    does not fit.
     """
     groups = _alike(planned)
     places = {id(each): place for place, group in enumerate(groups) for each in group}
@@ -79,15 +85,15 @@ def graph_json(planned: Sequence[JobPlan]) -> dict[str, Any]:
         {
             "job": each.job.name,
             "folder": str(each.job.folder),
-            "seconds": each.seconds,
-            "device_seconds": each.device_seconds,
+            "seconds": _finite(each.seconds),
+            "device_seconds": _finite(each.device_seconds),
             "plan": places.get(id(each)),
         }
         for each in planned
     ]
     return {
-        "device_seconds": _device_seconds(planned),
-        "longest_chain_seconds": longest_chain(planned),
+        "device_seconds": _finite(_device_seconds(planned)),
+        "longest_chain_seconds": _finite(longest_chain(planned)),
         "jobs": jobs,
         "plans": [as_json(group[0].plan) for group in groups if group[0].plan],
     }

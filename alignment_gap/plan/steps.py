@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignment_gap.checkpoints import Network
-from alignment_gap.errors import UserError
 from alignment_gap.jobs.assembly import BatchShape, Facts, gives_rewards
 from alignment_gap.jobs.config import POLICY, DatasetConfig, JobConfig, OnlineConfig
 from alignment_gap.jobs.evaluate import EvaluateConfig, named
@@ -92,10 +91,10 @@ Planned = tuple[JobConfig, list[Program]]
 
 
 def programs_of(config: Any, known: Known) -> tuple[JobConfig, tuple[Program, ...]]:
-    """The programs of a job, and the training job whose settings they use.
+    """The programs of a job, and the training job whose settings they use; no programs if it computes on no device.
 
     Raises:
-      UserError: the job uses no device, or a fact that it needs is not known.
+      UserError: a fact that the job needs is not known.
     """
     plans: dict[type, Callable[[Any, Known], Planned]] = {
         JobConfig: _training,
@@ -104,8 +103,6 @@ def programs_of(config: Any, known: Known) -> tuple[JobConfig, tuple[Program, ..
         EvaluateConfig: _evaluation,
     }
     job, programs = plans.get(type(config), lambda *_: (JobConfig(), []))(config, known)
-    if not programs:
-        raise UserError("this job computes on no device: there is nothing to plan")
     return job, tuple(programs)
 
 

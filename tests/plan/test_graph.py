@@ -33,6 +33,8 @@ SFT = trained("sft", model=POLICY, loss=LossConfig("sft"), steps=3600)
 JUDGING = trained("golden", kind="pairwise", model=JUDGE, steps=7200)
 LABELS = LabelConfig("data", JudgeConfig("jobs/golden"), batch_size=64, mesh=FSDP)
 LABELLED = Job("labelled", LABEL, LABELS, Path("jobs/labelled"), (JUDGING,))
+RUBRIC = dataclasses.replace(LABELS, judge=JudgeConfig("rubric"))
+BY_HAND = Job("by_hand", LABEL, RUBRIC, Path("jobs/by_hand"))
 CUT = Job("cut", COMPOSE, ComposeConfig(("jobs/labelled",), limit=64), Path("jobs/cut"), (LABELLED,))
 PAIRS = DatasetConfig("jobs/cut", batch_size=64)
 SWEEP = [
@@ -57,7 +59,7 @@ ONLINE = trained(
     start="jobs/sft",
     steps=1800,
 )
-JOBS = [SFT, JUDGING, LABELLED, CUT, *SWEEP, ONLINE]
+JOBS = [SFT, JUDGING, LABELLED, BY_HAND, CUT, *SWEEP, ONLINE]
 
 
 @pytest.fixture
@@ -77,12 +79,13 @@ def test_the_hours_of_every_job(planned):
         "sft": 1,
         "golden": 2,
         "labelled": 10 / 3600,
+        "by_hand": 0,
         "cut": 0,
         **dict.fromkeys([job.name for job in SWEEP], 1),
         "online": 2,
     }
     assert [each.device_seconds for each in planned][:2] == [8 * 3600, 16 * 3600]
-    assert [each.job.name for each in planned if each.plan is None] == ["cut"]
+    assert [each.job.name for each in planned if each.plan is None] == ["by_hand", "cut"]
 
 
 def test_the_longest_chain(planned):
@@ -133,6 +136,9 @@ def test_what_does_not_fit_is_marked():
     rows = graph_text(planned).splitlines()[1:3]
     assert [row.rstrip().endswith("does not fit") for row in rows] == [True, False]
     assert [each.plan.fits for each in planned] == [False, True]
+    found = graph_json(planned)
+    assert [each["seconds"] for each in found["jobs"]] == [None, 7200]
+    assert found["device_seconds"] is found["longest_chain_seconds"] is None
 
 
 def test_json_has_every_job_and_every_plan_once(planned):
@@ -141,7 +147,7 @@ def test_json_has_every_job_and_every_plan_once(planned):
     assert found["longest_chain_seconds"] == 4 * 3600
     assert [each["job"] for each in found["jobs"]] == [job.name for job in JOBS]
     # SFT, the golden model and the labels have plans of their own, the offline runs share one, and one job has none.
-    assert [each["plan"] for each in found["jobs"]] == [0, 1, 2, None, 3, 3, 3, 3, 4]
+    assert [each["plan"] for each in found["jobs"]] == [0, 1, 2, None, None, 3, 3, 3, 3, 4]
     assert found["plans"][4]["job_seconds"] == found["jobs"][-1]["seconds"] == 2 * 3600
     assert len(found["plans"]) == 5
 
