@@ -66,7 +66,7 @@ def make(name: str, arguments: list[str]) -> None:
         return
     words = ["alignment-gap", "plan", *arguments]
     config, _ = read_config(words[1:])
-    found = as_json(make_plan(config, kept(CACHE, lambda line: None)))
+    found = as_json(make_plan(config, kept(CACHE, print)))
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"command": words, **found}, indent=1) + "\n")
 

@@ -18,12 +18,11 @@ its folders say. The plan lowers the functions of a run and compiles them with t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,7 +36,7 @@ from alignment_gap.errors import UserError
 if TYPE_CHECKING:
     from alignment_gap.jobs.folder import Job
     from alignment_gap.plan.known import Overrides
-    from alignment_gap.plan.plan import Plan
+    from alignment_gap.plan.plan import Compile, Plan
     from alignment_gap.plan.steps import PlanConfig
     from alignment_gap.study.graph import StudyGraph
 
@@ -66,17 +65,16 @@ def main(arguments: list[str]) -> None:
     from alignment_gap.plan.plan import make_plan
     from alignment_gap.plan.report import as_json, as_text, graph_json, graph_text
 
-    say: Callable[[str], None] = functools.partial(print, file=sys.stderr)
+    compile_ = kept(values.kept and at(values.kept), _say)
     if settings is not None and values.job is None:
         if values.best is not None:
             raise UserError("--best searches the settings of one job: name it by --job")
-        compile_ = kept(values.kept and at(values.kept), say)
         planned = plan_graph(_study_jobs(settings), values.topology, _overrides(values), compile_)
         text, result = graph_text(planned), graph_json(planned)
         fits = all(each.plan.fits for each in planned if each.plan)
     else:
         config = _job_config(parsed)
-        plan = make_plan(config, say=say) if values.best is None else _best_plan(config, values, arguments, say)
+        plan = make_plan(config, compile_) if values.best is None else _best_plan(parsed, config, compile_)
         text, result, fits = as_text(plan), as_json(plan), plan.fits
     print(text)
     if values.json is not None:
@@ -87,22 +85,25 @@ def main(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def _best_plan(
-    config: PlanConfig, values: flags.FlagValues, arguments: Sequence[str], say: Callable[[str], None]
-) -> Plan:
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _best_plan(asked: _Asked, config: PlanConfig, compile_: Compile) -> Plan:
     """Searches the best settings and writes them as a gin file; the plan of what is nearest if nothing fits."""
     from alignment_gap.folders import at, write_bytes
     from alignment_gap.plan.best import find_best
     from alignment_gap.plan.report import gin_text
 
-    search = find_best(config, values.compiles, say=say)
+    values = asked.values
+    search = find_best(config, values.compiles, compile_, _say)
     found = "all that are tried" if search.is_complete else f"--compiles={values.compiles} ended the search"
     print(f"{len(search.trials)} settings tried, {search.compiled} programs compiled: {found}")
     if search.best is None:
         return min((trial.plan for trial in search.trials), key=lambda plan: plan.needed)
     path = at(values.best)
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["alignment-gap", "plan", *arguments[1:]])
+    command = shlex.join(["alignment-gap", "plan", *asked.words])
     write_bytes(path, gin_text(search, command, values.model).encode())
     print(f"{search.best.choice}: {path}\n")
     return search.best.plan
@@ -119,8 +120,12 @@ def read_config(arguments: Sequence[str]) -> tuple[PlanConfig, flags.FlagValues]
 
 
 class _Asked(NamedTuple):
-    """The flags, the words that set values of gin files, and the settings of a study; None without --config."""
+    """The words of a command: its flags, what sets values of gin files, and the settings of a study.
 
+    `study` is None without --config.
+    """
+
+    words: list[str]
     values: flags.FlagValues
     bindings: list[str]
     study: dict[str, Any] | None
@@ -138,7 +143,7 @@ def _read_flags(arguments: Sequence[str]) -> _Asked | None:
         raise UserError("no --topology: give one, such as --topology=v5e:16x16")
     if from_study and (values.gin_file or bindings):
         raise UserError("give a job either by --config or by gin files, but not by both")
-    return _Asked(values, bindings, settings if from_study else None)
+    return _Asked([*arguments[1:]], values, bindings, settings if from_study else None)
 
 
 def _overrides(values: flags.FlagValues) -> Overrides:
@@ -184,7 +189,7 @@ def _define(values: flags.FlagValues) -> None:
         ("job", "Name of a job in the study of --config; without it, the whole study is planned."),
         ("topology", "Devices: v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, cpu:8 or cuda:8."),
         ("json", "JSON file for all results."),
-        ("kept", "Of a whole study: folder for the compiler's figures, from which a stopped plan continues."),
+        ("kept", "Folder for the compiler's figures, from which a stopped plan continues."),
         ("best", "Gin file for the settings with the least step time: layout, mesh, remat, microbatches, moments."),
     ):
         flags.DEFINE_string(name, None, says, flag_values=values)

@@ -111,7 +111,7 @@ def find_best(
       config: the job, with the batch that a step has over all devices, and the devices.
       compiles: number of programs to compile at most.
       compile_: compiles one program.
-      say: gets a line about each program before it is compiled, and one about each trial.
+      say: gets a line about each trial.
 
     Raises:
       UserError: the job does not train, no mesh can split its batch, or the compiler is not available.
@@ -141,7 +141,7 @@ def find_best(
         programs = planned.programs if whole else planned.programs[:1]
         if (choice, len(programs)) in done:
             return done[choice, len(programs)]
-        quiet = make_plan(dataclasses.replace(planned, programs=programs), compile_once, lambda line: None)
+        quiet = make_plan(dataclasses.replace(planned, programs=programs), compile_once)
         trial = done[choice, len(programs)] = Trial(choice, quiet)
         say(_line(trial))
         return trial

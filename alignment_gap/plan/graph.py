@@ -48,8 +48,7 @@ def plan_graph(jobs: Sequence[Job], topology: str, given: Overrides, compile_: C
     """
     known = Known(jobs, given)
     configs = [_config(job, known, topology) for job in jobs]
-    # `kept` says what is compiled; most programs of most jobs are not.
-    plans = [make_plan(config, compile_, say=lambda line: None) if config else None for config in configs]
+    plans = [make_plan(config, compile_) if config else None for config in configs]
     return [*map(JobPlan, jobs, plans)]
 
 

@@ -52,8 +52,8 @@ def kept(folder: AnyPath | None, say: Callable[[str], None], compile_: Compile =
             moved = tuple(Moved(**each) for each in values.pop("collectives"))
             found[key] = Compiled(**values, collectives=moved)
         if key not in found:
-            model = type(program.model).__name__, program.model.width
-            say(f"compiling {program.name}, batch {program.batch.batch}, {model[0]} of width {model[1]}")
+            devices, of = config.topology.devices, f"batch {program.batch.batch}, width {program.model.width}"
+            say(f"compiling {program.name} for {devices} devices of {config.topology.name}, {of}")
             found[key] = compile_(config, program)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)

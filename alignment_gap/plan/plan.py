@@ -106,19 +106,18 @@ class Plan:
 Compile = Callable[[PlanConfig, Program], Compiled]
 
 
-def make_plan(config: PlanConfig, compile_: Compile = compile_program, say: Callable[[str], None] = print) -> Plan:
+def make_plan(config: PlanConfig, compile_: Compile = compile_program) -> Plan:
     """Compiles each program of a step and adds up what the programs need.
 
     Args:
       config: the job and hardware to plan.
-      compile_: compiles one program.
-      say: gets a line about each program before it is compiled.
+      compile_: compiles one program; `kept.kept` says what it compiles.
 
     Raises:
       UserError: the mesh cannot split the batch, or the compiler is not available.
     """
     check_batches(config)
-    parts = tuple(_part(config, program, compile_, say) for program in config.programs)
+    parts = tuple(_part(config, program, compile_) for program in config.programs)
     first = parts[0].compiled
     resident = {"policy and optimizer": first.state} if first.state else {}
     held = [part for part in parts if part.program.holds]
@@ -126,7 +125,7 @@ def make_plan(config: PlanConfig, compile_: Compile = compile_program, say: Call
     resident["code"] = sum(part.compiled.code for part in parts)
     plan = Plan(config, parts, _capacity(config.topology), resident, max(part.working for part in parts))
     if config.search:
-        plan = dataclasses.replace(plan, largest_batch=_largest_batch(plan, compile_, say))
+        plan = dataclasses.replace(plan, largest_batch=_largest_batch(plan, compile_))
     return plan if plan.fits else dataclasses.replace(plan, advice=_advice(plan))
 
 
@@ -136,9 +135,8 @@ def check_batches(config: PlanConfig) -> None:
         check_batch_size("batch", program.batch.batch, config.batch_unit)
 
 
-def _part(config: PlanConfig, program: Program, compile_: Compile, say: Callable[[str], None]) -> Part:
+def _part(config: PlanConfig, program: Program, compile_: Compile) -> Part:
     topology = config.topology
-    say(f"compiling {program.name} for {topology.devices} devices of {topology.name}, batch {program.batch.batch}")
     compiled = compile_(config, program)
     found = None
     if not compiled.exceeded:
@@ -174,7 +172,7 @@ def _capacity(topology: Topology) -> float:
     return topology.chip.hbm
 
 
-def _largest_batch(plan: Plan, compile_: Compile, say: Callable[[str], None]) -> int:
+def _largest_batch(plan: Plan, compile_: Compile) -> int:
     """The largest batch that fits, by linear interpolation between two batches; each guess is compiled to confirm it.
 
     Only the most demanding program is compiled again, because the memory that stays does not depend on the batch.
@@ -183,7 +181,6 @@ def _largest_batch(plan: Plan, compile_: Compile, say: Callable[[str], None]) ->
     binding = max(plan.parts, key=lambda part: part.working)
 
     def needed(batch: int) -> int:
-        say(f"compiling {binding.program.name} at batch {batch}, for the largest that fits")
         compiled = compile_(plan.config, binding.program.with_batch(batch))
         return sum(plan.resident.values()) + dataclasses.replace(binding, compiled=compiled).working
 

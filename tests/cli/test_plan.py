@@ -16,7 +16,6 @@ from alignment_gap.jobs.assembly import BatchShape
 from alignment_gap.models import DecoderConfig, T5Config, sizes
 from alignment_gap.plan import programs
 from alignment_gap.plan.kept import kept
-from alignment_gap.plan.plan import make_plan
 
 ROOT = pathlib.Path(__file__).parents[2]
 STUDY = f"--config={ROOT / 'configs' / 'study' / 'tiny.py'}"
@@ -64,7 +63,7 @@ def test_a_plan_on_virtual_devices(monkeypatch, capsys, tmp_path):
     status, said = run(monkeypatch, capsys, *flags)
     assert status == 0
     assert "fits:" in said.out
-    assert said.err == "compiling update for 2 devices of cpu:2, batch 8\n"
+    assert said.err == "compiling update for 2 devices of cpu:2, batch 8, width 16\n"
     values = json.loads(path.read_text())
     assert values["fits"]
     (update,) = values["parts"]
@@ -75,8 +74,7 @@ def test_a_plan_on_virtual_devices(monkeypatch, capsys, tmp_path):
 
 def test_what_does_not_fit_is_exit_status_1_without_a_traceback(monkeypatch, capsys):
     huge = programs.Compiled(parameters=1, state=3, exceeded=2**45)
-    always = functools.partial(make_plan, compile_=lambda config, program: huge)
-    monkeypatch.setattr("alignment_gap.plan.plan.make_plan", always)
+    monkeypatch.setattr("alignment_gap.plan.kept.kept", lambda folder, say: lambda config, program: huge)
     status, said = run(monkeypatch, capsys, "--model=tiny", TPU, *LENGTHS, "--nosearch")
     assert status == 1
     assert "does not fit: 32752.25 GiB a device too many" in said.out

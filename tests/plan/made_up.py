@@ -63,4 +63,4 @@ def online_config():
 
 
 def plan_of(config):
-    return make_plan(config, compile_, say=lambda line: None)
+    return make_plan(config, compile_)

@@ -63,7 +63,7 @@ def test_another_reference_is_held_too():
 def test_memory_is_the_base_once_and_three_times_the_adapters(tmp_path):
     judge = judge_of(tmp_path / "judge", "runs/sft/checkpoints/6")
     job, programs = programs_of(job_of(judge, loss=LossConfig("ipo")), KNOWN)
-    plan = make_plan(PlanConfig(job, programs, CPU, search=False), compile_here, say=lambda line: None)
+    plan = make_plan(PlanConfig(job, programs, CPU, search=False), compile_here)
     base, adapters = sizes()
     state = plan.resident["policy and optimizer"]
     assert base + 3 * adapters <= state < base + 3 * adapters + 100

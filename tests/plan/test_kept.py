@@ -38,6 +38,7 @@ def keys(**settings):
 def test_a_stopped_plan_continues_from_its_folder(tmp_path):
     config, said = online_config(), []
     first = [kept(tmp_path / "kept", said.append, with_collectives)(config, each) for each in config.programs]
+    assert said[0] == "compiling update for 8 devices of v5e:2x4, batch 64, width 64"
     assert len(said) == len(config.programs) and len([*(tmp_path / "kept").iterdir()]) == len(config.programs)
     again = [kept(tmp_path / "kept", said.append, never)(config, each) for each in config.programs]
     assert again == first and first[0].collectives == MOVED

@@ -99,7 +99,7 @@ def test_the_largest_batch_is_found_from_either_side(batch):
         asked.append(program.batch.batch)
         return compile_(config, program)
 
-    plan = make_plan(update_config(batch=batch, search=True), recorded, lambda line: None)
+    plan = make_plan(update_config(batch=batch, search=True), recorded)
     assert plan.largest_batch == 120
     assert 120 in asked
     assert len(asked) <= 5
@@ -118,7 +118,7 @@ def test_only_the_neediest_program_is_compiled_again():
         asked.append((program.name, program.batch.batch))
         return compile_(config, program)
 
-    make_plan(dataclasses.replace(online_config(), search=True), recorded, lambda line: None)
+    make_plan(dataclasses.replace(online_config(), search=True), recorded)
     assert asked[:4] == [("update", 64), ("sample", 64), ("judge", 64), ("score", 64)]
     assert {name for name, _ in asked[4:]} == {"update"}
 
@@ -134,7 +134,7 @@ def test_memory_that_does_not_grow_with_the_batch_ends_the_search():
     def constant(config, program):
         return Compiled(parameters=1, state=3, arguments=3, temporaries=5)
 
-    plan = make_plan(update_config(batch=64, search=True), constant, lambda line: None)
+    plan = make_plan(update_config(batch=64, search=True), constant)
     assert plan.largest_batch > 64
 
 
@@ -188,10 +188,3 @@ def test_virtual_devices_share_the_memory_of_this_machine():
     plan = plan_of(dataclasses.replace(update_config(), topology=CPU))
     assert plan.capacity == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 8
     assert plan_of(dataclasses.replace(update_config(), topology=parse_topology("v5p:2x2x2"))).capacity == 95 * GIB
-
-
-def test_every_program_is_announced():
-    lines = []
-    make_plan(online_config(), compile_, lines.append)
-    assert lines[0] == "compiling update for 8 devices of v5e:2x4, batch 64"
-    assert len(lines) == 4

@@ -73,7 +73,7 @@ def moving(config, program):
 
 
 def test_the_collectives_that_take_longest():
-    plan = make_plan(update_config(), moving, lambda line: None)
+    plan = make_plan(update_config(), moving)
     rows = as_text(plan).partition("collectives of a call")[2].splitlines()[1:5]
     assert rows[0].split() == ["update", "all-gather", "fsdp", "8", "1,200", "2.50", "250"]
     assert len(rows) == 4
