@@ -247,7 +247,8 @@ def _verdict(plan: Plan) -> list[str]:
 
 
 def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.3g}"
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
 def _gib(size: float) -> str:
