@@ -70,11 +70,12 @@ class Overrides:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError if a size is out of range, or `networks` has another form."""
+        """Raises UserError if a number is out of range, or `networks` has another form or an unknown size."""
         checks.at_least(self, 1, "batch", "prompt_length", "response_length", "examples")
         for each in self.networks:
             if not all(each.rpartition("=")):
                 raise UserError(f"networks has {each!r}: give FOLDER=SIZE, such as imported/t5_xxl=t5_xxl")
+            sizes.get(each.rpartition("=")[2])
 
     def size_of(self, folder: str) -> str | None:
         """The size that `networks` gives a folder; None if it is not among them."""

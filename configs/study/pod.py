@@ -4,7 +4,6 @@ The paths are yours to give: the task, prepared with T5's vocabulary, and T5 che
 
 alignment-gap study --config=configs/study/pod.py:summarization --workdir=runs/pod --list
 alignment-gap plan --config=configs/study/pod.py:summarization --topology=v5e:16x16 --kept=runs/plans \\
-    --networks=imported/t5_large=t5_large,imported/t5_xl=t5_xl,imported/t5_xxl=t5_xxl \\
     --prompt_length=1024 --response_length=128 --examples=90000
 """
 
