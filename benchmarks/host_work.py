@@ -8,8 +8,8 @@ own thread, which does not count while it waits for the devices; the devices of 
 and putting batches ahead, and writing checkpoints, happen in other threads too. The first step compiles and is not
 counted.
 
-Devices run a step while the host prepares the next one. So they wait for less than this work: for nothing but a save,
-if nothing of the step is computed on the host. The online job has a judge on the devices.
+The loop calls a step before the previous one has ended, so this work is the most that devices wait for, not what they
+wait for. The online job has a judge on the devices.
 
 On a machine with other work a step takes longer, so that the share is too small: use an idle machine.
 """
@@ -45,7 +45,7 @@ class Clock:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Shows nothing, so it has nothing to end."""
+        """Ends nothing."""
 
     def update(self, steps: int) -> None:
         """Notes the times."""

@@ -210,7 +210,9 @@ def _usual_job(given: Overrides, *, online: bool) -> Any:
         )
     judge = JudgeConfig(None if given.judge is None else "judge")
     source = OnlineConfig(judge=judge) if online else DatasetConfig()
-    return JobConfig(source=source, mesh=MeshConfig(layout="fsdp"), start="start", reference_log_probs="stored")
+    mesh = MeshConfig(layout="fsdp")
+    # Nobody said how many steps this job has, so the plan tells no time of a whole job.
+    return JobConfig(source=source, mesh=mesh, steps=None, start="start", reference_log_probs="stored")
 
 
 def _study_job(name: str, settings: dict[str, Any]) -> tuple[Any, Any]:

@@ -137,8 +137,10 @@ def stored_references(
         found = [open_reference(*each) for each in zip(reading.datasets, identities, strict=True)]
         # On a slow file system one process may not see the files yet. It would run another program than the others, and
         # all would wait for each other.
-        where = "each_step" if first_reason("" if all(found) else "something is not stored") else "stored"
-        on_first_process(lambda: write_json(folder / BEGUN, {"reference_log_probs": where}))
+        is_incomplete = first_reason("" if all(found) else "something is not stored")
+        begun = {"reference_log_probs": "each_step" if is_incomplete else "stored"}
+        on_first_process(lambda: write_json(folder / BEGUN, begun))
+        return [] if is_incomplete else [stored for stored in found if stored]
     if where == "each_step":
         return []
     with open_bar(len(reading.examples), "scoring", " examples") as bar:

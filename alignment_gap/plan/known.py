@@ -172,9 +172,8 @@ class Known:
         return Contents(prompt, samples, response, each[0].fields, sum(known) if len(known) == len(each) else None)
 
     def _maker(self, path: str) -> Any:
-        """The config of the job of the graph whose folder is at `path`, or holds it; None if there is none."""
-        places = (at(path), *at(path).parents)
-        return next((job.config for job in self.jobs if job.folder in places), None)
+        """The config of the job that makes `path`: its folder, or something in it. None if no job of the graph does."""
+        return next((job.config for job in self.jobs if f"{path}/".startswith(f"{job.folder}/")), None)
 
     def _network(self, path: str, step: int | None, usual: Network, size: str | None, flag: str) -> Network:
         """The network that a folder holds or will hold, in a given size; `usual` if only the size is known."""

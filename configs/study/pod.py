@@ -31,7 +31,7 @@ SIZES = ("t5_large", "t5_xl", "t5_xxl")
 def get_config(task: str = "summarization") -> ConfigDict:
     if task not in TASKS:
         raise ValueError(f"the task is {task!r}: choose one of {', '.join(TASKS)}")
-    # Gradients of the largest networks leave no room for the activations of every layer.
+    # The settings of `alignment-gap plan` for a size alone.
     memory = {"dtype": "bfloat16", "remat": "full"}
     judge = OptimizerConfig(name="adafactor", learning_rate=1e-4, warmup_steps=1000)
     # The paper pools its tasks here.

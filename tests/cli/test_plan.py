@@ -219,6 +219,8 @@ def test_without_a_job_it_is_the_papers():
     offline = read("--model=tiny", TPU)
     assert names(offline) == ["update"]
     assert offline.search
+    # A size has no number of steps.
+    assert {each.calls for each in (*config.programs, *offline.programs)} == {None}
     assert not read("--model=tiny", TPU, "--nosearch").search
 
 

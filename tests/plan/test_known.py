@@ -262,6 +262,12 @@ def test_networks_have_one_form(wrong):
         Overrides(networks=("imported=t5_lrge",))
 
 
+def test_a_folder_in_a_bucket():
+    known = dataclasses.replace(GRAPH, given=Overrides(model="t5_small", networks=("gs://bucket/base=t5_large",)))
+    assert known.run("gs://bucket/run").model == sizes.get("t5_small")
+    assert known.run("gs://bucket/base").model == sizes.get("t5_large")
+
+
 def test_a_checkpoint_in_the_folder_of_a_run_is_of_its_network():
     assert GRAPH.run("made/online/checkpoints/800") == GRAPH.run("made/online") == Network(model=T5)
 

@@ -211,6 +211,14 @@ def test_a_tpu_without_a_tpu(libtpu):
     assert "fsdp" in axes_of(found)
 
 
+def said_beside_libtpu(program):
+    """The words that a program prints, in a process that may describe TPUs."""
+    variables = os.environ | environment(V5E) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
 def test_the_table_of_chips_knows_a_tpus_devices_by_the_name_that_jax_has_for_them(libtpu):
     program = (
         "from alignment_gap.plan.programs import devices_of\n"
@@ -220,13 +228,11 @@ def test_the_table_of_chips_knows_a_tpus_devices_by_the_name_that_jax_has_for_th
         "    assert DEVICE_KINDS[name] == kind, (name, kind)\n"
         "print('all', *TPUS)\n"
     )
-    variables = os.environ | environment(V5E) | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
-    assert done.stdout.split() == ["all", *TPUS], done.stderr
+    assert said_beside_libtpu(program) == ["all", *TPUS]
 
 
 def test_a_mesh_whose_sizes_are_no_axes_of_the_torus(libtpu):
-    """8 x 8 is no product of whole axes of 4 x 4 x 4, so an axis of the torus is split. Other meshes are jax's own."""
+    """The torus is 4 x 4 x 4, so 8 x 8 splits one of its axes. All other meshes equal those of `jax.make_mesh`."""
     program = (
         "import jax\n"
         "from alignment_gap.plan.programs import devices_of\n"
@@ -241,9 +247,7 @@ def test_a_mesh_whose_sizes_are_no_axes_of_the_torus(libtpu):
         "found = make_mesh(MeshConfig(1, 8, 8), devices).devices.devices\n"
         "print(*found.shape, len({device.id for device in found.flat}))\n"
     )
-    variables = os.environ | environment(V5E) | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
-    assert done.stdout.split() == ["1", "8", "8", "64"], done.stderr
+    assert said_beside_libtpu(program) == ["1", "8", "8", "64"]
 
 
 def test_what_a_tpu_has_no_room_for(libtpu):
