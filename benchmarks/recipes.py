@@ -78,7 +78,7 @@ def table() -> str:
     for name in RECIPES:
         if (RESULTS / f"{name}.json").exists():
             cells = _cells(json.loads((RESULTS / f"{name}.json").read_text()))
-            lines.append("| " + " | ".join([f"[{name}](../../gin/recipes/{name}.gin)", *cells]) + " |")
+            lines.append("| " + " | ".join([f"[{name}](recipes/{name}.json)", *cells]) + " |")
     return "\n".join(lines)
 
 
