@@ -101,7 +101,10 @@ def main() -> None:
     """Makes the missing recipes, and writes the table after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"by default all: {', '.join(RECIPES)}")
-    for name in parser.parse_args().names or RECIPES:
+    names = parser.parse_args().names or [*RECIPES]
+    if unknown := [name for name in names if name not in RECIPES]:
+        parser.error(f"there is no recipe {unknown[0]!r}: choose from {', '.join(RECIPES)}")
+    for name in names:
         make(name)
         about = (
             "Made by `python benchmarks/recipes.py`: online IPO with a judge, prompts of 512 tokens, two responses of "

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import alignment_gap
 from alignment_gap.configuration import flatten, to_dict
+from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, read_json, write_json
 from alignment_gap.jobs.assembly import Facts
 from alignment_gap.plan.plan import Compile
@@ -40,7 +41,17 @@ def kept(folder: AnyPath | None, say: Callable[[str], None], compile_: Compile =
       folder: the folder; None to keep the figures in memory only.
       say: gets a line about each program before it is compiled.
       compile_: compiles one program.
+
+    Raises:
+      UserError: the folder cannot be made; raised before anything is compiled.
     """
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {folder} ({error.strerror}): give a folder that can be written"
+            ) from error
     found: dict[str, Compiled] = {}
     sources = _sources_digest() if folder is not None else ""
 
@@ -56,7 +67,6 @@ def kept(folder: AnyPath | None, say: Callable[[str], None], compile_: Compile =
             say(f"compiling {program.name} for {devices} devices of {config.topology.name}, {of}")
             found[key] = compile_(config, program)
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, dataclasses.asdict(found[key]))
         return found[key]
 

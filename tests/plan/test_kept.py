@@ -53,6 +53,12 @@ def test_other_sources_compile_again(tmp_path, monkeypatch):
         kept(tmp_path, say_nothing, never)(config, config.programs[0])
 
 
+def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write in .*file.kept \(Not a directory\): give a folder"):
+        kept(tmp_path / "file" / "kept", say_nothing, never)
+
+
 def test_a_damaged_file_is_named(tmp_path):
     config = update_config()
     kept(tmp_path, say_nothing, compile_)(config, config.programs[0])
