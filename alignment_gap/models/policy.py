@@ -15,7 +15,7 @@ from alignment_gap import losses
 from alignment_gap.errors import UserError
 from alignment_gap.models.packing import Packing
 from alignment_gap.models.stack import REMAT_POLICIES
-from alignment_gap.sharding import constrain
+from alignment_gap.sharding import constrain, parts_within
 
 # The name of a reward model's head among its parameters; see `models.reward_head`.
 HEAD = "score"
@@ -163,7 +163,10 @@ def _predicting(
 
 def _log_probs(output: Output, hidden: Array, responses: Array, mask: Array) -> Float[Array, "B K R"]:
     embedding, scale, soft_cap = output
-    log_probs = losses.token_log_probs(hidden, embedding, responses, scale=scale, soft_cap=soft_cap)
+    parts = parts_within(len(embedding), "vocab")
+    log_probs = losses.token_log_probs(
+        hidden, embedding, responses, scale=scale, soft_cap=soft_cap, vocabulary_parts=parts
+    )
     return jnp.where(mask, log_probs, 0.0)
 
 

@@ -25,6 +25,7 @@ _MESH = re.compile(
     r"replica_groups=mesh\[(?P<axes>[^\]]*)\]"
     r"(?:,\s*device_ids=\(\[(?P<ids>[\d,]+)\](?:T\((?P<turn>[\d,]+)\))?\))?\s*\{(?P<spread>[^}]*)\}"
 )
+_COUNTER = re.compile(r"[su]\d+\[\]")
 _CALLED = re.compile(r"(calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 
 
@@ -132,7 +133,7 @@ def _bits(dtype: str) -> int:
 
 
 def trip_count(program: Program, loop: Instruction) -> int:
-    """How often a while loop's body runs: the compiler's count, or else the bound in the loop's condition.
+    """How often a while loop's body runs: the compiler's count, or else the bound in its condition over its step.
 
     If a loop may stop early, as a sampler's loop may, this is the maximum.
     """
@@ -141,12 +142,39 @@ def trip_count(program: Program, loop: Instruction) -> int:
     name = loop.called("condition")[0]
     parts = [name, *(part for each in program.computations[name].values() for part in each.called("calls"))]
     bounds = [
-        int(bound[1])
+        bound
         for part in parts
         for instruction in program.computations[part].values()
-        if re.match(r"[su]\d+\[\]", instruction.type) and (bound := re.match(r"constant\((\d+)\)", instruction.text))
+        if (bound := _integer(instruction)) is not None
     ]
-    return max(bounds, default=1)
+    return -(-max(bounds, default=1) // _step(program, loop))
+
+
+def _step(program: Program, loop: Instruction) -> int:
+    """By how much the counter in a loop's condition grows in one run of its body; 1 if this cannot be read.
+
+    The TPU's loops over the parts of a product, which pass parts on while they multiply, often count in steps of two.
+    """
+    condition, body = (program.computations[loop.called(key)[0]] for key in ("condition", "body"))
+    counters = [
+        int(index[1])
+        for each in condition.values()
+        if _COUNTER.match(each.type) and (index := re.match(r"get-tuple-element\(.*index=(\d+)", each.text))
+    ]
+    root = next(each for each in body.values() if each.is_root)
+    if len(counters) != 1 or root.opcode != "tuple":
+        return 1
+    grown = body[root.operands[counters[0]]]
+    inside = [each for name in grown.called("calls") for each in program.computations[name].values()]
+    added = [_integer(each) for each in (*(body[name] for name in grown.operands), *inside)]
+    steps = [step for step in added if step]
+    return steps[0] if grown.opcode in ("add", "fusion") and len(steps) == 1 else 1
+
+
+def _integer(instruction: Instruction) -> int | None:
+    """The value of an integer constant; None for any other instruction."""
+    value = re.match(r"constant\((\d+)\)", instruction.text)
+    return int(value[1]) if value and _COUNTER.match(instruction.type) else None
 
 
 def executed(program: Program) -> Iterator[tuple[str, int, bool]]:

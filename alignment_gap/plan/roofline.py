@@ -6,6 +6,7 @@ shows what to change.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -65,19 +66,26 @@ def times(chip: Chip, flops: float, traffic: float, collectives: Sequence[Moved]
 def describe(collectives: Sequence[Collective], mesh: Any, topology: Topology) -> tuple[Moved, ...]:
     """Collectives by kind and mesh axes, with their times, the longest first.
 
+    Permutes to different devices use different links at the same time. So of all permutes over the same axes, only
+    those to one device count, the ones that take longest.
+
     Args:
       collectives: collectives of one program over all devices of the mesh.
       mesh: a `jax.sharding.Mesh`; partition ids number its devices in order.
       topology: gives the links.
     """
-    devices, found = mesh.devices.ravel(), dict[tuple[str, str, int], list[float]]()
+    devices = mesh.devices.ravel()
+    found = dict[tuple[str, str, int], list[Collective]]()
     for each in collectives:
-        key = (each.kind, *_axes(each, mesh, topology))
-        total = found.setdefault(key, [0, 0, 0.0])
-        total[0] += each.count
-        total[1] += each.count * each.bytes
-        total[2] += each.count * seconds(each, [devices[index] for index in each.group], topology)
-    moved = [Moved(*key, count=int(n), bytes=int(size), seconds=time) for key, (n, size, time) in found.items()]
+        found.setdefault((each.kind, *_axes(each, mesh, topology)), []).append(each)
+    moved = []
+    for key, group in found.items():
+        by_links = collections.defaultdict[tuple[int, ...], float](float)
+        for each in group:
+            links = each.group if each.kind == "collective-permute" else ()
+            by_links[links] += each.count * seconds(each, [devices[index] for index in each.group], topology)
+        count, size = sum(each.count for each in group), sum(each.count * each.bytes for each in group)
+        moved.append(Moved(*key, count=count, bytes=size, seconds=max(by_links.values())))
     return tuple(sorted(moved, key=lambda each: -each.seconds))
 
 

@@ -155,6 +155,14 @@ def spec_within(shape: Sequence[int], *names: str | None) -> PartitionSpec | Non
     return partition_spec(names, shape, mesh.shape, rules)
 
 
+def parts_within(size: int, name: str) -> int:
+    """The number of parts into which an axis is split in a function that runs `within` a mesh; 1 elsewhere."""
+    spec = spec_within((size,), name)
+    axes = spec[0] if spec else None
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in names)
+
+
 def is_box(leaf: Any) -> bool:
     """Whether a node of parameters is a box: an array with its logical axis names."""
     return isinstance(leaf, nn.LogicallyPartitioned)

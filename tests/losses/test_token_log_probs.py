@@ -1,14 +1,16 @@
 """Log-probs and divergences computed without the logits equal their plain forms."""
 
+import collections
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignment_gap import losses
+from alignment_gap.plan import hlo
 
 TOKENS, VOCABULARY, WIDTH = (3, 50), 37, 16
 KEYS = jax.random.split(jax.random.key(0), 6)
@@ -19,8 +21,8 @@ WEIGHTS = jax.random.normal(KEYS[3], TOKENS)
 OTHER_HIDDEN = jax.random.normal(KEYS[4], (*TOKENS, WIDTH + 1))
 OTHER_EMBEDDING = jax.random.normal(KEYS[5], (VOCABULARY, WIDTH + 1))
 FORMS = [{}, {"scale": 0.25}, {"soft_cap": 3.0}, {"scale": 0.5, "soft_cap": 2.0}]
-# None is one block. 16 does not divide 150 tokens. 1 gives every token its own block.
-CASES = [*((form, block_size) for form in FORMS for block_size in (None, 16)), ({}, 1), ({}, 75)]
+# None is one block. 16 divides neither 150 tokens nor a vocabulary of 37. 1 gives every row its own block.
+CASES = [*((form, block_size) for form in FORMS for block_size in (None, 16)), ({}, 1), ({}, 20)]
 
 
 def plain_logits(hidden, embedding, scale=1.0, soft_cap=None):
@@ -184,19 +186,21 @@ def test_peak_memory_at_a_real_size():
     assert peak_memory(losses.token_kl, *both) <= peak_memory(plain_kl, *both) / 8
 
 
-@pytest.mark.parametrize("block_size", [None, 8])
-def test_vocabulary_and_batch_split_over_a_mesh(block_size):
+@pytest.mark.parametrize(("block_size", "parts"), [(None, 1), (16, 1), (16, 4)])
+def test_vocabulary_and_batch_split_over_a_mesh(block_size, parts):
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "model"))
     hidden = jax.random.normal(KEYS[0], (4, 16, WIDTH))
-    embedding = jax.random.normal(KEYS[1], (40, WIDTH))
-    targets = jax.random.randint(KEYS[2], (4, 16), 0, 40)
+    embedding = jax.random.normal(KEYS[1], (64, WIDTH))
+    targets = jax.random.randint(KEYS[2], (4, 16), 0, 64)
     weights = jax.random.normal(KEYS[3], (4, 16))
 
     def run(hidden, embedding, targets, weights):
         value, pullback = jax.vjp(
-            lambda *arrays: losses.token_log_probs(*arrays, targets, block_size=block_size), hidden, embedding
+            lambda *arrays: losses.token_log_probs(*arrays, targets, block_size=block_size, vocabulary_parts=parts),
+            hidden,
+            embedding,
         )
         kl = losses.token_kl(hidden, embedding, 0.5 * hidden, embedding, block_size=block_size)
         return value, pullback(weights), kl
@@ -213,4 +217,29 @@ def test_vocabulary_and_batch_split_over_a_mesh(block_size):
     assert_close(split(*placed), run(*arrays))
     # No device ever holds all of the vocabulary, neither as logits nor as embedding, in any communication.
     program = split.lower(*arrays).compile().as_text()
-    assert not re.findall(r"\[(?:\d+,)*40(?:,\d+)*\]", program)
+    assert not re.findall(r"\[(?:\d+,)*64(?:,\d+)*\]", program)
+
+
+@pytest.mark.parametrize("blocks", [2, 8])
+def test_a_mesh_gathers_each_row_once_for_any_number_of_blocks(blocks):
+    """Value and gradient gather the output embedding once each, and sum its gradient once."""
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    mesh, (tokens, rows, width) = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,)), (256, 1024, 64)
+
+    def run(hidden, embedding, targets, weights):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            value, pullback = jax.vjp(
+                lambda *arrays: losses.token_log_probs(*arrays, targets, block_size=rows // blocks), hidden, embedding
+            )
+            return value, pullback(weights)
+
+    by_token, by_width = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    shapes = [((tokens, width), jnp.float32, by_token), ((rows, width), jnp.float32, by_width)]
+    shapes += [((tokens,), dtype, by_token) for dtype in (jnp.int32, jnp.float32)]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype, sharding in shapes]
+    program = jax.jit(run, out_shardings=(by_token, (by_token, by_width))).lower(*arrays).compile()
+    moved = collections.Counter()
+    for each in hlo.collectives(hlo.parse(program.as_text()), 8):
+        moved[each.kind] += each.bytes * each.count
+    assert moved == {"all-gather": 2 * rows * width * 4, "all-reduce": rows * width * 4}

@@ -54,6 +54,44 @@ def test_a_loop_without_a_known_count_takes_the_bound_of_its_condition(mesh):
 
 
 @pytest.mark.parametrize(
+    ("added", "trips"),
+    [
+        ("%more = u32[] add(%count, %two)", 4),
+        ("%more = u32[] fusion(%count, %two), kind=kLoop, calls=%sum", 4),
+        ("%more = u32[] add(%count, %rest)", 7),
+    ],
+)
+def test_a_loop_that_counts_in_steps_of_two_runs_half_as_often(added, trips):
+    program = hlo.parse(f"""HloModule m
+%sum (a: u32[], b: u32[]) -> u32[] {{
+  %a = u32[] parameter(0)
+  %b = u32[] parameter(1)
+  ROOT %c = u32[] add(%a, %b)
+}}
+%condition (c: (f32[4], u32[])) -> pred[] {{
+  %c = (f32[4]{{0}}, u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%c), index=1
+  %end = u32[] constant(7)
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}}
+%body (state: (f32[4], u32[])) -> (f32[4], u32[]) {{
+  %state = (f32[4]{{0}}, u32[]) parameter(0)
+  %two = u32[] constant(2)
+  %x = f32[4]{{0}} get-tuple-element(%state), index=0
+  %count = u32[] get-tuple-element(%state), index=1
+  %rest = u32[] partition-id()
+  {added}
+  ROOT %next = (f32[4]{{0}}, u32[]) tuple(%x, %more)
+}}
+ENTRY %main (x: (f32[4], u32[])) -> (f32[4], u32[]) {{
+  %x = (f32[4]{{0}}, u32[]) parameter(0)
+  ROOT %loop = (f32[4]{{0}}, u32[]) while(%x), condition=%condition, body=%body
+}}
+""")
+    assert hlo.trip_count(program, program.computations["main"]["loop"]) == trips
+
+
+@pytest.mark.parametrize(
     ("text", "group"),
     [
         ("replica_groups={{0,2},{1,3}}", (0, 2)),

@@ -1,5 +1,7 @@
 """The time of collectives on links of known bandwidth, and the time of programs with one bottleneck."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -194,6 +196,16 @@ def test_collectives_of_one_kind_and_axes_are_one_row(mesh):
     assert [each.seconds for each in rows] == pytest.approx(
         [4000 / link, 200 / link, 2 * 10 * 7 / 8 / link, 2 * 10 * 3 / 4 / link]
     )
+
+
+def test_permutes_to_both_neighbours_run_at_the_same_time():
+    topology = Topology("v5e", (2, 8))
+    devices = np.array([Device(row, column, 0) for row in range(2) for column in range(8)]).reshape(2, 8)
+    mesh = types.SimpleNamespace(devices=devices, axis_names=("data", "fsdp"))
+    there, back = (hlo.Collective("collective-permute", 1_000_000, n, (0, to)) for n, to in ((4, 1), (5, 7)))
+    (moved,) = describe([there, back], mesh, topology)
+    assert (moved.axes, moved.count, moved.bytes) == ("fsdp", 9, 9_000_000)
+    assert moved.seconds == pytest.approx(5 * 1_000_000 / topology.chip.link_bandwidth)
 
 
 def test_times_scale_with_the_topology():

@@ -29,6 +29,7 @@ from alignment_gap.sharding import (
     decoding,
     make_mesh,
     partition_spec,
+    parts_within,
     replicated,
     shardings_of,
     spec_within,
@@ -415,6 +416,14 @@ def test_a_mesh_is_in_force_within_its_function_alone():
     with pytest.raises(ZeroDivisionError):
         within(all_axes, lambda: 1 // 0)()
     assert inner() is None
+
+
+def test_the_parts_of_an_axis_are_those_of_its_rule_within_a_mesh():
+    all_axes = make_mesh(MESHES["all"])  # Two devices along each of three axes.
+    found = within(all_axes, lambda: [parts_within(*axis) for axis in ((8, "vocab"), (7, "vocab"), (8, "batch"))])()
+    assert found == [2, 1, 4]
+    assert within(all_axes, lambda: parts_within(8, "kv"))() == 1
+    assert parts_within(8, "vocab") == 1
 
 
 def test_a_function_within_a_mesh_keeps_its_name_and_arguments():
