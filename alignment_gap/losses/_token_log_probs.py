@@ -223,7 +223,7 @@ def _number_of_blocks(rows: int, others: int, block_size: int | None, least: int
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     devices = max(jax.sharding.get_abstract_mesh().size, 1)
-    size = block_size or max(_BLOCK_BYTES * devices // (4 * others), least)
+    size = block_size or max(_BLOCK_BYTES * devices // (4 * max(others, 1)), least)
     wanted = -(-rows // size)
     return 1 << max(wanted - 1, 0).bit_length()
 
@@ -341,7 +341,8 @@ def _blocked_backward(
         residual = split.is_target(block, targets, logits.shape).astype(jnp.float32) - probability
         d_logits = split.masked(slope * cotangent[:, None, None] * residual, block, 0.0).astype(hidden.dtype)
         d_hidden += _dot(d_logits, rows, (2, 1), ((1,), (0,)))
-        d_rows = _dot(d_logits.reshape(len(hidden), -1), hidden, (0, 0)).reshape(rows.shape).astype(embedding.dtype)
+        flat = d_logits.reshape(len(hidden), rows.shape[0] * rows.shape[1])
+        d_rows = _dot(flat, hidden, (0, 0)).reshape(rows.shape).astype(embedding.dtype)
         return (d_hidden, lax.dynamic_update_index_in_dim(d_table, d_rows, block, axis=2)), None
 
     table = split.rows_of_blocks(embedding.astype(hidden.dtype))
@@ -366,5 +367,5 @@ def _block_logits(
         unconstrained = PartitionSpec.UNCONSTRAINED
         rows = lax.with_sharding_constraint(rows, PartitionSpec(unconstrained, unconstrained, None))
     # In two axes: on a CPU, XLA would transpose a factor of three.
-    logits = _dot(hidden, rows.reshape(-1, rows.shape[-1]), (1, 1)).reshape(-1, *rows.shape[:2])
+    logits = _dot(hidden, rows.reshape(-1, rows.shape[-1]), (1, 1)).reshape(len(hidden), *rows.shape[:2])
     return _capped(scale * logits, soft_cap)

@@ -126,6 +126,17 @@ def test_extreme_logits_are_finite(block_size):
     assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
 
 
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_no_tokens_have_no_log_probs(block_size):
+    value, pullback = jax.vjp(
+        lambda *arrays: losses.token_log_probs(*arrays, TARGETS[:0], block_size=block_size), HIDDEN[:0], EMBEDDING
+    )
+    d_hidden, d_embedding = pullback(value)
+    assert value.shape == (0, TOKENS[1])
+    assert d_hidden.shape == (0, *HIDDEN.shape[1:])
+    np.testing.assert_array_equal(d_embedding, np.zeros_like(EMBEDDING))
+
+
 def test_vmap_equals_the_batch():
     def one(hidden, targets):
         return losses.token_log_probs(hidden, EMBEDDING, targets, block_size=16)
@@ -144,6 +155,12 @@ def test_small_sizes_have_no_loop():
 
     assert "scan" not in program(None)
     assert "scan" in program(16)
+
+
+def test_parts_must_divide_the_vocabulary():
+    for parts in (0, 2):
+        with pytest.raises(ValueError, match=f"must divide the vocabulary of 37, got {parts}"):
+            losses.token_log_probs(HIDDEN, EMBEDDING, TARGETS, vocabulary_parts=parts)
 
 
 @pytest.mark.usefixtures("unchecked")
