@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"by default all: {', '.join(RECIPES)}")
     names = parser.parse_args().names or [*RECIPES]
     if unknown := [name for name in names if name not in RECIPES]:
-        parser.error(f"there is no recipe {unknown[0]!r}: choose from {', '.join(RECIPES)}")
+        parser.error(f"the recipe {unknown[0]!r} is unknown: choose from {', '.join(RECIPES)}")
     for name in names:
         make(name)
         about = (

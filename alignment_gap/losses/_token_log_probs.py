@@ -1,8 +1,8 @@
 """Log-probs and divergences of tokens from hidden states, without the logits of all tokens at once.
 
-The logits [tokens, vocabulary] take most of the memory of preference training. Here they exist for one block at a time;
-the backward pass computes them again, block by block. If all of them fit in one block, there is no loop. With n blocks,
-a block takes every n-th row: an axis that is sharded over devices is then sharded in each block too.
+The logits [tokens, vocabulary] take most of the memory of preference training. So the functions here hold one block of
+them at a time, and the backward pass computes each block again. One block that holds all logits needs no loop. With n
+blocks, a block takes every n-th row: an axis that is sharded over devices is then sharded in each block too.
 
 `token_log_probs` splits the vocabulary. So a block has all tokens; each row of the output embedding is gathered, and
 its gradient summed over devices, only once. A split of the tokens would do both for all rows in every block. The rarer
