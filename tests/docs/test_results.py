@@ -68,11 +68,12 @@ def test_a_piece_is_its_seed_of_todays_config(piece):
     """Otherwise measurements of an old config would be pooled with others."""
     facts, measured = read_facts(at(piece)), read_outcomes(at(piece))
     assert analysis.seeds_of(measured) == [facts.config.seed] and piece.name == f"seed_{facts.config.seed}"
-    path = ROOT / "configs" / "study" / f"{piece.parent.name}.py"
-    spec = importlib.util.spec_from_file_location("config", path)
+    # The folder kinds_biased has the study of configs/study/kinds.py:biased.
+    name, *kind = piece.parent.name.split("_", 1)
+    spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / "study" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    today = from_dict(StudyConfig, module.get_config().to_dict())
+    today = from_dict(StudyConfig, module.get_config(*kind).to_dict())
     # The implementation of attention does not change the measurements.
     policy = dataclasses.replace(today.policy, attention=facts.config.policy.attention)
     assert dataclasses.replace(today, seed=facts.config.seed, seeds=1, policy=policy) == facts.config
