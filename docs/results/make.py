@@ -35,7 +35,7 @@ def pieces_of(study: pathlib.Path) -> list[pathlib.Path]:
 
 
 def make(study: pathlib.Path) -> None:
-    """Writes a study's tables and figures from its pieces."""
+    """Writes a study's tables and figures from its pieces, two or more."""
     with tempfile.TemporaryDirectory() as folder:
         write_pooled([at(piece) for piece in pieces_of(study)], at(folder))
         for name in MADE:
@@ -64,7 +64,11 @@ def with_claims(text: str, study: pathlib.Path) -> str:
 
 def main(names: Iterable[str]) -> None:
     """Makes the studies of these names, and README where its study is there."""
-    for study in (HERE / name for name in names):
+    studies = [HERE / name for name in names]
+    for study in studies:
+        if (count := len(pieces_of(study))) < 2:
+            sys.exit(f"error: docs/results/{study.name} has {count} pieces: name a study that has two or more")
+    for study in studies:
         make(study)
     if (HERE / MAIN / "claims.csv").exists():
         README.write_text(with_claims(README.read_text(encoding="utf-8"), HERE / MAIN), encoding="utf-8")

@@ -107,6 +107,11 @@ def test_a_study_is_made_from_its_pieces(made):
     make_results.make(made)  # Make it again, over the existing files.
 
 
+def test_a_study_without_pieces_is_refused_by_name():
+    with pytest.raises(SystemExit, match="kinds_none has 0 pieces"):
+        make_results.main(["kinds_none"])
+
+
 def test_the_claims_stand_between_their_marks(made):
     page = "before\n<!-- claims: made by `make results` -->\nstale words\n<!-- end of claims -->\nafter\n"
     text = make_results.with_claims(page, made)
