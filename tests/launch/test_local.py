@@ -64,6 +64,15 @@ def test_a_command_that_cannot_be_split_has_one_process(task_of, attempts, tmp_p
     assert attempts() == {"a": 1, "b": 2}
 
 
+@pytest.fixture
+def interruptible():
+    """Listens to Ctrl-c: background jobs of a shell ignore it, and the tests may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_engine_that_is_interrupted_has_its_jobs_save(task_of, tmp_path):
     """Only the engine receives Ctrl-c. The next launch continues."""
     folder = tmp_path / "jobs" / "a"
