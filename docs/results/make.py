@@ -1,7 +1,8 @@
-"""Makes all that follows from the measurements in docs/results, and README's table of claims.
+"""Makes all that follows from the measurements in docs/results, and the tables of claims in README and beside this.
 
 docs/results/STUDY/PIECE/   outcomes.npz and facts.json, as a study's report left them: measured once, and kept
 docs/results/STUDY/         results.csv, claims.csv, facts.json and figures/, made from the pieces
+docs/results/kinds/         figures/ of all studies kinds_* side by side
 
 python docs/results/make.py            every study that has two pieces or more
 python docs/results/make.py paper      one of them
@@ -14,18 +15,21 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from alignment_gap.folders import at
-from alignment_gap.study.compare import claims_table, read_study
+from alignment_gap.study.compare import claims_table, read_study, write_comparison
 from alignment_gap.study.outcomes import OUTCOMES
 from alignment_gap.study.pool import write_pooled
 
 HERE = pathlib.Path(__file__).parent
 README = HERE.parents[1] / "README.md"
+PAGE = HERE / "README.md"
 # The study whose claims README shows.
 MAIN = "paper"
 MADE = ("results.csv", "claims.csv", "facts.json", "figures")
+# Studies with this name and a kind are compared.
+KINDS = "kinds"
 _BLOCK = re.compile(r"(<!-- claims: made by `make results` -->\n).*?(<!-- end of claims -->)", re.DOTALL)
 
 
@@ -57,9 +61,33 @@ def claims_markdown(study: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
-def with_claims(text: str, study: pathlib.Path) -> str:
-    """A page with the study's table of claims between its two marks."""
-    return _BLOCK.sub(lambda found: f"{found[1]}\n{claims_markdown(study)}\n\n{found[2]}", text)
+def kinds_made(results: pathlib.Path) -> list[pathlib.Path]:
+    """The studies of kinds that have their tables."""
+    return sorted(path.parent for path in results.glob(f"{KINDS}_*/claims.csv"))
+
+
+def kinds_markdown(studies: Sequence[pathlib.Path]) -> str:
+    """The claims of several kinds as a table in Markdown, with a column for each: those that one of them measured."""
+    names = [study.name.removeprefix(f"{KINDS}_") for study in studies]
+    lines = [f"| The paper | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for row in claims_table([read_study(study.name, at(study)) for study in studies]):
+        if any(cell["seeds"] != "0" for cell in row["cells"]):
+            cells = [f"{cell['verdict']}: {cell['value']} ({cell['interval']})" for cell in row["cells"]]
+            lines.append(f"| {' | '.join((row['paper'], *cells))} |")
+    return "\n".join(lines)
+
+
+def compare(studies: Sequence[pathlib.Path], made: pathlib.Path) -> None:
+    """Writes the figures of several studies side by side to figures/ in `made`."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_comparison([at(study) for study in studies], at(folder))
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.move(pathlib.Path(folder, "figures"), made / "figures")
+
+
+def between_marks(text: str, table: str) -> str:
+    """A page with the table between its two marks."""
+    return _BLOCK.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
 
 
 def main(names: Iterable[str]) -> None:
@@ -71,7 +99,10 @@ def main(names: Iterable[str]) -> None:
     for study in studies:
         make(study)
     if (HERE / MAIN / "claims.csv").exists():
-        README.write_text(with_claims(README.read_text(encoding="utf-8"), HERE / MAIN), encoding="utf-8")
+        README.write_text(between_marks(README.read_text("utf-8"), claims_markdown(HERE / MAIN)), "utf-8")
+    if len(kinds := kinds_made(HERE)) > 1:
+        compare(kinds, HERE / KINDS)
+        PAGE.write_text(between_marks(PAGE.read_text("utf-8"), kinds_markdown(kinds)), "utf-8")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,15 @@ def test_every_figure_that_a_page_shows_is_there(study):
 @pytest.mark.skipif(make_results.MAIN not in STUDIES, reason="the main study has run for fewer than two seeds")
 def test_readme_has_the_claims_of_the_main_study():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert make_results.with_claims(text, RESULTS / make_results.MAIN) == text
+    assert make_results.between_marks(text, make_results.claims_markdown(RESULTS / make_results.MAIN)) == text
     assert "| At equal KL online is better than offline. | 1 | " in text
+
+
+def test_the_page_has_the_claims_of_all_kinds_side_by_side():
+    kinds, text = make_results.kinds_made(RESULTS), (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert make_results.between_marks(text, make_results.kinds_markdown(kinds)) == text
+    assert "| The paper | biased | easy | long | noisy | short |" in text
+    assert "| At equal KL online is better than offline. | agrees: " in text
 
 
 @pytest.mark.parametrize("piece", sorted(RESULTS.glob("*/seed_*")), ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -114,11 +121,11 @@ def test_a_study_without_pieces_is_refused_by_name():
 
 def test_the_claims_stand_between_their_marks(made):
     page = "before\n<!-- claims: made by `make results` -->\nstale words\n<!-- end of claims -->\nafter\n"
-    text = make_results.with_claims(page, made)
+    text = make_results.between_marks(page, make_results.claims_markdown(made))
     assert text.startswith("before\n<!-- claims") and text.endswith("<!-- end of claims -->\nafter\n")
     assert "stale words" not in text
     (row,) = (line for line in text.splitlines() if "At equal KL online is better than offline." in line)
     assert "| agrees | +50.0 points (+50.0 to +50.0) | 2 |" in row
     # A claim without measurements has no row.
     assert "Pairs with one side of SFT" not in text
-    assert make_results.with_claims(text, made) == text
+    assert make_results.between_marks(text, make_results.claims_markdown(made)) == text
