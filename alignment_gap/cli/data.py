@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from alignment_gap.cli.flags import define_config, define_shared, parse, read_config, require, run_subcommand, start_jax
+from alignment_gap.cli.flags import define_config, parse, read_config, require, run_subcommand
 from alignment_gap.cli.job import run_command
 from alignment_gap.errors import UserError
 
@@ -72,29 +72,14 @@ def baselines(arguments: list[str]) -> None:
 def reference(arguments: list[str]) -> None:
     """Compute the log-probs of a job's datasets under its reference policy in advance, and store them beside each.
 
-    alignment-gap data reference --dataset=prepared/train --checkpoint=runs/sft
+    alignment-gap data reference --dataset=prepared/train --checkpoint=runs/sft --output=runs/sft_log_probs
 
     A job with REFERENCE_LOG_PROBS=stored or auto uses them if it has the same datasets, reference, lengths, buckets,
-    dtype and attention.
+    dtype and attention. The output folder records what was scored.
     """
-    from alignment_gap.jobs.reference import ReferenceConfig, compute_reference
-    from alignment_gap.progress import progress_bar
-    from alignment_gap.sharding import is_first_process
+    from alignment_gap.jobs.reference import REFERENCE
 
-    def define(values: flags.FlagValues) -> None:
-        define_config(values, ReferenceConfig, {})
-        define_shared(values)
-
-    parsed = parse(arguments, define, reference.__doc__)
-    if parsed is None:
-        return
-    values, _ = parsed
-    config = read_config(values, ReferenceConfig, {})
-    start_jax(values)
-    silent = not is_first_process()
-    datasets = compute_reference(config, lambda *about: progress_bar(*about, silent=silent))
-    for dataset in [] if silent else datasets:
-        print(f"{dataset.folder}: log-probs of {len(dataset):,} examples under {config.checkpoint}")
+    run_command(REFERENCE, arguments, reference.__doc__)
 
 
 def show(arguments: list[str]) -> None:

@@ -1,4 +1,9 @@
-"""A dataset's log-probs under the reference policy: computed once, stored beside the dataset, found by a digest."""
+"""A dataset's log-probs under the reference policy: computed once, stored beside the dataset, found by a digest.
+
+FOLDER/
+  scored.json               the number of examples of each dataset
+DATASET/reference/KEY/      the log-probs; see `data.records.log_probs`
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,14 @@ import jax
 import numpy as np
 
 from alignment_gap import checks
-from alignment_gap.checkpoints import check_policy, check_vocabulary, find_checkpoint, known_network, read_digest
+from alignment_gap.checkpoints import (
+    Network,
+    check_policy,
+    check_vocabulary,
+    find_checkpoint,
+    known_network,
+    read_digest,
+)
 from alignment_gap.configuration import to_dict
 from alignment_gap.data.batches import Bucket, PreferenceBatch, Prefetched, offline_source
 from alignment_gap.data.records import Dataset
@@ -21,6 +33,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at, locked, read_json, write_json
 from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import REFERENCE_LOG_PROBS, DatasetConfig, OnlineConfig
+from alignment_gap.jobs.folder import MESH, Kind, Opened
 from alignment_gap.jobs.reading import on_devices, open_reading
 from alignment_gap.jobs.sources import Inputs, Parameters
 from alignment_gap.models import Policy
@@ -44,6 +57,8 @@ from alignment_gap.training import load_params, make_score
 _OF_TRAINING = ("remat", "scan_unroll")
 # In the folder of a training job: where its log-probs came from when it began.
 BEGUN = "reference.json"
+# In the folder of a job that scores datasets: how many examples each has.
+SCORED = "scored.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,38 +94,71 @@ class ReferenceConfig:
         """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "buckets", "prompt_length", "response_length", "batch_size")
 
+    @property
+    def source(self) -> DatasetConfig:
+        """The batches of the dataset."""
+        return DatasetConfig(
+            self.dataset,
+            batch_size=self.batch_size,
+            buckets=self.buckets,
+            prompt_length=self.prompt_length,
+            response_length=self.response_length,
+        )
 
-def compute_reference(config: ReferenceConfig, open_bar: OpenBar) -> list[Dataset]:
-    """Stores the log-probs of every dataset, if they are not stored yet; returns the datasets.
+    def computed(self, network: Network) -> Network:
+        """The checkpoint's network with the dtype and the attention of these settings."""
+        changes = {name: value for name in ("dtype", "attention") if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(network, model=dataclasses.replace(network.model, **changes))
+
+
+def open_scoring(config: ReferenceConfig) -> Opened:
+    """Opens the datasets and finds the reference policy.
 
     Raises:
-      UserError: a setting or an input cannot be used, or a token id is outside the policy's vocabulary.
+      UserError: a setting or an input cannot be used.
     """
+    if config.dataset is None:
+        raise UserError("dataset is not set: give the folder of a prepared dataset, or several separated by commas")
     if config.checkpoint is None:
         raise UserError("checkpoint is not set: give the folder of the reference policy")
-    lengths = {name: getattr(config, name) for name in ("buckets", "prompt_length", "response_length")}
-    reading = open_reading(DatasetConfig(config.dataset, **lengths), "dataset")
-    mesh, digest = make_mesh(config.mesh), reading.datasets[0].card.vocabulary_digest
+    reading = open_reading(config.source, "dataset")
+    mesh, vocabulary = make_mesh(config.mesh), reading.datasets[0].card.vocabulary_digest
     check_batch_size("batch_size", config.batch_size, mesh.batch_parts)
-    folder = on_every_process(lambda: find_checkpoint(at(str(config.checkpoint)), config.step))
-    network = on_every_process(lambda: known_network(folder))
+    checkpoint = on_every_process(lambda: find_checkpoint(at(str(config.checkpoint)), config.step))
+    network = config.computed(on_every_process(lambda: known_network(checkpoint)))
     check_policy(network, str(config.checkpoint))
-    check_vocabulary(network, digest, config.checkpoint, str(config.dataset))
-    changes = {name: value for name in ("dtype", "attention") if (value := getattr(config, name)) is not None}
-    network = dataclasses.replace(network, model=dataclasses.replace(network.model, **changes))
-    policy, params = network.policy(), load_params(folder, network, mesh)
-    with open_bar(len(reading.examples), "scoring", " examples") as bar:
-        for dataset in reading.datasets:
-            store_reference(
-                dataset,
-                policy,
-                Parameters(lambda: params, read_digest(folder)),
-                mesh,
-                batch_size=config.batch_size,
-                buckets=reading.shapes,
-                progress=bar.update,
-            )
-    return list(reading.datasets)
+    check_vocabulary(network, vocabulary, config.checkpoint, config.dataset)
+    policy = network.policy()
+    params = Parameters(lambda: load_params(checkpoint, network, mesh), read_digest(checkpoint))
+    facts = {"checkpoint.digest": params.digest, "dataset.digests": [each.card.digest for each in reading.datasets]}
+
+    def run(folder: AnyPath, open_bar: OpenBar) -> None:
+        with open_bar(len(reading.examples), "scoring", " examples") as bar:
+            shared: dict[str, Any] = {"batch_size": config.batch_size, "buckets": reading.shapes}
+            for dataset in reading.datasets:
+                store_reference(dataset, policy, params, mesh, **shared, progress=bar.update)
+        scored = {str(dataset.folder): len(dataset) for dataset in reading.datasets}
+        on_first_process(lambda: write_json(folder / SCORED, scored))
+
+    return Opened(facts, run)
+
+
+def scored_summary(folder: AnyPath) -> str:
+    """Says of how many examples of each dataset a finished job has stored the log-probs."""
+    scored = read_json(folder / SCORED, remedy="remove it")
+    return "\n".join(f"{dataset}: log-probs of {examples:,} examples" for dataset, examples in scored.items())
+
+
+REFERENCE = Kind(
+    name="reference",
+    command="data reference",
+    config=ReferenceConfig,
+    open=open_scoring,
+    summary=scored_summary,
+    may_change=lambda folder: ("batch_size", *MESH),
+    # The log-probs lie outside the folder, and may have been removed.
+    repairs=True,
+)
 
 
 def stored_references(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,8 +111,31 @@ def graph_text(planned: Sequence[JobPlan]) -> str:
         f"{count} jobs on {devices} devices: {_hours(total)} device-hours, {_hours(total / devices)} hours one after "
         "another, at best",
         f"the longest chain of jobs that need each other takes {_hours(longest_chain(planned))} hours",
+        *_share_lines(planned),
     ]
     return "\n".join(lines)
+
+
+def _share_lines(planned: Sequence[JobPlan]) -> list[str]:
+    """How the time of all jobs splits by program and by bound, and its MFU; nothing if a job does not fit."""
+    total, plans = _device_seconds(planned), [each.plan for each in planned if each.plan]
+    if not total or not math.isfinite(total):
+        return []
+    shares = {"by program": defaultdict[str, float](float), "bound by": defaultdict[str, float](float)}
+    done = 0.0
+    for part in (part for plan in plans for part in plan.parts):
+        assert part.times is not None
+        calls = part.program.calls or 0
+        # The first word of "reference, fresh" and of "judge golden".
+        shares["by program"][part.program.name.replace(",", "").split()[0]] += calls * part.times.seconds
+        shares["bound by"][_BOUNDS[part.times.bound]] += calls * part.times.seconds
+        done += calls * part.compiled.model_flops
+    largest_first = {what: sorted(found, key=found.__getitem__, reverse=True) for what, found in shares.items()}
+    lines = [
+        f"{what}: " + ", ".join(f"{name} {shares[what][name] / sum(shares[what].values()):.0%}" for name in names)
+        for what, names in largest_first.items()
+    ]
+    return [*lines, f"MFU {done / (total * plans[0].config.topology.chip.flops):.0%}, at best"]
 
 
 def _alike(planned: Sequence[JobPlan]) -> list[list[JobPlan]]:

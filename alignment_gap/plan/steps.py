@@ -13,6 +13,7 @@ from alignment_gap.jobs.config import POLICY, DatasetConfig, JobConfig, OnlineCo
 from alignment_gap.jobs.evaluate import EvaluateConfig, named
 from alignment_gap.jobs.generate import GenerateConfig
 from alignment_gap.jobs.label import LabelConfig
+from alignment_gap.jobs.reference import ReferenceConfig
 from alignment_gap.jobs.served import check_served, needs_reference, reads_mismatched
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.models import ModelConfig
@@ -99,6 +100,7 @@ def programs_of(config: Any, known: Known) -> tuple[JobConfig, tuple[Program, ..
     plans: dict[type, Callable[[Any, Known], Planned]] = {
         JobConfig: _training,
         LabelConfig: _labelling,
+        ReferenceConfig: _scoring,
         GenerateConfig: _generation,
         EvaluateConfig: _evaluation,
     }
@@ -197,6 +199,13 @@ def _labelling(config: LabelConfig, known: Known) -> Planned:
     shape = known.shape(source)
     calls = _calls(shape, known.contents(source).examples)
     return known.given.applied(JobConfig(mesh=config.mesh)), _judging("judge", config.judge, shape, known, calls=calls)
+
+
+def _scoring(config: ReferenceConfig, known: Known) -> Planned:
+    shape, network = known.shape(config.source), config.computed(known.run(str(config.checkpoint), config.step))
+    calls = _calls(shape, known.contents(config.source).examples)
+    program = Program("reference", "score", Facts(network, shape), holds=True, calls=calls)
+    return known.given.applied(JobConfig(mesh=config.mesh)), [program]
 
 
 def _generation(config: GenerateConfig, known: Known) -> Planned:

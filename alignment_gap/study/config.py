@@ -125,6 +125,8 @@ class ArmsConfig:
       offline_learning_rates: learning rates in the offline sweep.
       offline_steps: lengths in the offline sweep, as multiples of the online steps, for the first arm of `swept` under
         the first loss; all other runs use only the first multiple. The distance between checkpoints is multiplied too.
+      stored_reference: whether a job scores D_golden under the SFT policy once, for all runs that train on it. If not,
+        each of them scores its batches in every step.
     """
 
     names: tuple[str, ...] = ("online", "shuffled", "offline")
@@ -139,6 +141,7 @@ class ArmsConfig:
     offline_betas: tuple[float, ...] = (0.1,)
     offline_learning_rates: tuple[float, ...] = (1e-3,)
     offline_steps: tuple[int, ...] = (1,)
+    stored_reference: bool = False
 
     def __post_init__(self) -> None:
         """Raises UserError if a setting is unknown or out of its range."""

@@ -29,6 +29,8 @@ from alignment_gap.jobs.folder import Job, Kind
 from alignment_gap.jobs.generate import GENERATE, GenerateConfig
 from alignment_gap.jobs.label import LABEL, LabelConfig
 from alignment_gap.jobs.prepare import PREPARE
+from alignment_gap.jobs.reference import REFERENCE, ReferenceConfig
+from alignment_gap.jobs.served import arrays_of
 from alignment_gap.jobs.sources import RECORD
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
@@ -203,14 +205,17 @@ class _Seed:
         """A random seed below 2**32 for the job with this name."""
         return zlib.crc32(f"{self.seed} {name}".encode())
 
-    def _add(self, name: str, kind: Kind, config: Any) -> Job:
-        """Adds a job; its folder's name has a digest of its settings, which include the names of its input folders."""
+    def _add(self, name: str, kind: Kind, config: Any, also: Sequence[Job] = ()) -> Job:
+        """Adds a job; its folder's name has a digest of its settings, which include the names of its input folders.
+
+        It needs the jobs of these folders, and those in `also`.
+        """
         settings = flatten(differences(config))
         effective = {key: value for key, value in settings.items() if key not in kind.without_effect}
         content = json.dumps({"format": FORMAT, "kind": kind.name, "settings": effective}, sort_keys=True)
         root = json.dumps(f"{self.root}/")[1:-1]
         key = hashlib.sha256(content.replace(root, "").encode()).hexdigest()[:12]
-        needs = tuple(job for job in self.jobs if f"{root}{job.folder.name}" in content)
+        needs = tuple(job for job in self.jobs if job in also or f"{root}{job.folder.name}" in content)
         job = Job(f"seed{self.seed}-{name}", kind, config, self.root / f"seed{self.seed}-{name}-{key}", needs)
         self.jobs.append(job)
         return job
@@ -224,7 +229,9 @@ class _Seed:
         task = dataclasses.replace(self.config.task, seed=self.seed, source=dataclasses.replace(source, posts=posts))
         return self._add("data", PREPARE, task).folder
 
-    def _train(self, name: str, source: SourceConfig, optimizer: OptimizerConfig, **settings: Any) -> Job:
+    def _train(
+        self, name: str, source: SourceConfig, optimizer: OptimizerConfig, also: Sequence[Job] = (), **settings: Any
+    ) -> Job:
         config = self.config
         job = JobConfig(
             source=source,
@@ -234,7 +241,7 @@ class _Seed:
             mesh=config.mesh,
             **({"checkpoint_every": config.checkpoint_every} | settings),
         )
-        return self._add(name, TRAIN, job)
+        return self._add(name, TRAIN, job, also)
 
     def _sft(self, name: str, model: T5Config | DecoderConfig | None, sft: SftConfig) -> AnyPath:
         """Adds supervised fine-tuning; both responses of every pair are targets."""
@@ -253,7 +260,7 @@ class _Seed:
             )
         source = DatasetConfig(str(pairs), batch_size=model.batch_size)
         start = str(self.base) if model.start == ORIGIN else model.start
-        settings = {"kind": model.kind, "model": model.model, "start": start, "steps": model.steps}
+        settings: dict[str, Any] = {"kind": model.kind, "model": model.model, "start": start, "steps": model.steps}
         return self._train(name, source, model.optimizer, **settings).folder
 
     def _proxy_of(self, labels: int) -> AnyPath:
@@ -327,10 +334,14 @@ class _Seed:
         start = arms.start if arm is not GOLDEN or self.config.base is None else None
         # The record of a run already has the log-probs of its reference.
         is_record = isinstance(source, DatasetConfig) and at(source.folder or "").parent in runs.values()
+        reads_reference = any(name.startswith("ref_") for name in arrays_of(losses.get(loss)))
+        is_scored = arms.stored_reference and reads_reference and source == branch.dataset(self.golden_pairs)
         return self._train(
             name,
             source,
             dataclasses.replace(arms.optimizer, learning_rate=rate),
+            also=[self._scored()] if is_scored else [],
+            reference_log_probs="stored" if is_scored else "auto",
             fresh=arm.fresh(branch) if arm.fresh else None,
             loss=LossConfig(loss, settings),
             start=start or str(sft),
@@ -339,6 +350,18 @@ class _Seed:
             checkpoint_every=steps[-1],
             checkpoint_steps=steps,
         )
+
+    def _scored(self) -> Job:
+        """Stores the log-probs of D_golden under SFT; added only once."""
+        if made := [job for job in self.jobs if job.kind is REFERENCE]:
+            return made[0]
+        config = ReferenceConfig(
+            str(self.golden_pairs),
+            str(self.sft),
+            batch_size=self.config.evaluation.batch_size,
+            mesh=self.config.mesh,
+        )
+        return self._add("reference", REFERENCE, config)
 
     def _sampled_pairs(self, loss: str, name: str, policies: Sequence[AnyPath]) -> AnyPath:
         """Pairs from policies for as many prompts as an arm trains on, with golden labels; added only once."""

@@ -73,6 +73,8 @@ def get_config(task: str = "summarization") -> ConfigDict:
             offline_betas=(0.1, 0.5, 1.0),
             offline_learning_rates=(3e-6, 1e-5, 3e-5),
             offline_steps=(1, 5),
+            # Otherwise the reference takes a sixth of all chip-hours: see benchmarks/results/pod_study.md.
+            stored_reference=True,
         ),
         evaluation=EvaluationConfig(
             prompts=2048, kl_prompts=256, pairs=256, classified=("heldout", "stream", "own"), batch_size=256

@@ -45,10 +45,16 @@ BAD = {
     ),
     "shapes": (["label", "--dataset=PAIRS", "--output=x", "--judge=x", "--buckets=0"], "--buckets is 0"),
     "policies": (["generate", "--prompts=PAIRS", "--output=x", "--policies=a,b,c"], "policies has 3 folders"),
-    "no dataset to score": (["reference", "--checkpoint=x"], "dataset"),
-    "no checkpoint": (["reference", "--dataset=PAIRS"], "checkpoint is not set"),
-    "checkpoint": (["reference", "--dataset=PAIRS", "--checkpoint=nowhere"], "nowhere has no complete checkpoint"),
-    "length": (["reference", "--dataset=PAIRS", "--checkpoint=x", "--prompt_length=2"], "prompt_length is 2"),
+    "no dataset to score": (["reference", "--checkpoint=x", "--output=x"], "dataset is not set"),
+    "no checkpoint": (["reference", "--dataset=PAIRS", "--output=x"], "checkpoint is not set"),
+    "checkpoint": (
+        ["reference", "--dataset=PAIRS", "--checkpoint=nowhere", "--output=x"],
+        "nowhere has no complete checkpoint",
+    ),
+    "length": (
+        ["reference", "--dataset=PAIRS", "--checkpoint=x", "--prompt_length=2", "--output=x"],
+        "prompt_length is 2",
+    ),
     "buckets": (["reference", "--dataset=PAIRS", "--checkpoint=x", "--buckets=0"], "--buckets is 0"),
 }
 

@@ -82,9 +82,10 @@ CHAIN = [
 KEEPING_THE_BEST = [train("sft", "best", **BEST, TRAIN_STEPS=steps) for steps in (2, 4)]
 STOPPED_HALF_WAY = [ONLINE("two", TRAIN_STEPS=2), ONLINE("four", TRAIN_STEPS=2), KEEPING_THE_BEST[0]]
 IPO = functools.partial(train, "offline_ipo", DATASET="pairs", START="sft", TRAIN_STEPS=3)
+SCORE = ["data", "reference", "--checkpoint=sft", "--mesh.layout=fsdp", "--batch_size=16"]
 FROM_STORE, IN_ROWS = {"REFERENCE_LOG_PROBS": "stored"}, {"BATCH_SIZE": 16}
 STORED = [
-    ["data", "reference", "--checkpoint=sft", "--mesh.layout=fsdp", "--batch_size=16", "--dataset=pairs"],
+    [*SCORE, "--dataset=pairs", "--output=scored"],
     IPO("ipo_two", **FROM_STORE),
     IPO("ipo_packed", **IN_ROWS, PACKING=2),
 ]
@@ -134,9 +135,8 @@ def together(tmp_path_factory):
 @pytest.fixture(scope="module")
 def again(together):
     """Outputs of two other processes that continue a run; then one of them does not find its dataset."""
-    score = ["data", "reference", "--checkpoint=sft", "--mesh.layout=fsdp", "--batch_size=16"]
     going_on = [ONLINE("two", TRAIN_STEPS=4), KEEPING_THE_BEST[1]]
-    commands = ([*going_on, [*score, f"--dataset={name}"]] for name in ("pairs", "nowhere"))
+    commands = ([*going_on, [*SCORE, f"--dataset={name}", f"--output=scored_{name}"]] for name in ("pairs", "nowhere"))
     statuses, outputs = run_processes(together[0], *commands)
     assert statuses == [2, 2], outputs
     return outputs
@@ -270,7 +270,7 @@ def test_a_judge_that_fails_in_one_process_ends_all(together):
 def test_two_processes_store_the_log_probs_that_one_and_two_train_with(together, mesh, monkeypatch):
     folder, outputs = together
     # Only the first process prints.
-    assert ["pairs: log-probs of 32 examples under sft" in output for output, _ in outputs] == [True, False]
+    assert ["pairs: log-probs of 32 examples" in output for output, _ in outputs] == [True, False]
     assert ["scoring" in error for _, error in outputs] == [True, False]
     dataset = open_dataset(folder / "pairs")
     policy, params = load_policy(folder / "sft", mesh)

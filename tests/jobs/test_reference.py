@@ -1,6 +1,7 @@
 """Reference log-probs, computed once and stored, train like those of each step; anything else is refused."""
 
 import dataclasses
+import shutil
 import sys
 from functools import partial
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from built_in import write_posts
-from job_runs import MODEL, assert_equal_runs, run_job
+from job_runs import MODEL, Bar, assert_equal_runs, run_job
 from random_examples import make_random_examples
 from tiny_models import EVEN_CONFIGS, MESHES, random_params, texts
 
@@ -20,8 +21,9 @@ from alignment_gap.data.records import lengths_of, open_dataset, write_dataset
 from alignment_gap.data.records import log_probs as storage
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig
+from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.reading import open_reading
-from alignment_gap.jobs.reference import reference_identity, store_reference
+from alignment_gap.jobs.reference import REFERENCE, ReferenceConfig, reference_identity, store_reference
 from alignment_gap.jobs.sources import Parameters
 from alignment_gap.models import make_policy, score
 from alignment_gap.sharding import make_mesh, shardings_of
@@ -177,12 +179,13 @@ def test_the_command_stores_what_a_job_of_its_settings_looks_for(runs, mesh, mon
     """The job uses bfloat16 and two buckets. Its rematerialisation and its batch size do not matter."""
     root, config = runs
     words = [f"--dataset={config.source.folder}", f"--checkpoint={root / 'sft'}", "--buckets=2", "--dtype=bfloat16"]
+    words.append(f"--output={root / 'scored'}")
     monkeypatch.setattr(sys, "argv", ["alignment-gap", "data", "reference", *words, "--compilation_cache="])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[1][:26] for line in said] == ["log-probs of 32 examples u", "log-probs of 16 examples u"]
+    assert [line.split(": ")[1] for line in said] == ["log-probs of 32 examples", "log-probs of 16 examples"]
     job = make_policy(dataclasses.replace(MODEL, dtype="bfloat16", remat="full"))
     params = load_policy(root / "sft", mesh)[1]
     settings = dataclasses.replace(config.source, buckets=2)
@@ -190,6 +193,23 @@ def test_the_command_stores_what_a_job_of_its_settings_looks_for(runs, mesh, mon
     for dataset in reading.datasets:
         identity = reference_identity(dataset, job, params_digest(params), reading.shapes)
         assert storage.open_reference(dataset, identity) is not None
+
+
+def test_a_finished_job_stores_again_what_was_removed(runs):
+    """The log-probs lie outside the folder of the job, so it checks that they are still there."""
+    root, config = runs
+    settings = ReferenceConfig(config.source.folder, str(root / "sft"), buckets=3)
+    before = {*root.glob("*/reference/*/log_probs.npy")}
+    assert make(REFERENCE, settings, root / "scored_again", Bar())
+    made = {*root.glob("*/reference/*/log_probs.npy")} - before
+    values = [path.read_bytes() for path in sorted(made)]
+    assert len(values) == 2
+    for path in made:
+        shutil.rmtree(path.parent)
+    assert not make(REFERENCE, settings, root / "scored_again", Bar())
+    assert [path.read_bytes() for path in sorted(made)] == values
+    with pytest.raises(UserError, match="buckets"):
+        make(REFERENCE, dataclasses.replace(settings, buckets=1), root / "scored_again", Bar())
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused(dataset, params, mesh):

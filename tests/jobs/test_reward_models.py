@@ -18,7 +18,7 @@ from alignment_gap.jobs.config import LossConfig
 from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig
 from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.label import LABEL, LabelConfig
-from alignment_gap.jobs.reference import ReferenceConfig, compute_reference
+from alignment_gap.jobs.reference import REFERENCE, ReferenceConfig
 from alignment_gap.judges import JudgeConfig, by_itself
 from alignment_gap.models import AdapterConfig, DecoderConfig, RewardHead, T5Config
 from alignment_gap.sharding import MeshConfig, make_mesh
@@ -141,7 +141,7 @@ def test_it_is_no_policy(rewards, sft_config, pairs):
     with pytest.raises(UserError, match=NO_POLICY):
         load_policy(folder, make_mesh(MeshConfig()))
     with pytest.raises(UserError, match=NO_POLICY):
-        compute_reference(ReferenceConfig(dataset=str(pairs), checkpoint=folder), Bar())
+        make(REFERENCE, ReferenceConfig(str(pairs), folder), rewards["t5"].parent / "never", Bar())
     assert not (rewards["t5"].parent / "never").exists()
 
 

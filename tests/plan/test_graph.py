@@ -110,7 +110,7 @@ def test_what_differs_only_in_numbers_is_compiled_once(planned, said):
 
 
 def test_a_table_with_the_dearest_jobs_first(planned):
-    _, *rows, total, chain = graph_text(planned).splitlines()
+    _, *rows, total, chain, _, _, _ = graph_text(planned).splitlines()
     assert [row.split("  ")[0] for row in rows] == [
         "offline-0.1-0.0001 and 3 more",
         "golden",
@@ -130,11 +130,24 @@ def test_a_table_with_the_dearest_jobs_first(planned):
     assert chain == "the longest chain of jobs that need each other takes 4 hours"
 
 
+def test_the_time_of_all_jobs_by_program_and_by_bound(planned):
+    """Of nine hours, updates take 5.5: SFT 1, the golden model 2, the four offline runs and the online run a half each.
+
+    Made-up programs read memory for a second and compute for half of it. Three quarters of an update's FLOPs are the
+    model's.
+    """
+    programs, bounds, utilisation = graph_text(planned).splitlines()[-3:]
+    assert programs == "by program: update 61%, reference 28%, judge 6%, sampling 6%"
+    assert bounds == "bound by: HBM 100%"
+    assert utilisation == "MFU 42%, at best"
+
+
 def test_what_does_not_fit_is_marked():
     large = dataclasses.replace(SFT, config=dataclasses.replace(SFT.config, source=DatasetConfig("d", batch_size=256)))
     planned = plan_graph([large, JUDGING], "v5e:2x4", GIVEN, compile_)
     rows = graph_text(planned).splitlines()[1:3]
     assert [row.rstrip().endswith("does not fit") for row in rows] == [True, False]
+    assert not any("MFU" in line for line in graph_text(planned).splitlines())
     assert [each.plan.fits for each in planned] == [False, True]
     found = graph_json(planned)
     assert [each["seconds"] for each in found["jobs"]] == [None, 7200]

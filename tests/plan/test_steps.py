@@ -14,6 +14,7 @@ from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, Onli
 from alignment_gap.jobs.evaluate import EvaluateConfig
 from alignment_gap.jobs.generate import GenerateConfig
 from alignment_gap.jobs.label import LabelConfig
+from alignment_gap.jobs.reference import ReferenceConfig
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.models import AdapterConfig
 from alignment_gap.plan.known import MARKERS, Known, Overrides
@@ -204,6 +205,15 @@ def test_labelling_and_generation_call_a_program_for_every_batch():
     assert calls(generate, examples=81, model="t5_small") == dict.fromkeys(every, 5)
     assert calls(generate, examples=17, model="t5_small") == dict.fromkeys(every, 3)
     assert calls(generate, model="t5_small") == dict.fromkeys(every)
+
+
+def test_scoring_in_advance_is_the_reference_alone():
+    config = ReferenceConfig("pairs", "runs/a", batch_size=8, dtype="bfloat16")
+    job, (program,) = programs_of(config, Known(given=Overrides("t5_small", prompt_length=40, response_length=20)))
+    assert (program.name, program.kind, program.batch, program.holds) == ("reference", "score", shape(2), True)
+    assert program.model.dtype == "bfloat16" and job.mesh == config.mesh
+    assert calls(config, examples=81, model="t5_small") == {"reference": 11}
+    assert calls(config, model="t5_small") == {"reference": None}
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from alignment_gap.jobs.folder import DONE, JOB
 from alignment_gap.jobs.generate import GENERATE
 from alignment_gap.jobs.label import LABEL
 from alignment_gap.jobs.prepare import PREPARE
+from alignment_gap.jobs.reference import REFERENCE
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.sampling import SamplerConfig
 from alignment_gap.study.arms import ARMS, Arm, Branch
@@ -122,6 +123,22 @@ def test_a_folder_is_the_name_and_a_digest_wherever_the_study_is(config):
         assert [[need.name for need in job.needs] for job in there.jobs] == [
             [need.name for need in job.needs] for job in graph.jobs
         ]
+
+
+def test_one_job_scores_the_pairs_for_all_offline_runs_whose_loss_has_a_reference(config):
+    arms = {"losses": ("ipo", "best_of_n"), "offline_betas": (0.1, 0.3), "names": ("online", "shuffled", "offline")}
+    without = jobs_of(build(changed(config, arms=arms)))
+    jobs = jobs_of(build(changed(config, arms=arms | {"stored_reference": True})))
+    assert jobs.keys() - without.keys() == {"reference"}
+    scored = jobs["reference"]
+    assert scored.kind is REFERENCE and sorted(map(short, scored.needs)) == ["relabelled-train", "sft"]
+    assert scored.config.dataset == str(jobs["relabelled-train"].folder)
+    assert scored.config.checkpoint == str(jobs["sft"].folder)
+    readers = {name for name, job in jobs.items() if scored in job.needs}
+    assert readers == {"offline-ipo-beta0.1-lr0.01", "offline-ipo-beta0.3-lr0.01"}
+    assert {name for name, job in jobs.items() if "stored" in job.command} == readers
+    others = jobs.keys() - readers - {"reference", *(f"evaluation-{name}" for name in readers)}
+    assert all(jobs[name].folder == without[name].folder for name in others)
 
 
 @pytest.mark.parametrize(

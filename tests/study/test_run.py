@@ -46,6 +46,16 @@ def test_a_row_for_every_checkpoint_of_every_arm(finished):
     assert [row["beta"] for row in found] == ["", *["0.1"] * 8]
 
 
+def test_log_probs_that_a_job_stored_change_no_result(config, finished, tmp_path, undrawn):
+    """Only the job itself, the run that reads it, and the evaluation of this run are new."""
+    stored = dataclasses.replace(config, arms=dataclasses.replace(config.arms, stored_reference=True))
+    study, lines = run(stored, copied(finished, tmp_path / "stored"), update=True)
+    offline = "offline-ipo-beta0.1-lr0.01"
+    assert newly_run(lines)(study.graph) == ["reference", offline, f"evaluation-{offline}"]
+    assert rows(study) == rows(finished)
+    assert list(study.graph.job("seed0-relabelled-train").folder.glob("reference/*/log_probs.npy"))
+
+
 def test_the_origin_has_no_divergence_and_classifies_nothing(finished):
     origin = rows(finished)[0]
     assert float(origin["kl"]) == 0

@@ -74,7 +74,8 @@ def start(t5x, pairs, tmp_path_factory):
     # T5X writes the checkpoint only if it takes a step.
     t5x_train(t5x, folder, pairs, TRAIN_STEPS=1, LOSS="simpo", LOSS_SETTINGS={}, RATE=1e-3)
     alignment_gap("checkpoint", "import", f"--from={folder / 't5x' / 'checkpoint_0'}", f"--output={folder / 'ours'}")
-    alignment_gap("data", "reference", f"--dataset={pairs}", f"--checkpoint={folder / 'ours'}")
+    scored = f"--dataset={pairs}", f"--checkpoint={folder / 'ours'}", f"--output={folder / 'scored'}"
+    alignment_gap("data", "reference", *scored)
     return folder
 
 
