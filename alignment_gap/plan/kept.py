@@ -19,11 +19,12 @@ from alignment_gap.plan.programs import Compiled, compile_program
 from alignment_gap.plan.roofline import Moved
 from alignment_gap.plan.steps import SAMPLES, PlanConfig, Program
 
-# Settings that change no program but for numbers in it: folders, seeds, rates, and when something is saved or logged.
+# Settings that change no program but for numbers in it: folders, seeds, rates, when something is saved or logged, and
+# where the arrays of a batch come from.
 _WITHOUT_COST = {
     *("folder", "weights", "order", "window", "epochs", "vocabulary", "prefetch", "record", "judge", "step"),
     *("seed", "steps", "checkpoint_every", "checkpoint_steps", "log_every", "start_step", "reference_step"),
-    *("learning_rate", "warmup_steps", "beta"),
+    *("learning_rate", "warmup_steps", "beta", "reference_log_probs"),
 }
 # Groups of such settings. The network is among the facts of a program.
 _GROUPS_WITHOUT_COST = ("keep.", "monitor.", "model.")

@@ -76,6 +76,7 @@ def test_a_damaged_file_is_named(tmp_path):
         {"loss": LossConfig("ipo", {"beta": 0.5})},
         {"source": DatasetConfig("elsewhere", order="recorded", prefetch=5)},
         {"model": POLICY},
+        {"reference_log_probs": "stored"},  # The update takes them from its batch wherever they come from.
     ],
 )
 def test_numbers_and_folders_change_no_program(settings):
