@@ -194,7 +194,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "B K Q D"],
         view: View,
-        prompt: layers.KeysValues,
+        prompt: layers.PromptKeysValues,
         cache: Any = None,
         layer: Any = None,
         step: Any = None,
@@ -364,14 +364,21 @@ class DecoderPolicy:
         return self._final_norm(params, row.responses(x))
 
     def prefill(
-        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
+        self,
+        params: Any,
+        prompts: Int[Array, "B P"],
+        prompt_lengths: Int[Array, "B"],
+        samples: int,
+        max_length: int,
+        cache_dtype: str | None = None,
     ) -> Any:
         """The cache for sampling: each layer's keys and values of the prompts, and space for the responses."""
         config, decoder = self.config, DecoderLayer(self.config)
         view = self._by_layer(partial(self._prompt_view, prompts.shape[-1]))
 
         def layer(x: Array, layer_params: Any, full: Any) -> tuple[Array, Any]:
-            return decoder.apply({"params": layer_params}, x, view(full), method="prompt")
+            outputs: Any = decoder.apply({"params": layer_params}, x, view(full), method="prompt")
+            return outputs[0], layers.held(outputs[1], cache_dtype)
 
         x, stacked = self._embed(params, prompts), params["decoder"]["layers"]
         _, prompt = scan_stack(layer, x, stacked, self._full_layers(), config=config)

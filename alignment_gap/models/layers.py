@@ -15,11 +15,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from alignment_gap.models.low_rank import LowRank
-from alignment_gap.models.quantized import Quantized, quantized_product
+from alignment_gap.models.quantized import Quantized, QuantizedRows, quantize_rows, quantized_product
 from alignment_gap.models.stack import PRODUCT
 from alignment_gap.sharding import constrain
 
 KeysValues = tuple[Array, Array]
+PromptKeysValues = tuple[Array | QuantizedRows, Array | QuantizedRows]
 # The value of masked attention logits: far below any real logit, and finite, for rows that are masked everywhere.
 MASKED = -1e30
 
@@ -199,14 +200,14 @@ class Segment(NamedTuple):
     Attributes:
       keys: [B, G, S, D] if all K rows of a prompt share them, [B, G, K, S, D] if each row has its own. Heads come
         before rows and positions, the order that matrix products need; so decoding does not transpose the cache for
-        each token.
+        each token. Shared keys may be in int8.
       values: shaped as the keys.
       mask: True where a query may attend to a key; broadcastable to [B, K, Q, S].
       bias: added to the logits of each head, [H, Q, S], or None.
     """
 
-    keys: Float[Array, "B G *K S D"]
-    values: Float[Array, "B G *K S D"]
+    keys: Float[Array, "B G *K S D"] | QuantizedRows
+    values: Float[Array, "B G *K S D"] | QuantizedRows
     mask: Bool[Array, "#B #K #Q #S"]
     bias: Float[Array, "H Q S"] | None = None
 
@@ -223,34 +224,57 @@ def attend(
     # The query moves from the projection's layout to the cache's. They differ in a loop over tokens.
     query = constrain(query, "batch", None, None, "heads", "kv")
     query = constrain(query, "cache_batch", None, None, "heads", "kv")
-    segments = [segment._replace(keys=_cached(segment.keys), values=_cached(segment.values)) for segment in segments]
+    segments = [
+        segment._replace(keys=jax.tree.map(_cached, segment.keys), values=jax.tree.map(_cached, segment.values))
+        for segment in segments
+    ]
     groups = segments[0].keys.shape[1]
     query = query.reshape(batch, rows, length, groups, heads // groups, size).transpose(0, 3, 1, 4, 2, 5) * scale
     logits = []
     # In this order of axes, the logits are as a product of queries and keys gives them. In other orders, XLA multiplies
     # the keys by the few queries of a token and transposes the result, which is slow on a CPU.
     for segment in segments:
-        keys = "bgsd" if segment.keys.ndim == 4 else "bgksd"
-        logit = jnp.einsum(f"bgkhqd,{keys}->bgkhqs", query, segment.keys, preferred_element_type=jnp.float32)
+        logit = _products(query, segment.keys)
         if soft_cap is not None:
             logit = soft_cap * jnp.tanh(logit / soft_cap)
         if segment.bias is not None:
             logit += segment.bias.reshape(groups, 1, heads // groups, *segment.bias.shape[1:])
         logits.append(jnp.where(segment.mask[:, None, :, None], logit, MASKED))
-    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(query.dtype)
+    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
     ends = list(itertools.accumulate(logit.shape[-1] for logit in logits))
     output = jnp.zeros((), query.dtype)
     for segment, weight in zip(segments, jnp.split(weights, ends[:-1], axis=-1), strict=True):
-        values = "bgsd" if segment.values.ndim == 4 else "bgksd"
-        output += jnp.einsum(f"bgkhqs,{values}->bgkhqd", weight, segment.values)
+        output += _averages(weight, segment.values, query.dtype)
     output = jnp.reshape(output.transpose(0, 2, 4, 1, 3, 5), (batch, rows, length, heads, size))
     output = constrain(output, "cache_batch", None, None, "heads", "kv")
     return constrain(output, "batch", None, None, "heads", "kv")
 
 
+def _products(
+    query: Float[Array, "B G K h Q D"], keys: Float[Array, "B G *K S D"] | QuantizedRows
+) -> Float[Array, "B G K h Q S"]:
+    """The products of queries and keys in float32. Each int8 value is exact in the query's dtype; scales come after."""
+    if isinstance(keys, QuantizedRows):
+        return _products(query, keys.values.astype(query.dtype)) * keys.scale[:, :, None, None, None]
+    axes = "bgsd" if keys.ndim == 4 else "bgksd"
+    return jnp.einsum(f"bgkhqd,{axes}->bgkhqs", query, keys, preferred_element_type=jnp.float32)
+
+
+def _averages(
+    weights: Float[Array, "B G K h Q S"], values: Float[Array, "B G *K S D"] | QuantizedRows, dtype: Any
+) -> Float[Array, "B G K h Q D"]:
+    """The values averaged by float32 weights, computed in `dtype`."""
+    if isinstance(values, QuantizedRows):
+        return _averages(weights * values.scale[:, :, None, None, None], values.values.astype(dtype), dtype)
+    axes = "bgsd" if values.ndim == 4 else "bgksd"
+    return jnp.einsum(f"bgkhqs,{axes}->bgkhqd", weights.astype(dtype), values)
+
+
 def _cached(x: Array) -> Array:
-    """Shards keys or values as the cache does: those of a segment, or of all layers [L, B, G, K, R, C]."""
+    """Shards keys or values as the cache does: those of a segment, or of all layers [L, B, G, K, R, C]; or scales."""
     shared = ("cache_batch", "kv_heads")
+    if x.ndim == 3:
+        return constrain(x, *shared, "kv_length")
     first = {4: shared, 5: (*shared, None), 6: ("layers", *shared, None)}[x.ndim]
     return constrain(x, *first, "kv_length", "kv")
 
@@ -332,14 +356,21 @@ def heads_first(keys: Float[Array, "*B S G C"], values: Float[Array, "*B S G C"]
     return jnp.moveaxis(keys, -2, 1), jnp.moveaxis(values, -2, 1)
 
 
+def held(keys_values: KeysValues, dtype: str | None) -> PromptKeysValues:
+    """A layer's keys and values of the prompts as the cache holds them: in int8, or as they are if `dtype` is None."""
+    return keys_values if dtype is None else (quantize_rows(keys_values[0]), quantize_rows(keys_values[1]))
+
+
 def placed_cache(cache: dict[str, Any]) -> dict[str, Any]:
     """A policy's cache in the layout of a loop over tokens; the prompts' keys and values [L, B, G, P, C] move once.
 
     All else that a cache holds has one entry for each prompt, such as a mask.
     """
     rest = {name: x for name, x in cache.items() if name not in ("prompt", "responses")}
+    names = ("layers", "cache_batch", "kv_heads", "kv_length", "kv")
     return {
-        "prompt": tuple(constrain(x, "layers", "cache_batch", "kv_heads", "kv_length", "kv") for x in cache["prompt"]),
+        # Scales have all axes but the last one.
+        "prompt": jax.tree.map(lambda x: constrain(x, *names[: x.ndim]), cache["prompt"]),
         "responses": tuple(map(_cached, cache["responses"])),
         **{name: constrain(x, "cache_batch", *[None] * (x.ndim - 1)) for name, x in rest.items()},
     }

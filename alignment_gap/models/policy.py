@@ -78,12 +78,19 @@ class Policy(Protocol):
         """
 
     def prefill(
-        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
+        self,
+        params: Any,
+        prompts: Int[Array, "B P"],
+        prompt_lengths: Int[Array, "B"],
+        samples: int,
+        max_length: int,
+        cache_dtype: str | None = None,
     ) -> Any:
         """A cache to decode `samples` responses of at most `max_length` tokens for each prompt.
 
         It is a dictionary. "prompt" and "responses" are keys and values of all layers, as in `layers.placed_cache`; all
-        else has one entry for each prompt.
+        else has one entry for each prompt. `cache_dtype` is "int8" for the prompts' keys and values in int8, and None
+        for the dtype of the computation.
         """
 
     def decode_step(

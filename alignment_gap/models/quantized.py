@@ -1,4 +1,4 @@
-"""A kernel in int8, for the base of adapters: a quarter of its float32 bytes, and half of its bfloat16 bytes."""
+"""Kernels of the base of adapters in int8, and keys and values of prompts in int8: half of their bfloat16 bytes."""
 
 from __future__ import annotations
 
@@ -37,6 +37,32 @@ class Quantized:
         return self.values.astype(jnp.float32) * _over_inputs(self.scale, self.values.ndim)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedRows:
+    """Keys or values of cached positions: values * scale, with a scale for each position and head.
+
+    Attributes:
+      values: int8 [*B, S, C].
+      scale: float32 [*B, S].
+    """
+
+    values: Any
+    scale: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the keys or values."""
+        return self.values.shape
+
+
+def quantize_rows(rows: Float[Array, "*B S C"]) -> QuantizedRows:
+    """Keys or values in int8: round(row / scale) with scale = max |row| / 127 for each position and head."""
+    wide = rows.astype(jnp.float32)
+    scale = _scale(jnp.abs(wide).max(axis=-1))
+    return QuantizedRows(jnp.round(wide / scale[..., None]).astype(jnp.int8), scale)
+
+
 def quantize(kernel: Float[Array, "L *shape"], inputs: int) -> Quantized:
     """The kernels of a stack of layers in int8: round(W / scale) with scale = max |W| / 127 for each output.
 
@@ -44,8 +70,7 @@ def quantize(kernel: Float[Array, "L *shape"], inputs: int) -> Quantized:
       kernel: float32 [L, *inputs, *outputs].
       inputs: number of input axes.
     """
-    largest = jnp.abs(kernel).max(axis=tuple(range(1, 1 + inputs)))
-    scale = jnp.where(largest == 0, 1.0, largest / _LARGEST)
+    scale = _scale(jnp.abs(kernel).max(axis=tuple(range(1, 1 + inputs))))
     return Quantized(jnp.round(kernel / _over_inputs(scale, kernel.ndim)).astype(jnp.int8), scale)
 
 
@@ -85,6 +110,11 @@ def _backward(dimensions: Any, precision: Any, residuals: Any, gradient: Array) 
 
 
 quantized_product.defvjp(_forward, _backward)
+
+
+def _scale(largest: Array) -> Array:
+    """The scale of numbers whose largest magnitude is given; 1 if they are all 0."""
+    return jnp.where(largest == 0, 1.0, largest / _LARGEST)
 
 
 def _over_inputs(scale: Array, axes: int) -> Array:

@@ -304,7 +304,13 @@ class T5Policy:
         return layer
 
     def prefill(
-        self, params: Any, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], samples: int, max_length: int
+        self,
+        params: Any,
+        prompts: Int[Array, "B P"],
+        prompt_lengths: Int[Array, "B"],
+        samples: int,
+        max_length: int,
+        cache_dtype: str | None = None,
     ) -> Any:
         """The cache for sampling: each decoder layer's keys and values of the prompts, and space for the responses."""
         config = self.config
@@ -312,7 +318,8 @@ class T5Policy:
         decoder = DecoderLayer(config)
 
         def layer(_: None, layer_params: Any, __: None) -> tuple[None, Any]:
-            return None, decoder.apply({"params": layer_params}, encoded, method="prompt_keys_values")
+            keys_values: Any = decoder.apply({"params": layer_params}, encoded, method="prompt_keys_values")
+            return None, layers.held(keys_values, cache_dtype)
 
         _, prompt = scan_stack(layer, None, params["decoder"]["layers"], config=self.config)
         shape = (config.decoder_layers, len(prompts), config.heads, samples, max_length, config.head_size)
@@ -333,7 +340,7 @@ class T5Policy:
         mask = layers.causal_mask(step[None], positions)
         decoder = DecoderLayer(self.config)
 
-        def layer(x: Array, responses: Any, index: Array, layer_params: Any, prompt: layers.KeysValues) -> Any:
+        def layer(x: Array, responses: Any, index: Array, layer_params: Any, prompt: layers.PromptKeysValues) -> Any:
             segment = layers.Segment(*prompt, cache["prompt_mask"])
             return decoder.apply({"params": layer_params}, x, segment, mask, bias, responses, index, step)
 

@@ -308,17 +308,19 @@ def _reads(program: Program, fusion: Instruction) -> list[int]:
     parameters = {i.text.partition("(")[2].partition(")")[0]: i for i in inside.values() if i.opcode == "parameter"}
     users = _users(inside)
     found = [parameters.get(str(index)) for index in range(len(fusion.operands))]
-    return [_read(program, users.get(each.name, []), each) if each else 0 for each in found]
+    return [_read(program, users, each) if each else 0 for each in found]
 
 
-def _read(program: Program, users: list[Instruction], parameter: Instruction) -> int:
+def _read(program: Program, users: dict[str, list[Instruction]], parameter: Instruction) -> int:
     """Bytes that a fusion reads of an operand, from the instructions inside that use it; they may be fusions too."""
     if "S(" in parameter.type:
         return 0
     total = 0
-    for user in users:
+    for user in users.get(parameter.name, []):
         if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == parameter.name:
             total += type_bytes(user.type)
+        elif _is_view(program, user):
+            total += _read(program, users, user)
         elif user.opcode == "fusion":
             reads = zip(user.operands, _reads(program, user), strict=True)
             total += sum(size for name, size in reads if name == parameter.name)
@@ -327,6 +329,14 @@ def _read(program: Program, users: list[Instruction], parameter: Instruction) ->
         elif user.opcode != "tuple" and user.opcode not in COLLECTIVES:
             return type_bytes(parameter.type)
     return min(total, type_bytes(parameter.type))
+
+
+def _is_view(program: Program, instruction: Instruction) -> bool:
+    """Whether a fusion is its operand with another tiling, in place; TPU programs have such views of int8."""
+    if instruction.opcode != "fusion" or "output_to_operand_aliasing" not in instruction.text:
+        return False
+    inside = program.computations[instruction.called("calls")[0]].values()
+    return all(each.opcode in ("parameter", "copy", "bitcast") for each in inside)
 
 
 def _written(inside: Computation) -> int:

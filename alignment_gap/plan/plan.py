@@ -142,25 +142,28 @@ def _part(config: PlanConfig, program: Program, compile_: Compile) -> Part:
     if not compiled.exceeded:
         share = compiled.flops / topology.devices
         found = times(topology.chip, share, compiled.traffic, compiled.collectives)
-    return Part(program, compiled, found, _token_seconds(program, topology, compiled))
+    return Part(program, compiled, found, _token_seconds(config, program, compiled))
 
 
-def _token_seconds(program: Program, topology: Topology, compiled: Compiled) -> float:
+def _token_seconds(config: PlanConfig, program: Program, compiled: Compiled) -> float:
     """Seconds to read a device's part of the parameters, in the computation's dtype, and of the cache once."""
     if program.kind not in SAMPLES:
         return 0.0
+    assert config.job.online is not None
+    topology, dtype = config.topology, config.job.online.sampler.prompt_cache_dtype
     is_cast = program.model.dtype == "bfloat16" and program.facts.network.adapter is None
     parameters = compiled.parameters / (2 if is_cast else 1)
-    return (parameters + cache_bytes(program) / topology.devices) / topology.chip.hbm_bandwidth
+    return (parameters + cache_bytes(program, dtype) / topology.devices) / topology.chip.hbm_bandwidth
 
 
-def cache_bytes(program: Program) -> int:
+def cache_bytes(program: Program, prompt_cache_dtype: str | None = None) -> int:
     """Bytes of a sampler's cache, over all devices."""
     shape, policy = program.batch, program.facts.network.policy()
 
     def cache() -> object:
         prompts, lengths = (jax.numpy.zeros(sizes, int) for sizes in ((shape.batch, shape.prompt), (shape.batch,)))
-        return policy.prefill(unbox(policy.init(jax.random.key(0))), prompts, lengths, shape.samples, shape.response)
+        params = unbox(policy.init(jax.random.key(0)))
+        return policy.prefill(params, prompts, lengths, shape.samples, shape.response, prompt_cache_dtype)
 
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(cache)))
 

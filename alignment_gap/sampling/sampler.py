@@ -17,6 +17,7 @@ from alignment_gap import checks, losses
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, abstract_parameters, compute_params, merged
 from alignment_gap.models.layers import placed_cache
+from alignment_gap.models.quantized import INT8
 from alignment_gap.sharding import constrain, constrain_like, decoding
 
 # Tokens in a block of `draw`: about the square root of a vocabulary's size.
@@ -32,11 +33,15 @@ class SamplerConfig:
       top_k: draws only from the k most likely tokens; None allows all.
       top_p: draws only from the smallest set of most likely tokens whose total probability reaches this; None allows
         all.
+      prompt_cache_dtype: "int8" holds the prompts' keys and values in int8, with a scale for each position and head.
+        They take half of the memory and traffic of bfloat16. Tokens are then drawn from slightly other distributions,
+        which `sampler_log_probs` gives. None holds them in the dtype of the computation.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    prompt_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError if a setting is out of range."""
@@ -45,6 +50,7 @@ class SamplerConfig:
         checks.at_least(self, 1, "top_k")
         checks.above(self, 0, "top_p")
         checks.within(self, 0, 1, "top_p")
+        checks.one_of(self, (None, INT8), "prompt_cache_dtype")
 
 
 class Mixture(NamedTuple):
@@ -67,7 +73,8 @@ class Samples(NamedTuple):
     Attributes:
       responses: token ids, 0 after the end.
       lengths: number of tokens, including the EOS; R if no EOS was drawn.
-      log_probs: log-probs under the policy itself, in nats, as `models.score` gives them; 0 after the end.
+      log_probs: log-probs under the policy itself, in nats, as `models.score` gives them; 0 after the end. If the
+        prompts' keys and values are in int8, those of the policy that reads them.
       sampler_log_probs: log-probs under the distribution that the tokens were drawn from, after mixture, temperature,
         top-k and top-p.
     """
@@ -109,7 +116,8 @@ def sample(
     # Adapters are merged once per call, because two more products in every projection would slow down each token. On a
     # base in int8 they are applied: their sum with the base would be a copy of it in a wider dtype.
     networks = [compute_params(policy, merged(each)) for each in (params, *([mixture.params] if mixture else []))]
-    caches = [policy.prefill(each, prompts, prompt_lengths, samples, max_length) for each in networks]
+    sizes = (samples, max_length, config.prompt_cache_dtype)
+    caches = [policy.prefill(each, prompts, prompt_lengths, *sizes) for each in networks]
     start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None], (batch, samples))
     with _decoding(policy, networks):
         boxed = abstract_parameters(policy.init)

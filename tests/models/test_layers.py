@@ -22,6 +22,7 @@ from alignment_gap.models.layers import (
     projection,
     relative_position_bucket,
 )
+from alignment_gap.models.quantized import quantize_rows
 from alignment_gap.sharding import unbox
 
 
@@ -65,9 +66,12 @@ def test_buckets_equal_the_float32_logarithms_of_t5x_and_transformers(bidirectio
         np.testing.assert_array_equal(ours, offset + np.where(near < exact, near, far))
 
 
-@pytest.mark.parametrize("soft_cap", [None, 0.7])
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_attend_is_softmax_over_both_segments(key_heads, soft_cap):
+@pytest.mark.parametrize(
+    ("key_heads", "soft_cap", "int8"),
+    [*((heads, cap, False) for heads in (1, 2, 4) for cap in (None, 0.7)), (1, 0.7, True), (4, None, True)],
+)
+def test_attend_is_softmax_over_both_segments(key_heads, soft_cap, int8):
+    """Shared keys and values in int8 are the rounded ones."""
     rng = np.random.default_rng(0)
     b, k, q, shared, own, heads, size = 2, 3, 4, 5, 6, 4, 7
     query = _normal(rng, b, k, q, heads, size)
@@ -76,8 +80,17 @@ def test_attend_is_softmax_over_both_segments(key_heads, soft_cap):
     shared_mask, own_mask = rng.random((b, 1, 1, shared)) < 0.6, rng.random((b, k, q, own)) < 0.6
     own_mask[..., 0] = True
     bias = _normal(rng, heads, q, own)
+    in_cache = heads_first(jnp.asarray(shared_keys), jnp.asarray(shared_values))
+    if int8:
+        in_cache = tuple(map(quantize_rows, in_cache))
+        # The same by hand: each row of a head is rounded to 127 steps of its largest number.
+        shared_keys, shared_values = (
+            np.round(rows / step) * step
+            for rows in (shared_keys, shared_values)
+            for step in [np.abs(rows).max(-1, keepdims=True) / 127]
+        )
     segments = [
-        Segment(*heads_first(jnp.asarray(shared_keys), jnp.asarray(shared_values)), shared_mask),
+        Segment(*in_cache, shared_mask),
         Segment(*heads_first(jnp.asarray(own_keys), jnp.asarray(own_values)), own_mask, bias),
     ]
     output = jax.jit(partial(attend, scale=0.3, soft_cap=soft_cap))(query, segments)
@@ -117,6 +130,13 @@ def test_attend_is_finite_where_a_whole_row_is_masked():
 
     value, gradient = jax.jit(jax.value_and_grad(total))(query)
     assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_rows_of_zeros_stay_zeros_in_int8():
+    rows = quantize_rows(jnp.array([[0.0, 0.0], [-2.0, 1.0]]))
+    assert rows.values.dtype == jnp.int8 and rows.shape == (2, 2)
+    np.testing.assert_array_equal(rows.values, [[0, 0], [-127, 64]])
+    np.testing.assert_allclose(rows.scale, [1, 2 / 127])
 
 
 def test_causal_mask_by_hand():

@@ -153,7 +153,7 @@ class Unigram:
     def hidden(self, params, prompts, prompt_lengths, inputs, packing=None):
         return jnp.ones((*inputs.shape, 1))
 
-    def prefill(self, params, prompts, prompt_lengths, samples, max_length):
+    def prefill(self, params, prompts, prompt_lengths, samples, max_length, cache_dtype=None):
         raise NotImplementedError
 
     def decode_step(self, params, cache, step, tokens):

@@ -277,6 +277,29 @@ ENTRY %main (x: f32[8]) -> f32[64] {
     assert found == [("all-gather", 256, 1, tuple(range(8))), ("collective-permute", 256, 1, (0, 1))]
 
 
+def test_a_slice_of_another_view_of_an_operand_is_read_alone():
+    """So the compiler for TPUs reads a layer of a stack in int8."""
+    program = hlo.parse("""HloModule m
+%view (p: s8[24,64]) -> s8[24,64] {
+  %p = s8[24,64]{1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = s8[24,64]{1,0:T(8,128)(4,1)} copy(%p)
+}
+%layer (q: s8[24,64], i: s32[]) -> s8[1,64] {
+  %q = s8[24,64]{1,0:T(32,128)(4,1)} parameter(0)
+  %v = s8[24,64]{1,0:T(8,128)(4,1)} fusion(%q), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%view
+  %i = s32[] parameter(1)
+  ROOT %d = s8[1,64]{1,0:T(8,128)(4,1)} dynamic-slice(%v, %i, %i), dynamic_slice_sizes={1,64}
+}
+ENTRY %main (x: s8[24,64], n: s32[]) -> s8[1,64] {
+  %x = s8[24,64]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %f = s8[1,64]{1,0} fusion(%x, %n), kind=kLoop, calls=%layer
+}
+""")
+    # It reads 64 bytes and the four of the place, and writes 64.
+    assert hlo.hbm_traffic(program) == 64 + 4 + 64
+
+
 def test_a_compiled_product_reads_both_factors_and_writes_the_result():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((128, 64), (64, 32))]
     program = hlo.parse(jax.jit(jnp.matmul).lower(*shapes).compile().as_text())

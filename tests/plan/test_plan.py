@@ -79,6 +79,13 @@ def test_a_cache_is_keys_and_values_of_prompts_and_samples(model, heads, dtype, 
     assert keys_and_values <= cache_bytes(sample) <= keys_and_values + 8 * 24
 
 
+def test_prompts_in_int8_take_a_byte_for_each_number_and_four_for_each_scale():
+    heads, size = 8, 16
+    found = cache_bytes(program_of("sample", T5), "int8")
+    prompts, responses = 2 * 2 * heads * (8 * 24) * (size + 4), 2 * 2 * heads * (16 * 16) * size * 4
+    assert prompts + responses <= found <= prompts + responses + 8 * 24
+
+
 def test_both_networks_of_a_divergence_count_once():
     """Two networks and the code of two programs stay in memory.
 

@@ -14,8 +14,10 @@ from tiny_models import EVEN_CONFIGS, MESHES, make_batch, random_params
 
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config, make_policy
+from alignment_gap.models.quantized import quantize_rows
 from alignment_gap.plan import hlo
 from alignment_gap.sampling import SamplerConfig, draw, make_generate, restrict, sample_keys
+from alignment_gap.sampling.sampler import sample
 from alignment_gap.sharding import MeshConfig, batch_sharding, layout, make_mesh, replicated
 from alignment_gap.training import abstract_params, make_score
 
@@ -135,6 +137,39 @@ def test_another_mesh_draws_the_same(name, even_policy, even_params, drawn):
     samples = draw_with(even_policy, even_params, SamplerConfig(), make_mesh(MESHES[name]))
     np.testing.assert_array_equal(samples.responses, drawn.responses)
     np.testing.assert_allclose(samples.log_probs, drawn.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_in_int8_draw_from_what_they_hold(even_policy, even_params, mesh, monkeypatch):
+    """As a cache that holds the same rounded numbers in float32; the responses' own keys and values are not rounded."""
+    keys = sample_keys(RUN_KEY, jnp.int32(0), PROMPTS.prompt_ids, 3)
+    settings = {"max_length": LENGTH, "eos_id": EOS, "config": SamplerConfig(prompt_cache_dtype="int8")}
+
+    def drawn_now():
+        draw = jax.jit(partial(sample, even_policy, **settings))
+        return draw(even_params, PROMPTS.prompts, PROMPTS.prompt_lengths, keys)
+
+    def rounded(rows):
+        held = quantize_rows(rows)
+        return held.values.astype(jnp.float32) * held.scale[..., None]
+
+    ours = drawn_now()
+    monkeypatch.setattr("alignment_gap.models.layers.quantize_rows", rounded)
+    expected = drawn_now()
+    np.testing.assert_array_equal(ours.responses, expected.responses)
+    np.testing.assert_allclose(ours.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_in_int8_are_close_to_the_policy(even_policy, even_params, mesh, scorer):
+    """With these parameters, whose logits are larger than those of a trained policy, within 0.1 nats a token."""
+    config = SamplerConfig(prompt_cache_dtype="int8")
+    samples = draw_with(even_policy, even_params, config, mesh)
+    scores = scorer(even_params, PROMPTS.prompts, PROMPTS.prompt_lengths, samples.responses, samples.lengths)
+    difference = np.abs(samples.log_probs - scores)
+    assert 1e-4 < difference.max() < 0.1
+    np.testing.assert_array_equal(samples.log_probs, samples.sampler_log_probs)
+    elsewhere = draw_with(even_policy, even_params, config, make_mesh(MESHES["all"]))
+    np.testing.assert_array_equal(elsewhere.responses, samples.responses)
+    np.testing.assert_allclose(elsewhere.log_probs, samples.log_probs, atol=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""What holding the prompts' keys and values in int8 saves on a TPU slice, and what it changes in the samples.
+
+    python benchmarks/int8_prompts.py plan --model=t5_xxl --topology=v5e:16x16 --judge=t5_large
+    python benchmarks/int8_prompts.py run --run=runs/sft --dataset=runs/prepared/validation --prompts=256
+
+"plan" compiles the sampler of an online step for TPUs, with the cache in the dtype of the computation and in int8; its
+flags are those of `alignment-gap plan`. It prints the times that arithmetic, HBM and interconnect take alone, at best,
+for each token, and the peak of a chip's memory. No TPU is needed.
+
+"run" samples from a policy with both caches, in float32 and in bfloat16. For each sample it compares the log-prob under
+the distribution that it was drawn from with the policy's own, as the update step computes it. The mean of their
+difference is the KL from one to the other in nats. The weights p / q are what would correct a gradient for it; their
+spread is the size of the bias if nothing corrects it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignment_gap.data.records import open_dataset
+from alignment_gap.data.records.card import find_vocabulary
+from alignment_gap.evaluation.batching import Batching
+from alignment_gap.evaluation.intervals import mean_interval
+from alignment_gap.jobs.compose import distinct_prompts
+from alignment_gap.jobs.generate import drawing
+from alignment_gap.models import make_policy
+from alignment_gap.sampling import SamplerConfig
+from alignment_gap.sharding import MeshConfig, make_mesh
+from alignment_gap.training import load_policy, make_score
+
+DTYPES = (None, "int8")
+
+
+def plan(words: Sequence[str]) -> None:
+    """Prints a row for each dtype of the prompts' keys and values."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from alignment_gap.cli.plan import read_config
+    from alignment_gap.plan.programs import compile_here, environment
+    from alignment_gap.plan.roofline import times
+    from alignment_gap.sharding.chips import GIB
+
+    config, _ = read_config(["plan", *words, "--online", "--nosearch"])
+    (program,) = (each for each in config.programs if each.name == "sampling")
+    os.environ.update(environment(config.topology))
+    print("| prompts in | arithmetic, ms a token | HBM | interconnect | at best | peak, GiB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for dtype in DTYPES:
+        source = dataclasses.replace(config.job.source, sampler=SamplerConfig(prompt_cache_dtype=dtype))  # type: ignore[type-var]
+        compiled = compile_here(
+            dataclasses.replace(config, job=dataclasses.replace(config.job, source=source)), program
+        )
+        share, tokens = compiled.flops / config.topology.devices, program.batch.response
+        time = times(config.topology.chip, share, compiled.traffic, compiled.collectives)
+        cells = [f"{1e3 * each / tokens:.2f}" for each in (time.compute, time.hbm, time.interconnect, time.seconds)]
+        print(f"| {dtype or program.model.dtype} | {' | '.join(cells)} | {compiled.peak / GIB:.2f} |", flush=True)
+
+
+def run(words: Sequence[str]) -> None:
+    """Prints a row for each dtype of the computation and of the prompts' keys and values."""
+    parser = argparse.ArgumentParser(prog="int8_prompts.py run")
+    parser.add_argument("--run", required=True, help="folder of a policy's run")
+    parser.add_argument("--dataset", required=True, help="whose prompts are answered")
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    flags = parser.parse_args(words)
+    mesh, dataset = make_mesh(MeshConfig()), open_dataset(flags.dataset)
+    trained, params = load_policy(flags.run, mesh)
+    shape = (dataset.card.max_prompt_length, dataset.card.max_response_length)
+    batching = Batching(mesh, flags.batch, (shape,))
+    asked = batching.collate([dataset[int(i)] for i in distinct_prompts(dataset, flags.prompts)])
+    rows = (asked.prompts, asked.prompt_lengths)
+    settings = {"samples": 1, "max_length": shape[1], "eos_id": find_vocabulary(dataset).eos_id}
+    print("| computed in | prompts in | KL, nats a response | 95 % interval | spread of p / q | largest p / q |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for computed in ("float32", "bfloat16"):
+        policy = make_policy(dataclasses.replace(trained.config, dtype=computed))
+        score = make_score(policy, mesh)
+        for dtype in DTYPES:
+            sampler = SamplerConfig(prompt_cache_dtype=dtype)
+            draw = drawing(policy, params, mesh, jax.random.key(0), config=sampler, **settings)
+            drawn = batching.run(draw, (asked.prompt_ids, *rows))
+            own = batching.run(lambda *texts: score(params, *texts), (*rows, drawn.responses, drawn.lengths))  # noqa: B023
+            difference = np.asarray(jnp.sum(drawn.sampler_log_probs - own, axis=(1, 2)))
+            mean, weights = mean_interval(difference), np.exp(-difference)
+            cells = [f"{mean.value:.2e}", f"{mean.low:.2e} to {mean.high:.2e}", f"{weights.std():.2e}"]
+            print(f"| {computed} | {dtype or computed} | {' | '.join(cells)} | {weights.max():.4f} |", flush=True)
+    print(f"\n{flags.prompts} prompts of {dataset.card.count:,}; {flags.run}")
+
+
+if __name__ == "__main__":
+    modes = {"plan": plan, "run": run}
+    if len(sys.argv) < 2 or sys.argv[1] not in modes:
+        sys.exit(__doc__)
+    modes[sys.argv[1]](sys.argv[2:])
