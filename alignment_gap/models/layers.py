@@ -358,7 +358,12 @@ def heads_first(keys: Float[Array, "*B S G C"], values: Float[Array, "*B S G C"]
 
 def held(keys_values: KeysValues, dtype: str | None) -> PromptKeysValues:
     """A layer's keys and values of the prompts as the cache holds them: in int8, or as they are if `dtype` is None."""
-    return keys_values if dtype is None else (quantize_rows(keys_values[0]), quantize_rows(keys_values[1]))
+    if dtype is None:
+        return keys_values
+    # Where they are computed; otherwise XLA moves them to the layout of the cache before it rounds them.
+    names = ("batch", "kv_heads", None, "kv")
+    keys, values = (jax.tree.map(lambda x: constrain(x, *names[: x.ndim]), quantize_rows(rows)) for rows in keys_values)
+    return keys, values
 
 
 def placed_cache(cache: dict[str, Any]) -> dict[str, Any]:
