@@ -9,6 +9,7 @@ from made_up import JUDGE, POLICY, compile_, online_config, plan_of, update_conf
 from planning import CPU, DECODER, T5, config_of, program_of, replaced
 
 from alignment_gap.errors import UserError
+from alignment_gap.jobs.config import OnlineConfig
 from alignment_gap.models import DecoderConfig
 from alignment_gap.plan.plan import cache_bytes, make_plan
 from alignment_gap.plan.programs import Compiled
@@ -92,7 +93,7 @@ def test_both_networks_of_a_divergence_count_once():
     The larger program also needs 0.05 GiB for each prompt.
     """
     programs = (program_of("sample", POLICY, holds=True), program_of("divergence", POLICY, holds=True))
-    plan = plan_of(update_config(batch=64, programs=programs))
+    plan = plan_of(update_config(batch=64, programs=programs, source=OnlineConfig()))
     assert plan.working == int(0.05 * GIB * 64)
     assert plan.needed == pytest.approx((2 * 1 + 2 * 0.25 + 64 * 0.05) * GIB)
 
