@@ -124,8 +124,9 @@ def _share_lines(planned: Sequence[JobPlan]) -> list[str]:
     shares = {"by program": defaultdict[str, float](float), "bound by": defaultdict[str, float](float)}
     done = 0.0
     for part in (part for plan in plans for part in plan.parts):
-        assert part.times is not None
-        calls = part.program.calls or 0
+        calls = part.program.calls
+        if not calls or part.times is None:
+            continue
         # The first word of "reference, fresh" and of "judge golden".
         shares["by program"][part.program.name.replace(",", "").split()[0]] += calls * part.times.seconds
         shares["bound by"][_BOUNDS[part.times.bound]] += calls * part.times.seconds

@@ -82,6 +82,7 @@ def compare(studies: Sequence[pathlib.Path], made: pathlib.Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_comparison([at(study) for study in studies], at(folder))
         shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
         shutil.move(pathlib.Path(folder, "figures"), made / "figures")
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import math
 import pathlib
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -112,6 +114,20 @@ def test_a_study_is_made_from_its_pieces(made):
     assert {path.name for path in made.iterdir()} == {"seed_0", "seed_1", *make_results.MADE}
     assert (made / "figures" / "figure_4.png").read_bytes().startswith(b"\x89PNG")
     make_results.make(made)  # Make it again, over the existing files.
+
+
+def test_studies_are_drawn_side_by_side(made, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(made, other)
+    for _ in range(2):  # The second time over the existing files.
+        make_results.compare([made, other], tmp_path / "both")
+    pictures = {path.name for path in (tmp_path / "both" / "figures").iterdir()}
+    assert {"claims.png", "figure_4_ipo_win_rate.png"} <= pictures
+
+
+def test_every_picture_of_the_page_is_there():
+    shown = re.findall(r"\]\(([^)]+\.(?:png|csv))\)", (RESULTS / "README.md").read_text(encoding="utf-8"))
+    assert len(shown) > 5 and [name for name in shown if not (RESULTS / name).is_file()] == []
 
 
 def test_a_study_without_pieces_is_refused_by_name():

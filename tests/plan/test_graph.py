@@ -154,6 +154,15 @@ def test_what_does_not_fit_is_marked():
     assert found["device_seconds"] is found["longest_chain_seconds"] is None
 
 
+def test_a_program_that_is_never_called_has_no_share():
+    """It does not fit, so that it has no time."""
+    (fits,) = plan_graph([SFT], "v5e:2x4", GIVEN, compile_)
+    (part,) = fits.plan.parts
+    uncalled = dataclasses.replace(part, times=None, program=dataclasses.replace(part.program, name="KL", calls=0))
+    both = fits._replace(plan=dataclasses.replace(fits.plan, parts=(part, uncalled)))
+    assert graph_text([both]).splitlines()[-3] == "by program: update 100%"
+
+
 def test_json_has_every_job_and_every_plan_once(planned):
     found = graph_json(planned)
     assert found["device_seconds"] == pytest.approx(8 * 9 * 3600 + 80)
