@@ -9,8 +9,8 @@ for each token, and the peak of a chip's memory. No TPU is needed.
 
 "run" samples from a policy with both caches, in float32 and in bfloat16. For each sample it compares the log-prob under
 the distribution that it was drawn from with the policy's own, as the update step computes it. The mean of their
-difference is the KL from one to the other in nats. The weights p / q are what would correct a gradient for it; their
-spread is the size of the bias if nothing corrects it.
+difference is the KL from one to the other in nats. The weights p / q would correct a gradient for it: the more they
+spread, the further off is a gradient that nothing corrects.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ DTYPES = (None, "int8")
 def plan(words: Sequence[str]) -> None:
     """Prints a row for each dtype of the prompts' keys and values."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    from sampling_layout import per_token
+
     from alignment_gap.cli.plan import read_config
     from alignment_gap.plan.programs import compile_here, environment
-    from alignment_gap.plan.roofline import times
     from alignment_gap.sharding.chips import GIB
 
     config, _ = read_config(["plan", *words, "--online", "--nosearch"])
@@ -54,13 +55,10 @@ def plan(words: Sequence[str]) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for dtype in DTYPES:
         source = dataclasses.replace(config.job.source, sampler=SamplerConfig(prompt_cache_dtype=dtype))  # type: ignore[type-var]
-        compiled = compile_here(
-            dataclasses.replace(config, job=dataclasses.replace(config.job, source=source)), program
-        )
-        share, tokens = compiled.flops / config.topology.devices, program.batch.response
-        time = times(config.topology.chip, share, compiled.traffic, compiled.collectives)
-        cells = [f"{1e3 * each / tokens:.2f}" for each in (time.compute, time.hbm, time.interconnect, time.seconds)]
-        print(f"| {dtype or program.model.dtype} | {' | '.join(cells)} | {compiled.peak / GIB:.2f} |", flush=True)
+        job = dataclasses.replace(config.job, source=source)
+        compiled = compile_here(dataclasses.replace(config, job=job), program)
+        cells = " | ".join(per_token(config, program, compiled))
+        print(f"| {dtype or program.model.dtype} | {cells} | {compiled.peak / GIB:.2f} |", flush=True)
 
 
 def run(words: Sequence[str]) -> None:

@@ -44,6 +44,13 @@ def compiled_with(config: PlanConfig, program: Program, copies: int | None) -> t
         return compile_here(config, program), chosen[-1]
 
 
+def per_token(config: PlanConfig, program: Program, compiled: Compiled) -> list[str]:
+    """Milliseconds a token that arithmetic, HBM and interconnect take alone, and the longest of them, at best."""
+    share, tokens = compiled.flops / config.topology.devices, program.batch.response
+    time = times(config.topology.chip, share, compiled.traffic, compiled.collectives)
+    return [f"{1e3 * each / tokens:.2f}" for each in (time.compute, time.hbm, time.interconnect, time.seconds)]
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,13 +60,12 @@ def main() -> None:
     config, _ = read_config(["plan", *commands()[flags.name]])
     (program,) = (each for each in config.programs if each.name == "sampling")
     os.environ.update(environment(config.topology))
-    chip, tokens = config.topology.chip, program.batch.response
+    tokens = program.batch.response
     print("| copies | arithmetic, ms a token | HBM | interconnect | at best | collectives a token | peak, GiB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for copies in (None, *flags.copies):
         compiled, found = compiled_with(config, program, copies)
-        time = times(chip, compiled.flops / config.topology.devices, compiled.traffic, compiled.collectives)
-        cells = [f"{1e3 * each / tokens:.2f}" for each in (time.compute, time.hbm, time.interconnect, time.seconds)]
+        cells = per_token(config, program, compiled)
         count = sum(moved.count for moved in compiled.collectives if moved.count >= tokens) / tokens
         print(f"| {found} | {' | '.join(cells)} | {count:.0f} | {compiled.peak / GIB:.2f} |", flush=True)
         for moved in compiled.collectives[:6]:

@@ -1,4 +1,4 @@
-"""Kernels of the base of adapters in int8, and keys and values of prompts in int8: half of their bfloat16 bytes."""
+"""Kernels of the base of adapters in int8, and keys and values of prompts: about half of their bfloat16 bytes."""
 
 from __future__ import annotations
 

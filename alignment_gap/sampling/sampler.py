@@ -34,7 +34,7 @@ class SamplerConfig:
       top_p: draws only from the smallest set of most likely tokens whose total probability reaches this; None allows
         all.
       prompt_cache_dtype: "int8" holds the prompts' keys and values in int8, with a scale for each position and head.
-        They take half of the memory and traffic of bfloat16. Tokens are then drawn from slightly other distributions,
+        They take about half of the memory of bfloat16. Tokens are then drawn from slightly other distributions,
         which `sampler_log_probs` gives. None holds them in the dtype of the computation.
     """
 
@@ -116,8 +116,10 @@ def sample(
     # Adapters are merged once per call, because two more products in every projection would slow down each token. On a
     # base in int8 they are applied: their sum with the base would be a copy of it in a wider dtype.
     networks = [compute_params(policy, merged(each)) for each in (params, *([mixture.params] if mixture else []))]
-    sizes = (samples, max_length, config.prompt_cache_dtype)
-    caches = [policy.prefill(each, prompts, prompt_lengths, *sizes) for each in networks]
+    caches = [
+        policy.prefill(each, prompts, prompt_lengths, samples, max_length, config.prompt_cache_dtype)
+        for each in networks
+    ]
     start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None], (batch, samples))
     with _decoding(policy, networks):
         boxed = abstract_parameters(policy.init)
