@@ -36,6 +36,7 @@ class SftConfig:
         epoch.
       steps: gradient steps.
       batch_size: prompts per step; each prompt has two targets.
+      buckets: maximum number of padded shapes of a batch; more shapes save padding where lengths differ.
       optimizer: the optimizer and its schedule.
     """
 
@@ -44,11 +45,12 @@ class SftConfig:
     weights: tuple[float, ...] | None = None
     steps: int = 1000
     batch_size: int = 64
+    buckets: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
         """Raises UserError if a setting is out of range."""
-        checks.at_least(self, 1, "steps", "batch_size")
+        checks.at_least(self, 1, "steps", "batch_size", "buckets")
         if self.weights is not None and len(self.weights) != 1 + len(self.also):
             raise UserError(f"weights is {self.weights}: give one for the task and for each of also, or None")
 
@@ -88,6 +90,7 @@ class PreferenceModelConfig:
         run; or None for fresh parameters.
       steps: gradient steps.
       batch_size: pairs per step.
+      buckets: maximum number of padded shapes of a batch, as for SFT.
       optimizer: the optimizer and its schedule.
     """
 
@@ -96,12 +99,13 @@ class PreferenceModelConfig:
     start: str | None = ORIGIN
     steps: int = 1000
     batch_size: int = 64
+    buckets: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self) -> None:
         """Raises UserError if a setting is out of range, or two settings conflict."""
         checks.one_of(self, KINDS, "kind")
-        checks.at_least(self, 1, "steps", "batch_size")
+        checks.at_least(self, 1, "steps", "batch_size", "buckets")
         if self.start is None and self.model is None:
             raise UserError("model and start are not set: give one of them")
 

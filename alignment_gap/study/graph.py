@@ -246,7 +246,8 @@ class _Seed:
     def _sft(self, name: str, model: T5Config | DecoderConfig | None, sft: SftConfig) -> AnyPath:
         """Adds supervised fine-tuning; both responses of every pair are targets."""
         pooled = (self.human / "train", *sft.also)
-        source = DatasetConfig(",".join(map(str, pooled)), weights=sft.weights, batch_size=sft.batch_size)
+        batches = {"weights": sft.weights, "batch_size": sft.batch_size, "buckets": sft.buckets}
+        source = DatasetConfig(",".join(map(str, pooled)), **batches)
         settings = {"steps": sft.steps, "model": model, "start": sft.start, "loss": LossConfig("sft")}
         return self._train(name, source, sft.optimizer, **settings).folder
 
@@ -258,7 +259,7 @@ class _Seed:
                 f"{name}.model differs from the {whose}, so it cannot start from the SFT {whose}: leave it out, or set "
                 f"{name}.start to None"
             )
-        source = DatasetConfig(str(pairs), batch_size=model.batch_size)
+        source = DatasetConfig(str(pairs), batch_size=model.batch_size, buckets=model.buckets)
         start = str(self.base) if model.start == ORIGIN else model.start
         settings: dict[str, Any] = {"kind": model.kind, "model": model.model, "start": start, "steps": model.steps}
         return self._train(name, source, model.optimizer, **settings).folder

@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     for name in ("prepared/train", "prepared/validation", "helpful/train"):
         write_posts(folder / "runs" / name, 4)
     (folder / "runs" / "imported" / CHECKPOINTS / "1" / PARAMS).mkdir(parents=True)
-    train_vocabulary(["a bad cab fed a bee", "a big bag", "bed and bead"] * 9, folder / "t5.spiece.model", 275)
+    train_vocabulary(["a bad cab fed a bee", "a big bag", "bed and bead"] * 9, folder / "pairs.model", 275)
     with gzip.open(folder / "pairs.jsonl.gz", "wt") as file:
         file.write(json.dumps({"prompt": "a bee", "chosen": "a bed", "rejected": "a cab"}) + "\n")
     (folder / "my_arms.py").write_text(ARM)

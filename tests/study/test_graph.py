@@ -483,6 +483,15 @@ def test_a_prepared_dataset_is_every_seeds_task_and_no_job(config):
     assert not graph.job("seed1-sft").needs
 
 
+def test_sft_and_judges_may_have_batches_of_several_shapes_but_arms_have_one(config):
+    jobs = jobs_of(build(changed(config, sft={"buckets": 3}, golden={"buckets": 2})))
+    sources = {name: job.config.source for name, job in jobs.items() if job.kind is TRAIN}
+    buckets = {name: source.buckets for name, source in sources.items() if isinstance(source, DatasetConfig)}
+    shapes = {name: buckets.pop(name) for name in ("sft", "golden")}
+    assert shapes == {"sft": 3, "golden": 2} and "proxy" in buckets and len(buckets) > 1
+    assert set(buckets.values()) == {1}
+
+
 def test_sft_starts_from_a_run_and_pools_datasets_by_weight(config):
     settings = {"start": "runs/t5", "also": ("runs/chat/train", "runs/help/train"), "weights": (2.0, 1.0, 1.0)}
     graph = build(dataclasses.replace(changed(config, sft=settings), policy=None))
