@@ -381,6 +381,15 @@ def placed_cache(cache: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def of_prompts(cache: dict[str, Any], kept: Int[Array, "N"]) -> dict[str, Any]:
+    """The part of a policy's cache that belongs to some of its prompts."""
+    stacked = ("prompt", "responses")
+    return {
+        name: jax.tree.map(lambda x, axis=int(name in stacked): jnp.take(x, kept, axis), part)
+        for name, part in cache.items()
+    }
+
+
 def empty_cache(shape: tuple[int, ...], dtype: Any) -> KeysValues:
     """Zeros for the keys and values [L, B, G, K, R, C] of the responses in all layers."""
     empty = _cached(jnp.zeros(shape, dtype))

@@ -124,6 +124,12 @@ def decoding_sizes(sizes: Mapping[str, int], copies: int = 1) -> dict[str, int]:
     return {"data": sizes["data"], "copies": copies, "fsdp": fsdp // columns, "columns": columns, "model": model}
 
 
+def on_one_cpu() -> bool:
+    """Whether a function runs `within` a mesh of one device that is no known chip, or on a CPU without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() == "cpu" if mesh.empty else mesh.size == 1 and _CHIP.get() is None
+
+
 @contextlib.contextmanager
 def _in_force(mesh: AbstractMesh, rules: Rules) -> Iterator[None]:
     token = _RULES.set(rules)

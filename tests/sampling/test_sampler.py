@@ -139,6 +139,28 @@ def test_another_mesh_draws_the_same(name, even_policy, even_params, drawn):
     np.testing.assert_allclose(samples.log_probs, drawn.log_probs, rtol=1e-4, atol=1e-5)
 
 
+def test_one_cpu_halves_the_prompts_and_draws_the_same(even_policy, even_params, mesh, monkeypatch):
+    length, settings = 16, {"samples": 2, "eos_id": (1, 2, 3, 4, 5)}
+    drawn = draw_with(even_policy, even_params, SamplerConfig(), mesh, length=length, **settings)
+    monkeypatch.setattr("alignment_gap.sampling.sampler._FEW", 4)
+    monkeypatch.setattr("alignment_gap.sampling.sampler._SHORT", 2)
+    texts = PROMPTS.prompt_ids, PROMPTS.prompts, PROMPTS.prompt_lengths
+    for devices, halves in ((jax.devices(), ()), (jax.devices()[:1], (4, 2))):
+        make = make_generate.__wrapped__  # Not kept: its halvings are those of this test alone.
+        mesh = make_mesh(MeshConfig(), devices)
+        generate = make(even_policy, mesh, max_length=length, config=SamplerConfig(), **settings)
+        given = even_params, RUN_KEY, jnp.int32(0), *texts
+        traced = str(jax.make_jaxpr(generate)(*given))
+        assert [n for n in (4, 2) if f"i32[{n},2,{length}]" in traced] == [*halves]
+    samples = jax.device_get(generate(*given))
+    last = np.sort(drawn.lengths.max(-1))
+    assert last[3] < last[7]  # The loops with fewer prompts have something to draw.
+    np.testing.assert_array_equal(samples.responses, drawn.responses)
+    np.testing.assert_array_equal(samples.lengths, drawn.lengths)
+    np.testing.assert_allclose(samples.log_probs, drawn.log_probs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(samples.log_probs, samples.sampler_log_probs)
+
+
 def test_prompts_in_int8_draw_from_what_they_hold(even_policy, even_params, mesh, monkeypatch):
     """As a cache that holds the same rounded numbers in float32; the responses' own keys and values are not rounded."""
     keys = sample_keys(RUN_KEY, jnp.int32(0), PROMPTS.prompt_ids, 3)
