@@ -6,8 +6,8 @@ Each call draws K responses for each of `--batch` prompts with the sampler of th
 responses in the dataset, drawn at random: the policy's distribution is replaced by one that ends there. `halvings` is
 how often the loop over tokens may halve its prompts; 0 is one loop to the longest response. Each repeat runs all three
 in turn, on the same lengths. `time` is the median over the repeats of the time as a ratio to 0 halvings, with the
-smallest and the largest. `rows` is the number of rows computed, as a ratio to the tokens drawn. Responses and log-probs
-of the three are compared bit by bit.
+smallest and the largest. `rows` is the number of rows computed, as a ratio to the tokens drawn. `compiled` is the time
+to trace and compile, in seconds. Responses and log-probs of the three are compared bit by bit.
 """
 
 from __future__ import annotations
@@ -108,10 +108,14 @@ def main() -> None:
     prompts = jax.random.randint(jax.random.key(1), (options.batch, PROMPT), 3, policy.config.vocabulary_size)
     rng = np.random.default_rng(0)
     print(f"{len(recorded):,} responses: {recorded.mean():.1f} tokens on average, {recorded.max()} at most\n")
-    columns = ("samples", "halvings", "time", "smallest", "largest", "rows", "bits")
+    columns = ("samples", "halvings", "time", "smallest", "largest", "rows", "compiled", "bits")
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for samples in options.samples:
-        draws = [compiled(policy, n, options.batch, samples, int(recorded.max())) for n in HALVINGS]
+        draws, compiling = [], []
+        for n in HALVINGS:
+            start = time.perf_counter()
+            draws.append(compiled(policy, n, options.batch, samples, int(recorded.max())))
+            compiling.append(time.perf_counter() - start)
         seconds, computed, same = np.zeros((options.repeats, 3)), np.zeros(3), np.ones(3, bool)
         tokens = 0
         for repeat in range(options.repeats + 1):  # The first one warms up.
@@ -130,7 +134,8 @@ def main() -> None:
             ratios = seconds[:, number] / seconds[:, 0]
             cells = statistics.median(ratios), ratios.min(), ratios.max(), computed[number] / tokens
             bits = "same" if same[number] else "differ"
-            print(f"| {samples} | {n} | " + " | ".join(f"{x:.2f}" for x in cells) + f" | {bits} |")
+            numbers = " | ".join(f"{x:.2f}" for x in cells)
+            print(f"| {samples} | {n} | {numbers} | {compiling[number]:.1f} | {bits} |")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Not flax's own context: with it, flax would constrain each layer's parameters by the axis names of the whole stack.
 _RULES: contextvars.ContextVar[Rules] = contextvars.ContextVar("logical axis rules", default=())
-_CHIP: contextvars.ContextVar[Chip | None] = contextvars.ContextVar("the mesh's kind of chip", default=None)
+_KIND: contextvars.ContextVar[str | None] = contextvars.ContextVar("the kind of the mesh's devices", default=None)
 # Sums over devices in each layer of a loop over tokens: after self-attention, cross-attention and the MLP.
 _SUMS = 3
 # The largest part of a chip's memory that the weights of a loop over tokens may take in addition.
@@ -59,13 +59,12 @@ def within(mesh: LogicalMesh, function: Function) -> Function:
 
     @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        kind = mesh.devices.devices.flat[0].device_kind
-        token = _CHIP.set(CHIPS[DEVICE_KINDS[kind]] if kind in DEVICE_KINDS else None)
+        token = _KIND.set(mesh.devices.devices.flat[0].device_kind)
         try:
             with _in_force(mesh.devices.abstract_mesh, mesh.rules):
                 return function(*args, **kwargs)
         finally:
-            _CHIP.reset(token)
+            _KIND.reset(token)
 
     return traced  # type: ignore[return-value]
 
@@ -84,7 +83,8 @@ def decoding(*, weights: int, layers: int, kv_heads: int) -> contextlib.Abstract
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not _RULES.get():
         return contextlib.nullcontext()
-    sizes = decoding_sizes(mesh.shape, weight_copies(mesh.shape, _CHIP.get(), weights, layers))
+    chip = CHIPS.get(DEVICE_KINDS.get(_KIND.get() or "", ""))
+    sizes = decoding_sizes(mesh.shape, weight_copies(mesh.shape, chip, weights, layers))
     split = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     by_heads = kv_heads % (sizes["columns"] * sizes["model"]) == 0
     return _in_force(split, DECODING_BY_HEADS if by_heads else DECODING)
@@ -125,9 +125,9 @@ def decoding_sizes(sizes: Mapping[str, int], copies: int = 1) -> dict[str, int]:
 
 
 def on_one_cpu() -> bool:
-    """Whether a function runs `within` a mesh of one device that is no known chip, or on a CPU without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() == "cpu" if mesh.empty else mesh.size == 1 and _CHIP.get() is None
+    """Whether a single CPU computes the function that JAX traces now."""
+    kind, mesh = _KIND.get() or jax.devices()[0].device_kind, jax.sharding.get_abstract_mesh()
+    return kind == "cpu" and (mesh.empty or mesh.size == 1)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     )
     study = StudyConfig(
         name="hh",
-        # HH has a few pairs with an empty or a repeated response. A prompt's last turn matters most.
+        # HH has a few pairs with an empty or a repeated response. A long prompt keeps its last turns.
         task=PrepareConfig(
             TextSourceConfig(bad_pairs="drop"),
             limits=Limits(prompt_length=128, response_length=96, long_prompts="keep_end"),

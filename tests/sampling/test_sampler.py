@@ -145,10 +145,10 @@ def test_one_cpu_halves_the_prompts_and_draws_the_same(even_policy, even_params,
     monkeypatch.setattr("alignment_gap.sampling.sampler._FEW", 4)
     monkeypatch.setattr("alignment_gap.sampling.sampler._SHORT", 2)
     texts = PROMPTS.prompt_ids, PROMPTS.prompts, PROMPTS.prompt_lengths
+    make = partial(make_generate.__wrapped__, even_policy)  # Not kept: its halvings are those of this test alone.
     for devices, halves in ((jax.devices(), ()), (jax.devices()[:1], (4, 2))):
-        make = make_generate.__wrapped__  # Not kept: its halvings are those of this test alone.
-        mesh = make_mesh(MeshConfig(), devices)
-        generate = make(even_policy, mesh, max_length=length, config=SamplerConfig(), **settings)
+        on = make_mesh(MeshConfig(), devices)
+        generate = make(on, max_length=length, config=SamplerConfig(), **settings)
         given = even_params, RUN_KEY, jnp.int32(0), *texts
         traced = str(jax.make_jaxpr(generate)(*given))
         assert [n for n in (4, 2) if f"i32[{n},2,{length}]" in traced] == [*halves]

@@ -27,7 +27,9 @@ from alignment_gap.sharding import (
     constrain,
     constrain_like,
     decoding,
+    layout,
     make_mesh,
+    on_one_cpu,
     partition_spec,
     parts_within,
     replicated,
@@ -212,6 +214,24 @@ def test_decoding_leaves_a_batch_where_it_is():
     assert stream.sharding.shard_shape((8, 8)) == (8, 4)
     with decoding(weights=1, layers=1, kv_heads=3):
         assert constrain(x, "cache_batch", None) is x
+
+
+@pytest.mark.parametrize(
+    ("devices", "kind", "expected"),
+    [(1, "cpu", True), (8, "cpu", False), (1, "NVIDIA H200", False), (1, "TPU v5 lite", False)],
+)
+def test_one_cpu_is_told_from_other_devices(devices, kind, expected):
+    found = []
+
+    def look(x):
+        token = layout._KIND.set(kind)
+        found.append(on_one_cpu())
+        layout._KIND.reset(token)
+        return x
+
+    jax.eval_shape(within(make_mesh(MeshConfig(), jax.devices()[:devices]), look), jnp.ones(8))
+    assert found == [expected]
+    assert on_one_cpu()  # These tests have CPUs alone; without a mesh an array is on one.
 
 
 def test_rules_of_a_config_precede_its_layouts():
