@@ -22,8 +22,8 @@ from alignment_gap.sharding import constrain, constrain_like, decoding, on_one_c
 
 # Tokens in a block of `draw`: about the square root of a vocabulary's size.
 _BLOCK = 128
-# How often a CPU's loop over tokens may halve its prompts. Each halving is one more loop to compile, which takes longer
-# than it saves if there are fewer prompts than this, or if responses have at most this many tokens.
+# How often a CPU's loop over tokens may halve its prompts. Each halving is one more loop to compile, so loops with fewer
+# prompts than this, or with responses of at most this many tokens, have none.
 _HALVINGS = 2
 _FEW = 16
 _SHORT = 32
