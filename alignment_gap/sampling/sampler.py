@@ -22,8 +22,8 @@ from alignment_gap.sharding import constrain, constrain_like, decoding, on_one_c
 
 # Tokens in a block of `draw`: about the square root of a vocabulary's size.
 _BLOCK = 128
-# How often a CPU's loop over tokens may halve its prompts. Each halving is one more loop to compile, so loops with fewer
-# prompts than this, or with responses of at most this many tokens, have none.
+# How often a CPU's loop over tokens may halve its prompts. Each halving is one more loop to compile, so there is none
+# with fewer prompts than this, or with responses of at most this many tokens.
 _HALVINGS = 2
 _FEW = 16
 _SHORT = 32
