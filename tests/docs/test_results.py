@@ -83,6 +83,11 @@ def test_a_piece_is_its_seed_of_todays_config(piece):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     today = from_dict(StudyConfig, module.get_config(*kind).to_dict())
+    if today.task.source.location is None:  # The user gives the pairs and their vocabulary, as files of any name.
+        given = facts.config.task
+        source = dataclasses.replace(today.task.source, location=given.source.location)
+        task = dataclasses.replace(today.task, source=source, vocabulary=given.vocabulary)
+        today = dataclasses.replace(today, task=task)
     # The implementation of attention does not change the measurements.
     policy = dataclasses.replace(today.policy, attention=facts.config.policy.attention)
     assert dataclasses.replace(today, seed=facts.config.seed, seeds=1, policy=policy) == facts.config
