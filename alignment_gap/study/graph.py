@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from alignment_gap import losses
 from alignment_gap.checks import nearest
 from alignment_gap.configuration import differences, flatten
+from alignment_gap.data.text.vocabulary import POSTS
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at
 from alignment_gap.jobs.baselines import BASELINES, BaselinesConfig
@@ -225,8 +226,9 @@ class _Seed:
         if self.config.prepared is not None:
             return at(self.config.prepared)
         source = self.config.task.source
-        posts = dataclasses.replace(source.posts, seed=self.seed)
-        task = dataclasses.replace(self.config.task, seed=self.seed, source=dataclasses.replace(source, posts=posts))
+        if source.location == POSTS:
+            source = dataclasses.replace(source, posts=dataclasses.replace(source.posts, seed=self.seed))
+        task = dataclasses.replace(self.config.task, seed=self.seed, source=source)
         return self._add("data", PREPARE, task).folder
 
     def _train(

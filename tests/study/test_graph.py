@@ -12,6 +12,7 @@ from absl import flags
 
 from alignment_gap.cli import gin_files
 from alignment_gap.cli.flags import define_config, parse, read_config
+from alignment_gap.data.text import TextSourceConfig
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.evaluate import EVALUATE
@@ -183,6 +184,13 @@ def test_seeds_are_studies_of_their_own_with_seeds_of_their_own(config):
     assert (first[0].config.seed, second[0].config.seed) == (4, 5)
     seeds = [job.config.seed for job in graph.jobs if job.kind in (TRAIN, GENERATE)]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_seeds_of_a_users_own_pairs_split_them_differently(config):
+    given = changed(config, task={"source": TextSourceConfig("pairs.jsonl"), "vocabulary": "bytes"})
+    prepared = [job.config for job in build(dataclasses.replace(given, seeds=2)).jobs if job.kind is PREPARE]
+    assert [task.seed for task in prepared] == [0, 1]
+    assert [task.source for task in prepared] == [TextSourceConfig("pairs.jsonl")] * 2
 
 
 def test_a_job_is_found_by_its_name_and_the_nearest_is_named(config):
