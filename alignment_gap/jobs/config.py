@@ -122,6 +122,8 @@ class OnlineConfig:
       response_length: maximum tokens of a response; None for the longest in the prompts' datasets.
       refresh_every: the sampler takes the policy's parameters after this many steps. 1 is online, more is semi-online;
         0 means never: the sampler keeps the parameters of the start.
+      steps_per_draw: number of steps whose samples are drawn in one call; refresh_every must be a multiple of it. A
+        device that waits for weights or links does more work in that time. The caches take that many times the memory.
       record: whether the samples are recorded as a dataset, in the subfolder `record`.
     """
 
@@ -134,11 +136,12 @@ class OnlineConfig:
     sampler: SamplerConfig = SamplerConfig()
     response_length: int | None = None
     refresh_every: int = 1
+    steps_per_draw: int = 1
     record: bool = True
 
     def __post_init__(self) -> None:
         """Raises UserError if a setting is out of range, or two settings conflict."""
-        checks.at_least(self, 1, "samples", "response_length")
+        checks.at_least(self, 1, "samples", "response_length", "steps_per_draw")
         checks.at_least(self, 0, "refresh_every")
         checks.one_of(self, KEEP, "keep")
         checks.one_of(self, AGAINST, "against")
@@ -146,6 +149,16 @@ class OnlineConfig:
         if self.prompts.packing is not None:
             raise UserError(
                 f"prompts.packing is {self.prompts.packing}: an online source has one prompt per row, leave it out"
+            )
+        if self.refresh_every % self.steps_per_draw:
+            raise UserError(
+                f"steps_per_draw is {self.steps_per_draw} and refresh_every is {self.refresh_every}: the steps of a "
+                "draw share the sampler's parameters, so set refresh_every to a multiple of steps_per_draw, or to 0"
+            )
+        if self.steps_per_draw > 1 and self.prompts.buckets > 1:
+            raise UserError(
+                f"steps_per_draw is {self.steps_per_draw} and prompts.buckets is {self.prompts.buckets}: the steps of "
+                "a draw need prompts of one shape, so leave one of them at 1"
             )
         compared = self.judge.judge is not None and self.against == "each_other" and self.judge.labels != REWARDS
         if self.samples < 2 and (compared or self.keep != "all"):

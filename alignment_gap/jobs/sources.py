@@ -119,9 +119,11 @@ def _open(
     if not isinstance(source, OnlineConfig):
         return lambda step, state: ahead(step)
     shape = assembly.facts.fresh if source is config.fresh and assembly.facts.fresh else assembly.facts.batch
-    draw = times.of_devices("sampling", _drawing(assembly, inputs, source, shape.response))
+    drawing = _drawing(assembly, inputs, source, shape.response)
+    draw = times.of_devices("sampling", drawing, source.steps_per_draw)
+    windows: Any = {"steps_per_draw": source.steps_per_draw, "last": steps}
     if inputs.judge is None:
-        return online_source(ahead, draw, None, source.keep, mesh)
+        return online_source(ahead, draw, None, source.keep, mesh, **windows)
     begin = inputs.judge.begin
     scores = inputs.judge.scores if begin is None else _timed(begin, times)
     score = against_each_other(scores)
@@ -129,14 +131,14 @@ def _open(
         opponent = _drawing(assembly, inputs, source, shape.response, opponents=True)
         score = against_opponent(scores, opponent, mesh)
     if begin is None:
-        return online_source(ahead, draw, times.of_devices("judging", score), source.keep, mesh)
+        return online_source(ahead, draw, times.of_devices("judging", score), source.keep, mesh, **windows)
 
     def keeps_sampler(step: int) -> bool:
         """Whether the next step samples with the same parameters; its samples can then be judged during this step."""
         every = source.refresh_every
         return step + 1 < steps and (every == 0 or (step + 1) % every != 0)
 
-    return online_source(ahead, draw, score, source.keep, mesh, keeps_sampler)
+    return online_source(ahead, draw, score, source.keep, mesh, keeps_sampler, **windows)
 
 
 def _timed(begin: Begin, times: Times) -> Begin:

@@ -1,9 +1,10 @@
-"""The settings of a job that take the least time a step and fit: layout, mesh sizes, remat, microbatches, moments.
+"""The settings of a job that take the least time a step and fit: layout, mesh, remat, microbatches, moments, draws.
 
 The search compiles the update of every mesh first, with all activations recomputed, which needs the least memory. On
 the two fastest meshes it then keeps more activations, in as few microbatches as fit. The other programs of a step, such
 as the sampler, depend on the mesh alone: they are compiled for the fastest of these updates, until one fits with all of
-them. No program is compiled twice, and never more programs than were asked for.
+them. If the sampler keeps its parameters for several steps, it then draws for more steps at once, while that helps. No
+program is compiled twice, and never more programs than were asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from alignment_gap.errors import UserError
+from alignment_gap.jobs.config import JobConfig, OnlineConfig
 from alignment_gap.models import ModelConfig
 from alignment_gap.plan.plan import Compile, Plan, make_plan
 from alignment_gap.plan.programs import Compiled, compile_program
@@ -27,6 +29,7 @@ _MODEL_AXES = (2, 4, 8, 16)
 # Meshes whose updates are tried with less recomputed.
 _MESHES = 2
 _MOST_MICROBATCHES = 16
+_STEPS_PER_DRAW = (2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Choice:
       remat: what the backward pass recomputes.
       microbatches: parts of a batch, one after another.
       moment_dtype: dtype of the optimizer's first moments.
+      steps_per_draw: steps whose samples are drawn in one call.
     """
 
     layout: str
@@ -46,12 +50,15 @@ class Choice:
     remat: str
     microbatches: int
     moment_dtype: str
+    steps_per_draw: int = 1
 
     def __str__(self) -> str:
         """The settings as a line."""
         sizes = " ".join(f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True))
+        draws = f", {self.steps_per_draw} steps a draw" if self.steps_per_draw > 1 else ""
         return (
             f"{self.layout} {sizes}, remat {self.remat}, {self.microbatches} microbatches, moments {self.moment_dtype}"
+            f"{draws}"
         )
 
     def splits(self, batch: int) -> bool:
@@ -66,7 +73,8 @@ class Choice:
         mesh = dataclasses.replace(job.mesh, layout=self.layout, data=data, fsdp=fsdp, model=model)
         optimizer = dataclasses.replace(job.optimizer, moment_dtype=self.moment_dtype)
         job = dataclasses.replace(job, mesh=mesh, optimizer=optimizer, microbatches=self.microbatches)
-        first, *others = config.programs
+        job = _with_draws(job, self.steps_per_draw)
+        first, *others = (each.with_draws(self.steps_per_draw) for each in config.programs)
         return dataclasses.replace(config, job=job, programs=(_with_remat(first, self.remat), *others), search=False)
 
 
@@ -129,7 +137,8 @@ def find_best(
     known, done = dict[str, Compiled](), dict[tuple[Choice, int], Trial]()
 
     def compile_once(config: PlanConfig, program: Program) -> Compiled:
-        key = repr((config.job if program.kind == "update" else config.job.mesh, program))
+        # How many steps a sampler draws for does not change an update.
+        key = repr((_with_draws(config.job, 1) if program.kind == "update" else config.job.mesh, program))
         if key not in known:
             if len(known) == compiles:
                 raise _Spent
@@ -171,6 +180,19 @@ def _search(config: PlanConfig, choices: list[Choice], tried: Callable[..., Tria
         whole = tried(trial.choice, whole=True)
         if whole.plan.fits and (best is None or _seconds(whole) < _seconds(best)):
             best = whole
+    return best and _drawing_more(config.job.online, best, tried)
+
+
+def _drawing_more(online: OnlineConfig | None, best: Trial, tried: Callable[..., Trial]) -> Trial:
+    """The best trial whose sampler draws for more steps at once, as long as each is faster than the one before."""
+    if online is None or online.refresh_every == 1 or online.prompts.buckets > 1:
+        return best
+    for steps in _STEPS_PER_DRAW:
+        if online.refresh_every % steps == 0 and steps > online.steps_per_draw:
+            more = tried(dataclasses.replace(best.choice, steps_per_draw=steps), whole=True)
+            if not more.plan.fits or _seconds(more) >= _seconds(best):
+                break
+            best = more
     return best
 
 
@@ -203,9 +225,20 @@ def _meshes(config: PlanConfig) -> Iterator[Choice]:
             split = (slices, inside // size, size)
             shapes += [("tensor", split)] if size == inside else [("fsdp_tensor", split), ("sequence", split)]
     for layout, sizes in shapes:
-        choice = Choice(layout, sizes, _REMAT[0], job.microbatches, job.optimizer.moment_dtype)
+        draws = job.online.steps_per_draw if job.online else 1
+        choice = Choice(layout, sizes, _REMAT[0], job.microbatches, job.optimizer.moment_dtype, draws)
         if choice.splits(batch):
             yield choice
+
+
+def _with_draws(job: JobConfig, steps: int) -> JobConfig:
+    """The job with a sampler that draws for so many steps at once, if it has one."""
+    if job.online is None:
+        return job
+    online = dataclasses.replace(job.online, steps_per_draw=steps)
+    if job.online is job.fresh:
+        return dataclasses.replace(job, fresh=online)
+    return dataclasses.replace(job, source=online)
 
 
 def _with_remat(program: Program, remat: str) -> Program:

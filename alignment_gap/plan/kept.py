@@ -24,7 +24,7 @@ from alignment_gap.plan.steps import SAMPLES, PlanConfig, Program
 _WITHOUT_COST = {
     *("folder", "weights", "order", "window", "epochs", "vocabulary", "prefetch", "record", "judge", "step"),
     *("seed", "steps", "checkpoint_every", "checkpoint_steps", "log_every", "start_step", "reference_step"),
-    *("learning_rate", "warmup_steps", "beta", "reference_log_probs"),
+    *("learning_rate", "warmup_steps", "beta", "reference_log_probs", "steps_per_draw"),
 }
 # Groups of such settings. The network is among the facts of a program.
 _GROUPS_WITHOUT_COST = ("keep.", "monitor.", "model.")

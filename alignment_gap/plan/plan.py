@@ -86,8 +86,8 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """The time of the programs, one after another, at best; infinite if one does not fit."""
-        return sum(part.times.seconds if part.times else math.inf for part in self.parts)
+        """The time of a step's programs, one after another, at best; infinite if one does not fit."""
+        return sum(part.times.seconds / part.program.steps if part.times else math.inf for part in self.parts)
 
     @property
     def job_seconds(self) -> float | None:
@@ -99,7 +99,7 @@ class Plan:
     @property
     def utilisation(self) -> float:
         """Model FLOPs / the FLOPs that the devices could do in the step's time (MFU); an upper bound."""
-        done = sum(part.compiled.model_flops for part in self.parts)
+        done = sum(part.compiled.model_flops / part.program.steps for part in self.parts)
         return done / (self.step_seconds * self.config.topology.devices * self.config.topology.chip.flops)
 
 

@@ -181,10 +181,12 @@ def build(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[Any, tup
     if program.kind in SAMPLES:
         assert job.online is not None
         generate = assembly.generate(job.online, program.batch.response, opponents=program.kind == "opponents")
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        run = [jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh)) for dtype in (key.dtype, jnp.int32)]
+        key = jax.ShapeDtypeStruct((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=replicated(mesh))
+        # The step of all prompts, or of each, which has the form of their numbers.
+        one = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+        steps = one if program.steps == 1 else batch.prompt_ids
         reference = [params] if job.online.mixture is not None else []
-        return generate, (params, *run, batch.prompt_ids, *prompts, *reference), params
+        return generate, (params, key, steps, batch.prompt_ids, *prompts, *reference), params
     if program.kind == "score":
         return assembly.score, (params, *prompts, *texts), params
     if program.kind == "divergence":

@@ -207,6 +207,7 @@ def gin_text(search: Search, command: str, model: str | None) -> str:
         f"BATCH_SIZE = {shape.batch}",
         f"MICROBATCHES = {choice.microbatches}",
         f'OptimizerConfig.moment_dtype = "{choice.moment_dtype}"',
+        *([f"STEPS_PER_DRAW = {choice.steps_per_draw}"] if choice.steps_per_draw > 1 else []),
     ]
     return "\n".join(lines) + "\n"
 
@@ -236,7 +237,8 @@ def _time_lines(plan: Plan) -> list[str]:
         compiled, t = part.compiled, part.times
         cells = [*map(_ms, (t.compute, t.hbm, t.interconnect, t.seconds)), _BOUNDS[t.bound]] if t else ["-"] * 5
         counts = (compiled.model_flops, compiled.flops - compiled.model_flops)
-        rows.append([part.program.name, *cells, *(f"{count / 1e12:,.3g}" for count in counts)])
+        name = part.program.name + (f", for {part.program.steps} steps" if part.program.steps > 1 else "")
+        rows.append([name, *cells, *(f"{count / 1e12:,.3g}" for count in counts)])
         if part.tokens and t:
             tokens.append(
                 f"{part.program.name}: {_ms(t.seconds / part.tokens)} ms a token, with its part of the prompts; "

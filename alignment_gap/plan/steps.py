@@ -36,6 +36,7 @@ class Program:
       labels: the kind of a judge's labels.
       shares: whether its parameters are the base of the policy's adapters, alone or with its own adapters.
       calls: number of its calls in the whole job; None if the number of examples is not known.
+      steps: number of steps that one call serves.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Program:
     labels: str = "hard"
     shares: bool = False
     calls: int | None = None
+    steps: int = 1
 
     @property
     def batch(self) -> BatchShape:
@@ -57,11 +59,20 @@ class Program:
         return self.facts.network.model
 
     def with_batch(self, prompts: int) -> Program:
-        """The same program with another number of prompts, also in the batch of a second source."""
-        facts = dataclasses.replace(self.facts, batch=dataclasses.replace(self.batch, batch=prompts))
+        """The same program with another number of prompts in a step, also in the batch of a second source."""
+        batch = dataclasses.replace(self.batch, batch=prompts * self.steps)
+        facts = dataclasses.replace(self.facts, batch=batch)
         if facts.fresh is not None:
             facts = dataclasses.replace(facts, fresh=dataclasses.replace(facts.fresh, batch=prompts))
         return dataclasses.replace(self, facts=facts)
+
+    def with_draws(self, steps: int) -> Program:
+        """The same program; the sampler of a training job draws for so many steps in a call."""
+        if self.kind != "sample":
+            return self
+        calls = None if self.calls is None else -(-self.calls * self.steps // steps)
+        prompts = self.batch.batch // self.steps
+        return dataclasses.replace(self, calls=calls, steps=steps).with_batch(prompts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +158,9 @@ def _training(config: JobConfig, known: Known) -> Planned:
             Program(name, "score", each, holds=not (place or is_base or moves), shares=is_base and not moves)
             for place, (name, each) in enumerate(found)
         ]
-    return config, [dataclasses.replace(program, calls=_steps(config, known)) for program in programs]
+    steps = _steps(config, known)
+    calls = [None if steps is None else -(-steps // program.steps) for program in programs]
+    return config, [dataclasses.replace(each, calls=number) for each, number in zip(programs, calls, strict=True)]
 
 
 def _steps(config: JobConfig, known: Known) -> int | None:
@@ -166,8 +179,8 @@ def _calls(shape: BatchShape, *examples: int | None, times: int | None = 1) -> i
 
 def _sampling(online: OnlineConfig, facts: Facts, known: Known) -> list[Program]:
     drawn = dataclasses.replace(facts.batch, samples=online.samples)
-    programs = [Program("sampling", "sample", dataclasses.replace(facts, batch=drawn))]
-    judged = drawn
+    sampling = Program("sampling", "sample", dataclasses.replace(facts, batch=drawn))
+    programs, judged = [sampling.with_draws(online.steps_per_draw)], drawn
     if online.against == "mixture":
         one, judged = (dataclasses.replace(drawn, samples=samples) for samples in (1, 2))
         programs.append(Program("opponents", "opponents", dataclasses.replace(facts, batch=one)))

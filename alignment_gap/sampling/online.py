@@ -18,7 +18,7 @@ from alignment_gap.sharding import LogicalMesh, batch_sharding, within
 
 # Scores [B, K] of responses: (prompts, prompt_lengths, responses, response_lengths) -> scores, on the devices.
 Scores = Callable[[Array, Array, Array, Array], Float[Array, "B K"]]
-# (state, the prompts of a step) -> samples.
+# (state, prompts) -> samples. The step of the state may be an array, with a step for each prompt.
 Draw = Callable[[Any, PreferenceBatch], Samples]
 # For a judge on other machines: begins to ask for the scores of responses, and returns a function that waits for them.
 Begin = Callable[..., Callable[[], Float[Array, "B K"]]]
@@ -40,16 +40,16 @@ def make_generate(
     config: SamplerConfig,
     mixture: float | None = None,
 ) -> Callable[..., Samples]:
-    """A jitted `(params, run_key, step, prompt_ids, prompts, prompt_lengths) -> Samples`, sharded over the batch.
+    """A jitted `(params, run_key, steps, prompt_ids, prompts, prompt_lengths) -> Samples`, sharded over the batch.
 
-    With a mixture, its last argument is the reference's parameters, and it draws from the mixture of both policies;
-    see `Mixture`.
+    The steps are those of `sample_keys`. With a mixture, its last argument is the reference's parameters, and it draws
+    from the mixture of both policies; see `Mixture`.
     """
 
     def generate(
         params: Any,
         run_key: Key[Array, ""],
-        step: Int[Array, ""],
+        steps: Int[Array, "*B"],
         ids: Int[Array, "B"],
         prompts: Int[Array, "B P"],
         lengths: Int[Array, "B"],
@@ -60,7 +60,7 @@ def make_generate(
             params,
             prompts,
             lengths,
-            sample_keys(run_key, step, ids, samples),
+            sample_keys(run_key, steps, ids, samples),
             max_length=max_length,
             eos_id=eos_id,
             config=config,
@@ -77,6 +77,9 @@ def online_source(
     keep: str,
     mesh: LogicalMesh,
     ahead: Callable[[int], bool] = lambda step: False,
+    *,
+    steps_per_draw: int = 1,
+    last: int | None = None,
 ) -> Callable[[int, Any], PreferenceBatch]:
     """A source whose batches are fresh samples, for the same update step as offline batches.
 
@@ -90,16 +93,35 @@ def online_source(
       mesh: the device mesh.
       ahead: whether, at this step, the source draws the next step's samples before it waits for this step's scores.
         Only valid if `draw` would give the same samples after this step's update.
+      steps_per_draw: number of steps whose samples are drawn in one call, from a multiple of it on. Only valid if
+        `draw` would give the same samples before each of these steps, and if their prompts have the same shape.
+      last: the first step that has no prompts, if there is one; a call that reaches it repeats the last prompts.
 
     Returns:
       `(step, state) -> batch`. The batch holds the tokens' log-probs under the distribution that they were drawn from.
     """
     select, fill = _make_select(keep, mesh), _make_fill(mesh)
     begun: dict[int, tuple[PreferenceBatch, Samples, Any]] = {}
+    waiting: dict[int, tuple[PreferenceBatch, Samples]] = {}
+    join, split = _make_join(steps_per_draw, mesh), _make_split(steps_per_draw, mesh)
+
+    def drawn_at(step: int, state: Any) -> tuple[PreferenceBatch, Samples]:
+        """The prompts and the samples of a step."""
+        if steps_per_draw == 1:
+            batch = prompts(step)
+            return batch, draw(state, batch)
+        if step not in waiting:
+            first = step - step % steps_per_draw
+            window = range(first, first + steps_per_draw)
+            batches = [prompts(each if last is None else min(each, last - 1)) for each in window]
+            steps, joined = join(state.step, batches, step - first)
+            found = split(draw(dataclasses.replace(state, step=steps), joined))
+            waiting.clear()
+            waiting.update(zip(window, zip(batches, found, strict=True), strict=True))
+        return waiting.pop(step)
 
     def begin(step: int, state: Any) -> tuple[PreferenceBatch, Samples, Any]:
-        batch = prompts(step)
-        drawn = draw(state, batch)
+        batch, drawn = drawn_at(step, state)
         return batch, drawn, None if score is None else score(state, batch, drawn)
 
     def source(step: int, state: Any) -> PreferenceBatch:
@@ -159,6 +181,37 @@ def _first_of_each(scores: tuple[Float[Array, "B 2"], ...]) -> Float[Array, "B K
 @jax.jit
 def _following(step: Int[Array, ""]) -> Int[Array, ""]:
     return step + 1
+
+
+@functools.cache
+def _make_join(steps: int, mesh: LogicalMesh) -> Callable[..., tuple[Int[Array, "N"], PreferenceBatch]]:
+    """A jitted `(step, batches, place) -> (steps, batch)`: batches of successive steps, and the step of each row.
+
+    `step` is the step of the batch at `place`. A prompt's row comes before the same row of the next step, so that rows
+    stay on their devices.
+    """
+
+    def join(step: Int[Array, ""], batches: list[PreferenceBatch], place: int) -> tuple[Array, PreferenceBatch]:
+        joined = jax.tree.map(lambda *rows: _merged(jnp.stack(rows, axis=1)), *batches)
+        return jnp.tile(step - place + jnp.arange(steps), len(batches[0].prompt_ids)), joined
+
+    return jax.jit(within(mesh, join), static_argnums=2, out_shardings=batch_sharding(mesh))
+
+
+@functools.cache
+def _make_split(steps: int, mesh: LogicalMesh) -> Callable[[Samples], list[Samples]]:
+    """A jitted function that gives the samples of each step; the inverse of `_make_join`."""
+
+    def split(drawn: Samples) -> list[Samples]:
+        rows = jax.tree.map(lambda x: x.reshape(-1, steps, *x.shape[1:]), drawn)
+        return [jax.tree.map(lambda x, place=place: x[:, place], rows) for place in range(steps)]
+
+    return jax.jit(within(mesh, split), out_shardings=batch_sharding(mesh))
+
+
+def _merged(array: Array) -> Array:
+    """The array with its first two axes as one."""
+    return array.reshape(-1, *array.shape[2:])
 
 
 @functools.cache

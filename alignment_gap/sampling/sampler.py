@@ -101,13 +101,14 @@ class _Decoding(NamedTuple):
     drawn: Samples
 
 
-def sample_keys(run_key: Key[Array, ""], step: Int[Array, ""], prompt_ids: Int[Array, "B"], samples: int) -> Any:
+def sample_keys(run_key: Key[Array, ""], steps: Int[Array, "*B"], prompt_ids: Int[Array, "B"], samples: int) -> Any:
     """One random key for each prompt and sample [B, K]; the keys depend only on run, step and prompt id.
 
-    So any batch can be drawn again. Neither the order of the prompts nor the mesh changes the samples.
+    So any batch can be drawn again. Neither the order of the prompts nor the mesh changes the samples. `steps` is the
+    step of all prompts, or one step for each.
     """
-    step_key = jax.random.fold_in(run_key, step)
-    prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, prompt_ids)
+    step_keys = jax.vmap(jax.random.fold_in, (None, 0))(run_key, jnp.broadcast_to(steps, prompt_ids.shape))
+    prompt_keys = jax.vmap(jax.random.fold_in)(step_keys, prompt_ids)
     return jax.vmap(lambda key: jax.random.split(key, samples))(prompt_keys)
 
 

@@ -149,6 +149,19 @@ def test_a_sampler_that_lags_goes_on_bit_for_bit_between_two_refreshes(online, s
     assert_equal_runs(run_job(config, tmp_path), semi_online)
 
 
+def test_three_steps_in_one_draw_train_on_the_samples_of_three_draws(online, semi_online, tmp_path):
+    """And a job that stops between the steps of a draw goes on bit for bit."""
+    config = changed(online, refresh_every=3, steps_per_draw=3)
+    folder = run_job(config, tmp_path / "whole")
+    for ours, theirs in zip(open_dataset(folder / "record"), open_dataset(semi_online / "record"), strict=True):
+        np.testing.assert_array_equal(np.concatenate(ours.responses), np.concatenate(theirs.responses))
+        np.testing.assert_array_equal(ours.scores, theirs.scores)
+    losses = ([line["loss"] for line in metrics(each)] for each in (folder, semi_online))
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    run_and_stop(config, tmp_path / "stopped", after=5)
+    assert_equal_runs(run_job(config, tmp_path / "stopped"), folder)
+
+
 def test_a_sampler_that_never_refreshes_stays_at_the_start(online, tmp_path):
     folder = run_job(changed(online, refresh_every=0), tmp_path)
     for example in open_dataset(folder / "record"):
@@ -300,6 +313,13 @@ def test_a_policy_gradient_runs_on_the_record_of_samples(run, online, tmp_path):
         ({"mixture": 1.5}, "mixture is 1.5: it must be from 0 to 1"),
         ({"against": "mixture"}, "mixture or judge is not set"),
         ({"refresh_every": -1}, "refresh_every is -1"),
+        ({"steps_per_draw": 0}, "steps_per_draw is 0: it must be at least 1"),
+        ({"steps_per_draw": 2}, "steps_per_draw is 2 and refresh_every is 1: the steps of a "),
+        ({"steps_per_draw": 4, "refresh_every": 6}, "steps_per_draw is 4 and refresh_every is 6"),
+        (
+            {"steps_per_draw": 2, "refresh_every": 2, "prompts": DatasetConfig(buckets=3)},
+            "steps_per_draw is 2 and prompts.buckets is 3: the steps of a draw need prompts of one shape",
+        ),
         ({"prompts": DatasetConfig(packing=1)}, "prompts.packing is 1"),
     ],
 )

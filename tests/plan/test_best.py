@@ -89,6 +89,32 @@ def test_online_the_whole_step_decides():
     assert found.best.plan.step_seconds == pytest.approx((315 + 100 + 50 + 50) / 1e3)
 
 
+@pytest.mark.parametrize(
+    ("refresh_every", "fastest", "steps", "milliseconds"), [(1, 8, 1, 50), (0, 4, 4, 20), (16, 8, 8, 10), (6, 8, 2, 35)]
+)
+def test_a_sampler_draws_for_more_steps_while_each_takes_less(refresh_every, fastest, steps, milliseconds):
+    """A step's part of a draw takes 50, 35, 20 and 10 ms for 1, 2, 4 and 8 steps; from `fastest` on, no less."""
+
+    class Drawing(Compiler):
+        def __call__(self, config, program):
+            if program.kind != "sample":
+                return super().__call__(config, program)
+            self.asked.append((program.kind, config.job.mesh, program.steps))
+            assert program.batch.batch == 64 * program.steps
+            each = {1: 50, 2: 35, 4: 20, 8: 10}[min(program.steps, fastest)]
+            return self.compiled(GIB / 8, 0, 1, each * program.steps)
+
+    compiler = Drawing()
+    programs = (program_of("update", MODEL), program_of("sample", MODEL))
+    found = search(update_config(programs=programs, source=OnlineConfig(refresh_every=refresh_every)), compiler)
+    assert found.best.choice == Choice("fsdp", (1, 8, 1), "none", 2, "float32", steps)
+    assert found.best.plan.config.job.source.steps_per_draw == steps
+    assert found.best.plan.step_seconds == pytest.approx((315 + milliseconds) / 1e3)
+    assert len({*map(str, compiler.asked)}) == len(compiler.asked) == found.compiled
+    line = f"STEPS_PER_DRAW = {steps}"
+    assert (line in gin_text(found, "alignment-gap plan", "t5_small")) == (steps > 1)
+
+
 def test_moments_in_bfloat16_are_tried_only_where_nothing_else_fits():
     found = search(offline(), Compiler())
     assert {trial.choice.moment_dtype for trial in found.trials} == {"float32"}

@@ -124,6 +124,12 @@ def test_a_sampler_that_lags_behind_has_parameters_of_its_own(refresh_every, cop
     assert size(state.copies) == copies * size(params)
 
 
+def test_a_sampler_for_several_steps_takes_the_step_of_each_prompt():
+    for steps, shape in ((1, ()), (4, (4 * program_of("sample").batch.batch,))):
+        arguments, _ = arguments_of(program_of("sample").with_draws(steps), source=OnlineConfig(refresh_every=4))
+        assert arguments[2].shape == shape and arguments[3].shape[0] == steps * program_of("sample").batch.batch
+
+
 @pytest.mark.parametrize(("reference_every", "copies"), [(None, 0), (4, 1)])
 def test_a_reference_that_moves_is_a_copy_in_the_state(reference_every, copies):
     (state, _), params = arguments_of(program_of("update"), reference_every=reference_every)

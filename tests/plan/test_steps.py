@@ -96,6 +96,21 @@ def test_online_ipo(refresh_every):
     ]
 
 
+def test_a_sampler_that_draws_for_four_steps_has_four_times_the_prompts_and_a_quarter_of_the_calls():
+    _, programs = programs_of(dataclasses.replace(online_job(refresh_every=4, steps_per_draw=4), steps=10), KNOWN)
+    one = shape(2)
+    assert [(each.name, each.batch.batch // one.batch, each.steps, each.calls) for each in programs] == [
+        ("update", 1, 1, 10),
+        ("sampling", 4, 4, 3),
+        ("judge", 1, 1, 10),
+        ("reference", 1, 1, 10),
+    ]
+    larger = programs[1].with_batch(2 * one.batch)
+    assert (larger.batch.batch, larger.steps) == (8 * one.batch, 4)
+    again = programs[1].with_draws(2)
+    assert (again.batch.batch, again.steps, again.calls) == (2 * one.batch, 2, 6)
+
+
 def test_the_best_and_the_worst_of_eight():
     job = online_job(samples=8, keep="best_and_worst")
     assert planned(job) == [

@@ -35,10 +35,10 @@ def sampler(samples, moved=0):
     """Samples whose tokens name step, parameter and prompt. Odd samples are shorter."""
 
     def draw(state, batch):
-        tokens = jnp.stack([state.step + jnp.zeros(8, jnp.int32), state.params + jnp.zeros(8, jnp.int32)], axis=1)
-        rows = jnp.concatenate([tokens, batch.prompt_ids[:, None] % 50, jnp.full((8, 1), moved)], axis=1)
+        none = jnp.zeros_like(batch.prompt_ids)
+        rows = jnp.stack([state.step + none, state.params + none, batch.prompt_ids % 50, moved + none], axis=1)
         responses = jnp.tile(rows[:, None], (1, samples, 1)).at[:, :, 3].add(jnp.arange(samples))
-        lengths = jnp.broadcast_to(4 - jnp.arange(samples) % 2, (8, samples))
+        lengths = jnp.broadcast_to(4 - jnp.arange(samples) % 2, (len(none), samples))
         log_probs = jnp.broadcast_to(-1.0 - jnp.arange(samples, dtype=jnp.float32)[None, :, None], responses.shape)
         return Samples(responses, lengths, log_probs, log_probs / 2)
 
@@ -168,6 +168,25 @@ def test_the_next_step_is_asked_about_before_this_one_is_answered(mesh):
     ]
     assert events[6:] == [("asked", 3), ("asked", 4), ("answered", 3), ("answered", 4)]
     assert [batch.responses[0, 0, :2].tolist() for batch in batches] == [[step, 5] for step in range(5)]
+
+
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_several_steps_in_one_draw_give_the_batches_of_one_step_a_draw(start, mesh):
+    """In draws of three steps, from any step on. There are prompts for five steps, so the last draw has too few."""
+    prompts = {step: make_batch(8, seed=step) for step in range(5)}
+    calls, draw = [], sampler(2)
+
+    def counted(state, batch):
+        calls.append(batch.prompts.shape)
+        return draw(state, batch)
+
+    score = against_each_other(by_table([0.0, 1.0]))
+    single = online_source(prompts.__getitem__, draw, score, "all", mesh)
+    together = online_source(prompts.__getitem__, counted, score, "all", mesh, steps_per_draw=3, last=5)
+    for step in range(start, 5):
+        state = state_of(step, 7)
+        assert_equal_batches(together(step, state), single(step, state))
+    assert calls == [(24, *prompts[0].prompts.shape[1:])] * len({step // 3 for step in range(start, 5)})
 
 
 NONE = [float("nan")] * 2

@@ -256,6 +256,9 @@ def test_keys_are_distinct_and_repeat():
     assert len({tuple(key) for key in np.asarray(keys).tolist()}) == 20
     same = jax.random.key_data(sample_keys(RUN_KEY, jnp.int32(3), jnp.array([4]), 4))
     np.testing.assert_array_equal(same.reshape(4, -1), keys[16:])
+    of_steps = jax.random.key_data(sample_keys(RUN_KEY, jnp.array([1, 3]), jnp.array([4, 4]), 4))
+    np.testing.assert_array_equal(of_steps[1], same[0])
+    assert (of_steps[0] != of_steps[1]).any()
 
 
 @pytest.fixture(scope="module")

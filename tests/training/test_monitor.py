@@ -1,5 +1,6 @@
 """The monitor of a run: times, a profile, TensorBoard's files, validation lines, and a watchdog."""
 
+import itertools
 import json
 import pathlib
 import signal
@@ -42,6 +43,18 @@ def test_the_host_is_timed_in_every_step_and_devices_where_a_step_is_measured():
     assert found["seconds_data"] >= 0.02 and found["seconds_update"] >= 0.02
     # This is the time of one step. The sum over the four would be more than 0.08.
     assert not times.measures and times.line(4) == {}
+
+
+def test_a_call_that_serves_several_steps_is_timed_once_a_line_and_divided(monkeypatch):
+    times, clock = Times(), itertools.count(step=8)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    draw = times.of_devices("sampling", jnp.asarray, 4)
+    for _ in range(2):
+        times.measures = True
+        assert [int(draw(value)) for value in range(3)] == [0, 1, 2]
+        # The clock is read twice, before and after the first of the three calls.
+        assert times.line(12) == {"seconds_sampling": 2.0}
+    assert times.line(12) == {} and next(clock) == 32
 
 
 def test_what_compiling_took_is_forgotten():
