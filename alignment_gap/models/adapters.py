@@ -22,7 +22,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.models.low_rank import LowRank
 from alignment_gap.models.policy import Policy, abstract_parameters, compute_params
 from alignment_gap.models.quantized import INT8, Quantized, quantize, rounded
-from alignment_gap.sharding import is_box, unbox
+from alignment_gap.sharding import constrain, is_box, unbox
 
 ATTENTION, MLP = ("query", "key", "value", "out"), ("wi_0", "wi_1", "wi", "wo")
 # Names for groups of projections, and PEFT's names of single projections, for decoders, T5 and GPT-NeoX.
@@ -189,18 +189,32 @@ def abstract_base(policy: Policy, init: Callable[[Array], Any], base_dtype: str 
 
 
 def _abstract_quantized(box: Any) -> Quantized:
-    layers, *axes = box.names
-    inputs, outputs = split_axes(axes, axes)
+    """Every device has all scales, as in `in_int8`."""
+    inputs, _ = split_axes(box.names[1:], box.names[1:])
     shapes = jax.eval_shape(functools.partial(quantize, inputs=len(inputs)), box.value)
-    return Quantized(
-        nn.LogicallyPartitioned(shapes.values, box.names), nn.LogicallyPartitioned(shapes.scale, (layers, *outputs))
-    )
+    whole = (None,) * shapes.scale.ndim
+    return Quantized(nn.LogicallyPartitioned(shapes.values, box.names), nn.LogicallyPartitioned(shapes.scale, whole))
 
 
 def input_axes(policy: Policy) -> dict[str, int]:
     """The number of input axes of each projection's kernel, by the dotted name of the kernel among the parameters."""
     named = projections(policy)
     return {kernel_name(name): len(split_axes(box.names[1:], box.names[1:])[0]) for name, box in named.items()}
+
+
+def in_int8(policy: Policy, params: Any) -> Any:
+    """Parameters whose projections are in int8; a projection with adapters that are not merged stays as it is.
+
+    Every device has all scales, which are small: a product then needs no further collective.
+    """
+    for name, inputs in input_axes(policy).items():
+        path = tuple(name.split("."))
+        kernel = _at(params, path)
+        if isinstance(kernel, jax.Array):
+            held = quantize(kernel.astype(jnp.float32), inputs)
+            scale = constrain(held.scale, *[None] * held.scale.ndim)
+            params = _with(params, path, dataclasses.replace(held, scale=scale))
+    return params
 
 
 def kernel_name(name: str) -> str:

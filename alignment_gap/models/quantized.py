@@ -90,10 +90,11 @@ def quantized_product(
 ) -> Array:
     """x times values * scale, for `layers.projection`; the scale multiplies the product, so only int8 is read.
 
-    The kernel is not trained. The gradient of x keeps only the int8 values, not a copy of them in the dtype of x.
+    The product has the dtype of x, as that of a plain kernel: so do the parts of it that devices sum up. The kernel is
+    not trained. The gradient of x keeps only the int8 values, not a copy of them in the dtype of x.
     """
-    result = jax.lax.dot_general(x, values.astype(x.dtype), dimensions, precision, jnp.float32)
-    return (result * scale).astype(x.dtype)
+    result = jax.lax.dot_general(x, values.astype(x.dtype), dimensions, precision)
+    return (result.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def _forward(x: Array, values: Array, scale: Array, dimensions: Any, precision: Any) -> tuple[Array, Any]:

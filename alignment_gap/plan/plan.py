@@ -14,9 +14,11 @@ from collections.abc import Callable
 
 import jax
 
+from alignment_gap.models import compute_params
 from alignment_gap.plan.programs import Compiled, compile_program
 from alignment_gap.plan.roofline import Times, times
 from alignment_gap.plan.steps import SAMPLES, PlanConfig, Program
+from alignment_gap.sampling import SamplerConfig, loop_weights
 from alignment_gap.sharding import check_batch_size, unbox
 from alignment_gap.sharding.chips import GIB, TPUS, Topology
 
@@ -150,10 +152,21 @@ def _token_seconds(config: PlanConfig, program: Program, compiled: Compiled) -> 
     if program.kind not in SAMPLES:
         return 0.0
     assert config.job.online is not None
-    topology, dtype = config.topology, config.job.online.sampler.prompt_cache_dtype
+    topology, sampler = config.topology, config.job.online.sampler
     is_cast = program.model.dtype == "bfloat16" and program.facts.network.adapter is None
     parameters = compiled.parameters / (2 if is_cast else 1)
-    return (parameters + cache_bytes(program, dtype) / topology.devices) / topology.chip.hbm_bandwidth
+    if is_cast and sampler.weights_dtype is not None:
+        parameters *= _share_read(program, sampler)
+    cache = cache_bytes(program, sampler.prompt_cache_dtype) / topology.devices
+    return (parameters + cache) / topology.chip.hbm_bandwidth
+
+
+def _share_read(program: Program, sampler: SamplerConfig) -> float:
+    """Bytes of the weights that the sampler's loop reads, over those of the weights of the computation."""
+    policy = program.facts.network.policy()
+    cast = jax.eval_shape(lambda: compute_params(policy, unbox(policy.init(jax.random.key(0)))))
+    read = jax.eval_shape(lambda params: loop_weights(policy, params, sampler), cast)
+    return _bytes(read) / _bytes(cast)
 
 
 def cache_bytes(program: Program, prompt_cache_dtype: str | None = None) -> int:
@@ -165,7 +178,12 @@ def cache_bytes(program: Program, prompt_cache_dtype: str | None = None) -> int:
         params = unbox(policy.init(jax.random.key(0)))
         return policy.prefill(params, prompts, lengths, shape.samples, shape.response, prompt_cache_dtype)
 
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(cache)))
+    return _bytes(jax.eval_shape(cache))
+
+
+def _bytes(tree: object) -> int:
+    """Bytes of abstract arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _capacity(topology: Topology) -> float:

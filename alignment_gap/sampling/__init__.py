@@ -11,7 +11,16 @@ from alignment_gap.sampling.online import (
     make_generate,
     online_source,
 )
-from alignment_gap.sampling.sampler import Mixture, SamplerConfig, Samples, draw, restrict, sample, sample_keys
+from alignment_gap.sampling.sampler import (
+    Mixture,
+    SamplerConfig,
+    Samples,
+    draw,
+    loop_weights,
+    restrict,
+    sample,
+    sample_keys,
+)
 
 __all__ = [
     "KEEP",
@@ -25,6 +34,7 @@ __all__ = [
     "against_each_other",
     "against_opponent",
     "draw",
+    "loop_weights",
     "make_generate",
     "online_source",
     "restrict",

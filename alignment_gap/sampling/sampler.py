@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from alignment_gap import checks, losses
 from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, abstract_parameters, compute_params, merged
+from alignment_gap.models.adapters import in_int8
 from alignment_gap.models.layers import of_prompts, placed_cache
 from alignment_gap.models.quantized import INT8
 from alignment_gap.sharding import constrain, constrain_like, decoding, on_one_cpu
@@ -41,12 +42,16 @@ class SamplerConfig:
       prompt_cache_dtype: "int8" holds the prompts' keys and values in int8, with a scale for each position and head.
         They take about half of the memory of bfloat16. Tokens are then drawn from slightly other distributions,
         which `sampler_log_probs` gives. None holds them in the dtype of the computation.
+      weights_dtype: "int8" reads the projections of all layers in int8 for each token, with a scale for each output,
+        half of the bytes of bfloat16. Prompts are computed with the weights as they are. Tokens are again drawn from
+        slightly other distributions.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     prompt_cache_dtype: str | None = None
+    weights_dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError if a setting is out of range."""
@@ -55,7 +60,7 @@ class SamplerConfig:
         checks.at_least(self, 1, "top_k")
         checks.above(self, 0, "top_p")
         checks.within(self, 0, 1, "top_p")
-        checks.one_of(self, (None, INT8), "prompt_cache_dtype")
+        checks.one_of(self, (None, INT8), "prompt_cache_dtype", "weights_dtype")
 
 
 class Mixture(NamedTuple):
@@ -78,8 +83,8 @@ class Samples(NamedTuple):
     Attributes:
       responses: token ids, 0 after the end.
       lengths: number of tokens, including the EOS; R if no EOS was drawn.
-      log_probs: log-probs under the policy itself, in nats, as `models.score` gives them; 0 after the end. If the
-        prompts' keys and values are in int8, those of the policy that reads them.
+      log_probs: log-probs under the policy itself, in nats, as `models.score` gives them; 0 after the end. If
+        prompts or weights are in int8, those of the policy that reads them.
       sampler_log_probs: log-probs under the distribution that the tokens were drawn from, after mixture, temperature,
         top-k and top-p.
     """
@@ -137,6 +142,7 @@ def sample(
         policy.prefill(each, prompts, prompt_lengths, samples, max_length, config.prompt_cache_dtype)
         for each in networks
     ]
+    networks = [loop_weights(policy, each, config) for each in networks]
     start = jnp.broadcast_to(policy.start_tokens(prompts, prompt_lengths)[:, None], (batch, samples))
     with _decoding(policy, networks):
         boxed = abstract_parameters(policy.init)
@@ -147,6 +153,11 @@ def sample(
         start, keys = (constrain(x, "draws", None) for x in (start, keys))
         draw_from = functools.partial(_distribution, config=config, weight=mixture.weight if mixture else None)
         return _decode(policy, networks, caches, start, keys, draw_from, max_length=max_length, eos_id=eos_id)
+
+
+def loop_weights(policy: Policy, params: Any, config: SamplerConfig) -> Any:
+    """The parameters that the loop over tokens reads, from those of the computation."""
+    return in_int8(policy, params) if config.weights_dtype == INT8 else params
 
 
 def _decoding(policy: Policy, networks: Sequence[Any]) -> contextlib.AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from tiny_models import CONFIGS, make_batch, random_params, texts
 
 from alignment_gap.errors import UserError
 from alignment_gap.models import AdapterConfig, Adapters, make_policy, score
-from alignment_gap.models.adapters import abstract_base, input_axes, projections
+from alignment_gap.models.adapters import abstract_base, in_int8, input_axes, projections
 from alignment_gap.models.quantized import INT8, quantize, quantized_product, rounded
 from alignment_gap.sampling import SamplerConfig, sample
 from alignment_gap.sampling.sampler import sample_keys
@@ -102,6 +102,39 @@ def test_samples_come_from_the_scored_policy(policy):
     drawn = jax.jit(draw)(params, BATCH.prompts, BATCH.prompt_lengths, keys)
     scored = score(policy, params, BATCH.prompts, BATCH.prompt_lengths, drawn.responses, drawn.lengths)
     np.testing.assert_allclose(drawn.log_probs, scored, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_sampler_with_weights_in_int8_steps_with_rounded_kernels_from_the_caches_of_the_whole_ones(policy):
+    """The log-probs of the samples are those of such steps, made one after another."""
+    params = random_params(policy)
+    rounded = Adapters(policy, AdapterConfig(2)).rounded(params)
+    keys = sample_keys(jax.random.key(3), jnp.int32(0), BATCH.prompt_ids, 2)
+    config = SamplerConfig(weights_dtype="int8")
+    draw = jax.jit(functools.partial(sample, policy, max_length=5, eos_id=1, config=config))
+    drawn = draw(params, BATCH.prompts, BATCH.prompt_lengths, keys)
+
+    cache = policy.prefill(params, BATCH.prompts, BATCH.prompt_lengths, 2, 5)
+    start = policy.start_tokens(BATCH.prompts, BATCH.prompt_lengths)[:, None]
+    inputs = jnp.concatenate([jnp.broadcast_to(start, (len(start), 2))[..., None], drawn.responses[..., :-1]], axis=-1)
+    step = jax.jit(policy.decode_step)
+    for position in range(5):
+        hidden, cache = step(rounded, cache, jnp.int32(position), inputs[..., position])
+        logits = jax.nn.log_softmax(policy.output(rounded).logits(hidden))
+        expected = jnp.take_along_axis(logits, drawn.responses[..., position, None], axis=-1)[..., 0]
+        there = np.asarray(position < drawn.lengths)
+        for found in (drawn.log_probs, drawn.sampler_log_probs):
+            np.testing.assert_allclose(found[..., position][there], expected[there], atol=1e-4)
+    assert there.any()
+    whole = score(policy, params, BATCH.prompts, BATCH.prompt_lengths, drawn.responses, drawn.lengths)
+    assert float(jnp.abs(drawn.log_probs - whole).max()) > 1e-3
+
+
+def test_a_sampler_on_a_base_in_int8_has_nothing_left_to_round():
+    policy = POLICIES[0]
+    adapters, held = held_in_int8(policy, random_params(policy))
+    params = adapters.on(held, unbox(adapters.init(jax.random.key(0))))
+    assert in_int8(policy, params) is params
 
 
 def test_every_projection_is_in_int8_and_nothing_else():

@@ -4,15 +4,19 @@ import dataclasses
 import math
 import os
 
+import jax
 import pytest
 from made_up import JUDGE, POLICY, compile_, online_config, plan_of, update_config
 from planning import CPU, DECODER, T5, config_of, program_of, replaced
 
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import OnlineConfig
-from alignment_gap.models import DecoderConfig
+from alignment_gap.models import DecoderConfig, compute_params
+from alignment_gap.models.adapters import projections
 from alignment_gap.plan.plan import cache_bytes, make_plan
 from alignment_gap.plan.programs import Compiled
+from alignment_gap.sampling import SamplerConfig
+from alignment_gap.sharding import unbox
 from alignment_gap.sharding.chips import GIB, parse_topology
 from alignment_gap.training import OptimizerConfig
 
@@ -68,6 +72,24 @@ def test_a_sampler_tells_the_least_time_of_a_token():
     # Parameters are read in bfloat16, half the bytes of float32. Each device reads its part of the cache.
     cache = cache_bytes(sample.program) / 8
     assert sample.token_seconds == pytest.approx((0.5 * GIB + cache) / 819e9)
+
+
+def test_weights_in_int8_are_a_byte_each_and_four_for_the_scale_of_an_output():
+    config = online_config()
+    sampled = dataclasses.replace(config.job, source=OnlineConfig(sampler=SamplerConfig(weights_dtype="int8")))
+    wide, narrow = (plan_of(dataclasses.replace(config, job=job)).parts[1] for job in (config.job, sampled))
+    policy = wide.program.facts.network.policy()
+    saved = 0
+    for box in projections(policy).values():
+        layers, *sizes = box.value.shape
+        outputs = sizes[-1:] if box.names[-1] == "embed" else sizes[1:]
+        saved += layers * (math.prod(sizes) - 4 * math.prod(outputs))
+    held = jax.eval_shape(lambda: compute_params(policy, unbox(policy.init(jax.random.key(0)))))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
+    gib = GIB * (1 - saved / whole)
+    cache = cache_bytes(wide.program) / 8
+    assert narrow.token_seconds == pytest.approx((0.5 * gib + cache) / 819e9)
+    assert 0 < saved < 0.5 * whole
 
 
 @pytest.mark.parametrize(("model", "heads"), [(T5, 8), (DECODER, 8), (dataclasses.replace(DECODER, kv_heads=2), 2)])

@@ -181,9 +181,10 @@ def test_prompts_in_int8_draw_from_what_they_hold(even_policy, even_params, mesh
     np.testing.assert_allclose(ours.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
 
 
-def test_prompts_in_int8_are_close_to_the_policy(even_policy, even_params, mesh, scorer):
+@pytest.mark.parametrize("setting", ["prompt_cache_dtype", "weights_dtype"])
+def test_what_is_in_int8_is_close_to_the_policy(setting, even_policy, even_params, mesh, scorer):
     """With these parameters, whose logits are larger than those of a trained policy, within 0.1 nats a token."""
-    config = SamplerConfig(prompt_cache_dtype="int8")
+    config = SamplerConfig(**{setting: "int8"})
     samples = draw_with(even_policy, even_params, config, mesh)
     scores = scorer(even_params, PROMPTS.prompts, PROMPTS.prompt_lengths, samples.responses, samples.lengths)
     difference = np.abs(samples.log_probs - scores)
@@ -229,8 +230,6 @@ def test_under_fsdp_a_token_moves_activations_and_no_weights(config):
     """Eight prompts, one sample of 16 tokens each. The compiled program shows what the loop over tokens moves."""
     length, mesh = 16, make_mesh(MeshConfig(layout="fsdp"))
     policy = make_policy(config)
-    generate = make_generate(policy, mesh, samples=1, max_length=length, eos_id=EOS, config=SamplerConfig())
-
     split, whole = batch_sharding(mesh), replicated(mesh)
 
     def array(*shape, dtype=jnp.int32):
@@ -244,11 +243,18 @@ def test_under_fsdp_a_token_moves_activations_and_no_weights(config):
         array(8, 8),
         array(8),
     )
-    program = hlo.parse(generate.lower(*arguments).compile().as_text())
-    # Collectives before the loop run at most once for each layer.
-    moved = [each.bytes for each in hlo.collectives(program, 8) if each.count >= length]
+
+    def moved_with(sampler):
+        generate = make_generate(policy, mesh, samples=1, max_length=length, eos_id=EOS, config=sampler)
+        program = hlo.parse(generate.lower(*arguments).compile().as_text())
+        # Collectives before the loop run at most once for each layer.
+        return sorted(each.bytes for each in hlo.collectives(program, 8) if each.count >= length)
+
+    moved = moved_with(SamplerConfig())
     # A query's kernel is one of the smallest. Each device has a quarter of its columns.
-    assert moved and max(moved) < 4 * 128 * 8 * 16 / 4
+    assert moved and moved[-1] < 4 * 128 * 8 * 16 / 4
+    # Weights in int8 move the same.
+    assert moved_with(SamplerConfig(weights_dtype="int8")) == moved
 
 
 def test_keys_are_distinct_and_repeat():

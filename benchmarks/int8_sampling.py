@@ -1,16 +1,16 @@
-"""What holding the prompts' keys and values in int8 saves on a TPU slice, and what it changes in the samples.
+"""What prompts and weights in int8 save in a TPU slice's sampler, and what they change in the samples.
 
-    python benchmarks/int8_prompts.py plan --model=t5_xxl --topology=v5e:16x16 --judge=t5_large
-    python benchmarks/int8_prompts.py run --run=runs/sft --dataset=runs/prepared/validation --prompts=256
+    python benchmarks/int8_sampling.py plan --model=t5_xxl --topology=v5e:16x16 --judge=t5_large
+    python benchmarks/int8_sampling.py run --run=runs/sft --dataset=runs/prepared/validation --prompts=256
 
-"plan" compiles the sampler of an online step for TPUs, with the cache in the dtype of the computation and in int8; its
-flags are those of `alignment-gap plan`. It prints the times that arithmetic, HBM and interconnect take alone, at best,
-for each token, and the peak of a chip's memory. No TPU is needed.
+"plan" compiles the sampler of an online step for TPUs, with the prompts' keys and values, the weights, both or neither
+in int8; its flags are those of `alignment-gap plan`. It prints the times that arithmetic, HBM and interconnect take
+alone, at best, for each token, and the peak of a chip's memory. No TPU is needed.
 
-"run" samples from a policy with both caches, in float32 and in bfloat16. For each sample it compares the log-prob under
-the distribution that it was drawn from with the policy's own, as the update step computes it. The mean of their
-difference is the KL from one to the other in nats. The weights p / q would correct a gradient for it: the more they
-spread, the further off is a gradient that nothing corrects.
+"run" samples from a policy with each of these, computed in float32 and in bfloat16. For each sample it compares the
+log-prob under the distribution that it was drawn from with the policy's own, as the update step computes it. The mean
+of their difference is the KL from one to the other in nats. The weights p / q would correct a gradient for it: the more
+they spread, the further off is a gradient that nothing corrects.
 """
 
 from __future__ import annotations
@@ -36,11 +36,17 @@ from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig, make_mesh
 from alignment_gap.training import load_policy, make_score
 
-DTYPES = (None, "int8")
+# What is in int8.
+SAMPLERS = {
+    "nothing": SamplerConfig(),
+    "prompts": SamplerConfig(prompt_cache_dtype="int8"),
+    "weights": SamplerConfig(weights_dtype="int8"),
+    "both": SamplerConfig(prompt_cache_dtype="int8", weights_dtype="int8"),
+}
 
 
 def plan(words: Sequence[str]) -> None:
-    """Prints a row for each dtype of the prompts' keys and values."""
+    """Prints a row for each sampler."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     from sampling_layout import per_token
 
@@ -51,19 +57,19 @@ def plan(words: Sequence[str]) -> None:
     config, _ = read_config(["plan", *words, "--online", "--nosearch"])
     (program,) = (each for each in config.programs if each.name == "sampling")
     os.environ.update(environment(config.topology))
-    print("| prompts in | arithmetic, ms a token | HBM | interconnect | at best | peak, GiB |")
+    print("| in int8 | arithmetic, ms a token | HBM | interconnect | at best | peak, GiB |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for dtype in DTYPES:
-        source = dataclasses.replace(config.job.source, sampler=SamplerConfig(prompt_cache_dtype=dtype))  # type: ignore[type-var]
+    for name, sampler in SAMPLERS.items():
+        source = dataclasses.replace(config.job.source, sampler=sampler)  # type: ignore[type-var]
         job = dataclasses.replace(config.job, source=source)
         compiled = compile_here(dataclasses.replace(config, job=job), program)
         cells = " | ".join(per_token(config, program, compiled))
-        print(f"| {dtype or program.model.dtype} | {cells} | {compiled.peak / GIB:.2f} |", flush=True)
+        print(f"| {name} | {cells} | {compiled.peak / GIB:.2f} |", flush=True)
 
 
 def run(words: Sequence[str]) -> None:
-    """Prints a row for each dtype of the computation and of the prompts' keys and values."""
-    parser = argparse.ArgumentParser(prog="int8_prompts.py run")
+    """Prints a row for each dtype of the computation, and each sampler."""
+    parser = argparse.ArgumentParser(prog="int8_sampling.py run")
     parser.add_argument("--run", required=True, help="folder of a policy's run")
     parser.add_argument("--dataset", required=True, help="whose prompts are answered")
     parser.add_argument("--prompts", type=int, default=256)
@@ -76,20 +82,19 @@ def run(words: Sequence[str]) -> None:
     asked = batching.collate([dataset[int(i)] for i in distinct_prompts(dataset, flags.prompts)])
     rows = (asked.prompts, asked.prompt_lengths)
     settings = {"samples": 1, "max_length": shape[1], "eos_id": find_vocabulary(dataset).eos_id}
-    print("| computed in | prompts in | KL, nats a response | 95 % interval | spread of p / q | largest p / q |")
+    print("| computed in | in int8 | KL, nats a response | 95 % interval | spread of p / q | largest p / q |")
     print("| --- | --- | --- | --- | --- | --- |")
     for computed in ("float32", "bfloat16"):
         policy = make_policy(dataclasses.replace(trained.config, dtype=computed))
         score = make_score(policy, mesh)
-        for dtype in DTYPES:
-            sampler = SamplerConfig(prompt_cache_dtype=dtype)
+        for name, sampler in SAMPLERS.items():
             draw = drawing(policy, params, mesh, jax.random.key(0), config=sampler, **settings)
             drawn = batching.run(draw, (asked.prompt_ids, *rows))
             own = batching.run(lambda *texts: score(params, *texts), (*rows, drawn.responses, drawn.lengths))  # noqa: B023
             difference = np.asarray(jnp.sum(drawn.sampler_log_probs - own, axis=(1, 2)))
             mean, weights = mean_interval(difference), np.exp(-difference)
             cells = [f"{mean.value:.2e}", f"{mean.low:.2e} to {mean.high:.2e}", f"{weights.std():.2e}"]
-            print(f"| {computed} | {dtype or computed} | {' | '.join(cells)} | {weights.max():.4f} |", flush=True)
+            print(f"| {computed} | {name} | {' | '.join(cells)} | {weights.max():.4f} |", flush=True)
     print(f"\n{flags.prompts} prompts of {dataset.card.count:,}; {flags.run}")
 
 
