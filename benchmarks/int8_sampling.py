@@ -21,20 +21,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from answering import answering
 
-from alignment_gap.data.records import open_dataset
-from alignment_gap.data.records.card import find_vocabulary
-from alignment_gap.evaluation.batching import Batching
 from alignment_gap.evaluation.intervals import mean_interval
-from alignment_gap.jobs.compose import distinct_prompts
-from alignment_gap.jobs.generate import drawing
 from alignment_gap.models import make_policy
 from alignment_gap.sampling import SamplerConfig
-from alignment_gap.sharding import MeshConfig, make_mesh
-from alignment_gap.training import load_policy, make_score
+from alignment_gap.training import make_score
 
 # What is in int8.
 SAMPLERS = {
@@ -69,33 +63,21 @@ def plan(words: Sequence[str]) -> None:
 
 def run(words: Sequence[str]) -> None:
     """Prints a row for each dtype of the computation, and each sampler."""
-    parser = argparse.ArgumentParser(prog="int8_sampling.py run")
-    parser.add_argument("--run", required=True, help="folder of a policy's run")
-    parser.add_argument("--dataset", required=True, help="whose prompts are answered")
-    parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=32)
-    flags = parser.parse_args(words)
-    mesh, dataset = make_mesh(MeshConfig()), open_dataset(flags.dataset)
-    trained, params = load_policy(flags.run, mesh)
-    shape = (dataset.card.max_prompt_length, dataset.card.max_response_length)
-    batching = Batching(mesh, flags.batch, (shape,))
-    asked = batching.collate([dataset[int(i)] for i in distinct_prompts(dataset, flags.prompts)])
-    rows = (asked.prompts, asked.prompt_lengths)
-    settings = {"samples": 1, "max_length": shape[1], "eos_id": find_vocabulary(dataset).eos_id}
+    given = answering(argparse.ArgumentParser(prog="int8_sampling.py run"), words)
     print("| computed in | in int8 | KL, nats a response | 95 % interval | spread of p / q | largest p / q |")
     print("| --- | --- | --- | --- | --- | --- |")
     for computed in ("float32", "bfloat16"):
-        policy = make_policy(dataclasses.replace(trained.config, dtype=computed))
-        score = make_score(policy, mesh)
+        policy = make_policy(dataclasses.replace(given.policy.config, dtype=computed))
+        score = make_score(policy, given.mesh)
         for name, sampler in SAMPLERS.items():
-            draw = drawing(policy, params, mesh, jax.random.key(0), config=sampler, **settings)
-            drawn = batching.run(draw, (asked.prompt_ids, *rows))
-            own = batching.run(lambda *texts: score(params, *texts), (*rows, drawn.responses, drawn.lengths))  # noqa: B023
+            drawn = given.samples(policy, sampler)
+            texts = (*given.prompts, drawn.responses, drawn.lengths)
+            own = given.batching.run(lambda *texts: score(given.params, *texts), texts)  # noqa: B023
             difference = np.asarray(jnp.sum(drawn.sampler_log_probs - own, axis=(1, 2)))
             mean, weights = mean_interval(difference), np.exp(-difference)
             cells = [f"{mean.value:.2e}", f"{mean.low:.2e} to {mean.high:.2e}", f"{weights.std():.2e}"]
             print(f"| {computed} | {name} | {' | '.join(cells)} | {weights.max():.4f} |", flush=True)
-    print(f"\n{flags.prompts} prompts of {dataset.card.count:,}; {flags.run}")
+    print(f"\n{given.about}")
 
 
 if __name__ == "__main__":

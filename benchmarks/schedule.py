@@ -51,10 +51,10 @@ def half(shape: str) -> str:
     return f"{first}x{second // 2}" if first * 2 <= second else f"{first // 2}x{second}"
 
 
-def only_samplers(config: PlanConfig, steps: int) -> PlanConfig:
-    """The same plan with the sampler alone, for the prompts of some steps."""
-    found = [each.with_batch(steps * each.batch.batch) for each in config.programs if each.kind in SAMPLES]
-    return dataclasses.replace(config, programs=tuple(found))
+def only_sampler(config: PlanConfig, steps: int) -> PlanConfig:
+    """The same plan with the sampler alone, which draws for some steps at once."""
+    (sampler,) = (each for each in config.programs if each.kind in SAMPLES)
+    return dataclasses.replace(config, programs=(sampler.with_draws(steps),))
 
 
 def cells(plan: Plan) -> dict[str, str]:
@@ -87,11 +87,12 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     (first,) = (part for part in whole.parts if part.program.kind in SAMPLES)
     for steps in (1, *STEPS):
-        (part,) = make_plan(only_samplers(config, steps), compile_).parts
+        drawing = make_plan(only_sampler(config, steps), compile_)
+        (part,) = drawing.parts
         if part.times is None or first.times is None:
             print(f"| {steps} | does not fit | | | |")
             continue
-        each = part.times.seconds / steps
+        each = drawing.step_seconds
         step = whole.step_seconds - first.times.seconds + each
         peak = part.compiled.peak / GIB
         row = f"{1e3 * each:.0f} ({part.times.bound}) | {1e3 * step:.0f} | {step / whole.step_seconds:.2f} | {peak:.1f}"

@@ -121,9 +121,11 @@ def _open(
     shape = assembly.facts.fresh if source is config.fresh and assembly.facts.fresh else assembly.facts.batch
     drawing = _drawing(assembly, inputs, source, shape.response)
     draw = times.of_devices("sampling", drawing, source.steps_per_draw)
-    windows: Any = {"steps_per_draw": source.steps_per_draw, "last": steps}
+    scored = functools.partial(
+        online_source, ahead, draw, keep=source.keep, mesh=mesh, steps_per_draw=source.steps_per_draw, last=steps
+    )
     if inputs.judge is None:
-        return online_source(ahead, draw, None, source.keep, mesh, **windows)
+        return scored(score=None)
     begin = inputs.judge.begin
     scores = inputs.judge.scores if begin is None else _timed(begin, times)
     score = against_each_other(scores)
@@ -131,14 +133,14 @@ def _open(
         opponent = _drawing(assembly, inputs, source, shape.response, opponents=True)
         score = against_opponent(scores, opponent, mesh)
     if begin is None:
-        return online_source(ahead, draw, times.of_devices("judging", score), source.keep, mesh, **windows)
+        return scored(score=times.of_devices("judging", score))
 
     def keeps_sampler(step: int) -> bool:
         """Whether the next step samples with the same parameters; its samples can then be judged during this step."""
         every = source.refresh_every
         return step + 1 < steps and (every == 0 or (step + 1) % every != 0)
 
-    return online_source(ahead, draw, score, source.keep, mesh, keeps_sampler, **windows)
+    return scored(score=score, ahead=keeps_sampler)
 
 
 def _timed(begin: Begin, times: Times) -> Begin:

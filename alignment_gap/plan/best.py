@@ -50,7 +50,7 @@ class Choice:
     remat: str
     microbatches: int
     moment_dtype: str
-    steps_per_draw: int = 1
+    steps_per_draw: int
 
     def __str__(self) -> str:
         """The settings as a line."""

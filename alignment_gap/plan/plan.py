@@ -153,10 +153,9 @@ def _token_seconds(config: PlanConfig, program: Program, compiled: Compiled) -> 
         return 0.0
     assert config.job.online is not None
     topology, sampler = config.topology, config.job.online.sampler
-    is_cast = program.model.dtype == "bfloat16" and program.facts.network.adapter is None
-    parameters = compiled.parameters / (2 if is_cast else 1)
-    if is_cast and sampler.weights_dtype is not None:
-        parameters *= _share_read(program, sampler)
+    parameters = float(compiled.parameters)
+    if program.facts.network.adapter is None:
+        parameters *= _share_read(program, sampler) / (2 if program.model.dtype == "bfloat16" else 1)
     cache = cache_bytes(program, sampler.prompt_cache_dtype) / topology.devices
     return (parameters + cache) / topology.chip.hbm_bandwidth
 

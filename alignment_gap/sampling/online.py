@@ -102,23 +102,7 @@ def online_source(
     """
     select, fill = _make_select(keep, mesh), _make_fill(mesh)
     begun: dict[int, tuple[PreferenceBatch, Samples, Any]] = {}
-    waiting: dict[int, tuple[PreferenceBatch, Samples]] = {}
-    join, split = _make_join(steps_per_draw, mesh), _make_split(steps_per_draw, mesh)
-
-    def drawn_at(step: int, state: Any) -> tuple[PreferenceBatch, Samples]:
-        """The prompts and the samples of a step."""
-        if steps_per_draw == 1:
-            batch = prompts(step)
-            return batch, draw(state, batch)
-        if step not in waiting:
-            first = step - step % steps_per_draw
-            window = range(first, first + steps_per_draw)
-            batches = [prompts(each if last is None else min(each, last - 1)) for each in window]
-            steps, joined = join(state.step, batches, step - first)
-            found = split(draw(dataclasses.replace(state, step=steps), joined))
-            waiting.clear()
-            waiting.update(zip(window, zip(batches, found, strict=True), strict=True))
-        return waiting.pop(step)
+    drawn_at = _drawer(prompts, draw, steps_per_draw, last, mesh)
 
     def begin(step: int, state: Any) -> tuple[PreferenceBatch, Samples, Any]:
         batch, drawn = drawn_at(step, state)
@@ -136,6 +120,34 @@ def online_source(
         return PreferenceBatch(*texts, responses, lengths, scores, sampler_log_probs=log_probs)
 
     return source
+
+
+def _drawer(
+    prompts: Callable[[int], PreferenceBatch], draw: Draw, steps: int, last: int | None, mesh: LogicalMesh
+) -> Callable[[int, Any], tuple[PreferenceBatch, Samples]]:
+    """A function that gives the prompts and the samples of a step, and draws for `steps` steps at once."""
+    if steps == 1:
+
+        def single(step: int, state: Any) -> tuple[PreferenceBatch, Samples]:
+            batch = prompts(step)
+            return batch, draw(state, batch)
+
+        return single
+    join, split = _make_join(steps, mesh), _make_split(steps, mesh)
+    waiting: dict[int, tuple[PreferenceBatch, Samples]] = {}
+
+    def several(step: int, state: Any) -> tuple[PreferenceBatch, Samples]:
+        if step not in waiting:
+            first = step - step % steps
+            window = range(first, first + steps)
+            batches = [prompts(each if last is None else min(each, last - 1)) for each in window]
+            numbers, joined = join(state.step, batches, step - first)
+            found = split(draw(dataclasses.replace(state, step=numbers), joined))
+            waiting.clear()
+            waiting.update(zip(window, zip(batches, found, strict=True), strict=True))
+        return waiting.pop(step)
+
+    return several
 
 
 def against_each_other(scores: Scores | Begin) -> Score:

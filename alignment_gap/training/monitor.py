@@ -84,7 +84,8 @@ class Times:
         """Wraps the function so that its time counts on measured steps; a call may serve several steps."""
 
         def timed(*arguments: Any) -> Any:
-            if not self.measures if steps == 1 else name in self._measured:
+            is_due = self.measures if steps == 1 else name not in self._measured
+            if not is_due:
                 return function(*arguments)
             jax.block_until_ready(arguments)
             start = time.perf_counter()

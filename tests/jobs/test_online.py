@@ -314,7 +314,7 @@ def test_a_policy_gradient_runs_on_the_record_of_samples(run, online, tmp_path):
         ({"against": "mixture"}, "mixture or judge is not set"),
         ({"refresh_every": -1}, "refresh_every is -1"),
         ({"steps_per_draw": 0}, "steps_per_draw is 0: it must be at least 1"),
-        ({"steps_per_draw": 2}, "steps_per_draw is 2 and refresh_every is 1: the steps of a "),
+        ({"steps_per_draw": 2}, "steps_per_draw is 2 and refresh_every is 1: the steps of a draw share"),
         ({"steps_per_draw": 4, "refresh_every": 6}, "steps_per_draw is 4 and refresh_every is 6"),
         (
             {"steps_per_draw": 2, "refresh_every": 2, "prompts": DatasetConfig(buckets=3)},

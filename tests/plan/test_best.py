@@ -74,7 +74,7 @@ def test_offline_the_least_recomputed_that_fits_in_the_fewest_microbatches_wins(
     """In two microbatches 28 GiB of activations fit v5e's 15.75 GiB. They take 315 ms; "dots" takes 320 ms in one."""
     compiler = Compiler()
     found = search(offline(), compiler)
-    assert found.best.choice == Choice("fsdp", (1, 8, 1), "none", 2, "float32")
+    assert found.best.choice == Choice("fsdp", (1, 8, 1), "none", 2, "float32", 1)
     assert found.best.plan.step_seconds == pytest.approx(0.315)
     assert found.is_complete and found.compiled == len(compiler.asked) == len(found.trials)
     assert len({*map(str, compiler.asked)}) == len(compiler.asked)
@@ -121,7 +121,7 @@ def test_moments_in_bfloat16_are_tried_only_where_nothing_else_fits():
     # 12.5 GiB on a chip do not fit with 4 GiB of activations, but seven eighths of them do. Then "dots" fits in four
     # microbatches, with 10.9 and 2.5 GiB, and takes 368 ms instead of 400.
     found = search(offline(), Compiler(state=8 * 12.5))
-    assert found.best.choice == Choice("fsdp", (1, 8, 1), "dots", 4, "bfloat16")
+    assert found.best.choice == Choice("fsdp", (1, 8, 1), "dots", 4, "bfloat16", 1)
     assert found.best.plan.step_seconds == pytest.approx(0.368)
     without = search(offline(optimizer=OptimizerConfig("adafactor")), Compiler(state=8 * 12.5))
     assert without.best is None and not any(trial.plan.fits for trial in without.trials)
@@ -132,7 +132,7 @@ def test_no_more_is_compiled_than_was_asked_for():
     compiler = Compiler()
     found = search(offline(), compiler, compiles=3)
     assert len(compiler.asked) == found.compiled == 3 and not found.is_complete
-    assert found.best.choice == Choice("fsdp", (1, 8, 1), "full", 1, "float32")
+    assert found.best.choice == Choice("fsdp", (1, 8, 1), "full", 1, "float32", 1)
     assert whole.compiled > 3
 
 
