@@ -201,8 +201,8 @@ def _studies_page(studies: Sequence[StudyFolder]) -> tuple[str, list[Figure]]:
 
 
 def claims_table(studies: Sequence[StudyFolder]) -> list[dict[str, Any]]:
-    """A row for every claim in any study: the paper's statement, and the answer of each study."""
-    names = dict.fromkeys(name for study in studies for name in study.claims)
+    """A row for every claim that a study measured: the paper's statement, and the answer of each study."""
+    names = dict.fromkeys(name for study in studies for name, row in study.claims.items() if row["seeds"] != "0")
     rows = []
     for name in names:
         first = next(study.claims[name] for study in studies if name in study.claims)

@@ -54,10 +54,9 @@ def claims_markdown(study: pathlib.Path) -> str:
     lines = ["| The paper | figure | here | measured, with its 95 % interval | seeds |", "|---|---|---|---|---|"]
     for row in claims_table([read_study(study.name, at(study))]):
         (cell,) = row["cells"]
-        if cell["seeds"] != "0":
-            number = " ".join(filter(None, (cell["value"], cell["interval"] and f"({cell['interval']})")))
-            words = (row["paper"], row["figure"], cell["verdict"], number, cell["seeds"])
-            lines.append(f"| {' | '.join(words)} |")
+        number = " ".join(filter(None, (cell["value"], cell["interval"] and f"({cell['interval']})")))
+        words = (row["paper"], row["figure"], cell["verdict"], number, cell["seeds"])
+        lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
 
 
@@ -71,9 +70,8 @@ def kinds_markdown(studies: Sequence[pathlib.Path]) -> str:
     names = [study.name.removeprefix(f"{KINDS}_") for study in studies]
     lines = [f"| The paper | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for row in claims_table([read_study(study.name, at(study)) for study in studies]):
-        if any(cell["seeds"] != "0" for cell in row["cells"]):
-            cells = [f"{cell['verdict']}: {cell['value']} ({cell['interval']})" for cell in row["cells"]]
-            lines.append(f"| {' | '.join((row['paper'], *cells))} |")
+        cells = [f"{cell['verdict']}: {cell['value']} ({cell['interval']})" for cell in row["cells"]]
+        lines.append(f"| {' | '.join((row['paper'], *cells))} |")
     return "\n".join(lines)
 
 

@@ -111,6 +111,17 @@ def test_claims_stand_in_columns(studies, tmp_path, undrawn):
     assert ["The paper", "Figure", "a", "b"] in [[cell.strip() for cell in row] for row in page.rows]
 
 
+def test_a_claim_that_no_study_measured_is_left_out(tmp_path, undrawn):
+    unmeasured, measured = claim("of-neither", seeds=0), claim("of-one", value=0.5, low=0, high=1)
+    folders = [
+        study(tmp_path / "a", 0.5, {}, unmeasured, measured | {"seeds": 0, "value": "", "low": "", "high": ""}),
+        study(tmp_path / "b", 0.5, {}, unmeasured, measured),
+    ]
+    page = Page(write_comparison(folders, tmp_path / "compared"))
+    assert page.row("The paper on of-one.")[2:] == ["cannot be told", "cannot be told 0.5; 3 seeds 0 to 1"]
+    assert "of-neither" not in page.text
+
+
 def test_only_settings_that_differ_are_listed(studies, tmp_path, undrawn):
     page = Page(write_comparison(studies, tmp_path / "compared"))
     assert page.row("arms.beta") == ["arms.beta", "0.1", "0.5"]
