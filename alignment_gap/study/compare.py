@@ -23,17 +23,13 @@ from alignment_gap.study.arms import ARMS, MAIN, Arm, file_word
 from alignment_gap.study.claims import CLAIMS
 from alignment_gap.study.curves import TrainingRun, curves_figure, read_lines, throughput_table
 from alignment_gap.study.marks import (
-    HEIGHT,
     OTHER_STYLES,
     WIDTH,
     Figure,
     Row,
-    axis,
     chart_row,
     estimates,
-    level,
-    scatter,
-    with_starts,
+    kl_panels,
 )
 from alignment_gap.study.page import render, write_page
 from alignment_gap.study.run import STUDY
@@ -267,18 +263,9 @@ def main_figure(studies: Sequence[StudyFolder], loss: str, metric: str) -> Figur
     drawn = {name: rows for name, rows in of_study.items() if rows}
     if not drawn:
         return dataclasses.replace(base, missing=f"no arm has {words} under {loss}")
-    everything = [row for rows in drawn.values() for row in rows]
-    arms, x = _arms(everything), charts.kl_axis(max(row["kl"] for row in everything))
-    panels = []
-    for name, rows in drawn.items():
-        layers = scatter(everything, arms, x, metric)
-        if metric == "win_rate":
-            layers.insert(0, level(0.5).encode(axis(alt.Y, metric)))
-        panel = alt.layer(*layers, data=alt.Data(values=with_starts(rows)))
-        panels.append(panel.properties(width=WIDTH, height=HEIGHT, title=name))
-    chart = alt.concat(*panels, columns=2).resolve_scale(x="shared", y="shared")
+    arms = _arms([row for rows in drawn.values() for row in rows])
     said = tuple(f"{name} has no checkpoint under {loss} with {words}." for name, rows in of_study.items() if not rows)
-    return dataclasses.replace(base, sentences=said, spec=charts.finish(chart))
+    return dataclasses.replace(base, sentences=said, spec=charts.finish(kl_panels(drawn, arms, metric)))
 
 
 def _of_loss(rows: Sequence[Row], loss: str, metric: str) -> list[Row]:

@@ -43,7 +43,9 @@ from alignment_gap.study.marks import (
     axis,
     chart_row,
     estimates,
+    kl_panels,
     level,
+    over_kl,
     scatter,
     styles,
     tooltip,
@@ -118,29 +120,33 @@ def study_figures(
       answers: the answers from `claims.answers`.
       arms: arms of the study.
     """
-    every = zip(evidence.everything, table, strict=True)
-    rows = [chart_row(result, means) for result, means in every if not result.size]
-    study = _Study(evidence, rows, comparisons, answers, arms)
+    rows: dict[str, list[Row]] = {"": []}
+    for result, means in zip(evidence.everything, table, strict=True):
+        rows.setdefault(result.size, []).append(chart_row(result, means))
+    study = _Study(evidence, rows[""], comparisons, answers, arms)
+    # With a rubric, most figures are drawn a second time: the golden judge may be exploited, true quality is not.
+    scores = ("win_rate", "rubric") if any("rubric" in row for row in study.rows) else ("win_rate",)
     trained = {*analysis.methods(evidence.results)}
     losses = [loss for loss in analysis.losses_of(evidence.results) if trained & {(arm, loss) for arm in study.main}]
     lead = losses[0] if losses else "ipo"
-    figures: list[Figure | None] = [_budget_figure(study, loss) for loss in losses or [lead]]
+    figures = [_budget_figure(study, loss, metric) for loss in losses or [lead] for metric in scores]
     figures += [
         _main_figure(study, lead),
         _quality_figure(study, lead),
-        _accuracy_figure(study, losses),
+        *(_accuracy_figure(study, losses, metric) for metric in scores),
         *(_training_figure(study, loss) for loss in losses),
         *([_online_data_figure(study, lead)] if any("stream_accuracy" in row for row in study.rows) else []),
     ]
     for loss in losses[1:]:
         figures += [_loss_figure(study, loss, lead), _loss_quality_figure(study, loss, lead)]
     if len(evidence.sizes) > 1:
-        figures.append(_scale_figure(study, lead))
+        figures += [_sizes_figure(study, rows, lead, metric) for metric in scores]
+        figures += [_scale_figure(study, lead, metric) for metric in scores]
     if len(losses) > 2:
-        figures.append(_gaps_figure(study))
+        figures += [_gaps_figure(study, metric) for metric in scores]
     panels = dict.fromkeys(arm.panel for arm in arms if arm.panel != MAIN)
-    figures += [_panel_figure(study, panel, metric) for panel in panels for metric in ("win_rate", "rubric")]
-    return [figure for figure in figures if figure is not None]
+    figures += [_panel_figure(study, panel, metric) for panel in panels for metric in scores]
+    return figures
 
 
 def main_arms(arms: Sequence[Arm]) -> list[str]:
@@ -170,10 +176,9 @@ class _Study:
         """The arms of the main figures."""
         return main_arms(self.arms)
 
-    @property
-    def asked(self) -> list[Comparison]:
+    def asked(self, metric: str = "win_rate") -> list[Comparison]:
         """The comparisons of the study's question, one for each loss."""
-        return findings.asked(self.comparisons, self.arms)
+        return findings.asked(self.comparisons, self.arms, metric)
 
     def select(self, loss: str, metrics: Sequence[str], *, origins: bool = True) -> list[Row]:
         """The rows with all the metrics: main arms under a loss and, by default, origin and golden policy."""
@@ -208,6 +213,10 @@ class _Study:
 def _saw(papers: Mapping[str, str], loss: str, what: str) -> str:
     """What the paper saw under a loss, or a sentence that the paper does not have it."""
     return papers.get(loss, f"The paper has no {what} under {loss_name(loss)}.")
+
+
+def _no_quality(what: str) -> str:
+    return f"The paper has no true quality {what}: it measures with the golden judge alone."
 
 
 # Over KL.
@@ -253,22 +262,13 @@ def _over_kl(study: _Study, base: Figure, loss: str, metric: str, behind: str = 
     rows = study.select(loss, ("kl", metric))
     if behind:
         rows += [row | {"behind": True} for row in study.select(behind, ("kl", metric), origins=False)]
-    spec = _kl_chart(study, rows, metric)
+    spec = charts.finish(over_kl(rows, study.arms, metric))
     return dataclasses.replace(base, sentences=_kl_sentences(study, loss, metric), spec=spec)
-
-
-def _kl_chart(study: _Study, rows: Sequence[Row], metric: str) -> dict[str, object]:
-    """Checkpoints over KL; with a line at 50 % if the metric is the win rate."""
-    layers = scatter(rows, study.arms, charts.kl_axis(max(row["kl"] for row in rows)), metric)
-    if metric == "win_rate":
-        layers.insert(0, level(0.5).encode(axis(alt.Y, metric)))
-    chart = alt.layer(*layers, data=alt.Data(values=with_starts(rows))).properties(width=WIDTH, height=HEIGHT)
-    return charts.finish(chart)
 
 
 def _kl_sentences(study: _Study, loss: str, metric: str) -> tuple[str, ...]:
     """Sentences on the figure; win rates of online and offline at equal KL are left out, as the page has them above."""
-    apart = study.asked
+    apart = study.asked()
     of_loss = [c for c in study.comparisons if c.metric == metric and c.first[1] == loss and c not in apart]
     found = [study.at_equal_kl(c) for c in of_loss if c.first[0] in study.main]
     if metric == "rubric":
@@ -277,14 +277,13 @@ def _kl_sentences(study: _Study, loss: str, metric: str) -> tuple[str, ...]:
     return tuple(filter(None, found))
 
 
-def _panel_figure(study: _Study, panel: str, metric: str) -> Figure | None:
-    """A metric over KL for a panel's arms and the arms that they are compared with; None if the rubric is missing."""
+def _panel_figure(study: _Study, panel: str, metric: str) -> Figure:
+    """A metric over KL for a panel's arms and the arms that they are compared with."""
     word = re.sub(r"\W+", "_", panel.lower()).removeprefix("figures_").removeprefix("figure_")
-    name, is_quality = f"figure_{word}" + ("" if metric == "win_rate" else f"_{metric}"), metric == "rubric"
+    name, is_quality = _named(f"figure_{word}", metric), metric == "rubric"
     question, paper = _PANELS.get(panel, (f"How do the arms of {panel} compare?", f"{panel} is not in the paper."))
     if is_quality:
-        question = f"What of that is true quality: {panel}?"
-        paper = f"The paper has no true quality of {panel}."
+        question, paper = f"What of that is true quality: {panel}?", _no_quality(f"of {panel}")
     claims = () if is_quality else study.claims(*re.findall(r"\d+", panel))
     base = Figure(name, f"{panel}: {METRICS[metric].words} over KL to SFT", question, paper, claims)
     arms = {arm.name: arm for arm in study.arms if arm.panel == panel}
@@ -293,25 +292,29 @@ def _panel_figure(study: _Study, panel: str, metric: str) -> Figure | None:
     drawn = {(arm, loss_name(loss)) for arm, loss in methods | others}
     rows = study.of_methods(drawn, ("kl", metric))
     if not any(row["arm"] in arms for row in rows):
-        return None if is_quality else dataclasses.replace(base, missing=f"not measured: {', '.join(arms)}")
+        return dataclasses.replace(base, missing=f"not measured: {', '.join(arms)}")
     said = [study.at_equal_kl(c) for c in study.comparisons if c.metric == metric and c.first[0] in arms]
-    return dataclasses.replace(base, sentences=tuple(said), spec=_kl_chart(study, rows, metric))
+    return dataclasses.replace(base, sentences=tuple(said), spec=charts.finish(over_kl(rows, study.arms, metric)))
 
 
 # At equal KL.
 
 
-def _budget_figure(study: _Study, loss: str) -> Figure:
-    """The best win rate of online and of offline within each KL budget, and their gap."""
-    words, pair = loss_name(loss), findings.question(study.arms)
-    question = f"Within one budget of KL, which is better under {words}: {' or '.join(pair)}?"
-    paper = _saw(_AT_EQUAL_KL, loss, "comparison at equal KL")
-    title = f"The question: best win rate within a KL budget, {words}"
-    base = Figure(f"equal_kl_{file_word(loss)}", title, question, paper)
-    comparison = next((c for c in study.asked if c.first[1] == loss), None)
+def _budget_figure(study: _Study, loss: str, metric: str) -> Figure:
+    """The best score of online and of offline within each KL budget, and their gap."""
+    words, pair, score = loss_name(loss), findings.question(study.arms), metric.replace("_", " ")
+    if metric == "win_rate":
+        question = f"Within one budget of KL, which is better under {words}: {' or '.join(pair)}?"
+        paper = _saw(_AT_EQUAL_KL, loss, "comparison at equal KL")
+    else:
+        question = f"Within one budget of KL, which has more true quality under {words}?"
+        paper = _no_quality(f"at equal KL under {words}")
+    title = f"The question: best {score} within a KL budget, {words}"
+    base = Figure(_named(f"equal_kl_{file_word(loss)}", metric), title, question, paper)
+    comparison = next((c for c in study.asked(metric) if c.first[1] == loss), None)
     if comparison is None:
         needed = ", of ".join((*pair, "SFT"))
-        return dataclasses.replace(base, missing=f"it needs checkpoints of {needed}, with KL and win rate")
+        return dataclasses.replace(base, missing=f"it needs checkpoints of {needed}, with KL and {score}")
     first, second = pair
     if len(comparison.budgets) < 2:
         missing = f"the checkpoints of {first} and of {second} share no range of KL"
@@ -327,9 +330,10 @@ def _budget_figure(study: _Study, loss: str) -> Figure:
         scale=scale,
         axis=alt.Axis(format=".3~g", tickCount=6),
     )
-    left = _band_chart(frontiers, x, "Win rate (%)").encode(styles(frontiers, study.arms)[0])
+    title = f"{score.capitalize()}{' (%)' if METRICS[metric].is_share else ''}"
+    left = _band_chart(frontiers, x, title).encode(styles(frontiers, study.arms)[0])
     minus = f"{first} minus {second}"
-    gap = _band_chart(_band_rows(comparison, comparison.gap, minus), x, f"Gap, {minus} (percentage points)")
+    gap = _band_chart(_band_rows(comparison, comparison.gap, minus), x, f"Gap, {minus} ({_unit_of_gaps(metric)})")
     scale = alt.Scale(domain=[minus], range=[charts.INK])
     right = alt.layer(level(0.0), gap.encode(alt.Color("arm:N", scale=scale, legend=alt.Legend(title=None))))
     chart = alt.hconcat(*(side.properties(width=WIDTH, height=300) for side in (left, right)))
@@ -337,46 +341,60 @@ def _budget_figure(study: _Study, loss: str) -> Figure:
     return dataclasses.replace(base, sentences=said, spec=charts.finish(chart.resolve_scale(color="independent")))
 
 
+def _named(name: str, metric: str) -> str:
+    """The name of a figure whose y axis is this score."""
+    return name if metric == "win_rate" else f"{name}_{metric}"
+
+
+def _in_unit(value: Any, metric: str) -> Any:
+    """Numbers in the unit of their axis: fractions in per cent."""
+    return 100 * value if METRICS[metric].is_share else value
+
+
+def _unit_of_gaps(metric: str) -> str:
+    return "percentage points" if METRICS[metric].is_share else METRICS[metric].words
+
+
 def _band_rows(comparison: Comparison, band: Band, arm: str) -> list[Row]:
     """A row per budget; fractions in per cent."""
-    columns = zip(comparison.budgets, 100 * band.value, 100 * band.low, 100 * band.high, strict=True)
-    names = ("budget", "value", "low", "high")
+    ends = (_in_unit(values, comparison.metric) for values in (band.value, band.low, band.high))
+    columns, names = zip(comparison.budgets, *ends, strict=True), ("budget", "value", "low", "high")
     return [{"arm": arm} | dict(zip(names, (round(float(v), 4) for v in row), strict=True)) for row in columns]
 
 
 def _band_chart(rows: Sequence[Row], x: alt.X, title: str) -> alt.LayerChart:
     """Estimates as a line, with their intervals as a band."""
     base, scale = alt.Chart(alt.Data(values=list(rows))).encode(x), alt.Scale(zero=False)
-    tips = [alt.Tooltip(f"{field}:Q", format=".2f") for field in ("budget", "value", "low", "high")]
+    tips = [alt.Tooltip(f"{field}:Q", format=".3~r") for field in ("budget", "value", "low", "high")]
     band = base.mark_area(opacity=0.2).encode(alt.Y("low:Q", title=title, scale=scale), alt.Y2("high:Q"))
     line = base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=16))
     return alt.LayerChart(layer=[band, line.encode(alt.Y("value:Q", title=title), tooltip=["arm:N", *tips])])
 
 
-def _gaps_figure(study: _Study) -> Figure:
+def _gaps_figure(study: _Study, metric: str) -> Figure:
     """The gap of the study's question at equal KL, with a mark for each loss."""
+    score = metric.replace("_", " ")
     base = Figure(
-        "figure_losses",
-        "Is it the loss? The gap at equal KL, by loss",
-        "Under which losses is there a gap at equal KL?",
-        "Two losses, IPO and best-of-2, have it.",
+        _named("figure_losses", metric),
+        f"Is it the loss? The gap in {score} at equal KL, by loss",
+        f"Under which losses is there a gap in {score} at equal KL?",
+        "Two losses, IPO and best-of-2, have it." if metric == "win_rate" else _no_quality("by loss"),
     )
-    asked = [c for c in study.asked if len(c.budgets)]
+    asked = [c for c in study.asked(metric) if len(c.budgets)]
     if not asked:
         return dataclasses.replace(base, missing="no loss has arms that share a range of KL")
     first, second = asked[0].first[0], asked[0].second[0]
     values = [
-        {"loss": loss_name(c.first[1]), "value": 100 * gap.value, "low": 100 * gap.low, "high": 100 * gap.high}
-        | {"better": c.better or "neither can be claimed"}
+        {"loss": loss_name(c.first[1]), "better": c.better or "neither can be claimed"}
+        | {end: _in_unit(getattr(c.mean_gap, end), metric) for end in ("value", "low", "high")}
         for c in asked
-        for gap in [c.mean_gap]
     ]
     colours = {arm.name: arm.colour for arm in study.arms} | {"neither can be claimed": charts.LINE}
     domain = [name for name in (first, second, "neither can be claimed") if any(v["better"] == name for v in values)]
     scale = alt.Scale(domain=domain, range=[colours[name] for name in domain])
     colour = alt.Color("better:N", scale=scale, legend=alt.Legend(title="better"))
     chart = alt.Chart(alt.Data(values=values)).encode(alt.Y("loss:N", title=None, sort=None), colour)
-    words = f"{first} minus {second}, win rate (percentage points)"
+    words = f"{first} minus {second}, {score} ({_unit_of_gaps(metric)})"
     drawn = estimates(chart, words, ("loss",)).properties(width=WIDTH, height=34 * len(values))
     return dataclasses.replace(base, sentences=(findings.gaps_sentence(asked),), spec=charts.finish(drawn))
 
@@ -384,22 +402,51 @@ def _gaps_figure(study: _Study) -> Figure:
 # Over sizes.
 
 
-def _scale_figure(study: _Study, loss: str) -> Figure:
-    """The best win rate of every arm over the number of parameters, absolute and relative to online."""
+def _sizes_figure(study: _Study, rows: Mapping[str, Sequence[Row]], loss: str, metric: str) -> Figure:
+    """A score over KL with a panel for each size, the smallest first; `rows` are the chart rows of every size."""
     base = Figure(
-        "figure_11",
-        f"Figures 11 and 14: best performance over the size of the policy, {loss_name(loss)}",
-        "Does the gap close as policies grow?",
-        "Not by much. It narrows on two of three tasks between online and shuffled, and more slowly for offline.",
-        study.claims("10", "11", "14"),
+        _named("figure_10", metric),
+        f"Figure 10: {METRICS[metric].words} over KL to SFT by size of the policy, {loss_name(loss)}",
+        f"Is the order of the arms by {METRICS[metric].words} the same for small and for large policies?",
+        "It sets XL beside Large: a larger policy does not close the gap."
+        if metric == "win_rate"
+        else _no_quality("beside the sizes' win rates"),
     )
-    values = [row for size in study.evidence.sizes for row in _best_rows(study, size, loss)]
+    names = sorted({(result.parameters, result.size) for result in study.evidence.everything})
+    methods: list[Method] = [(arm, loss) for arm in findings.question(study.arms)]
+    panels, said = {}, []
+    for (parameters, name), size in zip(names, study.evidence.sizes, strict=True):
+        of_size = dataclasses.replace(study, rows=rows[name])
+        if of_size.lacking(loss, ("kl", metric)):
+            continue
+        panels[f"{parameters:,} parameters"] = of_size.select(loss, ("kl", metric))
+        if len(methods) == 2 and (comparison := size.compared(*methods, metric)):
+            said.append(f"With {parameters:,} parameters: {findings.equal_kl_detail(comparison)}")
+    if not panels:
+        return dataclasses.replace(base, missing=f"no size has {METRICS[metric].words}")
+    spec = charts.finish(kl_panels(panels, study.arms, metric))
+    return dataclasses.replace(base, sentences=tuple(said), spec=spec)
+
+
+def _scale_figure(study: _Study, loss: str, metric: str) -> Figure:
+    """The best score of every arm over the number of parameters, absolute and relative to online."""
+    score = metric.replace("_", " ")
+    base = Figure(
+        _named("figure_11", metric),
+        f"Figures 11 and 14: best {score} over the size of the policy, {loss_name(loss)}",
+        "Does the gap close as policies grow?" if metric == "win_rate" else "Does true quality grow with the policy?",
+        "Not by much. It narrows on two of three tasks between online and shuffled, and more slowly for offline."
+        if metric == "win_rate"
+        else _no_quality("over sizes"),
+        study.claims("11", "14") if metric == "win_rate" else (),
+    )
+    values = [row for size in study.evidence.sizes for row in _best_rows(study, size, loss, metric)]
     if not values:
-        return dataclasses.replace(base, missing="no arm has win rates at several sizes")
+        return dataclasses.replace(base, missing=f"no arm has {METRICS[metric].words} at several sizes")
     x = alt.X("parameters:Q", title="Parameters (logarithmic)", scale=alt.Scale(type="log", base=2, nice=False))
     colour, _, shape = styles(values, study.arms)
     sides = []
-    for field, words in (("best", "90 % quantile of the win rate"), ("relative", "The same, relative to online's")):
+    for field, words in (("best", f"90 % quantile of the {score}"), ("relative", "The same, relative to online's")):
         chart = alt.Chart(alt.Data(values=values)).transform_filter(f"isValid(datum.{field})").encode(x)
         y = alt.Y(f"{field}:Q", title=words, scale=alt.Scale(zero=False))
         marks = chart.mark_point(filled=True, size=55).encode(
@@ -408,28 +455,28 @@ def _scale_figure(study: _Study, loss: str) -> Figure:
         line = chart.mark_line(strokeWidth=1.5).encode(alt.Y(f"mean({field}):Q", title=words), colour)
         sides.append(alt.layer(line, marks).properties(width=WIDTH, height=300))
     mark = "A mark is a seed: the 90 % quantile over all checkpoints of all runs of the arm at that size."
-    said = (mark, _growth(values))
+    said = (mark, _growth(values, metric))
     return dataclasses.replace(base, sentences=said, spec=charts.finish(alt.hconcat(*sides)))
 
 
-def _growth(values: Sequence[Row]) -> str:
+def _growth(values: Sequence[Row], metric: str) -> str:
     """A sentence with the quantile of every arm at the smallest and at the largest size."""
     ends = [min(row["parameters"] for row in values), max(row["parameters"] for row in values)]
     found = []
     for arm in dict.fromkeys(row["arm"] for row in values):
         at = [[row["best"] for row in values if row["arm"] == arm and row["parameters"] == end] for end in ends]
         if all(at):
-            found.append(f"{arm} {' to '.join(findings.plain(float(np.mean(each)), 'win_rate') for each in at)}")
+            found.append(f"{arm} {' to '.join(findings.plain(float(np.mean(each)), metric) for each in at)}")
     return f"From {ends[0]:,} to {ends[1]:,} parameters it goes: {', '.join(found)}."
 
 
-def _best_rows(study: _Study, size: Evidence, loss: str) -> list[Row]:
-    """A row for each arm and seed of a size: the 90 % quantile of the win rate, and its ratio to online's."""
+def _best_rows(study: _Study, size: Evidence, loss: str, metric: str) -> list[Row]:
+    """A row for each arm and seed of a size: the 90 % quantile of a score, and its ratio to online's."""
     best: dict[tuple[str, int], float] = {}
     for arm, seed in itertools.product(study.main, size.seeds):
-        measured = [r for r in size.results if r.method == (arm, loss) and r.seed == seed and "win_rate" in r.outcomes]
+        measured = [r for r in size.results if r.method == (arm, loss) and r.seed == seed and metric in r.outcomes]
         if measured:
-            best[arm, seed] = float(np.quantile([result.mean("win_rate") for result in measured], 0.9))
+            best[arm, seed] = float(np.quantile([result.mean(metric) for result in measured], 0.9))
     parameters = max(result.parameters for result in size.results)
     return [
         {"arm": arm, "seed": seed, "parameters": parameters, "best": value}
@@ -441,30 +488,33 @@ def _best_rows(study: _Study, size: Evidence, loss: str) -> list[Row]:
 # Classification.
 
 
-def _accuracy_figure(study: _Study, losses: Sequence[str]) -> Figure:
-    """Win rate over classification accuracy for every checkpoint, with a panel per loss."""
+def _accuracy_figure(study: _Study, losses: Sequence[str], metric: str) -> Figure:
+    """A score over classification accuracy for every checkpoint, with a panel per loss."""
     base = Figure(
-        "figure_7",
-        "Figure 7: win rate over accuracy on D_golden",
-        "Does a policy that tells winners from losers better also answer better?",
-        "No. Offline policies reach 60 to 70 % on D_golden, online ones about 50 % or less, and online wins more.",
-        study.claims("7"),
+        _named("figure_7", metric),
+        f"Figure 7: {METRICS[metric].words} over accuracy on D_golden",
+        f"Has a policy that tells winners from losers better a higher {METRICS[metric].words}?",
+        "No. Offline policies reach 60 to 70 % on D_golden, online ones about 50 % or less, and online wins more."
+        if metric == "win_rate"
+        else _no_quality("over accuracy"),
+        study.claims("7") if metric == "win_rate" else (),
     )
-    metrics = ("win_rate", "accuracy")
+    metrics = (metric, "accuracy")
     drawn = [loss for loss in losses if not study.lacking(loss, metrics)]
     if not drawn:
-        return dataclasses.replace(base, missing="not measured together: win_rate, accuracy")
+        return dataclasses.replace(base, missing=f"not measured together: {metric}, accuracy")
     selected = {loss: study.select(loss, metrics) for loss in drawn}
     everything = [row for rows in selected.values() for row in rows]
     x = axis(alt.X, "accuracy", nice=False, padding=12)
     panels = [
         alt.layer(
-            *scatter(everything, study.arms, x, "win_rate", lines=False),
+            *scatter(everything, study.arms, x, metric, lines=False),
             data=alt.Data(values=with_starts(rows)),
         ).properties(width=WIDTH, height=HEIGHT, title=loss_name(loss))
         for loss, rows in selected.items()
     ]
-    said = tuple(findings.spans_sentence(study.evidence, loss, study.main, "accuracy") for loss in drawn)
+    spanned = "accuracy" if metric == "win_rate" else metric
+    said = tuple(findings.spans_sentence(study.evidence, loss, study.main, spanned) for loss in drawn)
     return dataclasses.replace(base, sentences=said, spec=charts.finish(alt.concat(*panels, columns=2)))
 
 

@@ -57,9 +57,9 @@ def question(arms: Sequence[Arm]) -> tuple[str, ...]:
     return next(contrasts, ())
 
 
-def asked(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> list[Comparison]:
-    """The comparisons of those two arms by win rate, one for each loss."""
-    return [c for c in comparisons if c.metric == "win_rate" and (c.first[0], c.second[0]) == question(arms)]
+def asked(comparisons: Sequence[Comparison], arms: Sequence[Arm], metric: str = "win_rate") -> list[Comparison]:
+    """The comparisons of those two arms by a metric, one for each loss."""
+    return [c for c in comparisons if c.metric == metric and (c.first[0], c.second[0]) == question(arms)]
 
 
 def coverage_sentence(seeds: int) -> str:
@@ -155,7 +155,8 @@ def gaps_sentence(comparisons: Sequence[Comparison]) -> str:
     first, second = comparisons[0].first[0], comparisons[0].second[0]
     losses = {arm: [loss_name(c.first[1]) for c in comparisons if c.better == arm] for arm in (first, second, "")}
     words = {first: f"{first} is better", second: f"{second} is better", "": "neither can be claimed"}
-    return "; ".join(f"{words[arm]} under {', '.join(names)}" for arm, names in losses.items() if names) + "."
+    said = "; ".join(f"{words[arm]} under {', '.join(names)}" for arm, names in losses.items() if names)
+    return f"In {METRICS[comparisons[0].metric].words} {said}."
 
 
 # Along training.
@@ -232,20 +233,19 @@ def over_optimisation(evidence: Evidence, method: Method) -> str:
     )
 
 
-def over_optimisation_fits(
-    evidence: Evidence, arms: Sequence[Arm]
-) -> list[tuple[Method, str, str, tuple[Interval, Interval]]]:
-    """Fits the curves of Gao et al. (2210.10760) to the checkpoints of the main arms, and to SFT's best of n.
+OverOptimisation = tuple[Method, str, str, tuple[Interval, Interval]]
+"""A fitted curve: method, score, curve, and the coefficients a and b."""
+
+
+def over_optimisation_fits(evidence: Evidence, arms: Sequence[Arm]) -> list[OverOptimisation]:
+    """Fits the curves of Gao et al. (2210.10760) to the main arms, arms with a loss of their own, and SFT's best of n.
 
     The scores are the win rates by the golden judge and by the proxy and, if there is one, the rubric, each minus the
     score of SFT. Best-of-n, whether trained or chosen, has its own curve; all other methods have the curve of
     reinforcement learning.
-
-    Returns:
-      For each fit: method, score, curve, and the coefficients a and b.
     """
     found = []
-    fitted = [arm for arm in arms if arm.panel == MAIN or arm.best_of]
+    fitted = [arm for arm in arms if arm.panel == MAIN or arm.loss or arm.best_of]
     for loss, each, metric in itertools.product(losses_of(evidence.results), fitted, FITTED):
         arm = each.name
         try:

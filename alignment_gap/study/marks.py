@@ -172,6 +172,27 @@ def scatter(rows: Sequence[Row], arms: Sequence[Arm], x: alt.X, metric: str, *, 
     ]
 
 
+def over_kl(
+    rows: Sequence[Row], arms: Sequence[Arm], metric: str, among: Sequence[Row] | None = None
+) -> alt.LayerChart | alt.FacetChart:
+    """Checkpoints over KL to SFT, with a line at 50 % if the metric is the win rate.
+
+    Axes and legends are those of the rows `among`, if the chart is one of several panels.
+    """
+    among = rows if among is None else among
+    layers = scatter(among, arms, charts.kl_axis(max(row["kl"] for row in among)), metric)
+    if metric == "win_rate":
+        layers.insert(0, level(0.5).encode(axis(alt.Y, metric)))
+    return alt.layer(*layers, data=alt.Data(values=with_starts(rows))).properties(width=WIDTH, height=HEIGHT)
+
+
+def kl_panels(panels: Mapping[str, Sequence[Row]], arms: Sequence[Arm], metric: str) -> alt.ConcatChart:
+    """A panel of checkpoints over KL for each title, all on the same axes."""
+    among = [row for rows in panels.values() for row in rows]
+    drawn = [over_kl(rows, arms, metric, among).properties(title=title) for title, rows in panels.items()]
+    return alt.concat(*drawn, columns=2).resolve_scale(x="shared", y="shared")
+
+
 def level(value: float) -> alt.Chart:
     """A dashed horizontal line across the chart, for win rates and for gaps."""
     base = alt.Chart(alt.Data(values=[{"win_rate": value, "value": value}]))

@@ -1,12 +1,14 @@
 """The report of a study: one HTML page that opens offline, the figures as PNG, and the data behind them.
 
 STUDY/
-  report.html    the page
-  figures/       its figures
-  results.csv    a row for each checkpoint
-  claims.csv     a row for each claim
-  outcomes.npz   every measured number, example by example
-  facts.json     the settings, the versions, the accuracy of the judges, the duration of each job
+  report.html      the page
+  figures/         its figures
+  results.csv      a row for each checkpoint
+  claims.csv       a row for each claim
+  comparisons.csv  a row for each two arms that are compared at equal KL, by win rate and by rubric
+  fits.csv         a row for each fitted curve of over-optimisation
+  outcomes.npz     every measured number, example by example
+  facts.json       the settings, the versions, the accuracy of the judges, the duration of each job
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ CLAIM_COLUMNS = (
     *("claim", "hypothesis", "figure", "paper", "estimate", "holds_above", "holds_below", "verdict"),
     *("reason", "value", "low", "high", "seeds", "p_value", "p_adjusted", "detectable"),
 )
+COMPARISON_COLUMNS = (
+    *("first", "first_loss", "second", "second_loss", "metric", "seeds", "kl_low", "kl_high"),
+    *("mean_gap", "mean_gap_low", "mean_gap_high", "peak_gap", "peak_gap_low", "peak_gap_high", "better"),
+)
+FIT_COLUMNS = ("arm", "loss", "score", "curve", "a", "a_low", "a_high", "b", "b_low", "b_high")
 Row = dict[str, str]
 """A row of a table: its cells, by header."""
 
@@ -102,9 +109,12 @@ def write_report(folder: AnyPath, results: Sequence[CheckpointResult], context: 
     answered = answers(evidence, claims_of(context.config.claims))
     drawn = [*context.diagrams, *figures.study_figures(evidence, table, comparisons, answered, arms)]
     training = curves.stage_figures(context.training, results, arms)
-    page = _page(evidence, context, arms, comparisons, answered, drawn, training)
+    fits = findings.over_optimisation_fits(evidence, arms)
+    page = _page(evidence, context, arms, comparisons, answered, fits, drawn, training)
     write_bytes(folder / "results.csv", csv_text(table, analysis.COLUMNS).encode())
     write_bytes(folder / "claims.csv", csv_text(map(claim_record, answered), CLAIM_COLUMNS).encode())
+    write_bytes(folder / "comparisons.csv", csv_text(map(_comparison_record, comparisons), COMPARISON_COLUMNS).encode())
+    write_bytes(folder / "fits.csv", csv_text([_fit_record(*each) for each in fits], FIT_COLUMNS).encode())
     write_outcomes(folder, results)
     _write_facts(folder, context)
     return write_page(folder, page, [*drawn, *training], stale=_OWN_FIGURES)
@@ -153,6 +163,7 @@ def _page(
     arms: Sequence[Arm],
     comparisons: Sequence[Comparison],
     answered: Sequence[Answer],
+    fits: Sequence[findings.OverOptimisation],
     drawn: Sequence[Figure],
     training: Sequence[Figure],
 ) -> str:
@@ -179,7 +190,7 @@ def _page(
         drawn=drawn,
         curves=training,
         throughput=curves.throughput_table(context.training),
-        fits=[_fit_row(*each) for each in findings.over_optimisation_fits(evidence, arms)],
+        fits=[_fit_row(*each) for each in fits],
         peaks=_peaks_table(results),
         judges=_judges_table(context.judges),
         runs=_runs_table(results),
@@ -251,6 +262,17 @@ def _comparison_row(comparison: Comparison) -> Row:
     }
 
 
+def _comparison_record(comparison: Comparison) -> dict[str, object]:
+    """A comparison as a row of comparisons.csv, in the unit of the metric; empty cells if the arms share no KL."""
+    budgets = comparison.budgets if len(comparison.budgets) else [math.nan]
+    gaps = {"mean_gap": comparison.mean_gap, "peak_gap": comparison.peak_gap}
+    ends = {"": "value", "_low": "low", "_high": "high"}
+    values = (*comparison.first, *comparison.second, comparison.metric, len(comparison.seeds), budgets[0], budgets[-1])
+    record = dict(zip(COMPARISON_COLUMNS, values, strict=False))
+    record |= {f"{name}{end}": getattr(gap, part) for name, gap in gaps.items() for end, part in ends.items()}
+    return record | {"better": comparison.better}
+
+
 def _better(comparison: Comparison) -> str:
     if not len(comparison.budgets):
         return "cannot be compared"
@@ -269,6 +291,14 @@ def _fit_row(method: Method, metric: str, curve: str, coefficients: Sequence[Int
         "a": a,
         "b": b,
     }
+
+
+def _fit_record(method: Method, metric: str, curve: str, coefficients: Sequence[Interval]) -> dict[str, object]:
+    """A fitted curve as a row of fits.csv, in the unit of the score per sqrt(nat)."""
+    record: dict[str, object] = dict(zip(FIT_COLUMNS, (*method, metric, curve), strict=False))
+    for name, each in zip("ab", coefficients, strict=True):
+        record |= {name: each.value, f"{name}_low": each.low, f"{name}_high": each.high}
+    return record
 
 
 def _peaks_table(results: Sequence[CheckpointResult]) -> list[Row]:

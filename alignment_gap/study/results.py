@@ -66,7 +66,7 @@ def report_context(config: StudyConfig, graph: StudyGraph) -> ReportContext:
         versions=versions() | {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"},
         judges=judges,
         samples=_samples(config, graph.seeds[0]),
-        wall_time={job.name: _wall_time(job) for job in graph.jobs},
+        wall_time={job.name: wall_time(job) for job in graph.jobs},
         notes=notes_on(config, judges),
         diagrams=diagram_figures(graph, config.arms.losses[0]),
         training=[run for seed in graph.seeds for run in _training_runs(graph, seed)],
@@ -84,7 +84,7 @@ def _training_runs(graph: StudyGraph, seed: SeedJobs) -> Iterator[TrainingRun]:
         yield TrainingRun(
             name=run.arm if run else JUDGES.get(name, name),
             lines=read_lines(job.folder),
-            seconds=_wall_time(job).total_seconds(),
+            seconds=wall_time(job).total_seconds(),
             loss=job.config.loss.name if job.config.kind == POLICY else "",
             beta=run.beta if run else math.nan,
             learning_rate=job.config.optimizer.learning_rate,
@@ -93,7 +93,8 @@ def _training_runs(graph: StudyGraph, seed: SeedJobs) -> Iterator[TrainingRun]:
         )
 
 
-def _wall_time(job: Job) -> datetime.timedelta:
+def wall_time(job: Job) -> datetime.timedelta:
+    """The duration of a finished job, in whole seconds."""
     done = read_json(job.folder / DONE, remedy="remove the folder to run the job again")
     return datetime.timedelta(seconds=round(done["seconds"]))
 

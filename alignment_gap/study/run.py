@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import datetime
 import functools
 import operator
 import os
@@ -35,7 +37,7 @@ from alignment_gap.study.analysis import ORIGIN, CheckpointResult
 from alignment_gap.study.config import StudyConfig, settings_by_size
 from alignment_gap.study.graph import JOBS, StudyGraph, study_graph
 from alignment_gap.study.report import peaks_text, write_report
-from alignment_gap.study.results import report_context, study_results
+from alignment_gap.study.results import report_context, study_results, wall_time
 
 STUDY = "study.json"
 
@@ -196,8 +198,19 @@ def write_sizes_report(config: StudyConfig, studies: Sequence[Study], workdir: A
     own = [dataclasses.replace(r, size="") if r.size == config.sizes[0] else r for r in results]
     with locked(workdir):
         context = report_context(studies[0].config, studies[0].graph)
-        report = write_report(workdir, own, dataclasses.replace(context, config=config))
+        times = _times_of_sizes(studies, config.sizes)
+        report = write_report(workdir, own, dataclasses.replace(context, config=config, wall_time=times))
     say(f"report over {len(studies)} sizes: {report}")
+
+
+def _times_of_sizes(studies: Sequence[Study], names: Sequence[str]) -> dict[str, datetime.timedelta]:
+    """The duration of every job of all sizes; a job that sizes do not share has the size's name before its own."""
+    sharing = collections.Counter(job.folder for study in studies for job in study.graph.jobs)
+    return {
+        job.name if sharing[job.folder] == len(studies) else f"{name}-{job.name}": wall_time(job)
+        for study, name in zip(studies, names, strict=True)
+        for job in study.graph.jobs
+    }
 
 
 def _of_size(study: Study, name: str) -> list[CheckpointResult]:

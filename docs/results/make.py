@@ -1,7 +1,7 @@
 """Makes all that follows from the measurements in docs/results, and the tables of claims in README and beside this.
 
 docs/results/STUDY/PIECE/   outcomes.npz and facts.json, as a study's report left them: measured once, and kept
-docs/results/STUDY/         results.csv, claims.csv, facts.json and figures/, made from the pieces
+docs/results/STUDY/         the tables (.csv), facts.json and figures/, made from the pieces
 docs/results/kinds/         figures/ of all studies kinds_* side by side
 
 python docs/results/make.py            every study that has two pieces or more
@@ -27,7 +27,7 @@ README = HERE.parents[1] / "README.md"
 PAGE = HERE / "README.md"
 # The study whose claims README shows.
 MAIN = "paper"
-MADE = ("results.csv", "claims.csv", "facts.json", "figures")
+MADE = ("results.csv", "claims.csv", "comparisons.csv", "fits.csv", "facts.json", "figures")
 # Studies with this name and a kind are compared.
 KINDS = "kinds"
 _BLOCK = re.compile(r"(<!-- claims: made by `make results` -->\n).*?(<!-- end of claims -->)", re.DOTALL)

@@ -68,10 +68,13 @@ def drawn():
 def test_the_papers_figures_are_there_in_order(drawn):
     assert list(drawn) == [
         "equal_kl_ipo",
+        "equal_kl_ipo_rubric",
         "equal_kl_best_of_n",
+        "equal_kl_best_of_n_rubric",
         "figure_4",
         "figure_4_rubric",
         "figure_7",
+        "figure_7_rubric",
         "figure_8_ipo",
         "figure_8_best_of_n",
         "figure_9_best_of_n",
@@ -239,6 +242,17 @@ def test_the_gap_by_loss_is_drawn_for_three_losses_or_more():
     assert figure.png().startswith(b"\x89PNG")
 
 
+def test_scores_other_than_fractions_keep_their_unit():
+    """Percentage points are for win rates; a rubric's gap is in the rubric's own unit."""
+    results = study(losses=("ipo", "dpo", "slic"))
+    found, comparison = draw(results), Evidence(results).compared(("online", "ipo"), ("offline", "ipo"), "rubric")
+    row = next(row for row in rows(found["figure_losses_rubric"]) if row.get("loss") == "IPO")
+    assert row["value"] == pytest.approx(comparison.mean_gap.value) and abs(row["value"]) < 1
+    values = [row["value"] for row in rows(found["equal_kl_ipo_rubric"]) if row.get("arm") == "online minus offline"]
+    assert values == pytest.approx(comparison.gap.value, abs=1e-4)
+    assert axes(found["equal_kl_ipo_rubric"]) == {"Rubric", "Gap, online minus offline (rubric score)"}
+
+
 def test_other_pairs_are_classified_with_the_proxy_as_a_line():
     accuracies = ("stream_accuracy", "heldout_accuracy", "own_accuracy")
     results = study(losses=("ipo",), metrics=(*ALL, *accuracies))
@@ -264,6 +278,32 @@ def test_the_best_of_every_size_is_drawn_over_its_parameters():
         assert row["best"] == pytest.approx(best)
         assert row["relative"] == pytest.approx(best / np.quantile(online, 0.9))
     assert {answer.claim.figure for answer in figure.answers} == {"11"}
+    rubric = [result.mean("rubric") for result in sizes if result.arm == "offline"]
+    true = {row["best"] for row in rows(draw(results)["figure_11_rubric"]) if row["arm"] == "offline"}
+    assert true == {np.quantile(rubric, 0.9)}
+
+
+def test_every_size_has_a_panel_over_kl():
+    own = [dataclasses.replace(result, parameters=10) for result in study(losses=("ipo",))]
+    large = [
+        dataclasses.replace(
+            r, size="large", parameters=8000, outcomes=r.outcomes | {"win_rate": np.full(24, r.step / 2)}
+        )
+        for r in own
+    ]
+    found = draw([*own, *large])
+    figure = found["figure_10"]
+    panels = {panel["title"]: panel["data"]["values"] for panel in figure.spec["concat"]}
+    assert list(panels) == ["10 parameters", "8,000 parameters"]
+    ends = [row["win_rate"] for row in panels["8,000 parameters"] if (row["arm"], row["step"]) == ("online", 2)]
+    assert ends == [1.0] and {row["arm"] for row in panels["10 parameters"]} == {
+        *("sft", "golden", "online", "offline", "shuffled")
+    }
+    assert [sentence.partition(":")[0] for sentence in figure.sentences] == [
+        "With 10 parameters",
+        "With 8,000 parameters",
+    ]
+    assert "figure_10_rubric" in found and "figure_10" not in draw(own)
 
 
 def test_an_unknown_loss_is_drawn():
@@ -305,8 +345,8 @@ def test_nothing_trained_draws_nothing():
 def test_a_loss_of_ones_own_is_in_titles_as_it_is_named_and_in_no_name_of_a_file():
     found = draw(study(losses=("ipo", "my.losses:hinge")))
     assert {name for name in found if "hinge" in name} == {
-        *("equal_kl_my.losses_hinge", "figure_8_my.losses_hinge", "figure_9_my.losses_hinge"),
-        "figure_9_my.losses_hinge_rubric",
+        *("equal_kl_my.losses_hinge", "equal_kl_my.losses_hinge_rubric"),
+        *("figure_8_my.losses_hinge", "figure_9_my.losses_hinge", "figure_9_my.losses_hinge_rubric"),
     }
     assert found["figure_8_my.losses_hinge"].title == "Figure 8: classification along training, my.losses:hinge"
 

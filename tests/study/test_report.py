@@ -14,10 +14,13 @@ import pytest
 
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation import charts
+from alignment_gap.study import findings
 from alignment_gap.study.analysis import CheckpointResult
+from alignment_gap.study.arms import arms_of
 from alignment_gap.study.claims import CLAIMS
 from alignment_gap.study.config import ArmsConfig, StudyConfig
 from alignment_gap.study.curves import TrainingRun
+from alignment_gap.study.estimates import Evidence
 from alignment_gap.study.report import JudgeFacts, ReportContext, peaks_text, write_report
 
 # As the text of the page: the cells of a row follow one another.
@@ -36,7 +39,7 @@ FACTS = [
     "At equal KL online is better than offline.",
     "online minus offline, win rate against the golden policy, at equal KL",
 ]
-DRAWN = {"equal_kl_ipo", "figure_4", "figure_4_rubric", "training_sft", "training_ipo"}
+DRAWN = {"equal_kl_ipo", "equal_kl_ipo_rubric", "figure_4", "figure_4_rubric", "training_sft", "training_ipo"}
 HOSTILE = "</script><script>alert('x')</script> & <b>bold</b>"
 
 
@@ -123,18 +126,39 @@ def page(folder):
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
+def table(folder, name):
+    with (folder / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_page_numbers_and_pictures_are_there(folder):
     assert {path.stem for path in (folder / "figures").iterdir()} == DRAWN
-    with (folder / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["arm"], row["step"]) for row in rows] == [(r.arm, str(r.step)) for r in results()]
-    files = ["claims.csv", "facts.json", "figures", "outcomes.npz", "report.html", "results.csv"]
-    assert sorted(path.name for path in folder.iterdir()) == files
+    assert [(row["arm"], row["step"]) for row in table(folder, "results.csv")] == [
+        (r.arm, str(r.step)) for r in results()
+    ]
+    tables = {f"{name}.csv" for name in ("claims", "comparisons", "fits", "results")}
+    assert {path.name for path in folder.iterdir()} == tables | {"facts.json", "figures", "outcomes.npz", "report.html"}
+
+
+def test_comparisons_at_equal_kl_and_fits_are_tables_too(folder):
+    evidence, arms = Evidence(results()), arms_of(StudyConfig().arms.names)
+    (compared,) = (row for row in table(folder, "comparisons.csv") if row["metric"] == "rubric")
+    comparison = evidence.compared(("online", "ipo"), ("offline", "ipo"), "rubric")
+    assert (compared["first"], compared["second"], compared["seeds"]) == ("online", "offline", "1")
+    assert [float(compared[name]) for name in ("kl_low", "kl_high", "mean_gap", "mean_gap_low", "peak_gap_high")] == [
+        *comparison.budgets[[0, -1]],
+        *(comparison.mean_gap.value, comparison.mean_gap.low, comparison.peak_gap.high),
+    ]
+    fits = findings.over_optimisation_fits(evidence, arms)
+    rows = table(folder, "fits.csv")
+    assert [(row["arm"], row["loss"], row["score"], row["curve"]) for row in rows] == [
+        (*method, metric, curve) for method, metric, curve, _ in fits
+    ]
+    assert [float(row["b_low"]) for row in rows] == [b.low for *_, (_, b) in fits] and len(rows) == 4
 
 
 def test_every_claim_is_a_row_of_a_table(folder, page):
-    with (folder / "claims.csv").open(newline="") as file:
-        found = {row["claim"]: row for row in csv.DictReader(file)}
+    found = {row["claim"]: row for row in table(folder, "claims.csv")}
     assert list(found) == [claim.name for claim in CLAIMS]
     row = found["online-beats-offline"]
     assert (row["figure"], row["holds_above"], row["holds_below"], row["seeds"]) == ("1", "0.0", "inf", "1")
@@ -272,6 +296,8 @@ def test_arms_that_share_no_kl_are_not_compared(tmp_path, undrawn):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "IPO: at equal KL online and offline cannot be compared." in text
     assert "none shared" in text and not re.search(r"\bnan\b", Page(text).text)
+    row = table(tmp_path, "comparisons.csv")[0]
+    assert row["kl_low"] == row["mean_gap"] == row["better"] == "" and row["peak_gap"] != ""
 
 
 def test_a_failure_leaves_the_finished_report(tmp_path, monkeypatch, undrawn):
