@@ -7,33 +7,33 @@ import pathlib
 import numpy as np
 import pytest
 
-from alignment_gap.evaluation.results import csv_text
-from alignment_gap.study.analysis import COLUMNS, CheckpointResult, results_table
-from alignment_gap.study.report import CLAIM_COLUMNS
+from alignment_gap.evaluation import charts
+from alignment_gap.study.analysis import CheckpointResult
+from alignment_gap.study.config import StudyConfig
+from alignment_gap.study.report import JudgeFacts, ReportContext, write_report
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def planted(arm, height):
-    """A run whose win rate at a KL of k nats is 0.5 + height * k. Its examples scatter about this mean."""
-    noise = np.linspace(-0.1, 0.1, 8)
+def planted(arm, height, **identity):
+    """A run whose win rate at a KL of k nats is 0.5 + height * k, on every example."""
     return [
-        CheckpointResult(arm, "ipo", 0.1, 1e-3, 0, step, {"kl": noise + step, "win_rate": noise + 0.5 + height * step})
+        CheckpointResult(arm, "ipo", 0.1, 1e-3, 0, step, outcomes, **identity)
         for step in (1, 2, 4)
+        for outcomes in [{"kl": np.full(8, float(step)), "win_rate": np.full(8, 0.5 + height * step)}]
     ]
 
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """Writes results as a study writes them, runs the notebook on them, and returns its names."""
+    """Writes the files of a study with its own functions, runs the notebook on them, and returns its names."""
+    monkeypatch.setattr(charts, "png", lambda spec, scale=2.0: b"")
 
     def run(results):
         folder = tmp_path / "runs" / "study"
-        folder.mkdir(parents=True)
+        judges = [JudgeFacts(0, "golden, held-out human labels", {"the labels": 0.75})]
+        write_report(folder, results, ReportContext(StudyConfig(), judges=judges))
         (tmp_path / "notebooks").mkdir()
-        (folder / "results.csv").write_text(csv_text(results_table(results), COLUMNS))
-        row = {"claim": "online-beats-offline", "paper": "It is better.", "verdict": "agrees", "value": 0.25}
-        (folder / "claims.csv").write_text(csv_text([row | {"low": 0.1, "high": 0.4}], CLAIM_COLUMNS))
         job = folder / "jobs" / "seed0-online-ipo-0123456789ab"
         job.mkdir(parents=True)
         (job / "job.json").write_text(json.dumps({"kind": "policy", "loss.name": "ipo"}))
@@ -55,20 +55,21 @@ def origin():
 
 def test_notebook_finds_the_planted_gap(ran, origin, capsys):
     scope = ran([origin, *planted("golden", 0.02), *planted("online", 0.1), *planted("offline", 0.05)])
+    (comparison,) = scope["comparisons"]
+    assert (comparison.first, comparison.second) == (("online", "ipo"), ("offline", "ipo"))
     # Budgets are equally spaced in sqrt(KL), from 1 to 4 nats; the gap is 0.05 times their mean.
-    ((pair, gap),) = scope["gaps"].items()
-    assert pair == ("ipo", "online", "offline")
-    np.testing.assert_allclose(gap, 0.05 * np.mean(np.linspace(1, 2, 32) ** 2), atol=1e-6)
-    assert scope["best"]["ipo", "online", 0]["step"] == "4"
+    np.testing.assert_allclose(comparison.mean_gap.value, 0.05 * np.mean(np.linspace(1, 2, 32) ** 2), atol=1e-6)
+    assert scope["best"]["ipo", "online", 0].checkpoint.step == 4
     said = capsys.readouterr().out
-    assert "between the peaks +20.0" in said
-    assert "agrees            0.250 (0.100 to 0.400)  It is better." in said
+    assert "IPO: at equal KL online beats offline." in said and "between their peaks, at any KL, it is +20.0" in said
+    assert "cannot be told   +11.7 points" in said and "At equal KL online is better than offline." in said
+    assert "seed 0  golden, held-out human labels: the labels 75.0%" in said
     assert "Run seed0-online-ipo, Loss IPO, Jobs 1, Steps 4, Pairs/s 12," in said
 
 
 def test_notebook_draws_the_main_figure_and_the_curves(ran, origin):
     scope = ran([origin, *planted("online", 0.1), *planted("offline", 0.05)])
-    drawn = scope["main"].spec["data"]["values"]
+    drawn = scope["drawn"]["figure_4"].spec["data"]["values"]
     assert sorted((row["arm"], row["step"]) for row in drawn if not row.get("start")) == [
         *(("offline", step) for step in (1, 2, 4)),
         *(("online", step) for step in (1, 2, 4)),
@@ -77,15 +78,21 @@ def test_notebook_draws_the_main_figure_and_the_curves(ran, origin):
     assert [row["loss"] for row in scope["training"].spec["data"]["values"]] == [2.0]
 
 
-def test_notebook_compares_every_pair_of_the_table(ran, origin):
-    scope = ran([origin, *planted("online", 0.1), *planted("shuffled", 0.1), *planted("offline", 0.05)])
-    assert set(scope["gaps"]) == {
-        ("ipo", "online", "offline"),
-        ("ipo", "online", "shuffled"),
-        ("ipo", "shuffled", "offline"),
-    }
-    assert abs(scope["gaps"]["ipo", "online", "shuffled"]) < 1e-9
+def test_runs_of_other_lengths_and_sizes_are_not_pooled(ran, origin, capsys):
+    """A run of five times the steps is a run of its own; another size is another study."""
+    larger = [CheckpointResult(*("sft", "sft", math.nan, math.nan, 0, 0), origin.outcomes, size="large", parameters=90)]
+    larger += planted("online", 0.01, size="large", parameters=90)
+    scope = ran(
+        [
+            *(origin, *planted("online", 0.1), *planted("offline", 0.05)),
+            *(*planted("offline", 0.06, steps_factor=5), *larger),
+        ]
+    )
+    runs = scope["evidence"].runs(("offline", "ipo"), "win_rate")[0]
+    assert [[result.steps_factor for result in run[1:]] for run in runs] == [[1, 1, 1], [5, 5, 5]]
+    assert len(scope["evidence"].runs(("online", "ipo"), "win_rate")[0]) == 1
+    assert "sizes: 0 parameters, 90 parameters" in capsys.readouterr().out
 
 
 def test_without_a_second_arm_there_is_nothing_to_compare(ran, origin):
-    assert ran([origin, *planted("online", 0.1)])["gaps"] == {}
+    assert ran([origin, *planted("online", 0.1)])["comparisons"] == []
