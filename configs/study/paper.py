@@ -1,4 +1,4 @@
-"""All arms and claims of the study on the built-in task: five seeds of 172 jobs, two hours each on two busy cores.
+"""All arms and claims of the study on the built-in task: five seeds of 172 jobs, one to six hours of jobs each.
 
 alignment-gap study --config=configs/study/paper.py --config.seed=0 --config.seeds=1 --workdir=runs/paper_0
 alignment-gap report --runs=runs/paper_0,runs/paper_1 --pool --workdir=runs/paper

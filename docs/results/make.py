@@ -10,6 +10,7 @@ python docs/results/make.py paper      one of them
 
 from __future__ import annotations
 
+import csv
 import pathlib
 import re
 import shutil
@@ -17,7 +18,12 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 
+from alignment_gap.evaluation.intervals import Interval
 from alignment_gap.folders import at
+from alignment_gap.study import findings
+from alignment_gap.study.analysis import loss_name
+from alignment_gap.study.arms import ARMS, DATASETS, WINDOWS
+from alignment_gap.study.arms import MAIN as MAIN_PANEL
 from alignment_gap.study.compare import claims_table, read_study, write_comparison
 from alignment_gap.study.outcomes import OUTCOMES
 from alignment_gap.study.pool import write_pooled
@@ -30,7 +36,8 @@ MAIN = "paper"
 MADE = ("results.csv", "claims.csv", "comparisons.csv", "fits.csv", "facts.json", "figures")
 # Studies with this name and a kind are compared.
 KINDS = "kinds"
-_BLOCK = re.compile(r"(<!-- claims: made by `make results` -->\n).*?(<!-- end of claims -->)", re.DOTALL)
+# Arms whose comparisons claims answer.
+CLAIMED = (MAIN_PANEL, WINDOWS, DATASETS)
 
 
 def pieces_of(study: pathlib.Path) -> list[pathlib.Path]:
@@ -75,6 +82,31 @@ def kinds_markdown(studies: Sequence[pathlib.Path]) -> str:
     return "\n".join(lines)
 
 
+def comparisons_markdown(study: pathlib.Path) -> str:
+    """The comparisons at equal KL that no claim is about, as a table in Markdown with a row for each two arms."""
+    panels = {arm.name: arm.panel for arm in ARMS}
+    pairs: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    with (study / "comparisons.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if panels[row["first"]] not in CLAIMED:
+                pair = row["first"], row["first_loss"], row["second"], row["second_loss"]
+                pairs.setdefault(pair, {})[row["metric"]] = row
+    lines = ["| question | arms | win rate | rubric | win rate between the peaks |", "|---|---|---|---|---|"]
+    for (first, loss, second, other), rows in pairs.items():
+        of_other = "" if other == loss else f" ({loss_name(other)})"
+        gaps = [
+            _gap(rows[metric], gap) for metric, gap in (("win_rate", "mean"), ("rubric", "mean"), ("win_rate", "peak"))
+        ]
+        lines.append(f"| {panels[first]} | `{first}` {findings.MINUS} `{second}`{of_other} | {' | '.join(gaps)} |")
+    return "\n".join(lines)
+
+
+def _gap(row: dict[str, str], name: str) -> str:
+    """A gap with its interval, in percentage points or in the unit of the rubric; a dash if the arms share no KL."""
+    ends = [row[f"{name}_gap{end}"] for end in ("", "_low", "_high")]
+    return findings.in_table(Interval(*map(float, ends)), row["metric"]) if all(ends) else "\u2013"
+
+
 def compare(studies: Sequence[pathlib.Path], made: pathlib.Path) -> None:
     """Writes the figures of several studies side by side to figures/ in `made`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -84,9 +116,10 @@ def compare(studies: Sequence[pathlib.Path], made: pathlib.Path) -> None:
         shutil.move(pathlib.Path(folder, "figures"), made / "figures")
 
 
-def between_marks(text: str, table: str) -> str:
+def between_marks(text: str, table: str, what: str = "claims") -> str:
     """A page with the table between its two marks."""
-    return _BLOCK.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+    block = rf"(<!-- {what}: made by `make results` -->\n).*?(<!-- end of {what} -->)"
+    return re.sub(block, lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text, flags=re.DOTALL)
 
 
 def main(names: Iterable[str]) -> None:
@@ -99,6 +132,8 @@ def main(names: Iterable[str]) -> None:
         make(study)
     if (HERE / MAIN / "claims.csv").exists():
         README.write_text(between_marks(README.read_text("utf-8"), claims_markdown(HERE / MAIN)), "utf-8")
+        beyond = comparisons_markdown(HERE / MAIN)
+        PAGE.write_text(between_marks(PAGE.read_text("utf-8"), beyond, "comparisons"), "utf-8")
     if len(kinds := kinds_made(HERE)) > 1:
         compare(kinds, HERE / KINDS)
         PAGE.write_text(between_marks(PAGE.read_text("utf-8"), kinds_markdown(kinds)), "utf-8")

@@ -65,6 +65,23 @@ def test_readme_has_the_claims_of_the_main_study():
     assert "| At equal KL online is better than offline. | 1 | " in text
 
 
+def test_the_page_has_the_comparisons_that_no_claim_is_about():
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    table = make_results.comparisons_markdown(RESULTS / make_results.MAIN)
+    assert make_results.between_marks(text, table, "comparisons") == text
+    assert (
+        "| Semi-online | `refresh_4` \u2212 `online` | " in text and "`high_beta` \u2212 `offline` | \u2013 | " in text
+    )
+
+
+def test_the_golden_models_of_the_main_study_agree_with_the_rubric():
+    """The study is about its golden model; no seed is chosen or left out."""
+    facts = [read_facts(at(piece)).judges for piece in make_results.pieces_of(RESULTS / make_results.MAIN)]
+    held_out = [judge for judges in facts for judge in judges if judge.measured == "golden, held-out human labels"]
+    assert [judge.seed for judge in held_out] == [0, 1, 2, 3, 4]
+    assert min(judge.shares["rubric"] for judge in held_out) >= 0.85
+
+
 def test_the_page_has_the_claims_of_all_kinds_side_by_side():
     kinds, text = make_results.kinds_made(RESULTS), (RESULTS / "README.md").read_text(encoding="utf-8")
     assert make_results.between_marks(text, make_results.kinds_markdown(kinds)) == text

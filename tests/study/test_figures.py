@@ -221,6 +221,16 @@ def test_the_arms_of_a_panel_are_drawn_with_those_that_they_are_compared_with():
     assert found["figure_13"].png().startswith(b"\x89PNG")
 
 
+def test_runs_at_other_settings_than_those_of_the_windows_are_left_out():
+    """A sweep of the shuffled arm reaches so far in KL that the windows could not be told apart."""
+    results = [*study(), *run("large_windows"), *run("shuffled", beta=0.01, start=30.0)]
+    figure = draw(results, arms=[arm for arm in ARMS if arm.panel in (MAIN, WINDOWS)])["figure_13"]
+    assert {row["setting"] for row in rows(figure) if row.get("arm") == "shuffled"} == {"beta 0.1, lr 0.001", ""}
+    assert figure.sentences[0].endswith(
+        "shows only the win rate against the golden policy of runs with beta 0.1, lr 0.001."
+    )
+
+
 def test_an_arm_with_a_loss_of_its_own_gives_no_figures_for_that_loss():
     results = [*study(losses=("ipo", "dpo")), *run("hypo", "hypo"), *run("chi_po", "chi_po")]
     found = draw(results, arms=[arm for arm in ARMS if arm.panel in (MAIN, OBJECTIVES)])

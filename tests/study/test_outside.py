@@ -66,7 +66,7 @@ def test_the_arm_is_in_the_findings_and_in_every_figure(replayed):
     assert "at equal KL" in page and "mirrored \u2212 online" in page
     (specs,) = (part.partition("</script>")[0] for part in page.split('type="application/json">')[1:])
     # Stages before the arms have curves without them, and curves have no marks.
-    elsewhere = ("equal_kl_ipo", "figure_2", "figure_3", "training_sft", "training_judges")
+    elsewhere = ("equal_kl_ipo", "equal_kl_ipo_rubric", "figure_2", "figure_3", "training_sft", "training_judges")
     for name, spec in json.loads(specs).items():
         if name not in elsewhere:
             assert "#123456" in json.dumps(spec), name

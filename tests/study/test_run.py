@@ -71,14 +71,14 @@ def test_trained_policies_have_left_the_origin(finished):
 
 def test_the_report_lies_beside_the_jobs(finished):
     assert {path.name for path in finished.workdir.iterdir()} == {
-        *("jobs", "figures", "report.html", "results.csv", "claims.csv", "outcomes.npz", "facts.json"),
-        *("study.json", ".lock"),
+        *("jobs", "figures", "report.html", "results.csv", "claims.csv", "comparisons.csv", "fits.csv"),
+        *("outcomes.npz", "facts.json", "study.json", ".lock"),
     }
     page = (finished.workdir / "report.html").read_text()
     assert "http-equiv" in page and "<script src" not in page
     assert {path.stem for path in (finished.workdir / "figures").iterdir()} == {
-        *("equal_kl_ipo", "figure_2", "figure_3", "figure_4", "figure_4_rubric", "figure_7", "figure_8_ipo"),
-        *("training_sft", "training_judges", "training_ipo"),
+        *("equal_kl_ipo", "equal_kl_ipo_rubric", "figure_2", "figure_3", "figure_4", "figure_4_rubric"),
+        *("figure_7", "figure_7_rubric", "figure_8_ipo", "training_sft", "training_judges", "training_ipo"),
     }
     for job in finished.graph.jobs:
         assert job.state == "done" and job.name in page

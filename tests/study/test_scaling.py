@@ -1,6 +1,7 @@
 """A scaling study: its sizes share some jobs, and each size is a study."""
 
 import dataclasses
+import datetime
 
 import pytest
 from planted import two_runs
@@ -93,6 +94,7 @@ def test_the_report_over_sizes_pools_them_by_their_parameters(config, tmp_path, 
     monkeypatch.setattr(run, "study_results", lambda graph: two_runs())
     monkeypatch.setattr(run, "report_context", lambda config, graph: ReportContext(config))
     monkeypatch.setattr(run, "write_report", lambda *arguments: written.append(arguments))
+    monkeypatch.setattr(run, "wall_time", lambda job: datetime.timedelta(seconds=len(str(job.folder))))
     run.write_sizes_report(scaling(config), studies, tmp_path, lambda line: None)
     ((folder, results, context),) = written
     assert folder == tmp_path and context.config.sizes == SIZES
@@ -100,6 +102,9 @@ def test_the_report_over_sizes_pools_them_by_their_parameters(config, tmp_path, 
     expected = [count_parameters(make_policy(study.config.policy)) for study in studies]
     assert counts == {"": expected[0], "t5_small": expected[1]}
     assert len(Evidence(results).sizes) == 2
+    # A job that both sizes share counts once, a job of each size for each.
+    assert len(context.wall_time) == len({job.folder for study in studies for job in study.graph.jobs})
+    assert {"seed0-data", "seed0-base", "palm_10m-seed0-sft", "t5_small-seed0-sft"} < context.wall_time.keys()
 
 
 def test_judges_that_start_from_the_policy_are_of_each_size(config, tmp_path):
