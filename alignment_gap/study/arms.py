@@ -95,10 +95,13 @@ class Contrast:
     Attributes:
       other: name of the other arm.
       loss: loss of the other arm; empty for the loss of this arm.
+      at_shared_settings: whether only runs at settings that both arms have count. If one of them is swept and the
+        question is about their data, the sweep is no part of it.
     """
 
     other: str
     loss: str = ""
+    at_shared_settings: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +141,8 @@ class Arm:
             raise UserError(f"the arm {self.name} has source={self.source}, best_of={self.best_of}: give one of them")
 
 
+_of_data = functools.partial(Contrast, at_shared_settings=True)
+
 ARMS = (
     Arm(
         name="online",
@@ -167,7 +172,7 @@ ARMS = (
         name="replayed",
         reads="D_online in its order",
         source=lambda branch: branch.dataset(branch.run_of("online") / RECORD, order="recorded"),
-        contrasts=(Contrast("online"),),
+        contrasts=(_of_data("online"),),
         panel=WINDOWS,
         colour="#56B4E9",
         shape="triangle-down",
@@ -176,7 +181,7 @@ ARMS = (
         name="small_windows",
         reads="D_online, shuffled within windows of a thousandth of the run's steps (4 of 4,000 in the paper)",
         source=lambda branch: branch.stream(1000),
-        contrasts=(Contrast("online"),),
+        contrasts=(_of_data("online"),),
         panel=WINDOWS,
         colour="#CC79A7",
         shape="triangle-right",
@@ -185,7 +190,7 @@ ARMS = (
         name="large_windows",
         reads="D_online, shuffled within windows of an eighth of the run's steps (500 of 4,000 in the paper)",
         source=lambda branch: branch.stream(8),
-        contrasts=(Contrast("online"), Contrast("shuffled")),
+        contrasts=(_of_data("online"), _of_data("shuffled")),
         panel=WINDOWS,
         colour="#D55E00",
         shape="triangle-left",
@@ -195,7 +200,7 @@ ARMS = (
         name="final_vs_final",
         reads="pairs of the final online policy, labelled by the golden model (4k vs 4k in the paper)",
         source=lambda branch: branch.dataset(branch.pairs("final_vs_final", [branch.run_of("online")])),
-        contrasts=(Contrast("offline"),),
+        contrasts=(_of_data("offline"),),
         panel=DATASETS,
         colour="#CC79A7",
         shape="triangle-right",
@@ -204,7 +209,7 @@ ARMS = (
         name="sft_vs_early",
         reads="a response of SFT against one of an early online policy, labelled by the golden model (sft vs 800)",
         source=lambda branch: branch.dataset(branch.pairs("sft_vs_early", [branch.sft, branch.early_of("online")])),
-        contrasts=(Contrast("offline"), Contrast("final_vs_final"), Contrast("early_vs_final")),
+        contrasts=(_of_data("offline"), _of_data("final_vs_final"), _of_data("early_vs_final")),
         panel=DATASETS,
         colour="#56B4E9",
         shape="triangle-down",
@@ -216,7 +221,7 @@ ARMS = (
         source=lambda branch: branch.dataset(
             branch.pairs("early_vs_final", [branch.early_of("online"), branch.run_of("online")])
         ),
-        contrasts=(Contrast("offline"), Contrast("final_vs_final")),
+        contrasts=(_of_data("offline"), _of_data("final_vs_final")),
         panel=DATASETS,
         colour="#D55E00",
         shape="triangle-left",

@@ -64,10 +64,15 @@ class Evidence:
         return seeds_of(self.results)
 
     @functools.cached_property
-    def sizes(self) -> list[Evidence]:
-        """Separate evidence for every size, including the study's own, ordered by number of parameters."""
-        counts = {result.size: result.parameters for result in self.everything if result.arm == ORIGIN}
-        return [self._of_size(size) for size, _ in sorted(counts.items(), key=lambda each: each[1])]
+    def parameters(self) -> int:
+        """Number of parameters of the study's own policies; 0 if not counted."""
+        return max((result.parameters for result in self.results if result.arm == ORIGIN), default=0)
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, Evidence]:
+        """Separate evidence for every size by name, including the study's own, ordered by number of parameters."""
+        names = dict.fromkeys(result.size for result in self.everything if result.arm == ORIGIN)
+        return dict(sorted(((name, self._of_size(name)) for name in names), key=lambda each: each[1].parameters))
 
     def runs(self, method: Method, metric: str) -> dict[int, Runs]:
         """The runs of a method in every seed that measured the metric and KL; raises NotMeasured if there is none."""
@@ -299,10 +304,10 @@ class Narrowing:
 
     def __call__(self, evidence: Evidence) -> BySeed:
         """Raises NotMeasured if there is only one size, or a method is missing at one of the two."""
-        if len(evidence.sizes) < 2:
+        gap, sizes = PeakGap(self.first, self.second, self.metric), [*evidence.sizes.values()]
+        if len(sizes) < 2:
             raise NotMeasured("the study has policies of one size")
-        gap = PeakGap(self.first, self.second, self.metric)
-        smallest, largest = gap(evidence.sizes[0]), gap(evidence.sizes[-1])
+        smallest, largest = gap(sizes[0]), gap(sizes[-1])
         return {seed: smallest[seed] - largest[seed] for seed in _some([seed for seed in smallest if seed in largest])}
 
     def __str__(self) -> str:

@@ -294,13 +294,12 @@ def _panel_figure(study: _Study, panel: str, metric: str) -> Figure:
     if not any(row["arm"] in arms for row in rows):
         return dataclasses.replace(base, missing=f"not measured: {', '.join(arms)}")
     said = [study.at_equal_kl(c) for c in study.comparisons if c.metric == metric and c.first[0] in arms]
-    if panel in (WINDOWS, DATASETS):
-        # As the claims on these do. A sweep of the other arms reaches so far that these could not be told apart.
+    if all(contrast.at_shared_settings for arm in arms.values() for contrast in arm.contrasts):
         settings = {row["setting"] for row in rows if row["arm"] in arms}
         shared = [row for row in rows if row["arm"] in POLICIES_BESIDE_ARMS or row["setting"] in settings]
         if len(shared) < len(rows):
-            of_settings = f"{METRICS[metric].words} of runs with {' or '.join(sorted(settings))}"
-            rows, said = shared, [f"{panel} shows only the {of_settings}.", *said]
+            words = METRICS[metric].words
+            rows, said = shared, [f"{panel}: the {words} of runs with {' or '.join(sorted(settings))} only.", *said]
     return dataclasses.replace(base, sentences=tuple(said), spec=charts.finish(over_kl(rows, study.arms, metric)))
 
 
@@ -417,13 +416,12 @@ def _sizes_figure(study: _Study, rows: Mapping[str, Sequence[Row]], loss: str, m
         f"Is the order of the arms by {METRICS[metric].words} the same for small and for large policies?",
         "It sets XL beside Large: a larger policy does not close the gap."
         if metric == "win_rate"
-        else _no_quality("beside the sizes' win rates"),
+        else _no_quality("by size"),
     )
-    names = sorted({(result.parameters, result.size) for result in study.evidence.everything})
     methods: list[Method] = [(arm, loss) for arm in findings.question(study.arms)]
     panels, said = {}, []
-    for (parameters, name), size in zip(names, study.evidence.sizes, strict=True):
-        of_size = dataclasses.replace(study, rows=rows[name])
+    for name, size in study.evidence.sizes.items():
+        of_size, parameters = dataclasses.replace(study, rows=rows[name]), size.parameters
         if of_size.lacking(loss, ("kl", metric)):
             continue
         panels[f"{parameters:,} parameters"] = of_size.select(loss, ("kl", metric))
@@ -447,7 +445,7 @@ def _scale_figure(study: _Study, loss: str, metric: str) -> Figure:
         else _no_quality("over sizes"),
         study.claims("11", "14") if metric == "win_rate" else (),
     )
-    values = [row for size in study.evidence.sizes for row in _best_rows(study, size, loss, metric)]
+    values = [row for size in study.evidence.sizes.values() for row in _best_rows(study, size, loss, metric)]
     if not values:
         return dataclasses.replace(base, missing=f"no arm has {METRICS[metric].words} at several sizes")
     x = alt.X("parameters:Q", title="Parameters (logarithmic)", scale=alt.Scale(type="log", base=2, nice=False))
@@ -484,9 +482,8 @@ def _best_rows(study: _Study, size: Evidence, loss: str, metric: str) -> list[Ro
         measured = [r for r in size.results if r.method == (arm, loss) and r.seed == seed and metric in r.outcomes]
         if measured:
             best[arm, seed] = float(np.quantile([result.mean(metric) for result in measured], 0.9))
-    parameters = max(result.parameters for result in size.results)
     return [
-        {"arm": arm, "seed": seed, "parameters": parameters, "best": value}
+        {"arm": arm, "seed": seed, "parameters": size.parameters, "best": value}
         | ({"relative": value / best["online", seed]} if best.get(("online", seed)) else {})
         for (arm, seed), value in best.items()
     ]

@@ -25,7 +25,7 @@ from alignment_gap.study.analysis import (
     losses_of,
     over_seeds,
 )
-from alignment_gap.study.arms import MAIN, Arm
+from alignment_gap.study.arms import MAIN, Arm, Contrast
 from alignment_gap.study.estimates import CORRELATION, Estimate, Evidence, NotMeasured
 
 FITTED = ("win_rate", "proxy_win_rate", "rubric")
@@ -42,12 +42,22 @@ def study_comparisons(evidence: Evidence, arms: Sequence[Arm]) -> list[Compariso
     """Every contrast of the arms that was measured, under every loss, by win rate and by rubric."""
     contrasts = [(arm.name, contrast) for arm in arms for contrast in arm.contrasts]
     found = [
-        evidence.compared((name, loss), (contrast.other, contrast.loss or loss), metric)
+        _compared(evidence, (name, loss), contrast, metric)
         for loss, metric, (name, contrast) in itertools.product(
             losses_of(evidence.results), ("win_rate", "rubric"), contrasts
         )
     ]
     return [comparison for comparison in found if comparison is not None]
+
+
+def _compared(evidence: Evidence, first: Method, contrast: Contrast, metric: str) -> Comparison | None:
+    second = contrast.other, contrast.loss or first[1]
+    if contrast.at_shared_settings:
+        try:
+            evidence = evidence.with_shared_settings(first, second)
+        except NotMeasured:
+            return None
+    return evidence.compared(first, second, metric)
 
 
 def question(arms: Sequence[Arm]) -> tuple[str, ...]:

@@ -211,7 +211,7 @@ def estimates(chart: alt.Chart, words: str, names: Sequence[str]) -> alt.LayerCh
     bars = chart.mark_rule(strokeWidth=1.5).encode(alt.X("low:Q", title=words), alt.X2("high:Q"))
     tips = [
         *(f"{name}:N" for name in names),
-        *(alt.Tooltip(f"{end}:Q", format=".2f") for end in ("value", "low", "high")),
+        *(alt.Tooltip(f"{end}:Q", format=".3~r") for end in ("value", "low", "high")),
     ]
     marks = chart.mark_point(filled=True, size=65).encode(x, tooltip=tips)
     zero = alt.Chart(alt.Data(values=[{"value": 0}])).mark_rule(strokeDash=[4, 4], color=charts.LINE)

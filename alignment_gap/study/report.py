@@ -113,8 +113,8 @@ def write_report(folder: AnyPath, results: Sequence[CheckpointResult], context: 
     page = _page(evidence, context, arms, comparisons, answered, fits, drawn, training)
     write_bytes(folder / "results.csv", csv_text(table, analysis.COLUMNS).encode())
     write_bytes(folder / "claims.csv", csv_text(map(claim_record, answered), CLAIM_COLUMNS).encode())
-    write_bytes(folder / "comparisons.csv", csv_text(map(_comparison_record, comparisons), COMPARISON_COLUMNS).encode())
-    write_bytes(folder / "fits.csv", csv_text([_fit_record(*each) for each in fits], FIT_COLUMNS).encode())
+    write_bytes(folder / "comparisons.csv", csv_text(map(comparison_record, comparisons), COMPARISON_COLUMNS).encode())
+    write_bytes(folder / "fits.csv", csv_text([fit_record(*each) for each in fits], FIT_COLUMNS).encode())
     write_outcomes(folder, results)
     _write_facts(folder, context)
     return write_page(folder, page, [*drawn, *training], stale=_OWN_FIGURES)
@@ -262,15 +262,15 @@ def _comparison_row(comparison: Comparison) -> Row:
     }
 
 
-def _comparison_record(comparison: Comparison) -> dict[str, object]:
+def comparison_record(comparison: Comparison) -> dict[str, object]:
     """A comparison as a row of comparisons.csv, in the unit of the metric; empty cells if the arms share no KL."""
     budgets = comparison.budgets if len(comparison.budgets) else [math.nan]
-    gaps = {"mean_gap": comparison.mean_gap, "peak_gap": comparison.peak_gap}
-    ends = {"": "value", "_low": "low", "_high": "high"}
-    values = (*comparison.first, *comparison.second, comparison.metric, len(comparison.seeds), budgets[0], budgets[-1])
-    record = dict(zip(COMPARISON_COLUMNS, values, strict=False))
-    record |= {f"{name}{end}": getattr(gap, part) for name, gap in gaps.items() for end, part in ends.items()}
-    return record | {"better": comparison.better}
+    gaps = [end for gap in (comparison.mean_gap, comparison.peak_gap) for end in (gap.value, gap.low, gap.high)]
+    values = (
+        *(*comparison.first, *comparison.second, comparison.metric, len(comparison.seeds), budgets[0], budgets[-1]),
+        *(*gaps, comparison.better),
+    )
+    return dict(zip(COMPARISON_COLUMNS, values, strict=True))
 
 
 def _better(comparison: Comparison) -> str:
@@ -293,12 +293,10 @@ def _fit_row(method: Method, metric: str, curve: str, coefficients: Sequence[Int
     }
 
 
-def _fit_record(method: Method, metric: str, curve: str, coefficients: Sequence[Interval]) -> dict[str, object]:
+def fit_record(method: Method, metric: str, curve: str, coefficients: Sequence[Interval]) -> dict[str, object]:
     """A fitted curve as a row of fits.csv, in the unit of the score per sqrt(nat)."""
-    record: dict[str, object] = dict(zip(FIT_COLUMNS, (*method, metric, curve), strict=False))
-    for name, each in zip("ab", coefficients, strict=True):
-        record |= {name: each.value, f"{name}_low": each.low, f"{name}_high": each.high}
-    return record
+    ends = [end for each in coefficients for end in (each.value, each.low, each.high)]
+    return dict(zip(FIT_COLUMNS, (*method, metric, curve, *ends), strict=True))
 
 
 def _peaks_table(results: Sequence[CheckpointResult]) -> list[Row]:

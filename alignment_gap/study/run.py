@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -190,7 +189,7 @@ def write_study_report(study: Study, say: Say = say_once) -> None:
 def write_sizes_report(config: StudyConfig, studies: Sequence[Study], workdir: AnyPath, say: Say = say_once) -> None:
     """Writes the report over several sizes; raises UserError if a job is not done.
 
-    The first size is the main one, and most claims are about it. The claims and the figure on scale use all sizes.
+    The first size is the main one, and most claims are about it. The claims and figures on scale use all sizes.
     """
     for study in studies:
         check_done(study)
@@ -204,12 +203,15 @@ def write_sizes_report(config: StudyConfig, studies: Sequence[Study], workdir: A
 
 
 def _times_of_sizes(studies: Sequence[Study], names: Sequence[str]) -> dict[str, datetime.timedelta]:
-    """The duration of every job of all sizes; a job that sizes do not share has the size's name before its own."""
-    sharing = collections.Counter(job.folder for study in studies for job in study.graph.jobs)
+    """The duration of every job of all sizes; a job that not all of them share has a size's name before its own."""
+    jobs: dict[AnyPath, list[tuple[str, Job]]] = {}
+    for study, size in zip(studies, names, strict=True):
+        for job in study.graph.jobs:
+            jobs.setdefault(job.folder, []).append((size, job))
     return {
-        job.name if sharing[job.folder] == len(studies) else f"{name}-{job.name}": wall_time(job)
-        for study, name in zip(studies, names, strict=True)
-        for job in study.graph.jobs
+        job.name if len(sharing) == len(studies) else f"{size}-{job.name}": wall_time(job)
+        for sharing in jobs.values()
+        for size, job in sharing[:1]
     }
 
 

@@ -1,4 +1,4 @@
-"""Makes all that follows from the measurements in docs/results, and the tables of claims in README and beside this.
+"""Makes all that follows from the measurements in docs/results, and the tables in README and in the page beside this.
 
 docs/results/STUDY/PIECE/   outcomes.npz and facts.json, as a study's report left them: measured once, and kept
 docs/results/STUDY/         the tables (.csv), facts.json and figures/, made from the pieces
@@ -36,8 +36,8 @@ MAIN = "paper"
 MADE = ("results.csv", "claims.csv", "comparisons.csv", "fits.csv", "facts.json", "figures")
 # Studies with this name and a kind are compared.
 KINDS = "kinds"
-# Arms whose comparisons claims answer.
-CLAIMED = (MAIN_PANEL, WINDOWS, DATASETS)
+# The figures whose arms are the paper's.
+OF_THE_PAPER = (MAIN_PANEL, WINDOWS, DATASETS)
 
 
 def pieces_of(study: pathlib.Path) -> list[pathlib.Path]:
@@ -83,12 +83,12 @@ def kinds_markdown(studies: Sequence[pathlib.Path]) -> str:
 
 
 def comparisons_markdown(study: pathlib.Path) -> str:
-    """The comparisons at equal KL that no claim is about, as a table in Markdown with a row for each two arms."""
+    """The comparisons at equal KL of the arms that the paper lacks, as a table in Markdown, a row for each two arms."""
     panels = {arm.name: arm.panel for arm in ARMS}
     pairs: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     with (study / "comparisons.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            if panels[row["first"]] not in CLAIMED:
+            if panels[row["first"]] not in OF_THE_PAPER:
                 pair = row["first"], row["first_loss"], row["second"], row["second_loss"]
                 pairs.setdefault(pair, {})[row["metric"]] = row
     lines = ["| question | arms | win rate | rubric | win rate between the peaks |", "|---|---|---|---|---|"]

@@ -15,11 +15,24 @@ from alignment_gap.evaluation.results import csv_text
 from alignment_gap.folders import at
 from alignment_gap.study import analysis
 from alignment_gap.study.analysis import CheckpointResult
+from alignment_gap.study.arms import arms_of
 from alignment_gap.study.claims import answers, claims_of
 from alignment_gap.study.config import StudyConfig
 from alignment_gap.study.estimates import Evidence
+from alignment_gap.study.findings import over_optimisation_fits, study_comparisons
 from alignment_gap.study.outcomes import read_outcomes
-from alignment_gap.study.report import CLAIM_COLUMNS, JudgeFacts, ReportContext, claim_record, read_facts, write_report
+from alignment_gap.study.report import (
+    CLAIM_COLUMNS,
+    COMPARISON_COLUMNS,
+    FIT_COLUMNS,
+    JudgeFacts,
+    ReportContext,
+    claim_record,
+    comparison_record,
+    fit_record,
+    read_facts,
+    write_report,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -47,10 +60,16 @@ def test_the_table_is_that_of_what_was_measured(study, measured):
     assert (study / "results.csv").read_text(encoding="utf-8") == csv_text(table, analysis.COLUMNS)
 
 
-def test_the_verdicts_follow_from_what_was_measured(study, measured):
-    claims = claims_of(read_facts(at(study)).config.claims)
-    answered = map(claim_record, answers(Evidence(measured), claims))
-    assert (study / "claims.csv").read_text(encoding="utf-8") == csv_text(answered, CLAIM_COLUMNS)
+def test_verdicts_gaps_and_fits_follow_from_what_was_measured(study, measured):
+    evidence, config = Evidence(measured), read_facts(at(study)).config
+    arms = arms_of((*config.arms.names, *config.arms.further))
+    tables = {
+        "claims": csv_text(map(claim_record, answers(evidence, claims_of(config.claims))), CLAIM_COLUMNS),
+        "comparisons": csv_text(map(comparison_record, study_comparisons(evidence, arms)), COMPARISON_COLUMNS),
+        "fits": csv_text([fit_record(*each) for each in over_optimisation_fits(evidence, arms)], FIT_COLUMNS),
+    }
+    for name, table in tables.items():
+        assert (study / f"{name}.csv").read_text(encoding="utf-8") == table, name
 
 
 def test_every_figure_that_a_page_shows_is_there(study):

@@ -148,6 +148,25 @@ def test_fits_are_of_every_arm_and_score_and_find_the_curve():
     assert findings.over_optimisation_fits(Evidence(results[:2]), arms) == []
 
 
+def a_run(arm, win_rate, **identity):
+    return [checkpoint(arm, step, kl=kl, win_rate=win_rate, **identity) for step, kl in ((1, 1.0), (2, 4.0))]
+
+
+def test_arms_with_a_loss_of_their_own_are_fitted_too():
+    results = [origin(), *a_run("chi_po", 0.4, loss="chi_po")]
+    (found,) = findings.over_optimisation_fits(Evidence(results), arms_of(("chi_po", "low_beta")))
+    assert found[:3] == (("chi_po", "chi_po"), "win_rate", "rl")
+
+
+def test_arms_that_differ_in_their_data_are_compared_at_settings_that_both_have():
+    """A sweep of the other arm reaches other policies, which say nothing about the data."""
+    arms, swept = arms_of(("online", "offline", "final_vs_final")), a_run("offline", 0.9, beta=0.01)
+    results = [origin(), *swept, *a_run("final_vs_final", 0.4)]
+    (comparison,) = findings.study_comparisons(Evidence([*results, *a_run("offline", 0.3)]), arms)
+    assert comparison.first[0] == "final_vs_final" and comparison.peak_gap.value == pytest.approx(0.1)
+    assert findings.study_comparisons(Evidence(results), arms) == []
+
+
 def test_the_best_of_n_samples_of_sft_are_fitted_to_the_curve_of_best_of_n():
     """The win rates are SFT's plus d(a - b d), with a = 0.1, b = 0.02 and the KL of best-of-n."""
     kls = [math.log(n) - (n - 1) / n for n in (2, 4, 8, 16)]
