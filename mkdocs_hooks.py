@@ -41,7 +41,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Leads links to files outside of docs/ to their pages."""
     if not page.file.generated_by:
-        markdown = re.sub(r"\]\(((?:\.\./)*)\.\./README\.md", r"](\1../index.md", markdown).replace("](../", "](")
+        folder = "../" * page.file.src_uri.count("/")
+        markdown = markdown.replace("../README.md", "../index.md").replace(f"]({folder}../", f"]({folder}")
     return re.sub(r"\]\(((?:\.\./)*notebooks/\w+)\.ipynb\)", r"](\1.md)", markdown)
 
 
