@@ -95,8 +95,8 @@ class Contrast:
     Attributes:
       other: name of the other arm.
       loss: loss of the other arm; empty for the loss of this arm.
-      at_shared_settings: whether only runs at settings that both arms have count. If one of them is swept and the
-        question is about their data, the sweep is no part of it.
+      at_shared_settings: whether only runs at settings that both arms have count; for arms that differ in their data,
+        of which one may be swept.
     """
 
     other: str

@@ -50,13 +50,14 @@ class NotMeasured(Exception):
 
 
 class Evidence:
-    """The checkpoints of a study; caches the comparisons at equal KL, which several claims may read."""
+    """The checkpoints of a study; caches the comparisons at equal KL, which several claims and figures may read."""
 
     def __init__(self, results: Sequence[CheckpointResult]) -> None:
         """Takes the checkpoints of all policies; estimates use those of the study's own size."""
         self.everything = results
         self.results = [result for result in results if not result.size]
         self.compared = functools.cache(self._compare)
+        self.with_shared_settings = functools.cache(self._with_shared_settings)
 
     @functools.cached_property
     def seeds(self) -> list[int]:
@@ -93,7 +94,7 @@ class Evidence:
             ends.setdefault(seed, []).append(result)
         return ends
 
-    def with_shared_settings(self, first: Method, second: Method) -> Evidence:
+    def _with_shared_settings(self, first: Method, second: Method) -> Evidence:
         """The evidence with only those runs of two methods whose settings both have; raises NotMeasured without any."""
         settings = [{r.setting for r in self.results if r.method == method} for method in (first, second)]
         shared = settings[0] & settings[1]

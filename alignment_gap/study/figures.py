@@ -215,8 +215,14 @@ def _saw(papers: Mapping[str, str], loss: str, what: str) -> str:
     return papers.get(loss, f"The paper has no {what} under {loss_name(loss)}.")
 
 
-def _no_quality(what: str) -> str:
-    return f"The paper has no true quality {what}: it measures with the golden judge alone."
+def _titled(
+    name: str, metric: str, title: str, question: str, paper: str, what: str, claims: tuple[Answer, ...] = ()
+) -> Figure:
+    """A figure's words. The paper and its claims are about the win rate; with true quality they have nothing `what`."""
+    if metric == "win_rate":
+        return Figure(name, title, question, paper, claims)
+    without = f"The paper has no true quality {what}: it measures with the golden judge alone."
+    return Figure(f"{name}_{metric}", title, question, without)
 
 
 # Over KL.
@@ -280,12 +286,11 @@ def _kl_sentences(study: _Study, loss: str, metric: str) -> tuple[str, ...]:
 def _panel_figure(study: _Study, panel: str, metric: str) -> Figure:
     """A metric over KL for a panel's arms and the arms that they are compared with."""
     word = re.sub(r"\W+", "_", panel.lower()).removeprefix("figures_").removeprefix("figure_")
-    name, is_quality = _named(f"figure_{word}", metric), metric == "rubric"
     question, paper = _PANELS.get(panel, (f"How do the arms of {panel} compare?", f"{panel} is not in the paper."))
-    if is_quality:
-        question, paper = f"What of that is true quality: {panel}?", _no_quality(f"of {panel}")
-    claims = () if is_quality else study.claims(*re.findall(r"\d+", panel))
-    base = Figure(name, f"{panel}: {METRICS[metric].words} over KL to SFT", question, paper, claims)
+    if metric != "win_rate":
+        question = f"What of that is true quality: {panel}?"
+    title, claims = f"{panel}: {METRICS[metric].words} over KL to SFT", study.claims(*re.findall(r"\d+", panel))
+    base = _titled(f"figure_{word}", metric, title, question, paper, f"of {panel}", claims)
     arms = {arm.name: arm for arm in study.arms if arm.panel == panel}
     methods = {(r.arm, r.loss) for r in study.evidence.results if r.arm in arms}
     others = {(c.other, c.loss or loss) for arm, loss in methods for c in arms[arm].contrasts}
@@ -309,14 +314,11 @@ def _panel_figure(study: _Study, panel: str, metric: str) -> Figure:
 def _budget_figure(study: _Study, loss: str, metric: str) -> Figure:
     """The best score of online and of offline within each KL budget, and their gap."""
     words, pair, score = loss_name(loss), findings.question(study.arms), metric.replace("_", " ")
-    if metric == "win_rate":
-        question = f"Within one budget of KL, which is better under {words}: {' or '.join(pair)}?"
-        paper = _saw(_AT_EQUAL_KL, loss, "comparison at equal KL")
-    else:
-        question = f"Within one budget of KL, which has more true quality under {words}?"
-        paper = _no_quality(f"at equal KL under {words}")
+    better = "is better" if metric == "win_rate" else "has more true quality"
+    question = f"Within one budget of KL, which {better} under {words}: {' or '.join(pair)}?"
+    paper, what = _saw(_AT_EQUAL_KL, loss, "comparison at equal KL"), f"at equal KL under {words}"
     title = f"The question: best {score} within a KL budget, {words}"
-    base = Figure(_named(f"equal_kl_{file_word(loss)}", metric), title, question, paper)
+    base = _titled(f"equal_kl_{file_word(loss)}", metric, title, question, paper, what)
     comparison = next((c for c in study.asked(metric) if c.first[1] == loss), None)
     if comparison is None:
         needed = ", of ".join((*pair, "SFT"))
@@ -347,11 +349,6 @@ def _budget_figure(study: _Study, loss: str, metric: str) -> Figure:
     return dataclasses.replace(base, sentences=said, spec=charts.finish(chart.resolve_scale(color="independent")))
 
 
-def _named(name: str, metric: str) -> str:
-    """The name of a figure whose y axis is this score."""
-    return name if metric == "win_rate" else f"{name}_{metric}"
-
-
 def _in_unit(value: Any, metric: str) -> Any:
     """Numbers in the unit of their axis: fractions in per cent."""
     return 100 * value if METRICS[metric].is_share else value
@@ -380,11 +377,13 @@ def _band_chart(rows: Sequence[Row], x: alt.X, title: str) -> alt.LayerChart:
 def _gaps_figure(study: _Study, metric: str) -> Figure:
     """The gap of the study's question at equal KL, with a mark for each loss."""
     score = metric.replace("_", " ")
-    base = Figure(
-        _named("figure_losses", metric),
+    base = _titled(
+        "figure_losses",
+        metric,
         f"Is it the loss? The gap in {score} at equal KL, by loss",
         f"Under which losses is there a gap in {score} at equal KL?",
-        "Two losses, IPO and best-of-2, have it." if metric == "win_rate" else _no_quality("by loss"),
+        "Two losses, IPO and best-of-2, have it.",
+        "by loss",
     )
     asked = [c for c in study.asked(metric) if len(c.budgets)]
     if not asked:
@@ -410,13 +409,13 @@ def _gaps_figure(study: _Study, metric: str) -> Figure:
 
 def _sizes_figure(study: _Study, rows: Mapping[str, Sequence[Row]], loss: str, metric: str) -> Figure:
     """A score over KL with a panel for each size, the smallest first; `rows` are the chart rows of every size."""
-    base = Figure(
-        _named("figure_10", metric),
+    base = _titled(
+        "figure_10",
+        metric,
         f"Figure 10: {METRICS[metric].words} over KL to SFT by size of the policy, {loss_name(loss)}",
         f"Is the order of the arms by {METRICS[metric].words} the same for small and for large policies?",
-        "It sets XL beside Large: a larger policy does not close the gap."
-        if metric == "win_rate"
-        else _no_quality("by size"),
+        "It sets XL beside Large: a larger policy does not close the gap.",
+        "by size",
     )
     methods: list[Method] = [(arm, loss) for arm in findings.question(study.arms)]
     panels, said = {}, []
@@ -436,14 +435,14 @@ def _sizes_figure(study: _Study, rows: Mapping[str, Sequence[Row]], loss: str, m
 def _scale_figure(study: _Study, loss: str, metric: str) -> Figure:
     """The best score of every arm over the number of parameters, absolute and relative to online."""
     score = metric.replace("_", " ")
-    base = Figure(
-        _named("figure_11", metric),
+    base = _titled(
+        "figure_11",
+        metric,
         f"Figures 11 and 14: best {score} over the size of the policy, {loss_name(loss)}",
         "Does the gap close as policies grow?" if metric == "win_rate" else "Does true quality grow with the policy?",
-        "Not by much. It narrows on two of three tasks between online and shuffled, and more slowly for offline."
-        if metric == "win_rate"
-        else _no_quality("over sizes"),
-        study.claims("11", "14") if metric == "win_rate" else (),
+        "Not by much. It narrows on two of three tasks between online and shuffled, and more slowly for offline.",
+        "over sizes",
+        study.claims("11", "14"),
     )
     values = [row for size in study.evidence.sizes.values() for row in _best_rows(study, size, loss, metric)]
     if not values:
@@ -494,14 +493,14 @@ def _best_rows(study: _Study, size: Evidence, loss: str, metric: str) -> list[Ro
 
 def _accuracy_figure(study: _Study, losses: Sequence[str], metric: str) -> Figure:
     """A score over classification accuracy for every checkpoint, with a panel per loss."""
-    base = Figure(
-        _named("figure_7", metric),
+    base = _titled(
+        "figure_7",
+        metric,
         f"Figure 7: {METRICS[metric].words} over accuracy on D_golden",
         f"Has a policy that tells winners from losers better a higher {METRICS[metric].words}?",
-        "No. Offline policies reach 60 to 70 % on D_golden, online ones about 50 % or less, and online wins more."
-        if metric == "win_rate"
-        else _no_quality("over accuracy"),
-        study.claims("7") if metric == "win_rate" else (),
+        "No. Offline policies reach 60 to 70 % on D_golden, online ones about 50 % or less, and online wins more.",
+        "over accuracy",
+        study.claims("7"),
     )
     metrics = (metric, "accuracy")
     drawn = [loss for loss in losses if not study.lacking(loss, metrics)]

@@ -209,9 +209,8 @@ def _times_of_sizes(studies: Sequence[Study], names: Sequence[str]) -> dict[str,
         for job in study.graph.jobs:
             jobs.setdefault(job.folder, []).append((size, job))
     return {
-        job.name if len(sharing) == len(studies) else f"{size}-{job.name}": wall_time(job)
-        for sharing in jobs.values()
-        for size, job in sharing[:1]
+        job.name if len(others) == len(studies) - 1 else f"{size}-{job.name}": wall_time(job)
+        for (size, job), *others in jobs.values()
     }
 
 
