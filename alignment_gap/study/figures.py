@@ -46,6 +46,7 @@ from alignment_gap.study.marks import (
     kl_panels,
     level,
     over_kl,
+    over_seeds,
     scatter,
     styles,
     tooltip,
@@ -533,9 +534,9 @@ def _training_figure(study: _Study, loss: str) -> Figure:
     )
     if reason := study.lacking(loss, metrics):
         return dataclasses.replace(base, missing=reason)
-    rows = [row for row in study.select(loss, metrics) if row["arm"] != OPPONENT]
+    rows = over_seeds([row for row in study.select(loss, metrics) if row["arm"] != OPPONENT], metrics)
     chart = alt.hconcat(*_along_training(study, rows, metrics), data=alt.Data(values=with_starts(rows)))
-    said = (findings.ends_sentence(study.evidence, loss, study.main, metrics),)
+    said = (*_of_seeds(study), findings.ends_sentence(study.evidence, loss, study.main, metrics))
     return dataclasses.replace(base, sentences=said, spec=charts.finish(chart))
 
 
@@ -550,8 +551,8 @@ def _online_data_figure(study: _Study, loss: str) -> Figure:
     )
     names = ("stream_accuracy", "heldout_accuracy", "own_accuracy")
     metrics = [metric for metric in names if any(metric in row for row in study.rows)]
-    rows = [row for row in study.select(loss, metrics) if row["arm"] != OPPONENT]
-    proxies = [row for row in study.rows if row["arm"] == PROXY[0]]
+    rows = over_seeds([row for row in study.select(loss, metrics) if row["arm"] != OPPONENT], metrics)
+    proxies = over_seeds([row for row in study.rows if row["arm"] == PROXY[0]], metrics)
     colour = styles([*rows, *proxies], study.arms)[0]
     panels = []
     for metric, panel in zip(metrics, _along_training(study, [*rows, *proxies], metrics), strict=True):
@@ -562,12 +563,20 @@ def _online_data_figure(study: _Study, loss: str) -> Figure:
     chart = alt.hconcat(*panels, data=alt.Data(values=with_starts(rows)))
     said = findings.ends_sentence(study.evidence, loss, study.main, metrics)
     line = "The dashed line is the proxy preference model."
-    return dataclasses.replace(base, sentences=tuple(filter(None, (line, said))), spec=charts.finish(chart))
+    sentences = (line, *_of_seeds(study), *filter(None, (said,)))
+    return dataclasses.replace(base, sentences=sentences, spec=charts.finish(chart))
+
+
+def _of_seeds(study: _Study) -> tuple[str, ...]:
+    """A sentence on what a mark and its bar are, if there are several seeds."""
+    said = "A mark is the mean over the seeds of one setting; its bar goes from the lowest seed to the highest."
+    return (said,) if len(study.evidence.seeds) > 1 else ()
 
 
 def _along_training(
     study: _Study, rows: Sequence[Row], metrics: Sequence[str]
 ) -> list[alt.LayerChart | alt.FacetChart]:
-    """A panel for each metric, over steps."""
-    x = alt.X("step:Q", title="Gradient steps", scale=alt.Scale(zero=False, nice=False, padding=12))
+    """A panel for each metric, over steps; runs of few steps have room beside runs of many."""
+    scale = alt.Scale(type="sqrt", zero=False, nice=False, padding=12)
+    x = alt.X("step:Q", title="Gradient steps (square-root scale)", scale=scale, axis=alt.Axis(tickCount=6))
     return [alt.layer(*scatter(rows, study.arms, x, metric)).properties(width=325, height=260) for metric in metrics]

@@ -118,6 +118,32 @@ def with_starts(rows: Sequence[Row]) -> list[Row]:
     return starts + sorted(rows, key=lambda row: (row["arm"] == ORIGIN, -counts[row["arm"]]))
 
 
+def over_seeds(rows: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
+    """One row for the seeds of a setting: metrics are means, and intervals go from the lowest seed to the highest.
+
+    The rows of a single seed stay as they are, with the intervals of their checkpoints.
+    """
+    if len({row["seed"] for row in rows}) < 2:
+        return list(rows)
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name) for name in ("arm", "loss", "setting", "step")), []).append(row)
+    return [_mean_row(group, metrics) for group in groups.values()]
+
+
+def _mean_row(group: Sequence[Row], metrics: Sequence[str]) -> Row:
+    first = group[0]
+    kept = {name: first[name] for name in ("arm", "loss", "setting", "step", *SETTINGS) if name in first}
+    row = kept | {"run": f"{first['arm']} {first['loss']} {first['setting']}", "seed": f"mean of {len(group)}"}
+    for metric in metrics:
+        if values := [each[metric] for each in group if metric in each]:
+            spread = Interval(float(np.mean(values)), min(values), max(values))
+            ends = zip(("", "_low", "_high"), (spread.value, spread.low, spread.high), strict=True)
+            row |= {f"{metric}{end}": round(value, 5) for end, value in ends}
+            row[f"{metric}_text"] = findings.level(spread, metric)
+    return row
+
+
 # Encodings.
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +34,7 @@ def render(template: str, figures: Sequence[Figure], **values: Any) -> str:
     return environment.get_template(template).render(
         figures=figures,
         library=markupsafe.Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
-        specs=_json({figure.name: figure.spec for figure in figures if not figure.missing}),
+        specs=_packed({figure.name: figure.spec for figure in figures if not figure.missing}),
         greys=_json(_DARK),
         **values,
     )
@@ -53,6 +55,12 @@ def write_page(folder: AnyPath, page: str, figures: Sequence[Figure], stale: Seq
             path.unlink()
     write_bytes(folder / PAGE, page.encode())
     return folder / PAGE
+
+
+def _packed(value: object) -> str:
+    """JSON as base64 of gzip: a study's rows are in many figures, and browsers unpack them at once."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _json(value: object) -> markupsafe.Markup:

@@ -1,7 +1,9 @@
 """Functions for tests of whole studies: run them without output, read results, compare folders byte by byte."""
 
+import base64
 import contextlib
 import csv
+import gzip
 import json
 import os
 import shutil
@@ -43,6 +45,11 @@ def rows(study):
     """The rows of results.csv."""
     with (study.workdir / "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def unpacked(specs):
+    """The specifications of a page's figures, by name."""
+    return json.loads(gzip.decompress(base64.b64decode(specs)))
 
 
 def snapshot(folder):

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from studies import unpacked
 
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.results import csv_text
@@ -55,7 +56,7 @@ class Page(html.parser.HTMLParser):
         self.rows, self.text, self.scripts, self.links, self.ids, self._tag = [], "", [], [], [], ""
         self._in_cell = False
         self.feed(path.read_text(encoding="utf-8"))
-        self.specs = json.loads(self.scripts[1])
+        self.specs = unpacked(self.scripts[1])
 
     def handle_starttag(self, tag, attrs):
         self._tag = tag

@@ -277,6 +277,22 @@ def test_other_pairs_are_classified_with_the_proxy_as_a_line():
     assert figure.png().startswith(b"\x89PNG")
 
 
+def test_along_training_the_seeds_of_a_setting_are_one_mark():
+    results = study(losses=("ipo",), seeds=(0, 1, 2))
+    figure = draw(results)["figure_8_ipo"]
+    marks = [row for row in rows(figure) if row["arm"] == "online" and not row.get("start")]
+    assert [(row["step"], row["seed"]) for row in marks] == [(1, "mean of 3"), (2, "mean of 3")]
+    for row in marks:
+        of_step = [r.mean("accuracy") for r in results if r.arm == "online" and r.step == row["step"]]
+        ends = np.mean(of_step), min(of_step), max(of_step)
+        assert [row[f"accuracy{end}"] for end in ("", "_low", "_high")] == pytest.approx(ends, abs=1e-5)
+    (start,) = (row for row in rows(figure) if row["arm"] == "online" and row.get("start"))
+    assert start["run"] == marks[0]["run"] and start["step"] == 0
+    assert "the mean over the seeds of one setting" in figure.sentences[0]
+    alone = [row for row in rows(draw(study())["figure_8_ipo"]) if row["arm"] == "online"]
+    assert {row["seed"] for row in alone} == {0}
+
+
 def test_the_best_of_every_size_is_drawn_over_its_parameters():
     sizes = [dataclasses.replace(result, parameters=10) for result in study(losses=("ipo",))]
     results = [*sizes, *(dataclasses.replace(result, size="large", parameters=80) for result in sizes)]

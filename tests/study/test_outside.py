@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from job_runs import assert_equal_checkpoints
 from outside import AS_ONLINE, REPLAYED
-from studies import copied, newly_run, rows, run
+from studies import copied, newly_run, rows, run, unpacked
 
 from alignment_gap.data.records import open_dataset
 from alignment_gap.study.arms import arms_of
@@ -64,10 +64,10 @@ def test_the_arm_is_in_the_findings_and_in_every_figure(replayed):
     assert f"<b>mirrored</b>: {REPLAYED.reads}." in page
     assert AS_ONLINE.paper in page
     assert "at equal KL" in page and "mirrored \u2212 online" in page
-    (specs,) = (part.partition("</script>")[0] for part in page.split('type="application/json">')[1:])
+    (specs,) = (part.partition("</script>")[0] for part in page.split('type="application/gzip">')[1:])
     # Stages before the arms have curves without them, and curves have no marks.
     elsewhere = ("equal_kl_ipo", "equal_kl_ipo_rubric", "figure_2", "figure_3", "training_sft", "training_judges")
-    for name, spec in json.loads(specs).items():
+    for name, spec in unpacked(specs).items():
         if name not in elsewhere:
             assert "#123456" in json.dumps(spec), name
             assert "triangle-left" in json.dumps(spec) or name == "training_ipo", name

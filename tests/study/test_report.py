@@ -5,12 +5,12 @@ import csv
 import dataclasses
 import datetime
 import html.parser
-import json
 import math
 import re
 
 import numpy as np
 import pytest
+from studies import unpacked
 
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation import charts
@@ -176,7 +176,7 @@ def test_page_loads_nothing(folder, page):
 
 
 def test_specifications_in_the_page_are_those_of_the_figures(page):
-    specs = json.loads(page.scripts[1])
+    specs = unpacked(page.scripts[1])
     assert set(specs) == DRAWN
     assert all("$schema" in spec for spec in specs.values())
 
@@ -221,7 +221,7 @@ def test_training_is_drawn_and_its_throughput_is_a_table(page):
     text = re.sub(r"\s+", " ", page.text)
     assert "loss of the first and of the last line: 2 to 1 (online); updates skipped: 0." in text
     assert "1,234" in text and "Tokens/s" in text
-    rows = json.loads(page.scripts[1])["training_ipo"]["data"]["values"]
+    rows = unpacked(page.scripts[1])["training_ipo"]["data"]["values"]
     assert [row["loss"] for row in rows if "loss" in row] == [2.0, 1.0]
     assert [row["kl"] for row in rows if "kl" in row] == [1.0, 3.0]
 
