@@ -83,8 +83,8 @@ class DecoderConfig:
       window: number of tokens, including its own, that a token attends to in layers with a sliding window; None if no
         layer has a window.
       full_attention_every: with a window, every n-th layer has no window (Gemma 2: 2, Gemma 3: 6).
-      attention: implementation for training and scoring: "xla", "cudnn" (CUDA, bfloat16) or "splash" (TPU); decoding
-        always uses XLA.
+      attention: implementation for training, scoring and the prompts of a sampler: "xla", "cudnn" (CUDA, bfloat16) or
+        "splash" (TPU); "auto" is "splash" on TPUs and "xla" elsewhere. The loop over tokens always uses XLA.
       dtype: dtype of the computation; parameters, norms, softmax and losses are float32.
       remat: what the backward pass recomputes: "none", "dots" or "full".
       scan_unroll: layers in each iteration of the loop over layers; a larger value compiles longer and runs faster on
@@ -124,7 +124,7 @@ class DecoderConfig:
     rope_local_base: float | None = None
     window: int | None = None
     full_attention_every: int = 1
-    attention: str = "xla"
+    attention: str = "auto"
     dtype: str = "float32"
     remat: str = "none"
     scan_unroll: int = 1
@@ -212,10 +212,11 @@ class DecoderLayer(nn.Module):
 
     def row(
         self, x: Float[Array, "B S D"], rotation: rope.Rotation, attend: fused_attention.Attend
-    ) -> Float[Array, "B S D"]:
-        """One layer over rows that hold a prompt and its responses; a fused kernel computes the attention."""
+    ) -> tuple[Float[Array, "B S D"], layers.KeysValues]:
+        """One layer over rows, by a fused kernel: of prompts alone, or with their responses; also keys and values."""
         y, view = self._first_norm(x), View(rotation, None)
-        return self._add(x, y, attend(self._query(y, view), *self._keys_values(y, view)))
+        keys_values = self._keys_values(y, view)
+        return self._add(x, y, attend(self._query(y, view), *keys_values)), layers.heads_first(*keys_values)
 
     def _first_norm(self, x: Array) -> Any:
         return self.pre_layer_norm(x) if self.config.block == "parallel" else self.pre_attention_layer_norm(x)
@@ -316,8 +317,9 @@ class DecoderPolicy:
         packing: Packing | None = None,
     ) -> Float[Array, "B K R D"]:
         """Final hidden states at every response position; the K responses share the prompt's computation."""
-        if self.config.attention != "xla":
-            return self._fused_hidden(params, prompts, prompt_lengths, inputs, packing)
+        attention = fused_attention.choose(self.config, packed=packing is not None)
+        if attention != "xla":
+            return self._fused_hidden(attention, params, prompts, prompt_lengths, inputs, packing)
         decoder, size = DecoderLayer(self.config), inputs.shape[-1]
         if packing is None:
             queries = jnp.arange(size)
@@ -340,28 +342,43 @@ class DecoderPolicy:
         return self._final_norm(params, x)
 
     def _fused_hidden(
-        self, params: Any, prompts: Array, prompt_lengths: Array, inputs: Array, packing: Packing | None
+        self,
+        attention: str,
+        params: Any,
+        prompts: Array,
+        prompt_lengths: Array,
+        inputs: Array,
+        packing: Packing | None,
     ) -> Array:
         """`hidden` with a fused attention kernel, over rows that hold prompts and their responses."""
-        config, decoder = self.config, DecoderLayer(self.config)
         prompt = prompts.shape[1] - (packing is None)
-        row = fused_attention.Row.of(prompt, inputs.shape[1], inputs.shape[2], config.attention)
+        row = fused_attention.Row.of(prompt, inputs.shape[1], inputs.shape[2], attention)
         if packing is None:
             tokens = row.tokens(prompts, prompt_lengths, inputs)
             positions, segments = row.positions(prompt_lengths), row.segments(prompt_lengths)
         else:
-            fused_attention.check_packing(config)
             tokens, positions, segments = row.packed(prompts, inputs, packing)
-        attention = fused_attention.make(config, row, segments, scale=_attention_scale(config))
-        rotation = self._by_layer(partial(self._rotation, positions))
+        fused = self._fused_layer(attention, row, segments, positions)
 
         def layer(x: Array, layer_params: Any, full: Any) -> tuple[Array, None]:
-            outputs: Any = decoder.apply({"params": layer_params}, x, rotation(full), attention(full), method="row")
-            return outputs, None
+            return fused(x, layer_params, full)[0], None
 
         x = self._embed(params, tokens)
-        x, _ = scan_stack(layer, x, params["decoder"]["layers"], self._full_layers(), config=config)
+        x, _ = scan_stack(layer, x, params["decoder"]["layers"], self._full_layers(), config=self.config)
         return self._final_norm(params, row.responses(x))
+
+    def _fused_layer(
+        self, attention: str, row: fused_attention.Row, segments: Int[Array, "B S"], positions: Int[Array, "B S"]
+    ) -> Callable[[Array, Any, Any], tuple[Array, layers.KeysValues]]:
+        """A layer over rows, with a fused kernel; it also returns its keys and values."""
+        config, decoder = self.config, DecoderLayer(self.config)
+        attend = fused_attention.make(config, attention, row, segments, scale=_attention_scale(config))
+        rotation = self._by_layer(partial(self._rotation, positions))
+
+        def layer(x: Array, layer_params: Any, full: Any) -> Any:
+            return decoder.apply({"params": layer_params}, x, rotation(full), attend(full), method="row")
+
+        return layer
 
     def prefill(
         self,
@@ -373,15 +390,23 @@ class DecoderPolicy:
         cache_dtype: str | None = None,
     ) -> Any:
         """The cache for sampling: each layer's keys and values of the prompts, and space for the responses."""
-        config, decoder = self.config, DecoderLayer(self.config)
-        view = self._by_layer(partial(self._prompt_view, prompts.shape[-1]))
+        config, size = self.config, prompts.shape[-1]
+        attention = fused_attention.choose(config)
+        if attention == "xla":
+            padding, over_prompts = 0, self._prompt_layer(size)
+        else:
+            # No token attends to one after it, so what follows a prompt needs no segment of its own.
+            row = fused_attention.Row.of(size, 0, 0, attention)
+            padding, slots = row.padding, jnp.broadcast_to(jnp.arange(row.size), (len(prompts), row.size))
+            over_prompts = self._fused_layer(attention, row, jnp.zeros_like(slots), slots)
 
         def layer(x: Array, layer_params: Any, full: Any) -> tuple[Array, Any]:
-            outputs: Any = decoder.apply({"params": layer_params}, x, view(full), method="prompt")
-            return outputs[0], layers.held(outputs[1], cache_dtype)
+            x, keys_values = over_prompts(x, layer_params, full)
+            keys, values = (each[:, :, :size] for each in keys_values)
+            return x, layers.held((keys, values), cache_dtype)
 
-        x, stacked = self._embed(params, prompts), params["decoder"]["layers"]
-        _, prompt = scan_stack(layer, x, stacked, self._full_layers(), config=config)
+        x = self._embed(params, jnp.pad(prompts, ((0, 0), (0, padding))))
+        _, prompt = scan_stack(layer, x, params["decoder"]["layers"], self._full_layers(), config=config)
         shape = (config.layers, len(prompts), config.kv_heads, samples, max_length, config.head_size)
         return {
             "prompt": prompt,
@@ -409,6 +434,15 @@ class DecoderPolicy:
             config=self.config,
         )
         return self._final_norm(params, x)[:, :, 0], {**cache, "responses": responses}
+
+    def _prompt_layer(self, size: int) -> Callable[[Array, Any, Any], tuple[Array, layers.KeysValues]]:
+        """A layer over prompts; it also returns their keys and values."""
+        decoder, view = DecoderLayer(self.config), self._by_layer(partial(self._prompt_view, size))
+
+        def layer(x: Array, layer_params: Any, full: Any) -> Any:
+            return decoder.apply({"params": layer_params}, x, view(full), method="prompt")
+
+        return layer
 
     def _full_layers(self) -> Bool[Array, " L"] | None:
         """True at layers without a window; None if no layer has a window."""

@@ -1,4 +1,4 @@
-"""Attention by a fused kernel: cuDNN's on CUDA, Pallas splash on TPU; for training and scoring with the decoder.
+"""Attention by a fused kernel: cuDNN's on CUDA, Pallas splash on TPU; for all of the decoder but the loop over tokens.
 
 Such kernels take one row of tokens and a mask. Here a row holds the prompt, right-aligned, and then its K responses,
 one after another. All rows then have the same mask, a tree: each response branches off the end of the prompt.
@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Bool, Float, Int
 
 from alignment_gap.errors import UserError
 from alignment_gap.models.packing import Packing
 from alignment_gap.sharding import spec_within
 
-ATTENTIONS = ("xla", "cudnn", "splash")
+ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 # A row's length must be a multiple of this. Splash reads lanes of 128; cuDNN's masks are aligned to 8.
 MULTIPLE = {"cudnn": 8, "splash": 128}
 # The implementation that jax.nn.dot_product_attention runs for "cudnn"; tests set its XLA form, to run on a CPU.
@@ -44,13 +45,21 @@ def check(config: Any) -> None:
         raise UserError(f"{name} is 'cudnn' with dtype={config.dtype}: it computes in bfloat16")
 
 
-def check_packing(config: Any) -> None:
-    """Raises UserError if the fused kernels cannot handle packed rows with these settings."""
-    if config.window is not None:
+def choose(config: Any, *, packed: bool = False) -> str:
+    """The implementation of a decoder's attention: splash on TPUs and "xla" elsewhere, unless the config names one.
+
+    Raises:
+      UserError: the config names a kernel that has no windows in packed rows, and needs them.
+    """
+    has_windows = packed and config.window is not None
+    if config.attention == "auto":
+        return "splash" if platform() == "tpu" and not has_windows else "xla"
+    if config.attention != "xla" and has_windows:
         raise UserError(
             f"DecoderConfig.window is {config.window} with attention={config.attention!r}, which has no windows in "
             "packed rows: use attention=xla, or buckets instead of packing"
         )
+    return config.attention
 
 
 class Row(NamedTuple):
@@ -114,11 +123,18 @@ class Row(NamedTuple):
             line(slots, packing.responses.slot, padding),
         )
 
-    def mask(self, window: int | None) -> Bool[np.ndarray, "S S"]:
+    @property
+    def size(self) -> int:
+        """The number of slots."""
+        return self.prompt + self.rows * self.length + self.padding
+
+    def mask(
+        self, window: int | None, queries: slice = slice(None), keys: slice = slice(None)
+    ) -> Bool[np.ndarray, "Q S"]:
         """True where a slot attends to another: in the prompt or its own response, not later, and within the window."""
         branches, distances = self._branches(), self._distances()
-        distance = distances[:, None] - distances
-        mask = (distance >= 0) & ((branches == 0) | (branches[:, None] == branches))
+        distance = distances[queries, None] - distances[keys]
+        mask = (distance >= 0) & ((branches[keys] == 0) | (branches[queries, None] == branches[keys]))
         return mask if window is None else mask & (distance < window)
 
     def responses(self, x: Float[Array, "B S D"]) -> Float[Array, "B K R D"]:
@@ -139,36 +155,62 @@ class Row(NamedTuple):
 Attend = Callable[[Array, Array, Array], Float[Array, "B S H C"]]
 
 
-def make(config: Any, row: Row, segments: Int[Array, "B S"], *, scale: float) -> Callable[[Any], Attend]:
+class _TreeMask(splash_attention_mask.Mask):
+    """A row's mask, computed block by block: as one array, that of a long row would not fit in memory."""
+
+    def __init__(self, row: Row, window: int | None):
+        self.row, self.window = row, window
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.row.size, self.row.size
+
+    def __getitem__(self, index: Any) -> Bool[np.ndarray, "Q S"]:
+        return self.row.mask(self.window, *index)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _TreeMask) and (self.row, self.window) == (other.row, other.window)
+
+    def __hash__(self) -> int:
+        return hash((self.row, self.window))
+
+
+def make(
+    config: Any, attention: str, row: Row, segments: Int[Array, "B S"], *, scale: float
+) -> Callable[[Any], Attend]:
     """A function that takes whether a layer is full, without a window, and returns its attention.
 
     The attention takes queries [B, S, H, C], and keys and values [B, S, G, C].
 
     Args:
-      config: a `DecoderConfig` whose attention is "cudnn" or "splash".
+      config: a `DecoderConfig`.
+      attention: "cudnn" or "splash".
       row: the layout of the slots.
       segments: the segment of each slot.
       scale: factor on the logits.
     """
-    kernel = _cudnn if config.attention == "cudnn" else functools.partial(_splash, config.attention_soft_cap)
-    full = functools.partial(kernel, row.mask(None), segments, scale)
+    kernel = _cudnn if attention == "cudnn" else functools.partial(_splash, config.attention_soft_cap)
+    full = functools.partial(kernel, row, None, segments, scale)
     if config.window is None:
         return lambda _: full
-    local = functools.partial(kernel, row.mask(config.window), segments, scale)
+    local = functools.partial(kernel, row, config.window, segments, scale)
     return lambda is_full: lambda *heads: jax.lax.cond(is_full, full, local, *heads)
 
 
-def _cudnn(mask: np.ndarray, segments: Array, scale: float, query: Array, keys: Array, values: Array) -> Array:
+def _cudnn(
+    row: Row, window: int | None, segments: Array, scale: float, query: Array, keys: Array, values: Array
+) -> Array:
     if CUDNN == "cudnn" and platform() not in ("cuda", "gpu"):
         raise UserError(f"DecoderConfig.attention is 'cudnn' on {platform()}: it needs a CUDA GPU; use xla")
-    seen = (segments[:, :, None] == segments[:, None]) & mask
+    seen = (segments[:, :, None] == segments[:, None]) & row.mask(window)
     masked: Any = {"mask": seen[:, None], "implementation": CUDNN}
     return jax.nn.dot_product_attention(query, keys, values, scale=scale, **masked)
 
 
 def _splash(
     soft_cap: float | None,
-    mask: np.ndarray,
+    row: Row,
+    window: int | None,
     segments: Array,
     scale: float,
     query: Array,
@@ -176,7 +218,7 @@ def _splash(
     values: Array,
 ) -> Array:
     """The kernel on each device's own batch and heads."""
-    attend = functools.partial(_splash_on_device, mask, soft_cap)
+    attend = functools.partial(_splash_on_device, _TreeMask(row, window), soft_cap)
     arrays = (query * scale, keys, values, segments)
     names: list[tuple[str | None, ...]] = [("batch", None, name, None) for name in ("heads", "kv_heads", "kv_heads")]
     specs = [spec_within(x.shape, *axes) for x, axes in zip(arrays, [*names, ("batch", None)], strict=True)]
@@ -189,16 +231,14 @@ def _splash(
 
 
 def _splash_on_device(
-    mask: np.ndarray, soft_cap: float | None, query: Array, keys: Array, values: Array, segments: Array
+    mask: _TreeMask, soft_cap: float | None, query: Array, keys: Array, values: Array, segments: Array
 ) -> Float[Array, "B S H C"]:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
-
     if platform() not in ("tpu", "cpu"):
         raise UserError(f"DecoderConfig.attention is 'splash' on {platform()}: it needs a TPU; use xla or cudnn")
-    size = next(size for size in (512, 256, 128) if len(mask) % size == 0)
+    size = next(size for size in (512, 256, 128) if mask.row.size % size == 0)
     blocks: Any = {f"block_{name}": size for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
     kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([splash_attention_mask.NumpyMask(mask)] * query.shape[2]),
+        splash_attention_mask.MultiHeadMask([mask] * query.shape[2]),
         block_sizes=splash_attention_kernel.BlockSizes(**blocks),
         attn_logits_soft_cap=soft_cap,
         head_shards=1,

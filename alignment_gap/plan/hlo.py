@@ -87,7 +87,8 @@ def parse(text: str) -> Program:
         if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
             current = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):
+            # Two brackets end the attributes of a kernel's instruction, which may go over several lines.
             current = None
         elif current is not None and (instruction := _instruction(line)):
             current[instruction.name] = instruction

@@ -119,6 +119,49 @@ def test_texts_of_a_packed_row_are_segments_of_their_own():
             assert positions[segments == slot].tolist() == expected
 
 
+def test_a_part_of_a_mask_is_that_part_of_the_whole():
+    """Splash asks for blocks, because the mask of a long row does not fit in memory."""
+    row = Row(prompt=7, rows=2, length=4, padding=1)
+    for window in (None, 3):
+        block = row.mask(window, slice(4, 12), slice(8, 16))
+        np.testing.assert_array_equal(block, row.mask(window)[4:12, 8:16])
+    tree = fused_attention._TreeMask
+    assert len({tree(row, None), tree(row._replace(), None), tree(row, 3), tree(row._replace(length=3), 3)}) == 3
+
+
+@pytest.mark.parametrize("name", ["decoder", "gemma2"])
+def test_splash_fills_the_same_cache_as_xla(name):
+    """At each prompt's own tokens; those after it are not read. Gemma 2 has windows."""
+    config = {**CONFIGS, **SETTINGS}[name]
+    params = random_params(make_policy(config), 2)
+    filled = [
+        make_policy(dataclasses.replace(config, attention=attention)).prefill(
+            params, BATCH.prompts, BATCH.prompt_lengths, 2, 5
+        )["prompt"]
+        for attention in ("xla", "splash")
+    ]
+    size = BATCH.prompts.shape[1]
+    is_text = np.arange(size) < BATCH.prompt_lengths[:, None]
+    for plain, fused in zip(*filled, strict=True):
+        assert plain.shape == fused.shape == (config.layers, len(is_text), config.kv_heads, size, config.head_size)
+        kept = [np.moveaxis(np.asarray(x), 3, 2)[:, is_text] for x in (plain, fused)]
+        np.testing.assert_allclose(kept[1], kept[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_machine_chooses(monkeypatch):
+    windowed = DecoderConfig(window=8, full_attention_every=2)
+    assert fused_attention.choose(DecoderConfig()) == "xla"
+    monkeypatch.setattr(fused_attention, "platform", lambda: "tpu")
+    assert fused_attention.choose(DecoderConfig()) == "splash"
+    assert fused_attention.choose(DecoderConfig(attention="xla")) == "xla"
+    # Packed rows of a model with windows are computed by XLA, unless the settings name the kernel.
+    assert fused_attention.choose(windowed) == "splash"
+    assert fused_attention.choose(windowed, packed=True) == "xla"
+    assert fused_attention.choose(DecoderConfig(), packed=True) == "splash"
+    monkeypatch.setattr(fused_attention, "platform", lambda: "cuda")
+    assert fused_attention.choose(DecoderConfig(dtype="bfloat16")) == "xla"
+
+
 def _value_and_gradient(config, params, batch=BATCH):
     def total(params):
         log_probs = score(make_policy(config), params, *texts(batch))
@@ -175,7 +218,7 @@ topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
 mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2), topology.devices)
 policy = make_policy(DecoderConfig(
     vocabulary_size=256, width=128, heads=4, kv_heads=2, head_size=64, block="serial", attention_soft_cap=5.0,
-    window=64, full_attention_every=2, dtype="bfloat16", attention="splash"))
+    window=64, full_attention_every=2, dtype="bfloat16"))
 boxed = jax.eval_shape(policy.init, jax.random.key(0))
 params = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -183,22 +226,29 @@ params = jax.tree.map(
 texts = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
          for shape in ((8, 97), (8,), (8, 2, 80), (8, 2))]
 step = jax.value_and_grad(lambda params, *texts: score(policy, params, *texts).sum())
-lowered = jax.jit(within(mesh, step)).trace(params, *texts).lower(lowering_platforms=("tpu",))
-print(lowered.compile().as_text())
+fill = lambda params, *prompts: policy.prefill(params, *prompts, 2, 8)
+for function, arguments in ((step, texts), (fill, texts[:2])):
+    lowered = jax.jit(within(mesh, function)).trace(params, *arguments).lower(lowering_platforms=("tpu",))
+    print(lowered.compile().as_text(), end="END")
 """
 
 
+SPLASH = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
+
+
 def test_splash_compiles_for_a_tpu_slice():
-    """Value and gradient compile ahead of time for eight chips of v5e."""
+    """Value and gradient, and the prompts of a sampler, compile ahead of time for eight chips of v5e, as by default."""
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs ahead of time")
     process = subprocess.run(
         [sys.executable, "-c", TPU_PROGRAM], env=os.environ | TPU_VARIABLES, capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr[-2000:]
-    # The forward and the two backward kernels, for full layers and for layers with a window.
-    for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
-        calls = [line for line in process.stdout.splitlines() if kernel in line and "tpu_custom_call" in line]
-        assert len(calls) == 2, kernel
+    # Of the forward and the two backward kernels, one for full layers and one for layers with a window.
+    found = [
+        [sum(kernel in line and "tpu_custom_call" in line for line in text.splitlines()) for kernel in SPLASH]
+        for text in process.stdout.split("END")[:2]
+    ]
+    assert found == [[2, 2, 2], [2, 0, 0]]
 
 
 def test_cudnn_is_what_a_gpu_would_run(monkeypatch):
@@ -224,7 +274,7 @@ def test_a_kernel_of_another_machine_is_refused():
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (DecoderConfig(), {"attention": "flash"}, "attention is 'flash': choose one of xla, cudnn, splash"),
+        (DecoderConfig(), {"attention": "flash"}, "attention is 'flash': choose one of auto, xla, cudnn, splash"),
         (DecoderConfig(), {"attention": "cudnn"}, "'cudnn' with dtype=float32: it computes in bfloat16"),
         (DecoderConfig(), {"attention": "cudnn", "head_size": 20}, "'cudnn' with head_size=20: it takes multiples"),
         (

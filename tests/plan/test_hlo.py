@@ -224,6 +224,20 @@ ENTRY main (x: (f32[4], s32[])) -> f32[4] {
     assert root.called("body") == []
 
 
+def test_the_attributes_of_a_kernel_may_go_over_several_lines():
+    program = hlo.parse("""HloModule m
+ENTRY main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %a = f32[4]{0} custom-call(%x), custom_call_target="f", frontend_attributes={kernel_metadata={
+"size":"{}"
+}}, metadata={op_name="f"}
+  ROOT %b = f32[4]{0} negate(%a)
+}
+""")
+    assert program.computations["main"]["b"].is_root
+    assert hlo.hbm_traffic(program) == 2 * 16 + 2 * 16
+
+
 def test_a_computation_runs_once_for_every_place_that_calls_it():
     program = hlo.parse("""HloModule m
 %leaf (p: f32[4]) -> f32[4] {
