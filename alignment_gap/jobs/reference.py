@@ -73,8 +73,8 @@ class ReferenceConfig:
       prompt_length: padded length of prompts in tokens, as in the job; None for the longest.
       response_length: padded length of responses in tokens, as in the job; None for the longest.
       dtype: float32 or bfloat16, as in the job's model; None for the checkpoint's dtype.
-      attention: as in the job's model: xla, cudnn or splash, or T5's auto, xla or pallas; None for the checkpoint's
-        attention.
+      attention: as in the job's model: auto, xla, cudnn or splash, or T5's auto, xla or pallas; None for the
+        checkpoint's attention.
       batch_size: prompts at a time, over all devices.
       mesh: the device mesh.
     """

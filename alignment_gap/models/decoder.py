@@ -352,7 +352,7 @@ class DecoderPolicy:
     ) -> Array:
         """`hidden` with a fused attention kernel, over rows that hold prompts and their responses."""
         prompt = prompts.shape[1] - (packing is None)
-        row = fused_attention.Row.of(prompt, inputs.shape[1], inputs.shape[2], attention)
+        row = fused_attention.Row(prompt, *inputs.shape[1:])
         if packing is None:
             tokens = row.tokens(prompts, prompt_lengths, inputs)
             positions, segments = row.positions(prompt_lengths), row.segments(prompt_lengths)
@@ -368,7 +368,11 @@ class DecoderPolicy:
         return self._final_norm(params, row.responses(x))
 
     def _fused_layer(
-        self, attention: str, row: fused_attention.Row, segments: Int[Array, "B S"], positions: Int[Array, "B S"]
+        self,
+        attention: str,
+        row: fused_attention.Row,
+        segments: Int[Array, "B S"] | None,
+        positions: Int[Array, "#B S"],
     ) -> Callable[[Array, Any, Any], tuple[Array, layers.KeysValues]]:
         """A layer over rows, with a fused kernel; it also returns its keys and values."""
         config, decoder = self.config, DecoderLayer(self.config)
@@ -393,20 +397,16 @@ class DecoderPolicy:
         config, size = self.config, prompts.shape[-1]
         attention = fused_attention.choose(config)
         if attention == "xla":
-            padding, over_prompts = 0, self._prompt_layer(size)
+            over_prompts = self._prompt_layer(size)
         else:
-            # No token attends to one after it, so what follows a prompt needs no segment of its own.
-            row = fused_attention.Row.of(size, 0, 0, attention)
-            padding, slots = row.padding, jnp.broadcast_to(jnp.arange(row.size), (len(prompts), row.size))
-            over_prompts = self._fused_layer(attention, row, jnp.zeros_like(slots), slots)
+            over_prompts = self._fused_layer(attention, fused_attention.Row(size), None, jnp.arange(size)[None])
 
         def layer(x: Array, layer_params: Any, full: Any) -> tuple[Array, Any]:
             x, keys_values = over_prompts(x, layer_params, full)
-            keys, values = (each[:, :, :size] for each in keys_values)
-            return x, layers.held((keys, values), cache_dtype)
+            return x, layers.held(keys_values, cache_dtype)
 
-        x = self._embed(params, jnp.pad(prompts, ((0, 0), (0, padding))))
-        _, prompt = scan_stack(layer, x, params["decoder"]["layers"], self._full_layers(), config=config)
+        x, stacked = self._embed(params, prompts), params["decoder"]["layers"]
+        _, prompt = scan_stack(layer, x, stacked, self._full_layers(), config=config)
         shape = (config.layers, len(prompts), config.kv_heads, samples, max_length, config.head_size)
         return {
             "prompt": prompt,

@@ -3,7 +3,7 @@
 Such kernels take one row of tokens and a mask. Here a row holds the prompt, right-aligned, and then its K responses,
 one after another. All rows then have the same mask, a tree: each response branches off the end of the prompt.
 Distances in this tree equal distances in the text, so masks with a window are static too. Two segments separate text
-from padding.
+from padding. A sampler's row holds a prompt alone, left-aligned; no token attends to one after it.
 
 A packed row holds all its prompts first, in their order, and then all responses. Segments separate the texts. There
 the order of tokens is static but their distance is not, so packed rows support no window.
@@ -12,6 +12,7 @@ the order of tokens is static but their distance is not, so packed rows support 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from alignment_gap.errors import UserError
@@ -26,8 +28,10 @@ from alignment_gap.models.packing import Packing
 from alignment_gap.sharding import spec_within
 
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
-# A row's length must be a multiple of this. Splash reads lanes of 128; cuDNN's masks are aligned to 8.
-MULTIPLE = {"cudnn": 8, "splash": 128}
+# The kernels read rows of a multiple of these slots: cuDNN's masks are aligned to 8, splash reads lanes of 128.
+CUDNN_MULTIPLE, LANES = 8, 128
+# The blocks of splash that a row of more slots is cut into.
+BLOCKS = (256, 384, 512, 640)
 # The implementation that jax.nn.dot_product_attention runs for "cudnn"; tests set its XLA form, to run on a CPU.
 CUDNN: Any = "cudnn"
 
@@ -66,22 +70,20 @@ class Row(NamedTuple):
     """The layout of a row's slots.
 
     Attributes:
-      prompt: slots for the prompt without its last token, which is the first input of every response; in packed rows,
-        slots for all prompts.
+      prompt: slots for the prompt; without its last token if there are responses, whose first input it is; in packed
+        rows, slots for all prompts.
       rows: number of responses.
       length: slots for each response.
-      padding: padding slots at the end.
     """
 
     prompt: int
-    rows: int
-    length: int
-    padding: int
+    rows: int = 0
+    length: int = 0
 
-    @classmethod
-    def of(cls, prompt: int, rows: int, length: int, attention: str) -> Row:
-        """The layout, padded to a length that the kernel supports."""
-        return cls(prompt, rows, length, -(prompt + rows * length) % MULTIPLE[attention])
+    @property
+    def size(self) -> int:
+        """The number of slots."""
+        return self.prompt + self.rows * self.length
 
     def tokens(
         self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], inputs: Int[Array, "B K R"]
@@ -89,19 +91,16 @@ class Row(NamedTuple):
         """The row's tokens; the slots before a short prompt hold arbitrary tokens."""
         shift = self.prompt + 1 - prompt_lengths
         slots = jnp.maximum(jnp.arange(self.prompt) - shift[:, None], 0)
-        prompts = jnp.take_along_axis(prompts, slots, axis=1)
-        row = jnp.concatenate([prompts, inputs.reshape(len(inputs), -1)], axis=1)
-        return jnp.pad(row, ((0, 0), (0, self.padding)))
+        return _joined(jnp.take_along_axis(prompts, slots, axis=1), inputs)
 
     def positions(self, prompt_lengths: Int[Array, "B"]) -> Int[Array, "B S"]:
         """The position of each slot in its text, at least 0."""
-        return jnp.maximum(self._distances() - (self.prompt + 1 - prompt_lengths[:, None]), 0)
+        return jnp.maximum(_distances(self, self.size) - (self.prompt + 1 - prompt_lengths[:, None]), 0)
 
     def segments(self, prompt_lengths: Int[Array, "B"]) -> Int[Array, "B S"]:
-        """0 at text and 1 at padding; tokens attend only within their segment."""
-        slots = jnp.arange(len(self._branches()))
-        before = slots < self.prompt + 1 - prompt_lengths[:, None]
-        return ((before & (slots < self.prompt)) | (slots >= len(slots) - self.padding)).astype(jnp.int32)
+        """0 at text and 1 before it; tokens attend only within their segment."""
+        slots = jnp.arange(self.size)
+        return ((slots < self.prompt + 1 - prompt_lengths[:, None]) & (slots < self.prompt)).astype(jnp.int32)
 
     def packed(
         self, prompts: Int[Array, "B P"], inputs: Int[Array, "B K R"], packing: Packing
@@ -110,46 +109,48 @@ class Row(NamedTuple):
 
         The last token of a prompt counts as padding, because it is the first input of the responses.
         """
-        padding = packing.prompt_lengths.shape[-1]
-        slots = jnp.where(packing.is_last(), padding, packing.prompts.slot)
-
-        def line(prompts: Array, responses: Array, fill: int) -> Array:
-            row = jnp.concatenate([prompts, responses.reshape(len(responses), -1)], axis=1)
-            return jnp.pad(row, ((0, 0), (0, self.padding)), constant_values=fill)
-
+        slots = jnp.where(packing.is_last(), packing.prompt_lengths.shape[-1], packing.prompts.slot)
         return (
-            line(prompts, inputs, 0),
-            line(packing.prompts.position, packing.response_positions(), 0),
-            line(slots, packing.responses.slot, padding),
+            _joined(prompts, inputs),
+            _joined(packing.prompts.position, packing.response_positions()),
+            _joined(slots, packing.responses.slot),
         )
 
-    @property
-    def size(self) -> int:
-        """The number of slots."""
-        return self.prompt + self.rows * self.length + self.padding
-
     def mask(
-        self, window: int | None, queries: slice = slice(None), keys: slice = slice(None)
+        self, window: int | None, size: int, queries: slice = slice(None), keys: slice = slice(None)
     ) -> Bool[np.ndarray, "Q S"]:
-        """True where a slot attends to another: in the prompt or its own response, not later, and within the window."""
-        branches, distances = self._branches(), self._distances()
+        """True where a slot attends to another: in the prompt or its own response, not later, and within the window.
+
+        Slots after the end, up to `size`, attend to each other alone.
+        """
+        branches, distances = _branches(self, size), _distances(self, size)
         distance = distances[queries, None] - distances[keys]
         mask = (distance >= 0) & ((branches[keys] == 0) | (branches[queries, None] == branches[keys]))
         return mask if window is None else mask & (distance < window)
 
     def responses(self, x: Float[Array, "B S D"]) -> Float[Array, "B K R D"]:
         """The responses' part of the row."""
-        end = x.shape[1] - self.padding
-        return x[:, self.prompt : end].reshape(len(x), self.rows, self.length, -1)
+        return x[:, self.prompt :].reshape(len(x), self.rows, self.length, -1)
 
-    def _branches(self) -> Int[np.ndarray, " S"]:
-        """0 in the prompt, k in response k, and K + 1 in the padding."""
-        return np.repeat(np.arange(self.rows + 2), [self.prompt, *[self.length] * self.rows, self.padding])
 
-    def _distances(self) -> Int[np.ndarray, " S"]:
-        """Each slot's distance from the first slot, measured in the text: every response starts at the prompt's end."""
-        responses = np.tile(self.prompt + np.arange(self.length), self.rows)
-        return np.concatenate([np.arange(self.prompt), responses, np.arange(self.padding)])
+def _joined(prompts: Int[Array, "B P"], responses: Int[Array, "B K R"]) -> Int[Array, "B S"]:
+    return jnp.concatenate([prompts, responses.reshape(len(responses), -1)], axis=1)
+
+
+@functools.cache
+def _branches(row: Row, size: int) -> Int[np.ndarray, " S"]:
+    """0 in the prompt, k in response k, and K + 1 after the end."""
+    return np.repeat(np.arange(row.rows + 2), [row.prompt, *[row.length] * row.rows, size - row.size])
+
+
+@functools.cache
+def _distances(row: Row, size: int) -> Int[np.ndarray, " S"]:
+    """Each slot's distance from the first slot, measured in the text: every response starts at the prompt's end.
+
+    Slots after the end come before all others.
+    """
+    responses = np.tile(row.prompt + np.arange(row.length), row.rows)
+    return np.concatenate([np.arange(row.prompt), responses, np.arange(row.size - size, 0)])
 
 
 Attend = Callable[[Array, Array, Array], Float[Array, "B S H C"]]
@@ -158,25 +159,26 @@ Attend = Callable[[Array, Array, Array], Float[Array, "B S H C"]]
 class _TreeMask(splash_attention_mask.Mask):
     """A row's mask, computed block by block: as one array, that of a long row would not fit in memory."""
 
-    def __init__(self, row: Row, window: int | None):
-        self.row, self.window = row, window
+    def __init__(self, row: Row, window: int | None, size: int):
+        self.facts = row, window, size
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.row.size, self.row.size
+        return self.facts[2], self.facts[2]
 
     def __getitem__(self, index: Any) -> Bool[np.ndarray, "Q S"]:
-        return self.row.mask(self.window, *index)
+        row, window, size = self.facts
+        return row.mask(window, size, *index)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _TreeMask) and (self.row, self.window) == (other.row, other.window)
+        return isinstance(other, _TreeMask) and self.facts == other.facts
 
     def __hash__(self) -> int:
-        return hash((self.row, self.window))
+        return hash(self.facts)
 
 
 def make(
-    config: Any, attention: str, row: Row, segments: Int[Array, "B S"], *, scale: float
+    config: Any, attention: str, row: Row, segments: Int[Array, "B S"] | None, *, scale: float
 ) -> Callable[[Any], Attend]:
     """A function that takes whether a layer is full, without a window, and returns its attention.
 
@@ -186,7 +188,7 @@ def make(
       config: a `DecoderConfig`.
       attention: "cudnn" or "splash".
       row: the layout of the slots.
-      segments: the segment of each slot.
+      segments: the segment of each slot; None if all have the same.
       scale: factor on the logits.
     """
     kernel = _cudnn if attention == "cudnn" else functools.partial(_splash, config.attention_soft_cap)
@@ -198,47 +200,68 @@ def make(
 
 
 def _cudnn(
-    row: Row, window: int | None, segments: Array, scale: float, query: Array, keys: Array, values: Array
+    row: Row, window: int | None, segments: Array | None, scale: float, query: Array, keys: Array, values: Array
 ) -> Array:
     if CUDNN == "cudnn" and platform() not in ("cuda", "gpu"):
-        raise UserError(f"DecoderConfig.attention is 'cudnn' on {platform()}: it needs a CUDA GPU; use xla")
-    seen = (segments[:, :, None] == segments[:, None]) & row.mask(window)
+        raise UserError(f"DecoderConfig.attention is 'cudnn' on {platform()}: it needs a CUDA GPU; use auto or xla")
+    size = row.size + -row.size % CUDNN_MULTIPLE
+    seen: Any = row.mask(window, size)[None]
+    if segments is not None:
+        segments = _padded(segments, size)
+        seen = (segments[:, :, None] == segments[:, None]) & seen
     masked: Any = {"mask": seen[:, None], "implementation": CUDNN}
-    return jax.nn.dot_product_attention(query, keys, values, scale=scale, **masked)
+    arrays = (_padded(x, size) for x in (query, keys, values))
+    return jax.nn.dot_product_attention(*arrays, scale=scale, **masked)[:, : row.size]
+
+
+def _padded(x: Array, size: int) -> Array:
+    """The array with zeros after the slots of its second axis, up to `size`."""
+    return jnp.pad(x, [(0, size - x.shape[1] if axis == 1 else 0) for axis in range(x.ndim)])
 
 
 def _splash(
     soft_cap: float | None,
     row: Row,
     window: int | None,
-    segments: Array,
+    segments: Array | None,
     scale: float,
     query: Array,
     keys: Array,
     values: Array,
 ) -> Array:
     """The kernel on each device's own batch and heads."""
-    attend = functools.partial(_splash_on_device, _TreeMask(row, window), soft_cap)
-    arrays = (query * scale, keys, values, segments)
-    names: list[tuple[str | None, ...]] = [("batch", None, name, None) for name in ("heads", "kv_heads", "kv_heads")]
-    specs = [spec_within(x.shape, *axes) for x, axes in zip(arrays, [*names, ("batch", None)], strict=True)]
-    if specs[0] is None:
-        return attend(*arrays)
-    if specs[1] != specs[0] and keys.shape[2] > 1:
-        # The mesh cannot split the key heads as it splits the query heads; both then use the keys' sharding.
-        specs[0] = specs[1]
-    return jax.shard_map(attend, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)(*arrays)
+    if platform() not in ("tpu", "cpu"):
+        raise UserError(f"DecoderConfig.attention is 'splash' on {platform()}: it needs a TPU; use auto or xla")
+    attend = functools.partial(_splash_on_device, row, window, soft_cap)
+    rest = [] if segments is None else [segments]
+    spec = spec_within(query.shape, "batch", None, "heads", None)
+    if spec is None:
+        return attend(query * scale, keys, values, *rest)
+    groups, heads = keys.shape[2], query.shape[2]
+    if groups > 1:
+        # If the mesh splits the query heads into more parts than there are key heads, each part gets a copy of its own.
+        sharding = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), spec)
+        copies = math.lcm(groups, heads // sharding.shard_shape(query.shape)[2]) // groups
+        keys, values = (jnp.repeat(x, copies, axis=2) for x in (keys, values))
+    of_keys = spec if groups > 1 else PartitionSpec(spec[0], None, None, None)
+    specs = (spec, of_keys, of_keys, *(PartitionSpec(spec[0], None) for _ in rest))
+    split = jax.shard_map(attend, in_specs=specs, out_specs=spec, check_vma=False)
+    return split(query * scale, keys, values, *rest)
+
+
+def block_of(size: int) -> int:
+    """The slots of a block: of the blocks that need the least padding, the largest."""
+    return min(BLOCKS, key=lambda block: (-size % block, -block)) if size > LANES else LANES
 
 
 def _splash_on_device(
-    mask: _TreeMask, soft_cap: float | None, query: Array, keys: Array, values: Array, segments: Array
+    row: Row, window: int | None, soft_cap: float | None, query: Array, keys: Array, values: Array, *segments: Array
 ) -> Float[Array, "B S H C"]:
-    if platform() not in ("tpu", "cpu"):
-        raise UserError(f"DecoderConfig.attention is 'splash' on {platform()}: it needs a TPU; use xla or cudnn")
-    size = next(size for size in (512, 256, 128) if mask.row.size % size == 0)
-    blocks: Any = {f"block_{name}": size for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
+    block = block_of(row.size)
+    size = row.size + -row.size % block
+    blocks: Any = {f"block_{name}": block for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
     kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([mask] * query.shape[2]),
+        splash_attention_mask.MultiHeadMask([_TreeMask(row, window, size)] * query.shape[2]),
         block_sizes=splash_attention_kernel.BlockSizes(**blocks),
         attn_logits_soft_cap=soft_cap,
         head_shards=1,
@@ -246,11 +269,13 @@ def _splash_on_device(
         interpret=platform() == "cpu",
     )
 
-    def attend(query: Array, keys: Array, values: Array, segments: Array) -> Array:
+    def attend(query: Array, keys: Array, values: Array, *segments: Array) -> Array:
         heads_first = (jnp.swapaxes(x, 0, 1) for x in (query, keys, values))
-        return jnp.swapaxes(kernel(*heads_first, splash_attention_kernel.SegmentIds(segments, segments)), 0, 1)
+        ids = [splash_attention_kernel.SegmentIds(each, each) for each in segments]
+        return jnp.swapaxes(kernel(*heads_first, *ids), 0, 1)
 
-    return jax.vmap(attend)(query, keys, values, segments)
+    arrays = (_padded(x, size) for x in (query, keys, values, *segments))
+    return jax.vmap(attend)(*arrays)[:, : row.size]
 
 
 def platform() -> str:

@@ -26,7 +26,8 @@ _MESH = re.compile(
     r"(?:,\s*device_ids=\(\[(?P<ids>[\d,]+)\](?:T\((?P<turn>[\d,]+)\))?\))?\s*\{(?P<spread>[^}]*)\}"
 )
 _COUNTER = re.compile(r"[su]\d+\[\]")
-_CALLED = re.compile(r"(calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
+_BRANCHES = ("branch_computations", "true_computation", "false_computation")
+_CALLED = re.compile(rf"(calls|to_apply|body|condition|{'|'.join(_BRANCHES)})=(\{{[^}}]*\}}|%[\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +180,10 @@ def _integer(instruction: Instruction) -> int | None:
 
 
 def executed(program: Program) -> Iterator[tuple[str, int, bool]]:
-    """Yields (computation, runs in one call, whether it is inside a fusion), once for every place that calls it."""
+    """Yields (computation, runs in one call, whether it is inside a fusion), once for every place that calls it.
+
+    Of the branches of a conditional only one runs; the one with the least traffic counts, so that times are at best.
+    """
     stack = [(program.entry, 1, False)]
     while stack:
         name, runs, fused = stack.pop()
@@ -190,9 +194,12 @@ def executed(program: Program) -> Iterator[tuple[str, int, bool]]:
                 stack += [(part, times, fused) for key in ("body", "condition") for part in instruction.called(key)]
             elif instruction.opcode == "fusion":
                 stack += [(part, runs, True) for part in instruction.called("calls")]
-            elif instruction.opcode in ("call", "conditional", "async-start"):
-                attributes = ("to_apply", "branch_computations", "calls")
-                stack += [(part, runs, fused) for key in attributes for part in instruction.called(key)]
+            elif instruction.opcode == "conditional":
+                branches = [part for key in _BRANCHES for part in instruction.called(key)]
+                least = min(branches, key=lambda part: hbm_traffic(dataclasses.replace(program, entry=part)))
+                stack.append((least, runs, fused))
+            elif instruction.opcode in ("call", "async-start"):
+                stack += [(part, runs, fused) for key in ("to_apply", "calls") for part in instruction.called(key)]
 
 
 def collectives(program: Program, devices: int) -> list[Collective]:

@@ -46,8 +46,8 @@ from alignment_gap.study.marks import (
     kl_panels,
     level,
     over_kl,
-    over_seeds,
     scatter,
+    seeds_as_one,
     styles,
     tooltip,
     with_starts,
@@ -534,7 +534,7 @@ def _training_figure(study: _Study, loss: str) -> Figure:
     )
     if reason := study.lacking(loss, metrics):
         return dataclasses.replace(base, missing=reason)
-    rows = over_seeds([row for row in study.select(loss, metrics) if row["arm"] != OPPONENT], metrics)
+    rows = seeds_as_one([row for row in study.select(loss, metrics) if row["arm"] != OPPONENT], metrics)
     chart = alt.hconcat(*_along_training(study, rows, metrics), data=alt.Data(values=with_starts(rows)))
     said = (*_of_seeds(study), findings.ends_sentence(study.evidence, loss, study.main, metrics))
     return dataclasses.replace(base, sentences=said, spec=charts.finish(chart))
@@ -551,8 +551,8 @@ def _online_data_figure(study: _Study, loss: str) -> Figure:
     )
     names = ("stream_accuracy", "heldout_accuracy", "own_accuracy")
     metrics = [metric for metric in names if any(metric in row for row in study.rows)]
-    rows = over_seeds([row for row in study.select(loss, metrics) if row["arm"] != OPPONENT], metrics)
-    proxies = over_seeds([row for row in study.rows if row["arm"] == PROXY[0]], metrics)
+    rows = seeds_as_one([row for row in study.select(loss, metrics) if row["arm"] != OPPONENT], metrics)
+    proxies = seeds_as_one([row for row in study.rows if row["arm"] == PROXY[0]], metrics)
     colour = styles([*rows, *proxies], study.arms)[0]
     panels = []
     for metric, panel in zip(metrics, _along_training(study, [*rows, *proxies], metrics), strict=True):

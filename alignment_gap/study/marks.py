@@ -118,7 +118,7 @@ def with_starts(rows: Sequence[Row]) -> list[Row]:
     return starts + sorted(rows, key=lambda row: (row["arm"] == ORIGIN, -counts[row["arm"]]))
 
 
-def over_seeds(rows: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
+def seeds_as_one(rows: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
     """One row for the seeds of a setting: metrics are means, and intervals go from the lowest seed to the highest.
 
     The rows of a single seed stay as they are, with the intervals of their checkpoints.
@@ -134,13 +134,13 @@ def over_seeds(rows: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
 def _mean_row(group: Sequence[Row], metrics: Sequence[str]) -> Row:
     first = group[0]
     kept = {name: first[name] for name in ("arm", "loss", "setting", "step", *SETTINGS) if name in first}
-    row = kept | {"run": f"{first['arm']} {first['loss']} {first['setting']}", "seed": f"mean of {len(group)}"}
+    row = kept | {"run": f"{first['arm']} {first['loss']} {first['setting']}", "seed": "mean", "seeds": len(group)}
     for metric in metrics:
         if values := [each[metric] for each in group if metric in each]:
             spread = Interval(float(np.mean(values)), min(values), max(values))
             ends = zip(("", "_low", "_high"), (spread.value, spread.low, spread.high), strict=True)
             row |= {f"{metric}{end}": round(value, 5) for end, value in ends}
-            row[f"{metric}_text"] = findings.level(spread, metric)
+            row[f"{metric}_text"] = f"{findings.level(spread, metric)[:-1]}, by seed)"
     return row
 
 
@@ -171,7 +171,8 @@ def axis(channel: Any, metric: str, end: str = "", **scale: Any) -> Any:
 
 def tooltip(rows: Sequence[Row]) -> list[alt.Tooltip]:
     """The tooltip of a checkpoint: its identity, and each measured mean with its interval."""
-    tips = [alt.Tooltip(f"{field}:N") for field in ("arm", "loss", "setting", "seed", "step")]
+    shown = ("arm", "loss", "setting", "seeds" if any("seeds" in row for row in rows) else "seed", "step")
+    tips = [alt.Tooltip(f"{field}:N") for field in shown]
     for metric in METRICS:
         if any(f"{metric}_text" in row for row in rows):
             tips.append(alt.Tooltip(f"{metric}_text:N", title=metric.replace("_", " ")))

@@ -139,7 +139,7 @@ def test_every_number_of_a_config_is_positive_or_not_set(config, name, optional)
         ("embedding_scale", "one, sqrt_width"),
         ("logits_scale", "inverse_sqrt_width, one"),
         ("rope_scaling", "none, linear, llama3"),
-        ("attention", "xla, cudnn, splash"),
+        ("attention", "auto, xla, cudnn, splash"),
         ("remat", "none, full, dots"),
         ("dtype", "float32, bfloat16"),
     ],

@@ -260,7 +260,7 @@ ENTRY %main (x: f32[4], i: s32[]) -> f32[4] {
   %x = f32[4]{0} parameter(0)
   %i = s32[] parameter(1)
   %w = f32[4]{0} while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"6"}}
-  ROOT %z = f32[4]{0} conditional(%i, %w, %x), branch_computations={%branch, %leaf}
+  ROOT %z = f32[4]{0} call(%w), to_apply=%branch
 }
 """)
     found = sorted(hlo.executed(program))
@@ -269,11 +269,33 @@ ENTRY %main (x: f32[4], i: s32[]) -> f32[4] {
         ("branch", 1, False),
         ("branch", 6, False),
         ("condition", 6, False),
-        ("leaf", 1, False),
         ("leaf", 1, True),
         ("leaf", 6, True),
         ("main", 1, False),
     ]
+
+
+@pytest.mark.parametrize(
+    "branches", ["branch_computations={%much, %little}", "true_computation=%little, false_computation=%much"]
+)
+def test_of_two_branches_the_one_with_less_traffic_runs(branches):
+    program = hlo.parse(f"""HloModule m
+%much (p: f32[4]) -> f32[4] {{
+  %p = f32[4]{{0}} parameter(0)
+  %n = f32[4]{{0}} negate(%p)
+  ROOT %m = f32[4]{{0}} negate(%n)
+}}
+%little (q: f32[4]) -> f32[4] {{
+  %q = f32[4]{{0}} parameter(0)
+  ROOT %k = f32[4]{{0}} negate(%q)
+}}
+ENTRY %main (x: f32[4], i: s32[]) -> f32[4] {{
+  %x = f32[4]{{0}} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %z = f32[4]{{0}} conditional(%i, %x, %x), {branches}
+}}
+""")
+    assert sorted(hlo.executed(program)) == [("little", 1, False), ("main", 1, False)]
 
 
 def test_a_started_collective_counts_its_operand_or_its_result_and_not_both():

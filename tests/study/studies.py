@@ -3,10 +3,10 @@
 import base64
 import contextlib
 import csv
-import gzip
 import json
 import os
 import shutil
+import zlib
 
 from job_runs import assert_equal_checkpoints, metrics, steps
 
@@ -49,7 +49,7 @@ def rows(study):
 
 def unpacked(specs):
     """The specifications of a page's figures, by name."""
-    return json.loads(gzip.decompress(base64.b64decode(specs)))
+    return json.loads(zlib.decompress(base64.b64decode(specs)))
 
 
 def snapshot(folder):

@@ -60,6 +60,16 @@ def rows(figure):
     return found
 
 
+def tips(figure):
+    """The fields of all tooltips."""
+    found, stack = set(), [figure.spec]
+    while stack:
+        part = stack.pop()
+        found |= {tip["field"] for tip in part.get("encoding", {}).get("tooltip", [])}
+        stack += [child for key in ("layer", "hconcat", "concat") for child in part.get(key, [])]
+    return found
+
+
 @pytest.fixture(scope="module")
 def drawn():
     return draw(study())
@@ -281,7 +291,7 @@ def test_along_training_the_seeds_of_a_setting_are_one_mark():
     results = study(losses=("ipo",), seeds=(0, 1, 2))
     figure = draw(results)["figure_8_ipo"]
     marks = [row for row in rows(figure) if row["arm"] == "online" and not row.get("start")]
-    assert [(row["step"], row["seed"]) for row in marks] == [(1, "mean of 3"), (2, "mean of 3")]
+    assert [(row["step"], row["seeds"]) for row in marks] == [(1, 3), (2, 3)]
     for row in marks:
         of_step = [r.mean("accuracy") for r in results if r.arm == "online" and r.step == row["step"]]
         ends = np.mean(of_step), min(of_step), max(of_step)
@@ -289,8 +299,28 @@ def test_along_training_the_seeds_of_a_setting_are_one_mark():
     (start,) = (row for row in rows(figure) if row["arm"] == "online" and row.get("start"))
     assert start["run"] == marks[0]["run"] and start["step"] == 0
     assert "the mean over the seeds of one setting" in figure.sentences[0]
+    assert "seeds" in tips(figure) and "seed" not in tips(figure)
     alone = [row for row in rows(draw(study())["figure_8_ipo"]) if row["arm"] == "online"]
-    assert {row["seed"] for row in alone} == {0}
+    assert {row["seed"] for row in alone} == {0} and "seed" in tips(draw(study())["figure_8_ipo"])
+
+
+def test_a_setting_that_a_seed_lacks_starts_at_the_origin_too():
+    """As in a report over an unfinished study."""
+    results = study(losses=("ipo",), seeds=(0, 1, 2))
+    results += [result for seed in (0, 1) for result in run("offline", beta=0.5, seed=seed)]
+    data = [row for row in rows(draw(results)["figure_8_ipo"]) if row.get("beta") == "0.5"]
+    assert [(row["step"], row.get("start"), row["seeds"]) for row in data] == [(0, True, 3), (1, None, 2), (2, None, 2)]
+
+
+def test_the_proxies_of_all_seeds_are_one_line():
+    accuracies = ("stream_accuracy", "heldout_accuracy", "own_accuracy")
+    results = study(losses=("ipo",), seeds=(0, 1), metrics=(*ALL, *accuracies))
+    for seed, share in ((0, 0.5), (1, 1.0)):
+        right = (np.arange(24) < 24 * share).astype(float)
+        results.append(CheckpointResult("proxy", "preference", math.nan, math.nan, seed, 4, {accuracies[0]: right}))
+    (line,) = (row for row in rows(draw(results)["figure_6"]) if row.get("arm") == "proxy")
+    assert (line["stream_accuracy"], line["seeds"]) == (0.75, 2)
+    assert line["stream_accuracy_text"] == "75.0\u00a0% (50.0 to 100.0, by seed)"
 
 
 def test_the_best_of_every_size_is_drawn_over_its_parameters():

@@ -64,7 +64,7 @@ def test_the_arm_is_in_the_findings_and_in_every_figure(replayed):
     assert f"<b>mirrored</b>: {REPLAYED.reads}." in page
     assert AS_ONLINE.paper in page
     assert "at equal KL" in page and "mirrored \u2212 online" in page
-    (specs,) = (part.partition("</script>")[0] for part in page.split('type="application/gzip">')[1:])
+    (specs,) = (part.partition("</script>")[0] for part in page.split('type="application/zlib">')[1:])
     # Stages before the arms have curves without them, and curves have no marks.
     elsewhere = ("equal_kl_ipo", "equal_kl_ipo_rubric", "figure_2", "figure_3", "training_sft", "training_judges")
     for name, spec in unpacked(specs).items():
