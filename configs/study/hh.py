@@ -55,13 +55,17 @@ def get_config() -> ConfigDict:
         proxy=judge,
         arms=ArmsConfig(
             losses=("ipo", "best_of_n"),
+            further=("replayed", "small_windows", "large_windows"),
+            swept=("offline", "shuffled"),
             checkpoint_steps=(10, 30, 60, 150, 300),
             batch_size=32,
             optimizer=OptimizerConfig(learning_rate=3e-4),
             beta=0.1,
-            offline_betas=(0.03, 0.1),
+            offline_betas=(0.01, 0.03, 0.1),
             offline_learning_rates=(3e-4,),
         ),
-        evaluation=EvaluationConfig(prompts=512, kl_prompts=256, pairs=256, classified=("heldout",), baselines=True),
+        evaluation=EvaluationConfig(
+            prompts=512, kl_prompts=256, pairs=256, classified=("heldout", "stream", "own"), baselines=True
+        ),
     )
     return ConfigDict(to_dict(study))
