@@ -157,7 +157,9 @@ def test_a_kernel_fills_the_same_cache_as_xla(name, kernel, dtype, monkeypatch):
             )["prompt"]
             for attention in ("xla", kernel)
         )
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1 if dtype else 1e-5), fused, plain)
+        for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
+            # Rounding may go the other way.
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1 if a.dtype == jnp.int8 else 1e-5)
 
 
 def test_the_machine_chooses(monkeypatch):
@@ -222,14 +224,19 @@ def test_splash_over_a_mesh_equals_splash_on_one_device(kv_heads, model, monkeyp
 
     monkeypatch.setattr(fused_attention, "_splash_on_device", watched)
     params, mesh = random_params(policy), make_mesh(MeshConfig(data=2, fsdp=4 // model, model=model))
-    step = jax.value_and_grad(lambda params, *texts: score(policy, params, *texts).sum())
+
+    def total(params, *texts):
+        log_probs = score(policy, params, *texts)
+        return log_probs.sum(), log_probs
+
+    step = jax.grad(total, has_aux=True)
     alone = jax.jit(step)(params, *texts(BATCH))
     assert seen == {(4, kv_heads)}
     seen.clear()
     split = jax.device_put(params, shardings_of(jax.eval_shape(policy.init, jax.random.key(0)), mesh))
     over_mesh = jax.jit(within(mesh, step))(split, *jax.device_put(texts(BATCH), batch_sharding(mesh)))
     assert seen == {(4 // model, 1)}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), over_mesh, alone)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), over_mesh, alone)
 
 
 TPU_PROGRAM = """
@@ -255,8 +262,6 @@ for function, arguments in ((step, texts), (fill, texts[:2])):
     lowered = jax.jit(within(mesh, function)).trace(params, *arguments).lower(lowering_platforms=("tpu",))
     print(lowered.compile().as_text(), end="END")
 """
-
-
 SPLASH = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
 
 
