@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -250,8 +250,13 @@ def _splash(
 
 
 def block_of(size: int) -> int:
-    """The slots of a block: of the blocks that need the least padding, the largest."""
-    return min(BLOCKS, key=lambda block: (-size % block, -block)) if size > LANES else LANES
+    """The slots of a block of splash."""
+    return least_padding(size, BLOCKS) if size > LANES else LANES
+
+
+def least_padding(size: int, blocks: Sequence[int]) -> int:
+    """Of the blocks that need the least padding for this size, the largest."""
+    return min(blocks, key=lambda block: (-size % block, -block))
 
 
 def _splash_on_device(

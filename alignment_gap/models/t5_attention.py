@@ -28,12 +28,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from alignment_gap.models.fused_attention import platform
+from alignment_gap.models.fused_attention import LANES, least_padding, platform
 from alignment_gap.models.layers import MASKED
 from alignment_gap.models.packing import Ranges
 from alignment_gap.sharding import spec_within
 
-LANES, SUBLANES = 128, 8
+SUBLANES = 8
 # Queries and keys of a tile, at most. The bias of both heads of a block then takes 2.5 MiB of on-chip memory.
 BLOCK = 2 * LANES
 # Above masked logits and below all others. So a masked logit has weight 0, even if all logits of a query are masked.
@@ -67,7 +67,7 @@ class _Sizes(NamedTuple):
 
 def block_of(length: int, most: int = BLOCK) -> int:
     """Queries or keys of a tile, for rows of this length: `most`, or half of it if that needs less padding."""
-    return most if -length % most == -length % (most // 2) else most // 2
+    return least_padding(length, (most // 2, most))
 
 
 def line_distances(length: int, farthest: int, most: int = BLOCK) -> Int[np.ndarray, " W"]:

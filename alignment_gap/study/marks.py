@@ -140,7 +140,7 @@ def _mean_row(group: Sequence[Row], metrics: Sequence[str]) -> Row:
             spread = Interval(float(np.mean(values)), min(values), max(values))
             ends = zip(("", "_low", "_high"), (spread.value, spread.low, spread.high), strict=True)
             row |= {f"{metric}{end}": round(value, 5) for end, value in ends}
-            row[f"{metric}_text"] = f"{findings.level(spread, metric)[:-1]}, by seed)"
+            row[f"{metric}_text"] = f"{findings.level(spread, metric)} by seed"
     return row
 
 

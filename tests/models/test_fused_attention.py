@@ -144,7 +144,14 @@ def test_blocks_need_the_least_padding_and_are_large():
     [("decoder", "splash", None), ("gemma2", "splash", None), ("decoder", "splash", "int8"), ("qwen3", "cudnn", None)],
 )
 def test_a_kernel_fills_the_same_cache_as_xla(name, kernel, dtype, monkeypatch):
-    """For prompts of one block and of two. Gemma 2 has windows."""
+    """For prompts of one block and of two. Gemma 2 has windows. cuDNN gets rows of a multiple of 8 slots."""
+    plain_form, sizes = jax.nn.dot_product_attention, []
+
+    def watched(query, *rest, **settings):
+        sizes.append(query.shape[1])
+        return plain_form(query, *rest, **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", watched)
     monkeypatch.setattr(fused_attention, "CUDNN", "xla")
     monkeypatch.setattr(fused_attention, "check", lambda config: None)
     config = {**CONFIGS, **SETTINGS}[name]
@@ -160,6 +167,7 @@ def test_a_kernel_fills_the_same_cache_as_xla(name, kernel, dtype, monkeypatch):
         for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
             # Rounding may go the other way.
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1 if a.dtype == jnp.int8 else 1e-5)
+    assert {*sizes} == ({16, 304} if kernel == "cudnn" else set())
 
 
 def test_the_machine_chooses(monkeypatch):

@@ -320,7 +320,7 @@ def test_the_proxies_of_all_seeds_are_one_line():
         results.append(CheckpointResult("proxy", "preference", math.nan, math.nan, seed, 4, {accuracies[0]: right}))
     (line,) = (row for row in rows(draw(results)["figure_6"]) if row.get("arm") == "proxy")
     assert (line["stream_accuracy"], line["seeds"]) == (0.75, 2)
-    assert line["stream_accuracy_text"] == "75.0\u00a0% (50.0 to 100.0, by seed)"
+    assert line["stream_accuracy_text"] == "75.0\u00a0% (50.0 to 100.0) by seed"
 
 
 def test_the_best_of_every_size_is_drawn_over_its_parameters():
