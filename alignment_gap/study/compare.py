@@ -208,10 +208,10 @@ def claims_table(studies: Sequence[StudyFolder]) -> list[dict[str, Any]]:
 
 
 def _claim_cell(row: Mapping[str, str] | None) -> dict[str, str] | None:
-    """A study's answer to a claim: the verdict, the number and its interval."""
+    """A study's answer to a claim: the verdict, the number, its interval, and the distance that it could see."""
     if row is None:
         return None
-    value, interval = _NONE, ""
+    value, interval, could_see = _NONE, "", _NONE
     if row["value"]:
         numbers = Interval(*(float(row[name]) for name in ("value", "low", "high")))
         estimate = next((claim.estimate for claim in CLAIMS if claim.name == row["claim"]), None)
@@ -219,7 +219,9 @@ def _claim_cell(row: Mapping[str, str] | None) -> dict[str, str] | None:
             value, interval = f"{numbers.value:g}", f"{numbers.low:g} to {numbers.high:g}"
         else:
             value, interval = findings.estimated(estimate, numbers)
-    return {"verdict": row["verdict"], "value": value, "interval": interval, "seeds": row["seeds"]}
+            could_see = findings.distance(estimate, float(row["detectable"]))
+    words = {"verdict": row["verdict"], "value": value, "interval": interval, "seeds": row["seeds"]}
+    return words | {"could_see": could_see}
 
 
 def _claims_figure(studies: Sequence[StudyFolder]) -> Figure:

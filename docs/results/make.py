@@ -31,8 +31,8 @@ from alignment_gap.study.pool import write_pooled
 HERE = pathlib.Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 PAGE = HERE / "README.md"
-# The study whose claims README shows.
-MAIN = "paper"
+# The study whose claims README shows, and the one on human pairs, whose claims the page shows.
+MAIN, HUMAN = "paper", "hh"
 MADE = ("results.csv", "claims.csv", "comparisons.csv", "fits.csv", "facts.json", "figures")
 # Studies with this name and a kind are compared.
 KINDS = "kinds"
@@ -58,11 +58,12 @@ def make(study: pathlib.Path) -> None:
 
 def claims_markdown(study: pathlib.Path) -> str:
     """The claims of a study as a table in Markdown: those that it measured, by the paper's figures."""
-    lines = ["| The paper | figure | here | measured, with its 95 % interval | seeds |", "|---|---|---|---|---|"]
+    columns = ("The paper", "figure", "here", "measured, with its 95 % interval", "seeds", "could see")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in claims_table([read_study(study.name, at(study))]):
         (cell,) = row["cells"]
         number = " ".join(filter(None, (cell["value"], cell["interval"] and f"({cell['interval']})")))
-        words = (row["paper"], row["figure"], cell["verdict"], number, cell["seeds"])
+        words = (row["paper"], row["figure"], cell["verdict"], number, cell["seeds"], cell["could_see"])
         lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
 
@@ -134,6 +135,8 @@ def main(names: Iterable[str]) -> None:
         README.write_text(between_marks(README.read_text("utf-8"), claims_markdown(HERE / MAIN)), "utf-8")
         beyond = comparisons_markdown(HERE / MAIN)
         PAGE.write_text(between_marks(PAGE.read_text("utf-8"), beyond, "comparisons"), "utf-8")
+    if (HERE / HUMAN / "claims.csv").exists():
+        PAGE.write_text(between_marks(PAGE.read_text("utf-8"), claims_markdown(HERE / HUMAN), HUMAN), "utf-8")
     if len(kinds := kinds_made(HERE)) > 1:
         compare(kinds, HERE / KINDS)
         PAGE.write_text(between_marks(PAGE.read_text("utf-8"), kinds_markdown(kinds)), "utf-8")

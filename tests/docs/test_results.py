@@ -93,6 +93,13 @@ def test_the_page_has_the_comparisons_that_no_claim_is_about():
     )
 
 
+def test_the_page_has_the_claims_of_the_study_on_human_pairs():
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    table = make_results.claims_markdown(RESULTS / make_results.HUMAN)
+    assert make_results.between_marks(text, table, make_results.HUMAN) == text
+    assert "<!-- hh: made by `make results` -->\n\n| The paper | figure | here | " in text
+
+
 def test_the_golden_models_of_the_main_study_agree_with_the_rubric():
     """The study is about its golden model; no seed is chosen or left out."""
     facts = [read_facts(at(piece)).judges for piece in make_results.pieces_of(RESULTS / make_results.MAIN)]
@@ -182,7 +189,7 @@ def test_the_claims_stand_between_their_marks(made):
     assert text.startswith("before\n<!-- claims") and text.endswith("<!-- end of claims -->\nafter\n")
     assert "stale words" not in text
     (row,) = (line for line in text.splitlines() if "At equal KL online is better than offline." in line)
-    assert "| agrees | +50.0 points (+50.0 to +50.0) | 2 |" in row
+    assert "| agrees | +50.0 points (+50.0 to +50.0) | 2 | 0.0 points |" in row
     # A claim without measurements has no row.
     assert "Pairs with one side of SFT" not in text
     assert make_results.between_marks(text, make_results.claims_markdown(made)) == text
