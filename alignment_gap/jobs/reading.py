@@ -74,17 +74,18 @@ class Reading:
         return asked or there or 0
 
 
-def open_reading(config: DatasetConfig, setting: str) -> Reading:
+def open_reading(config: DatasetConfig, setting: str, *, prompts_only: bool = False) -> Reading:
     """Opens datasets in every process; raises UserError if one does not match its card, or they do not go together.
 
     Args:
       config: the datasets, and how they are read.
       setting: path of this config among the job's settings, for error messages.
+      prompts_only: whether only the prompts are used, as by an online source; they alone then choose the buckets.
     """
     if config.folder is None:
         raise UserError(f"{setting}.folder is not set: give the folder of a prepared dataset")
     examples = on_every_process(lambda: _open(str(config.folder)))
-    return Reading(config, examples, _shapes(config, examples, setting))
+    return Reading(config, examples, _shapes(config, examples, setting, prompts_only))
 
 
 def on_devices(
@@ -113,7 +114,7 @@ def _open(folders: str) -> Examples:
     return Examples(datasets)
 
 
-def _shapes(config: DatasetConfig, examples: Examples, setting: str) -> tuple[Bucket, ...]:
+def _shapes(config: DatasetConfig, examples: Examples, setting: str, prompts_only: bool) -> tuple[Bucket, ...]:
     largest = []
     for name in ("prompt_length", "response_length"):
         longest = max(getattr(dataset.card, f"max_{name}") for dataset in examples.datasets)
@@ -127,4 +128,7 @@ def _shapes(config: DatasetConfig, examples: Examples, setting: str) -> tuple[Bu
     prompt, response = largest
     if config.buckets == 1:
         return ((prompt, response),)
-    return choose_buckets(examples.lengths(), config.buckets, (prompt, response))
+    lengths = examples.lengths()
+    if prompts_only:
+        lengths = np.column_stack([lengths[:, 0], np.full(len(lengths), response)])
+    return choose_buckets(lengths, config.buckets, (prompt, response))

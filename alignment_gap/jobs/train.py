@@ -94,8 +94,12 @@ def open_training(config: JobConfig) -> Opened:
       UserError: a setting or an input cannot be used. It is raised before anything is written or compiled; only a token
         id outside the model's vocabulary is found later, when its batch is read.
     """
-    reading = open_reading(config.recorded, "source.prompts" if isinstance(config.source, OnlineConfig) else "source")
-    fresh = open_reading(recorded(config.fresh), "fresh") if config.fresh is not None else None
+    is_online = isinstance(config.source, OnlineConfig)
+    reading = open_reading(config.recorded, "source.prompts" if is_online else "source", prompts_only=is_online)
+    fresh = None
+    if config.fresh is not None:
+        is_drawn = isinstance(config.fresh, OnlineConfig)
+        fresh = open_reading(recorded(config.fresh), "fresh", prompts_only=is_drawn)
     _check_fresh(reading, fresh)
     config = dataclasses.replace(config, steps=reading.steps(config.steps))
     assembly = Assembly(config, _facts(config, reading, fresh), make_mesh(config.mesh))
@@ -273,8 +277,9 @@ def _checkpoint_steps(config: JobConfig, steps: int) -> list[int]:
 def _summary(assembly: Assembly, reading: Reading) -> str:
     config = assembly.config
     line = f"{config.steps:,} steps of {reading.config.batch_size} of {len(reading.examples):,} examples"
-    padding = reading.batches(assembly.mesh, config.seed, config.microbatches).padding().share
-    return f"{line}; {padding:.1%} of the token slots in batches hold padding"
+    is_online = isinstance(config.source, OnlineConfig)
+    padding = reading.batches(assembly.mesh, config.seed, config.microbatches).padding(prompts_only=is_online)
+    return f"{line}; {padding.share:.1%} of the {'prompts' if is_online else 'batches'}' token slots hold padding"
 
 
 def _carry_tokenizer(config: JobConfig, folder: AnyPath) -> None:

@@ -5,13 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from job_runs import arrays, assert_equal_checkpoints, assert_equal_runs, changed, metrics, run_and_stop, run_job
+from job_runs import Bar, arrays, assert_equal_checkpoints, assert_equal_runs, changed, metrics, run_and_stop, run_job
 
 from alignment_gap import losses
 from alignment_gap.data.records import open_dataset
 from alignment_gap.errors import UserError
 from alignment_gap.jobs import sources, train
 from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
+from alignment_gap.jobs.reading import open_reading
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.sharding import MeshConfig
@@ -58,6 +59,21 @@ def test_killed_it_goes_on_with_the_same_bits(after, run, online, tmp_path):
     run_and_stop(online, tmp_path, after)
     assert_equal_runs(run_job(online, tmp_path), run)
     same_record(tmp_path, run)
+
+
+def test_prompts_alone_choose_the_buckets(run, online, tmp_path):
+    """Recorded responses do not matter. A run whose batches have two shapes continues with the same bits."""
+    prompts = dataclasses.replace(online.source.prompts, buckets=2)
+    shorter, longer = open_reading(prompts, "prompts", prompts_only=True).shapes
+    assert shorter[0] < longer[0] and shorter[1] == longer[1]
+    config, bar = changed(online, prompts=prompts), Bar()
+    whole = run_job(config, tmp_path / "whole", bar)
+    lengths = [len(example.prompt) for example in open_dataset(whole / "record")]
+    batches = np.reshape(lengths, (6, 8)).max(axis=1)
+    assert (batches <= shorter[0]).any() and (batches > shorter[0]).any()
+    assert any("of the prompts' token slots hold padding" in line for line in bar.lines)
+    run_and_stop(config, tmp_path / "stopped", after=3)
+    assert_equal_runs(run_job(config, tmp_path / "stopped"), whole)
 
 
 def test_other_checkpoints_when_it_goes_on_lose_no_batch_of_the_record(run, online, tmp_path):

@@ -94,9 +94,13 @@ class OfflineSource:
         """The shape (P, R) of a batch of these examples: the smallest bucket that fits all of them."""
         return self.buckets[0 if self._bucket is None else int(self._bucket[numbers].max())]
 
-    def padding(self, epoch: int = 0) -> Padding:
-        """Counts of the batches that start in `epoch`; with packing, only the batches of the first 8192 examples."""
+    def padding(self, epoch: int = 0, *, prompts_only: bool = False) -> Padding:
+        """Counts of the batches that start in `epoch`; with packing, only the batches of the first 8192 examples.
+
+        Counts responses too, unless `prompts_only`.
+        """
         lengths, plan = self.examples.lengths(), self._plan(epoch)
+        lengths = lengths[:, :1] if prompts_only else lengths
         shapes = self.buckets if self._packing is None else (self._packing.shape,)
         slots = np.array([p + r * (lengths.shape[1] - 1) for p, r in shapes])
         if self._packing is not None:

@@ -188,6 +188,9 @@ def test_padding_is_counted_with_and_without_buckets(make_examples):
         assert (padding.slots, padding.tokens) == (slots, tokens)
         shares[name] = padding.share
         assert padding.share == pytest.approx(1 - tokens / slots)
+        of_prompts = source.padding(prompts_only=True)
+        assert of_prompts.slots == sum(batch.prompts.size for batch in batches)
+        assert of_prompts.tokens == sum(int(batch.prompt_lengths.sum()) for batch in batches)
     assert shares["with"] < shares["without"]
 
 
