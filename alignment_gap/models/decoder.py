@@ -206,7 +206,7 @@ class DecoderLayer(nn.Module):
         y = self._first_norm(x)
         own = layers.heads_first(*self._keys_values(y, view))
         if cache is not None:
-            cache, own = layers.extend_cache(cache, own, layer, step)
+            cache, own = layers.extend_cache(cache, own, layer, step, view.own.shape[-1])
         segments = [layers.Segment(*prompt, view.prompt), layers.Segment(*own, view.own)]
         return self._add(x, y, self._attend(self._query(y, view), segments)), cache
 
@@ -415,11 +415,12 @@ class DecoderPolicy:
         }
 
     def decode_step(
-        self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"]
+        self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"], places: int | None = None
     ) -> tuple[Float[Array, "B K D"], Any]:
         """Hidden states that predict the token at position `step` from the token before it."""
         decoder, sizes = DecoderLayer(self.config), [cache[name][0].shape[-2] for name in ("prompt", "responses")]
-        view = self._by_layer(partial(self._response_view, cache["prompt_lengths"], sizes[0], step[None], sizes[1]))
+        own = places or sizes[1]
+        view = self._by_layer(partial(self._response_view, cache["prompt_lengths"], sizes[0], step[None], own))
 
         def layer(x: Array, responses: Any, index: Array, layer_params: Any, inputs: Any) -> Any:
             prompt, full = inputs

@@ -397,12 +397,16 @@ def empty_cache(shape: tuple[int, ...], dtype: Any) -> KeysValues:
 
 
 def extend_cache(
-    cache: KeysValues, new: KeysValues, layer: Int[Array, ""], step: Int[Array, ""]
+    cache: KeysValues, new: KeysValues, layer: Int[Array, ""], step: Int[Array, ""], places: int
 ) -> tuple[KeysValues, KeysValues]:
-    """Writes a layer's new keys and values [B, G, K, 1, C] at `step`; returns the cache, and the layer's part of it."""
+    """Writes a layer's new keys and values [B, G, K, 1, C] at `step`.
+
+    Returns the cache, and the layer's first `places` places of it, [B, G, K, places, C].
+    """
     index = (layer, 0, 0, 0, step, 0)
     keys, values = (
         jax.lax.dynamic_update_slice(old, _cached(add)[None], index) for old, add in zip(cache, new, strict=True)
     )
-    own_keys, own_values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
+    read = (1, *keys.shape[1:4], places, keys.shape[5])
+    own_keys, own_values = (jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0, 0), read)[0] for x in (keys, values))
     return (keys, values), (own_keys, own_values)

@@ -157,7 +157,7 @@ class DecoderLayer(nn.Module):
         y = self.pre_self_attention_layer_norm(x)
         own = self.self_attention.keys_values(y)
         if cache is not None:
-            cache, own = layers.extend_cache(cache, own, layer, step)
+            cache, own = layers.extend_cache(cache, own, layer, step, mask.shape[-1])
         x = x + self.self_attention(y, layers.Segment(*own, mask, bias))
         x = x + self.encoder_decoder_attention(self.pre_cross_attention_layer_norm(x), prompt)
         return x + self.mlp(self.pre_mlp_layer_norm(x)), cache
@@ -330,10 +330,10 @@ class T5Policy:
         }
 
     def decode_step(
-        self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"]
+        self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"], places: int | None = None
     ) -> tuple[Float[Array, "B K D"], Any]:
         """Hidden states that predict the token at position `step` from the token before it."""
-        positions = jnp.arange(cache["responses"][0].shape[-2])
+        positions = jnp.arange(places or cache["responses"][0].shape[-2])
         bias_params = {"params": params["decoder"]["relpos_bias"]}
         bias: Any = self._relative_bias(False).apply(bias_params, step[None], positions)
         bias = constrain(bias, None, None, None)  # Gathered once, not in every layer.

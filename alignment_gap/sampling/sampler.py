@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ _BLOCK = 128
 _HALVINGS = 2
 _FEW = 16
 _SHORT = 32
+# The loops over the tokens of long responses: at most so many, each of at least so many tokens.
+_STAGES, _STAGE = 4, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,10 +195,10 @@ def _decode(
     outputs = [policy.output(params) for params in networks]
     empty = jnp.zeros((*start.shape, max_length))
 
-    def step(state: _Decoding) -> _Decoding:
+    def step(places: int, state: _Decoding) -> _Decoding:
         position, tokens, ended, keys, caches, drawn = state
         inputs = constrain(tokens, "rows", None)
-        steps = [policy.decode_step(*each, position, inputs) for each in zip(networks, caches, strict=True)]
+        steps = [policy.decode_step(*each, position, inputs, places) for each in zip(networks, caches, strict=True)]
         logits = [_laid_out(output.logits(hidden)) for output, (hidden, _) in zip(outputs, steps, strict=True)]
         from_ = draw_from(logits)
         token_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, position)
@@ -213,10 +216,22 @@ def _decode(
     drawn = Samples(empty.astype(start.dtype), jnp.zeros(start.shape, jnp.int32), empty, empty)
     state = _Decoding(jnp.int32(0), start, jnp.zeros(start.shape, bool), keys, list(caches), drawn)
     halvings = _HALVINGS if max_length > _SHORT and on_one_cpu() else 0
-    return _until_ended(state, step, max_length, halvings)
+    return _until_ended(state, step, _stages(max_length), halvings)
 
 
-def _until_ended(state: _Decoding, step: Callable[[_Decoding], _Decoding], max_length: int, halvings: int) -> Samples:
+def _stages(max_length: int) -> list[int]:
+    """The ends of the successive loops over the tokens of responses.
+
+    A token reads the keys and values of all places of its response up to the end of its loop, the empty ones too. So
+    several loops read less of long responses, but each is compiled.
+    """
+    stages = min(max_length // _STAGE, _STAGES) or 1
+    return [-(-max_length * (n + 1) // stages) for n in range(stages)]
+
+
+def _until_ended(
+    state: _Decoding, step: Callable[[int, _Decoding], _Decoding], stages: Sequence[int], halvings: int
+) -> Samples:
     """Draws tokens until all rows have ended; whenever half of the prompts have, it goes on with the others.
 
     A CPU's time for a token grows with the rows. An accelerator often waits for the weights, however many rows there
@@ -225,10 +240,8 @@ def _until_ended(state: _Decoding, step: Callable[[_Decoding], _Decoding], max_l
     prompts = len(state.tokens)
     left = prompts // 2 if halvings and prompts >= _FEW and prompts % 2 == 0 else 0
 
-    def unfinished(state: _Decoding) -> Bool[Array, ""]:
-        return (state.position < max_length) & (jnp.sum(~jnp.all(state.ended, axis=-1)) > left)
-
-    state = jax.lax.while_loop(unfinished, step, state)
+    for begin, end in itertools.pairwise((0, *stages)):
+        state = _stage(state, step, begin, end, left)
     if not left:
         return state.drawn
     # The unfinished prompts come first. If there are fewer than half, some that have ended fill up.
@@ -236,8 +249,26 @@ def _until_ended(state: _Decoding, step: Callable[[_Decoding], _Decoding], max_l
     caches = [of_prompts(cache, kept) for cache in state.caches]
     tokens, ended, keys, drawn = jax.tree.map(lambda x: x[kept], (state.tokens, state.ended, state.keys, state.drawn))
     others = _Decoding(state.position, tokens, ended, keys, caches, drawn)
-    rest = _until_ended(others, step, max_length, halvings - 1)
+    rest = _until_ended(others, step, stages, halvings - 1)
     return jax.tree.map(lambda whole, half: whole.at[kept].set(half), state.drawn, rest)
+
+
+def _stage(state: _Decoding, step: Callable[[int, _Decoding], _Decoding], begin: int, end: int, left: int) -> _Decoding:
+    """Draws the tokens from `begin` to `end`, until at most `left` prompts are unfinished.
+
+    The loop counts its own tokens, so that the number in its condition is how often it runs at most; plans read it.
+    """
+
+    def unfinished(counted: tuple[Int[Array, ""], _Decoding]) -> Bool[Array, ""]:
+        count, state = counted
+        return (count < end - begin) & (jnp.sum(~jnp.all(state.ended, axis=-1)) > left)
+
+    def next_token(counted: tuple[Int[Array, ""], _Decoding]) -> tuple[Int[Array, ""], _Decoding]:
+        count, state = counted
+        return count + 1, step(end, state)
+
+    _, state = jax.lax.while_loop(unfinished, next_token, (state.position - begin, state))
+    return state
 
 
 def _laid_out(logits: Float[Array, "B K V"]) -> Float[Array, "B K V"]:

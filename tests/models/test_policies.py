@@ -121,6 +121,31 @@ def test_decoding_with_windows_or_on_a_part_of_each_head_equals_scoring(name):
     np.testing.assert_allclose(stepwise(params), whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["t5", "gemma2"])
+def test_decoding_reads_only_the_places_that_it_is_given(name):
+    """All places after them hold nan, which any product with them would show."""
+    policy = make_policy(CONFIGS[name] if name in CONFIGS else SETTINGS[name])
+    params, (prompts, lengths, responses, _) = random_params(policy, 2), texts(BATCH)
+
+    @jax.jit
+    def stepwise(params):
+        cache, tokens = policy.prefill(params, prompts, lengths, 3, 5), policy.start_tokens(prompts, lengths)
+        cache["responses"] = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache["responses"])
+        tokens, found = jnp.broadcast_to(tokens[:, None], (4, 3)), []
+        for step in range(4):
+            # The place of this step is read and one before or after it, to which it must not attend.
+            filled = jax.tree.map(lambda x, step=step: x.at[..., step + 1, :].set(7.0), cache["responses"])
+            hidden, cache = policy.decode_step(
+                params, {**cache, "responses": filled}, jnp.int32(step), tokens, places=step + 2
+            )
+            tokens = responses[..., step]
+            found.append(hidden)
+        return jnp.stack(found, 2)
+
+    whole = jax.jit(partial(response_hidden, policy))(params, prompts, lengths, responses)[:, :, :4]
+    np.testing.assert_allclose(stepwise(params), whole, rtol=1e-4, atol=1e-4)
+
+
 def test_responses_of_one_prompt_do_not_see_each_other(scorer, params, scores):
     for k in range(3):
         alone = scorer(params, *texts(BATCH)[:2], BATCH.responses[:, k : k + 1], BATCH.response_lengths[:, k : k + 1])

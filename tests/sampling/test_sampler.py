@@ -16,10 +16,11 @@ from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config, make_policy
 from alignment_gap.models.quantized import quantize_rows
 from alignment_gap.plan import hlo
-from alignment_gap.sampling import SamplerConfig, draw, make_generate, restrict, sample_keys
+from alignment_gap.sampling import SamplerConfig, draw, make_generate, restrict, sample_keys, sampler
 from alignment_gap.sampling.sampler import sample
 from alignment_gap.sharding import MeshConfig, batch_sharding, layout, make_mesh, replicated
 from alignment_gap.training import abstract_params, make_score
+from alignment_gap.training.flops import count_flops
 
 PROMPTS = make_batch(8, vocabulary_size=16)
 LENGTH = 6
@@ -161,6 +162,43 @@ def test_one_cpu_halves_the_prompts_and_draws_the_same(even_policy, even_params,
     np.testing.assert_array_equal(samples.log_probs, samples.sampler_log_probs)
 
 
+@pytest.mark.parametrize(
+    ("length", "ends"),
+    [
+        (12, [12]),
+        (63, [63]),
+        (64, [32, 64]),
+        (100, [34, 67, 100]),
+        (128, [32, 64, 96, 128]),
+        (1023, [256, 512, 768, 1023]),
+    ],
+)
+def test_long_responses_have_several_loops_of_about_the_same_length(length, ends):
+    assert sampler._stages(length) == ends
+
+
+def test_loops_that_read_only_what_can_be_filled_draw_the_same(even_policy, even_params, mesh, drawn, monkeypatch):
+    """By hand: of the 6 places of each response, tokens read 2, 2, 4, 4, 6 and 6 in place of 6 each."""
+    generate = partial(make_generate.__wrapped__, even_policy, samples=3, max_length=LENGTH, eos_id=EOS)
+    given = even_params, RUN_KEY, jnp.int32(0), PROMPTS.prompt_ids, PROMPTS.prompts, PROMPTS.prompt_lengths
+    whole = count_flops(jax.make_jaxpr(generate(mesh, config=SamplerConfig()))(*given))
+    monkeypatch.setattr(sampler, "_STAGE", 2)
+    staged = generate(mesh, config=SamplerConfig())
+    config = even_policy.config
+    depth = config.layers if isinstance(config, DecoderConfig) else config.decoder_layers
+    of_a_place = 2 * 2 * 8 * 3 * config.heads * config.head_size * depth
+    assert whole - count_flops(jax.make_jaxpr(staged)(*given)) == (36 - 24) * of_a_place
+    samples = jax.device_get(staged(*given))
+    np.testing.assert_array_equal(samples.responses, drawn.responses)
+    np.testing.assert_array_equal(samples.lengths, drawn.lengths)
+    np.testing.assert_allclose(samples.log_probs, drawn.log_probs, rtol=1e-4, atol=1e-5)
+    program = hlo.parse(staged.lower(*given).compile().as_text())
+    loops = [each for part in program.computations.values() for each in part.values() if each.opcode == "while"]
+    # Each device has the responses of one prompt.
+    of_tokens = [hlo.trip_count(program, each) for each in loops if f"s32[1,3,{LENGTH}]" in each.type]
+    assert of_tokens == [2, 2, 2]
+
+
 def test_prompts_in_int8_draw_from_what_they_hold(even_policy, even_params, mesh, monkeypatch):
     """As a cache that holds the same rounded numbers in float32; the responses' own keys and values are not rounded."""
     keys = sample_keys(RUN_KEY, jnp.int32(0), PROMPTS.prompt_ids, 3)
@@ -244,8 +282,8 @@ def test_under_fsdp_a_token_moves_activations_and_no_weights(config):
         array(8),
     )
 
-    def moved_with(sampler):
-        generate = make_generate(policy, mesh, samples=1, max_length=length, eos_id=EOS, config=sampler)
+    def moved_with(config):
+        generate = make_generate(policy, mesh, samples=1, max_length=length, eos_id=EOS, config=config)
         program = hlo.parse(generate.lower(*arguments).compile().as_text())
         # Collectives before the loop run at most once for each layer.
         return sorted(each.bytes for each in hlo.collectives(program, 8) if each.count >= length)
