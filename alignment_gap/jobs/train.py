@@ -94,12 +94,8 @@ def open_training(config: JobConfig) -> Opened:
       UserError: a setting or an input cannot be used. It is raised before anything is written or compiled; only a token
         id outside the model's vocabulary is found later, when its batch is read.
     """
-    is_online = isinstance(config.source, OnlineConfig)
-    reading = open_reading(config.recorded, "source.prompts" if is_online else "source", prompts_only=is_online)
-    fresh = None
-    if config.fresh is not None:
-        is_drawn = isinstance(config.fresh, OnlineConfig)
-        fresh = open_reading(recorded(config.fresh), "fresh", prompts_only=is_drawn)
+    reading = _open_reading(config.source, "source.prompts" if isinstance(config.source, OnlineConfig) else "source")
+    fresh = _open_reading(config.fresh, "fresh") if config.fresh is not None else None
     _check_fresh(reading, fresh)
     config = dataclasses.replace(config, steps=reading.steps(config.steps))
     assembly = Assembly(config, _facts(config, reading, fresh), make_mesh(config.mesh))
@@ -124,6 +120,10 @@ def open_training(config: JobConfig) -> Opened:
     if config.optimizer.ends:  # The number of steps then changes the learning rate of earlier steps.
         facts["optimizer.steps"] = config.steps
     return Opened(facts, functools.partial(_run, assembly, inputs), functools.partial(_read_first, inputs))
+
+
+def _open_reading(source: SourceConfig, setting: str) -> Reading:
+    return open_reading(recorded(source), setting, prompts_only=isinstance(source, OnlineConfig))
 
 
 def _check_fresh(reading: Reading, fresh: Reading | None) -> None:
