@@ -58,7 +58,7 @@ class OfLengths:
         """The policy's cache with the lengths, which belong to the prompts as the masks do."""
         return {**self.policy.prefill(*args), "lengths": self.lengths}
 
-    def decode_step(self, params: Any, cache: Any, step: Array, tokens: Array, places: int | None) -> tuple[Array, Any]:
+    def decode_step(self, params: Any, cache: Any, step: Array, tokens: Array, places: int) -> tuple[Array, Any]:
         """The policy's hidden states, and for each row whether the token at `step` is its last."""
         lengths, cache = cache["lengths"], {name: part for name, part in cache.items() if name != "lengths"}
         hidden, cache = self.policy.decode_step(params, cache, step, tokens, places)

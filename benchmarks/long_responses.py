@@ -37,7 +37,7 @@ def main() -> None:
     print("| loops | arithmetic, ms a token | HBM | interconnect | at best | peak, GiB | compiled in, s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for loops in flags.loops:
-        with mock.patch.multiple(sampler, _STAGES=loops, _STAGE=1):
+        with mock.patch.multiple(sampler, _MOST_LOOPS=loops, _LEAST_TOKENS=1):
             compiled = compile_here(config, program)
         cells = *per_token(config, program, compiled), f"{compiled.peak / GIB:.2f}", f"{compiled.compile_seconds:.0f}"
         print(f"| {loops} | {' | '.join(cells)} |", flush=True)

@@ -415,12 +415,11 @@ class DecoderPolicy:
         }
 
     def decode_step(
-        self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"], places: int | None = None
+        self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"], places: int
     ) -> tuple[Float[Array, "B K D"], Any]:
         """Hidden states that predict the token at position `step` from the token before it."""
-        decoder, sizes = DecoderLayer(self.config), [cache[name][0].shape[-2] for name in ("prompt", "responses")]
-        own = places or sizes[1]
-        view = self._by_layer(partial(self._response_view, cache["prompt_lengths"], sizes[0], step[None], own))
+        decoder, size = DecoderLayer(self.config), cache["prompt"][0].shape[-2]
+        view = self._by_layer(partial(self._response_view, cache["prompt_lengths"], size, step[None], places))
 
         def layer(x: Array, responses: Any, index: Array, layer_params: Any, inputs: Any) -> Any:
             prompt, full = inputs

@@ -94,11 +94,11 @@ class Policy(Protocol):
         """
 
     def decode_step(
-        self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"], places: int | None = None
+        self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"], places: int
     ) -> tuple[Float[Array, "B K D"], Any]:
         """Hidden states that predict the token at `step` from `tokens`, and the cache extended by `tokens`.
 
-        `step` is below `places`, and only so many places of the responses are read; None reads all.
+        `step` is below `places`: only so many places of the responses are read.
         """
 
 

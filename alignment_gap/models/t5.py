@@ -330,10 +330,10 @@ class T5Policy:
         }
 
     def decode_step(
-        self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"], places: int | None = None
+        self, params: Any, cache: Any, step: Int[Array, ""], tokens: Int[Array, "B K"], places: int
     ) -> tuple[Float[Array, "B K D"], Any]:
         """Hidden states that predict the token at position `step` from the token before it."""
-        positions = jnp.arange(places or cache["responses"][0].shape[-2])
+        positions = jnp.arange(places)
         bias_params = {"params": params["decoder"]["relpos_bias"]}
         bias: Any = self._relative_bias(False).apply(bias_params, step[None], positions)
         bias = constrain(bias, None, None, None)  # Gathered once, not in every layer.

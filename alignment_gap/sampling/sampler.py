@@ -30,7 +30,7 @@ _HALVINGS = 2
 _FEW = 16
 _SHORT = 32
 # The loops over the tokens of long responses: at most so many, each of at least so many tokens.
-_STAGES, _STAGE = 4, 32
+_MOST_LOOPS, _LEAST_TOKENS = 4, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,21 +216,21 @@ def _decode(
     drawn = Samples(empty.astype(start.dtype), jnp.zeros(start.shape, jnp.int32), empty, empty)
     state = _Decoding(jnp.int32(0), start, jnp.zeros(start.shape, bool), keys, list(caches), drawn)
     halvings = _HALVINGS if max_length > _SHORT and on_one_cpu() else 0
-    return _until_ended(state, step, _stages(max_length), halvings)
+    return _until_ended(state, step, _loop_ends(max_length), halvings)
 
 
-def _stages(max_length: int) -> list[int]:
+def _loop_ends(max_length: int) -> list[int]:
     """The ends of the successive loops over the tokens of responses.
 
     A token reads the keys and values of all places of its response up to the end of its loop, the empty ones too. So
     several loops read less of long responses, but each is compiled.
     """
-    stages = min(max_length // _STAGE, _STAGES) or 1
-    return [-(-max_length * (n + 1) // stages) for n in range(stages)]
+    loops = min(max_length // _LEAST_TOKENS, _MOST_LOOPS) or 1
+    return [-(-max_length * (n + 1) // loops) for n in range(loops)]
 
 
 def _until_ended(
-    state: _Decoding, step: Callable[[int, _Decoding], _Decoding], stages: Sequence[int], halvings: int
+    state: _Decoding, step: Callable[[int, _Decoding], _Decoding], ends: Sequence[int], halvings: int
 ) -> Samples:
     """Draws tokens until all rows have ended; whenever half of the prompts have, it goes on with the others.
 
@@ -240,8 +240,8 @@ def _until_ended(
     prompts = len(state.tokens)
     left = prompts // 2 if halvings and prompts >= _FEW and prompts % 2 == 0 else 0
 
-    for begin, end in itertools.pairwise((0, *stages)):
-        state = _stage(state, step, begin, end, left)
+    for begin, end in itertools.pairwise((0, *ends)):
+        state = _draw_to(state, step, begin, end, left)
     if not left:
         return state.drawn
     # The unfinished prompts come first. If there are fewer than half, some that have ended fill up.
@@ -249,11 +249,13 @@ def _until_ended(
     caches = [of_prompts(cache, kept) for cache in state.caches]
     tokens, ended, keys, drawn = jax.tree.map(lambda x: x[kept], (state.tokens, state.ended, state.keys, state.drawn))
     others = _Decoding(state.position, tokens, ended, keys, caches, drawn)
-    rest = _until_ended(others, step, stages, halvings - 1)
+    rest = _until_ended(others, step, ends, halvings - 1)
     return jax.tree.map(lambda whole, half: whole.at[kept].set(half), state.drawn, rest)
 
 
-def _stage(state: _Decoding, step: Callable[[int, _Decoding], _Decoding], begin: int, end: int, left: int) -> _Decoding:
+def _draw_to(
+    state: _Decoding, step: Callable[[int, _Decoding], _Decoding], begin: int, end: int, left: int
+) -> _Decoding:
     """Draws the tokens from `begin` to `end`, until at most `left` prompts are unfinished.
 
     The loop counts its own tokens, so that the number in its condition is how often it runs at most; plans read it.

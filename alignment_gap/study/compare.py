@@ -217,11 +217,17 @@ def _claim_cell(row: Mapping[str, str] | None) -> dict[str, str] | None:
         estimate = next((claim.estimate for claim in CLAIMS if claim.name == row["claim"]), None)
         if estimate is None:
             value, interval = f"{numbers.value:g}", f"{numbers.low:g} to {numbers.high:g}"
+            could_see = f"{float(row['detectable']):g}"
         else:
             value, interval = findings.estimated(estimate, numbers)
             could_see = findings.distance(estimate, float(row["detectable"]))
-    words = {"verdict": row["verdict"], "value": value, "interval": interval, "seeds": row["seeds"]}
-    return words | {"could_see": could_see}
+    return {
+        "verdict": row["verdict"],
+        "value": value,
+        "interval": interval,
+        "seeds": row["seeds"],
+        "could_see": could_see,
+    }
 
 
 def _claims_figure(studies: Sequence[StudyFolder]) -> Figure:

@@ -61,7 +61,7 @@ def test_killed_it_goes_on_with_the_same_bits(after, run, online, tmp_path):
     same_record(tmp_path, run)
 
 
-def test_prompts_alone_choose_the_buckets(run, online, tmp_path):
+def test_prompts_alone_choose_the_buckets(online, tmp_path):
     """Recorded responses do not matter. A run whose batches have two shapes continues with the same bits."""
     prompts = dataclasses.replace(online.source.prompts, buckets=2)
     shorter, longer = open_reading(prompts, "prompts", prompts_only=True).shapes

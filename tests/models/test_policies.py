@@ -112,7 +112,7 @@ def test_decoding_with_windows_or_on_a_part_of_each_head_equals_scoring(name):
         cache, tokens = policy.prefill(params, prompts, lengths, 3, 5), policy.start_tokens(prompts, lengths)
         tokens, found = jnp.broadcast_to(tokens[:, None], (4, 3)), []
         for step in range(5):
-            hidden, cache = policy.decode_step(params, cache, jnp.int32(step), tokens)
+            hidden, cache = policy.decode_step(params, cache, jnp.int32(step), tokens, 5)
             tokens = responses[..., step]
             found.append(hidden)
         return jnp.stack(found, 2)
@@ -123,7 +123,7 @@ def test_decoding_with_windows_or_on_a_part_of_each_head_equals_scoring(name):
 
 @pytest.mark.parametrize("name", ["t5", "gemma2"])
 def test_decoding_reads_only_the_places_that_it_is_given(name):
-    """All places after them hold nan, which any product with them would show."""
+    """The places after them hold nan, so that a product with one of them would be nan."""
     policy = make_policy(CONFIGS[name] if name in CONFIGS else SETTINGS[name])
     params, (prompts, lengths, responses, _) = random_params(policy, 2), texts(BATCH)
 
@@ -133,11 +133,10 @@ def test_decoding_reads_only_the_places_that_it_is_given(name):
         cache["responses"] = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache["responses"])
         tokens, found = jnp.broadcast_to(tokens[:, None], (4, 3)), []
         for step in range(4):
-            # The place of this step is read and one before or after it, to which it must not attend.
+            # The place after this step is read too, but gets no weight.
             filled = jax.tree.map(lambda x, step=step: x.at[..., step + 1, :].set(7.0), cache["responses"])
-            hidden, cache = policy.decode_step(
-                params, {**cache, "responses": filled}, jnp.int32(step), tokens, places=step + 2
-            )
+            cache = {**cache, "responses": filled}
+            hidden, cache = policy.decode_step(params, cache, jnp.int32(step), tokens, step + 2)
             tokens = responses[..., step]
             found.append(hidden)
         return jnp.stack(found, 2)

@@ -117,7 +117,7 @@ def test_a_sampler_with_weights_in_int8_steps_with_rounded_kernels_from_the_cach
     cache = policy.prefill(params, BATCH.prompts, BATCH.prompt_lengths, 2, 5)
     start = policy.start_tokens(BATCH.prompts, BATCH.prompt_lengths)[:, None]
     inputs = jnp.concatenate([jnp.broadcast_to(start, (len(start), 2))[..., None], drawn.responses[..., :-1]], axis=-1)
-    step = jax.jit(policy.decode_step)
+    step = jax.jit(functools.partial(policy.decode_step, places=5))
     for position in range(5):
         hidden, cache = step(rounded, cache, jnp.int32(position), inputs[..., position])
         logits = jax.nn.log_softmax(policy.output(rounded).logits(hidden))

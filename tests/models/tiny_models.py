@@ -156,5 +156,5 @@ class Unigram:
     def prefill(self, params, prompts, prompt_lengths, samples, max_length, cache_dtype=None):
         raise NotImplementedError
 
-    def decode_step(self, params, cache, step, tokens, places=None):
+    def decode_step(self, params, cache, step, tokens, places):
         raise NotImplementedError

@@ -174,7 +174,7 @@ def test_one_cpu_halves_the_prompts_and_draws_the_same(even_policy, even_params,
     ],
 )
 def test_long_responses_have_several_loops_of_about_the_same_length(length, ends):
-    assert sampler._stages(length) == ends
+    assert sampler._loop_ends(length) == ends
 
 
 def test_loops_that_read_only_what_can_be_filled_draw_the_same(even_policy, even_params, mesh, drawn, monkeypatch):
@@ -182,17 +182,17 @@ def test_loops_that_read_only_what_can_be_filled_draw_the_same(even_policy, even
     generate = partial(make_generate.__wrapped__, even_policy, samples=3, max_length=LENGTH, eos_id=EOS)
     given = even_params, RUN_KEY, jnp.int32(0), PROMPTS.prompt_ids, PROMPTS.prompts, PROMPTS.prompt_lengths
     whole = count_flops(jax.make_jaxpr(generate(mesh, config=SamplerConfig()))(*given))
-    monkeypatch.setattr(sampler, "_STAGE", 2)
-    staged = generate(mesh, config=SamplerConfig())
+    monkeypatch.setattr(sampler, "_LEAST_TOKENS", 2)
+    in_loops = generate(mesh, config=SamplerConfig())
     config = even_policy.config
     depth = config.layers if isinstance(config, DecoderConfig) else config.decoder_layers
     of_a_place = 2 * 2 * 8 * 3 * config.heads * config.head_size * depth
-    assert whole - count_flops(jax.make_jaxpr(staged)(*given)) == (36 - 24) * of_a_place
-    samples = jax.device_get(staged(*given))
+    assert whole - count_flops(jax.make_jaxpr(in_loops)(*given)) == (36 - 24) * of_a_place
+    samples = jax.device_get(in_loops(*given))
     np.testing.assert_array_equal(samples.responses, drawn.responses)
     np.testing.assert_array_equal(samples.lengths, drawn.lengths)
     np.testing.assert_allclose(samples.log_probs, drawn.log_probs, rtol=1e-4, atol=1e-5)
-    program = hlo.parse(staged.lower(*given).compile().as_text())
+    program = hlo.parse(in_loops.lower(*given).compile().as_text())
     loops = [each for part in program.computations.values() for each in part.values() if each.opcode == "while"]
     # Each device has the responses of one prompt.
     of_tokens = [hlo.trip_count(program, each) for each in loops if f"s32[1,3,{LENGTH}]" in each.type]
@@ -282,8 +282,8 @@ def test_under_fsdp_a_token_moves_activations_and_no_weights(config):
         array(8),
     )
 
-    def moved_with(config):
-        generate = make_generate(policy, mesh, samples=1, max_length=length, eos_id=EOS, config=config)
+    def moved_with(settings):
+        generate = make_generate(policy, mesh, samples=1, max_length=length, eos_id=EOS, config=settings)
         program = hlo.parse(generate.lower(*arguments).compile().as_text())
         # Collectives before the loop run at most once for each layer.
         return sorted(each.bytes for each in hlo.collectives(program, 8) if each.count >= length)
