@@ -149,14 +149,15 @@ def test_prefix_mask_by_hand():
     np.testing.assert_array_equal(prefix_mask(jnp.array([0, 2, 3]), 3)[:, 0, 0], [[0, 0, 0], [1, 1, 0], [1, 1, 1]])
 
 
-def test_a_cache_is_written_at_its_layer_and_step_only():
+@pytest.mark.parametrize("places", [3, 4])
+def test_a_cache_is_written_at_its_layer_and_step_and_read_up_to_its_places(places):
     cache, new = jnp.zeros((3, 1, 2, 1, 4, 1)), jnp.ones((1, 2, 1, 1, 1))
-    written, own = extend_cache((cache, cache - 1), (new, 2 * new), jnp.int32(1), jnp.int32(2))
+    written, own = extend_cache((cache, cache - 1), (new, 2 * new), jnp.int32(1), jnp.int32(2), places)
     for whole, of_layer, before, added in zip(written, own, (0, -1), (1, 2), strict=True):
         expected = np.full((3, 1, 2, 1, 4, 1), before)
         expected[1, :, :, :, 2] = added
         np.testing.assert_array_equal(whole, expected)
-        np.testing.assert_array_equal(of_layer, expected[1])
+        np.testing.assert_array_equal(of_layer, expected[1, :, :, :, :places])
 
 
 @pytest.mark.parametrize(("features", "inputs", "kernel"), [((2, 3), 1, "btd,dhc->bthc"), (3, 2, "bhc,hcd->bd")])

@@ -88,7 +88,7 @@ def test_every_layer_of_a_decoding_stack_writes_its_own_part_of_the_cache(unroll
     def step_of(x, cache, step):
         def run(x, cache, index, params, inputs):
             new = (x * params)[:, :, None]
-            cache, (keys, _) = extend_cache(cache, (new, -new), index, step)
+            cache, (keys, _) = extend_cache(cache, (new, -new), index, step, steps)
             return x + keys.sum((2, 3))[:, :, None] + inputs, cache
 
         return decode_stack(run, x, cache, params, inputs, config=Config(scan_unroll=unroll))
