@@ -11,6 +11,9 @@ counted.
 The loop calls a step before the previous one has ended, so this work is the most that devices wait for, not what they
 wait for. The online job has a judge on the devices.
 
+A second table is about the record of an online job. Its samples become bytes in every step, while the devices run the
+next one; a save writes the bytes, and the devices wait for it. The table has both for the 200 steps of a full file.
+
 On a machine with other work a step takes longer, so that the share is too small: use an idle machine.
 """
 
@@ -23,12 +26,15 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 
+from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.tasks.prepare import PrepareConfig
 from alignment_gap.data.text import PostsConfig, TextSourceConfig
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.prepare import PREPARE
+from alignment_gap.jobs.record import Recorder
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.models import sizes
@@ -74,6 +80,28 @@ def run(config: JobConfig, folder: Path) -> tuple[float, float]:
     return clock.per_step()
 
 
+def recording(prompts: int, folder: Path) -> tuple[float, float]:
+    """Seconds to encode the samples of 200 steps, and to write them: pairs of 60 and twice 30 tokens."""
+    rng = np.random.default_rng(0)
+    responses = rng.integers(2, 100, (prompts, 2, 30), np.int32)
+    batch = PreferenceBatch(
+        prompt_ids=np.arange(prompts, dtype=np.int32),
+        prompts=rng.integers(2, 100, (prompts, 60), np.int32),
+        prompt_lengths=np.full(prompts, 60, np.int32),
+        responses=responses,
+        response_lengths=np.full((prompts, 2), 30, np.int32),
+        scores=rng.random((prompts, 2), np.float32),
+        sampler_log_probs=-rng.random(responses.shape, np.float32),
+    )
+    recorder = Recorder(folder, 0, beside=False)
+    start = time.perf_counter()
+    for step in range(1, 200):
+        recorder.add(step, batch)
+    added = time.perf_counter()
+    recorder.save()
+    return added - start, time.perf_counter() - added
+
+
 def main() -> None:
     """Runs fine-tuning, a preference model, an offline and an online job, and prints a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,6 +129,10 @@ def main() -> None:
         for job, config in (("sft", sft), ("golden", golden), ("offline", offline), ("online", online)):
             step, host = run(config, root / job)
             print(f"| {job} | {1e3 * step:.1f} | {1e3 * host:.2f} | {host / step:.2%} |", flush=True)
+        print("\n| prompts a step | encoding, ms in all | a save waits, ms |\n| --- | --- | --- |")
+        for prompts in (32, 512):
+            encoding, writing = recording(prompts, root / f"record-{prompts}")
+            print(f"| {prompts} | {1e3 * encoding:.0f} | {1e3 * writing:.0f} |")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,11 @@ class Reading:
             host_rows=functools.partial(host_rows, mesh),
         )
 
+    def bucketed(self, count: int, *, prompts_only: bool) -> Reading:
+        """The same datasets, read in at most `count` buckets; the prompts alone choose them if `prompts_only`."""
+        shapes = _buckets(self.examples, count, self.shapes[-1], prompts_only)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, buckets=count), shapes=shapes)
+
     def steps(self, asked: int | None) -> int:
         """The number of steps: the given one, or that of the epochs; raises UserError if the data has fewer."""
         epochs, size, count = self.config.epochs, self.config.batch_size, len(self.examples)
@@ -128,7 +133,11 @@ def _shapes(config: DatasetConfig, examples: Examples, setting: str, prompts_onl
     prompt, response = largest
     if config.buckets == 1:
         return ((prompt, response),)
+    return _buckets(examples, config.buckets, (prompt, response), prompts_only)
+
+
+def _buckets(examples: Examples, count: int, largest: Bucket, prompts_only: bool) -> tuple[Bucket, ...]:
     lengths = examples.lengths()
     if prompts_only:
-        lengths = np.column_stack([lengths[:, 0], np.full(len(lengths), response)])
-    return choose_buckets(lengths, config.buckets, (prompt, response))
+        lengths = np.column_stack([lengths[:, 0], np.full(len(lengths), largest[1])])
+    return choose_buckets(lengths, count, largest)

@@ -8,26 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from alignment_gap.checkpoints.digest import params_digest
-from alignment_gap.data.batches import PreferenceBatch, Prefetched, examples_of
-from alignment_gap.data.records import Example, close_dataset, derived, write_chunk
-from alignment_gap.data.records.dataset import chunk_path, discard_chunks, read_chunk
+from alignment_gap.data.batches import PreferenceBatch, Prefetched
 from alignment_gap.data.records.log_probs import ReferenceLogProbs
-from alignment_gap.errors import UserError
-from alignment_gap.folders import AnyPath
-from alignment_gap.jobs.assembly import OPPONENTS, REFERENCE, SAMPLER, SAMPLES, Assembly, gives_rewards
+from alignment_gap.jobs.assembly import OPPONENTS, REFERENCE, SAMPLER, SAMPLES, Assembly
 from alignment_gap.jobs.config import OnlineConfig, SourceConfig
 from alignment_gap.jobs.reading import Reading, on_devices
 from alignment_gap.jobs.served import reads_mismatched
-from alignment_gap.judges import PROBABILITIES, REWARDS, Judge
+from alignment_gap.judges import Judge
 from alignment_gap.sampling import Begin, Draw, against_each_other, against_opponent, online_source
-from alignment_gap.sharding import is_first_process, on_first_process, put_replicated
+from alignment_gap.sharding import put_replicated
 from alignment_gap.training import Source, Times, TrainState, with_fresh, with_mismatched, with_reference
-
-RECORD = "record"
-_CHUNK = "until-"
-# Steps whose samples share a record file. It does not depend on when checkpoints are saved, so the digest of a record
-# depends only on its samples.
-_CHUNK_STEPS = 200
 
 
 class Parameters:
@@ -188,82 +178,3 @@ def _sampler(assembly: Assembly, inputs: Inputs, online: OnlineConfig) -> Callab
     assert inputs.start is not None
     start = inputs.start.read()
     return lambda state: start
-
-
-def open_recorder(
-    assembly: Assembly, folder: AnyPath, last_step: int
-) -> Callable[[int, list[PreferenceBatch]], None] | None:
-    """Opens the record of fresh samples, at the step of the last checkpoint.
-
-    Every checkpoint rewrites the last record file with the new samples added, until the file is full.
-
-    Returns:
-      `(step, batches since the last checkpoint) -> None`; None if the job does not record.
-    """
-    online = assembly.config.online
-    if online is None or not online.record:
-        return None
-    beside, record = online is assembly.config.fresh, folder / RECORD
-    pending: list[Example] = []
-    on_first_process(lambda: pending.extend(_resume_record(record, last_step)))
-
-    def write(step: int, batches: list[PreferenceBatch]) -> None:
-        if not is_first_process():
-            return
-        for done, batch in enumerate(batches, start=step - len(batches) + 1):
-            drawn = batch.fresh if beside else batch
-            assert drawn is not None
-            pending.extend(examples_of(drawn))
-            if done == step or done % _CHUNK_STEPS == 0:
-                _write_chunk(record, done, pending)
-            if done % _CHUNK_STEPS == 0:
-                pending.clear()
-
-    return write
-
-
-def _resume_record(record: AnyPath, step: int) -> list[Example]:
-    """Removes recorded samples after a step; returns the samples of the record file that is not full at that step."""
-    first, pending = _full_until(step), list[Example]()
-    if first < step:
-        there = sorted(_until(path.stem) for path in record.glob(chunk_path(record, f"{_CHUNK}*").name))
-        until = next((each for each in there if step <= each <= first + _CHUNK_STEPS), None)
-        if until is None:
-            raise UserError(f"{record} lacks samples before step {step}: give another folder")
-        examples = read_chunk(record, f"{_CHUNK}{until:08d}")
-        pending = examples[: len(examples) // (until - first) * (step - first)]
-        _write_chunk(record, step, pending)
-    discard_chunks(record, lambda name: _until(name) > step)
-    return pending
-
-
-def _write_chunk(record: AnyPath, step: int, examples: Sequence[Example]) -> None:
-    """Writes the file with the samples up to a step, and removes the shorter files that it replaces."""
-    write_chunk(record, f"{_CHUNK}{step:08d}", examples)
-    discard_chunks(record, lambda name: _full_until(step - 1) < _until(name) < step)
-
-
-def _full_until(step: int) -> int:
-    """The last step in a full record file after `step` steps."""
-    return step - step % _CHUNK_STEPS
-
-
-def close_record(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> None:
-    """Completes the record as a dataset; its card names the prompts, the sampling settings and the judge."""
-    config, network = assembly.config, assembly.facts.network
-    reading, online = inputs.fresh if config.online is config.fresh else inputs.reading, config.online
-    assert reading is not None and online is not None
-    roles = ["prompts"] if len(reading.datasets) == 1 else [f"prompts {i}" for i in range(len(reading.datasets))]
-    facts = {"loss": config.loss.name, "samples": online.samples, "keep": online.keep, "seed": config.seed}
-    facts |= {"refresh_every": online.refresh_every}
-    facts |= inputs.judge.facts if inputs.judge else {}
-    close_dataset(
-        folder / RECORD,
-        vocabulary_digest=str(network.vocabulary_digest),
-        provenance=derived("online", dict(zip(roles, reading.datasets, strict=True)), **facts),
-        scores=REWARDS if gives_rewards(online) else PROBABILITIES,
-    )
-
-
-def _until(chunk: str) -> int:
-    return int(chunk.rpartition("-")[2])

@@ -32,6 +32,7 @@ from alignment_gap.checkpoints import (
     tokenizer_of,
 )
 from alignment_gap.data.batches import PreferenceBatch
+from alignment_gap.data.batches.offline import Padding
 from alignment_gap.data.records.card import ends_prompts, find_vocabulary, template_place, vocabulary_place
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at, copy_files
@@ -46,6 +47,7 @@ from alignment_gap.jobs.assembly import (
 )
 from alignment_gap.jobs.config import (
     POLICY,
+    DatasetConfig,
     JobConfig,
     MonitorConfig,
     OnlineConfig,
@@ -55,8 +57,9 @@ from alignment_gap.jobs.config import (
 from alignment_gap.jobs.folder import MESH, Kind, Opened
 from alignment_gap.jobs.monitor import open_monitor, open_validation
 from alignment_gap.jobs.reading import Reading, open_reading
+from alignment_gap.jobs.record import close_record, open_recorder
 from alignment_gap.jobs.reference import stored_references
-from alignment_gap.jobs.sources import Inputs, Parameters, close_record, frozen_of, open_recorder, open_source
+from alignment_gap.jobs.sources import Inputs, Parameters, frozen_of, open_source
 from alignment_gap.jobs.words import gin_words
 from alignment_gap.judges import open_judge
 from alignment_gap.progress import OpenBar
@@ -76,6 +79,8 @@ from alignment_gap.training import (
     with_copy,
 )
 
+# The number of buckets whose padding a job shows at its start, beside that of one shape.
+_BUCKETS = 4
 _SOURCES = ("source", "source.prompts", "fresh", "fresh.prompts")
 # Settings that may change when a run resumes; they do not affect the steps already taken.
 _MAY_CHANGE = (
@@ -251,7 +256,7 @@ def _run(assembly: Assembly, inputs: Inputs, folder: AnyPath, open_bar: OpenBar)
             log_every=config.log_every,
             skip=config.guard,
             refresh=assembly.refresh,
-            record=open_recorder(assembly, folder, int(jax.device_get(state.step))),
+            recorder=open_recorder(assembly, folder, int(jax.device_get(state.step))),
             bar=bar,
         )
     if config.online is not None and config.online.record:
@@ -275,11 +280,26 @@ def _checkpoint_steps(config: JobConfig, steps: int) -> list[int]:
 
 
 def _summary(assembly: Assembly, reading: Reading) -> str:
+    """The work ahead, and the share of padding; of buckets too if they would save a tenth of the token slots."""
     config = assembly.config
     line = f"{config.steps:,} steps of {reading.config.batch_size} of {len(reading.examples):,} examples"
     is_online = isinstance(config.source, OnlineConfig)
-    padding = reading.batches(assembly.mesh, config.seed, config.microbatches).padding(prompts_only=is_online)
-    return f"{line}; {padding.share:.1%} of the {'prompts' if is_online else 'batches'}' token slots hold padding"
+
+    def padding_of(reading: Reading) -> Padding:
+        return reading.batches(assembly.mesh, config.seed, config.microbatches).padding(prompts_only=is_online)
+
+    padding = padding_of(reading)
+    line += f"; {padding.share:.1%} of the {'prompts' if is_online else 'batches'}' token slots hold padding"
+    if _may_have_buckets(config.source, reading.config):
+        bucketed = padding_of(reading.bucketed(_BUCKETS, prompts_only=is_online))
+        if bucketed.slots <= 0.9 * padding.slots:
+            line += f", with buckets={_BUCKETS} {bucketed.share:.1%}"
+    return line
+
+
+def _may_have_buckets(source: SourceConfig, config: DatasetConfig) -> bool:
+    is_plain = config.buckets == 1 and config.packing is None and config.order == "shuffle"
+    return is_plain and not (isinstance(source, OnlineConfig) and source.steps_per_draw > 1)
 
 
 def _carry_tokenizer(config: JobConfig, folder: AnyPath) -> None:

@@ -18,7 +18,7 @@ from alignment_gap.configuration import load_named
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.config import DatasetConfig, OnlineConfig, SourceConfig
-from alignment_gap.jobs.sources import RECORD
+from alignment_gap.jobs.record import RECORD
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.sampling import SamplerConfig
 from alignment_gap.study.analysis import NO_ARMS, OPPONENT

@@ -30,9 +30,9 @@ from alignment_gap.jobs.folder import Job, Kind
 from alignment_gap.jobs.generate import GENERATE, GenerateConfig
 from alignment_gap.jobs.label import LABEL, LabelConfig
 from alignment_gap.jobs.prepare import PREPARE
+from alignment_gap.jobs.record import RECORD
 from alignment_gap.jobs.reference import REFERENCE, ReferenceConfig
 from alignment_gap.jobs.served import arrays_of
-from alignment_gap.jobs.sources import RECORD
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.models import DecoderConfig, T5Config

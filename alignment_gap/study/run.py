@@ -26,8 +26,8 @@ from alignment_gap.jobs.config import POLICY, JobConfig
 from alignment_gap.jobs.evaluate import named
 from alignment_gap.jobs.folder import Job, make
 from alignment_gap.jobs.prepare import PREPARE
+from alignment_gap.jobs.record import RECORD
 from alignment_gap.jobs.served import REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS, check_served
-from alignment_gap.jobs.sources import RECORD
 from alignment_gap.judges import check_judge
 from alignment_gap.models import count_parameters, make_policy, sizes
 from alignment_gap.progress import Bar, progress_bar

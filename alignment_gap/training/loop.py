@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -23,6 +24,17 @@ from alignment_gap.training.update import Metrics, UpdateStep
 _RATES = (("prompts", "pairs"), ("tokens", "tokens"))
 
 
+@runtime_checkable
+class Recorder(Protocol):
+    """Keeps the batches of a run."""
+
+    def add(self, step: int, batch: PreferenceBatch) -> None:
+        """Takes the batch of a step, as whole numpy arrays."""
+
+    def save(self) -> None:
+        """Writes what was added to disk; called before each save of the state."""
+
+
 def train(
     state: TrainState,
     update_step: UpdateStep,
@@ -34,7 +46,7 @@ def train(
     log_every: int = 20,
     skip: GuardConfig = GuardConfig(),
     refresh: Callable[[int, TrainState], TrainState] = lambda step, state: state,
-    record: Callable[[int, list[PreferenceBatch]], None] | None = None,
+    recorder: Recorder | None = None,
     bar: Bar = NO_BAR,
 ) -> TrainState:
     """Trains from the state's step up to the last of `checkpoint_steps`.
@@ -51,7 +63,7 @@ def train(
       log_every: steps between two lines of metrics.
       skip: sets how many skipped updates in a row stop the run.
       refresh: updates the state's copies before a step, from `make_refresh` and `make_moving`.
-      record: takes the step and all batches since the last checkpoint, as whole numpy arrays; called before each save.
+      recorder: keeps the batch of every step.
       bar: shows the loss and the number of finished steps, including steps of an earlier run.
 
     Raises:
@@ -61,7 +73,6 @@ def train(
     start = int(jax.device_get(state.step))
     bar.update(start)
     update_step, save = monitor.times.of_devices("update", update_step), monitor.times.of_host("save", checkpoints.save)
-    recorded: list[PreferenceBatch] = []
     drawn: PreferenceBatch | None = None
     last_step, clock, clocked = checkpoint_steps[-1], time.perf_counter(), start
     with watching(), monitor.running(start):
@@ -74,10 +85,10 @@ def train(
                 state = refresh(step, state)
                 batch = source(step, state)
                 state, metrics = update_step(state, batch)
-            if record:
-                # Fetched one step late, so that the devices already run the next step meanwhile.
+            if recorder:
+                # One step late, so that the devices already run the next step meanwhile.
                 if drawn is not None:
-                    recorded.append(to_host(drawn))
+                    recorder.add(step, to_host(drawn))
                 drawn = batch
             if step == start:
                 # Rates and times count from here; the time before was spent compiling.
@@ -97,10 +108,11 @@ def train(
             validated = monitor.end(done, state, is_last=done == last_step, is_due=is_due)
             is_asked = requested(done)
             if is_due or is_asked:
-                if record:
+                if recorder:
                     assert drawn is not None
-                    record(done, [*recorded, to_host(drawn)])
-                    recorded, drawn = [], None
+                    recorder.add(done, to_host(drawn))
+                    recorder.save()
+                    drawn = None
                 save(state, interim=not is_due, metrics=validated)
                 monitor.saved()
             if is_asked and done < last_step:

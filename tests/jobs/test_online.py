@@ -1,16 +1,27 @@
 """Online jobs with every kind of source and every loss; resumed and replayed bit for bit."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
 import pytest
-from job_runs import Bar, arrays, assert_equal_checkpoints, assert_equal_runs, changed, metrics, run_and_stop, run_job
+from job_runs import (
+    Bar,
+    Stopped,
+    arrays,
+    assert_equal_checkpoints,
+    assert_equal_runs,
+    changed,
+    metrics,
+    run_and_stop,
+    run_job,
+)
 
 from alignment_gap import losses
 from alignment_gap.data.records import open_dataset
 from alignment_gap.errors import UserError
-from alignment_gap.jobs import sources, train
+from alignment_gap.jobs import record, train
 from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.reading import open_reading
 from alignment_gap.jobs.train import TRAIN
@@ -76,6 +87,22 @@ def test_prompts_alone_choose_the_buckets(online, tmp_path):
     assert_equal_runs(run_job(config, tmp_path / "stopped"), whole)
 
 
+def test_a_job_says_at_its_start_what_four_buckets_would_leave(online, tmp_path):
+    """With four buckets the job says the same share. Steps that share a draw cannot have buckets."""
+    bar = Bar(stop_at=-1)
+    for name, settings in (
+        ("one", {}),
+        ("four", {"prompts": dataclasses.replace(online.source.prompts, buckets=4)}),
+        ("draws", {"steps_per_draw": 2, "refresh_every": 2}),
+    ):
+        with pytest.raises(Stopped):
+            run_job(changed(online, **settings), tmp_path / name, bar)
+    one, four, draws = (
+        re.findall(r"[\d.]+%", line) for line in bar.lines if "of the prompts' token slots hold padding" in line
+    )
+    assert one == [*draws, *four] and float(four[0][:-1]) < float(draws[0][:-1])
+
+
 def test_other_checkpoints_when_it_goes_on_lose_no_batch_of_the_record(run, online, tmp_path):
     """The run stops after it has written a chunk of the record. The new checkpoints do not match this chunk."""
     run_and_stop(dataclasses.replace(online, checkpoint_every=3), tmp_path, after=5)
@@ -95,7 +122,7 @@ def test_the_digest_of_the_record_follows_from_its_samples_alone(run, online, tm
     digest = open_dataset(run / "record").card.digest
     assert open_dataset(saved("three", checkpoint_every=3) / "record").card.digest == digest
     # Each file has four steps.
-    monkeypatch.setattr(sources, "_CHUNK_STEPS", 4)
+    monkeypatch.setattr(record, "_CHUNK_STEPS", 4)
     whole = saved("whole")
     assert [chunk.name for chunk in open_dataset(whole / "record").card.files] == [
         "until-00000004.array_record",

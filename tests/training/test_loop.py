@@ -95,17 +95,25 @@ def numbered(step, state):
 
 
 def test_the_recorder_gets_every_batch_once_before_its_checkpoint(tmp_path):
-    seen = []
-
-    def record(step, batches):
-        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-            steps = [int(batch.prompt_ids[0]) for batch in batches]
-            seen.append((step, steps, [float(batch.scores[0, 0]) for batch in batches]))
-            assert step not in checkpoints.steps()
-
-    run(tmp_path, source=allowed(numbered), record=record)
+    recorder = Noted(tmp_path)
+    run(tmp_path, source=allowed(numbered), recorder=recorder)
     # Each batch comes from the state before its update. The recorder gets each batch once.
-    assert seen == [(2, [0, 1], [1, 2]), (5, [2, 3, 4], [3, 4, 5])]
+    assert recorder.seen == [(1, 0, 1), (2, 1, 2), "saved", (3, 2, 3), (4, 3, 4), (5, 4, 5), "saved"]
+
+
+class Noted:
+    """A recorder that notes the number and the first prompt and score of each batch."""
+
+    def __init__(self, folder):
+        self.folder, self.seen = folder, []
+
+    def add(self, step, batch):
+        self.seen.append((step, int(batch.prompt_ids[0]), float(batch.scores[0, 0])))
+
+    def save(self):
+        with Checkpoints(self.folder / "checkpoints") as checkpoints:
+            assert self.seen[-1][0] not in checkpoints.steps()
+        self.seen.append("saved")
 
 
 def allowed(source):
@@ -286,18 +294,14 @@ def test_a_signal_saves_where_the_run_stands_and_leaves_no_trace(tmp_path):
 
     The interim checkpoint is deleted with the next one.
     """
-    seen = []
-
-    def record(step, batches):
-        seen.append((step, len(batches)))
-
+    recorder = Noted(tmp_path)
     with signals_caught(), pytest.raises(Interrupted, match="saved at step 4 of 5"):
-        run(tmp_path, checkpoint_steps=(5,), source=interrupted(3), record=record)
+        run(tmp_path, checkpoint_steps=(5,), source=interrupted(3), recorder=recorder)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [4]
-    state = run(tmp_path, checkpoint_steps=(5,), record=record)
+    state = run(tmp_path, checkpoint_steps=(5,), recorder=recorder)
     np.testing.assert_array_equal(state.params["w"], 6.0)
-    assert seen == [(4, 4), (5, 1)]
+    assert [each if each == "saved" else each[0] for each in recorder.seen] == [1, 2, 3, 4, "saved", 5, "saved"]
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [5]
 

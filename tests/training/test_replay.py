@@ -101,7 +101,7 @@ class Rig:
         )
         return lambda step, _: jax.device_put(batches(step), batch_sharding(self.mesh))
 
-    def run(self, folder, source, *, update_step=None, record=None, refresh=lambda step, state: state):
+    def run(self, folder, source, *, update_step=None, recorder=None, refresh=lambda step, state: state):
         folder.mkdir(exist_ok=True)
         with Checkpoints(folder / "checkpoints") as checkpoints:
             state = train(
@@ -112,7 +112,7 @@ class Rig:
                 checkpoints=checkpoints,
                 monitor=Monitor(folder),
                 log_every=2,
-                record=record,
+                recorder=recorder,
                 refresh=refresh,
             )
         return jax.device_get(state)
@@ -128,11 +128,18 @@ class Rig:
         return update_step
 
 
-def recorder(folder):
-    def record(step, batches):
-        write_chunk(folder, f"until-{step:08d}", (row for batch in batches for row in examples_of(batch)))
+class Recorder:
+    """Writes the batches of each checkpoint as a file."""
 
-    return record
+    def __init__(self, folder):
+        self.folder, self.added = folder, []
+
+    def add(self, step, batch):
+        self.step, self.added = step, [*self.added, *examples_of(batch)]
+
+    def save(self):
+        write_chunk(self.folder, f"until-{self.step:08d}", self.added)
+        self.added = []
 
 
 def close(folder):
@@ -159,7 +166,7 @@ def online_of(tmp_path_factory):
     @functools.cache
     def run(architecture):
         rig, folder, log = rig_of(architecture), tmp_path_factory.mktemp("online") / "run", []
-        state = rig.run(folder, rig.online(), update_step=rig.watched(log), record=recorder(folder / "record"))
+        state = rig.run(folder, rig.online(), update_step=rig.watched(log), recorder=Recorder(folder / "record"))
         close(folder / "record")
         return folder, state, log
 
@@ -221,10 +228,10 @@ def test_an_online_run_goes_on_where_it_was_stopped(at, rig, online, tmp_path):
     folder, state, _ = online
     run = tmp_path / "run"
     with pytest.raises(Killed):
-        rig.run(run, stopped(rig.online(), at), record=recorder(run / "record"))
+        rig.run(run, stopped(rig.online(), at), recorder=Recorder(run / "record"))
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": 0.')
-    resumed = rig.run(run, rig.online(), record=recorder(run / "record"))
+    resumed = rig.run(run, rig.online(), recorder=Recorder(run / "record"))
     assert_identical(resumed, state)
     assert metrics(run) == metrics(folder)
     close(run / "record")
@@ -237,7 +244,7 @@ def test_an_online_run_goes_on_where_it_was_stopped(at, rig, online, tmp_path):
 def lagging(rig, tmp_path_factory):
     """The run with a lagging sampler, without a stop: its folder, its last state, its parameters."""
     folder, log = tmp_path_factory.mktemp("lagging") / "run", []
-    settings = {"update_step": rig.watched(log), "refresh": rig.refresh, "record": recorder(folder / "record")}
+    settings = {"update_step": rig.watched(log), "refresh": rig.refresh, "recorder": Recorder(folder / "record")}
     return folder, rig.run(folder, rig.lagging(), **settings), log
 
 

@@ -203,10 +203,31 @@ def write_chunk(folder: _Path, name: str, examples: Iterable[Example]) -> Chunk:
     """
     path = chunk_path(folder, name)
     summary = _Summary(str(path))
+    return _write_chunk(path, map(encode, summary.watch(examples)), summary)
+
+
+class GrowingChunk:
+    """Examples that are written as a chunk again and again, while their number grows; each is encoded only once."""
+
+    def __init__(self, where: str):
+        """`where` names the chunk in errors."""
+        self._summary = _Summary(where)
+        self._records: list[bytes] = []
+
+    def extend(self, examples: Iterable[Example]) -> None:
+        """Adds examples; raises UserError if they differ in form, or if the chunk stays empty."""
+        self._records.extend(map(encode, self._summary.watch(examples)))
+
+    def write(self, folder: _Path, name: str) -> Chunk:
+        """Writes all examples as `write_chunk` does."""
+        return _write_chunk(chunk_path(folder, name), self._records, self._summary)
+
+
+def _write_chunk(path: AnyPath, records: Iterable[bytes], summary: _Summary) -> Chunk:
     with _made_in(path.parent) as made_in:
         partial = made_in / path.with_suffix(".partial").name
         try:
-            _write_records(partial, path, summary.watch(examples))
+            _write_records(partial, path, records)
             chunk = summary.chunk(path.name, partial)
             with _writing(path):
                 _keep_summary(path, chunk, summary)
@@ -411,14 +432,13 @@ def _summary(path: AnyPath) -> _Known:
     return _Known(summary.chunk(path.name, _copy_here(path)), summary.prompt_lengths, summary.response_lengths)
 
 
-def _write_records(partial: pathlib.Path, path: AnyPath, examples: Iterable[Example]) -> None:
-    """Writes the file `partial`, which later becomes `path`; errors raised by `examples` pass through unchanged."""
+def _write_records(partial: pathlib.Path, path: AnyPath, records: Iterable[bytes]) -> None:
+    """Writes the file `partial`, which later becomes `path`; errors raised by `records` pass through unchanged."""
     with _writing(path):
         partial.parent.mkdir(parents=True, exist_ok=True)
         writer = ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
     try:
-        for example in examples:
-            record = encode(example)
+        for record in records:
             with _writing(path):
                 writer.write(record)
     except BaseException:

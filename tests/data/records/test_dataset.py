@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from alignment_gap.data.records import close_dataset, derived, open_dataset, verify_dataset, write_chunk, write_dataset
-from alignment_gap.data.records.dataset import discard_chunks, discard_damaged, part_size
+from alignment_gap.data.records.dataset import GrowingChunk, discard_chunks, discard_damaged, part_size
 from alignment_gap.data.records.summary import summarise_lengths
 from alignment_gap.errors import UserError
 
@@ -116,6 +116,22 @@ def test_chunks_join_in_the_order_of_their_names_and_can_be_written_again(tmp_pa
 def test_one_chunk_closed_equals_one_dataset_written(tmp_path, make_examples):
     write_chunk(tmp_path / "a", "pairs", make_examples(9))
     assert close_dataset(tmp_path / "a", **ABOUT) == write_dataset(tmp_path / "b", make_examples(9), **ABOUT)
+
+
+def test_a_chunk_that_grew_equals_one_written_at_once(tmp_path, make_examples):
+    examples, growing = make_examples(9), GrowingChunk("a")
+    growing.extend(examples[:4])
+    assert growing.write(tmp_path / "a", "pairs").count == 4
+    growing.extend(examples[4:])
+    assert growing.write(tmp_path / "a", "pairs") == write_chunk(tmp_path / "b", "pairs", examples)
+    assert close_dataset(tmp_path / "a", **ABOUT) == close_dataset(tmp_path / "b", **ABOUT)
+
+
+def test_a_chunk_that_grows_keeps_its_form(make_examples):
+    growing = GrowingChunk("the record")
+    growing.extend(make_examples(2))
+    with pytest.raises(UserError, match=r"record 2 of the record .* has 3 responses, but the first has 2"):
+        growing.extend(make_examples(1, responses=3))
 
 
 def test_a_failure_while_writing_leaves_the_earlier_chunk(tmp_path, make_examples, plain):
