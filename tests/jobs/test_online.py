@@ -128,9 +128,11 @@ def test_the_digest_of_the_record_follows_from_its_samples_alone(run, online, tm
         "until-00000004.array_record",
         "until-00000006.array_record",
     ]
-    for after in (3, 5):
-        run_and_stop(dataclasses.replace(online, checkpoint_every=1), tmp_path / f"stopped_{after}", after)
-        assert_same_files(saved(f"stopped_{after}", checkpoint_every=5), whole)
+    # The last one has written a full file after its last checkpoint.
+    for every, after in ((1, 3), (1, 5), (3, 5)):
+        name = f"stopped_{every}_{after}"
+        run_and_stop(dataclasses.replace(online, checkpoint_every=every), tmp_path / name, after)
+        assert_same_files(saved(name, checkpoint_every=5), whole)
     saved("longer", steps=2)
     assert_same_files(saved("longer", checkpoint_every=6), whole)
 
