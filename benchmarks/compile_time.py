@@ -12,7 +12,6 @@ minute or more on two cores.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import resource
 
@@ -23,7 +22,6 @@ from plan_matrix import commands
 from alignment_gap.cli.plan import read_config
 from alignment_gap.models import ModelConfig
 from alignment_gap.plan.programs import compile_program
-from alignment_gap.plan.steps import Program
 
 
 def depths(model: ModelConfig) -> dict[str, int]:
@@ -31,13 +29,6 @@ def depths(model: ModelConfig) -> dict[str, int]:
     return {
         name: getattr(model, name) for name in ("layers", "encoder_layers", "decoder_layers") if hasattr(model, name)
     }
-
-
-def with_layers(program: Program, layers: int) -> Program:
-    """The program of a network with so many layers, in each of encoder and decoder."""
-    model = dataclasses.replace(program.model, **dict.fromkeys(depths(program.model), layers))
-    network = dataclasses.replace(program.facts.network, model=model)
-    return dataclasses.replace(program, facts=dataclasses.replace(program.facts, network=network))
 
 
 def cpu_seconds() -> float:
@@ -55,12 +46,13 @@ def main() -> None:
     parsed = read_config(["plan", *commands()[flags.name]])
     assert parsed is not None
     config, update = parsed[0], parsed[0].programs[0]
+    all_layers = depths(update.model)
     print(f"{flags.name}\n\n| layers | CPU s | over one layer | peak of the compiling process, GiB |")
     print("| --- | --- | --- | --- |", flush=True)
     first = 0.0
-    for layers in sorted({1, *flags.layers, max(depths(update.model).values())}):
+    for layers in sorted({1, *flags.layers, max(all_layers.values())}):
         before = cpu_seconds()
-        compiled = compile_program(config, with_layers(update, layers))
+        compiled = compile_program(config, update.with_model(**dict.fromkeys(all_layers, layers)))
         seconds = cpu_seconds() - before
         first = first or seconds
         print(f"| {layers} | {seconds:.0f} | {seconds / first:.2f} | {compiled.host_bytes / 2**30:.1f} |", flush=True)

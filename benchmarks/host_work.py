@@ -12,7 +12,7 @@ The loop calls a step before the previous one has ended, so this work is the mos
 wait for. The online job has a judge on the devices.
 
 A second table is about the record of an online job. Its samples become bytes in every step, while the devices run the
-next one; a save writes the bytes, and the devices wait for it. The table has both for the 200 steps of a full file.
+next one; a save writes the bytes, and the devices wait for it. The table has both for 199 steps, almost a full file.
 
 On a machine with other work a step takes longer, so that the share is too small: use an idle machine.
 """
@@ -81,7 +81,7 @@ def run(config: JobConfig, folder: Path) -> tuple[float, float]:
 
 
 def recording(prompts: int, folder: Path) -> tuple[float, float]:
-    """Seconds to encode the samples of 200 steps, and to write them: pairs of 60 and twice 30 tokens."""
+    """Seconds to encode the samples of 199 steps, and to write them: pairs of 60 and twice 30 tokens."""
     rng = np.random.default_rng(0)
     responses = rng.integers(2, 100, (prompts, 2, 30), np.int32)
     batch = PreferenceBatch(

@@ -98,7 +98,11 @@ class Facts:
 
     def with_plain_attention(self) -> Facts:
         """The same with XLA's attention; a traced program shows its matrix products, but not those of fused kernels."""
-        model = dataclasses.replace(self.network.model, attention="xla")
+        return self.with_model(attention="xla")
+
+    def with_model(self, **settings: Any) -> Facts:
+        """The same with other settings of the model."""
+        model = dataclasses.replace(self.network.model, **settings)
         return dataclasses.replace(self, network=dataclasses.replace(self.network, model=model))
 
 

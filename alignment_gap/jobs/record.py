@@ -31,7 +31,7 @@ class Recorder:
     """Keeps the samples of every step, and writes them with every checkpoint. Only the first process does.
 
     Each save writes the last record file again with the new samples added, until the file is full. Samples become
-    records when they are added, while the devices run the next step: a save waits for the disk alone.
+    records when they are added, while the devices run the next step: a save only writes them.
     """
 
     def __init__(self, record: AnyPath, last_step: int, *, beside: bool):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import JobConfig, OnlineConfig
-from alignment_gap.models import ModelConfig
 from alignment_gap.plan.plan import Compile, Plan, make_plan
 from alignment_gap.plan.programs import Compiled, compile_program
 from alignment_gap.plan.steps import PlanConfig, Program
@@ -75,7 +74,9 @@ class Choice:
         job = dataclasses.replace(job, mesh=mesh, optimizer=optimizer, microbatches=self.microbatches)
         job = _with_draws(job, self.steps_per_draw)
         first, *others = (each.with_draws(self.steps_per_draw) for each in config.programs)
-        return dataclasses.replace(config, job=job, programs=(_with_remat(first, self.remat), *others), search=False)
+        return dataclasses.replace(
+            config, job=job, programs=(first.with_model(remat=self.remat), *others), search=False
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,12 +240,6 @@ def _with_draws(job: JobConfig, steps: int) -> JobConfig:
     if job.online is job.fresh:
         return dataclasses.replace(job, fresh=online)
     return dataclasses.replace(job, source=online)
-
-
-def _with_remat(program: Program, remat: str) -> Program:
-    model: ModelConfig = dataclasses.replace(program.model, remat=remat)
-    network = dataclasses.replace(program.facts.network, model=model)
-    return dataclasses.replace(program, facts=dataclasses.replace(program.facts, network=network))
 
 
 def _line(trial: Trial) -> str:

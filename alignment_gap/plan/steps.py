@@ -66,6 +66,10 @@ class Program:
             facts = dataclasses.replace(facts, fresh=dataclasses.replace(facts.fresh, batch=prompts))
         return dataclasses.replace(self, facts=facts)
 
+    def with_model(self, **settings: Any) -> Program:
+        """The same program with other settings of the model."""
+        return dataclasses.replace(self, facts=self.facts.with_model(**settings))
+
     def with_draws(self, steps: int) -> Program:
         """The same program; the sampler of a training job draws for so many steps in a call."""
         if self.kind != "sample":

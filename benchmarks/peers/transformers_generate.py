@@ -3,20 +3,16 @@
 Prints a line of JSON with the rates of all calls but the first.
 """
 
-import argparse
 import json
 import time
 
 import torch
-from trl_update_step import VOCABULARY, llama
+from trl_update_step import VOCABULARY, llama, shape_flags
 
 
 def main() -> None:
     """Draws two samples per prompt, without an end id."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--prompt-length", type=int, default=128)
-    parser.add_argument("--response-length", type=int, default=64)
+    parser = shape_flags(__doc__)
     parser.add_argument("--calls", type=int, default=4)
     options = parser.parse_args()
     model = llama().eval()

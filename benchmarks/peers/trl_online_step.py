@@ -4,12 +4,11 @@ Needs torch, transformers, trl and datasets: the environment that `make parity` 
 rates of all steps but the first.
 """
 
-import argparse
 import json
 import tempfile
 
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-from trl_update_step import Clock, llama, pairs, tokenizer
+from trl_update_step import Clock, llama, pairs, settings, shape_flags, tokenizer
 
 
 def even_tokens(completion_ids: list[list[int]], **_: object) -> list[float]:
@@ -19,32 +18,18 @@ def even_tokens(completion_ids: list[list[int]], **_: object) -> list[float]:
 
 def main() -> None:
     """Draws two samples per prompt, without an end id, and updates."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--prompt-length", type=int, default=128)
-    parser.add_argument("--response-length", type=int, default=64)
+    parser = shape_flags(__doc__)
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         config = OnlineDPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=options.batch,
-            max_steps=options.steps,
-            learning_rate=1e-5,
+            **settings(options, folder),
             loss_type="ipo",
             temperature=1.0,
             top_k=0,
             max_new_tokens=options.response_length,
             generation_kwargs={"min_new_tokens": options.response_length},
-            max_length=options.prompt_length + options.response_length,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
         )
         trainer = OnlineDPOTrainer(
             llama(),
@@ -56,8 +41,7 @@ def main() -> None:
             callbacks=[clock],
         )
         trainer.train()
-    rates = [options.batch / (end - start) for start, end in zip(clock.times, clock.times[1:], strict=False)]
-    print(json.dumps({"rates": rates, "parameters": trainer.model.num_parameters()}))
+    print(json.dumps({"rates": clock.rates(options.batch), "parameters": trainer.model.num_parameters()}))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import resource
 import tempfile
 import time
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -66,27 +67,43 @@ class Clock(TrainerCallback):
         """Called by the trainer."""
         self.times.append(time.perf_counter())
 
+    def rates(self, pairs: int) -> list[float]:
+        """Pairs per second of all steps but the first."""
+        return [pairs / (end - start) for start, end in zip(self.times, self.times[1:], strict=False)]
+
+
+def shape_flags(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags of all peers: the shape of a batch."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompt-length", type=int, default=128)
+    parser.add_argument("--response-length", type=int, default=64)
+    return parser
+
+
+def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """The settings of both trainers: float32 on CPUs, full batches, and nothing beside training."""
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": options.batch,
+        "max_steps": options.steps,
+        "max_length": options.prompt_length + options.response_length,
+        "learning_rate": 1e-5,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
 
 def measure(options: argparse.Namespace, precompute: bool) -> None:
     """Trains for the requested steps and prints the rates."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=options.batch,
-            max_steps=options.steps,
-            learning_rate=1e-5,
-            loss_type=["ipo"],
-            precompute_ref_log_probs=precompute,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
-            max_length=options.prompt_length + options.response_length,
-        )
+        config = DPOConfig(**settings(options, folder), loss_type=["ipo"], precompute_ref_log_probs=precompute)
         trainer = DPOTrainer(
             llama(),
             None if precompute else llama(),
@@ -96,18 +113,14 @@ def measure(options: argparse.Namespace, precompute: bool) -> None:
             callbacks=[clock],
         )
         trainer.train()
-    rates = [options.batch / (end - start) for start, end in zip(clock.times, clock.times[1:], strict=False)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    row = {"reference": "precomputed" if precompute else "every step", "rates": rates, "GiB": peak}
+    row = {"reference": "precomputed" if precompute else "every step", "rates": clock.rates(options.batch), "GiB": peak}
     print(json.dumps(row | {"parameters": trainer.model.num_parameters()}))
 
 
 def main() -> None:
     """Runs one variant per process, so that peak memory belongs to that variant alone."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--prompt-length", type=int, default=128)
-    parser.add_argument("--response-length", type=int, default=64)
+    parser = shape_flags(__doc__)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--precompute", action="store_true")
     options = parser.parse_args()
