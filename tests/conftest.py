@@ -14,9 +14,8 @@ os.environ["XLA_FLAGS"] = (
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 ).strip()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".cache" / "jax-tests")
-# Many small functions are compiled again in every job of a test.
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
-# Each worker has a core of its own. Threads of the others would only wait for it.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# NumPy's threads wait in loops for cores that other workers use: two processes that resample took four times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Makes tiny_models, resumption and other modules of tests importable, however pytest was started.

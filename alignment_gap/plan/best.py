@@ -16,6 +16,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import JobConfig, OnlineConfig
 from alignment_gap.plan.plan import Compile, Plan, make_plan
 from alignment_gap.plan.programs import Compiled, compile_program
+from alignment_gap.plan.roofline import milliseconds
 from alignment_gap.plan.steps import PlanConfig, Program
 from alignment_gap.sharding import AXES
 from alignment_gap.sharding.chips import GIB
@@ -245,7 +246,7 @@ def _with_draws(job: JobConfig, steps: int) -> JobConfig:
 def _line(trial: Trial) -> str:
     plan = trial.plan
     update = plan.parts[0]
-    time = f"{1e3 * plan.step_seconds:,.3g} ms, bound by {update.times.bound}" if update.times else "not compiled"
+    time = f"{milliseconds(plan.step_seconds)} ms, bound by {update.times.bound}" if update.times else "not compiled"
     what = "a step" if len(plan.parts) > 1 else "the update"
     need = f"{plan.needed / GIB:.2f} of {plan.capacity / GIB:.2f} GiB"
     return f"  {trial.choice}: {what} {time}; {need}{'' if plan.fits else ', does not fit'}"

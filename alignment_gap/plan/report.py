@@ -14,6 +14,7 @@ from alignment_gap.models import abstract_parameters, count_parameters
 from alignment_gap.plan.best import Search
 from alignment_gap.plan.graph import JobPlan, longest_chain
 from alignment_gap.plan.plan import Plan
+from alignment_gap.plan.roofline import milliseconds
 from alignment_gap.sharding import AXES
 from alignment_gap.sharding.chips import GIB
 from alignment_gap.tables import text_table
@@ -191,7 +192,7 @@ def gin_text(search: Search, command: str, model: str | None) -> str:
         "programs:",
         f"#   {command}",
         f"# A step of {shape.batch} prompts of {shape.prompt} tokens with {shape.samples} responses of "
-        f"{shape.response} takes at best {1e3 * plan.step_seconds:,.3g} ms,",
+        f"{shape.response} takes at best {milliseconds(plan.step_seconds)} ms,",
         f"# MFU {plan.utilisation:.0%}, and {_gib(plan.needed)} of {_gib(plan.capacity)} GiB a device.",
         *([f'include "models/{model}.gin"'] if model else []),
         "",
@@ -235,14 +236,16 @@ def _time_lines(plan: Plan) -> list[str]:
     tokens = []
     for part in plan.parts:
         compiled, t = part.compiled, part.times
-        cells = [*map(_ms, (t.compute, t.hbm, t.interconnect, t.seconds)), _BOUNDS[t.bound]] if t else ["-"] * 5
+        cells = ["-"] * 5
+        if t:
+            cells = [*map(milliseconds, (t.compute, t.hbm, t.interconnect, t.seconds)), _BOUNDS[t.bound]]
         counts = (compiled.model_flops, compiled.flops - compiled.model_flops)
         name = part.program.name + (f", for {part.program.steps} steps" if part.program.steps > 1 else "")
         rows.append([name, *cells, *(f"{count / 1e12:,.3g}" for count in counts)])
         if part.tokens and t:
             tokens.append(
-                f"{part.program.name}: {_ms(t.seconds / part.tokens)} ms a token, with its part of the prompts; "
-                f"reading parameters and cache once takes {_ms(part.token_seconds)} ms"
+                f"{part.program.name}: {milliseconds(t.seconds / part.tokens)} ms a token, with its part of the "
+                f"prompts; reading parameters and cache once takes {milliseconds(part.token_seconds)} ms"
             )
     lines = [text_table(rows[0], rows[1:]), *tokens]
     if math.isfinite(plan.step_seconds):
@@ -258,7 +261,7 @@ def _collective_lines(plan: Plan) -> list[str]:
     rows = [["collectives of a call", "kind", "mesh axes", "devices", "count", "GiB", "ms"]]
     for part in plan.parts:
         for moved in part.compiled.collectives[:4]:
-            sizes = [str(moved.devices), f"{moved.count:,}", f"{moved.bytes / GIB:.2f}", _ms(moved.seconds)]
+            sizes = [str(moved.devices), f"{moved.count:,}", f"{moved.bytes / GIB:.2f}", milliseconds(moved.seconds)]
             rows.append([part.program.name, moved.kind, moved.axes, *sizes])
     return [text_table(rows[0], rows[1:]), ""] if len(rows) > 1 else []
 
@@ -280,7 +283,3 @@ def _hours(seconds: float) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"

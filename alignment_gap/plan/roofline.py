@@ -150,3 +150,8 @@ def _wires(group: Sequence[Any], topology: Topology) -> tuple[float, float, int]
             wires += 2.0 if is_ring else 1.0
             path += hops(length, ring=is_ring)
     return (wires or 1.0), math.prod(lengths) ** (1 / max(len(lengths), 1)), path
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in milliseconds: three digits, or all digits before the point."""
+    return f"{1e3 * seconds:,.3g}" if seconds < 0.9995 else f"{1e3 * seconds:,.0f}"

@@ -7,6 +7,7 @@ import pytest
 
 from alignment_gap.cli.gin_files import read_config
 from alignment_gap.models import sizes
+from alignment_gap.plan.roofline import milliseconds
 from alignment_gap.sharding.chips import parse_topology
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -44,4 +45,4 @@ def test_a_job_takes_a_recipe(name):
 def test_a_recipe_tells_its_command_and_its_plan(name):
     text, plan = (ROOT / "gin" / "recipes" / f"{name}.gin").read_text(), plan_of(name)
     assert " ".join(plan["command"]) in text
-    assert f"{1e3 * plan['step_seconds']:,.3g} ms" in text
+    assert f"takes at best {milliseconds(plan['step_seconds'])} ms," in text

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 
 from alignment_gap.plan import hlo
-from alignment_gap.plan.roofline import Moved, describe, seconds, times
+from alignment_gap.plan.roofline import Moved, describe, milliseconds, seconds, times
 from alignment_gap.sharding.chips import Topology, parse_topology
 
 
@@ -212,3 +212,8 @@ def test_times_scale_with_the_topology():
     slow, fast = (parse_topology(name).chip for name in ("v5e:16x16", "v5p:4x4x4"))
     ratio = times(slow, 1e12, 1e9, ()).compute / times(fast, 1e12, 1e9, ()).compute
     assert ratio == pytest.approx(459 / 197)
+
+
+def test_milliseconds_never_have_an_exponent():
+    told = [milliseconds(seconds) for seconds in (0.0000316, 0.01, 0.3916, 0.9994, 0.9996, 1.0698, 26.4)]
+    assert told == ["0.0316", "10", "392", "999", "1,000", "1,070", "26,400"]
