@@ -87,31 +87,55 @@ if __name__ == "__main__":
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-@pytest.mark.parametrize("wait", [0.0, 0.3])
-def test_ctrl_c_while_processes_start_is_one_line(wait, config, tmp_path):
-    """Just after the first process has started, and while processes import modules."""
-    source, output = pathlib.Path(config.source.location), tmp_path / "out"
+# Background jobs of a shell ignore the signal, and so do their children; this test may be one.
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+# Ctrl-c comes when the first semaphore of the pool is known to the process that cleans up, and not yet to its owner.
+AT_FIRST_SEMAPHORE = """
+import multiprocessing.resource_tracker as tracker, os
+def register(*resource, first=tracker.register):
+    first(*resource)
+    tracker.register = first
+    os.kill(os.getpid(), signal.SIGINT)
+tracker.register = register
+"""
+
+
+def start_prepare(config, output, first=""):
+    """The command `data prepare` with two workers, in a process group of its own, after the code `first`."""
+    source = pathlib.Path(config.source.location)
     source.write_text(200 * source.read_text())  # There is too much work to finish before the interrupt.
     words = ["data", "prepare", f"--source={source}", f"--vocabulary={config.vocabulary}", f"--output={output}"]
-    # Background jobs of a shell ignore the signal, and so do their children; this test may be one.
-    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    run = f"{listen}; from alignment_gap.cli.main import main; main()"
-    process = subprocess.Popen(
+    run = f"{LISTEN}\n{first}\nfrom alignment_gap.cli.main import main; main()"
+    return subprocess.Popen(
         [sys.executable, "-c", run, *words, "--workers=2"],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         cwd=pathlib.Path(__file__).parents[2],
     )
+
+
+def assert_interrupted_in_one_line(process):
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error, error
+    assert error.endswith("interrupted: the same command continues from here\n"), error
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.3])
+def test_ctrl_c_while_processes_start_is_one_line(wait, config, tmp_path):
+    """Just after the first process has started, and while processes import modules."""
+    process = start_prepare(config, tmp_path / "out")
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 120
-    while not ((output / ".parts").exists() and children.read_text()):
+    while not ((tmp_path / "out" / ".parts").exists() and children.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
     time.sleep(wait)
     os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in error, error
-    assert error.endswith("interrupted: the same command continues from here\n")
+    assert_interrupted_in_one_line(process)
+
+
+def test_ctrl_c_while_the_pool_is_made_leaves_no_semaphore(config, tmp_path):
+    assert_interrupted_in_one_line(start_prepare(config, tmp_path / "out", AT_FIRST_SEMAPHORE))
 
 
 def test_other_settings_are_refused_and_what_was_refused_may_be_dropped(config, tmp_path):

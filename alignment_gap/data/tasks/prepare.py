@@ -23,7 +23,7 @@ import hashlib
 import io
 import itertools
 import json
-import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import shlex
 import shutil
@@ -606,8 +606,9 @@ def _without_interrupts() -> Iterator[None]:
     listens = threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN
     if listens:  # If the main thread blocks the signal, a library's thread may receive it.
         signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
+        multiprocessing.resource_tracker.ensure_running()  # Its start unblocks the signal, so it comes first.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
@@ -624,19 +625,19 @@ def _processes(work: _Work, count: int) -> Iterator[_Run]:
         yield lambda function, parts: (function(work, part) for part in parts)
         return
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(work,))
-    try:
-        with _without_interrupts():
+    with contextlib.ExitStack() as pools:
+        with _without_interrupts():  # A half-made pool would leave semaphores behind.
+            pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(work,))
+            pools.callback(pool.shutdown, cancel_futures=True)
             for _ in range(count):
                 pool.submit(int)  # Each call starts a process, because none is idle yet.
-        yield lambda function, parts: pool.map(functools.partial(_call, function), parts)
-    except concurrent.futures.process.BrokenProcessPool:
-        raise UserError(
-            "a process was killed, most likely because memory ran out: run again with fewer --workers or a smaller "
-            "--records_per_file; finished parts are kept"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        try:
+            yield lambda function, parts: pool.map(functools.partial(_call, function), parts)
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(
+                "a process was killed, most likely because memory ran out: run again with fewer --workers or a smaller "
+                "--records_per_file; finished parts are kept"
+            ) from None
 
 
 _work: _Work
