@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from alignment_gap.evaluation.intervals import (
     Band,
@@ -12,6 +13,7 @@ from alignment_gap.evaluation.intervals import (
     mean_interval,
     over_groups,
     resampled_means,
+    resampled_part_means,
     spread_over_groups,
 )
 
@@ -23,6 +25,15 @@ def test_matches_the_normal_interval_of_a_large_sample():
     assert interval.value == pytest.approx(values.mean())
     assert interval.low == pytest.approx(values.mean() - half_width, abs=0.1 * half_width)
     assert interval.high == pytest.approx(values.mean() + half_width, abs=0.1 * half_width)
+
+
+@pytest.mark.parametrize("size", [10, 300])
+def test_matches_the_percentile_bootstrap_of_scipy(size):
+    values = np.random.default_rng(1).exponential(size=size)
+    interval = mean_interval(values, resamples=20_000)
+    ends = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=2).confidence_interval
+    error = 0.05 * (ends.high - ends.low)  # The ends of 20,000 resamples have a standard error of 0.6 % of the width.
+    assert (interval.low, interval.high) == pytest.approx(ends, abs=error)
 
 
 def test_covers_the_true_mean_about_as_often_as_it_says():
@@ -82,13 +93,34 @@ def test_joint_resamples_spread_like_the_standard_error():
 def test_a_part_sees_only_its_examples():
     values = np.array([[1.0, 1.0, 5.0, 7.0]])
     part = np.array([True, True, False, False])
-    assert set(resampled_means(values, seed=0, part=part)[:, 0]) == {1.0}
-    np.testing.assert_allclose(resampled_means(values, seed=0, part=~part)[0], 6.0)
+    within, outside = resampled_part_means(values, np.stack([part, ~part]), seed=0)
+    assert set(within[0]) == {1.0}
+    assert outside[0, 0] == 6.0 and set(outside[0]) == {5.0, 5.5, 17 / 3, 6.0, 19 / 3, 6.5, 7.0}
+
+
+def test_parts_have_the_means_of_their_resampled_examples():
+    """Against a sum over the drawn examples one by one; a column of the identity says how often its example came."""
+    rng = np.random.default_rng(0)
+    values, parts = rng.normal(size=(3, 12)), rng.random((5, 12)) < 0.5
+    values[1, 3] = math.nan
+    counts = np.rint(12 * resampled_means(np.eye(12), seed=4, resamples=30)[1:]).astype(int)
+    found = resampled_part_means(values, parts, seed=4, resamples=30)
+    for part, means in zip(parts, found, strict=True):
+        for sample, drawn in enumerate(counts, start=1):
+            times = drawn * part if (drawn * part).any() else part
+            chosen = np.repeat(np.arange(12), times)
+            np.testing.assert_allclose(means[:, sample], np.nanmean(values[:, chosen], axis=1), rtol=1e-12)
 
 
 def test_an_empty_part_counts_as_all():
     values = np.array([[3.0]])
-    assert set(resampled_means(values, seed=0, part=np.array([False]))[:, 0]) == {3.0}
+    assert set(resampled_part_means(values, np.array([[False]]), seed=0)[0, 0]) == {3.0}
+
+
+def test_a_sample_without_any_example_of_a_part_uses_the_whole_part():
+    """Of two examples, a quarter of the samples has only the second."""
+    means = resampled_part_means(np.array([[2.0, 9.0]]), np.array([[True, False]]), seed=0)
+    assert set(means[0, 0]) == {2.0}
 
 
 def test_what_was_not_measured_on_an_example_is_left_out_of_its_row_alone():
