@@ -158,7 +158,8 @@ def _job_config(asked: _Asked) -> PlanConfig:
     from alignment_gap.plan.steps import PlanConfig, programs_of
     from alignment_gap.sharding.chips import parse_topology
 
-    values, given, jobs = asked.values, _overrides(asked.values), ()
+    values, given = asked.values, _overrides(asked.values)
+    jobs: Sequence[Job] = ()
     if (asked.study is None) != (values.job is None):
         raise UserError("give a job of a study by --config and --job together")
     if asked.study is not None:
@@ -168,6 +169,7 @@ def _job_config(asked: _Asked) -> PlanConfig:
     else:
         job = _usual_job(given, online=values.online)
         given = dataclasses.replace(Overrides(**USUAL), **{k: v for k, v in vars(given).items() if v is not None})
+    given.check_folders([job, *(each.config for each in jobs)])
     training, programs = programs_of(job, Known(jobs, given))
     if not programs:
         raise UserError("this job computes on no device: there is nothing to plan")

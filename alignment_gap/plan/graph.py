@@ -44,8 +44,9 @@ def plan_graph(jobs: Sequence[Job], topology: str, given: Overrides, compile_: C
       compile_: compiles a program, such as `kept` returns.
 
     Raises:
-      UserError: a job cannot be planned; it names the job, and is raised before anything is compiled.
+      UserError: a job cannot be planned, or no job names a folder of `networks`; raised before anything is compiled.
     """
+    given.check_folders(job.config for job in jobs)
     known = Known(jobs, given)
     configs = [_config(job, known, topology) for job in jobs]
     plans = [make_plan(config, compile_) if config else None for config in configs]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any, NamedTuple, TypeVar
 
 from alignment_gap import checks
 from alignment_gap.checkpoints import Network, check_policy, find_checkpoint, known_network
+from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import VALIDATION, PrepareConfig
@@ -80,6 +82,17 @@ class Overrides:
     def size_of(self, folder: str) -> str | None:
         """The size that `networks` gives a folder; None if it is not among them."""
         return {path: size for path, _, size in (each.rpartition("=") for each in self.networks)}.get(folder)
+
+    def check_folders(self, configs: Iterable[Any]) -> None:
+        """Raises UserError if `networks` has a folder that none of the jobs' configs names."""
+        values = (value for config in configs for value in flatten(to_dict(config)).values())
+        texts = (each for value in values for each in (value if isinstance(value, tuple) else (value,)))
+        named = {part.strip() for text in texts if isinstance(text, str) for part in text.split(",")}
+        for folder, *_ in (each.rpartition("=") for each in self.networks):
+            if folder not in named:
+                near = get_close_matches(folder, named, n=1)
+                remedy = f"did you mean {near[0]}?" if near else "give a folder as the job writes it"
+                raise UserError(f"networks has {folder}, which no job names: {remedy}")
 
     def applied(self, job: JobConfig) -> JobConfig:
         """The job with these settings; raises UserError if the job refuses one of them."""

@@ -262,6 +262,15 @@ def test_networks_have_one_form(wrong):
         Overrides(networks=("imported=t5_lrge",))
 
 
+def test_a_folder_that_no_job_names_is_refused():
+    jobs = [trained("tuned", start="imported").config, LabelConfig(dataset="pairs, more", judge=JudgeConfig("judge"))]
+    Overrides(networks=("imported=t5_xl", "judge=t5_large", "more=t5_large")).check_folders(jobs)
+    with pytest.raises(UserError, match="networks has importd, which no job names: did you mean imported"):
+        Overrides(networks=("judge=t5_large", "importd=t5_xl")).check_folders(jobs)
+    with pytest.raises(UserError, match=r"networks has elsewhere.* give a folder as the job writes it"):
+        Overrides(networks=("elsewhere=t5_xl",)).check_folders(jobs)
+
+
 def test_a_folder_in_a_bucket():
     known = dataclasses.replace(GRAPH, given=Overrides(model="t5_small", networks=("gs://bucket/base=t5_large",)))
     assert known.run("gs://bucket/run").model == sizes.get("t5_small")
