@@ -5,7 +5,7 @@
 
 Each is made by the search of `alignment-gap plan --best` and written to gin/recipes/NAME.gin, its plan to
 benchmarks/results/recipes/NAME.json. Recipes that exist are not made again. The compiler's figures are kept in
-.cache/plan, so that a stopped search continues. No TPU is needed; a search compiles up to 40 programs, and each takes a
+.cache/plan, so that a stopped search continues. No TPU is needed; a search compiles up to 80 programs, and each takes a
 minute or more on two cores. The script also writes a table of all recipes, benchmarks/results/recipes.md.
 """
 
@@ -58,7 +58,7 @@ def make(name: str) -> None:
         return
     parsed = read_config(["alignment-gap plan", *words(name)])
     assert parsed is not None
-    search = find_best(parsed[0], 40, kept(KEPT, print))
+    search = find_best(parsed[0], 80, kept(KEPT, print))
     if search.best is None:
         print(f"{name}: nothing fits")
         return

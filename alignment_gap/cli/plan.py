@@ -197,7 +197,7 @@ def _define(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, None, says, flag_values=values)
     flags.DEFINE_boolean("online", False, "Without a job: plan sampling, reference and judge too.", flag_values=values)
     flags.DEFINE_boolean("search", True, "Look for the largest batch that fits.", flag_values=values)
-    flags.DEFINE_integer("compiles", 40, "With --best: the number of programs to compile at most.", flag_values=values)
+    flags.DEFINE_integer("compiles", 80, "With --best: the number of programs to compile at most.", flag_values=values)
 
 
 def _usual_job(given: Overrides, *, online: bool) -> Any:
