@@ -58,7 +58,8 @@ def make(name: str) -> None:
         return
     parsed = read_config(["alignment-gap plan", *words(name)])
     assert parsed is not None
-    search = find_best(parsed[0], 80, kept(KEPT, print))
+    config, flags = parsed
+    search = find_best(config, flags.compiles, kept(KEPT, print))
     if search.best is None:
         print(f"{name}: nothing fits")
         return
