@@ -358,6 +358,7 @@ class DecoderPolicy:
             positions, segments = row.positions(prompt_lengths), row.segments(prompt_lengths)
         else:
             tokens, positions, segments = row.packed(prompts, inputs, packing)
+        tokens, positions, segments = (fused_attention.whole_tiles(x) for x in (tokens, positions, segments))
         fused = self._fused_layer(attention, row, segments, positions)
 
         def layer(x: Array, layer_params: Any, full: Any) -> tuple[Array, None]:

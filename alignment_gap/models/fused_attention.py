@@ -30,6 +30,9 @@ from alignment_gap.sharding import spec_within
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 # The kernels read rows of a multiple of these slots: cuDNN's masks are aligned to 8, splash reads lanes of 128.
 CUDNN_MULTIPLE, LANES = 8, 128
+# A row of the decoder has a multiple of these slots: XLA's tiles of bfloat16 hold so many, and a mesh axis of up to 16
+# devices can split them.
+TILE = 16
 # The blocks of splash that a row of more slots is cut into.
 BLOCKS = (256, 384, 512, 640)
 # The implementation that jax.nn.dot_product_attention runs for "cudnn"; tests set its XLA form, to run on a CPU.
@@ -130,7 +133,7 @@ class Row(NamedTuple):
 
     def responses(self, x: Float[Array, "B S D"]) -> Float[Array, "B K R D"]:
         """The responses' part of the row."""
-        return x[:, self.prompt :].reshape(len(x), self.rows, self.length, -1)
+        return x[:, self.prompt : self.size].reshape(len(x), self.rows, self.length, -1)
 
 
 def _joined(prompts: Int[Array, "B P"], responses: Int[Array, "B K R"]) -> Int[Array, "B S"]:
@@ -204,14 +207,19 @@ def _cudnn(
 ) -> Array:
     if CUDNN == "cudnn" and platform() not in ("cuda", "gpu"):
         raise UserError(f"DecoderConfig.attention is 'cudnn' on {platform()}: it needs a CUDA GPU; use auto or xla")
-    size = row.size + -row.size % CUDNN_MULTIPLE
+    size = query.shape[1] + -query.shape[1] % CUDNN_MULTIPLE
     seen: Any = row.mask(window, size)[None]
     if segments is not None:
         segments = _padded(segments, size)
         seen = (segments[:, :, None] == segments[:, None]) & seen
     masked: Any = {"mask": seen[:, None], "implementation": CUDNN}
     arrays = (_padded(x, size) for x in (query, keys, values))
-    return jax.nn.dot_product_attention(*arrays, scale=scale, **masked)[:, : row.size]
+    return jax.nn.dot_product_attention(*arrays, scale=scale, **masked)[:, : query.shape[1]]
+
+
+def whole_tiles(x: Int[Array, "B S"]) -> Int[Array, "B Z"]:
+    """The row with zeros after its end, up to a multiple of 16 slots."""
+    return _padded(x, x.shape[1] + -x.shape[1] % TILE)
 
 
 def _padded(x: Array, size: int) -> Array:
@@ -262,8 +270,8 @@ def least_padding(size: int, blocks: Sequence[int]) -> int:
 def _splash_on_device(
     row: Row, window: int | None, soft_cap: float | None, query: Array, keys: Array, values: Array, *segments: Array
 ) -> Float[Array, "B S H C"]:
-    block = block_of(row.size)
-    size = row.size + -row.size % block
+    block = block_of(query.shape[1])
+    size = query.shape[1] + -query.shape[1] % block
     blocks: Any = {f"block_{name}": block for name in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")}
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([_TreeMask(row, window, size)] * query.shape[2]),
@@ -280,7 +288,7 @@ def _splash_on_device(
         return jnp.swapaxes(kernel(*heads_first, *ids), 0, 1)
 
     arrays = (_padded(x, size) for x in (query, keys, values, *segments))
-    return jax.vmap(attend)(*arrays)[:, : row.size]
+    return jax.vmap(attend)(*arrays)[:, : query.shape[1]]
 
 
 def platform() -> str:

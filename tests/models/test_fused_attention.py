@@ -14,11 +14,19 @@ from hypothesis import strategies
 from tiny_models import CONFIGS, SETTINGS, make_batch, random_params, texts
 
 from alignment_gap.errors import UserError
-from alignment_gap.models import DecoderConfig, T5Config, fused_attention, make_policy, score
+from alignment_gap.models import DecoderConfig, T5Config, fused_attention, make_policy, score, stack
 from alignment_gap.models.fused_attention import BLOCKS, Row, block_of
 from alignment_gap.models.packing import Packing
 from alignment_gap.plan.programs import TPU_VARIABLES
-from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, shardings_of, unbox, within
+from alignment_gap.sharding import (
+    MeshConfig,
+    batch_sharding,
+    make_mesh,
+    shardings_of,
+    spec_within,
+    unbox,
+    within,
+)
 
 BATCH = make_batch(4, responses=3)
 
@@ -216,22 +224,30 @@ def test_the_row_of_cudnn_equals_xla_in_value_and_gradient(name, monkeypatch):
     _assert_equal_attention(SETTINGS[name], "cudnn")
 
 
-@pytest.mark.parametrize(("kv_heads", "model"), [(1, 2), (2, 2), (2, 4)])
-def test_splash_over_a_mesh_equals_splash_on_one_device(kv_heads, model, monkeypatch):
+@pytest.mark.parametrize(
+    ("kv_heads", "model", "layout"), [(1, 2, "fsdp_tensor"), (2, 2, "sequence"), (2, 4, "fsdp_tensor")]
+)
+def test_splash_over_a_mesh_equals_splash_on_one_device(kv_heads, model, layout, monkeypatch):
     """One key head is on every device, for all query heads. Several are split like their query heads.
 
-    Where the mesh has more parts than there are key heads, each part of the query heads gets a copy of its own.
+    Where the mesh has more parts than there are key heads, each part of the query heads gets a copy of its own. The
+    layout "sequence" splits the positions of a row, whatever the lengths of its texts.
     """
     config = dataclasses.replace(CONFIGS["decoder"], kv_heads=kv_heads, layers=1, attention="splash")
-    policy, seen = make_policy(config), set()
-    kernel = fused_attention._splash_on_device
+    policy, seen, streams = make_policy(config), set(), set()
+    kernel, constrain = fused_attention._splash_on_device, stack.constrain
+
+    def streamed(x, *names):
+        streams.add((x.shape[1], (spec_within(x.shape, *names) or [None, None])[1]))
+        return constrain(x, *names)
 
     def watched(row, window, soft_cap, query, keys, *rest):
         seen.add((query.shape[2], keys.shape[2]))
         return kernel(row, window, soft_cap, query, keys, *rest)
 
     monkeypatch.setattr(fused_attention, "_splash_on_device", watched)
-    params, mesh = random_params(policy), make_mesh(MeshConfig(data=2, fsdp=4 // model, model=model))
+    monkeypatch.setattr(stack, "constrain", streamed)
+    params, mesh = random_params(policy), make_mesh(MeshConfig(data=2, fsdp=4 // model, model=model, layout=layout))
 
     def total(params, *texts):
         log_probs = score(policy, params, *texts)
@@ -240,10 +256,14 @@ def test_splash_over_a_mesh_equals_splash_on_one_device(kv_heads, model, monkeyp
     step = jax.grad(total, has_aux=True)
     alone = jax.jit(step)(params, *texts(BATCH))
     assert seen == {(4, kv_heads)}
+    # 5 slots for the prompt and 15 for its responses, in whole tiles.
+    assert streams == {(32, None)}
     seen.clear()
+    streams.clear()
     split = jax.device_put(params, shardings_of(jax.eval_shape(policy.init, jax.random.key(0)), mesh))
     over_mesh = jax.jit(within(mesh, step))(split, *jax.device_put(texts(BATCH), batch_sharding(mesh)))
     assert seen == {(4 // model, 1)}
+    assert streams == {(32, "model" if layout == "sequence" else None)}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), over_mesh, alone)
 
 
