@@ -25,6 +25,7 @@ from update_step import SIZES
 
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.lengths import lengths_of
+from alignment_gap.errors import UserError
 from alignment_gap.models import Policy, abstract_parameters, make_policy
 from alignment_gap.sampling import SamplerConfig, sample_keys, sampler
 from alignment_gap.sharding import unbox
@@ -102,7 +103,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
 
-    recorded = lengths_of(open_dataset(options.dataset))[:, 1:].flatten()
+    try:
+        recorded = lengths_of(open_dataset(options.dataset))[:, 1:].flatten()
+    except UserError as error:
+        parser.error(str(error))
     policy = make_policy(SIZES[options.size][options.policy])
     params = unbox(jax.jit(policy.init)(jax.random.key(0)))
     prompts = jax.random.randint(jax.random.key(1), (options.batch, PROMPT), 3, policy.config.vocabulary_size)

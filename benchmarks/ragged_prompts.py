@@ -18,6 +18,7 @@ import argparse
 import numpy as np
 
 from alignment_gap.data.records import Dataset, lengths_of, open_dataset
+from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.jobs.reading import open_reading
 from alignment_gap.sharding import MeshConfig, make_mesh
@@ -47,7 +48,10 @@ def main() -> None:
     parser.add_argument("--reading", type=float, default=1.0, help="ms a token for the prompts' keys and values")
     parser.add_argument("--rest", type=float, default=1.4, help="ms a token for all else")
     options = parser.parse_args()
-    dataset = open_dataset(options.dataset)
+    try:
+        dataset = open_dataset(options.dataset)
+    except UserError as error:
+        parser.error(str(error))
     lengths = lengths_of(dataset)[:, 0]
     print(f"{len(lengths):,} prompts: {lengths.mean():.0f} tokens on average, {lengths.max()} at most\n")
     columns = ("buckets", "slots", "of the kernel", "token", "saved")

@@ -1,12 +1,13 @@
-"""Recipes: for a size and a slice, the settings of an online step with the least time that fits, as a gin file.
+"""Recipes: the settings of an online step with the least time that fits, as a gin file, by size and slice or GPUs.
 
     python benchmarks/recipes.py
     python benchmarks/recipes.py t5_large_v5e-8
 
 Each is made by the search of `alignment-gap plan --best` and written to gin/recipes/NAME.gin, its plan to
 benchmarks/results/recipes/NAME.json. Recipes that exist are not made again. The compiler's figures are kept in
-.cache/plan, so that a stopped search continues. No TPU is needed; a search compiles up to 80 programs, and each takes a
-minute or more on two cores. The script also writes a table of all recipes, benchmarks/results/recipes.md.
+.cache/plan, so that a stopped search continues. No TPU or GPU is needed. A search compiles up to 80 programs; on one
+core each takes a minute or more for TPUs, and some 10 seconds for GPUs. The script also writes a table of all recipes,
+benchmarks/results/recipes.md.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from alignment_gap.sharding.chips import GIB
 ROOT = Path(__file__).parents[1]
 GIN, RESULTS = ROOT / "gin" / "recipes", ROOT / "benchmarks" / "results" / "recipes"
 KEPT = Path(".cache/plan")
-# The topology, the judge, and the prompts of a step, by recipe: SIZE_SLICE. The slice has its vendor's name.
+# The topology, the judge, and the prompts of a step, by recipe: SIZE_SLICE, or SIZE_GPU-COUNT. The slice has its
+# vendor's name.
 RECIPES = {
     "t5_large_v5e-8": ("v5e:2x4", "t5_large", 32),
     "t5_xl_v5e-16": ("v5e:4x4", "t5_large", 32),
@@ -41,6 +43,11 @@ RECIPES = {
     "qwen2.5_1.5b_v5e-8": ("v5e:2x4", "qwen2.5_1.5b", 32),
     "llama3_8b_v5e-16": ("v5e:4x4", "llama3_8b", 32),
     "llama3_8b_v6e-64": ("v6e:8x8", "llama3_8b", 128),
+    "t5_large_h100": ("h100:1", "t5_large", 32),
+    "palm_1b_h100": ("h100:1", "palm_300m", 32),
+    "qwen2.5_1.5b_h100": ("h100:1", "qwen2.5_1.5b", 32),
+    "t5_xl_h100-8": ("h100:8", "t5_large", 64),
+    "llama3_8b_h100-8": ("h100:8", "llama3_8b", 64),
 }
 
 
@@ -109,7 +116,7 @@ def main() -> None:
         make(name)
         about = (
             "Made by `python benchmarks/recipes.py`: online IPO with a judge, prompts of 512 tokens, two responses of "
-            "128.\nThe times are bounds by the compiler's figures. Nobody has run these on TPUs."
+            "128.\nThe times are bounds by the compiler's figures. Nobody has run these on TPUs or GPUs."
         )
         RESULTS.with_suffix(".md").write_text(f"# Recipes\n\n{about}\n\n{table()}\n")
 

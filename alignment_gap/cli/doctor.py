@@ -33,7 +33,7 @@ EXTRAS = (
     ("data prepare", "lengths.png", "study"),
     ("data prepare", "from Parquet and Hugging Face", "huggingface"),
     ("data prepare", "from TFDS and seqio", "data"),
-    ("plan", "for TPUs", "tpu"),
+    ("plan", "for TPUs and GPUs", "plan"),
     ("checkpoint", "Hugging Face's format", "huggingface"),
 )
 # Engines of `launch`, and the program that each engine calls.

@@ -24,7 +24,7 @@ COMMANDS = {
     "evaluate": "measure the checkpoints of a run: win rates by any judge, KL, accuracy, length",
     "sample": "sample responses of a policy to prompts from a dataset, a file or the keyboard",
     "data": "prepare datasets, make new ones from them, score them, show them",
-    "plan": "check whether a job fits a TPU slice, and how fast it can be, without a TPU",
+    "plan": "check whether a job fits TPUs or GPUs, and how fast it can be, without them",
     "losses": "list the losses",
     "checkpoint": "import and export checkpoints of other libraries, show what a checkpoint holds",
     "doctor": "show what is installed, which devices there are, and what each command lacks",

@@ -1,4 +1,4 @@
-"""Check whether a job fits a TPU slice, and how fast its steps can be, without a TPU.
+"""Check whether a job fits TPUs or GPUs, and how fast its steps can be, without them.
 
 alignment-gap plan --gin_file=gin/runs/online_ipo.gin --gin.PROMPTS=prepared/train --gin.START=runs/sft \\
     --gin.JUDGE=runs/proxy --topology=v5e:4x4 --layout=fsdp
@@ -7,12 +7,13 @@ alignment-gap plan --config=configs/study/tiny.py --topology=v5e:2x4 --kept=plan
 alignment-gap plan --model=t5_xxl --topology=v5e:16x16 --layout=fsdp --batch=512 --json=plan.json
 alignment-gap plan --model=t5_xl --online --judge=t5_large --topology=v5p:4x4x4 --batch=64
 alignment-gap plan --model=t5_large --topology=v5e:2x4 --batch=32 --best=t5_large_v5e-8.gin
+alignment-gap plan --model=t5_large --topology=h100:1 --layout=data --batch=16
 
 The job comes from gin files or from a study; without either, it is IPO of --model. A study without --job is planned as
 a whole: the device-hours of all its jobs at best. The job's folders need not exist: --model, --judge, --networks,
 --prompt_length, --response_length and --examples describe what they will hold. Flags win over what the job and
-its folders say. The plan lowers the functions of a run and compiles them with the TPU's own compiler (pip install
-'jax[tpu]'). The exit status is 1 if the job does not fit.
+its folders say. The plan lowers the functions of a run and compiles them with the compiler of the devices (pip
+install 'jax[tpu]', or 'jax[cuda13-local]' for GPUs). The exit status is 1 if the job does not fit.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def _define(values: flags.FlagValues) -> None:
     define_config(values, Overrides, {})
     for name, says in (
         ("job", "Name of a job in the study of --config; without it, the whole study is planned."),
-        ("topology", "Devices: v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, cpu:8 or cuda:8."),
+        ("topology", "Devices: v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, h100:8, h200:8 or cpu:8."),
         ("json", "JSON file for all results."),
         ("kept", "Folder for the compiler's figures, from which a stopped plan continues."),
         ("best", "Gin file for the settings with the least step time: layout, mesh, remat, microbatches, moments."),

@@ -25,6 +25,8 @@ _MESH = re.compile(
     r"replica_groups=mesh\[(?P<axes>[^\]]*)\]"
     r"(?:,\s*device_ids=\(\[(?P<ids>[\d,]+)\](?:T\((?P<turn>[\d,]+)\))?\))?\s*\{(?P<spread>[^}]*)\}"
 )
+# The last result of a call of cuBLAS or cuDNN is its working memory, of which it may use none.
+_WORKSPACE = re.compile(r", [su]8\[\d+\]\{0\}\)$")
 _COUNTER = re.compile(r"[su]\d+\[\]")
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _CALLED = re.compile(rf"(calls|to_apply|body|condition|{'|'.join(_BRANCHES)})=(\{{[^}}]*\}}|%[\w.\-]+)")
@@ -291,7 +293,8 @@ def _traffic(program: Program, computation: Computation, instruction: Instructio
         inside = program.computations[instruction.called("calls")[0]]
         return sum(_reads(program, instruction)) + _written(inside)
     hbm = functools.partial(type_bytes, hbm_only=True)
-    result = hbm(instruction.type)
+    is_library = opcode == "custom-call" and 'custom_call_target="__cu' in instruction.text
+    result = hbm(_WORKSPACE.sub(")", instruction.type) if is_library else instruction.type)
     if opcode in ("dynamic-slice", "gather", "slice"):
         return 2 * result
     operands = [hbm(computation[name].type) for name in instruction.operands if name in computation]

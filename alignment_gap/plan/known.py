@@ -77,7 +77,10 @@ class Overrides:
         for each in self.networks:
             if not all(each.rpartition("=")):
                 raise UserError(f"networks has {each!r}: give FOLDER=SIZE, such as imported/t5_xxl=t5_xxl")
-            sizes.get(each.rpartition("=")[2])
+            try:
+                sizes.get(each.rpartition("=")[2])
+            except UserError as error:
+                raise UserError(f"networks has {each}: {error}") from error
 
     def size_of(self, folder: str) -> str | None:
         """The size that `networks` gives a folder; None if it is not among them."""

@@ -1,7 +1,7 @@
 """Compiles the programs of a job, the same functions that a run calls, for devices that need not be here.
 
 Each program is compiled in its own process, for two reasons. When jax is imported, it reads the variables that let
-libtpu compile without a TPU. And a process that ends returns all its memory.
+libtpu compile without a TPU, and the plugin for CUDA without a GPU. And a process that ends returns all its memory.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import JobConfig
 from alignment_gap.judges.preference_model import make_scores
 from alignment_gap.plan import hlo
+from alignment_gap.plan.gpus import TARGETS
 from alignment_gap.plan.roofline import Moved, describe
 from alignment_gap.plan.steps import SAMPLES, PlanConfig, Program
 from alignment_gap.sharding import LogicalMesh, make_mesh, replicated
-from alignment_gap.sharding.chips import TPUS, Topology
+from alignment_gap.sharding.chips import GPUS, TPUS, Topology
 from alignment_gap.training import abstract_base, abstract_params
 from alignment_gap.training.flops import count_flops
 
@@ -129,7 +130,8 @@ def environment(topology: Topology) -> dict[str, str]:
     if topology.kind == "cpu":
         flags = f"--xla_force_host_platform_device_count={topology.devices}"
         return base | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    return base | {"JAX_PLATFORMS": "cuda"}
+    # Jax's plugin for CUDA asks for no driver if CUDA is not among the platforms.
+    return base | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 def _failure(what: str, status: int, text: str) -> str:
@@ -141,32 +143,30 @@ def _failure(what: str, status: int, text: str) -> str:
 
 
 def devices_of(topology: Topology) -> Sequence[Any]:
-    """The devices of a topology; libtpu describes TPUs, other devices must be present on this machine.
+    """The devices of a topology. libtpu describes TPUs and jax's plugin for CUDA describes GPUs; CPUs are those here.
 
     Raises:
-      UserError: the devices are not available here.
+      UserError: there are too few CPU devices, or what describes the others is not installed.
     """
-    if topology.kind not in TPUS:
-        try:
-            present = jax.devices(topology.kind)
-        except (AssertionError, RuntimeError) as error:  # jax asserts if the only requested platform has no plugin.
-            raise UserError(
-                f"topology {topology.name}: jax finds no {topology.kind} device here; a plan for {topology.kind} "
-                "compiles on the device itself, only plans for TPUs need no device"
-            ) from error
+    if topology.kind == "cpu":
+        present = jax.devices("cpu")
         if len(present) < topology.devices:
-            raise UserError(f"topology {topology.name}: {len(present)} {topology.kind} devices are present")
+            raise UserError(f"topology {topology.name}: {len(present)} cpu devices are present")
         return present[: topology.devices]
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.kind == "v4":  # Otherwise its two cores would be two devices.
         options |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
+    if topology.kind in GPUS:  # Networks, hosts of each, GPUs of a host.
+        options |= {"target_config": TARGETS[topology.kind], "topology": f"1x1x{topology.devices}"}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices
+        return topologies.get_topology_desc(platform=topology.platform, topology_name=topology.name, **options).devices
     except Exception as error:
-        first = str(error).splitlines()[0]
+        if topology.platform == "cuda" and isinstance(error, NotImplementedError):
+            remedy = 'pip install "jax[cuda13-local]"'
+            raise UserError(f"jax's plugin for CUDA compiles for GPUs and is not installed: {remedy}") from error
         if "libtpu" in str(error).lower() or "not installed" in str(error) or isinstance(error, ModuleNotFoundError):
             raise UserError('libtpu compiles for TPUs and is not installed: pip install "jax[tpu]"') from error
-        raise UserError(f"topology {topology.name}: {first}") from error
+        raise UserError(f"topology {topology.name}: {str(error).splitlines()[0]}") from error
 
 
 def build(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[Any, tuple[Any, ...], Any]:
@@ -221,11 +221,12 @@ def compile_here(config: PlanConfig, program: Program) -> Compiled:
     networks = max(sum(each is params for each in arguments), 1)
     shared = _shard_bytes(_abstract_base(program, job, mesh)) if program.shares else 0
     base = Compiled(_shard_bytes(params), state, networks, *_flops(program, job, mesh), shared=shared)
-    platform = "tpu" if topology.kind in TPUS else topology.kind
-    lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
     try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
+        compiled = _compiled(function.trace(*arguments).lower(lowering_platforms=(topology.platform,)), topology)
+    except RuntimeError as error:
+        if "cuDNN not found" in str(error):
+            what = f"{program.name} on {topology.name}: attention is cudnn, and cuDNN is not installed"
+            raise UserError(f'{what}: pip install "jax[cuda13]"') from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         exceeded = exceeded_bytes(str(error), _shard_bytes(arguments))
@@ -243,6 +244,16 @@ def compile_here(config: PlanConfig, program: Program) -> Compiled:
         compile_seconds=time.perf_counter() - start,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _compiled(lowered: Any, topology: Topology) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError:
+        if topology.kind not in GPUS:
+            raise
+        # On a GPU, XLA measures its own kernels beside those of cuBLAS. Without one, it finds none for some products.
+        return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def _flops(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[int, int]:

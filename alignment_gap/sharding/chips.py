@@ -64,10 +64,15 @@ CHIPS: dict[str, Chip] = {
     "tpu7x": Chip(94.75 * GIB, 1153.5 * TERA, 3690 * GIGA, 50 * GIGA, 3, 4, 6.25 * GIGA, "4x4x4", devices=2),
     # To try a plan on a laptop: one core of a desktop computer, and its part of the memory.
     "cpu": Chip(4 * GIB, 0.1 * TERA, 10 * GIGA, 10 * GIGA, 0, 1, 1 * GIGA, "8", hop=0.0),
-    # H100 SXM: 80 GB, 989 TFLOP/s, 3350 GB/s, NVLink 450 GB/s one way. https://www.nvidia.com/en-us/data-center/h100
-    "cuda": Chip(74 * GIB, 989 * TERA, 3350 * GIGA, 450 * GIGA, 0, 1, 50 * GIGA, "8", hop=0.0),
+    # SXM modules: 80 and 141 GB, of which the driver keeps a part; 989 TFLOP/s, 3350 and 4800 GB/s, NVLink 450 GB/s one
+    # way. https://www.nvidia.com/en-us/data-center/h100 and /h200
+    "h100": Chip(74 * GIB, 989 * TERA, 3350 * GIGA, 450 * GIGA, 0, 1, 50 * GIGA, "8", hop=0.0),
+    "h200": Chip(131 * GIB, 989 * TERA, 4800 * GIGA, 450 * GIGA, 0, 1, 50 * GIGA, "8", hop=0.0),
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.dimensions)
+GPUS = ("h100", "h200")
+# GPUs that NVLink joins in a host.
+_GPUS_OF_A_HOST = 8
 # jax's names of these devices. The figures of "cpu" describe no real CPU, so it is not listed here.
 DEVICE_KINDS = {
     "TPU v4": "v4",
@@ -78,7 +83,8 @@ DEVICE_KINDS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
-    "NVIDIA H100 80GB HBM3": "cuda",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
 }
 
 
@@ -128,6 +134,11 @@ class Topology:
         return CHIPS[self.kind]
 
     @property
+    def platform(self) -> str:
+        """Jax's name of the compiler for them."""
+        return "tpu" if self.kind in TPUS else "cuda" if self.kind in GPUS else "cpu"
+
+    @property
     def devices(self) -> int:
         """Number of devices in all slices."""
         return math.prod(self.shape) * self.slices * self.chip.devices
@@ -147,6 +158,8 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
             f"topology {text!r} names {chips} chips by their cores, not how they are joined: give the shape, such as "
             f"{cores[1]}:{CHIPS[cores[1]].shape} for {cores[1]}-128"
         )
+    if kind in ("cuda", "gpu"):
+        raise UserError(f"topology {text!r} does not say which GPU: give {' or '.join(f'{name}:8' for name in GPUS)}")
     if kind not in CHIPS:
         near = get_close_matches(kind, CHIPS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}:{CHIPS[near[0]].shape}?" if near else f"there are {', '.join(CHIPS)}"
@@ -155,6 +168,8 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     wanted = max(chip.dimensions, 1)
     if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{wanted - 1}}}", sizes):
         raise UserError(f"topology {text!r}: give {wanted} size{'s' * (wanted > 1)}, such as {kind}:{chip.shape}")
+    if kind in GPUS and int(sizes) > _GPUS_OF_A_HOST:
+        raise UserError(f"topology {text!r}: a host has {_GPUS_OF_A_HOST} GPUs, and plan knows no network of hosts")
     if slices < 1 or (slices > 1 and not chip.dimensions):
         raise UserError(f"slices is {slices}: it must be 1, or more for a TPU, which {kind} is not")
     return Topology(kind, tuple(map(int, sizes.split("x"))), slices)

@@ -75,5 +75,5 @@ def test_the_table_of_flags_is_that_of_the_overrides():
 
 
 def test_every_kind_of_chip_is_named_with_a_shape():
-    named = [parse_topology(text) for text in re.findall(r"`((?:v|tpu|cpu|cuda)\w*:[\dx]+)`", TEXT)]
+    named = [parse_topology(text) for text in re.findall(r"`((?:v|tpu|cpu|h)\w*:[\dx]+)`", TEXT)]
     assert {topology.kind for topology in named} == set(CHIPS)

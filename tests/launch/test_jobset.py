@@ -163,7 +163,7 @@ def test_what_would_be_created_is_printed(task_of):
     ("settings", "message"),
     [
         ({"topology": "v5e:3x5"}, "has 15 chips, but a host has 4: give a multiple of that"),
-        ({"topology": "cuda:8"}, "topology 'cuda:8' is not a TPU slice: give one of v4, v5e"),
+        ({"topology": "h100:8"}, "topology 'h100:8' is not a TPU slice: give one of v4, v5e"),
         ({"slices": 0}, "slices is 0"),
         ({"mount": "runs"}, "mount is runs: give a path from the root"),
     ],

@@ -336,6 +336,19 @@ ENTRY %main (x: s8[24,64], n: s32[]) -> s8[1,64] {
     assert hlo.hbm_traffic(program) == 64 + 4 + 64
 
 
+def test_the_working_memory_of_a_library_is_no_traffic():
+    program = hlo.parse(
+        """ENTRY %main (x: bf16[4,8], y: bf16[8,2]) -> bf16[4,2] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %y = bf16[8,2]{1,0} parameter(1)
+  %product = (bf16[4,2]{1,0}, s8[4194304]{0}) custom-call(%x, %y), custom_call_target="__cublas$lt$matmul"
+  ROOT %result = bf16[4,2]{1,0} get-tuple-element(%product), index=0
+}
+"""
+    )
+    assert hlo.hbm_traffic(program) == 2 * (4 * 8 + 8 * 2 + 4 * 2)
+
+
 def test_a_compiled_product_reads_both_factors_and_writes_the_result():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((128, 64), (64, 32))]
     program = hlo.parse(jax.jit(jnp.matmul).lower(*shapes).compile().as_text())

@@ -258,7 +258,7 @@ def test_networks_of_folders_that_are_not_there_yet(runs):
 def test_networks_have_one_form(wrong):
     with pytest.raises(UserError, match=f"networks has {wrong!r}: give FOLDER=SIZE"):
         Overrides(networks=(wrong,))
-    with pytest.raises(UserError, match="'t5_lrge' is unknown: did you mean t5_large"):
+    with pytest.raises(UserError, match=r"networks has imported=t5_lrge: .* is unknown: did you mean t5_large"):
         Overrides(networks=("imported=t5_lrge",))
 
 

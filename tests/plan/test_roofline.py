@@ -62,7 +62,7 @@ def test_a_small_array_takes_as_long_as_its_hops(shape, hops):
 def test_a_small_permute_is_one_hop_and_other_chips_have_no_known_hop():
     permute, pair = hlo.Collective("collective-permute", 64, 1, (0, 1)), [Device(0, 0, 0), Device(0, 1, 0)]
     assert seconds(permute, pair, Topology("v5e", (16, 16))) == pytest.approx(1e-6)
-    for name in ("cuda:8", "cpu:8"):
+    for name in ("h100:8", "cpu:8"):
         topology = parse_topology(name)
         assert seconds(permute, pair, topology) == pytest.approx(64 / topology.chip.link_bandwidth)
 
@@ -166,7 +166,7 @@ def test_a_cube_takes_in_by_six_links(name):
 
 
 def test_devices_without_a_torus_have_one_link():
-    topology = parse_topology("cuda:8")
+    topology = parse_topology("h100:8")
     gather = hlo.Collective("all-gather", 800, 1, tuple(range(8)))
     assert seconds(gather, [Device()] * 8, topology) == pytest.approx(700 / topology.chip.link_bandwidth)
 

@@ -11,7 +11,14 @@ from alignment_gap.sharding.chips import CHIPS, DEVICE_KINDS, TPUS, Topology, de
 
 @pytest.mark.parametrize(
     ("text", "slices", "devices"),
-    [("v5e:16x16", 1, 256), ("v5p:4x4x8", 1, 128), ("v5e:2x4", 2, 16), ("tpu7x:4x4x4", 1, 128), ("cpu:8", 1, 8)],
+    [
+        ("v5e:16x16", 1, 256),
+        ("v5p:4x4x8", 1, 128),
+        ("v5e:2x4", 2, 16),
+        ("tpu7x:4x4x4", 1, 128),
+        ("cpu:8", 1, 8),
+        ("h200:4", 1, 4),
+    ],
 )
 def test_a_name_says_how_many_devices_there_are(text, slices, devices):
     topology = parse_topology(text, slices)
@@ -23,7 +30,12 @@ def test_a_name_says_how_many_devices_there_are(text, slices, devices):
     ("text", "slices", "says"),
     [
         ("v5:16x16", 1, r"'v5:16x16' is unknown: did you mean v5"),
-        ("h100", 1, "there are v4, v5e"),
+        ("tpu", 1, "did you mean tpu7x:4x4x4"),
+        ("snowball:8", 1, "there are v4, v5e"),
+        ("cuda:8", 1, "does not say which GPU: give h100:8 or h200:8"),
+        ("h100", 1, "give 1 size, such as h100:8"),
+        ("h200:16", 1, "'h200:16': a host has 8 GPUs"),
+        ("h100:8", 2, "slices is 2"),
         ("v5e:256", 1, "give 2 sizes, such as v5e:16x16"),
         ("v5p:4x4", 1, "give 3 sizes"),
         ("v5p-128", 1, "names 64 chips by their cores.*v5p:4x4x4"),

@@ -160,7 +160,7 @@ def test_how_many_copies_of_the_weights_take_the_least_time(weights, layers, fsd
 
 def test_without_a_known_hop_there_is_one_copy():
     sizes = {"data": 1, "fsdp": 8, "model": 1}
-    assert [weight_copies(sizes, chip, 1, 1) for chip in (None, CHIPS["cuda"], CHIPS["v5e"])] == [1, 1, 8]
+    assert [weight_copies(sizes, chip, 1, 1) for chip in (None, CHIPS["h100"], CHIPS["v5e"])] == [1, 1, 8]
 
 
 @pytest.mark.parametrize(
