@@ -1,6 +1,6 @@
 # Two commands for a fresh machine with Python 3.11 and make: `make study` and `make test`.
 PYTHON ?= $(shell command -v python3.11 || echo python3)
-# The study's environment, and that of tests and lint, which also has TensorFlow, libtpu and the like (4 GB).
+# The study's environment, and that of tests and lint, which also has TensorFlow, libtpu and the like (5 GB).
 VENV := .venv
 TEST_VENV := .venv-test
 CONFIG ?= configs/study/tiny.py

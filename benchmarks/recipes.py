@@ -6,7 +6,7 @@
 Each is made by the search of `alignment-gap plan --best` and written to gin/recipes/NAME.gin, its plan to
 benchmarks/results/recipes/NAME.json. Recipes that exist are not made again. The compiler's figures are kept in
 .cache/plan, so that a stopped search continues. No TPU or GPU is needed. A search compiles up to 80 programs; on one
-core each takes a minute or more for TPUs, and some 10 seconds for GPUs. The script also writes a table of all recipes,
+core each takes a minute or more for TPUs, and 10 to 40 seconds for GPUs. The script also writes a table of all recipes,
 benchmarks/results/recipes.md.
 """
 
@@ -31,8 +31,8 @@ from alignment_gap.sharding.chips import GIB
 ROOT = Path(__file__).parents[1]
 GIN, RESULTS = ROOT / "gin" / "recipes", ROOT / "benchmarks" / "results" / "recipes"
 KEPT = Path(".cache/plan")
-# The topology, the judge, and the prompts of a step, by recipe: SIZE_SLICE, or SIZE_GPU-COUNT. The slice has its
-# vendor's name.
+# The topology, the judge, and the prompts of a step, by recipe: SIZE_SLICE, with the vendor's name of the slice, or
+# SIZE_GPU, with a count if there are several.
 RECIPES = {
     "t5_large_v5e-8": ("v5e:2x4", "t5_large", 32),
     "t5_xl_v5e-16": ("v5e:4x4", "t5_large", 32),

@@ -30,8 +30,8 @@ from alignment_gap.sharding import spec_within
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
 # The kernels read rows of a multiple of these slots: cuDNN's masks are aligned to 8, splash reads lanes of 128.
 CUDNN_MULTIPLE, LANES = 8, 128
-# A row of the decoder has a multiple of these slots: XLA's tiles of bfloat16 hold so many, and a mesh axis of up to 16
-# devices can split them.
+# A row of a prompt and its responses has a multiple of these slots. So many fill XLA's tiles of bfloat16, and mesh axes
+# of 2, 4, 8 and 16 devices split them.
 TILE = 16
 # The blocks of splash that a row of more slots is cut into.
 BLOCKS = (256, 384, 512, 640)

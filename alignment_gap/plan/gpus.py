@@ -1,7 +1,7 @@
 """What XLA needs to know to compile for a GPU that is not there, as text in the form of its `GpuTargetConfig`.
 
-The figures describe the hardware, as CUDA reports them for a device: https://developer.nvidia.com/cuda-gpus and
-https://docs.nvidia.com/cuda/hopper-tuning-guide. Both GPUs are of compute capability 9.0 and differ in their memory.
+The figures describe the hardware: https://docs.nvidia.com/cuda/hopper-tuning-guide. Both GPUs are of compute capability
+9.0a and differ in their memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ gpu_device_info {{
   clock_rate_ghz: 1.98
   memory_bandwidth: {bandwidth}
   device_memory_size: {memory}
-  cuda_compute_capability {{ major: 9 }}
+  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 }}

@@ -28,6 +28,7 @@ _WITHOUT_COST = {
 }
 # Groups of such settings. The network is among the facts of a program.
 _GROUPS_WITHOUT_COST = ("keep.", "monitor.", "model.")
+_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda13-plugin")
 # The settings that programs other than updates depend on, and those that samplers depend on too.
 _PLACED = ("mesh.", "adapter.")
 _SAMPLED = ("source.samples", "source.mixture", "source.against", "source.sampler.")
@@ -36,7 +37,7 @@ _SAMPLED = ("source.samples", "source.mixture", "source.against", "source.sample
 def kept(folder: AnyPath | None, say: Callable[[str], None], compile_: Compile = compile_program) -> Compile:
     """Compiles every program once, and keeps the figures in a folder, from which a stopped plan continues.
 
-    A program is compiled again if a source file of this package, or the version of jax or libtpu, has changed.
+    A program is compiled again if a source file of this package, or the version of jax or of a compiler, has changed.
 
     Args:
       folder: the folder; None to keep the figures in memory only.
@@ -100,5 +101,5 @@ def _sources_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     installed = importlib.metadata.distributions()
-    versions = {f"{each.name} {each.version}" for each in installed if each.name in ("jax", "jaxlib", "libtpu")}
+    versions = {f"{each.name} {each.version}" for each in installed if each.name in _COMPILERS}
     return digest.hexdigest() + repr(sorted(versions))

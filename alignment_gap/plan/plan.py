@@ -1,4 +1,4 @@
-"""The plan of a job: whether its programs fit a slice, and how long its steps take at best.
+"""The plan of a job: whether its programs fit its devices, and how long its steps take at best.
 
 `steps.programs_of` gives the programs. An online step samples, asks the judge and the reference, and updates the
 policy. An offline step updates the policy, and asks the reference if its log-probs are not stored. All networks of a
@@ -238,7 +238,9 @@ def _advice(plan: Plan) -> tuple[str, ...]:
         advice.append(f"--batch={plan.largest_batch}: the largest that fits")
     elif per_part > 1:
         advice.append(f"--batch={unit}: the smallest batch that this mesh can split")
-    if job.mesh.layout == "data":
+    if config.topology.devices == 1:
+        pass  # No layout splits anything.
+    elif job.mesh.layout == "data":
         advice.append("--layout=fsdp: also splits parameters and optimizer state over the devices")
     elif job.mesh.layout == "fsdp":
         advice.append("--layout=fsdp_tensor: also splits heads and MLP, and splits the batch into fewer parts")

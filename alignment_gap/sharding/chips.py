@@ -169,7 +169,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{wanted - 1}}}", sizes):
         raise UserError(f"topology {text!r}: give {wanted} size{'s' * (wanted > 1)}, such as {kind}:{chip.shape}")
     if kind in GPUS and int(sizes) > _GPUS_OF_A_HOST:
-        raise UserError(f"topology {text!r}: a host has {_GPUS_OF_A_HOST} GPUs, and plan knows no network of hosts")
+        raise UserError(f"topology {text!r}: a host has {_GPUS_OF_A_HOST} GPUs, and plan knows no networks of hosts")
     if slices < 1 or (slices > 1 and not chip.dimensions):
         raise UserError(f"slices is {slices}: it must be 1, or more for a TPU, which {kind} is not")
     return Topology(kind, tuple(map(int, sizes.split("x"))), slices)

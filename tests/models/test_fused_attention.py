@@ -231,10 +231,10 @@ def test_splash_over_a_mesh_equals_splash_on_one_device(kv_heads, model, layout,
     """One key head is on every device, for all query heads. Several are split like their query heads.
 
     Where the mesh has more parts than there are key heads, each part of the query heads gets a copy of its own. The
-    layout "sequence" splits the positions of a row, whatever the lengths of its texts.
+    layout "sequence" splits the positions of a row, also if its texts have an odd number of slots.
     """
     config = dataclasses.replace(CONFIGS["decoder"], kv_heads=kv_heads, layers=1, attention="splash")
-    policy, seen, streams = make_policy(config), set(), set()
+    policy, batch, seen, streams = make_policy(config), make_batch(4), set(), set()
     kernel, constrain = fused_attention._splash_on_device, stack.constrain
 
     def streamed(x, *names):
@@ -254,16 +254,16 @@ def test_splash_over_a_mesh_equals_splash_on_one_device(kv_heads, model, layout,
         return log_probs.sum(), log_probs
 
     step = jax.grad(total, has_aux=True)
-    alone = jax.jit(step)(params, *texts(BATCH))
+    alone = jax.jit(step)(params, *texts(batch))
     assert seen == {(4, kv_heads)}
-    # 5 slots for the prompt and 15 for its responses, in whole tiles.
-    assert streams == {(32, None)}
+    # 5 slots for the prompt and 10 for its responses, and one that makes them even.
+    assert streams == {(16, None)}
     seen.clear()
     streams.clear()
     split = jax.device_put(params, shardings_of(jax.eval_shape(policy.init, jax.random.key(0)), mesh))
-    over_mesh = jax.jit(within(mesh, step))(split, *jax.device_put(texts(BATCH), batch_sharding(mesh)))
+    over_mesh = jax.jit(within(mesh, step))(split, *jax.device_put(texts(batch), batch_sharding(mesh)))
     assert seen == {(4 // model, 1)}
-    assert streams == {(32, "model" if layout == "sequence" else None)}
+    assert streams == {(16, "model" if layout == "sequence" else None)}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), over_mesh, alone)
 
 

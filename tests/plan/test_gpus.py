@@ -1,5 +1,6 @@
 """Programs compiled for GPUs that are not there."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -59,7 +60,7 @@ def test_an_update_over_the_gpus_of_a_host(plugin, compiled):
 
 
 def test_traffic_of_a_loop_of_products(plugin):
-    """Each round reads its factor once, and x; it reads and writes the total, which may go through HBM once more."""
+    """Each round copies its factor, and reads the copy and x. It reads and writes the total, zeros at first."""
     variables = os.environ | environment(EIGHT) | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", LOOP], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -67,22 +68,26 @@ def test_traffic_of_a_loop_of_products(plugin):
     found = [int(word) for word in done.stdout.split()]
     assert len(found) == len(GPUS)
     for traffic in found:
-        assert 6 * (x + factor + 2 * total) <= traffic <= 6 * (x + 3 * factor + 4 * total) + 2 * total
+        # A few bytes are the loop's counter.
+        assert 0 <= traffic - (6 * (x + 3 * factor + 2 * total) + total) < 1024
 
 
 class Lowered:
-    """A lowered program for which XLA finds no kernels of its own."""
+    """A lowered program that XLA does not compile with its own kernels for products."""
+
+    def __init__(self, message):
+        self.message = message
 
     def compile(self, compiler_options=None):
         if compiler_options != {"xla_gpu_enable_triton_gemm": False}:
-            raise jax.errors.JaxRuntimeError("INTERNAL: no tile sizes")
+            raise jax.errors.JaxRuntimeError(self.message)
         return "compiled"
 
 
 def test_products_without_a_kernel_of_xla_are_those_of_cublas():
-    assert programs._compiled(Lowered(), EIGHT) == "compiled"
-    with pytest.raises(jax.errors.JaxRuntimeError, match="no tile sizes"):
-        programs._compiled(Lowered(), parse_topology("v5e:2x4"))
+    assert programs._compiled(Lowered("INTERNAL: Couldn't find output tile sizes")) == "compiled"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of luck"):
+        programs._compiled(Lowered("INTERNAL: out of luck"))
 
 
 def test_the_plugin_that_is_missing_is_named(monkeypatch):
@@ -95,8 +100,8 @@ def test_the_plugin_that_is_missing_is_named(monkeypatch):
 
 
 def test_a_program_of_cudnn_needs_cudnn(plugin):
-    if importlib.util.find_spec("nvidia") is not None:
-        pytest.skip("NVIDIA's libraries are installed")
+    with contextlib.suppress(RuntimeError):
+        pytest.skip(f"cuDNN {importlib.import_module('jax_cuda13_plugin._versions').cudnn_get_version()} is installed")
     update = program_of("update", dataclasses.replace(DECODER, dtype="bfloat16", attention="cudnn"))
     with pytest.raises(UserError, match=r'update on h100:8: attention is cudnn.* pip install "jax\[cuda13\]"$'):
         compile_program(config_of(update, topology=EIGHT), update)
