@@ -20,7 +20,7 @@ from alignment_gap.plan.roofline import Times, times
 from alignment_gap.plan.steps import SAMPLES, PlanConfig, Program
 from alignment_gap.sampling import SamplerConfig, loop_weights
 from alignment_gap.sharding import check_batch_size, unbox
-from alignment_gap.sharding.chips import GIB, TPUS, Topology
+from alignment_gap.sharding.chips import GIB, GPUS, GPUS_OF_A_HOST, TPUS, Topology
 
 _CONFIRMATIONS = 3
 
@@ -238,9 +238,7 @@ def _advice(plan: Plan) -> tuple[str, ...]:
         advice.append(f"--batch={plan.largest_batch}: the largest that fits")
     elif per_part > 1:
         advice.append(f"--batch={unit}: the smallest batch that this mesh can split")
-    if config.topology.devices == 1:
-        pass  # No layout splits anything.
-    elif job.mesh.layout == "data":
+    if job.mesh.layout == "data" and config.topology.devices > 1:
         advice.append("--layout=fsdp: also splits parameters and optimizer state over the devices")
     elif job.mesh.layout == "fsdp":
         advice.append("--layout=fsdp_tensor: also splits heads and MLP, and splits the batch into fewer parts")
@@ -249,8 +247,11 @@ def _advice(plan: Plan) -> tuple[str, ...]:
         advice.append(f"--optimizer=adafactor: saves {saved:.1f} GiB per device, AdamW's two moments")
     if first.model.dtype != "bfloat16":
         advice.append("--dtype=bfloat16: halves the memory of activations")
+    share = plan.needed / plan.capacity
+    devices = config.topology.devices << math.ceil(math.log2(share))
     if config.topology.kind in TPUS:
-        share = plan.needed / plan.capacity
-        devices = config.topology.devices << math.ceil(math.log2(share))
         advice.append(f"a slice of {devices} devices: the job needs {share:.1f} times the memory of this slice")
+    elif config.topology.kind in GPUS and devices <= GPUS_OF_A_HOST:
+        more = f"--topology={config.topology.kind}:{devices}"
+        advice.append(f"{more}: the job needs {share:.1f} times the memory of these GPUs")
     return tuple(advice)

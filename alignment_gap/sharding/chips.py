@@ -72,7 +72,7 @@ CHIPS: dict[str, Chip] = {
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.dimensions)
 GPUS = ("h100", "h200")
 # GPUs that NVLink joins in a host.
-_GPUS_OF_A_HOST = 8
+GPUS_OF_A_HOST = 8
 # jax's names of these devices. The figures of "cpu" describe no real CPU, so it is not listed here.
 DEVICE_KINDS = {
     "TPU v4": "v4",
@@ -168,8 +168,8 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     wanted = max(chip.dimensions, 1)
     if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{wanted - 1}}}", sizes):
         raise UserError(f"topology {text!r}: give {wanted} size{'s' * (wanted > 1)}, such as {kind}:{chip.shape}")
-    if kind in GPUS and int(sizes) > _GPUS_OF_A_HOST:
-        raise UserError(f"topology {text!r}: a host has {_GPUS_OF_A_HOST} GPUs, and plan knows no networks of hosts")
+    if kind in GPUS and int(sizes) > GPUS_OF_A_HOST:
+        raise UserError(f"topology {text!r}: a host has {GPUS_OF_A_HOST} GPUs, and plan knows no networks of hosts")
     if slices < 1 or (slices > 1 and not chip.dimensions):
         raise UserError(f"slices is {slices}: it must be 1, or more for a TPU, which {kind} is not")
     return Topology(kind, tuple(map(int, sizes.split("x"))), slices)

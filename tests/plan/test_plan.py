@@ -183,6 +183,20 @@ def test_what_does_not_fit_says_what_would_help():
     assert f"{(3 + 25.6) / 15.75:.1f} times" in plan.advice[4]
 
 
+def test_one_gpu_is_told_of_more_gpus_and_of_no_layout():
+    large = dataclasses.replace(POLICY, width=1024)
+    one, eight = (
+        plan_of(update_config(model=large, batch=batch, layout="data", topology=parse_topology(name)))
+        for name, batch in (("h100:1", 512), ("h100:8", 4096))
+    )
+    assert not one.fits and not eight.fits
+    share = one.needed / one.capacity
+    assert f"--topology=h100:{2 ** math.ceil(math.log2(share))}: the job needs {share:.1f} times" in one.advice[-1]
+    assert not any("--layout" in line for line in one.advice)
+    assert any("--layout=fsdp:" in line for line in eight.advice)
+    assert not any("--topology" in line for line in eight.advice)
+
+
 def test_settings_that_are_not_yet_taken_are_named():
     plan = plan_of(update_config(model=DecoderConfig(width=512), layout="data"))
     assert not plan.fits
