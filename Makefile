@@ -81,8 +81,8 @@ COMPILE := $(UV_COMPILE) setup.py
 
 lock:
 	$(COMPILE) --extra study --output-file requirements.lock
-	$(COMPILE) --extra study --extra dev --extra data --extra docs --extra huggingface --extra tensorboard --extra plan \
-	    --constraint requirements.lock --output-file requirements-test.lock
+	$(COMPILE) --extra study --extra dev --extra data --extra docs --extra huggingface --extra tensorboard --extra tpu \
+	    --extra plan-gpus --constraint requirements.lock --output-file requirements-test.lock
 	grep '"docs": \[' setup.py | grep -o '"[^"]*=[^"]*"' | tr -d '"' | \
 	    $(UV_COMPILE) - --constraint requirements-test.lock --output-file requirements-docs.lock
 	echo cached_property fiddle grain pytest | tr ' ' '\n' | $(COMPILE) - --extra data --extra tensorboard \

@@ -34,8 +34,8 @@ EXTRAS = {
     "tensorboard": ["clu>=0.0.12", "tensorboard>=2.20", "tensorflow>=2.21"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda13]>=0.10.2"],
-    # The compilers for TPUs and GPUs, for `plan` on any machine; without the libraries that a GPU needs.
-    "plan": ["jax[cuda13-local,tpu]>=0.10.2"],
+    # The compiler for GPUs, for `plan` on a machine without one; without the libraries that a GPU needs.
+    "plan-gpus": ["jax[cuda13-local]>=0.10.2"],
     "notebooks": ["jupyterlab", "nbclient", "ipykernel"],
     # The documentation as a site; on one line, which `make lock` reads. Ruff lays out the signatures of API pages.
     "docs": ["latex2mathml>=3.77", "mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings[python]>=1", "ruff>=0.9"],

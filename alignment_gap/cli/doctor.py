@@ -33,7 +33,8 @@ EXTRAS = (
     ("data prepare", "lengths.png", "study"),
     ("data prepare", "from Parquet and Hugging Face", "huggingface"),
     ("data prepare", "from TFDS and seqio", "data"),
-    ("plan", "for TPUs and GPUs", "plan"),
+    ("plan", "for TPUs", "tpu"),
+    ("plan", "for NVIDIA GPUs", "plan-gpus"),
     ("checkpoint", "Hugging Face's format", "huggingface"),
 )
 # Engines of `launch`, and the program that each engine calls.

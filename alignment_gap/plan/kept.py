@@ -28,6 +28,7 @@ _WITHOUT_COST = {
 }
 # Groups of such settings. The network is among the facts of a program.
 _GROUPS_WITHOUT_COST = ("keep.", "monitor.", "model.")
+# Distributions whose version may change what a program costs.
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda13-plugin")
 # The settings that programs other than updates depend on, and those that samplers depend on too.
 _PLACED = ("mesh.", "adapter.")
