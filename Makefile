@@ -13,13 +13,15 @@ AIRIO ?= $(T5X)/../airio
 JESTIMATOR ?= $(T5X)/../jestimator
 T5X_VENV := .cache/t5x-venv
 
-.PHONY: study test results parity t5x t5x-checkouts docs lint lock clean
+.PHONY: study test test-all results parity t5x t5x-checkouts docs lint lock clean
 
 study: $(VENV)/installed
 	$(VENV)/bin/alignment-gap study --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
 
-test: $(TEST_VENV)/installed
-	$(TEST_VENV)/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(FLAGS)
+# The tests that two cores run in a quarter of an hour, and all tests, which take 40 minutes.
+test: SELECTED := -m "not slow"
+test test-all: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(SELECTED) $(FLAGS)
 
 # README's table of claims, and the tables and figures in docs/results, from the measurements that are kept there.
 results: $(VENV)/installed

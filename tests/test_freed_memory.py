@@ -31,6 +31,7 @@ def held(keep):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the allocator is not that of glibc 2.33")
 def test_a_freed_array_waits_for_the_next_call():
     assert held("") < 64 * 2**20 <= held("freed_memory.keep_on_cpu()")

@@ -463,6 +463,7 @@ def test_a_hub_id_without_a_network_is_one_line(folder, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_an_import_takes_less_than_twice_the_largest_file(tmp_path):
     """The checkpoint has 200 MB in files of 21 MB. A stack of all layers is larger than two files."""
     config = decoder("llama", width=512, layers=32, heads=8, kv_heads=8, head_size=64, mlp_width=1280)

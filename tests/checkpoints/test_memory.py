@@ -63,6 +63,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5x-file", "t5x-legacy"])
 def test_memory_does_not_grow_with_the_depth(name, runs):
     """Both depths include the memory of the libraries.

@@ -158,6 +158,7 @@ def scores(stored, *texts):
     return jax.jit(lambda p, *a: model.scores(p, *a, labels="rewards"))(params, *texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "llama tied", "gpt_neox"])
 def test_a_model_that_was_trained_here_goes_out_with_its_rewards(name, tmp_path):
     """The head is the difference of two rows of the output embedding. The markers stay around the response."""

@@ -61,6 +61,7 @@ def written(run):
     return run.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_there_and_back_is_the_same(name, written, params, tmp_path):
     stored = import_checkpoint(written / name, tmp_path / "run")

@@ -1,5 +1,6 @@
 """Two processes without a shared disk train into a bucket; the result is the same as in a folder."""
 
+import pytest
 from built_in import write_posts
 from job_runs import assert_equal_runs
 from process_runs import TINY_T5, run_processes
@@ -22,6 +23,7 @@ def train(dataset, workdir, steps):
     return ["train", "--gin_file=runs/sft.gin", *words, f"--workdir={workdir}"]
 
 
+@pytest.mark.slow
 def test_two_processes_without_a_shared_disk(s3_folder, tmp_path):
     for place in (tmp_path, s3_folder):
         write_posts(place / "pairs", 32)

@@ -42,6 +42,7 @@ def command(*words):
     checkpoint.main(["alignment-gap checkpoint", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_out_and_in_again_it_is_the_same_policy(run, tmp_path, capsys):
     command("export", f"--checkpoint={run}", "--format=t5x", f"--output={tmp_path / 't5x'}")
     assert capsys.readouterr().out == f"{tmp_path / 't5x'}\n"

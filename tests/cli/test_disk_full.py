@@ -54,6 +54,7 @@ def used(folder):
     return (disk.f_blocks - disk.f_bfree) * disk.f_frsize
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(small, tmp_path, monkeypatch, capfd, caplog):
     folder, resize = small
     write_posts(tmp_path / "pairs", 32)

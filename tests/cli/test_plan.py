@@ -57,6 +57,7 @@ def run(monkeypatch, capsys, *arguments):
     return exit_.value.code, capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_plan_on_virtual_devices(monkeypatch, capsys, tmp_path):
     path = tmp_path / "new" / "plan.json"
     flags = ["--model=tiny", "--topology=cpu:2", *LENGTHS, "--nosearch", f"--json={path}"]
@@ -180,6 +181,7 @@ def made_up(monkeypatch):
     return compiled
 
 
+@pytest.mark.slow
 def test_a_whole_study(monkeypatch, capsys, tmp_path, made_up):
     path, flags = tmp_path / "plan.json", [STUDY, TPU, f"--kept={tmp_path / 'kept'}"]
     status, said = run(monkeypatch, capsys, *flags, f"--json={path}")
@@ -197,6 +199,7 @@ def test_a_whole_study(monkeypatch, capsys, tmp_path, made_up):
     assert (status, len(made_up), said.err) == (0, count, "")
 
 
+@pytest.mark.slow
 def test_a_whole_study_over_sizes(monkeypatch, capsys, tmp_path, made_up):
     """Jobs that all sizes share are planned once; the others are named by their size."""
     path = tmp_path / "plan.json"

@@ -22,6 +22,8 @@ from alignment_gap.jobs import reference
 from alignment_gap.models import score
 from alignment_gap.training import load_policy
 
+pytestmark = pytest.mark.slow
+
 SHARED = {
     "BATCH_SIZE": 8,
     "CHECKPOINT_EVERY": 2,

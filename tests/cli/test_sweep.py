@@ -26,6 +26,7 @@ def run(*words):
     launch.main(["alignment-gap launch", *words])
 
 
+@pytest.mark.slow
 def test_a_job_for_each_value_is_run_once_and_compared(words, tmp_path, capsys):
     run("--sweep=LEARNING_RATE=1e-3,3e-2", *words)
     folders = [tmp_path / "sweep" / name for name in ("lr0.001", "lr0.03")]

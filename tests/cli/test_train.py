@@ -196,6 +196,7 @@ def test_a_macro_that_nothing_sets_has_the_default_of_its_field():
     )
 
 
+@pytest.mark.slow
 def test_the_command_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_posts(tmp_path / "pairs", 16)

@@ -31,6 +31,7 @@ def read_all(tensors):
     return {name: tensor.read(None) for name, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 def test_the_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # The tests have their own cache of compiled functions.

@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import jax
+import pytest
 from tiny_models import CONFIGS, random_params
 
 from alignment_gap.checkpoints import Network, write_checkpoint
@@ -16,6 +17,7 @@ from alignment_gap.models import make_policy
 TEXT = (pathlib.Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(CONFIGS["t5"], relative_position_max_distance=128)

@@ -17,6 +17,8 @@ from alignment_gap.data.records import open_dataset
 from alignment_gap.data.text import posts
 from alignment_gap.data.text.vocabulary_training import train_vocabulary
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "data.md").read_text()
 SIZE = {"TRAIN_STEPS": 2, "BATCH_SIZE": 8}

@@ -99,6 +99,7 @@ def run(command, monkeypatch):
     assert done.value.code == 0, command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", MODELS)
 def test_the_commands_take_a_folder_to_a_folder(vocabulary, tmp_path, monkeypatch):
     model, companions = MODELS[vocabulary], tmp_path / "companions"

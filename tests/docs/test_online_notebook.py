@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 CELLS = json.loads((ROOT / "notebooks" / "online_run.ipynb").read_text(encoding="utf-8"))["cells"]
 

@@ -27,6 +27,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 def test_the_first_command_plans(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", COMMANDS[0])
@@ -42,6 +43,7 @@ def is_whole_study(command):
     return "--config" in words and "--job" not in words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", filter(is_whole_study, COMMANDS), ids=" ".join)
 def test_whole_studies_can_be_planned(command, monkeypatch, capsys):
     def compile_(config, program):

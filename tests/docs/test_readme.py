@@ -201,6 +201,7 @@ def test_every_folder_of_the_table_is_there():
         assert folder == "runs" or (ROOT / folder).is_dir()
 
 
+@pytest.mark.slow
 def test_every_run_has_its_checkpoints(ran):
     folders = {workdir(words) for words in commands(TEXT) if words[1] == "train"}
     for folder in {*folders, *RUN}:
@@ -208,6 +209,7 @@ def test_every_run_has_its_checkpoints(ran):
     assert read_network(find_checkpoint(ran[0] / "runs" / "golden")).kind == "pairwise"
 
 
+@pytest.mark.slow
 def test_the_jobs_are_what_docs_jobs_says(ran):
     jobs = {folder.removeprefix("runs/"): job for folder, job in ran[2].items()}
     assert jobs["dpo"].loss.name == "dpo" and jobs["dpo"].start == "runs/sft"
@@ -221,6 +223,7 @@ def test_the_jobs_are_what_docs_jobs_says(ran):
     assert jobs["hypo"].fresh.samples == 1 and jobs["hypo"].source.folder == "runs/golden_pairs"
 
 
+@pytest.mark.slow
 def test_the_jobs_of_the_other_pages_are_what_they_say(ran):
     jobs = {folder.removeprefix("runs/"): job for folder, job in ran[2].items()}
     assert jobs["choose/own_pairs"].source.folder == "runs/choose/sft_pairs"
@@ -232,6 +235,7 @@ def test_the_jobs_of_the_other_pages_are_what_they_say(ran):
     assert (jobs["coming/grpo"].loss.name, jobs["coming/grpo"].source.samples) == ("grpo", 8)
 
 
+@pytest.mark.slow
 def test_the_chain_is_labelled_by_golden_and_measured_by_both(ran):
     folder, said, _ = ran
     card = open_dataset(folder / "runs" / "golden_pairs").card
@@ -247,12 +251,14 @@ def test_the_chain_is_labelled_by_golden_and_measured_by_both(ran):
     assert "alignment-gap train" in listed and "--gin.DatasetConfig.folder=runs/prepared/train" in listed
 
 
+@pytest.mark.slow
 def test_runs_are_put_side_by_side(ran):
     page = (ran[0] / "runs" / "curves" / "report.html").read_text(encoding="utf-8")
     assert "2 training jobs side by side" in page and "seconds_" not in page
     assert (ran[0] / "runs" / "curves" / "figures" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_samples_are_printed_for_typed_and_for_recorded_prompts(ran):
     typed, recorded, warm = (text for words, text in ran[1].items() if words.startswith("alignment-gap sample"))
     assert typed.count("another") == 1 and len(typed.strip().splitlines()) >= 2 * (1 + 2)
@@ -261,6 +267,7 @@ def test_samples_are_printed_for_typed_and_for_recorded_prompts(ran):
     assert len(warm.strip().splitlines()) >= 2 * (1 + 4)
 
 
+@pytest.mark.slow
 def test_the_replayed_record_is_the_online_run(ran):
     runs = ran[0] / "runs"
     ours, theirs = (open_store(runs / name / "checkpoints" / "2" / "params") for name in ("online", "replayed"))
@@ -270,6 +277,7 @@ def test_the_replayed_record_is_the_online_run(ran):
     assert "sampler_log_probs" in open_dataset(runs / "online" / "record").card.fields
 
 
+@pytest.mark.slow
 def test_the_datasets_hold_what_docs_jobs_says(ran):
     runs = ran[0] / "runs"
     soft, shorter = open_dataset(runs / "soft_pairs"), open_dataset(runs / "shorter")
@@ -280,6 +288,7 @@ def test_the_datasets_hold_what_docs_jobs_says(ran):
     assert list((runs / "mixed").glob("reference/*/log_probs.npy"))
 
 
+@pytest.mark.slow
 def test_the_python_of_docs_jobs_trains(ran):
     _, code = re.findall(r"```python\n(.*?)```", JOBS, flags=re.DOTALL)
     with contextlib.chdir(ran[0]):

@@ -55,11 +55,13 @@ def measured(study):
     return [result for piece in sorted(pieces, key=lambda piece: piece[0].seed) for result in piece]
 
 
+@pytest.mark.slow
 def test_the_table_is_that_of_what_was_measured(study, measured):
     table = analysis.results_table(measured)
     assert (study / "results.csv").read_text(encoding="utf-8") == csv_text(table, analysis.COLUMNS)
 
 
+@pytest.mark.slow
 def test_verdicts_gaps_and_fits_follow_from_what_was_measured(study, measured):
     evidence, config = Evidence(measured), read_facts(at(study)).config
     arms = arms_of((*config.arms.names, *config.arms.further))
@@ -77,6 +79,7 @@ def test_every_figure_that_a_page_shows_is_there(study):
     assert "figure_4.png" in pictures
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(make_results.MAIN not in STUDIES, reason="the main study has run for fewer than two seeds")
 def test_readme_has_the_claims_of_the_main_study():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -158,12 +161,14 @@ def made(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_study_is_made_from_its_pieces(made):
     assert {path.name for path in made.iterdir()} == {"seed_0", "seed_1", *make_results.MADE}
     assert (made / "figures" / "figure_4.png").read_bytes().startswith(b"\x89PNG")
     make_results.make(made)  # Make it again, over the existing files.
 
 
+@pytest.mark.slow
 def test_studies_are_drawn_side_by_side(made, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(made, other)

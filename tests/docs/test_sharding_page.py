@@ -10,6 +10,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 from built_in import write_posts
 
 from alignment_gap.data.records import open_dataset
@@ -20,6 +21,7 @@ TEXT = (ROOT / "docs" / "sharding.md").read_text(encoding="utf-8")
 COMMAND = f"alignment-gap() {{ {sys.executable} -c 'from alignment_gap.cli.main import main; main()' \"$@\"; }}\n"
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_label(tmp_path):
     write_posts(tmp_path / "runs" / "built_in" / "train", 16)
     (tmp_path / "gin").symlink_to(ROOT / "gin")

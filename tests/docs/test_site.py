@@ -27,6 +27,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_formulas_are_mathml(site):
     text = (site / "formulas" / "index.html").read_text(encoding="utf-8")
     shown = text.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"')
@@ -34,6 +35,7 @@ def test_formulas_are_mathml(site):
     assert "arithmatex" not in text
 
 
+@pytest.mark.slow
 def test_an_api_page_has_every_public_name(site):
     from alignment_gap import losses
 

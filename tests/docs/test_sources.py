@@ -14,6 +14,8 @@ from alignment_gap.data.records import open_dataset
 from alignment_gap.data.tasks.rubric import rubric_of
 from alignment_gap.data.text import TASKS
 
+pytestmark = pytest.mark.slow
+
 TEXT = (pathlib.Path(__file__).parents[2] / "docs" / "sources.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", TEXT, flags=re.DOTALL)
 

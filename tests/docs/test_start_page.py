@@ -16,6 +16,8 @@ import pytest
 from alignment_gap import losses
 from alignment_gap.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 START, READING, FAQ = (
     (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("start", "reading_a_run", "faq")

@@ -78,6 +78,7 @@ def test_notebook_draws_the_main_figure_and_the_curves(ran, origin):
     assert [row["loss"] for row in scope["training"].spec["data"]["values"]] == [2.0]
 
 
+@pytest.mark.slow
 def test_runs_of_other_lengths_and_sizes_are_not_pooled(ran, origin, capsys):
     """A run of five times the steps is a run of its own; another size is another study."""
     larger = [CheckpointResult(*("sft", "sft", math.nan, math.nan, 0, 0), origin.outcomes, size="large", parameters=90)]

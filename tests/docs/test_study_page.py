@@ -102,6 +102,7 @@ def test_studies_of_the_page_are_put_side_by_side(run, folder, monkeypatch):
     assert run(words) == (0, "report: runs/compared/report.html\n")
 
 
+@pytest.mark.slow
 def test_the_pieces_of_the_page_are_pooled(run, folder, monkeypatch):
     monkeypatch.setattr("alignment_gap.evaluation.charts.png", lambda spec, scale=2.0: b"")
     _, words = (words for words in COMMANDS if "report" in words)

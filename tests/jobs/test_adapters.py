@@ -23,6 +23,8 @@ from alignment_gap.models import AdapterConfig, merged, score
 from alignment_gap.sharding import MeshConfig, make_mesh
 from alignment_gap.training import OptimizerConfig, load_plain, load_policy
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def ipo_config(sft, pairs):

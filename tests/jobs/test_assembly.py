@@ -19,6 +19,7 @@ def ipo(sft, sft_config):
     return dataclasses.replace(sft_config, model=None, start=str(sft), loss=LossConfig("ipo", {"beta": 0.1}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"steps": 9, "checkpoint_every": 5}, {"seed": 7}])
 def test_what_alters_no_step_shares_it(ipo, settings):
     """The seed of a policy's job changes only its initial parameters and its batches."""

@@ -68,6 +68,7 @@ def test_a_dataset_that_a_cut_left_half_way_is_none(s3_folder, s3):
     assert len(open_dataset(s3_folder / "pairs")) == 48
 
 
+@pytest.mark.slow
 def test_preparing_into_a_bucket_gives_the_same_files(s3_folder, s3, tmp_path):
     make(PREPARE, POSTS, tmp_path / "here", Bar())
     s3.faults = [Fault("cut upload", part="train/part", times=100)]
@@ -109,6 +110,7 @@ def s3_config(sft_config, s3_pairs):
     return dataclasses.replace(sft_config, source=DatasetConfig(str(s3_pairs), batch_size=8))
 
 
+@pytest.mark.slow
 def test_a_run_over_devices_goes_on_on_another_machine(s3_config, s3_folder, sft_config, tmp_path, monkeypatch):
     """The devices share the parameters. The cache of the other machine is empty."""
     mesh = MeshConfig(data=2, fsdp=4)
@@ -123,6 +125,7 @@ def test_a_run_over_devices_goes_on_on_another_machine(s3_config, s3_folder, sft
     assert shape and len(stored.files()) > 2  # There is a chunk for the part of each device.
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_a_disk(s3_config, s3_folder, sft):
     run_job(s3_config, s3_folder / "run")
     assert_equal_runs(s3_folder / "run", sft)
@@ -133,6 +136,7 @@ def test_a_run_is_that_of_a_disk(s3_config, s3_folder, sft):
     assert not (s3_folder / "run" / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_a_cut_checkpoint_is_none(s3_config, s3_folder, s3, sft):
     s3.faults = [Fault("cut upload", part="checkpoints/4/optimizer", times=1000)]
     with pytest.raises(StorageError, match="the store does not answer: run the same command again"):
@@ -144,6 +148,7 @@ def test_a_cut_checkpoint_is_none(s3_config, s3_folder, s3, sft):
     assert_equal_runs(s3_folder / "run", sft)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_put_aside(s3_config, s3_folder, sft):
     run_and_stop(s3_config, s3_folder / "run", after=5)
     (chunk, *_) = [p for p in (s3_folder / "run/checkpoints/4/params").files() if p.name != ".zarray"]
@@ -154,6 +159,7 @@ def test_a_damaged_checkpoint_is_put_aside(s3_config, s3_folder, sft):
     assert_equal_runs(s3_folder / "run", sft)
 
 
+@pytest.mark.slow
 def test_retention_in_a_bucket(s3_config, s3_folder, sft):
     config = dataclasses.replace(s3_config, checkpoint_every=1, keep=KeepConfig(last=1, every=3))
     run_job(config, s3_folder / "run")
@@ -192,6 +198,7 @@ def test_a_store_that_does_not_answer_is_one_line_and_tried_again(s3_config, s3_
     assert told.startswith(f"error: {s3_folder}/pairs/card.json: the store does not answer") and told.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_starts_judges_and_evaluations_read_from_a_bucket(s3_config, s3_pairs, s3_folder, sft, sft_config, tmp_path):
     make(TRAIN, s3_config, s3_folder / "sft", Bar())
     results = []

@@ -68,6 +68,7 @@ def stored(folder, step):
         return {name: arrays[name] for name in arrays.files}
 
 
+@pytest.mark.slow
 def test_the_rubric_s_outcomes_are_those_of_the_stored_responses(evaluation, answers, pairs):
     found, rubric = stored(evaluation, 4), rubric_of(open_dataset(pairs))
     prompts = [example.prompt for example in open_dataset(pairs)[:24]]
@@ -156,6 +157,7 @@ def test_the_table_has_means_with_intervals_that_hold_them(evaluation):
     assert (evaluation / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_killed_after_a_checkpoint_it_goes_on_and_ends_the_same(config, evaluation, tmp_path):
     """Batches of another size give the same result up to rounding."""
     with pytest.raises(Stopped):

@@ -42,6 +42,7 @@ def test_samples_come_in_the_order_of_the_policies_and_are_not_yet_labelled(mesh
         assert (after.prompt_id, after.prompt.tolist()) == (before.prompt_id, before.prompt.tolist())
 
 
+@pytest.mark.slow
 def test_a_network_samples_alike_in_buckets(even_policy, mesh):
     """Equal seeds draw equal tokens."""
     params, examples = random_params(even_policy), random_pairs(29)
@@ -96,6 +97,7 @@ def test_rewards_of_the_rubric_for_more_than_two_responses(config, tmp_path):
         np.testing.assert_allclose(example.scores, rubric([example.prompt] * 3, example.responses), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_killed_half_way_it_goes_on_and_ends_the_same(config, judge, tmp_path, monkeypatch):
     """Even with another batch size: a response depends only on its prompt and the seed."""
     monkeypatch.setattr(parts, "part_size", lambda count: 8)

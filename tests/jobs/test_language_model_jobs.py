@@ -141,6 +141,7 @@ def learned(folder):
     return [{key: value for key, value in line.items() if "judge" not in key} for line in metrics(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refresh_every", [1, 3])
 def test_an_online_run_is_that_of_a_function_with_the_same_preferences(refresh_every, online, name, server, tmp_path):
     """Even if the next batch is sampled while one is judged, and if the run is stopped meanwhile."""
@@ -158,6 +159,7 @@ def test_an_online_run_is_that_of_a_function_with_the_same_preferences(refresh_e
     assert len(server.questions) == asked
 
 
+@pytest.mark.slow
 def test_every_line_of_metrics_tells_what_was_asked(online, name, server, tmp_path):
     run = run_job(changed(dataclasses.replace(online, log_every=2), judge=JudgeConfig(name)), tmp_path / "run")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -168,6 +170,7 @@ def test_every_line_of_metrics_tells_what_was_asked(online, name, server, tmp_pa
     assert all(line["seconds_judge_answer"] > 0 and line["seconds_judging"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_a_prompt_without_a_verdict_gives_its_place_to_another(online, name, server, pairs, tmp_path):
     before = open_dataset(pairs)
     vocabulary = find_vocabulary(before)

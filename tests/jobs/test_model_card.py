@@ -46,6 +46,7 @@ def table(text, title):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
 
 
+@pytest.mark.slow
 def test_method_and_data_are_those_of_the_job(run, judge, sft, pairs, tmp_path):
     text = model_card(run, "mine", "transformers")
     method = dict(table(text, "Method"))

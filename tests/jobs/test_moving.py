@@ -51,6 +51,7 @@ def copied(folder, step):
     }
 
 
+@pytest.mark.slow
 def test_the_copy_in_a_checkpoint_is_the_moving_average(run, sft):
     """A checkpoint is saved before the move of its step.
 
@@ -65,12 +66,14 @@ def test_the_copy_in_a_checkpoint_is_the_moving_average(run, sft):
 
 
 # Between two moves, and after a checkpoint that is saved before a move.
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [3, 4])
 def test_killed_it_goes_on_with_the_same_bits(after, run, averaged, tmp_path):
     run_and_stop(averaged, tmp_path, after)
     assert_equal_runs(run_job(averaged, tmp_path), run)
 
 
+@pytest.mark.slow
 def test_a_synced_reference_has_no_margin_right_after_its_move(averaged, tmp_path):
     config = dataclasses.replace(averaged, reference_alpha=1.0, steps=4)
     margins = [line["margin"] for line in metrics(run_job(config, tmp_path))]
@@ -78,6 +81,7 @@ def test_a_synced_reference_has_no_margin_right_after_its_move(averaged, tmp_pat
     assert min(margins[1], margins[3]) > 1e-3
 
 
+@pytest.mark.slow
 def test_it_may_begin_elsewhere_than_the_policy(averaged, sft, tmp_path):
     config = dataclasses.replace(averaged, reference=str(sft), reference_step=2, steps=2)
     run_job(config, tmp_path)
@@ -87,6 +91,7 @@ def test_it_may_begin_elsewhere_than_the_policy(averaged, sft, tmp_path):
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_online_its_record_is_replayed_without_it(averaged, judge, pairs, tmp_path):
     """The sampler is a mixture with the moving reference. The record holds the reference's log-probs."""
     source = OnlineConfig(DatasetConfig(str(pairs), batch_size=8), judge=JudgeConfig(str(judge)), mixture=1.0)
@@ -110,6 +115,7 @@ def test_online_its_record_is_replayed_without_it(averaged, judge, pairs, tmp_pa
         run_job(dataclasses.replace(config, source=recorded), tmp_path / "refused")
 
 
+@pytest.mark.slow
 def test_of_adapters_the_adapters_alone_are_copied(averaged, tmp_path):
     adapter = AdapterConfig(2, targets=("query",))
     config = dataclasses.replace(averaged, adapter=adapter, reference_alpha=1.0, steps=4)
@@ -130,6 +136,7 @@ def test_it_stays_in_memory_once(averaged, tmp_path):
     assert inputs.start.read.cache_info().currsize == 0
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_against_the_start(run, sft, pairs, tmp_path):
     config = EvaluateConfig(run=str(run), dataset=str(pairs), prompts=8, kl_prompts=8, pairs=8, batch_size=8)
     digests = []

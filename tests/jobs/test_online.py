@@ -72,6 +72,7 @@ def test_killed_it_goes_on_with_the_same_bits(after, run, online, tmp_path):
     same_record(tmp_path, run)
 
 
+@pytest.mark.slow
 def test_prompts_alone_choose_the_buckets(online, tmp_path):
     """Recorded responses do not matter. A run whose batches have two shapes continues with the same bits."""
     prompts = dataclasses.replace(online.source.prompts, buckets=2)
@@ -103,6 +104,7 @@ def test_a_job_says_at_its_start_what_four_buckets_would_leave(online, tmp_path)
     assert one == [*draws, *four] and float(four[0][:-1]) < float(draws[0][:-1])
 
 
+@pytest.mark.slow
 def test_other_checkpoints_when_it_goes_on_lose_no_batch_of_the_record(run, online, tmp_path):
     """The run stops after it has written a chunk of the record. The new checkpoints do not match this chunk."""
     run_and_stop(dataclasses.replace(online, checkpoint_every=3), tmp_path, after=5)
@@ -113,6 +115,7 @@ def test_other_checkpoints_when_it_goes_on_lose_no_batch_of_the_record(run, onli
     assert len(open_dataset(longer / "record")) == 64
 
 
+@pytest.mark.slow
 def test_the_digest_of_the_record_follows_from_its_samples_alone(run, online, tmp_path, monkeypatch):
     """The digest does not depend on checkpoints, on stops within a file or after it, or on a longer run."""
 
@@ -171,6 +174,7 @@ def semi_online(online, tmp_path_factory):
     return run_job(changed(online, refresh_every=3), tmp_path_factory.mktemp("semi") / "run")
 
 
+@pytest.mark.slow
 def test_a_sampler_that_lags_draws_from_the_policy_of_the_last_refresh(run, semi_online):
     """Its step 0 is that of the online run. The samples of steps 0 to 2 come from the start, later ones do not."""
     ours, online = open_dataset(semi_online / "record"), open_dataset(run / "record")
@@ -187,6 +191,7 @@ def test_a_sampler_that_lags_draws_from_the_policy_of_the_last_refresh(run, semi
     assert max(gap[:3]) < 1e-4 and min(gap[3:]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_sampler_that_lags_goes_on_bit_for_bit_between_two_refreshes(online, semi_online, tmp_path):
     config = changed(online, refresh_every=3)
     run_and_stop(config, tmp_path, after=5)
@@ -194,6 +199,7 @@ def test_a_sampler_that_lags_goes_on_bit_for_bit_between_two_refreshes(online, s
     assert_equal_runs(run_job(config, tmp_path), semi_online)
 
 
+@pytest.mark.slow
 def test_three_steps_in_one_draw_train_on_the_samples_of_three_draws(online, semi_online, tmp_path):
     """And a job that stops between the steps of a draw goes on bit for bit."""
     config = changed(online, refresh_every=3, steps_per_draw=3)
@@ -207,6 +213,7 @@ def test_three_steps_in_one_draw_train_on_the_samples_of_three_draws(online, sem
     assert_equal_runs(run_job(config, tmp_path / "stopped"), folder)
 
 
+@pytest.mark.slow
 def test_a_sampler_that_never_refreshes_stays_at_the_start(online, tmp_path):
     folder = run_job(changed(online, refresh_every=0), tmp_path)
     for example in open_dataset(folder / "record"):
@@ -215,6 +222,7 @@ def test_a_sampler_that_never_refreshes_stays_at_the_start(online, tmp_path):
     assert not any(name.startswith("copies") for name in arrays(folder))
 
 
+@pytest.mark.slow
 def test_the_best_and_the_worst_of_four(online, tmp_path):
     """Labels are win fractions among all four samples; the best and the worst sample keep theirs."""
     config = changed(dataclasses.replace(online, steps=2), samples=4, keep="best_and_worst")
@@ -226,12 +234,14 @@ def test_the_best_and_the_worst_of_four(online, tmp_path):
     assert_equal_checkpoints(replayed, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_best_of_four_is_trained_on_alone(online, tmp_path):
     config = changed(dataclasses.replace(online, loss=LossConfig("sft"), steps=2), samples=4, keep="best")
     record = open_dataset(run_job(config, tmp_path) / "record")
     assert record.card.responses_per_prompt == 1
 
 
+@pytest.mark.slow
 def test_rewards_of_the_rubric_reach_the_loss(online, tmp_path):
     """GRPO's loss is zero if all rewards are equal. Here the rewards come from the rubric."""
     config = dataclasses.replace(online, loss=LossConfig("grpo", {"beta": 0.0}), steps=2)
@@ -241,6 +251,7 @@ def test_rewards_of_the_rubric_reach_the_loss(online, tmp_path):
     assert all(0.0 <= score <= 1.0 for example in record for score in example.scores)
 
 
+@pytest.mark.slow
 def test_a_mixture_is_between_the_policy_and_the_reference(online, reward_model, tmp_path):
     """With weight 1 the samples come from the reference. Labels are probabilities that add up to one."""
     judge = JudgeConfig(str(reward_model), labels="soft")
@@ -252,6 +263,7 @@ def test_a_mixture_is_between_the_policy_and_the_reference(online, reward_model,
             np.testing.assert_allclose(sampled, reference, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_nash_md_scores_samples_against_the_mixture(online, judge, tmp_path):
     config = dataclasses.replace(online, loss=LossConfig("nash_md"), steps=2)
     config = changed(config, judge=JudgeConfig(str(judge), labels="soft"), mixture=0.125, against="mixture", samples=1)
@@ -267,6 +279,7 @@ def hypo(online, pairs, prompts):
     return dataclasses.replace(online, loss=LossConfig("hypo"), source=prompts, fresh=fresh)
 
 
+@pytest.mark.slow
 def test_recorded_pairs_and_fresh_samples_in_one_step(hypo, tmp_path):
     """The fresh samples are recorded. A replay of this record with the pairs equals the run."""
     run = run_job(hypo, tmp_path / "run")
@@ -316,6 +329,7 @@ def test_every_loss_of_the_registry_is_served_by_some_source(name, online, hypo,
     assert opened.facts["source.digest"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dapo", "kto", "rebel"])
 def test_a_loss_trains_on_fresh_samples(name, online, tmp_path):
     """One loss for each further input: the sampler's log-probs, other examples of the batch, all pairs of a prompt."""
@@ -339,6 +353,7 @@ def test_what_a_source_cannot_serve_is_told_before_the_first_step(loss, settings
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_policy_gradient_runs_on_the_record_of_samples(run, online, tmp_path):
     """It reads the sampler's log-probs from the record. In packed rows the width of a batch has another meaning."""
     config = dataclasses.replace(replay(online, run), loss=LossConfig("ppo_clip"), steps=2)
@@ -373,6 +388,7 @@ def test_bad_settings_of_an_online_source(settings, message):
         OnlineConfig(**settings)
 
 
+@pytest.mark.slow
 def test_another_layout_draws_the_same_and_trains_alike(run, online, tmp_path):
     """The samples of step 0 are the same tokens; losses agree up to the rounding of sums over devices.
 

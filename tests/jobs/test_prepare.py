@@ -57,6 +57,7 @@ def test_nothing_of_an_unfinished_part_is_left_where_other_settings_start_anew(c
     assert tree(output) == tree(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_killed_with_signal_9_it_goes_on_from_the_finished_parts(config, tmp_path):
     config = dataclasses.replace(config, records_per_file=1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -165,6 +165,7 @@ def runs(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_a_job_trains_the_same_with_stored_log_probs(runs):
     """Bit for bit on this machine. The rows were scored in other batches, but of the same shapes."""
     root, config = runs

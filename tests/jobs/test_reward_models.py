@@ -57,6 +57,7 @@ def trained(rewards, sft_config, tmp_path_factory):
     return run_job(config, tmp_path_factory.mktemp("rewards") / "trained")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_it_labels_a_dataset_with_its_rewards(name, rewards, pairs, tmp_path):
     config = LabelConfig(str(pairs), by_itself(str(rewards[name])), batch_size=16)
@@ -76,6 +77,7 @@ def test_it_labels_a_dataset_with_its_rewards(name, rewards, pairs, tmp_path):
     assert np.std([example.scores for example in found]) > 0.1
 
 
+@pytest.mark.slow
 def test_it_scores_the_samples_of_an_online_run(rewards, online, tmp_path):
     judge = JudgeConfig(str(rewards["llama"]), labels="rewards")
     source = dataclasses.replace(online.source, judge=judge, response_length=6)
@@ -84,6 +86,7 @@ def test_it_scores_the_samples_of_an_online_run(rewards, online, tmp_path):
     assert np.std([example.scores for example in open_dataset(run / "record")]) > 0.1
 
 
+@pytest.mark.slow
 def test_it_gives_win_rates_and_is_classified_itself(rewards, sft, pairs, tmp_path):
     sizes = {"prompts": 8, "kl_prompts": 8, "pairs": 8, "batch_size": 8, "steps": (6,), "response_length": 4}
     judges, opponents = (f"theirs={rewards['llama']}",), (f"start={sft}",)
@@ -101,6 +104,7 @@ def test_it_gives_win_rates_and_is_classified_itself(rewards, sft, pairs, tmp_pa
         assert 0 <= float(next(csv.DictReader(file))["accuracy"]) <= 1
 
 
+@pytest.mark.slow
 def test_it_is_trained_further_and_goes_out_again(trained, rewards, tmp_path):
     start, stored = (open_checkpoint(folder) for folder in (rewards["llama"], trained))
     assert stored.network.head == start.network.head == RewardHead(pad_id=0)
@@ -112,6 +116,7 @@ def test_it_is_trained_further_and_goes_out_again(trained, rewards, tmp_path):
     np.testing.assert_array_equal(again.tensors["score.kernel"].read(None), head)
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_on_it(rewards, sft_config, tmp_path):
     """The head belongs to the base. The run can judge, and its export is merged."""
     config = dataclasses.replace(sft_config, kind="bradley_terry", model=None, start=str(rewards["llama"]), steps=2)

@@ -54,6 +54,7 @@ def records(config):
     return [json.loads(text) for text in sample_texts(config)]
 
 
+@pytest.mark.slow
 def test_a_record_for_every_prompt_with_the_policy_s_own_log_probs(config, file, sft, mesh):
     found = records(dataclasses.replace(config, prompts=str(file)))
     assert [record["prompt"] for record in found] == PROMPTS
@@ -95,6 +96,7 @@ def test_prompts_of_a_dataset_of_lines_and_of_the_keyboard(config, pairs, file, 
     assert records(config) == expected
 
 
+@pytest.mark.slow
 def test_prompts_end_as_those_that_the_run_was_trained_on(config, sft_config, pairs, file, tmp_path):
     """The dataset's card says that its prompts end with the end id. Typed prompts then end with it too."""
     examples, card = open_dataset(pairs)[:16], open_dataset(pairs).card

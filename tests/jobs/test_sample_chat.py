@@ -59,6 +59,7 @@ def prompt(config):
     return records(config)[0]["prompt"]
 
 
+@pytest.mark.slow
 def test_a_prompt_is_what_the_user_says_in_the_checkpoint_s_own_template(config, tmp_path):
     assert prompt(config) == ASKED.format("hi")
     assert prompt(dataclasses.replace(config, template="none")) == "<s>hi"
@@ -67,6 +68,7 @@ def test_a_prompt_is_what_the_user_says_in_the_checkpoint_s_own_template(config,
     assert prompt(dataclasses.replace(config, template=str(tmp_path / "own.jinja"))) == "<s>[hi]"
 
 
+@pytest.mark.slow
 def test_a_record_may_hold_messages(config, tmp_path):
     messages = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
     (tmp_path / "chats.jsonl").write_text(json.dumps({"prompt": messages}) + "\n")
@@ -86,6 +88,7 @@ def test_lines_of_the_keyboard_are_turns_and_an_empty_one_begins_anew(config, mo
     assert second["prompt"] == first["prompt"] + answer + f"{END}\n" + ASKED.format("two").removeprefix("<s>")
 
 
+@pytest.mark.slow
 def test_an_answer_ends_with_any_end_id_of_the_generation_config(config, run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -100,6 +103,7 @@ def test_an_answer_ends_with_any_end_id_of_the_generation_config(config, run, tm
     assert max(records(dataclasses.replace(long, template="none"))[0]["tokens"]) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["plain", "FOLDER"])
 def test_a_trained_run_speaks_as_its_prompts_were_prepared(template, config, run, tmp_path):
     rows = [

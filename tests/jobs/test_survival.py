@@ -58,6 +58,7 @@ def record_files(folder):
     return {path.name: path.read_bytes() for path in (folder / "record").iterdir() if path.is_file()}
 
 
+@pytest.mark.slow
 def test_signals_leave_no_trace_in_a_finished_job(run, online, tmp_path):
     """SIGTERM comes in steps 2, 3 and 5. The job continues from there, and its files in the end are the same."""
     assert interrupted(online, tmp_path, 2) == [2]
@@ -68,6 +69,7 @@ def test_signals_leave_no_trace_in_a_finished_job(run, online, tmp_path):
     assert record_files(tmp_path) == record_files(run)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("abandoned_reads")
 def test_a_damaged_last_checkpoint_costs_its_steps_alone(run, online, tmp_path):
@@ -94,6 +96,7 @@ def test_a_damaged_last_checkpoint_costs_its_steps_alone(run, online, tmp_path):
         np.testing.assert_array_equal(np.concatenate(a.responses), np.concatenate(b.responses))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("abandoned_reads")
 @pytest.mark.parametrize("loss", ["sft", "ipo"])
@@ -133,6 +136,7 @@ def diverging(sft_config):
     return dataclasses.replace(sft_config, loss=loss, steps=4, guard=GuardConfig(stop_after=3))
 
 
+@pytest.mark.slow
 def test_a_job_that_diverges_may_change_what_its_line_says(diverging, tmp_path):
     with pytest.raises(UserError, match="the last 3 updates up to step 3 were skipped, the loss is inf: lower"):
         run_job(diverging, tmp_path)

@@ -63,6 +63,7 @@ def test_continues_after_a_stop_bit_for_bit(sft, sft_config, tmp_path):
     assert bar.updates == [4, 1, 1]
 
 
+@pytest.mark.slow
 def test_the_same_job_gives_the_same_bits_again_and_by_an_engine(sft, sft_config, tmp_path):
     """The engine runs the command of the job in its own process."""
     assert_equal_runs(run_job(sft_config, tmp_path / "again"), sft)
@@ -78,6 +79,7 @@ def test_a_finished_job_is_not_run_again(sft, sft_config):
     assert {path.name for path in written} <= {"job.json"}
 
 
+@pytest.mark.slow
 def test_a_mixture_in_buckets_continues_after_a_stop_bit_for_bit(sft_config, pairs, tmp_path):
     """Two weighted datasets, batches of several shapes, and prefetching; two epochs set the number of steps."""
     write_posts(tmp_path / "b", 16, seed=1)
@@ -90,6 +92,7 @@ def test_a_mixture_in_buckets_continues_after_a_stop_bit_for_bit(sft_config, pai
     assert_equal_runs(run_job(without_prefetch, tmp_path / "stopped"), whole)
 
 
+@pytest.mark.slow
 def test_packed_rows_train_as_one_prompt_a_row_does(sft, sft_config, tmp_path):
     """With the reference in each step, and with stored log-probs. A killed run continues with the same bits.
 
@@ -121,6 +124,7 @@ def test_more_steps_go_on_from_the_last(sft_config, sft, tmp_path):
     assert_equal_checkpoints(run_job(sft_config, tmp_path), sft)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_falls_to_the_last_step_keeps_their_number(sft_config, tmp_path):
     optimizer = dataclasses.replace(sft_config.optimizer, schedule="linear")
     config = dataclasses.replace(sft_config, optimizer=optimizer)
@@ -327,6 +331,7 @@ def test_a_dataset_that_was_damaged_or_exchanged(pairs, sft, sft_config, tmp_pat
         run_job(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pairwise", "bradley_terry"])
 def test_a_preference_model_starts_from_a_policy_and_says_what_it_is(kind, sft, sft_config, mesh, tmp_path):
     optimizer = OptimizerConfig(learning_rate=2e-2)
@@ -417,6 +422,7 @@ def held_out(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_validation_is_what_training_on_it_would_report_and_changes_nothing(sft, sft_config, held_out, tmp_path):
     config = dataclasses.replace(
         sft_config, model=None, start=str(sft), loss=LossConfig("ipo"), steps=3, checkpoint_every=3
@@ -452,6 +458,7 @@ def test_times_of_a_step_are_told(sft, sft_config, judge, tmp_path):
     assert "mfu" not in second
 
 
+@pytest.mark.slow
 def test_mfu_is_three_forward_passes_by_hand_over_what_the_devices_could_do(sft_config, tmp_path, monkeypatch):
     """The table gets an entry for eight devices of 0.1 TFLOP/s each; width, heads and MLP have size 16."""
     monkeypatch.setitem(DEVICE_KINDS, jax.devices()[0].device_kind, "cpu")
@@ -485,6 +492,7 @@ def test_checkpoints_that_cannot_be_kept(settings, message):
         KeepConfig(**settings)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(sft_config, held_out, tmp_path):
     """The learning rate ruins the policy. Every checkpoint is validated, though only the last validation is due."""
     config = dataclasses.replace(

@@ -51,6 +51,7 @@ def shares(wins):
 PAIRS = ((0, 1), (0, 2), (1, 2))
 
 
+@pytest.mark.slow
 def test_a_pairwise_model_is_asked_in_both_orders(answers, scores_of):
     """Hard labels compare the log-odds of both orders. Soft labels average both probabilities."""
     both = {(i, j): (answers("pairwise", i, j), answers("pairwise", j, i)) for i, j in PAIRS}
@@ -62,6 +63,7 @@ def test_a_pairwise_model_is_asked_in_both_orders(answers, scores_of):
     np.testing.assert_allclose(scores_of("pairwise", "soft", 2), shares(soft), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_bradley_terry_model_compares_rewards(answers, scores_of):
     rewards = scores_of("bradley_terry", "rewards")
     margins = {(i, j): rewards[:, i] - rewards[:, j] for i, j in PAIRS}

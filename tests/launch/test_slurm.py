@@ -107,6 +107,7 @@ def wait_until(is_so, seconds=180):
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_graph_runs_in_order_and_a_failure_stops_what_needs_it(environment, task_of, attempts, tmp_path):
     tasks = [
@@ -136,6 +137,7 @@ def test_an_array_runs_each_of_its_tasks(environment, task_of, attempts, tmp_pat
     assert attempts() == {f"seed-{i}": 1 for i in range(4)}
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_job_that_dies_is_queued_again_so_often(environment, task_of, attempts, tmp_path):
     again, never = task_of("again", "dies"), task_of("never", "dies")
@@ -145,6 +147,7 @@ def test_a_job_that_dies_is_queued_again_so_often(environment, task_of, attempts
     assert attempts() == {"again": 2, "never": 1} and not never.is_done
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_preempted_job_saves_is_requeued_and_goes_on(environment, task_of, attempts, tmp_path):
     """A job in a partition of higher priority takes all nodes.
@@ -162,6 +165,7 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(environment, task_of, att
     assert attempts() == {"long": 2, "next": 1}
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_job_near_its_time_limit_saves_and_goes_on_in_another(environment, task_of, attempts, tmp_path):
     """Slurm's limits have a resolution of a minute, so the signal comes within a minute."""

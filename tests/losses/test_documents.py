@@ -15,6 +15,7 @@ def strict_promotion():
     """A user's loop has JAX's own dtype promotion."""
 
 
+@pytest.mark.slow
 def test_notebook_trains_with_every_loss():
     cells = json.loads((ROOT / "notebooks" / "losses.ipynb").read_text(encoding="utf-8"))["cells"]
     scope: dict = {}

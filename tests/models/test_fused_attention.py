@@ -210,12 +210,14 @@ def _assert_equal_attention(config, kernel):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), fused[1], plain[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["palm", "gemma2"])
 def test_splash_equals_xla_in_value_and_gradient(name):
     """In the interpreter of the kernel. Gemma 2 has windows, soft caps and grouped heads."""
     _assert_equal_attention({"palm": CONFIGS["decoder"], **SETTINGS}[name], "splash")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_the_row_of_cudnn_equals_xla_in_value_and_gradient(name, monkeypatch):
     """At float32, with the plain form of the function that calls cuDNN."""
@@ -224,6 +226,7 @@ def test_the_row_of_cudnn_equals_xla_in_value_and_gradient(name, monkeypatch):
     _assert_equal_attention(SETTINGS[name], "cudnn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv_heads", "model", "layout"), [(1, 2, "fsdp_tensor"), (2, 2, "sequence"), (2, 4, "fsdp_tensor")]
 )
@@ -293,6 +296,7 @@ for function, arguments in ((step, texts), (fill, texts[:2])):
 SPLASH = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
 
 
+@pytest.mark.slow
 def test_splash_compiles_for_a_tpu_slice():
     """Value and gradient, and the prompts of a sampler, compile ahead of time for eight chips of v5e, as by default."""
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs ahead of time")

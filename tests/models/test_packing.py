@@ -155,6 +155,7 @@ def assert_equal_to_unpacked(config):
 
 
 # Packing changes masks and positions. Only windows and rotary bases depend on them; Gemma 3 has a window and two bases.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "decoder", "gemma3"])
 def test_packed_rows_have_the_scores_and_gradients_of_their_prompts(name):
     """Gemma 3's windows are shorter than a prompt with its response."""
@@ -165,6 +166,7 @@ def test_packed_rows_by_splash():
     assert_equal_to_unpacked(dataclasses.replace(CONFIGS["decoder"], attention="splash"))
 
 
+@pytest.mark.slow
 def test_packed_rows_by_t5s_kernel():
     assert_equal_to_unpacked(dataclasses.replace(CONFIGS["t5"], attention="pallas"))
 

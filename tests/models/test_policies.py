@@ -202,6 +202,7 @@ def _gradient(config, params):
     return jax.jit(jax.grad(lambda p: score(make_policy(config), p, *texts(BATCH)).sum()))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots", "scan_unroll": 3}])
 def test_what_is_recomputed_or_unrolled_does_not_change_gradients(policy, params, gradient, change):
     other = _gradient(dataclasses.replace(policy.config, **change), params)

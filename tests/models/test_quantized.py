@@ -68,6 +68,7 @@ def held_in_int8(policy, base):
     return adapters, whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_policy_on_such_a_base_is_the_policy_with_rounded_kernels(policy):
     base = random_params(policy)
@@ -92,6 +93,7 @@ def test_a_policy_on_such_a_base_is_the_policy_with_rounded_kernels(policy):
     assert abs(float(ours - compiled(parts, base)[0])) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_samples_come_from_the_scored_policy(policy):
     """The sampler keeps adapters and int8 kernels apart. So there is no float copy of the base."""
@@ -104,6 +106,7 @@ def test_samples_come_from_the_scored_policy(policy):
     np.testing.assert_allclose(drawn.log_probs, scored, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_sampler_with_weights_in_int8_steps_with_rounded_kernels_from_the_caches_of_the_whole_ones(policy):
     """The log-probs of the samples are those of such steps, made one after another."""

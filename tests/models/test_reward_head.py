@@ -107,6 +107,7 @@ def test_markers_stand_around_the_response(name):
         np.testing.assert_allclose(found[place], reward_of(policy, params, text), rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_rewards_are_compared_as_of_any_bradley_terry_model():
     policy = POLICIES["llama3"]
     params = parameters(policy)

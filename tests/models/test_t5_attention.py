@@ -162,6 +162,7 @@ def _value_and_gradient(config, params, batch=BATCH):
     return log_probs, gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_t5_scores_as_with_the_plain_form(remat):
     config = CONFIGS["t5"]
@@ -172,6 +173,7 @@ def test_t5_scores_as_with_the_plain_form(remat):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), fused[1], plain[1])
 
 
+@pytest.mark.slow
 def test_t5_over_a_mesh_scores_as_on_one_device():
     """Batch and heads are split. The gradient of the position biases is summed over the batch."""
     policy = make_policy(dataclasses.replace(EVEN_CONFIGS["t5"], attention="pallas"))
@@ -225,6 +227,7 @@ print(lowered.compile().as_text())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1", "v6e:2x4"])
 def test_packed_t5_compiles_for_tpu_slices(topology):
     """Value and gradient compile ahead of time. No array in the program has the size queries x keys."""

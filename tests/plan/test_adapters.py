@@ -60,6 +60,7 @@ def test_another_reference_is_held_too():
     assert [(each.name, each.holds, each.shares) for each in programs[1:]] == [("reference", True, False)]
 
 
+@pytest.mark.slow
 def test_memory_is_the_base_once_and_three_times_the_adapters(tmp_path):
     judge = judge_of(tmp_path / "judge", "runs/sft/checkpoints/6")
     job, programs = programs_of(job_of(judge, loss=LossConfig("ipo")), KNOWN)

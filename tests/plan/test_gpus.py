@@ -49,6 +49,7 @@ def test_every_gpu_has_a_target():
     assert TARGETS.keys() == set(GPUS)
 
 
+@pytest.mark.slow
 def test_an_update_over_the_gpus_of_a_host(plugin, compiled):
     update = program_of("update")
     found, here = compile_program(config_of(update, topology=EIGHT), update), compiled("update")
@@ -59,6 +60,7 @@ def test_an_update_over_the_gpus_of_a_host(plugin, compiled):
     assert found.traffic > 2 * found.state
 
 
+@pytest.mark.slow
 def test_traffic_of_a_loop_of_products(plugin):
     """Each round copies its factor, and reads the copy and x. It reads and writes the total, zeros at first."""
     variables = os.environ | environment(EIGHT) | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -99,6 +101,7 @@ def test_the_plugin_that_is_missing_is_named(monkeypatch):
         devices_of(EIGHT)
 
 
+@pytest.mark.slow
 def test_a_program_of_cudnn_needs_cudnn(plugin):
     with contextlib.suppress(RuntimeError):
         pytest.skip(f"cuDNN {importlib.import_module('jax_cuda13_plugin._versions').cudnn_get_version()} is installed")

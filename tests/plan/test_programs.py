@@ -199,6 +199,7 @@ def test_a_batch_that_the_mesh_does_not_split_is_refused():
         compile_here(config_of(program), program)
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_finds_the_same(compiled):
     update = program_of("update")
     found, here = compile_program(config_of(update), update), compiled("update")
@@ -208,6 +209,7 @@ def test_a_process_of_its_own_finds_the_same(compiled):
     assert found.host_bytes > 0
 
 
+@pytest.mark.slow
 def test_a_tpu_without_a_tpu(libtpu):
     update = program_of("update", dataclasses.replace(DECODER, dtype="bfloat16"))
     found = compile_program(config_of(update, topology=V5E), update)

@@ -140,6 +140,7 @@ def test_another_mesh_draws_the_same(name, even_policy, even_params, drawn):
     np.testing.assert_allclose(samples.log_probs, drawn.log_probs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_cpu_halves_the_prompts_and_draws_the_same(even_policy, even_params, mesh, monkeypatch):
     length, settings = 16, {"samples": 2, "eos_id": (1, 2, 3, 4, 5)}
     drawn = draw_with(even_policy, even_params, SamplerConfig(), mesh, length=length, **settings)
@@ -177,6 +178,7 @@ def test_long_responses_have_several_loops_of_about_the_same_length(length, ends
     assert sampler._loop_ends(length) == ends
 
 
+@pytest.mark.slow
 def test_loops_that_read_only_what_can_be_filled_draw_the_same(even_policy, even_params, mesh, drawn, monkeypatch):
     """By hand: of the 6 places of each response, tokens read 2, 2, 4, 4, 6 and 6 in place of 6 each."""
     generate = partial(make_generate.__wrapped__, even_policy, samples=3, max_length=LENGTH, eos_id=EOS)
@@ -376,6 +378,7 @@ def test_a_mixture_is_the_geometric_one_token_by_token(tiny, mesh):
         np.testing.assert_allclose(log_probs[:count], expected[:count], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_weight_0_is_the_policy_and_of_weight_1_the_reference(even_policy, even_params, mesh, drawn):
     """The same keys draw the same tokens."""
     reference = random_params(even_policy, 1)

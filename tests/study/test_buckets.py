@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import pytest
 from studies import newly_run, run
 
 from alignment_gap.launch import Task, status_text
 from alignment_gap.storage import Url
 
 
+@pytest.mark.slow
 def test_a_study_from_and_to_a_bucket(config, finished, s3_folder, undrawn):
     data = finished.graph.job("seed0-data").folder
     for path in data.rglob("*"):

@@ -63,6 +63,7 @@ def needed(job):
     return {job.name}.union(*map(needed, job.needs))
 
 
+@pytest.mark.slow
 def test_the_commands_run_one_by_one_give_the_same_bytes(finished, tmp_path, alignment_gap, undrawn):
     """A shell splits every command into words. This process runs them; each command knows nothing but its words.
 

@@ -103,6 +103,7 @@ def test_every_panel_of_the_table_has_a_question_of_its_own():
     assert {arm.panel for arm in ARMS} - {MAIN} == figures._PANELS.keys()
 
 
+@pytest.mark.slow
 def test_no_two_figures_say_the_same():
     """Even if the same functions draw many losses and panels."""
     windows = ("replayed", "small_windows", "large_windows")
@@ -183,6 +184,7 @@ def test_an_arm_has_the_colour_of_the_table_everywhere(drawn):
     assert set(scales(drawn["figure_4"])) == {"sft", *table}
 
 
+@pytest.mark.slow
 def test_settings_that_differ_are_told_apart_with_a_legend_each():
     swept = [
         dataclasses.replace(result, beta=beta, learning_rate=rate, steps_factor=factor)
@@ -257,6 +259,7 @@ def test_a_panel_whose_arms_were_not_measured_says_so():
     assert found["figure_13"].missing == "not measured: replayed, small_windows, large_windows"
 
 
+@pytest.mark.slow
 def test_the_gap_by_loss_is_drawn_for_three_losses_or_more():
     assert "figure_losses" not in draw(study())
     figure = draw(study(losses=("ipo", "dpo", "slic")))["figure_losses"]
@@ -265,6 +268,7 @@ def test_the_gap_by_loss_is_drawn_for_three_losses_or_more():
     assert figure.png().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_scores_other_than_fractions_keep_their_unit():
     """Percentage points are for win rates; a rubric's gap is in the rubric's own unit."""
     results = study(losses=("ipo", "dpo", "slic"))
@@ -287,6 +291,7 @@ def test_other_pairs_are_classified_with_the_proxy_as_a_line():
     assert figure.png().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_along_training_the_seeds_of_a_setting_are_one_mark():
     results = study(losses=("ipo",), seeds=(0, 1, 2))
     figure = draw(results)["figure_8_ipo"]
@@ -323,6 +328,7 @@ def test_the_proxies_of_all_seeds_are_one_line():
     assert line["stream_accuracy_text"] == "75.0\u00a0% (50.0 to 100.0) by seed"
 
 
+@pytest.mark.slow
 def test_the_best_of_every_size_is_drawn_over_its_parameters():
     sizes = [dataclasses.replace(result, parameters=10) for result in study(losses=("ipo",))]
     results = [*sizes, *(dataclasses.replace(result, size="large", parameters=80) for result in sizes)]

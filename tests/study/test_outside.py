@@ -34,6 +34,7 @@ def replayed(finished, config, tmp_path_factory):
     return study, newly_run(lines)(study.graph)
 
 
+@pytest.mark.slow
 def test_an_arm_adds_its_two_jobs_and_no_other(replayed):
     study, new = replayed
     assert new == ["mirrored-ipo-beta0.1-lr0.01", "evaluation-mirrored-ipo-beta0.1-lr0.01"]
@@ -41,6 +42,7 @@ def test_an_arm_adds_its_two_jobs_and_no_other(replayed):
     assert needs == ["sft", "online-ipo-beta0.1-lr0.01"]
 
 
+@pytest.mark.slow
 def test_the_stream_of_an_online_run_in_its_order_is_the_online_run(replayed):
     """The lambda in the table defines the arm completely, and suffices for the paper's sanity check."""
     study, (training, _) = replayed
@@ -49,12 +51,14 @@ def test_the_stream_of_an_online_run_in_its_order_is_the_online_run(replayed):
         assert_equal_checkpoints(study.graph.job(f"seed0-{training}").folder, online, step)
 
 
+@pytest.mark.slow
 def test_the_arm_is_in_the_results_beside_unchanged_others(replayed, finished):
     found = rows(replayed[0])
     assert [row["step"] for row in found if row["arm"] == "mirrored"] == ["2", "4"]
     assert [row for row in found if row["arm"] != "mirrored"] == rows(finished)
 
 
+@pytest.mark.slow
 def test_the_arm_is_in_the_findings_and_in_every_figure(replayed):
     study, _ = replayed
     results, arms = study_results(study.graph), arms_of(study.config.arms.names)
@@ -73,6 +77,7 @@ def test_the_arm_is_in_the_findings_and_in_every_figure(replayed):
             assert "triangle-left" in json.dumps(spec) or name == "training_ipo", name
 
 
+@pytest.mark.slow
 def test_a_loss_and_a_judge_are_named_in_the_config(finished, config, tmp_path, undrawn):
     """The loss is a copy of IPO. Its name has a colon, which no file name may have."""
     folder = copied(finished, tmp_path / "study")
@@ -113,6 +118,7 @@ def test_policies_and_the_proxy_classify_held_out_pairs_the_stream_and_own_sampl
     }
 
 
+@pytest.mark.slow
 def test_an_arm_with_a_loss_and_a_second_source_of_its_own(finished, config, tmp_path):
     """HyPO reads recorded pairs and fresh samples. For the other arm a job samples pairs of an early policy."""
     folder = copied(finished, tmp_path / "study")

@@ -73,6 +73,7 @@ def test_outcomes_are_kept_exactly(tmp_path):
             np.testing.assert_array_equal(again.outcomes[metric].astype(np.float64), values)
 
 
+@pytest.mark.slow
 def test_the_pooled_report_is_that_of_one_study(pieces, tmp_path):
     whole = piece(at(tmp_path / "whole"), 0, 1, 2)
     pooled = write_pooled(pieces[::-1], at(tmp_path / "pooled")).parent
@@ -81,12 +82,14 @@ def test_the_pooled_report_is_that_of_one_study(pieces, tmp_path):
     assert "agrees" in (pooled / "claims.csv").read_text()
 
 
+@pytest.mark.slow
 def test_pools_can_be_pooled(pieces, tmp_path):
     pooled = write_pooled(pieces, at(tmp_path / "pooled")).parent
     more = write_pooled([pooled, piece(at(tmp_path / "more"), 3)], at(tmp_path / "all")).parent
     assert sorted({result.seed for result in read_outcomes(more)}) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_what_is_no_piece_is_refused(pieces, tmp_path):
     other = piece(at(tmp_path / "other"), 4, microbatches=2)
     doubled = piece(at(tmp_path / "doubled"), 2)
@@ -120,6 +123,7 @@ def test_what_is_no_piece_is_refused(pieces, tmp_path):
         write_pooled(pieces, at(tmp_path / "study"))
 
 
+@pytest.mark.slow
 def test_from_the_command_line(pieces, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "pooled"
     words = ["report", f"--runs={','.join(map(str, pieces))}", "--pool", f"--workdir={folder}"]

@@ -7,6 +7,7 @@ import re
 import shutil
 
 import numpy as np
+import pytest
 from job_runs import metrics
 from process_runs import run_processes, said_by
 from studies import rows
@@ -19,6 +20,7 @@ NANO = ["study", f"--config={pathlib.Path(__file__).with_name('nano.py')}", "--w
 NO_ARMS = "--config.arms.names=()"
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_study_that_one_makes(finished, config, tmp_path):
     """Sums over devices have another order, and Adam's division can enlarge the difference; no sampled token changes.
 
@@ -59,6 +61,7 @@ def test_two_processes_make_the_study_that_one_makes(finished, config, tmp_path)
             np.testing.assert_allclose(float(row[name]), float(other[name]), rtol=2e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_what_one_process_refuses_both_refuse(tmp_path):
     """Only the second process is told to read the dataset, and it does not exist."""
     statuses, outputs = run_processes(tmp_path, [NANO], [[*NANO, "--config.prepared=nowhere"]])

@@ -131,6 +131,7 @@ def table(folder, name):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_page_numbers_and_pictures_are_there(folder):
     assert {path.stem for path in (folder / "figures").iterdir()} == DRAWN
     assert [(row["arm"], row["step"]) for row in table(folder, "results.csv")] == [

@@ -46,6 +46,7 @@ def test_a_row_for_every_checkpoint_of_every_arm(finished):
     assert [row["beta"] for row in found] == ["", *["0.1"] * 8]
 
 
+@pytest.mark.slow
 def test_log_probs_that_a_job_stored_change_no_result(config, finished, tmp_path, undrawn):
     """Only the job itself, the run that reads it, and the evaluation of this run are new."""
     stored = dataclasses.replace(config, arms=dataclasses.replace(config.arms, stored_reference=True))
@@ -245,6 +246,7 @@ def test_a_prepared_dataset_in_the_place_of_the_task_gives_the_same_policy(finis
     assert names == {each.name for each in finished.graph.jobs} - {"seed0-data"}
 
 
+@pytest.mark.slow
 def test_judges_and_arms_start_from_any_run(finished, config, tmp_path):
     """The learning rate is almost 0, so they stay at their start. The reference of the arm is still SFT."""
     runs = {name: finished.graph.job(f"seed0-{name}").folder for name in ("golden", "online-ipo-beta0.1-lr0.01")}
@@ -268,6 +270,7 @@ def test_judges_and_arms_start_from_any_run(finished, config, tmp_path):
 # Killed.
 
 
+@pytest.mark.slow
 def test_a_study_of_a_prepared_dataset_killed_with_signal_9_goes_on_to_the_same_numbers(
     finished, config, tmp_path, without_tensorflow
 ):

@@ -83,6 +83,7 @@ def stepping(name):
     return optax.chain(optax.adam(1e-2), optax.stateless(masked))
 
 
+@pytest.mark.slow
 def test_of_full_rank_with_a_the_identity_it_is_full_fine_tuning(even_policy):
     """If a = I stays fixed and alpha = rank, the delta is b, and its gradient x^T g is that of the kernel.
 
@@ -116,6 +117,7 @@ def alone():
     return take_steps(Adapters(DECODER, AdapterConfig(2, dropout=0.2)), ALONE)
 
 
+@pytest.mark.slow
 def test_adapters_alone_change(alone):
     jax.tree.map(np.testing.assert_array_equal, alone.base, random_params(DECODER))
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), jax.device_get(alone.after.params), alone.before)
@@ -125,6 +127,7 @@ def test_adapters_alone_change(alone):
     assert sizes == {leaf.size for leaf in jax.tree.leaves(alone.before)} | {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp", "all"])
 def test_every_layout_takes_the_same_steps(name, alone):
     """Dropout does not depend on the layout. Sums are taken in another order."""
@@ -134,6 +137,7 @@ def test_every_layout_takes_the_same_steps(name, alone):
     jax.tree.map(close, jax.device_get(other.after.params), jax.device_get(alone.after.params))
 
 
+@pytest.mark.slow
 def test_microbatches_are_the_whole_batch():
     adapters = Adapters(DECODER, AdapterConfig(2))
     whole, parts = (take_steps(adapters, ALONE, microbatches=parts) for parts in (1, 2))
@@ -171,6 +175,7 @@ def test_the_sampler_agrees_with_the_scorer():
     assert np.abs(np.asarray(plain) - np.asarray(scored)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_base_in_bfloat16_changes_no_bit_of_a_bfloat16_computation():
     """Every use casts the base anyway. So log-probs and the adapters' gradients equal those with a float32 base."""
     policy = make_policy(dataclasses.replace(EVEN_CONFIGS["decoder"], dtype="bfloat16"))
@@ -192,6 +197,7 @@ def analysis(step, *arguments):
     return step.lower(*arguments).compile().memory_analysis()
 
 
+@pytest.mark.slow
 def test_no_gradient_no_optimizer_state_and_no_copy_of_the_base():
     """The compiler reports the memory. The base has 2.1 MB; the batch and the adapters have a few KB."""
     config = DecoderConfig(vocabulary_size=16, width=128, layers=4, heads=2, kv_heads=2, head_size=64, mlp_width=256)

@@ -111,6 +111,7 @@ def test_validation_every_few_steps_and_at_the_end(tmp_path):
     assert monitor.times.line(1)["seconds_validation"] >= 0
 
 
+@pytest.mark.slow
 def test_a_profile_of_the_steps_asked_for(tmp_path):
     monitor = Monitor(tmp_path, profile=(2, 3))
     with monitor.running(0):
@@ -129,6 +130,7 @@ def test_a_run_that_ends_within_its_profile_writes_it(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_what_is_written(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -149,6 +151,7 @@ def test_without_clu_tensorboard_is_refused_in_one_line(without_tensorflow):
     assert "UserError: TensorBoard's files cannot be written (No module named" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_process_that_stood_still_itself_goes_on(tmp_path):
     """The process stops for longer than the limit. When it runs again, it gets the full time for a step."""
     program = HANGING.replace("time.sleep(100)", "pass").replace("hang_after=0.5", "hang_after=4.0")

@@ -184,6 +184,7 @@ def online(online_of):
     return online_of("decoder")
 
 
+@pytest.mark.slow
 def test_a_replay_is_the_online_run_bit_for_bit(architecture, online_of, tmp_path):
     rig, (folder, state, log) = rig_of(architecture), online_of(architecture)
     replayed = []
@@ -248,6 +249,7 @@ def lagging(rig, tmp_path_factory):
     return folder, rig.run(folder, rig.lagging(), **settings), log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [3, 5])
 def test_a_run_with_a_lagging_sampler_goes_on_with_the_same_copy(at, rig, lagging, tmp_path):
     """Refreshes come before steps 0 and 4. So from the checkpoint of step 2 it continues with the copy of step 0."""

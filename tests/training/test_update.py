@@ -113,6 +113,7 @@ def packed(batch, multiple):
     return jax.tree.map(jnp.asarray, rows.pack(jax.tree.map(lambda leaf: leaf[order], batch), found[order]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "microbatches"), [("all", 4), ("sequence", 1)])
 def test_packed_rows_take_the_same_steps(name, microbatches, even_policy, alone):
     """For any empty slots, and any number of prompts on a device or in a microbatch."""
@@ -281,6 +282,7 @@ def test_every_registered_loss_trains_a_policy(unigram_batch):
         assert np.isfinite(gradient["logits"]).all() and np.abs(gradient["logits"]).max() > 0, name
 
 
+@pytest.mark.slow
 def test_every_loss_of_packed_rows_is_that_of_their_prompts_or_refused(unigram_batch):
     """In value and gradient. A loss that reads other prompts gives another value for half of the batch."""
     # The reference is much less likely, because KTO clips the mean at 0.

@@ -128,6 +128,7 @@ def chi_squared(first, cells):
     return ((counts - len(first) / cells) ** 2 / (len(first) / cells)).sum()
 
 
+@pytest.mark.slow
 def test_shuffle_is_near_uniform(make_examples):
     """Each of 8 examples comes first about equally often, over seeds and over epochs."""
     examples = make_examples(8)

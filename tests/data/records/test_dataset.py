@@ -93,6 +93,7 @@ def test_a_dataset_from_before_the_newer_fields_is_read_and_keeps_its_digest(tmp
     assert close_dataset(tmp_path, **ABOUT).count == 12
 
 
+@pytest.mark.slow
 def test_equal_input_gives_equal_bytes(tmp_path, make_examples):
     for name in ("a", "b"):
         write_dataset(tmp_path / name, make_examples(2000), **ABOUT)
@@ -239,6 +240,7 @@ def test_an_unfinished_or_unknown_dataset_is_refused(tmp_path, make_examples, un
             open_dataset(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_missing_truncated_or_exchanged_file_is_named(tmp_path, make_examples):
     write_dataset(tmp_path, make_examples(2000), **ABOUT)
     path = tmp_path / "pairs.array_record"

@@ -155,6 +155,7 @@ def test_degenerate_responses_score_far_below_the_writer():
         assert np.mean(scores) < mean / 4
 
 
+@pytest.mark.slow
 def test_oracle_features_decide_the_pairs_linearly():
     """A linear classifier on noisy labels recovers the noiseless preference.
 
