@@ -5,6 +5,7 @@ Many jobs run the same programs with other numbers, such as a learning rate. `ke
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,10 +69,19 @@ def _config(job: Job, known: Known, topology: str) -> PlanConfig | None:
     return config
 
 
+def side_by_side(planned: Sequence[JobPlan], slices: int) -> float:
+    """Seconds of the whole graph on so many slices: a free one takes the first job whose needs have ended."""
+    waiting, running, ended, now = [*range(len(planned))], list[tuple[float, int]](), set[AnyPath](), 0.0
+    while waiting or running:
+        for place in [*waiting]:
+            if len(running) < slices and all(need.folder in ended for need in planned[place].job.needs):
+                waiting.remove(place)
+                heapq.heappush(running, (now + planned[place].seconds, place))
+        now, place = heapq.heappop(running)
+        ended.add(planned[place].job.folder)
+    return now
+
+
 def longest_chain(planned: Sequence[JobPlan]) -> float:
     """Seconds of the whole graph, if each job has devices of its own and starts when the jobs that it needs end."""
-    ends: dict[AnyPath, float] = {}
-    for each in planned:
-        begins = max((ends[need.folder] for need in each.job.needs), default=0.0)
-        ends[each.job.folder] = begins + each.seconds
-    return max(ends.values(), default=0.0)
+    return side_by_side(planned, len(planned))

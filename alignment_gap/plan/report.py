@@ -12,7 +12,7 @@ import jax
 
 from alignment_gap.models import abstract_parameters, count_parameters
 from alignment_gap.plan.best import Search
-from alignment_gap.plan.graph import JobPlan, longest_chain
+from alignment_gap.plan.graph import JobPlan, longest_chain, side_by_side
 from alignment_gap.plan.plan import Plan
 from alignment_gap.plan.roofline import milliseconds
 from alignment_gap.sharding import AXES
@@ -20,6 +20,8 @@ from alignment_gap.sharding.chips import GIB
 from alignment_gap.tables import text_table
 
 _BOUNDS = {"compute": "arithmetic", "hbm": "HBM", "interconnect": "interconnect"}
+# Numbers of slices that a whole graph is planned for.
+_SLICES = (2, 4, 8, 16)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -96,6 +98,7 @@ def graph_json(planned: Sequence[JobPlan]) -> dict[str, Any]:
     return {
         "device_seconds": _finite(_device_seconds(planned)),
         "longest_chain_seconds": _finite(longest_chain(planned)),
+        "side_by_side_seconds": {str(slices): _finite(side_by_side(planned, slices)) for slices in _SLICES},
         "jobs": jobs,
         "plans": [as_json(group[0].plan) for group in groups if group[0].plan],
     }
@@ -112,9 +115,17 @@ def graph_text(planned: Sequence[JobPlan]) -> str:
         f"{count} jobs on {devices} devices: {_hours(total)} device-hours, {_hours(total / devices)} hours one after "
         "another, at best",
         f"the longest chain of jobs that need each other takes {_hours(longest_chain(planned))} hours",
+        *_side_by_side_lines(planned),
         *_share_lines(planned),
     ]
     return "\n".join(lines)
+
+
+def _side_by_side_lines(planned: Sequence[JobPlan]) -> list[str]:
+    """The time on several slices alike; nothing if no job computes on devices."""
+    names = [each.plan.config.topology.name for each in planned if each.plan]
+    slices, hours = zip(*((str(n), _hours(side_by_side(planned, n))) for n in _SLICES), strict=True)
+    return [f"side by side on {', '.join(slices)} times {names[0]}: {', '.join(hours)} hours"] if names else []
 
 
 def _share_lines(planned: Sequence[JobPlan]) -> list[str]:

@@ -13,7 +13,7 @@ from alignment_gap.jobs.folder import Job
 from alignment_gap.jobs.label import LABEL, LabelConfig
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
-from alignment_gap.plan.graph import longest_chain, plan_graph
+from alignment_gap.plan.graph import longest_chain, plan_graph, side_by_side
 from alignment_gap.plan.kept import kept
 from alignment_gap.plan.known import Overrides
 from alignment_gap.plan.report import graph_json, graph_text
@@ -95,6 +95,15 @@ def test_the_longest_chain(planned):
     assert longest_chain([]) == 0
 
 
+def test_side_by_side_a_free_slice_takes_the_first_job_that_can_start(planned):
+    """On two slices, the online run takes one from hour 2 to 4. The offline runs begin ten seconds after hour 2."""
+    assert side_by_side(planned, 1) == 9 * 3600 + 10
+    assert side_by_side(planned, 2) == 5 * 3600 + 10
+    assert side_by_side(planned, 3) == 4 * 3600 + 10
+    assert side_by_side(planned, 16) == longest_chain(planned) == 4 * 3600
+    assert side_by_side([], 2) == 0
+
+
 def test_what_differs_only_in_numbers_is_compiled_once(planned, said):
     programs = [line.partition(" for")[0] for line in said]
     assert programs == [
@@ -110,7 +119,7 @@ def test_what_differs_only_in_numbers_is_compiled_once(planned, said):
 
 
 def test_a_table_with_the_dearest_jobs_first(planned):
-    _, *rows, total, chain, _, _, _ = graph_text(planned).splitlines()
+    _, *rows, total, chain, slices, _, _, _ = graph_text(planned).splitlines()
     assert [row.split("  ")[0] for row in rows] == [
         "offline-0.1-0.0001 and 3 more",
         "golden",
@@ -128,6 +137,7 @@ def test_a_table_with_the_dearest_jobs_first(planned):
     ]
     assert total == "8 jobs on 8 devices: 72 device-hours, 9 hours one after another, at best"
     assert chain == "the longest chain of jobs that need each other takes 4 hours"
+    assert slices == "side by side on 2, 4, 8, 16 times v5e:2x4: 5, 4, 4, 4 hours"
 
 
 def test_the_time_of_all_jobs_by_program_and_by_bound(planned):
@@ -167,6 +177,7 @@ def test_json_has_every_job_and_every_plan_once(planned):
     found = graph_json(planned)
     assert found["device_seconds"] == pytest.approx(8 * 9 * 3600 + 80)
     assert found["longest_chain_seconds"] == 4 * 3600
+    assert found["side_by_side_seconds"] == {"2": 5 * 3600 + 10, "4": 4 * 3600 + 10, "8": 4 * 3600, "16": 4 * 3600}
     assert [each["job"] for each in found["jobs"]] == [job.name for job in JOBS]
     # SFT, the golden model and the labels have plans of their own, the offline runs share one, and one job has none.
     assert [each["plan"] for each in found["jobs"]] == [0, 1, 2, None, None, 3, 3, 3, 3, 4]
