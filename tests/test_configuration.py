@@ -106,5 +106,11 @@ def test_bad_values_are_refused_by_their_path(values, message):
         from_dict(House, values)
 
 
+def test_a_text_for_a_tuple_of_texts_is_refused():
+    street = dataclasses.make_dataclass("Street", [("names", tuple[str, ...], ())])
+    with pytest.raises(UserError, match=r"config\.names is 'one': it must be a tuple such as \('one', 'two'\)"):
+        from_dict(street, {"names": "one"})
+
+
 def test_flatten_by_hand():
     assert flatten({"a": 1, "b": {"c": (2, 3), "d": {"e": "f"}}}) == {"a": 1, "b.c": (2, 3), "b.d.e": "f"}

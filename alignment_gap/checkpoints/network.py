@@ -151,5 +151,8 @@ def agreed_model(asked: ModelConfig | None, network: Network, where: str) -> Mod
     ]
     if differences:
         shown = "; ".join(differences[:3]) + (f"; {len(differences) - 3} more" if len(differences) > 3 else "")
-        raise UserError(f"{where} is of another model ({shown}): leave MODEL out to take the checkpoint's own")
+        raise UserError(
+            f"{where} is of another model ({shown}): to take the checkpoint's own, leave MODEL out or set it to "
+            "None, in gin by --gin.MODEL=None"
+        )
     return asked

@@ -404,6 +404,12 @@ def trained_network(
     markers: tuple[int, ...] = ()
     if config.kind != POLICY and head is None:
         assert vocabulary is not None
+        if vocabulary.extra_ids < len(Markers._fields):
+            raise UserError(
+                f"a preference model marks texts with {len(Markers._fields)} sentinels, T5's <extra_id_i>, and the "
+                f"vocabulary {place} has {vocabulary.extra_ids}: use one with sentinels, start from an imported reward "
+                "model, or choose another judge"
+            )
         markers = tuple(extra_id(vocabulary, i) for i in range(len(Markers._fields)))
     adapter = None if config.adapter.rank is None else config.adapter
     return Network(config.kind, model, markers, place, digest, adapter, head=head)

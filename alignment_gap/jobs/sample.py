@@ -257,12 +257,12 @@ def _read_line() -> np.ndarray:
 
 def _as_text(vocabulary: Vocabulary, prompt: np.ndarray, answers: Iterable[np.ndarray], log_probs: np.ndarray) -> str:
     shown = [f"  {vocabulary.decode(answer)}" for answer in answers]
-    return "\n".join([vocabulary.decode(prompt), *shown, ""])
+    return "\n".join([vocabulary.decode(prompt, past_ends=True), *shown, ""])
 
 
 def _as_record(vocabulary: Vocabulary, prompt: np.ndarray, answers: Sequence[np.ndarray], log_probs: np.ndarray) -> str:
     record: dict[str, Any] = {
-        "prompt": vocabulary.decode(prompt),
+        "prompt": vocabulary.decode(prompt, past_ends=True),
         "responses": [vocabulary.decode(answer) for answer in answers],
         "tokens": [*map(len, answers)],
         "log_probs": [round(float(value), 4) for value in log_probs],

@@ -63,6 +63,8 @@ def _on_texts(function: Callable[..., Any], dataset: Dataset) -> Rewards:
     decode = find_vocabulary(dataset).decode
 
     def rewards(prompts: list[list[int]], responses: list[list[list[int]]]) -> Any:
-        return function([decode(prompt) for prompt in prompts], [[*map(decode, each)] for each in responses])
+        return function(
+            [decode(prompt, past_ends=True) for prompt in prompts], [[*map(decode, each)] for each in responses]
+        )
 
     return rewards

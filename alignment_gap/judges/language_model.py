@@ -315,9 +315,9 @@ def _told(counts: Mapping[str, float], prices: Sequence[float] | None) -> dict[s
 
 
 def _decoded(
-    decode: Callable[[list[int]], str], prompts: list[list[int]], responses: list[list[list[int]]]
+    decode: Callable[..., str], prompts: list[list[int]], responses: list[list[list[int]]]
 ) -> tuple[list[str], list[list[str]]]:
-    return [decode(prompt) for prompt in prompts], [[*map(decode, each)] for each in responses]
+    return [decode(prompt, past_ends=True) for prompt in prompts], [[*map(decode, each)] for each in responses]
 
 
 def _sha256(content: Any) -> str:

@@ -55,6 +55,10 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh, bases: 
 def judge_network(config: JudgeConfig) -> Network:
     """The network in a judge's folder, from its metadata alone; raises UserError if it cannot be this judge."""
     folder = str(config.judge)
+    if not at(folder).is_dir():
+        raise UserError(
+            f"there is no judge {folder!r}: give the folder of a preference model, rubric, module:function or URL#MODEL"
+        )
     network = known_network(find_checkpoint(at(folder), config.step))
     if network.kind == "policy":
         raise UserError(f"the judge {folder} is a policy: give the folder of a preference model")

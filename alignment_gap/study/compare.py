@@ -39,6 +39,7 @@ from alignment_gap.training.monitor import is_of_the_clock
 
 RESULTS, CLAIM_TABLE = "results.csv", "claims.csv"
 _NONE = "\u2013"
+_DIGEST = re.compile("[0-9a-f]{64}")
 Table = list[dict[str, str]]
 """Rows of cells, by header."""
 
@@ -359,4 +360,6 @@ def _shown(settings: Mapping[str, Any], key: str) -> str:
     value = settings.get(key, _NONE)
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return value[:12]
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -193,14 +193,17 @@ def _parts(length: int, points: int) -> tuple[list[int], list[int]]:
 def _panel(metric: str, rows: Sequence[Row], colour: alt.Color) -> alt.LayerChart | alt.FacetChart:
     title, is_logarithmic = CURVES[metric]
     scale = alt.Scale(type="log") if is_logarithmic else alt.Scale(zero=False)
-    ticks = alt.Axis(format=".0%") if metric == "accuracy" else alt.Axis(tickCount=6)
+    ticks = alt.Axis(format=".0%") if metric == "accuracy" else alt.Axis(tickCount=6, format="~g")
     chart = alt.Chart().transform_filter(f"isValid(datum.{metric})")
     chart = chart.encode(
         alt.X("step:Q", title="Gradient steps"), alt.Y(f"{metric}:Q", title=title, scale=scale, axis=ticks), colour
     )
     tips: list[Any] = [*(f"{name}:N" for name in ("series", "setting", "seed", "step")), f"{metric}:Q"]
     line = chart.mark_line(strokeWidth=1.3).encode(alt.Detail("run:N"), **strokes(rows))
-    return alt.layer(line, chart.mark_point(size=90, opacity=0).encode(tooltip=tips)).properties(width=325, height=210)
+    # A line of one row cannot be seen.
+    alone = chart.transform_joinaggregate(rows="count()", groupby=["run"]).transform_filter("datum.rows == 1")
+    hover = chart.mark_point(size=90, opacity=0).encode(tooltip=tips)
+    return alt.layer(line, alone.mark_point(filled=True), hover).properties(width=325, height=210)
 
 
 def _ends(runs: Sequence[TrainingRun], title: str) -> str:

@@ -118,7 +118,7 @@ def _samples(config: StudyConfig, seed: SeedJobs) -> dict[str, list[dict[str, An
     dataset = open_dataset(seed.golden_pairs)
     decode, rubric = find_vocabulary(dataset).decode, rubric_of(dataset)
     prompts = [dataset[int(i)].prompt.tolist() for i in distinct_prompts(dataset, config.evaluation.shown)]
-    samples: dict[str, list[dict[str, Any]]] = {decode(prompt): [] for prompt in prompts}
+    samples: dict[str, list[dict[str, Any]]] = {decode(prompt, past_ends=True): [] for prompt in prompts}
     for run in seed.runs:
         step = run.evaluation.config.numbers[-1]
         with np.load(io.BytesIO((run.evaluation.folder / f"{step}.npz").read_bytes())) as arrays:
@@ -132,7 +132,7 @@ def _samples(config: StudyConfig, seed: SeedJobs) -> dict[str, list[dict[str, An
                 "response": decode(response),
                 "rubric": None if rubric is None else float(rubric([prompt], [response])[0]),
             }
-            samples[decode(prompt)].append(sample)
+            samples[decode(prompt, past_ends=True)].append(sample)
     return samples
 
 

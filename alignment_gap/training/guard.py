@@ -81,8 +81,9 @@ def check_progress(config: GuardConfig, in_a_row: int, step: int, loss: float, g
     if in_a_row < config.stop_after:
         return
     met = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {gradient_norm:.3g}"
+    remedy = "look at the loss and its data" if in_a_row == step else "lower learning_rate or clip_norm"
     raise UserError(
-        f"the last {in_a_row} updates up to step {step} were skipped, {met}: lower learning_rate or clip_norm and run "
-        "the command again; it continues from the last checkpoint",
+        f"the last {in_a_row} updates up to step {step} were skipped, {met}: {remedy} and run the command again; it "
+        "continues from the last checkpoint",
         may_change=REMEDIES,
     )

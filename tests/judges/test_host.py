@@ -1,14 +1,23 @@
 """Judges on the host: the inputs of a callable and of the rubric, and how their answers become scores."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+from byte_tokenizer import CHATML, make_tokenizer
 from own_judges import numbered
 
+from alignment_gap.data.batches import collate
 from alignment_gap.data.records import open_dataset, write_dataset
+from alignment_gap.data.tasks.prepare import PrepareConfig
 from alignment_gap.data.tasks.rubric import rubric_of
+from alignment_gap.data.text import Limits, TextSourceConfig
 from alignment_gap.errors import UserError
+from alignment_gap.jobs.folder import make
+from alignment_gap.jobs.prepare import PREPARE
 from alignment_gap.judges import JudgeConfig, by_itself, open_judge
+from alignment_gap.sharding import batch_sharding
 
 RUBRIC = "rubric"
 
@@ -55,6 +64,30 @@ def test_a_callable_over_texts_is_given_the_decoded_texts(ask, plain, vocabulary
         inside = set(vocabulary.decode(prompt).split())
         shares = [np.mean([word in inside for word in vocabulary.decode(answer).split()]) for answer in each]
         np.testing.assert_allclose(row, shares, rtol=1e-6)
+
+
+def test_a_callable_over_texts_is_given_a_whole_chat(mesh, tmp_path):
+    """The template ends every turn with the tokenizer's end token; the word is in the user's turn, the second."""
+    tokenizer, end = tmp_path / "tokenizer", "<|im_end|>"
+    make_tokenizer(tokenizer, tokens=("<|im_start|>", end), chat_template=CHATML, eos_token=end)
+    rows = [
+        {
+            "prompt": [{"role": "system", "content": "be brief"}, {"role": "user", "content": f"say word{i} now"}],
+            "chosen": [{"role": "assistant", "content": f"word{i}"}],
+            "rejected": [{"role": "assistant", "content": "other"}],
+        }
+        for i in range(8)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = TextSourceConfig(str(tmp_path / "pairs.jsonl"), template=str(tokenizer))
+    limits = Limits(prompt_length=160, response_length=24)
+    make(PREPARE, PrepareConfig(source, str(tokenizer), limits, validation=0.0, workers=1), tmp_path / "data")
+    chats = open_dataset(tmp_path / "data" / "train")
+    batch = collate(chats[:], limits.prompt_length, limits.response_length)
+    arrays = (batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths)
+    judge = open_judge(JudgeConfig("own_judges:overlap", labels="rewards"), chats, mesh)
+    scores = judge.scores(*(jax.device_put(array, batch_sharding(mesh)) for array in arrays))
+    np.testing.assert_array_equal(scores, [[1, 0]] * 8)
 
 
 def test_the_rubric_is_the_true_quality(ask, plain, posts):

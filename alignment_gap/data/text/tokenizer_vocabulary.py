@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, SupportsIndex
 
+from alignment_gap.data.text.vocabulary import decoded_ids
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at
 
@@ -46,9 +47,9 @@ class TokenizerVocabulary:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], past_ends: bool = False) -> str:
         """The text of `ids` up to the first end id; special tokens are shown, ids out of range as `<no_token_i>`."""
-        kept = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
+        kept = decoded_ids(ids, self.eos_id, past_ends)
         parts: list[str] = []
         for is_token, run in itertools.groupby(kept, key=lambda i: 0 <= i < self.size):
             if is_token:

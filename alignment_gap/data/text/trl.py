@@ -66,6 +66,8 @@ def parse_pair(fields: Fields, template: Template, labels: Mapping[str, float | 
       Skip: `labels` says to drop this label.
     """
     if "completion" in fields:
+        if "label" not in fields:
+            raise Malformed(f"lacks the field {fields.name('label')!r}", 'add "label": true, for a good completion')
         score = _label(fields, {**_DESIRABLE, **labels})
         if score not in (0, 1):
             raise _out_of_range(fields, "use true or false, 1 or 0")

@@ -65,8 +65,20 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end id; raises EncodingError if `text` cannot be expressed."""
 
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The text of `ids` up to the first end id; sentinels read `<extra_id_i>`, ids out of range `<no_token_i>`."""
+    def decode(self, ids: Iterable[SupportsIndex], past_ends: bool = False) -> str:
+        """The text of `ids` up to the first end id; sentinels read `<extra_id_i>`, ids out of range `<no_token_i>`.
+
+        With `past_ends` it is the text of all ids, without an end id at their end: a chat template may end each turn of
+        a prompt with the end id.
+        """
+
+
+def decoded_ids(ids: Iterable[SupportsIndex], eos_id: int, past_ends: bool) -> list[int]:
+    """The ids whose text a vocabulary's `decode` returns."""
+    found = [int(i) for i in ids]
+    if past_ends:
+        return found[:-1] if found[-1:] == [eos_id] else found
+    return [*itertools.takewhile(lambda i: i != eos_id, found)]
 
 
 def extra_id(vocabulary: Vocabulary, index: int) -> int:
@@ -118,14 +130,14 @@ class WordVocabulary:
                 "use its words or another vocabulary"
             ) from None
 
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """The words of `ids` up to the first end id; `<pad>` and `<extra_id_i>` for ids that are not words."""
-        return " ".join(self._name(int(i)) for i in itertools.takewhile(lambda i: int(i) != self.eos_id, ids))
+    def decode(self, ids: Iterable[SupportsIndex], past_ends: bool = False) -> str:
+        """The words of `ids` up to the first end id; `<pad>`, `<eos>` and `<extra_id_i>` for ids that are not words."""
+        return " ".join(map(self._name, decoded_ids(ids, self.eos_id, past_ends)))
 
     def _name(self, index: int) -> str:
-        if index == self.pad_id:
-            return "<pad>"
-        if 2 <= index < 2 + len(self.words):
+        if index < 2:
+            return "<eos>" if index == self.eos_id else "<pad>"
+        if index < 2 + len(self.words):
             return self.words[index - 2]
         return _extra_name(self.size, self.extra_ids, index)
 
@@ -146,15 +158,15 @@ class ByteVocabulary:
         """The bytes of `text` plus 3, without an end id."""
         return [byte + 3 for byte in text.encode("utf-8")]
 
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], past_ends: bool = False) -> str:
         """The text of `ids` up to the first end id; invalid UTF-8 becomes the replacement character."""
-        kept = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
+        kept = decoded_ids(ids, self.eos_id, past_ends)
         parts: list[str] = []
         for is_byte, run in itertools.groupby(kept, key=lambda i: 3 <= i < 259):
             if is_byte:
                 parts.append(bytes(i - 3 for i in run).decode("utf-8", errors="replace"))
             else:
-                names = {self.pad_id: "<pad>", self.unk_id: "<unk>"}
+                names = {self.pad_id: "<pad>", self.eos_id: "<eos>", self.unk_id: "<unk>"}
                 parts.extend(names.get(i) or _extra_name(self.size, self.extra_ids, i) for i in run)
         return "".join(parts)
 
@@ -192,9 +204,9 @@ class SentencePieceVocabulary:
             )
         return ids
 
-    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], past_ends: bool = False) -> str:
         """The text of `ids` up to the first end id; sentinels read `<extra_id_i>`."""
-        kept = itertools.takewhile(lambda i: i != self.eos_id, (int(i) for i in ids))
+        kept = decoded_ids(ids, self.eos_id, past_ends)
         parts: list[str] = []
         for is_piece, run in itertools.groupby(kept, key=lambda i: 0 <= i < self._pieces):
             if is_piece:

@@ -31,6 +31,7 @@ def test_ids_are_those_of_the_library_with_explicit_special_ids(folder):
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
             assert ours.decode([*ours.encode(text), 1, 70]) == text
     assert ours.decode([2, *ours.encode("a"), 0, 999]) == "<s>a<pad><no_token_999>"
+    assert ours.decode([*ours.encode("a"), 1, *ours.encode("b"), 1], past_ends=True) == "a</s>b"
     assert ours.extra_ids == 0
 
 

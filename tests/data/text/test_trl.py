@@ -148,6 +148,12 @@ def test_a_file_holds_one_form_of_records(write, tmp_path):
             read(write(tmp_path, "jsonl", [first, second]))
 
 
+def test_completions_without_labels_are_told_how_to_get_them(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "completion": "a"}))
+    with pytest.raises(UserError, match=r"a\.jsonl:1: lacks the field 'label': add \"label\": true, for a good"):
+        read(tmp_path / "a.jsonl")
+
+
 @pytest.mark.parametrize(
     "row, reason",
     [

@@ -63,6 +63,7 @@ def test_missing_sentinel_is_refused():
 
 def test_an_id_that_only_the_model_has_is_shown_as_no_token():
     assert WordVocabulary(["a"]).decode([2, 99]) == "a <no_token_99>"
+    assert WordVocabulary(["a"]).decode([2, 1, 2, 1], past_ends=True) == "a <eos> a"
 
 
 def test_digest_changes_with_content_only():
