@@ -203,7 +203,7 @@ def _panel(metric: str, rows: Sequence[Row], colour: alt.Color) -> alt.LayerChar
     # A line of one row cannot be seen.
     alone = chart.transform_joinaggregate(rows="count()", groupby=["run"]).transform_filter("datum.rows == 1")
     hover = chart.mark_point(size=90, opacity=0).encode(tooltip=tips)
-    return alt.layer(line, alone.mark_point(filled=True), hover).properties(width=325, height=210)
+    return alt.layer(line, alone.mark_point(filled=True, opacity=1), hover).properties(width=325, height=210)
 
 
 def _ends(runs: Sequence[TrainingRun], title: str) -> str:

@@ -4,6 +4,9 @@ import dataclasses
 
 import pytest
 
+from alignment_gap.data.text.vocabulary import WordVocabulary
+from alignment_gap.errors import UserError
+from alignment_gap.jobs.assembly import trained_network
 from alignment_gap.jobs.config import LossConfig
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.training import GuardConfig, OptimizerConfig
@@ -47,3 +50,11 @@ def test_the_seed_of_a_preference_model_orders_its_pairs(ipo):
     model = dataclasses.replace(ipo, kind="pairwise", loss=LossConfig("sft"))
     assert update_step(model) is update_step(dataclasses.replace(model, steps=9))
     assert update_step(model) is not update_step(dataclasses.replace(model, seed=7))
+
+
+def test_a_preference_model_needs_the_sentinels_that_it_marks_texts_with(sft_config):
+    config = dataclasses.replace(sft_config, kind="bradley_terry", start=None)
+    network = trained_network(config, "digest", "words", WordVocabulary(["a"], extra_ids=5))
+    assert network.markers == (7, 6, 5, 4, 3)
+    with pytest.raises(UserError, match=r"marks texts with 5 sentinels, .*, and the vocabulary words has 4: use one"):
+        trained_network(config, "digest", "words", WordVocabulary(["a"], extra_ids=4))

@@ -1,10 +1,12 @@
 """Training curves: the metrics that are drawn, how curves are thinned, and the table of throughput."""
 
+import io
 import json
 import math
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from alignment_gap.study.analysis import CheckpointResult
 from alignment_gap.study.arms import ARMS, GOLDEN, MAIN, WINDOWS
@@ -36,6 +38,17 @@ def test_what_was_logged_has_a_panel_and_what_was_not_has_none():
     older = curves_figure(BASE, [TrainingRun("sft", lines(3), 1.0, "sft")], {"sft": "#000000"})
     assert list(panels(older)) == ["loss"]
     assert figure.png().startswith(b"\x89PNG")
+
+
+def test_a_run_of_one_line_is_a_point():
+    """Without it, two runs of one line each would be two empty axes."""
+    runs = [TrainingRun(name, lines(1), 1.0) for name in ("short", "long")]
+    runs[1].lines[0]["step"] = 9
+    pixels = np.asarray(
+        Image.open(io.BytesIO(curves_figure(BASE, runs, {"short": "#ff0000", "long": "#0000ff"}).png()))
+    )
+    panel = pixels[100:, :, :3]  # Below the legend.
+    assert (panel == (255, 0, 0)).all(axis=-1).sum() > 9 and (panel == (0, 0, 255)).all(axis=-1).sum() > 9
 
 
 def test_a_long_run_is_thinned_to_means_that_keep_its_total():
