@@ -128,12 +128,17 @@ def _binding(override: str, config: str) -> str:
     name, equals, value = override.partition("=")
     if not equals:
         raise UserError(f"--gin.{override}: write --gin.NAME=value")
-    macros = re.findall(r"^(\w+) = ", config, flags=re.MULTILINE) + re.findall(r"%(\w+)", config)
+    macros = re.findall(r"^(\w+) = ", config, flags=re.MULTILINE) + re.findall(r"%(\w+)(?![\w.])", config)
     if re.fullmatch(r"\w+", name) and name not in macros:
         remedy = (
             nearest(name, sorted({*macros})) if macros else "the command names no gin file; give one with --gin_file"
         )
         raise UserError(f"--gin.{name}: no macro of the gin files has this name: {remedy}")
+    group, _, field = name.rpartition(".")
+    if group in (classes := _register()):
+        fields = [each.name for each in dataclasses.fields(classes[group])]
+        if field not in fields:
+            raise UserError(f"--gin.{name}: {group} has no setting of this name: {nearest(field, fields)}")
     return f"{name} = {value if is_notation(value) else repr(value)}"
 
 

@@ -93,6 +93,8 @@ def _texts(fields: Fields, roles: Sequence[str], template: Template) -> tuple[st
     if any(chats) != all(chats):
         raise Malformed("holds a text and a conversation side by side", "write both responses in one form")
     if not chats[0]:
+        if "prompt" in fields and _is_conversation(fields.value("prompt")):
+            raise Malformed("holds a conversation as its prompt and texts as responses", "write both in one form")
         texts = tuple(fields.text(role) for role in roles)
         return (fields.text("prompt"), texts) if "prompt" in fields else _common_text(texts)
     answers = [messages_of(fields.rows(role), fields.name(role)) for role in roles]

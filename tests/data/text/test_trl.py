@@ -126,7 +126,7 @@ GOOD = {
         ({"prompt": "p", "chosen": "a", "rejected": "b", "preference": 1}, "has the field 'preference', which the fir"),
         ({"prompt": "p", "chosen": 3, "rejected": "b"}, "the field 'chosen' is int, not a text"),
         ({"prompt": "p", "chosen": BLUE, "rejected": "b"}, "holds a text and a conversation side by side"),
-        ({"prompt": SKY, "chosen": "a", "rejected": "b"}, "the field 'prompt' is list, not a text"),
+        ({"prompt": SKY, "chosen": "a", "rejected": "b"}, "holds a conversation as its prompt and texts as"),
         ({"prompt": SKY, "chosen": [{"role": "assistant"}], "rejected": GREEN}, "the text of message 1 of the field"),
         ({"prompt": SKY, "chosen": ["a"], "rejected": ["b"]}, "the field 'chosen' holds str, not objects"),
         ({"prompt": "p", "chosen": "\ud800", "rejected": "b"}, "the field 'chosen' holds half a surrogate pair"),
