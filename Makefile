@@ -18,7 +18,7 @@ T5X_VENV := .cache/t5x-venv
 study: $(VENV)/installed
 	$(VENV)/bin/alignment-gap study --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
 
-# The tests that two cores run in a quarter of an hour, and all tests, which take 40 minutes.
+# The tests that two cores run in a quarter of an hour, and all tests, which take 30 to 40 minutes.
 test: SELECTED := -m "not slow"
 test test-all: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(SELECTED) $(FLAGS)

@@ -95,8 +95,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         return from_dict(_choose(choices, value, path), value, path)
     if typing.get_origin(hints[0]) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
-            example = "('one', 'two')" if typing.get_args(hints[0])[0] is str else "(1, 2)"
-            raise UserError(f"{path} is {value!r}: it must be a tuple such as {example}")
+            raise UserError(f"{path} is {value!r}: it must be a tuple such as ({value!r},)")
         return tuple(_value(typing.get_args(hints[0])[0], item, path) for item in value)
     if float in hints and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

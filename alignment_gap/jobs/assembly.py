@@ -407,8 +407,8 @@ def trained_network(
         if vocabulary.extra_ids < len(Markers._fields):
             raise UserError(
                 f"a preference model marks texts with {len(Markers._fields)} sentinels, T5's <extra_id_i>, and the "
-                f"vocabulary {place} has {vocabulary.extra_ids}: use one with sentinels, start from an imported reward "
-                "model, or choose another judge"
+                f"vocabulary {place} has {vocabulary.extra_ids}: use one with sentinels, or train an imported "
+                "reward model as bradley_terry"
             )
         markers = tuple(extra_id(vocabulary, i) for i in range(len(Markers._fields)))
     adapter = None if config.adapter.rank is None else config.adapter

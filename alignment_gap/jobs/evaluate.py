@@ -121,7 +121,9 @@ class EvaluateConfig:
         if self.best_of and (self.classified or self.own_labels is not None):
             raise UserError("best_of is set, and then nothing is classified: leave classified and own_labels out")
         if self.opponents and not self.judges:
-            raise UserError(f"opponents is {self.opponents}, but there is no judge: set judges, or leave opponents out")
+            raise UserError(
+                f"opponents is {self.opponents}, and no judge compares with them: set judges, or leave opponents out"
+            )
         for name in ("judges", "opponents", "classified"):
             names = [named(text)[0] for text in getattr(self, name)]
             if len(set(names)) < len(names):

@@ -7,7 +7,7 @@ from types import MappingProxyType, ModuleType
 from alignment_gap.data.records import Dataset
 from alignment_gap.errors import UserError
 from alignment_gap.judges import function, language_model, preference_model, rubric
-from alignment_gap.judges.contract import LABELS, PROBABILITIES, REWARDS, Judge, JudgeConfig
+from alignment_gap.judges.contract import FORMS, LABELS, PROBABILITIES, REWARDS, Judge, JudgeConfig
 from alignment_gap.sharding import LogicalMesh
 from alignment_gap.training import Bases
 
@@ -22,9 +22,7 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh, bases: 
     """
     name = config.judge
     if name is None:
-        raise UserError(
-            "there is no judge: give the folder of a preference model, rubric, module:function or URL#MODEL"
-        )
+        raise UserError(f"no judge is set: give {FORMS}")
     kind = _kind(name)
     if kind is preference_model:
         return preference_model.open_judge(config, dataset, mesh, bases)

@@ -16,6 +16,8 @@ from alignment_gap.sampling import Begin, Scores
 
 LABELS = ("hard", "soft", "rewards")
 PROBABILITIES, REWARDS = "probabilities", "rewards"
+# What names a judge, in errors.
+FORMS = "the folder of a preference model, rubric, module:function or URL#MODEL"
 
 
 @dataclasses.dataclass(frozen=True)

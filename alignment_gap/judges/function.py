@@ -20,7 +20,7 @@ from alignment_gap.data.records import Dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.judges.contract import REWARDS, Judge, JudgeConfig
-from alignment_gap.judges.host import Rewards, host_judge
+from alignment_gap.judges.host import Rewards, decoded, host_judge
 from alignment_gap.sharding import LogicalMesh
 
 _TEXTS, _IDS = ["prompts", "responses"], ["prompt_ids", "response_ids"]
@@ -60,11 +60,9 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judg
 
 
 def _on_texts(function: Callable[..., Any], dataset: Dataset) -> Rewards:
-    decode = find_vocabulary(dataset).decode
+    vocabulary = find_vocabulary(dataset)
 
     def rewards(prompts: list[list[int]], responses: list[list[list[int]]]) -> Any:
-        return function(
-            [decode(prompt, past_ends=True) for prompt in prompts], [[*map(decode, each)] for each in responses]
-        )
+        return function(*decoded(vocabulary, prompts, responses))
 
     return rewards

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from alignment_gap.data.text.vocabulary import Vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.judges.contract import PROBABILITIES, REWARDS, Judge, JudgeConfig, shares_of_wins
 from alignment_gap.sampling import Scores
@@ -47,6 +48,14 @@ def _on_host(rewards: Rewards, name: str, mesh: LogicalMesh) -> Scores:
         return put_batch(found, mesh, len(texts[0]))
 
     return scores
+
+
+def decoded(
+    vocabulary: Vocabulary, prompts: list[list[int]], responses: list[list[list[int]]]
+) -> tuple[list[str], list[list[str]]]:
+    """The texts of prompts and responses: a whole chat as prompt, and a response up to its first end id."""
+    questions = [vocabulary.decode(prompt, past_ends=True) for prompt in prompts]
+    return questions, [[*map(vocabulary.decode, each)] for each in responses]
 
 
 def own_texts(

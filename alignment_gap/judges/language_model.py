@@ -32,7 +32,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at, read_json
 from alignment_gap.judges.contract import PROBABILITIES, REWARDS, Judge, JudgeConfig, over_the_others
 from alignment_gap.judges.endpoint import Endpoint, EndpointConfig, Messages
-from alignment_gap.judges.host import own_texts
+from alignment_gap.judges.host import decoded, own_texts
 from alignment_gap.sharding import LogicalMesh, on_every_process, put_batch, to_host
 from alignment_gap.storage import Url, cache_folder
 
@@ -130,12 +130,12 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judg
     settings = on_every_process(lambda: _settings(str(config.judge)))
     if config.labels == REWARDS:
         raise UserError(f"labels is 'rewards', but {config.judge} compares pairs: choose hard or soft")
-    decode = find_vocabulary(dataset).decode
+    vocabulary = find_vocabulary(dataset)
     asked = on_every_process(lambda: _open(settings))
     counted: collections.Counter[str] = collections.Counter()
 
     def begin(*texts: Array) -> Callable[[], Float[Array, "B K"]]:
-        found = in_background(lambda: asked.preferences(*_decoded(decode, *own_texts(*texts))))
+        found = in_background(lambda: asked.preferences(*decoded(vocabulary, *own_texts(*texts))))
 
         def wait() -> Float[Array, "B K"]:
             preferences, took = found.result()
@@ -312,12 +312,6 @@ def _told(counts: Mapping[str, float], prices: Sequence[float] | None) -> dict[s
         spent = zip(prices, (counts["prompt_tokens"], counts["completion_tokens"]), strict=True)
         told["judge_dollars"] = sum(price * tokens for price, tokens in spent) / 1e6
     return told
-
-
-def _decoded(
-    decode: Callable[..., str], prompts: list[list[int]], responses: list[list[list[int]]]
-) -> tuple[list[str], list[list[str]]]:
-    return [decode(prompt, past_ends=True) for prompt in prompts], [[*map(decode, each)] for each in responses]
 
 
 def _sha256(content: Any) -> str:

@@ -14,7 +14,7 @@ from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.data.records import Dataset
 from alignment_gap.errors import UserError
 from alignment_gap.folders import at
-from alignment_gap.judges.contract import PROBABILITIES, REWARDS, Judge, JudgeConfig
+from alignment_gap.judges.contract import FORMS, PROBABILITIES, REWARDS, Judge, JudgeConfig
 from alignment_gap.models import PreferenceModel
 from alignment_gap.sharding import LogicalMesh, batch_sharding, on_every_process, within
 from alignment_gap.training import Bases, load_preference_model
@@ -56,9 +56,7 @@ def judge_network(config: JudgeConfig) -> Network:
     """The network in a judge's folder, from its metadata alone; raises UserError if it cannot be this judge."""
     folder = str(config.judge)
     if not at(folder).is_dir():
-        raise UserError(
-            f"there is no judge {folder!r}: give the folder of a preference model, rubric, module:function or URL#MODEL"
-        )
+        raise UserError(f"the judge {folder} is not there: give {FORMS}")
     network = known_network(find_checkpoint(at(folder), config.step))
     if network.kind == "policy":
         raise UserError(f"the judge {folder} is a policy: give the folder of a preference model")

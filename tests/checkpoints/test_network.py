@@ -166,10 +166,8 @@ def test_a_model_may_differ_from_its_checkpoint_in_how_it_runs_alone(name, field
         assert field == "attention" or model_shapes(asked) == model_shapes(network.model)
         return
     values = rf"{getattr(asked, field)}, but {getattr(network.model, field)} in the checkpoint"
-    message = rf"^run is of another model \({field} is {values}\)"
-    with pytest.raises(
-        UserError, match=message + ": to take the checkpoint's own, leave MODEL out or set it to None, .*$"
-    ):
+    remedy = "to take the checkpoint's own, leave MODEL out or set it to None, in gin by --gin.MODEL=None"
+    with pytest.raises(UserError, match=rf"^run is of another model \({field} is {values}\): {remedy}$"):
         agreed_model(asked, network, "run")
 
 

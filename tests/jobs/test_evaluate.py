@@ -237,9 +237,15 @@ BAD = {
     "missing run": ({"run": "nowhere"}, "nowhere has no complete checkpoint"),
     "no step": ({"steps": (3,)}, "3"),
     "no dataset": ({"dataset": None}, "dataset is not set"),
-    "judge": ({"judges": ("nowhere",)}, "there is no judge 'nowhere': give the folder of a preference model, rubric"),
+    "judge": (
+        {"judges": ("nowhere",)},
+        "the judge nowhere is not there: give the folder of a preference model, rubric",
+    ),
     "a name twice": ({"judges": ("a=rubric", "a=runs/b")}, "judges has the names a, a, and one comes twice"),
-    "opponents without a judge": ({"judges": ()}, "but there is no judge: set judges, or leave opponents out"),
+    "opponents without a judge": (
+        {"judges": ()},
+        "and no judge compares with them: set judges, or leave opponents out",
+    ),
     "opponent": ({"opponents": ("nowhere",)}, "nowhere has no complete checkpoint"),
     "prompts": ({"prompts": 0}, "prompts is 0"),
     "kl": ({"kl_prompts": 30}, "kl_prompts is 30, over prompts=24"),

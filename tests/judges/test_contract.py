@@ -44,7 +44,7 @@ def test_a_name_says_what_kind_of_judge_it_is(name, model):
 
 
 def test_no_name_is_no_judge(posts, mesh):
-    with pytest.raises(UserError, match="there is no judge: give the folder of a preference model, rubric, modul"):
+    with pytest.raises(UserError, match="no judge is set: give the folder of a preference model, rubric, modul"):
         open_judge(JudgeConfig(), posts, mesh)
 
 
