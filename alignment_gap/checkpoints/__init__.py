@@ -13,7 +13,7 @@ from alignment_gap.checkpoints.layout import (
     tokenizer_of,
     write_checkpoint,
 )
-from alignment_gap.checkpoints.network import Network, agreed_model, check_policy, check_vocabulary
+from alignment_gap.checkpoints.network import Network, agreed_model, check_policy, check_vocabulary, run_like
 from alignment_gap.checkpoints.tensors import Entry, Tensor, check_entries, check_shapes, exported, imported
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "open_checkpoint",
     "read_digest",
     "read_network",
+    "run_like",
     "tokenizer_of",
     "write_checkpoint",
 ]

@@ -12,6 +12,7 @@ from alignment_gap.checkpoints.tensors import Tensor
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at
 from alignment_gap.models.adapters import input_axes
+from alignment_gap.models.policy import HEAD, OUTPUT
 from alignment_gap.models.quantized import INT8, rounded
 
 
@@ -48,7 +49,15 @@ def plain_tensors(stored: Stored) -> dict[str, Tensor]:
     if network.adapter.base_dtype == INT8:
         base = base | {name: _rounded(base[name], inputs) for name, inputs in input_axes(network.policy()).items()}
     kernels = [name.removesuffix(".a") for name in stored.tensors if name.endswith(".a")]
-    return base | {name: _sum(base[name], stored.tensors, name, scale) for name in kernels}
+    whole = base | {name: _sum(base[name], stored.tensors, name, scale) for name in kernels}
+    if network.head is None:
+        return whole
+    head = {name: tensor for name, tensor in stored.tensors.items() if _stack(name) == HEAD}
+    return {name: tensor for name, tensor in whole.items() if _stack(name) not in (HEAD, OUTPUT)} | head
+
+
+def _stack(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _rounded(kernel: Tensor, inputs: int) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import os
 import shutil
 import tempfile
@@ -38,7 +39,7 @@ from alignment_gap.configuration import to_dict
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, copy_files
 from alignment_gap.models import ModelConfig, RewardHead, abstract_parameters, make_policy
-from alignment_gap.models.reward_head import make_init
+from alignment_gap.models.reward_head import make_init, without_output
 from alignment_gap.sharding import unbox
 from alignment_gap.storage import Url
 
@@ -128,14 +129,24 @@ def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
     if base is None:
         raise UserError(f"{path} holds adapters of PEFT: give base, the run that they are for")
     folder = find_checkpoint(base)
-    network = known_network(folder)
-    check_policy(network, str(base))
-    source = _module(PEFT).open_adapters(path, network.model)
+    network, tokenizer = known_network(folder), tokenizer_of(folder)
+    if _module(PEFT).has_head(path):
+        model, head = without_output(network.model), network.head or RewardHead(_pad_id(tokenizer))
+        network = dataclasses.replace(network, kind="bradley_terry", model=model, markers=(), head=head)
+    else:
+        check_policy(network, str(base))
+    source = _module(PEFT).open_adapters(path, network.model, network.head)
     network = dataclasses.replace(network, adapter=source.config, base=str(folder), base_digest=read_digest(folder))
-    if tokenizer := tokenizer_of(folder):
+    if tokenizer:
         copy_files(tokenizer, output / TOKENIZER)
     write_checkpoint(output, 0, network, source.tensors)
     return open_checkpoint(output)
+
+
+def _pad_id(tokenizer: AnyPath | None) -> int | None:
+    """The id of padding in the config.json that a model came with; None if it is not known."""
+    file = tokenizer / "config.json" if tokenizer else None
+    return json.loads(file.read_text()).get("pad_token_id") if file and file.exists() else None
 
 
 def export_checkpoint(
@@ -171,7 +182,7 @@ def export_checkpoint(
     network, stored = known_network(folder), open_checkpoint(folder)
     if name == PEFT and network.adapter is None:
         raise UserError(f"{folder} holds no adapters: choose one of {', '.join(FORMATS)}")
-    if name != REWARDS and network.head is not None:
+    if name not in (REWARDS, PEFT) and network.head is not None:
         raise UserError(f"{folder} is a reward model with a head, which {name} has no place for: choose {REWARDS}")
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
     check_shapes(str(folder), shapes, shapes_of(unbox(abstract_parameters(network.init))))
@@ -184,7 +195,7 @@ def export_checkpoint(
         if isinstance(tokenizer, Url):
             copy_files(tokenizer, tokenizer := Path(made_in))
         if name == PEFT:
-            module.write(partial, network.model, network.adapter, stored.tensors)
+            module.write(partial, network.model, network.adapter, stored.tensors, network.head)
         elif name == REWARDS and (network.head is not None or has_linear_reward(network)):
             scored, tensors = with_head(network, plain_tensors(stored))
             module.write(partial, scored.model, tensors, companions or tokenizer, head=scored.head)

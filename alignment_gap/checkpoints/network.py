@@ -72,7 +72,7 @@ class Network:
     @property
     def adapters(self) -> Adapters | None:
         """The adapters that the checkpoint holds; None if it holds whole parameters."""
-        return None if self.adapter is None else Adapters(self.policy(), self.adapter)
+        return None if self.adapter is None else Adapters(self.policy(), self.adapter, self.head)
 
     @property
     def init(self) -> Callable[[Any], Any]:
@@ -128,6 +128,11 @@ def check_policy(network: Network, checkpoint: str) -> None:
             f"{checkpoint} is a reward model, whose head replaces the output embedding: give a policy, or set "
             "KIND='bradley_terry' to train the reward model"
         )
+
+
+def run_like(model: ModelConfig, other: ModelConfig) -> ModelConfig:
+    """The model with the fields `RUN_TIME` of another."""
+    return dataclasses.replace(model, **{name: getattr(other, name) for name in RUN_TIME})
 
 
 def agreed_model(asked: ModelConfig | None, network: Network, where: str) -> ModelConfig:

@@ -29,6 +29,7 @@ from alignment_gap.jobs.served import (
 from alignment_gap.judges import REWARDS
 from alignment_gap.models import Adapters, Policy, abstract_parameters
 from alignment_gap.models.preference import Markers
+from alignment_gap.models.reward_head import RewardHead, without_output
 from alignment_gap.sampling import Samples, make_generate
 from alignment_gap.sharding import LogicalMesh, batch_sharding, check_batch_size
 from alignment_gap.training import (
@@ -349,7 +350,7 @@ def _traced_once(
     evaluated: Objective = objective
     frozen: tuple[Any, ...] = ()
     if network.adapters is not None:
-        frozen = (abstract_base(network.policy(), mesh, network.whole_init, network.adapters.config.base_dtype),)
+        frozen = (abstract_base(network.policy(), mesh, network.adapters.config.base_dtype),)
         evaluated = adapter_objective(objective, network.adapters)
         objective = adapter_objective(objective, network.adapters, None if seed is None else _key(seed, DROPOUT))
     transformation = make_optimizer(optimizer, steps=steps, parameters=abstract_parameters(network.init))
@@ -402,16 +403,18 @@ def trained_network(
             "there is no model: set MODEL, such as by --gin_file=gin/models/t5_tiny.gin, or START to a run's folder"
         )
     markers: tuple[int, ...] = ()
+    adapter = None if config.adapter.rank is None else config.adapter
     if config.kind != POLICY and head is None:
         assert vocabulary is not None
-        if vocabulary.extra_ids < len(Markers._fields):
-            raise UserError(
-                f"a preference model marks texts with {len(Markers._fields)} sentinels, T5's <extra_id_i>, and the "
-                f"vocabulary {place} has {vocabulary.extra_ids}: use one with sentinels, or train an imported "
-                "reward model as bradley_terry"
-            )
-        markers = tuple(extra_id(vocabulary, i) for i in range(len(Markers._fields)))
-    adapter = None if config.adapter.rank is None else config.adapter
+        if vocabulary.extra_ids >= len(Markers._fields):
+            markers = tuple(extra_id(vocabulary, i) for i in range(len(Markers._fields)))
+        else:
+            if config.kind != "bradley_terry":
+                raise UserError(
+                    f"the vocabulary {place} has {vocabulary.extra_ids} of the {len(Markers._fields)} sentinels, T5's "
+                    "<extra_id_i>, that mark texts: set KIND='bradley_terry', which then has a head of its own"
+                )
+            model, head = without_output(model), RewardHead(vocabulary.pad_id)
     return Network(config.kind, model, markers, place, digest, adapter, head=head)
 
 

@@ -27,10 +27,13 @@ from alignment_gap.checkpoints import (
     check_vocabulary,
     complete_steps,
     find_checkpoint,
+    open_checkpoint,
     read_digest,
     read_network,
+    run_like,
     tokenizer_of,
 )
+from alignment_gap.checkpoints.adapters import plain_tensors
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.batches.offline import Padding
 from alignment_gap.data.records.card import ends_prompts, find_vocabulary, template_place, vocabulary_place
@@ -62,8 +65,10 @@ from alignment_gap.jobs.reference import stored_references
 from alignment_gap.jobs.sources import Inputs, Parameters, frozen_of, open_source
 from alignment_gap.jobs.words import gin_words
 from alignment_gap.judges import open_judge
+from alignment_gap.models.policy import HEAD
+from alignment_gap.models.reward_head import init_head, replace_output, without_head, without_output
 from alignment_gap.progress import OpenBar
-from alignment_gap.sharding import first_says, make_mesh, on_every_process, on_first_process
+from alignment_gap.sharding import first_says, make_mesh, on_every_process, on_first_process, unbox
 from alignment_gap.training import (
     Bases,
     Checkpoints,
@@ -74,6 +79,7 @@ from alignment_gap.training import (
     load_base,
     load_params,
     load_plain,
+    shardings_like,
     state_from_params,
     train,
     with_copy,
@@ -196,22 +202,38 @@ def _start(assembly: Assembly) -> Parameters | None:
     if config.start is None:
         return None
     folder, network = _checked(config.start, config.start_step, assembly)
-    adapter = assembly.facts.network.adapter
-    load = functools.partial(load_base, base_dtype=adapter.base_dtype) if adapter else load_plain
-    return Parameters(lambda: load(folder, network, assembly.mesh), read_digest(folder))
+    wanted, mesh, said = assembly.facts.network, assembly.mesh, read_digest(folder)
+    if wanted.adapter is not None:
+        load = functools.partial(load_base, folder, network, mesh, wanted.adapter.base_dtype)
+        return Parameters(load if wanted.head is None else lambda: without_head(load()), said)
+    if network.head == wanted.head:
+        return Parameters(lambda: load_plain(folder, network, mesh), said)
+    return Parameters(lambda: _with_fresh_head(load_plain(folder, network, mesh), assembly), said)
+
+
+def _with_fresh_head(params: Any, assembly: Assembly) -> Any:
+    """A policy's parameters with a fresh reward head."""
+    head, shardings = assembly.facts.network.head, shardings_like(assembly.abstract.params[HEAD])
+    assert head is not None
+    make = jax.jit(lambda key: unbox(init_head(assembly.policy, head, key)), out_shardings=shardings)
+    return replace_output(params, make(jax.random.key(assembly.config.seed)))
 
 
 def _checked(path: str, step: int | None, assembly: Assembly) -> tuple[AnyPath, Network]:
-    """Another run's checkpoint and its network; raises UserError if its model or vocabulary is not the job's."""
+    """Another run's checkpoint and its network; raises UserError if its model or vocabulary is not the job's.
+
+    The checkpoint of a policy can start a reward model, whose head replaces the output embedding.
+    """
     folder, wanted = find_checkpoint(at(path), step), assembly.facts.network
     network = read_network(folder)
     if network is None:
         return folder, dataclasses.replace(wanted, adapter=None)
     if wanted.head is None:
         check_policy(network, path)
-    agreed_model(wanted.model, network, path)
+    inner = network.model if wanted.head == network.head else without_output(network.model)
+    agreed_model(wanted.model, dataclasses.replace(network, model=inner), path)
     check_vocabulary(network, wanted.vocabulary_digest, path, str(assembly.config.recorded.folder))
-    return folder, dataclasses.replace(network, model=wanted.model)
+    return folder, dataclasses.replace(network, model=run_like(network.model, wanted.model))
 
 
 def _read_first(inputs: Inputs, folder: AnyPath) -> None:
@@ -269,9 +291,28 @@ def _first_state(assembly: Assembly, inputs: Inputs) -> TrainState:
         state = state_from_params(inputs.start.read(), abstract, optimizer)
     else:
         state = create_state(assembly.facts.network.init, abstract, optimizer, jax.random.key(config.seed))
+        if (head := _head_of_start(assembly)) is not None:
+            state = state_from_params(state.params | {HEAD: head}, abstract, optimizer)
     if config.reference_every is not None and config.reference is not None and inputs.reference is not None:
         state = with_copy(state, REFERENCE, inputs.reference.read(), abstract)
     return state
+
+
+def _head_of_start(assembly: Assembly) -> Any:
+    """The head of the reward model that adapters are added to; None if it has none."""
+    config = assembly.config
+    if config.start is None or assembly.facts.network.head is None:
+        return None
+    stored = open_checkpoint(find_checkpoint(at(config.start), config.start_step))
+    if stored.network is None or stored.network.head is None:
+        return None
+    tensors = plain_tensors(stored)
+
+    def read(path: Any, like: Any) -> Any:
+        values = tensors[f"{HEAD}.{jax.tree_util.keystr(path, simple=True, separator='.')}"].read(None)
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: values[index])
+
+    return jax.tree.map_with_path(read, assembly.abstract.params[HEAD])
 
 
 def _checkpoint_steps(config: JobConfig, steps: int) -> list[int]:

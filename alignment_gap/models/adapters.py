@@ -2,6 +2,7 @@
 
 Adapters are a tree of their own. A kernel's adapter {"a": ..., "b": ...} has the same path in this tree as the kernel
 has in the parameters. `Adapters.on` joins both trees without a copy; a policy takes the result like any parameters.
+The adapters of a reward model come with its head, which is trained whole, as in PEFT.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,8 +21,9 @@ from jaxtyping import Array
 from alignment_gap import checks
 from alignment_gap.errors import UserError
 from alignment_gap.models.low_rank import LowRank
-from alignment_gap.models.policy import Policy, abstract_parameters, compute_params
+from alignment_gap.models.policy import HEAD, Policy, abstract_parameters, compute_params
 from alignment_gap.models.quantized import INT8, Quantized, quantize, rounded
+from alignment_gap.models.reward_head import RewardHead, init_head, replace_output
 from alignment_gap.sharding import constrain, is_box, unbox
 
 ATTENTION, MLP = ("query", "key", "value", "out"), ("wi_0", "wi_1", "wi", "wo")
@@ -92,10 +94,12 @@ class Adapters:
     Attributes:
       policy: the policy whose parameters are the base.
       config: the projections with a delta, and the rank.
+      head: a reward model's head, which takes the place of the base's output embedding; None for a policy.
     """
 
     policy: Policy
     config: AdapterConfig
+    head: RewardHead | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError if a target matches no projection, or a targeted matrix is too small for the rank."""
@@ -123,6 +127,8 @@ class Adapters:
             *path, last = _place(name)
             node = functools.reduce(lambda node, part: node.setdefault(part, {}), path, tree)
             node[last] = self._init_kernel(kernel, of_kernel)
+        if self.head is not None:
+            tree[HEAD] = init_head(self.policy, self.head, jax.random.fold_in(key, len(named)))
         return tree
 
     def on(self, base: Any, adapters: Any, key: Array | None = None) -> Any:
@@ -138,7 +144,7 @@ class Adapters:
             a, b = (_at(scaled, (*place, part)) for part in "ab")
             keys = None if key is None else jax.random.split(jax.random.fold_in(key, number), a.shape[0])
             tree = _with(tree, place, LowRank(_at(base, place), a, b, keys, self.config.dropout))
-        return tree
+        return tree if self.head is None else replace_output(tree, scaled[HEAD])
 
     def rounded(self, base: Any) -> Any:
         """A base in float32 whose projections have the values that int8 gives them."""
@@ -174,12 +180,9 @@ def projections(policy: Policy) -> dict[str, Any]:
     return found
 
 
-def abstract_base(policy: Policy, init: Callable[[Array], Any], base_dtype: str | None = None) -> Any:
-    """Shapes and dtypes of a base as it is held in memory, in boxes with their logical axes; see `AdapterConfig`.
-
-    `init` is the policy's own, unless a reward head belongs to the base.
-    """
-    boxed = abstract_parameters(init)
+def abstract_base(policy: Policy, base_dtype: str | None = None) -> Any:
+    """Shapes and dtypes of a base as it is held in memory, in boxes with their logical axes; see `AdapterConfig`."""
+    boxed = abstract_parameters(policy.init)
     held = jax.eval_shape(functools.partial(compute_params, policy), unbox(boxed))
     tree = jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), boxed, held, is_leaf=is_box)
     if base_dtype == INT8:

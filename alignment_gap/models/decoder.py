@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from alignment_gap.errors import UserError
 from alignment_gap.models import fused_attention, layers, rope
 from alignment_gap.models.packing import Packing
-from alignment_gap.models.policy import Output, check_choice, check_sizes
+from alignment_gap.models.policy import OUTPUT, Output, check_choice, check_sizes
 from alignment_gap.models.stack import constrain_stream, decode_stack, init_stack, scan_stack
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -293,13 +293,13 @@ class DecoderPolicy:
             },
         }
         if not config.tied_embeddings:
-            params["output_embedder"] = {"embedding": table(keys[3], stddev=small)}
+            params[OUTPUT] = {"embedding": table(keys[3], stddev=small)}
         return params
 
     def output(self, params: Any) -> Output:
         """The output embedding, and the scale and soft cap of its logits."""
         config = self.config
-        embedder = params["token_embedder" if config.tied_embeddings else "output_embedder"]
+        embedder = params["token_embedder" if config.tied_embeddings else OUTPUT]
         scale = config.width**-0.5 if config.logits_scale == "inverse_sqrt_width" else 1.0
         return Output(embedder["embedding"], scale, config.logits_soft_cap)
 

@@ -19,6 +19,8 @@ from alignment_gap.sharding import constrain, parts_within
 
 # The name of a reward model's head among its parameters; see `models.reward_head`.
 HEAD = "score"
+# The name of the output embedding among the parameters, where it is not the input embedding.
+OUTPUT = "output_embedder"
 
 
 class Output(NamedTuple):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from alignment_gap.models.policy import HEAD, Policy, response_hidden
+from alignment_gap.models.policy import HEAD, OUTPUT, Policy, response_hidden
 from alignment_gap.models.ragged import column, join
 from alignment_gap.models.t5 import T5Policy
 
@@ -45,13 +45,23 @@ def without_output(config: Any) -> Any:
     return dataclasses.replace(config, tied_embeddings=True, **changes)
 
 
+def without_head(params: Any) -> Any:
+    """The parameters of a policy or reward model without the head, and without an output embedding of its own."""
+    return {name: each for name, each in params.items() if name not in (HEAD, OUTPUT)}
+
+
+def replace_output(params: Any, head: Any) -> Any:
+    """A policy's parameters with those of a head in place of its output embedding, if it has one."""
+    return without_head(params) | {HEAD: head}
+
+
 @functools.cache
 def make_init(policy: Policy, head: RewardHead) -> Callable[[Array], Any]:
     """The function that makes fresh parameters of the policy and the head, in boxes, from a key."""
 
     def init(key: Array) -> Any:
         of_policy, of_head = jax.random.split(key)
-        return {**policy.init(of_policy), HEAD: _init_head(policy, head, of_head)}
+        return {**policy.init(of_policy), HEAD: init_head(policy, head, of_head)}
 
     return init
 
@@ -79,7 +89,8 @@ def rewards(
     return reward + params[HEAD]["bias"][0] if head.bias else reward
 
 
-def _init_head(policy: Policy, head: RewardHead, key: Array) -> Any:
+def init_head(policy: Policy, head: RewardHead, key: Array) -> Any:
+    """Fresh parameters of a head, in boxes."""
     width = policy.config.width
 
     def kernel(key: Array, outputs: int) -> Any:

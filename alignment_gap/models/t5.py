@@ -16,7 +16,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.models import layers, t5_attention
 from alignment_gap.models.fused_attention import platform
 from alignment_gap.models.packing import Packing, Ranges
-from alignment_gap.models.policy import Output, check_choice, check_sizes
+from alignment_gap.models.policy import OUTPUT, Output, check_choice, check_sizes
 from alignment_gap.models.stack import constrain_stream, decode_stack, init_stack, scan_stack
 from alignment_gap.sharding import constrain
 
@@ -228,7 +228,7 @@ class T5Policy:
             },
         }
         if not config.tied_embeddings:
-            params["output_embedder"] = {
+            params[OUTPUT] = {
                 "embedding": layers.embedding(keys[7], config.vocabulary_size, config.width, config.width**-0.5)
             }
         return params
@@ -237,7 +237,7 @@ class T5Policy:
         """The output embedding and the scale of its logits."""
         if self.config.tied_embeddings:
             return Output(params["token_embedder"]["embedding"], self.config.width**-0.5)
-        return Output(params["output_embedder"]["embedding"])
+        return Output(params[OUTPUT]["embedding"])
 
     def start_tokens(self, prompts: Int[Array, "B P"], prompt_lengths: Int[Array, "B *S"]) -> Int[Array, "B *S"]:
         """Zeros: T5's decoder starts from id 0."""

@@ -208,7 +208,7 @@ def _abstract_whole(program: Program, job: JobConfig, mesh: LogicalMesh) -> Any:
 def _abstract_base(program: Program, job: JobConfig, mesh: LogicalMesh) -> Any:
     network = program.facts.network
     base_dtype = (network.adapter or job.adapter).base_dtype
-    return abstract_base(network.policy(), mesh, network.whole_init, base_dtype)
+    return abstract_base(network.policy(), mesh, base_dtype)
 
 
 def compile_here(config: PlanConfig, program: Program) -> Compiled:

@@ -24,6 +24,7 @@ from alignment_gap.training.state import (
     create_state,
     make_moving,
     make_refresh,
+    shardings_like,
     state_from_params,
     with_copy,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "make_validation_step",
     "policy_objective",
     "preference_objective",
+    "shardings_like",
     "state_from_params",
     "train",
     "with_copy",

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from alignment_gap import checks
-from alignment_gap.checkpoints import Network, check_policy, check_shapes, find_checkpoint, known_network
+from alignment_gap.checkpoints import Network, check_policy, check_shapes, find_checkpoint, known_network, run_like
 from alignment_gap.checkpoints.adapters import base_of
 from alignment_gap.checkpoints.digest import json_digest, params_digest
 from alignment_gap.checkpoints.layout import DIGESTS, METADATA, NETWORK, PARAMS, first_line, open_store
@@ -30,6 +30,7 @@ from alignment_gap.errors import StorageError, UserError, is_disk_full
 from alignment_gap.folders import AnyPath, at, remove_folder
 from alignment_gap.models import Policy, PreferenceModel, merged
 from alignment_gap.models.quantized import INT8, is_quantized, quantize
+from alignment_gap.models.reward_head import without_head
 from alignment_gap.sharding import LogicalMesh, first_reason, first_says, on_every_process, on_first_process
 from alignment_gap.storage import Url
 from alignment_gap.training.bucket import BucketManager
@@ -383,15 +384,17 @@ def load_params(folder: AnyPath, network: Network, mesh: LogicalMesh, bases: Bas
     known = bases.get(base_key(network))
     if known is None:
         base, base_dtype = base_of(folder, network), network.adapters.config.base_dtype
-        source = dataclasses.replace(known_network(base), model=network.model)
+        source = known_network(base)
+        source = dataclasses.replace(source, model=run_like(source.model, network.model))
         known = functools.partial(load_base, base, source, mesh, base_dtype)
     return network.adapters.on(known(), params)
 
 
 def load_base(folder: AnyPath, network: Network, mesh: LogicalMesh, base_dtype: str | None = None) -> Any:
     """The parameters of a checkpoint as the base of adapters, held as `AdapterConfig.base_dtype` says."""
-    held, tree = jax.tree.flatten(load_plain(folder, network, mesh))
-    abstract = abstract_base(network.policy(), mesh, network.whole_init, base_dtype)
+    params = load_plain(folder, network, mesh)
+    held, tree = jax.tree.flatten(params if network.head is None else without_head(params))
+    abstract = abstract_base(network.policy(), mesh, base_dtype)
     # One array at a time, so that there is no second copy of all parameters.
     for place, like in enumerate(jax.tree.leaves(abstract, is_leaf=is_quantized)):
         if is_quantized(like):
@@ -414,7 +417,7 @@ def load_plain(folder: AnyPath, network: Network, mesh: LogicalMesh) -> Any:
     base = load_plain(place, known_network(place), mesh)
     shardings = shardings_like(abstract_params(network.whole_init, mesh))
     if network.adapters.config.base_dtype == INT8:
-        base = jax.jit(network.adapters.rounded, out_shardings=shardings)(base)
+        base = jax.jit(network.adapters.rounded, out_shardings=shardings_like(base))(base)
     return jax.jit(merged, out_shardings=shardings)(network.adapters.on(base, params))
 
 

@@ -56,14 +56,9 @@ def abstract_params(init: Callable[[Array], Any], mesh: LogicalMesh) -> Any:
     return _laid_out(abstract_parameters(init), mesh)
 
 
-def abstract_base(
-    policy: Policy, mesh: LogicalMesh, init: Callable[[Array], Any], base_dtype: str | None = None
-) -> Any:
-    """As `abstract_params`, for the base of adapters as it is held in memory; see `AdapterConfig.base_dtype`.
-
-    `init` is the policy's own, unless a reward head belongs to the base.
-    """
-    return _laid_out(adapters.abstract_base(policy, init, base_dtype), mesh)
+def abstract_base(policy: Policy, mesh: LogicalMesh, base_dtype: str | None = None) -> Any:
+    """As `abstract_params`, for the base of adapters as it is held in memory; see `AdapterConfig.base_dtype`."""
+    return _laid_out(adapters.abstract_base(policy, base_dtype), mesh)
 
 
 def create_state(

@@ -2,17 +2,28 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from alignment_gap.checkpoints import Network, open_checkpoint, read_digest, write_checkpoint
+from alignment_gap.checkpoints.adapters import plain_tensors
 from alignment_gap.checkpoints.formats import export_checkpoint, import_checkpoint, model_shapes
 from alignment_gap.checkpoints.huggingface.configs import FAMILIES
 from alignment_gap.checkpoints.tensors import from_array, shapes_of
 from alignment_gap.errors import UserError
-from alignment_gap.models import AdapterConfig, Adapters, DecoderConfig, abstract_parameters, make_policy, sizes
+from alignment_gap.models import (
+    AdapterConfig,
+    Adapters,
+    DecoderConfig,
+    RewardHead,
+    abstract_parameters,
+    make_policy,
+    sizes,
+)
+from alignment_gap.models.reward_head import without_output
 from alignment_gap.sharding import unbox
 
 LLAMA = DecoderConfig(
@@ -95,6 +106,35 @@ def test_what_comes_in_is_what_went_out(run, base, folder, tmp_path):
         ADAPTER, targets=targets
     )
     assert again.network.base_digest == ours.network.base_digest and again.network.vocabulary == "posts"
+
+
+def test_the_adapters_of_a_reward_model_come_with_its_head(base, tmp_path):
+    """On a policy, whose config.json says which token is padding, and which has an output embedding of its own."""
+    head = RewardHead(pad_id=5)
+    adapters = Adapters(make_policy(LLAMA), ADAPTER, head)
+    tensors = random_tensors(shapes_of(unbox(abstract_parameters(adapters.init))))
+    step = base / "checkpoints" / "3"
+    (base / "tokenizer").mkdir()
+    (base / "tokenizer" / "config.json").write_text('{"pad_token_id": 5}')
+    network = Network("bradley_terry", without_output(LLAMA), adapter=ADAPTER, head=head)
+    network = dataclasses.replace(network, base=str(step), base_digest=read_digest(step))
+    write_checkpoint(tmp_path / "run", 7, network, tensors)
+    export_checkpoint(tmp_path / "run", tmp_path / "adapters", "peft")
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["score"]
+    stored = load_file(tmp_path / "adapters" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    np.testing.assert_array_equal(stored, tensors["score.kernel"].read(None).T)
+    again = import_checkpoint(tmp_path / "adapters", tmp_path / "again", base=base)
+    assert again.network.head == head and again.network.kind == "bradley_terry"
+    assert again.network.model == network.model and again.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor.read(None), again.tensors[name].read(None))
+    whole = plain_tensors(again)
+    assert whole.keys() == model_shapes(network.model, head).keys()
+    np.testing.assert_array_equal(whole["score.kernel"].read(None), tensors["score.kernel"].read(None))
+    rewrite(tmp_path / "adapters", modules_to_save=["score", "embed_tokens"])
+    with pytest.raises(UserError, match=re.escape("modules_to_save is ['embed_tokens'], which is not supported")):
+        import_checkpoint(tmp_path / "adapters", tmp_path / "other", base=base)
 
 
 def rewrite(folder, **values):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from alignment_gap.data.text.vocabulary import WordVocabulary
@@ -9,6 +10,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.jobs.assembly import trained_network
 from alignment_gap.jobs.config import LossConfig
 from alignment_gap.jobs.train import TRAIN
+from alignment_gap.models import RewardHead
 from alignment_gap.training import GuardConfig, OptimizerConfig
 
 
@@ -56,5 +58,13 @@ def test_a_preference_model_needs_the_sentinels_that_it_marks_texts_with(sft_con
     config = dataclasses.replace(sft_config, kind="bradley_terry", start=None)
     network = trained_network(config, "digest", "words", WordVocabulary(["a"], extra_ids=5))
     assert network.markers == (7, 6, 5, 4, 3)
-    with pytest.raises(UserError, match=r"marks texts with 5 sentinels, .*, and the vocabulary words has 4: use one"):
+    config = dataclasses.replace(config, kind="pairwise")
+    with pytest.raises(UserError, match=r"words has 4 of the 5 sentinels, .* texts: set KIND='bradley_terry', which"):
         trained_network(config, "digest", "words", WordVocabulary(["a"], extra_ids=4))
+
+
+def test_without_sentinels_a_bradley_terry_model_has_a_head_of_its_own(sft_config):
+    config = dataclasses.replace(sft_config, kind="bradley_terry", start=None)
+    network = trained_network(config, "digest", "words", WordVocabulary(["a"], extra_ids=4))
+    assert network.head == RewardHead(pad_id=0) and not network.markers
+    assert "output_embedder" not in jax.eval_shape(network.init, jax.random.key(0))

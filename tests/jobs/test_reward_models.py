@@ -2,27 +2,34 @@
 
 import csv
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
-from job_runs import Bar, metrics, run_job
+from byte_tokenizer import make_tokenizer
+from job_runs import Bar, assert_equal_runs, metrics, run_and_stop, run_job
 
-from alignment_gap.checkpoints import open_checkpoint, read_digest
+from alignment_gap.checkpoints import Network, open_checkpoint, read_digest, write_checkpoint
 from alignment_gap.checkpoints.formats import export_checkpoint, import_checkpoint, model_shapes
 from alignment_gap.checkpoints.huggingface import write
 from alignment_gap.checkpoints.tensors import from_array
 from alignment_gap.data.records import open_dataset
+from alignment_gap.data.tasks.prepare import PrepareConfig
+from alignment_gap.data.text import Limits, TextSourceConfig, load_vocabulary
 from alignment_gap.errors import UserError
-from alignment_gap.jobs.config import LossConfig
+from alignment_gap.folders import at
+from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig
 from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.label import LABEL, LabelConfig
+from alignment_gap.jobs.prepare import PREPARE
 from alignment_gap.jobs.reference import REFERENCE, ReferenceConfig
+from alignment_gap.jobs.train import open_training
 from alignment_gap.judges import JudgeConfig, by_itself
 from alignment_gap.models import AdapterConfig, DecoderConfig, RewardHead, T5Config
 from alignment_gap.sharding import MeshConfig, make_mesh
-from alignment_gap.training import load_policy, load_preference_model
+from alignment_gap.training import OptimizerConfig, load_policy, load_preference_model
 
 SIZES = {"vocabulary_size": 136, "width": 16, "heads": 2, "head_size": 8, "mlp_width": 16, "tied_embeddings": True}
 MODELS = {
@@ -118,18 +125,117 @@ def test_it_is_trained_further_and_goes_out_again(trained, rewards, tmp_path):
 
 @pytest.mark.slow
 def test_adapters_are_trained_on_it(rewards, sft_config, tmp_path):
-    """The head belongs to the base. The run can judge, and its export is merged."""
+    """The head is trained too, from that of the base. The run can judge, and its export is merged."""
     config = dataclasses.replace(sft_config, kind="bradley_terry", model=None, start=str(rewards["llama"]), steps=2)
-    run = run_job(dataclasses.replace(config, adapter=AdapterConfig(2, targets=("query",))), tmp_path / "run")
-    assert sorted(open_checkpoint(run).tensors) == [f"decoder.layers.query.kernel.{part}" for part in "ab"]
-    base = open_checkpoint(rewards["llama"])
+    config = dataclasses.replace(config, adapter=AdapterConfig(2, targets=("query",)))
+    still = dataclasses.replace(config, steps=1, optimizer=OptimizerConfig(learning_rate=1e-9))
+    base, head, query = open_checkpoint(rewards["llama"]), "score.kernel", "decoder.layers.query.kernel"
+    first = open_checkpoint(run_job(still, tmp_path / "still")).tensors[head].read(None)
+    np.testing.assert_allclose(first, base.tensors[head].read(None), rtol=0, atol=1e-7)
+    run = run_job(config, tmp_path / "run")
+    stored = open_checkpoint(run)
+    assert sorted(stored.tensors) == [f"{query}.{part}" for part in "ab"] + [head]
+    trained = stored.tensors[head].read(None)
+    assert np.abs(trained - first).max() > 1e-3
     _, params = load_preference_model(run, make_mesh(MeshConfig()))
-    np.testing.assert_array_equal(params["score"]["kernel"], base.tensors["score.kernel"].read(None))
+    np.testing.assert_array_equal(params["score"]["kernel"], trained)
     export_checkpoint(run, tmp_path / "out", "huggingface")
     merged = import_checkpoint(tmp_path / "out", tmp_path / "again").tensors
-    np.testing.assert_array_equal(merged["score.kernel"].read(None), base.tensors["score.kernel"].read(None))
-    query = "decoder.layers.query.kernel"
+    np.testing.assert_array_equal(merged[head].read(None), trained)
     assert np.abs(merged[query].read(None) - base.tensors[query].read(None)).max() > 1e-4
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """Pairs of a tokenizer without sentinels, as imported decoders have, and the folder of the tokenizer."""
+    folder = tmp_path_factory.mktemp("chats")
+    make_tokenizer(folder / "tokenizer")
+    lines = [{"prompt": f"Say {n}.", "chosen": f"Yes, {n}.", "rejected": f"No {n * 7}!"} for n in range(16)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = TextSourceConfig(location=str(folder / "pairs.jsonl"))
+    limits = Limits(prompt_length=16, response_length=12)
+    task = PrepareConfig(source, vocabulary=str(folder / "tokenizer"), limits=limits)
+    make(PREPARE, task, folder / "prepared", Bar())
+    return folder
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def without_sentinels(request, chats, sft_config, tmp_path_factory):
+    """The settings of a Bradley-Terry model that starts from a policy with this tokenizer."""
+    vocabulary = load_vocabulary(chats / "tokenizer")
+    model = dataclasses.replace(MODELS["llama"], vocabulary_size=vocabulary.size, tied_embeddings=request.param)
+    rng = np.random.default_rng(1)
+    tensors = {
+        each: from_array(rng.normal(scale=0.3, size=shape).astype(np.float32), stacked="layers" in each.split("."))
+        for each, shape in model_shapes(model).items()
+    }
+    network = Network(model=model, vocabulary=str(chats / "tokenizer"), vocabulary_digest=vocabulary.digest)
+    policy = tmp_path_factory.mktemp("policies") / "policy"
+    write_checkpoint(policy, 0, network, tensors)
+    source = DatasetConfig(str(chats / "prepared" / "train"), batch_size=8)
+    return dataclasses.replace(sft_config, kind="bradley_terry", model=None, start=str(policy), source=source, steps=30)
+
+
+def check_that_it_judges(run, config, folder):
+    """It has learned the labels, gives rewards, and its export has the same head and the same rewards."""
+    assert metrics(run)[-1]["accuracy"] == 1 and metrics(run)[-1]["loss"] < 0.1
+    export_checkpoint(run, folder / "out", "huggingface")
+    import_checkpoint(folder / "out", folder / "again")
+    found = []
+    for judge in (run, folder / "again"):
+        label = LabelConfig(config.source.folder, by_itself(str(judge)), batch_size=8)
+        make(LABEL, label, folder / f"by_{judge.name}", Bar())
+        labelled = open_dataset(folder / f"by_{judge.name}")
+        assert labelled.card.scores == "rewards"
+        found.append([example.scores for example in labelled])
+    assert all(chosen > rejected for chosen, rejected in found[0])
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_policy_without_sentinels_becomes_a_reward_model_with_a_head_of_its_own(without_sentinels, tmp_path):
+    """It starts from all the policy's parameters but the output embedding."""
+    config, policy = without_sentinels, open_checkpoint(at(without_sentinels.start))
+    still = dataclasses.replace(config, steps=1, optimizer=OptimizerConfig(learning_rate=1e-9))
+    stored = open_checkpoint(run_job(still, tmp_path / "still"))
+    assert stored.network.head == RewardHead(pad_id=0)
+    assert stored.tensors.keys() == policy.tensors.keys() - {"output_embedder.embedding"} | {"score.kernel"}
+    for name, tensor in stored.tensors.items():
+        if name != "score.kernel":
+            np.testing.assert_allclose(tensor.read(None), policy.tensors[name].read(None), rtol=0, atol=1e-6)
+    check_that_it_judges(run_job(config, tmp_path / "run"), config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base_dtype", [None, "int8"])
+def test_its_adapters_come_with_a_fresh_head(base_dtype, without_sentinels, tmp_path):
+    """A resumed run goes on with the same head, and the policy's adapters have the same base."""
+    adapter = AdapterConfig(4, targets=("attention",), base_dtype=base_dtype)
+    config = dataclasses.replace(without_sentinels, adapter=adapter)
+    run = run_job(config, tmp_path / "run")
+    names = {name.partition(".")[0] for name in open_checkpoint(run).tensors}
+    assert names == {"decoder", "score"}
+    check_that_it_judges(run, config, tmp_path)
+    run_and_stop(config, tmp_path / "stopped", 9)
+    run_job(config, tmp_path / "stopped")
+    assert_equal_runs(run, tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_policy_and_its_judge_share_one_base(without_sentinels, tmp_path):
+    """Both are adapters of one imported policy, so its parameters are in memory once."""
+    adapter = AdapterConfig(2, targets=("query",))
+    config = dataclasses.replace(without_sentinels, adapter=adapter, steps=2)
+    judge = JudgeConfig(str(run_job(config, tmp_path / "judge")), labels="rewards")
+    online = OnlineConfig(config.source, judge=judge, response_length=4)
+    policy = dataclasses.replace(config, kind="policy", loss=LossConfig("ipo"), source=online)
+    _, inputs = open_training(policy).run.args
+    (params,), base = inputs.judge.scores.args, inputs.start.read()
+    assert params["token_embedder"]["embedding"] is base["token_embedder"]["embedding"]
+    assert params["decoder"]["layers"]["query"]["kernel"].kernel is base["decoder"]["layers"]["query"]["kernel"]
+    assert "output_embedder" not in params
+    run = run_job(policy, tmp_path / "policy")
+    assert all(np.isfinite(line["loss"]) for line in metrics(run))
 
 
 NO_POLICY = "is a reward model, whose head replaces the output embedding: give a policy, or set KIND='bradley_terry'"

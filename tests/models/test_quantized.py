@@ -73,7 +73,7 @@ def held_in_int8(policy, base):
 def test_a_policy_on_such_a_base_is_the_policy_with_rounded_kernels(policy):
     base = random_params(policy)
     adapters, held = held_in_int8(policy, base)
-    abstract = unbox(abstract_base(policy, policy.init, INT8))
+    abstract = unbox(abstract_base(policy, INT8))
     assert jax.tree.structure(abstract) == jax.tree.structure(held)
     like, there = ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (abstract, held))
     assert like == there
@@ -142,7 +142,7 @@ def test_a_sampler_on_a_base_in_int8_has_nothing_left_to_round():
 
 def test_every_projection_is_in_int8_and_nothing_else():
     for policy in POLICIES:
-        leaves = jax.tree_util.tree_leaves_with_path(unbox(abstract_base(policy, policy.init, INT8)))
+        leaves = jax.tree_util.tree_leaves_with_path(unbox(abstract_base(policy, INT8)))
         names = {
             jax.tree_util.keystr(path, simple=True, separator=".") for path, leaf in leaves if leaf.dtype == "int8"
         }

@@ -10,13 +10,15 @@ import numpy as np
 import peft
 import pytest
 import torch
+from test_reward_models import CASES as REWARD_MODELS
+from test_reward_models import PAD, TEXTS, rewards_of
 from test_transformers import CASES, PROMPT_LENGTHS, PROMPTS, RESPONSES
-from transformers_harness import our_logits, random_model, reload, their_logits
+from transformers_harness import CLASSES, our_logits, random_model, reload, their_logits, their_rewards
 
 from alignment_gap.checkpoints.formats import export_checkpoint, import_checkpoint
 from alignment_gap.models import make_policy
 from alignment_gap.sharding import MeshConfig, make_mesh
-from alignment_gap.training import load_policy
+from alignment_gap.training import load_policy, load_preference_model
 
 MESH = make_mesh(MeshConfig())
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
@@ -78,6 +80,46 @@ def test_adapters_come_in_and_go_out_with_equal_logits(case, tmp_path):
 
     export_checkpoint(tmp_path / "run", tmp_path / "merged", "huggingface")
     assert_equal_logits(tmp_path / "run", reload(tmp_path / "merged"), plain)
+
+
+@pytest.mark.parametrize("base_is_a_reward_model", [False, True], ids=["of a policy", "of a reward model"])
+@pytest.mark.parametrize("case", ["llama_pad_is_end", "qwen2", "t5"])
+def test_adapters_of_reward_models_come_with_their_head(case, base_is_a_reward_model, tmp_path):
+    family, settings = REWARD_MODELS[case]
+    if base_is_a_reward_model:
+        base = random_model(family, settings)
+    else:
+        policy = random_model(family.removesuffix("Classifier"), {**settings, "tie_word_embeddings": False})
+        policy.save_pretrained(tmp_path / "policy")
+        base = CLASSES[family][1].from_pretrained(tmp_path / "policy", attn_implementation="eager", num_labels=1).eval()
+    base.save_pretrained(tmp_path / "base")
+    import_checkpoint(tmp_path / ("base" if base_is_a_reward_model else "policy"), tmp_path / "base_run")
+    heads = ["classification_head"] if family.startswith("T5") else None  # PEFT's default has "score" alone.
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=["v_proj", "v"], modules_to_save=heads
+    )
+    adapted = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape))
+    adapted.save_pretrained(tmp_path / "adapters")
+
+    stored = import_checkpoint(tmp_path / "adapters", tmp_path / "run", base=tmp_path / "base_run")
+    assert {name.partition(".")[0] for name in stored.tensors} >= {"decoder", "score"}
+    theirs = np.array([their_rewards(adapted, [text], PAD)[0] for text in TEXTS])
+    np.testing.assert_allclose(
+        rewards_of(*load_preference_model(tmp_path / "run", MESH)).reshape(-1), theirs, rtol=0, atol=1e-5
+    )
+    assert theirs.std() > 0.02
+
+    export_checkpoint(tmp_path / "run", tmp_path / "again", "peft")
+    fresh = CLASSES[family][1].from_pretrained(tmp_path / "base", attn_implementation="eager")
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "again").eval()
+    np.testing.assert_allclose([their_rewards(again, [text], PAD)[0] for text in TEXTS], theirs, rtol=0, atol=1e-6)
+    export_checkpoint(tmp_path / "run", tmp_path / "merged", "huggingface")
+    merged = reload(tmp_path / "merged")
+    np.testing.assert_allclose([their_rewards(merged, [text], PAD)[0] for text in TEXTS], theirs, rtol=0, atol=1e-5)
 
 
 def test_a_run_trained_here_has_the_fresh_adapters_of_peft():

@@ -47,7 +47,10 @@ TEXTS = [
 
 def rewards_here(stored):
     """The rewards [3, 2] of the padded texts."""
-    model, params = stored.network.preference_model(), params_of(stored.tensors)
+    return rewards_of(stored.network.preference_model(), params_of(stored.tensors))
+
+
+def rewards_of(model, params):
     arrays = map(jnp.asarray, (PROMPTS, PROMPT_LENGTHS, RESPONSES, LENGTHS))
     return np.asarray(jax.jit(lambda p, *a: model.scores(p, *a, labels="rewards"))(params, *arrays))
 

@@ -60,7 +60,7 @@ def laid_out(tree, abstract):
 def take_steps(adapters, mesh, *, start=None, optimizer=OPTIMIZER, microbatches=1, steps=2):
     """Takes steps on CPO, from the given adapters."""
     policy = adapters.policy
-    abstract, frozen = abstract_state(adapters.init, optimizer, mesh), abstract_base(policy, mesh, policy.init)
+    abstract, frozen = abstract_state(adapters.init, optimizer, mesh), abstract_base(policy, mesh)
     objective = adapter_objective(policy_objective(policy, losses.get("cpo")), adapters, jax.random.key(3))
     step = make_update_step(objective, optimizer, mesh, abstract, microbatches=microbatches, frozen=(frozen,))
     base = laid_out(random_params(policy), frozen)
@@ -181,7 +181,7 @@ def test_a_base_in_bfloat16_changes_no_bit_of_a_bfloat16_computation():
     policy = make_policy(dataclasses.replace(EVEN_CONFIGS["decoder"], dtype="bfloat16"))
     adapters, wide = Adapters(policy, AdapterConfig(2)), random_params(policy)
     narrow = compute_params(policy, wide)
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, abstract_base(policy, ALONE, policy.init))
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, abstract_base(policy, ALONE))
     assert jax.tree.map(lambda leaf: leaf.dtype, narrow) == dtypes
     assert {str(dtype) for dtype in jax.tree.leaves(dtypes)} == {"bfloat16", "float32"}
 
@@ -205,7 +205,7 @@ def test_no_gradient_no_optimizer_state_and_no_copy_of_the_base():
     adapters, objective = Adapters(policy, AdapterConfig(1)), policy_objective(policy, losses.get("cpo"))
     batch = make_batch(2, prompt_length=3, response_length=3, vocabulary_size=16)
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
-    base = abstract_base(policy, ALONE, policy.init)
+    base = abstract_base(policy, ALONE)
     size, small = (4 * sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (base, adapters_of(adapters)))
     assert size > 2e6 and small < size / 40
     full = abstract_state(policy.init, OPTIMIZER, ALONE)
