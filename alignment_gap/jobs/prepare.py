@@ -39,8 +39,11 @@ def _summary(folder: AnyPath) -> str:
         lines += [f"  {line}" for line in counted_lines(card.provenance)]
         if cut := card.provenance["cut_prompts"]:
             lines.append(f"  cut to their last tokens: {cut:,} prompts")
-    ends = ["every prompt ends with the end id"] if ends_prompts(open_dataset(card_path.parent)) else []
-    return "\n".join([*lines, *ends, f"preview: {folder / PREVIEW}"])
+    dataset = open_dataset(card_path.parent)
+    written = dataset.card.provenance["source"]["template"]
+    lines += [f"conversations are written with the template {written}"] if written else []
+    lines += ["every prompt ends with the end id"] if ends_prompts(dataset) else []
+    return "\n".join([*lines, f"preview: {folder / PREVIEW}"])
 
 
 PREPARE = Kind(

@@ -134,9 +134,11 @@ def test_a_piece_is_its_seed_of_todays_config(piece):
         source = dataclasses.replace(today.task.source, location=given.source.location)
         task = dataclasses.replace(today.task, source=source, vocabulary=given.vocabulary)
         today = dataclasses.replace(today, task=task)
-    # The implementation of attention does not change the measurements.
+    # The implementation of attention does not change the measurements, nor does a template that writes no conversation.
     policy = dataclasses.replace(today.policy, attention=facts.config.policy.attention)
-    assert dataclasses.replace(today, seed=facts.config.seed, seeds=1, policy=policy) == facts.config
+    source = dataclasses.replace(today.task.source, template=facts.config.task.source.template)
+    task = dataclasses.replace(today.task, source=source)
+    assert dataclasses.replace(today, seed=facts.config.seed, seeds=1, policy=policy, task=task) == facts.config
 
 
 KL = (1.0, 4.0)

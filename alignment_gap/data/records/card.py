@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from alignment_gap.data.records.dataset import Dataset
+from alignment_gap.data.text.chat import PLAIN
 from alignment_gap.data.text.vocabulary import POSTS, Vocabulary
 from alignment_gap.data.text.vocabulary_loading import load_vocabulary
 from alignment_gap.errors import UserError
@@ -80,9 +81,10 @@ def template_place(dataset: Dataset) -> str | None:
 
 def _template_of(provenance: Mapping[str, Any]) -> str | None:
     own = provenance.get("source")
+    if isinstance(own, Mapping) and "template" in own:
+        return own["template"] or PLAIN  # A source of texts has none: they are used as they are.
     inputs = provenance.get("inputs", ())
-    named = own.get("template") if isinstance(own, Mapping) else None
-    return named or next((found for part in inputs if (found := _template_of(part["provenance"]))), None)
+    return next((found for part in inputs if (found := _template_of(part["provenance"]))), None)
 
 
 def find_vocabulary(dataset: Dataset, given: str | None = None) -> Vocabulary:

@@ -285,7 +285,8 @@ class Preparation:
 
 def open_preparation(config: PrepareConfig) -> Preparation:
     """Opens the source and the vocabulary of a config; raises UserError if one of them cannot be used."""
-    vocabulary, source = vocabulary_place(config), open_source(config.source)
+    vocabulary = vocabulary_place(config)
+    source = open_source(config.source, vocabulary)
     size = part_size(len(source)) if config.records_per_file is None else config.records_per_file
     config = dataclasses.replace(config, source=source.config, vocabulary=vocabulary, records_per_file=size)
     loaded, ends = load_vocabulary(vocabulary), config.end_prompts

@@ -100,6 +100,13 @@ def load_template(name: str | AnyPath) -> Template:
     return Template(source, tokens)
 
 
+def own_template(vocabulary: str | None) -> str:
+    """The folder of a tokenizer, if it has a chat template; for any other vocabulary the plain form."""
+    path = at(vocabulary or "")
+    folder = path.parent if path.name == "tokenizer.json" else path
+    return str(folder) if vocabulary and folder_template(folder)[0] else PLAIN
+
+
 def folder_template(folder: AnyPath) -> tuple[str | None, tuple[tuple[str, str], ...]]:
     """The chat template of a tokenizer's folder, or None if it has none; and the texts of the special tokens."""
     config = _json(folder / "tokenizer_config.json")

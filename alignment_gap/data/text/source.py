@@ -9,14 +9,14 @@ import pathlib
 from collections.abc import Iterator
 
 from alignment_gap import checks
-from alignment_gap.data.text.chat import PLAIN, Template, load_template
+from alignment_gap.data.text.chat import PLAIN, Template, load_template, own_template
 from alignment_gap.data.text.containers import Joined, open_records, split_name
 from alignment_gap.data.text.forms import PROMPT_MARK, TASKS, Parsing, SourceTask, detect
 from alignment_gap.data.text.json_lines import unreadable
 from alignment_gap.data.text.pair import BadPair, Dropped, Fields, Malformed, Record, Skip, TextPair, named
 from alignment_gap.data.text.posts import PostsConfig
 from alignment_gap.data.text.posts_records import PostsRecords
-from alignment_gap.data.text.trl import parse_fields, parse_labels, roles_of
+from alignment_gap.data.text.trl import is_conversation, parse_fields, parse_labels, roles_of
 from alignment_gap.data.text.vocabulary import POSTS
 from alignment_gap.errors import UserError
 
@@ -39,7 +39,8 @@ class TextSourceConfig:
       task: form of the records; auto detects it from the first record.
       fields: columns of your own pairs: prompt=question,chosen=good,rejected=bad.
       labels: meaning of a label's values: model=1,reference=0,both=0.5,=drop.
-      template: how conversations are written: plain, a jinja file, or a tokenizer's folder.
+      template: how conversations are written: plain, a jinja file, or a tokenizer's folder. None for the vocabulary's
+        own chat template or, if it has none, plain.
       ties: drop pairs without a preference, or keep them with scores (0.5, 0.5).
       duplicates: drop or keep repeated pairs; by default the task decides.
       bad_pairs: refuse or drop pairs that state no preference.
@@ -50,7 +51,7 @@ class TextSourceConfig:
     task: str = AUTO
     fields: str | None = None
     labels: str | None = None
-    template: str = PLAIN
+    template: str | None = None
     ties: str = "drop"
     duplicates: str | None = None
     bad_pairs: str = "refuse"
@@ -73,7 +74,7 @@ class TextSource:
     """Pairs as text; made by `open_source`. It can be pickled, so several processes can each read a range.
 
     Attributes:
-      config: the settings, with the detected task.
+      config: the settings, with the detected task, and the template that conversations are written with.
       records: the records that the pairs are read from.
       template: template for conversations.
       roles: the roles in the first record, if the pairs are the user's own.
@@ -135,11 +136,16 @@ class TextSource:
         return pair
 
 
-def open_source(config: TextSourceConfig) -> TextSource:
+def open_source(config: TextSourceConfig, vocabulary: str | None = None) -> TextSource:
     """Opens the source of a config; reads only the first record.
 
+    Args:
+      config: the settings.
+      vocabulary: path of the vocabulary, whose own chat template writes conversations if the settings name none.
+
     Raises:
-      UserError: the location is missing, cannot be read or holds no record; or the first record lacks a named field.
+      UserError: the location is missing, cannot be read or holds no record; the first record lacks a named field, or
+        holds texts for which there is a template.
     """
     records = _records(config)
     first = next(iter(records.read()), None)
@@ -152,7 +158,22 @@ def open_source(config: TextSourceConfig) -> TextSource:
             raise UserError(f"{first.where}: --fields names the field {name!r}, but the record has only {there}")
     if config.task == AUTO:
         config = dataclasses.replace(config, task="pairs" if names else detect(first.values))
-    return TextSource(config, records, load_template(config.template), roles_of(Fields(first.values, names)))
+    fields = Fields(first.values, names)
+    config = dataclasses.replace(config, template=_template(config, fields, first.where, vocabulary))
+    return TextSource(config, records, load_template(config.template or PLAIN), roles_of(fields))
+
+
+def _template(config: TextSourceConfig, fields: Fields, where: str, vocabulary: str | None) -> str | None:
+    """The template of the settings, or the vocabulary's own; None if the first record holds texts."""
+    own = config.task == "pairs" and any(is_conversation(fields.value(role)) for role in roles_of(fields))
+    if own or config.task == "chat_arena":
+        return own_template(vocabulary) if config.template is None else config.template
+    if config.template not in (None, PLAIN):
+        raise UserError(
+            f"template is {config.template!r}, but {where} holds texts, which are used as they are: write messages "
+            "{role, content} in place of texts, or leave template out"
+        )
+    return config.template
 
 
 def _records(config: TextSourceConfig) -> Joined:

@@ -89,16 +89,16 @@ def _names(fields: Fields, *roles: str) -> tuple[str, ...]:
 
 def _texts(fields: Fields, roles: Sequence[str], template: Template) -> tuple[str, tuple[str, ...]]:
     """Prompt and responses as text; conversations are rendered."""
-    chats = [_is_conversation(fields.value(role)) for role in roles]
+    chats = [is_conversation(fields.value(role)) for role in roles]
     if any(chats) != all(chats):
         raise Malformed("holds a text and a conversation side by side", "write both responses in one form")
     if not chats[0]:
-        if "prompt" in fields and _is_conversation(fields.value("prompt")):
+        if "prompt" in fields and is_conversation(fields.value("prompt")):
             raise Malformed("holds a conversation as its prompt and texts as responses", "write both in one form")
         texts = tuple(fields.text(role) for role in roles)
         return (fields.text("prompt"), texts) if "prompt" in fields else _common_text(texts)
     answers = [messages_of(fields.rows(role), fields.name(role)) for role in roles]
-    if "prompt" in fields and _is_conversation(fields.value("prompt")):
+    if "prompt" in fields and is_conversation(fields.value("prompt")):
         prompt: Messages = messages_of(fields.rows("prompt"), fields.name("prompt"))
     else:
         shared = _shared(answers)
@@ -142,7 +142,8 @@ def _out_of_range(fields: Fields, remedy: str, role: str = "label") -> Malformed
     return Malformed(f"the field {fields.name(role)!r} is {fields.value(role)!r}, out of its range", remedy)
 
 
-def _is_conversation(value: Any) -> bool:
+def is_conversation(value: Any) -> bool:
+    """Whether a field's value is a conversation, and not a text."""
     return not isinstance(value, str) and isinstance(value, list | tuple | Mapping)
 
 

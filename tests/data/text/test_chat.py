@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -98,3 +99,30 @@ def test_conversations_of_a_source_are_written_by_its_template(write, tmp_path, 
     (pair,) = open_source(TextSourceConfig(location, template=str(tmp_path / "chatml.jinja"))).read()
     assert pair.prompt == "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
     assert pair.responses == ("two<|im_end|>\n", "three<|im_end|>\n") and pair.scores == (0.0, 1.0)
+
+
+def test_by_default_conversations_are_written_by_the_vocabulary_s_own_template(write, tmp_path, battle):
+    location = write(tmp_path, "jsonl", [battle("1 + 1?", "two", "three", "model_b")])
+    config, folder = TextSourceConfig(location), tmp_path / "tokenizer"
+    folder.mkdir()
+    for vocabulary in (None, "bytes", str(folder)):
+        source = open_source(config, vocabulary)
+        assert source.config.template == "plain" and next(source.read()).prompt == "\n\nHuman: 1 + 1?\n\nAssistant:"
+    (folder / "chat_template.jinja").write_text(CHATML)
+    for vocabulary in (folder, folder / "tokenizer.json"):
+        source = open_source(config, str(vocabulary))
+        assert source.config.template == str(folder) and source.template == Template(CHATML)
+    asked = dataclasses.replace(config, template="plain")
+    assert open_source(asked, str(folder)).template == Template()
+
+
+def test_texts_need_no_template_and_refuse_one(write, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    location = write(tmp_path, "jsonl", [{"prompt": "1 + 1?", "chosen": "two", "rejected": "three", "tags": ["x"]}])
+    source = open_source(TextSourceConfig(location), str(tmp_path))
+    assert source.config.template is None and next(source.read()).prompt == "1 + 1?"
+    message = (
+        r"template is '.*', but .*:1 holds texts, which are used as they are: write messages .*, or leave template"
+    )
+    with pytest.raises(UserError, match=message):
+        open_source(TextSourceConfig(location, template=str(tmp_path)))

@@ -16,7 +16,7 @@ ROWS = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(6)]
 def test_the_defaults_refuse_bad_pairs_and_set_nothing_else():
     config = TextSourceConfig()
     assert (config.location, config.fields, config.labels, config.duplicates) == (None, None, None, None)
-    assert (config.task, config.template, config.ties, config.bad_pairs) == ("auto", "plain", "drop", "refuse")
+    assert (config.task, config.template, config.ties, config.bad_pairs) == ("auto", None, "drop", "refuse")
 
 
 def test_the_digest_is_of_the_bytes_of_the_files_in_their_order(tmp_path):
