@@ -73,7 +73,10 @@ def find_checkpoint(path: AnyPath, step: int | None = None) -> AnyPath:
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     steps = complete_steps(folder)
     if not steps:
-        raise UserError(f"{path} has no complete checkpoint: give the folder of a training job or of an import")
+        raise UserError(
+            f"{path} has no complete checkpoint: give the folder of a training job, or of what `alignment-gap "
+            "checkpoint import` made of another library's checkpoint"
+        )
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps))
         raise UserError(f"{folder} has no checkpoint of step {step}: choose one of {there}, or none for the last")

@@ -65,6 +65,7 @@ def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Se
             gin.parse_config_file(_find(file, search_paths))
         for override in overrides:
             gin.parse_config(_binding(override, gin.config_str()))
+        _check_read(overrides, gin.config_str())
         _check_required(gin.config_str())
         gin.parse_config(_defaults(gin.config_str(), classes))
         built = to_dict(classes["JobConfig"]())
@@ -140,6 +141,13 @@ def _binding(override: str, config: str) -> str:
         if field not in fields:
             raise UserError(f"--gin.{name}: {group} has no setting of this name: {nearest(field, fields)}")
     return f"{name} = {value if is_notation(value) else repr(value)}"
+
+
+def _check_read(overrides: Sequence[str], config: str) -> None:
+    """Raises UserError if a macro is overridden that no setting reads any more, because other overrides replaced it."""
+    for name in (override.partition("=")[0] for override in overrides):
+        if re.fullmatch(r"\w+", name) and not re.search(rf"%{name}(?![\w.])", config):
+            raise UserError(f"--gin.{name}: the other overrides replace every setting that reads {name}: leave it out")
 
 
 def _check_required(config: str) -> None:

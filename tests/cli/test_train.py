@@ -79,6 +79,11 @@ BAD = {
     "no file": ([], [], "no --gin_file"),
     "missing file": (["nowhere.gin"], [], "--gin_file=nowhere.gin: there is no such file"),
     "macro": ([IPO], [*SET, "TRAIN_STEP=3"], "--gin.TRAIN_STEP: .* did you mean TRAIN_STEPS?"),
+    "macro that nothing reads": (
+        [IPO],
+        [*SET, "BETA=0.3", "LossConfig.settings={}"],
+        "--gin.BETA: the other overrides replace every setting that reads BETA: leave it out",
+    ),
     "macro unlike any": ([IPO], [*SET, "QQ=3"], "--gin.QQ: no macro .* choose one of (?!.*gin).*TRAIN_STEPS"),
     "required": ([IPO], SET[1:], "DATASET is not set: add --gin.DATASET=value"),
     "configurable": ([IPO], [*SET, "Optimizer.clip_norm=1"], "No configurable matching 'Optimizer'"),

@@ -571,8 +571,11 @@ def _nothing_left(records: int, dropped: Mapping[str, int]) -> str:
     reasons = [f"{count} {reason}" for reason, count in dropped.items()]
     if held := records - sum(dropped.values()):
         reasons.append(f"{held} for validation or blank")
-    shown = ", ".join(reasons)
-    return f"no pair of {records} records is left for training ({shown}): raise the lengths or fix the source"
+    remedies = [f"raise --{name}_length" for name in ("prompt", "response") if f"long {name}" in dropped]
+    return (
+        f"no pair of {records} records is left for training ({', '.join(reasons)}): "
+        f"{' and '.join(remedies) or 'fix the source'}"
+    )
 
 
 def _command(config: PrepareConfig) -> str:

@@ -312,8 +312,8 @@ def test_the_preview_shows_boundaries_and_special_ids(config, tmp_path):
         ({"vocabulary": None}, "vocabulary is not set: give a SentencePiece model, a tokenizer, or bytes"),
         ({"vocabulary": ""}, "holds no vocabulary: give a SentencePiece"),
         ({"source": TextSourceConfig()}, "there is no source: give the path"),
-        ({"limits": Limits(1, 1)}, r"no pair of 120 records is left for training \(\d+ long"),
-        ({"limits": Limits(8, 6), "validation": 1 - 1e-12}, r"is left for training \(120 for validation or blank\)"),
+        ({"limits": Limits(1, 1)}, r"no pair of 120 records is left .* \(\d+ long .*\): raise --prompt_length"),
+        ({"limits": Limits(8, 6), "validation": 1 - 1e-12}, r"\(120 for validation or blank\): fix the source"),
     ],
 )
 def test_what_cannot_be_prepared_is_one_line(config, tmp_path, change, message):
