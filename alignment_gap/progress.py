@@ -44,6 +44,11 @@ class _Bar(tqdm):
         check_not_requested()
         return super().update(n)
 
+    def unpause(self) -> None:
+        """Measures the rate from now on, without the work that was finished before."""
+        super().unpause()
+        self.initial = self.last_print_n = self.n
+
 
 class _NoBar(tqdm):
     """A bar that prints nothing; tqdm itself prints lines even if it is disabled."""

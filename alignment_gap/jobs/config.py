@@ -68,8 +68,9 @@ class DatasetConfig:
       batch_size: prompts per step, over all devices.
       order: "shuffle" (a new order in every epoch), "recorded" or "window"; see `offline_source`.
       window: batches in a window; only for order "window".
-      prompt_length: maximum padded length of prompts, in tokens; None for the longest in the datasets.
-      response_length: maximum padded length of responses, in tokens; None for the longest in the datasets.
+      prompt_length: maximum padded length of prompts, in tokens; None for the longest in the datasets. In its order,
+        the record of an online run has the length that the run padded to.
+      response_length: maximum padded length of responses, in tokens; None as for prompts.
       buckets: maximum number of padded shapes. They are chosen from the lengths to minimise padding; each is compiled
         once.
       packing: a row holds as many prompts, with their responses, as fit into this many times the longest; None for one

@@ -15,6 +15,9 @@ from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.sharding import LogicalMesh, host_rows, on_every_process, put_batch
 
+# Where the card of a record has the lengths that the run padded its batches to.
+PADDED = "padded"
+
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
@@ -123,7 +126,7 @@ def _shapes(config: DatasetConfig, examples: Examples, setting: str, prompts_onl
     largest = []
     for name in ("prompt_length", "response_length"):
         longest = max(getattr(dataset.card, f"max_{name}") for dataset in examples.datasets)
-        length = getattr(config, name) or longest
+        length = getattr(config, name) or max(longest, _padded(config, examples, name))
         if length < longest:
             raise UserError(
                 f"{setting}.{name} is {length}, but {config.folder} has one of {longest} tokens: raise it, or leave it "
@@ -134,6 +137,16 @@ def _shapes(config: DatasetConfig, examples: Examples, setting: str, prompts_onl
     if config.buckets == 1:
         return ((prompt, response),)
     return _buckets(examples, config.buckets, (prompt, response), prompts_only)
+
+
+def _padded(config: DatasetConfig, examples: Examples, name: str) -> int:
+    """The length that an online run padded its record to, if this reads the record in its order; else 0.
+
+    Padding changes how sums are rounded, and a replay should have the same bits as the run.
+    """
+    if config.order != "recorded":
+        return 0
+    return max(dataset.card.provenance.get(PADDED, {}).get(name, 0) for dataset in examples.datasets)
 
 
 def _buckets(examples: Examples, count: int, largest: Bucket, prompts_only: bool) -> tuple[Bucket, ...]:

@@ -117,6 +117,11 @@ def train(
                 monitor.saved()
             if is_asked and done < last_step:
                 raise Interrupted(f"saved at step {done} of {last_step}")
+    if skipped := int(jax.device_get(state.skipped.total)):
+        bar.write(
+            f"{skipped:,} of {last_step:,} updates were skipped, because the loss or the gradient was not finite or "
+            "above guard.spike: see `skipped` in the metrics"
+        )
     return state
 
 

@@ -64,6 +64,21 @@ def test_a_replay_of_the_record_is_the_run_bit_for_bit(run, online, tmp_path):
     assert_equal_checkpoints(replayed, run)
 
 
+def test_a_replay_pads_to_the_lengths_of_the_run(online, tmp_path):
+    """Padding changes the bits of sums, and no prompt of this run is as long as its padding."""
+    padded = changed(online, prompts=dataclasses.replace(online.source.prompts, prompt_length=50))
+    run = run_job(padded, tmp_path / "run")
+    source = replay(padded, run).source
+    card = open_dataset(run / "record").card
+    assert card.max_prompt_length < 50
+    for order, length in (("recorded", 50), ("shuffle", card.max_prompt_length)):
+        reading = open_reading(dataclasses.replace(source, order=order), "source")
+        assert reading.shapes == ((length, card.max_response_length),)
+    replayed = run_job(replay(padded, run), tmp_path / "replayed")
+    assert metrics(replayed) == metrics(run)
+    assert_equal_checkpoints(replayed, run)
+
+
 # Before the first checkpoint and after the second one; the tests of the loop stop at a checkpoint.
 @pytest.mark.parametrize("after", [1, 5])
 def test_killed_it_goes_on_with_the_same_bits(after, run, online, tmp_path):
