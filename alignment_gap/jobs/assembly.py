@@ -403,19 +403,35 @@ def trained_network(
             "there is no model: set MODEL, such as by --gin_file=gin/models/t5_tiny.gin, or START to a run's folder"
         )
     markers: tuple[int, ...] = ()
-    adapter = None if config.adapter.rank is None else config.adapter
     if config.kind != POLICY and head is None:
         assert vocabulary is not None
-        if vocabulary.extra_ids >= len(Markers._fields):
-            markers = tuple(extra_id(vocabulary, i) for i in range(len(Markers._fields)))
-        else:
-            if config.kind != "bradley_terry":
-                raise UserError(
-                    f"the vocabulary {place} has {vocabulary.extra_ids} of the {len(Markers._fields)} sentinels, T5's "
-                    "<extra_id_i>, that mark texts: set KIND='bradley_terry', which then has a head of its own"
-                )
+        markers = markers_of(config.kind, vocabulary, place)
+        if not markers:
             model, head = without_output(model), RewardHead(vocabulary.pad_id)
+    adapter = None if config.adapter.rank is None else config.adapter
     return Network(config.kind, model, markers, place, digest, adapter, head=head)
+
+
+def markers_of(kind: str, vocabulary: Vocabulary, place: str | None) -> tuple[int, ...]:
+    """The sentinels that a preference model marks texts with; none if it needs a head of its own.
+
+    Args:
+      kind: kind of the preference model.
+      vocabulary: the vocabulary.
+      place: path of the vocabulary, for the error.
+
+    Raises:
+      UserError: a model of this kind has no head, and the vocabulary has too few sentinels.
+    """
+    needed = len(Markers._fields)
+    if vocabulary.extra_ids >= needed:
+        return tuple(extra_id(vocabulary, i) for i in range(needed))
+    if kind != "bradley_terry":
+        raise UserError(
+            f"the kind is {kind!r}, which marks texts with {needed} sentinels, T5's <extra_id_i>, but the vocabulary "
+            f"{place} has {vocabulary.extra_ids}: set the kind to 'bradley_terry', which then has a head of its own"
+        )
+    return ()
 
 
 def samples_kept(online: OnlineConfig) -> int:

@@ -22,6 +22,7 @@ from alignment_gap.data.tasks.prepare import TRAIN, VALIDATION, vocabulary_place
 from alignment_gap.data.text import load_vocabulary, open_source
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at, claim, locked, write_json
+from alignment_gap.jobs.assembly import markers_of
 from alignment_gap.jobs.config import POLICY, JobConfig
 from alignment_gap.jobs.evaluate import named
 from alignment_gap.jobs.folder import Job, make
@@ -272,6 +273,11 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
         folder = preparing[0].folder if preparing else at(str(config.prepared))
         training, _ = (open_dataset(folder / split) for split in (TRAIN, VALIDATION))
         vocabulary = find_vocabulary(training)
+    for name, kind in (("golden", config.golden.kind), ("proxy", config.proxy.kind)):
+        try:
+            markers_of(kind, vocabulary, config.task.vocabulary)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
     networks = {
         "policy": config.policy,
         "base": config.base.model if config.base else None,

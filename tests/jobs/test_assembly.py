@@ -59,7 +59,9 @@ def test_a_preference_model_needs_the_sentinels_that_it_marks_texts_with(sft_con
     network = trained_network(config, "digest", "words", WordVocabulary(["a"], extra_ids=5))
     assert network.markers == (7, 6, 5, 4, 3)
     config = dataclasses.replace(config, kind="pairwise")
-    with pytest.raises(UserError, match=r"words has 4 of the 5 sentinels, .* texts: set KIND='bradley_terry', which"):
+    with pytest.raises(
+        UserError, match=r"'pairwise', which marks texts with 5 sentinels, .* words has 4: set the kind"
+    ):
         trained_network(config, "digest", "words", WordVocabulary(["a"], extra_ids=4))
 
 

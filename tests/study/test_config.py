@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+from byte_tokenizer import make_tokenizer
 
 from alignment_gap.configuration import from_dict, to_dict
 from alignment_gap.errors import UserError
@@ -118,6 +119,21 @@ def test_a_judge_with_too_few_ids_is_named(config, tmp_path):
     judge = dataclasses.replace(config.proxy, model=small, start=None)
     with pytest.raises(UserError, match="proxy has vocabulary_size=50"):
         open_studies(dataclasses.replace(config, proxy=judge), tmp_path)
+
+
+def test_a_vocabulary_without_sentinels_needs_judges_with_a_head_of_their_own(config, tmp_path):
+    make_tokenizer(tmp_path / "tokenizer")
+    with_heads = {
+        name: dataclasses.replace(getattr(config, name), kind="bradley_terry") for name in ("golden", "proxy")
+    }
+    task = dataclasses.replace(config.task, vocabulary=str(tmp_path / "tokenizer"))
+    config = dataclasses.replace(config, task=task, policy=dataclasses.replace(config.policy, vocabulary_size=260))
+    message = r"the kind is 'pairwise', which marks texts with 5 sentinels, .* has 0: set the kind to 'bradley_terry'"
+    for name in with_heads:
+        others = {other: judge for other, judge in with_heads.items() if other != name}
+        with pytest.raises(UserError, match=f"{name}: {message}"):
+            open_studies(dataclasses.replace(config, **others), tmp_path)
+    open_studies(dataclasses.replace(config, **with_heads), tmp_path)
 
 
 # The table of arms.
