@@ -161,6 +161,14 @@ def test_every_part_of_a_job_has_its_fields_in_gin():
     assert (config.keep.last, config.guard.spike, config.optimizer.clip_norm) == (2, 4.0, None)
 
 
+def test_fine_tuning_needs_a_start_and_takes_its_model():
+    with pytest.raises(UserError, match="START is not set: add --gin.START=value"):
+        read_config(["runs/fine_tune.gin"], ["DATASET=a"])
+    config = read_config(["runs/fine_tune.gin"], ["DATASET=a", "START=runs/imported"])
+    assert (config.model, config.start, config.loss.name) == (None, "runs/imported", "sft")
+    assert config.optimizer.learning_rate == 1e-5
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_every_online_run_is_a_source(name):
     overrides, expected = RUNS[name]
