@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import nanstd
 from trl_harness import Outputs, agree, relative, tensor, trainer, with_prompt
 
 from alignment_gap import losses
+from alignment_gap.models.preference import pair_loss
 
 PAIRS, TOKENS = 6, 7
 RNG = np.random.default_rng(0)
@@ -403,3 +404,22 @@ def test_rloo_trainer(on_policy):
         agree("RLOO", "at the sampling policy", "`rloo`, gradient only", (0.0, 0.0), gradients)
     else:
         agree("RLOO", "old log-probs", "`rloo, clip=0.2` with `old_logps`", (value, theirs.item()), gradients)
+
+
+def test_reward_trainer():
+    """The objective of a Bradley-Terry model, from the rewards of both responses."""
+    scores = RNG.normal(size=2 * PAIRS).astype(np.float32)
+    rewards = tensor(scores, gradient=True)
+
+    def model(**inputs):
+        return types.SimpleNamespace(logits=rewards[:, None])
+
+    args = types.SimpleNamespace(center_rewards_coefficient=None)
+    loss = trainer(RewardTrainer, args=args).compute_loss(model, {"attention_mask": torch.ones(2 * PAIRS, 1)})
+    loss.backward()
+
+    def mean(rewards):
+        return jnp.mean(pair_loss(rewards[:PAIRS] - rewards[PAIRS:], jnp.ones(PAIRS)))
+
+    ours, gradient = jax.value_and_grad(mean)(jnp.asarray(scores))
+    agree("Reward", "", "`KIND=bradley_terry`, labels of 0 and 1", (ours, loss.detach()), (gradient, rewards.grad))
