@@ -162,7 +162,7 @@ def test_every_part_of_a_job_has_its_fields_in_gin():
 
 
 def test_fine_tuning_needs_a_start_and_takes_its_model():
-    with pytest.raises(UserError, match="START is not set: add --gin.START=value"):
+    with pytest.raises(UserError, match=r"START is not set: add --gin\.START=value"):
         read_config(["runs/fine_tune.gin"], ["DATASET=a"])
     config = read_config(["runs/fine_tune.gin"], ["DATASET=a", "START=runs/imported"])
     assert (config.model, config.start, config.loss.name) == (None, "runs/imported", "sft")
