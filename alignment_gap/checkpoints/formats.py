@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import os
 import shutil
 import tempfile
@@ -28,6 +27,7 @@ from alignment_gap.checkpoints.layout import (
     find_checkpoint,
     known_network,
     open_checkpoint,
+    pad_token,
     read_digest,
     tokenizer_of,
     write_checkpoint,
@@ -131,7 +131,7 @@ def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
     folder = find_checkpoint(base)
     network, tokenizer = known_network(folder), tokenizer_of(folder)
     if _module(PEFT).has_head(path):
-        model, head = without_output(network.model), network.head or RewardHead(_pad_id(tokenizer))
+        model, head = without_output(network.model), network.head or RewardHead(pad_token(tokenizer))
         network = dataclasses.replace(network, kind="bradley_terry", model=model, markers=(), head=head)
     else:
         check_policy(network, str(base))
@@ -141,12 +141,6 @@ def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
         copy_files(tokenizer, output / TOKENIZER)
     write_checkpoint(output, 0, network, source.tensors)
     return open_checkpoint(output)
-
-
-def _pad_id(tokenizer: AnyPath | None) -> int | None:
-    """The id of padding in the config.json that a model came with; None if it is not known."""
-    file = tokenizer / "config.json" if tokenizer else None
-    return json.loads(file.read_text()).get("pad_token_id") if file and file.exists() else None
 
 
 def export_checkpoint(

@@ -30,7 +30,7 @@ from alignment_gap.checkpoints.network import Network, from_json, to_json
 from alignment_gap.checkpoints.tensors import SHOWN, STACK, Tensor
 from alignment_gap.configuration import to_dict
 from alignment_gap.errors import UserError
-from alignment_gap.folders import AnyPath
+from alignment_gap.folders import AnyPath, read_json
 from alignment_gap.storage import Url, explained, is_of_the_store
 
 CHECKPOINTS, PARAMS, NETWORK, TOKENIZER = "checkpoints", "params", "network", "tokenizer"
@@ -94,6 +94,16 @@ def tokenizer_of(folder: AnyPath) -> AnyPath | None:
     """The folder of tokenizer files in the run of a step's folder; None if it does not exist."""
     tokenizer = folder.parent.parent / TOKENIZER
     return tokenizer if tokenizer.is_dir() else None
+
+
+def pad_token(tokenizer: AnyPath | None, default: int | None = None) -> int | None:
+    """The id of padding in the config.json that a model came with; `default` if there is no such file.
+
+    A reward model of transformers reads the last token that is not this one.
+    """
+    if tokenizer is None or not (tokenizer / "config.json").exists():
+        return default
+    return read_json(tokenizer / "config.json", remedy="import the checkpoint again").get("pad_token_id")
 
 
 def read_network(folder: AnyPath) -> Network | None:

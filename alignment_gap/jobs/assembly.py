@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignment_gap.checkpoints import Network, agreed_model, check_policy, find_checkpoint, read_network
+from alignment_gap.checkpoints import (
+    Network,
+    agreed_model,
+    check_policy,
+    find_checkpoint,
+    pad_token,
+    read_network,
+    tokenizer_of,
+)
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.text import Vocabulary, extra_id
 from alignment_gap.errors import UserError
@@ -407,9 +415,20 @@ def trained_network(
         assert vocabulary is not None
         markers = markers_of(config.kind, vocabulary, place)
         if not markers:
-            model, head = without_output(model), RewardHead(vocabulary.pad_id)
+            model, head = without_output(model), RewardHead(_pad_id(config, vocabulary))
     adapter = None if config.adapter.rank is None else config.adapter
     return Network(config.kind, model, markers, place, digest, adapter, head=head)
+
+
+def _pad_id(config: JobConfig, vocabulary: Vocabulary) -> int | None:
+    """The padding that a fresh head skips: as transformers would, on the same base. None for the last token.
+
+    Without a config.json it is the vocabulary's, unless the end of a response has this id too.
+    """
+    own = None if vocabulary.pad_id == vocabulary.eos_id else vocabulary.pad_id
+    if config.start is None:
+        return own
+    return pad_token(tokenizer_of(find_checkpoint(at(config.start), config.start_step)), own)
 
 
 def markers_of(kind: str, vocabulary: Vocabulary, place: str | None) -> tuple[int, ...]:

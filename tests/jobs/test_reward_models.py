@@ -161,7 +161,10 @@ def chats(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def without_sentinels(request, chats, sft_config, tmp_path_factory):
-    """The settings of a Bradley-Terry model that starts from a policy with this tokenizer."""
+    """The settings of a Bradley-Terry model that starts from a policy with this tokenizer.
+
+    The second policy came from transformers, where its padding is the end id, which the head then skips.
+    """
     vocabulary = load_vocabulary(chats / "tokenizer")
     model = dataclasses.replace(MODELS["llama"], vocabulary_size=vocabulary.size, tied_embeddings=request.param)
     rng = np.random.default_rng(1)
@@ -172,24 +175,33 @@ def without_sentinels(request, chats, sft_config, tmp_path_factory):
     network = Network(model=model, vocabulary=str(chats / "tokenizer"), vocabulary_digest=vocabulary.digest)
     policy = tmp_path_factory.mktemp("policies") / "policy"
     write_checkpoint(policy, 0, network, tensors)
+    if not request.param:
+        (policy / "tokenizer").mkdir()
+        (policy / "tokenizer" / "config.json").write_text(json.dumps({"pad_token_id": vocabulary.eos_id}))
     source = DatasetConfig(str(chats / "prepared" / "train"), batch_size=8)
     return dataclasses.replace(sft_config, kind="bradley_terry", model=None, start=str(policy), source=source, steps=30)
 
 
 def check_that_it_judges(run, config, folder):
-    """It has learned the labels, gives rewards, and its export has the same head and the same rewards."""
+    """It has learned the labels, gives rewards, and has the same ones after an export, merged or as adapters."""
     assert metrics(run)[-1]["accuracy"] == 1 and metrics(run)[-1]["loss"] < 0.1
     export_checkpoint(run, folder / "out", "huggingface")
     import_checkpoint(folder / "out", folder / "again")
+    judges = [run, folder / "again"]
+    if config.adapter.rank is not None and config.adapter.base_dtype is None:
+        export_checkpoint(run, folder / "lora", "peft")
+        import_checkpoint(folder / "lora", folder / "from_lora", base=at(config.start))
+        judges.append(folder / "from_lora")
     found = []
-    for judge in (run, folder / "again"):
+    for judge in judges:
         label = LabelConfig(config.source.folder, by_itself(str(judge)), batch_size=8)
         make(LABEL, label, folder / f"by_{judge.name}", Bar())
         labelled = open_dataset(folder / f"by_{judge.name}")
         assert labelled.card.scores == "rewards"
         found.append([example.scores for example in labelled])
     assert all(chosen > rejected for chosen, rejected in found[0])
-    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-5)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -198,7 +210,7 @@ def test_a_policy_without_sentinels_becomes_a_reward_model_with_a_head_of_its_ow
     config, policy = without_sentinels, open_checkpoint(at(without_sentinels.start))
     still = dataclasses.replace(config, steps=1, optimizer=OptimizerConfig(learning_rate=1e-9))
     stored = open_checkpoint(run_job(still, tmp_path / "still"))
-    assert stored.network.head == RewardHead(pad_id=0)
+    assert stored.network.head == RewardHead(pad_id=0 if stored.network.model == policy.network.model else 1)
     assert stored.tensors.keys() == policy.tensors.keys() - {"output_embedder.embedding"} | {"score.kernel"}
     for name, tensor in stored.tensors.items():
         if name != "score.kernel":
