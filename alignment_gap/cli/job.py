@@ -13,6 +13,15 @@ from alignment_gap.jobs.folder import Kind, make
 
 def run_command(kind: Kind, arguments: Sequence[str], help_text: str | None) -> None:
     """Runs the job of a command line in its folder, and prints a summary of the folder."""
+    parsed = read_command(kind, arguments, help_text)
+    if parsed is None:
+        return
+    values, config = parsed
+    run_job(kind, config, at(require(values, kind.output)), values)
+
+
+def read_command(kind: Kind, arguments: Sequence[str], help_text: str | None) -> tuple[flags.FlagValues, object] | None:
+    """The flags and the settings of a job; None after help. Raises UserError if they cannot be used."""
 
     def define(values: flags.FlagValues) -> None:
         define_config(values, kind.config, kind.short)
@@ -21,10 +30,9 @@ def run_command(kind: Kind, arguments: Sequence[str], help_text: str | None) -> 
 
     parsed = parse(arguments, define, help_text)
     if parsed is None:
-        return
+        return None
     values, _ = parsed
-    config: object = read_config(values, kind.config, kind.short)
-    run_job(kind, config, at(require(values, kind.output)), values)
+    return values, read_config(values, kind.config, kind.short)
 
 
 def run_job(kind: Kind, config: object, folder: AnyPath, values: flags.FlagValues) -> None:

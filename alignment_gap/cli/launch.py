@@ -21,6 +21,7 @@ import importlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -113,14 +114,41 @@ def _tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
     """The tasks of a command, and the folder for their output."""
     if words[0] == "study":
         return _study_tasks(words)
+    path = _folder(words)
+    processes = words[:2] != ["data", "prepare"]
+    return [Task(path.name, tuple(words), path, processes=processes, settings=_settings(words))], _logs(path)
+
+
+def _folder(words: Sequence[str]) -> AnyPath:
+    """The folder that a command fills; raises UserError if it names none."""
     flag, default = _FOLDERS[words[0]]
     given = [word.partition("=")[2] for word in words if word.lstrip("-").startswith(f"{flag}=")]
     folder = given[-1] if given else default
     if folder is None:
         raise UserError(f"--{flag} is not set: add --{flag}=FOLDER")
-    path = at(folder)
-    task = Task(path.name, tuple(words), path, processes=words[:2] != ["data", "prepare"])
-    return [task], _logs(path)
+    return at(folder)
+
+
+def _settings(words: Sequence[str]) -> dict[str, Any] | None:
+    """The settings of a command's job; None if it runs no job. Raises UserError if the job refuses them."""
+    from alignment_gap.cli.job import read_command
+    from alignment_gap.jobs.baselines import BASELINES
+    from alignment_gap.jobs.compose import COMPOSE
+    from alignment_gap.jobs.evaluate import EVALUATE
+    from alignment_gap.jobs.folder import settings_of
+    from alignment_gap.jobs.generate import GENERATE
+    from alignment_gap.jobs.label import LABEL
+    from alignment_gap.jobs.prepare import PREPARE
+    from alignment_gap.jobs.reference import REFERENCE
+    from alignment_gap.jobs.train import TRAIN
+
+    kinds = {kind.command: kind for kind in (BASELINES, COMPOSE, EVALUATE, GENERATE, LABEL, PREPARE, REFERENCE, TRAIN)}
+    command = " ".join(words[: 2 if words[0] == "data" else 1])
+    if command not in kinds:
+        return None
+    kind, arguments = kinds[command], [f"alignment-gap {command}", *words[len(command.split()) :]]
+    parsed = train.read_job(arguments) if kind is TRAIN else read_command(kind, arguments, None)
+    return None if parsed is None else settings_of(kind, parsed[1])
 
 
 def _sweep_tasks(sweep: str, words: Sequence[str]) -> tuple[list[Task], Path]:
@@ -133,21 +161,21 @@ def _sweep_tasks(sweep: str, words: Sequence[str]) -> tuple[list[Task], Path]:
     values = [value.strip() for value in listed.split(",")]
     if not setting or not all(values):
         raise UserError(f"--sweep={sweep}: write NAME=VALUE,VALUE, such as LEARNING_RATE=1e-5,3e-5,1e-4")
-    (whole,), _ = _tasks(words)
-    assert whole.folder is not None
+    if fixed := [word for word in words if word.startswith(f"--gin.{setting}=")]:
+        raise UserError(f"--sweep={sweep}: the command fixes the setting by {fixed[0]}: leave one of them out")
+    whole = _folder(words)
     given = [word for word in words if not word.lstrip("-").startswith("workdir=")]
     tasks = dict[str, Task]()
     for value in values:
         name = _sweep_name(setting, value)
         if name in tasks:
             raise UserError(f"--sweep={sweep}: {value} comes twice: give each value once")
-        folder = whole.folder / name
+        folder = whole / name
         own = (*given, f"--gin.{setting}={value}", f"--workdir={folder}")
-        train.read_job([f"alignment-gap {own[0]}", *own[1:]])  # Raises if the job refuses the value.
-        tasks[name] = Task(name, own, folder)
+        tasks[name] = Task(name, own, folder, settings=_settings(own))  # Raises if the job refuses the value.
     runs = ",".join(str(task.folder) for task in tasks.values())
-    report = ("report", f"--runs={runs}", f"--workdir={whole.folder / 'compared'}")
-    return [*tasks.values(), Task("report", report, None, tuple(tasks), processes=False)], _logs(whole.folder, "logs")
+    report = ("report", f"--runs={runs}", f"--workdir={whole / 'compared'}")
+    return [*tasks.values(), Task("report", report, None, tuple(tasks), processes=False)], _logs(whole, "logs")
 
 
 def _sweep_name(setting: str, value: str) -> str:

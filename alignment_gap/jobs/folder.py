@@ -138,7 +138,7 @@ def make(kind: Kind, config: Any, folder: AnyPath, open_bar: OpenBar | None = No
     """
     opened = kind.open(config)
     opened.read_first(folder)
-    settings = json.loads(json.dumps({"kind": kind.name} | flatten(to_dict(config)) | dict(opened.facts)))
+    settings = settings_of(kind, config) | json.loads(json.dumps(dict(opened.facts)))
     # A folder of an earlier version lacks newer settings; their defaults apply.
     unset = json.loads(json.dumps(flatten(defaults(config))))
     with contextlib.ExitStack() as stack:
@@ -178,6 +178,12 @@ def _failure_kept(folder: AnyPath) -> Iterator[None]:
 def _is_finished(folder: AnyPath, settings: Mapping[str, Any], unset: Mapping[str, Any]) -> bool:
     found = finished_with(folder)
     return found is not None and {**unset, **found} == settings
+
+
+def settings_of(kind: Kind, config: Any) -> dict[str, Any]:
+    """A job's settings with dotted keys, as its folder has them beside facts about its inputs."""
+    settings: dict[str, Any] = json.loads(json.dumps({"kind": kind.name} | flatten(to_dict(config))))
+    return settings
 
 
 def finished_with(folder: AnyPath) -> Any:

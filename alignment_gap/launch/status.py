@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from alignment_gap.folders import AnyPath, is_held, read_json
-from alignment_gap.jobs.folder import FAILED, JOB
+from alignment_gap.jobs.folder import FAILED, JOB, finished_with
 from alignment_gap.launch.tasks import Task
 from alignment_gap.training.monitor import METRICS
 
@@ -27,6 +27,8 @@ def _state(task: Task, done: set[str]) -> str:
     folder = task.folder
     if folder is None or not (folder / JOB).exists():
         return "ready"
+    if finished_with(folder) is not None:
+        return "done with other settings: its command continues it or refuses"
     progress = _progress(folder)
     if is_held(folder):
         return f"running{progress}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.folder import finished_with
@@ -26,6 +27,8 @@ class Task:
       folder: folder of the job; None if the command leaves no folder: then it always runs.
       needs: names of the tasks that must come before.
       processes: whether it may run in several processes.
+      settings: the settings of the job, for a folder that may have been made with others; None if the folder's name
+        tells them, as in a study.
     """
 
     name: str
@@ -33,11 +36,16 @@ class Task:
     folder: AnyPath | None = None
     needs: tuple[str, ...] = ()
     processes: bool = True
+    settings: Mapping[str, Any] | None = None
 
     @property
     def is_done(self) -> bool:
-        """Whether its folder is complete."""
-        return self.folder is not None and finished_with(self.folder) is not None
+        """Whether its folder is complete, and was made with these settings."""
+        found = finished_with(self.folder) if self.folder is not None else None
+        if found is None:
+            return False
+        # A folder of an earlier version lacks newer settings.
+        return all(found.get(name, value) == value for name, value in (self.settings or {}).items())
 
     @property
     def file_name(self) -> str:

@@ -48,6 +48,13 @@ def test_a_job_for_each_value_is_run_once_and_compared(words, tmp_path, capsys):
         ["lr0.1", "ready"],
         ["report", "waiting", "for", "lr0.1"],
     ]
+    # With other settings no job is done; more steps continue it.
+    more = [word.replace("TRAIN_STEPS=2", "TRAIN_STEPS=3") for word in words]
+    run("--sweep=LEARNING_RATE=1e-3,3e-2", "--status", *more)
+    assert capsys.readouterr().out.count("done with other settings") == 2
+    run("--sweep=LEARNING_RATE=1e-3,3e-2", *more)
+    for folder in folders:
+        assert json.loads((folder / "done.json").read_text())["settings"]["steps"] == 3
 
 
 @pytest.mark.parametrize("engine", ["local", "slurm"])
@@ -68,6 +75,7 @@ def test_any_engine_is_given_the_commands_with_each_value_and_its_folder(engine,
         ("LEARNING_RATE=1e-3,,1e-4", "write NAME=VALUE,VALUE"),
         ("LEARNING_RATE=1e-3,0.001", "0.001 comes twice"),
         ("LEARNING_RATE=1e-3,fast", "learning_rate"),
+        ("BATCH_SIZE=8,16", "the command fixes the setting by --gin.BATCH_SIZE=8: leave one of them out"),
         ("LEARNING_RAT=1e-3,1e-4", "did you mean LEARNING_RATE"),
     ],
 )
