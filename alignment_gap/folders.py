@@ -205,6 +205,17 @@ def is_held(folder: AnyPath) -> bool:
     return False
 
 
+# The files with the settings of a job and of a study. A folder holds one of them at most.
+JOB, STUDY = "job.json", "study.json"
+
+
+def check_kind(path: AnyPath) -> None:
+    """Raises UserError if the folder of this file belongs to a study in place of a job, or the other way round."""
+    for other in {JOB, STUDY} - {path.name}:
+        if (path.parent / other).exists():
+            raise UserError(f"{path.parent} holds a {other.removesuffix('.json')} already: give another folder")
+
+
 def claim(
     path: AnyPath,
     settings: Mapping[str, Any],
@@ -223,9 +234,11 @@ def claim(
       defaults: default values for settings that the file of an earlier version does not have.
 
     Raises:
-      UserError: the folder has other settings (the message names the differences), or the file is not readable.
+      UserError: the folder has other settings (the message names the differences), it holds a study or job in place
+        of a job or study, or the file is not readable.
     """
     settings = json.loads(json.dumps(settings))
+    check_kind(path)
     if path.exists():
         found = json.loads(json.dumps(dict(defaults))) | read_json(path, remedy=remedy)
         differences = [

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from alignment_gap.errors import UserError
-from alignment_gap.folders import claim, locked, write_json
+from alignment_gap.folders import JOB, STUDY, claim, locked, write_json
 
 
 def test_json_is_replaced_whole(tmp_path):
@@ -13,6 +13,14 @@ def test_json_is_replaced_whole(tmp_path):
     write_json(tmp_path / "a.json", {"b": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert '"b": 2' in (tmp_path / "a.json").read_text()
+
+
+def test_a_folder_holds_a_job_or_a_study(tmp_path):
+    for first, second in ((JOB, STUDY), (STUDY, JOB)):
+        claim(tmp_path / first / first, {"steps": 1}, remedy="go")
+        with pytest.raises(UserError, match=f"holds a {first[:-5]} already: give another folder"):
+            claim(tmp_path / first / second, {"steps": 1}, remedy="go")
+        assert not (tmp_path / first / second).exists()
 
 
 def test_a_folder_is_claimed_again_by_the_same_settings_only(tmp_path):

@@ -37,10 +37,10 @@ from alignment_gap.evaluation.batching import Batching
 from alignment_gap.evaluation.figure import kl_picture
 from alignment_gap.evaluation.measures import Outcomes, Responses, agreed, classified, classified_own, diverged, judged
 from alignment_gap.evaluation.results import csv_text, means
-from alignment_gap.folders import AnyPath, at, read_json, write_bytes
+from alignment_gap.folders import JOB, AnyPath, at, read_json, write_bytes
 from alignment_gap.jobs.compose import distinct_prompts
 from alignment_gap.jobs.config import POLICY
-from alignment_gap.jobs.folder import JOB, MESH, Kind, Opened
+from alignment_gap.jobs.folder import MESH, Kind, Opened
 from alignment_gap.jobs.generate import drawing, open_policy
 from alignment_gap.jobs.label import open_checked
 from alignment_gap.judges import Judge, JudgeConfig, by_itself, open_judge

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 from alignment_gap import __version__
 from alignment_gap.configuration import defaults, flatten, to_dict
 from alignment_gap.errors import Interrupted, StorageError
-from alignment_gap.folders import AnyPath, claim, discard_last, locked, read_json, write_json, write_last
+from alignment_gap.folders import JOB, AnyPath, claim, discard_last, locked, read_json, write_json, write_last
 from alignment_gap.jobs.words import flag_words
 from alignment_gap.progress import OpenBar, progress_bar
 from alignment_gap.sharding import MeshConfig, first_says, is_first_process, on_first_process
 
-JOB, DONE, FAILED = "job.json", "done.json", "failed.json"
+DONE, FAILED = "done.json", "failed.json"
 # Settings of the mesh. They may change when a begun folder continues.
 MESH = tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
 

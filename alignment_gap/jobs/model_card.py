@@ -16,10 +16,10 @@ from alignment_gap.checkpoints import find_checkpoint, known_network
 from alignment_gap.checkpoints.huggingface.folder import installed
 from alignment_gap.data.records import open_dataset
 from alignment_gap.errors import UserError
-from alignment_gap.folders import AnyPath, at, read_json
+from alignment_gap.folders import JOB, AnyPath, at, read_json
 from alignment_gap.jobs.config import POLICY
 from alignment_gap.jobs.evaluate import RESULTS
-from alignment_gap.jobs.folder import JOB, finished_with
+from alignment_gap.jobs.folder import finished_with
 
 # What a card says of a training job: a label for each setting, shown where it is set.
 _METHOD = {

@@ -7,8 +7,8 @@ from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import END_PROMPTS, counted_lines, ends_prompts, lengths_text
 from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import PREVIEW, PrepareConfig, may_change, open_preparation
-from alignment_gap.folders import AnyPath
-from alignment_gap.jobs.folder import JOB, Kind, Opened
+from alignment_gap.folders import JOB, AnyPath
+from alignment_gap.jobs.folder import Kind, Opened
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import on_first_process
 

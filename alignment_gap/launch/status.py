@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from alignment_gap.folders import AnyPath, is_held, read_json
-from alignment_gap.jobs.folder import FAILED, JOB, finished_with
+from alignment_gap.folders import JOB, AnyPath, is_held, read_json
+from alignment_gap.jobs.folder import FAILED, finished_with
 from alignment_gap.launch.tasks import Task
 from alignment_gap.training.monitor import METRICS
 

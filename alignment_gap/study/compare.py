@@ -15,8 +15,8 @@ import altair as alt
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation import charts
 from alignment_gap.evaluation.intervals import Interval
-from alignment_gap.folders import AnyPath, locked, read_json
-from alignment_gap.jobs.folder import DONE, JOB
+from alignment_gap.folders import JOB, STUDY, AnyPath, locked, read_json
+from alignment_gap.jobs.folder import DONE
 from alignment_gap.study import analysis, findings
 from alignment_gap.study.analysis import METRICS, OPPONENT, POLICIES_BESIDE_ARMS, CheckpointResult
 from alignment_gap.study.arms import ARMS, MAIN, Arm, file_word
@@ -32,7 +32,6 @@ from alignment_gap.study.marks import (
     kl_panels,
 )
 from alignment_gap.study.page import render, write_page
-from alignment_gap.study.run import STUDY
 from alignment_gap.study.versions import versions
 from alignment_gap.training.monitor import METRICS as LINES
 from alignment_gap.training.monitor import is_of_the_clock

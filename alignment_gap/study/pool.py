@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.errors import UserError
-from alignment_gap.folders import AnyPath, locked
+from alignment_gap.folders import STUDY, AnyPath, locked
 from alignment_gap.study.analysis import seeds_of
 from alignment_gap.study.diagrams import diagram_figures
 from alignment_gap.study.graph import JOBS, study_graph
 from alignment_gap.study.outcomes import read_outcomes
 from alignment_gap.study.report import ReportContext, read_facts, write_report
 from alignment_gap.study.results import notes_on
-from alignment_gap.study.run import STUDY, of_size
+from alignment_gap.study.run import of_size
 
 # Settings in which the pieces of one study may differ; implementations of attention compute the same.
 _OF_A_PIECE = ("name", "seed", "seeds", "policy.attention")

@@ -21,7 +21,7 @@ from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.tasks.prepare import TRAIN, VALIDATION, vocabulary_place
 from alignment_gap.data.text import load_vocabulary, open_source
 from alignment_gap.errors import UserError
-from alignment_gap.folders import AnyPath, at, claim, locked, write_json
+from alignment_gap.folders import STUDY, AnyPath, at, check_kind, claim, locked, write_json
 from alignment_gap.jobs.assembly import markers_of
 from alignment_gap.jobs.config import POLICY, JobConfig
 from alignment_gap.jobs.evaluate import named
@@ -38,8 +38,6 @@ from alignment_gap.study.config import StudyConfig, settings_by_size
 from alignment_gap.study.graph import JOBS, StudyGraph, study_graph
 from alignment_gap.study.report import peaks_text, write_report
 from alignment_gap.study.results import report_context, study_results, wall_time
-
-STUDY = "study.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +306,7 @@ def _claimed(study: Study, *, update: bool) -> Iterator[None]:
     with locked(study.workdir):
         settings = flatten(to_dict(study.config))
         if update:
+            check_kind(study.workdir / STUDY)
             write_json(study.workdir / STUDY, settings)
         remedy = "give another --workdir, or --update to replace its report and redo only the jobs that depend on what"
         unset = flatten(defaults(study.config))

@@ -13,7 +13,8 @@ from job_runs import Bar
 
 from alignment_gap.cli.main import guarded
 from alignment_gap.errors import UserError
-from alignment_gap.jobs.folder import DONE, FAILED, JOB, Job, Kind, Opened, finished_with, make
+from alignment_gap.folders import JOB
+from alignment_gap.jobs.folder import DONE, FAILED, Job, Kind, Opened, finished_with, make
 from alignment_gap.sharding import MeshConfig
 
 

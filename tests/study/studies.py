@@ -10,7 +10,8 @@ import zlib
 
 from job_runs import assert_equal_checkpoints, metrics, steps
 
-from alignment_gap.jobs.folder import DONE, JOB
+from alignment_gap.folders import JOB
+from alignment_gap.jobs.folder import DONE
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.study.run import open_studies, run_study
 

@@ -14,9 +14,10 @@ from alignment_gap.cli import gin_files
 from alignment_gap.cli.flags import define_config, parse, read_config
 from alignment_gap.data.text import TextSourceConfig
 from alignment_gap.errors import UserError
+from alignment_gap.folders import JOB
 from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.evaluate import EVALUATE
-from alignment_gap.jobs.folder import DONE, JOB
+from alignment_gap.jobs.folder import DONE
 from alignment_gap.jobs.generate import GENERATE
 from alignment_gap.jobs.label import LABEL
 from alignment_gap.jobs.prepare import PREPARE
