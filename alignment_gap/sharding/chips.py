@@ -170,6 +170,8 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         raise UserError(f"topology {text!r}: give {wanted} size{'s' * (wanted > 1)}, such as {kind}:{chip.shape}")
     if kind in GPUS and int(sizes) > GPUS_OF_A_HOST:
         raise UserError(f"topology {text!r}: a host has {GPUS_OF_A_HOST} GPUs, and plan knows no networks of hosts")
-    if slices < 1 or (slices > 1 and not chip.dimensions):
-        raise UserError(f"slices is {slices}: it must be 1, or more for a TPU, which {kind} is not")
+    if slices < 1:
+        raise UserError(f"slices is {slices}: it must be at least 1")
+    if slices > 1 and not chip.dimensions:
+        raise UserError(f"slices is {slices}, but {kind} is no TPU: set it to 1")
     return Topology(kind, tuple(map(int, sizes.split("x"))), slices)

@@ -207,12 +207,13 @@ def _panel(metric: str, rows: Sequence[Row], colour: alt.Color) -> alt.LayerChar
 
 
 def _ends(runs: Sequence[TrainingRun], title: str) -> str:
-    """The loss at the first and the last lines of each name, and the number of skipped updates."""
+    """The loss at the first and the last line of each name, if there are two, and the number of skipped updates."""
     found = []
     for name in dict.fromkeys(run.name for run in runs):
         of_name = [run.lines for run in runs if run.name == name and run.lines]
         first, last = (np.mean([lines[at].get("loss", math.nan) for lines in of_name]) for at in (0, -1))
-        found.append(f"{first:.3g} to {last:.3g} ({name})")
+        has_two = any(len(lines) > 1 for lines in of_name)
+        found.append(f"{first:.3g} to {last:.3g} ({name})" if has_two else f"{last:.3g} ({name}, one line)")
     skipped = sum(int(run.lines[-1].get("skipped", 0)) for run in runs if run.lines)
     return f"{title}, loss of the first and of the last line: {', '.join(found)}; updates skipped: {skipped}."
 

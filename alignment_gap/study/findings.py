@@ -324,9 +324,14 @@ def bare(estimate: Estimate, value: float) -> str:
 
 
 def distance(estimate: Estimate, value: float) -> str:
-    """A distance in the unit of an estimate; for a fraction, in percentage points."""
+    """A distance in the unit of an estimate; for a fraction, in percentage points.
+
+    "nothing" if no value of a fraction is so far away.
+    """
     if estimate.metric == CORRELATION:
         return f"{value:.2f}"
+    if METRICS[estimate.metric].is_share and value > 1:
+        return "nothing"
     return f"{_number(value, estimate.metric, '')}{METRICS[estimate.metric].unit}"
 
 

@@ -140,8 +140,9 @@ def notes_on(config: StudyConfig, judges: Sequence[JudgeFacts]) -> list[str]:
     """Sentences on how far the numbers can be trusted, given the sizes of the study and the accuracy of its judges."""
     prompts, pairs = config.evaluation.prompts, config.evaluation.pairs
     notes = [
-        f"Win rates rest on {prompts} prompts: the interval of one is up to {196 / math.sqrt(4 * prompts):.1f} points "
-        f"to each side; accuracies rest on {pairs} pairs, up to {196 / math.sqrt(4 * pairs):.1f} points.",
+        f"Win rates rest on at most {prompts} prompts, accuracies on at most {pairs} pairs. With so many, the interval "
+        f"of a win rate is up to {196 / math.sqrt(4 * prompts):.1f} points to each side, that of an accuracy up to "
+        f"{196 / math.sqrt(4 * pairs):.1f}; with fewer they are wider.",
         "Prompts of the evaluation are training prompts, as in the paper; only the samples are new.",
     ]
     worst = min(facts.shares["the labels"] for facts in judges if facts.measured == GOLDEN_HELD_OUT)

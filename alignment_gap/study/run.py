@@ -19,7 +19,9 @@ from alignment_gap.configuration import defaults, flatten, from_dict, to_dict
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.tasks.prepare import TRAIN, VALIDATION, vocabulary_place
+from alignment_gap.data.tasks.rubric import rubric_of
 from alignment_gap.data.text import load_vocabulary, open_source
+from alignment_gap.data.text.vocabulary import POSTS
 from alignment_gap.errors import UserError
 from alignment_gap.folders import STUDY, AnyPath, at, check_kind, claim, locked, write_json
 from alignment_gap.jobs.assembly import markers_of
@@ -30,6 +32,7 @@ from alignment_gap.jobs.prepare import PREPARE
 from alignment_gap.jobs.record import RECORD
 from alignment_gap.jobs.served import REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS, check_served
 from alignment_gap.judges import check_judge
+from alignment_gap.judges.rubric import RUBRIC
 from alignment_gap.models import count_parameters, make_policy, sizes
 from alignment_gap.progress import Bar, progress_bar
 from alignment_gap.sharding import check_batch_size, first_says, is_first_process, on_every_process, on_first_process
@@ -267,10 +270,17 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
     if any(not job.is_done for job in preparing):
         open_source(config.task.source)
         vocabulary = load_vocabulary(vocabulary_place(config.task))
+        has_rubric = config.task.source.location == POSTS
     else:
         folder = preparing[0].folder if preparing else at(str(config.prepared))
         training, _ = (open_dataset(folder / split) for split in (TRAIN, VALIDATION))
         vocabulary = find_vocabulary(training)
+        has_rubric = rubric_of(training) is not None
+    if RUBRIC in [judge for _, judge in map(named, config.evaluation.judges)] and not has_rubric:
+        raise UserError(
+            f"evaluation.judges has {RUBRIC!r}, but these pairs do not come from the built-in task, which alone has "
+            "one: leave it out"
+        )
     for name, kind in (("golden", config.golden.kind), ("proxy", config.proxy.kind)):
         try:
             markers_of(kind, vocabulary, config.task.vocabulary)

@@ -7,6 +7,7 @@ import pytest
 from byte_tokenizer import make_tokenizer
 
 from alignment_gap.configuration import from_dict, to_dict
+from alignment_gap.data.text import TextSourceConfig
 from alignment_gap.errors import UserError
 from alignment_gap.study.analysis import OPPONENT, ORIGIN
 from alignment_gap.study.arms import ARMS, GOLDEN, MAIN, Arm, arms_of, file_word
@@ -134,6 +135,18 @@ def test_a_vocabulary_without_sentinels_needs_judges_with_a_head_of_their_own(co
         with pytest.raises(UserError, match=f"{name}: {message}"):
             open_studies(dataclasses.replace(config, **others), tmp_path)
     open_studies(dataclasses.replace(config, **with_heads), tmp_path)
+
+
+def test_a_rubric_for_pairs_that_have_none_is_refused_before_anything_is_trained(config, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')
+    task = dataclasses.replace(config.task, vocabulary="posts", source=TextSourceConfig(str(tmp_path / "own.jsonl")))
+    own = dataclasses.replace(config, task=task, evaluation=dataclasses.replace(config.evaluation, judges=()))
+    open_studies(own, tmp_path)
+    rated = dataclasses.replace(own, evaluation=dataclasses.replace(config.evaluation, judges=("true=rubric",)))
+    with pytest.raises(
+        UserError, match=r"evaluation\.judges has 'rubric', but these pairs do not come from the built-in"
+    ):
+        open_studies(rated, tmp_path)
 
 
 # The table of arms.

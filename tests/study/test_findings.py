@@ -212,6 +212,7 @@ def test_shares_are_in_per_cent_and_their_changes_in_points(metric, change, tabl
 def test_estimates_are_written_in_their_unit(estimate, value, ends, distance, bare):
     assert findings.estimated(estimate, Interval(0.5, -0.25, 0.75)) == (value, ends)
     assert findings.distance(estimate, 0.125) == distance
+    assert (findings.distance(estimate, 1.2) == "nothing") == ("points" in distance)
     assert findings.bare(estimate, 0.03) == bare
 
 

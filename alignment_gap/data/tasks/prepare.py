@@ -537,6 +537,8 @@ def _finish(work: _Work, preparation: Preparation, say: Callable[[str], None]) -
     counts = {split: sum((_Counts.from_json(one[SPLITS][split]) for one in known), _Counts()) for split in _BOTH}
     if not (work.output / TRAIN).exists():
         dropped = (counts[TRAIN] + counts[VALIDATION]).to_json()["dropped"]
+        # Nothing is worth keeping, and without finished parts the same folder takes other settings.
+        remove_folder(work.output / _PARTS)
         raise UserError(f"{work.config.source.location}: {_nothing_left(len(work.source), dropped)}")
     if not (work.output / VALIDATION).exists():
         counts = {TRAIN: counts[TRAIN] + counts[VALIDATION]}

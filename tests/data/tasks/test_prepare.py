@@ -22,7 +22,9 @@ from alignment_gap.data.tasks.prepare import PrepareConfig, example_of, may_chan
 from alignment_gap.data.tasks.rubric import rubric_of
 from alignment_gap.data.text import Encoded, Limits, PostsConfig, TextSourceConfig, held_out, load_vocabulary, posts
 from alignment_gap.errors import UserError
-from alignment_gap.progress import progress_bar
+from alignment_gap.jobs.folder import make
+from alignment_gap.jobs.prepare import PREPARE
+from alignment_gap.progress import NO_BAR, progress_bar
 
 SHARED = pathlib.Path(__file__).parents[4] / "shared/data"
 
@@ -320,6 +322,13 @@ def test_what_cannot_be_prepared_is_one_line(config, tmp_path, change, message):
     with pytest.raises(UserError, match=message) as error:
         prepare(dataclasses.replace(config, **change), tmp_path / "out")
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_in_which_nothing_was_left_takes_longer_lengths(config, tmp_path):
+    with pytest.raises(UserError, match="is left for training"):
+        make(PREPARE, dataclasses.replace(config, limits=Limits(1, 1)), tmp_path / "out", lambda *_: NO_BAR)
+    make(PREPARE, config, tmp_path / "out", lambda *_: NO_BAR)
+    assert open_dataset(tmp_path / "out" / "train").card.count > 0
 
 
 @pytest.mark.parametrize(
