@@ -66,8 +66,12 @@ class LaunchConfig:
     queued: QueuedConfig = QueuedConfig()
 
     def __post_init__(self) -> None:
-        """Raises UserError for an unknown engine."""
+        """Raises UserError for an unknown engine, or for settings of an engine that is not used."""
         one_of(self, ENGINES, "engine")
+        for name in _FUNCTIONS:
+            settings = getattr(self, name)
+            if name != self.engine and settings != type(settings)():
+                raise UserError(f"--{name}. settings are given, but the engine is {self.engine}: add --engine={name}")
 
 
 def main(arguments: list[str]) -> None:

@@ -211,6 +211,8 @@ def _usual_job(given: Overrides, *, online: bool) -> Any:
         raise UserError(
             "no --model: give one, such as --model=t5_xxl, or a job by --gin_file, or by --config and --job"
         )
+    if given.judge is not None and not online:
+        raise UserError(f"--judge={given.judge}: only an online step has a judge; add --online, or leave it out")
     judge = JudgeConfig(None if given.judge is None else "judge")
     source = OnlineConfig(judge=judge) if online else DatasetConfig()
     mesh = MeshConfig(layout="fsdp")

@@ -154,8 +154,11 @@ def open_evaluation(config: EvaluateConfig) -> Opened:
             f"{config.dataset} has {responses} responses per prompt, but only pairs can be classified: give a dataset "
             "of pairs or, for a policy, set pairs to 0"
         )
-    if config.best_of and network.kind != POLICY:
-        raise UserError(f"best_of is set, but {config.run} is a preference model: give the run of a policy")
+    if network.kind != POLICY and (asked := [n for n in ("best_of", "opponents") if getattr(config, n)]):
+        raise UserError(
+            f"{asked[0]} is set, but {config.run} is a preference model, which writes no responses: leave it out, or "
+            "give the run of a policy"
+        )
     judges = {name: open_judge(by_itself(judge), dataset, mesh) for name, judge in map(named, config.judges)}
     longest = (dataset.card.max_prompt_length, dataset.card.max_response_length)
     batching = Batching(mesh, config.batch_size, (longest,))

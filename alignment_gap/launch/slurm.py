@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -52,6 +54,27 @@ class SlurmConfig:
         """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "nodes", "processes", "cpus", "grace", "at_once")
         checks.at_least(self, 0, "retries")
+        limit = _seconds(self.time) if self.time is not None else math.inf
+        if self.grace >= limit:
+            raise UserError(
+                f"grace is {self.grace} seconds, but time={self.time} gives a job {limit:g}: raise time or lower grace"
+            )
+
+
+def _seconds(time: str) -> float:
+    """A time limit in seconds; raises UserError if it is not in Slurm's notation."""
+    if time.lower() in ("infinite", "unlimited"):
+        return math.inf
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if found is None:
+        raise UserError(f"time is {time!r}: write minutes, hours:minutes:seconds, or days-hours, such as 4:00:00")
+    days, *parts = (None if each is None else int(each) for each in found.groups())
+    numbers = [each for each in parts if each is not None]
+    # Without days, one number is minutes and two are minutes and seconds; with days, they begin with hours.
+    first = 3600 if days is not None or len(numbers) == 3 else 60
+    units = [first, first / 60, first / 3600]
+    seconds = 86400 * (days or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))
+    return seconds or math.inf  # Slurm reads 0 as no limit.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,7 +167,10 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         lacks_libtpu = "libtpu" in str(error).lower() or "not installed" in str(error)
         if topology.platform == "tpu" and (lacks_libtpu or isinstance(error, ModuleNotFoundError)):
             raise UserError('libtpu compiles for TPUs and is not installed: pip install "jax[tpu]"') from error
-        raise UserError(f"topology {topology.name}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"topology {topology.name} is refused by the compiler ({str(error).splitlines()[0]}): give a shape that is "
+            f"sold, such as {topology.kind}:{topology.chip.shape}"
+        ) from error
 
 
 def build(program: Program, job: JobConfig, mesh: LogicalMesh) -> tuple[Any, tuple[Any, ...], Any]:

@@ -18,6 +18,7 @@ from alignment_gap.checkpoints import find_checkpoint
 from alignment_gap.configuration import defaults, flatten, from_dict, to_dict
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import find_vocabulary
+from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import TRAIN, VALIDATION, vocabulary_place
 from alignment_gap.data.tasks.rubric import rubric_of
 from alignment_gap.data.text import load_vocabulary, open_source
@@ -273,6 +274,11 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
         has_rubric = config.task.source.location == POSTS
     else:
         folder = preparing[0].folder if preparing else at(str(config.prepared))
+        if (folder / CARD).exists():
+            raise UserError(
+                f"prepared is {folder}, which is one dataset: give the folder that has {TRAIN} and {VALIDATION}, such "
+                f"as {folder.parent}"
+            )
         training, _ = (open_dataset(folder / split) for split in (TRAIN, VALIDATION))
         vocabulary = find_vocabulary(training)
         has_rubric = rubric_of(training) is not None

@@ -253,6 +253,7 @@ def test_without_a_job_it_is_the_papers():
         ([*gin("sft", "DATASET"), TPU, "--gin.NO_MACRO=1"], "NO_MACRO"),
         (["--model=tiny", TPU, "--gin.NO_MACRO=1"], "the command names no gin file; give one with --gin_file"),
         (["--gin_file=none.gin", TPU], "there is no such file"),
+        (["--model=t5_tiny", TPU, "--judge=t5_tiny"], "--judge=t5_tiny: only an online step has a judge; add --online"),
         ([STUDY, TPU, "--best=best.gin"], "--best searches the settings of one job: name it by --job"),
         ([STUDY, TPU, "--config.mesh.layout=fsdp", "--batch=12"], "^error: seed0-sft: batch is 12: it must be"),
         (["--job=seed0-sft", TPU], "--config and --job"),

@@ -85,6 +85,14 @@ def test_what_cannot_be_swept_is_one_line_before_anything_runs(sweep, message, w
     assert "\n" not in str(error.value) and not (tmp_path / "sweep").exists()
 
 
+def test_settings_of_an_engine_that_is_not_used_are_refused(words, tmp_path):
+    for engine in ("here", "local"):
+        with pytest.raises(
+            UserError, match=f"--slurm. settings are given, but the engine is {engine}: add --engine=slurm"
+        ):
+            run(f"--engine={engine}", "--slurm.partition=gpu", "--dry_run", *words)
+
+
 def test_a_study_sweeps_by_its_config():
     with pytest.raises(UserError, match="--sweep needs the command train, not study"):
         run("--sweep=LEARNING_RATE=1e-3,1e-4", "study", "--config=configs/study/tiny.py")

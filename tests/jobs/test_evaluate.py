@@ -199,6 +199,12 @@ def test_a_preference_model_is_compared_with_labels_and_with_judges(judge, pairs
     np.testing.assert_allclose(agreement, 1, atol=1e-6)
 
 
+def test_a_preference_model_has_no_opponents(judge, sft, pairs, tmp_path):
+    config = EvaluateConfig(str(judge), dataset=str(pairs), judges=("rubric",), opponents=(str(sft),))
+    with pytest.raises(UserError, match=r"opponents is set, but .* is a preference model, which writes no responses"):
+        evaluated(config, tmp_path / "out")
+
+
 def test_a_judge_by_name(config, tmp_path):
     changes = {"judges": ("short=judge_functions:brevity",), "opponents": (), "steps": (2,)}
     outcomes = load_outcomes(evaluated(dataclasses.replace(config, **changes), tmp_path / "out") / "2.npz")
@@ -232,7 +238,10 @@ BAD = {
         {"best_of": (2,), "best_by": "rubric", "own_labels": "rubric"},
         "best_of is set, and then nothing is classified: leave classified and own_labels out",
     ),
-    "best of a judge": ({"run": "JUDGE", "best_of": (2,), "best_by": "rubric"}, "is a preference model: give the run"),
+    "best of a judge": (
+        {"run": "JUDGE", "best_of": (2,), "best_by": "rubric"},
+        "which writes no responses: leave it out",
+    ),
     "no run": ({"run": None}, "run is not set"),
     "missing run": ({"run": "nowhere"}, "nowhere has no complete checkpoint"),
     "no step": ({"steps": (3,)}, "3"),

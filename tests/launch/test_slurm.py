@@ -187,6 +187,35 @@ def test_a_cancelled_job_has_saved(environment, task_of, tmp_path):
     wait_until(lambda: task.is_done)
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("3", 180),
+        ("3:20", 200),
+        ("4:00:00", 14400),
+        ("2-0", 172800),
+        ("1-12:30", 131400),
+        ("0", None),
+        ("UNLIMITED", None),
+    ],
+)
+def test_a_job_has_time_to_save_before_its_limit(time, seconds):
+    """In every notation of Slurm, the limit is above the seconds in which a job saves."""
+    if seconds is None:
+        SlurmConfig(time=time, grace=10**9)
+    else:
+        SlurmConfig(time=time, grace=seconds - 1)
+        with pytest.raises(
+            UserError, match=f"grace is {seconds} seconds, but time={time} gives a job {seconds}: raise"
+        ):
+            SlurmConfig(time=time, grace=seconds)
+
+
+def test_a_time_limit_is_in_slurm_s_notation():
+    with pytest.raises(UserError, match="time is '4hours': write minutes, hours:minutes:seconds, or days-hours"):
+        SlurmConfig(time="4hours")
+
+
 @needs_slurm
 def test_a_refusal_is_one_line(environment, task_of, tmp_path):
     with pytest.raises(UserError, match=r"sbatch refused a: .*Invalid partition") as error:

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+from built_in import write_posts
 from byte_tokenizer import make_tokenizer
 
 from alignment_gap.configuration import from_dict, to_dict
@@ -147,6 +148,13 @@ def test_a_rubric_for_pairs_that_have_none_is_refused_before_anything_is_trained
         UserError, match=r"evaluation\.judges has 'rubric', but these pairs do not come from the built-in"
     ):
         open_studies(rated, tmp_path)
+
+
+def test_a_dataset_in_place_of_the_folder_of_both(config, tmp_path):
+    write_posts(tmp_path / "prepared" / "train", 8)
+    own = dataclasses.replace(config, prepared=str(tmp_path / "prepared" / "train"))
+    with pytest.raises(UserError, match="which is one dataset: give the folder that has train and validation, such as"):
+        open_studies(own, tmp_path / "study")
 
 
 # The table of arms.
