@@ -97,7 +97,7 @@ def tokenizer_of(folder: AnyPath) -> AnyPath | None:
 
 
 def pad_token(tokenizer: AnyPath | None, default: int | None = None) -> int | None:
-    """The id of padding in the config.json that a model came with; `default` if there is no such file.
+    """Reads the padding id from a model's config.json; returns `default` if the folder has no such file.
 
     A reward model of transformers reads the last token that is not this one.
     """

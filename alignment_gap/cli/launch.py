@@ -31,6 +31,7 @@ from alignment_gap.cli import train
 from alignment_gap.cli.flags import define_config, parse, read_config
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at
+from alignment_gap.jobs.folder import finished_with, settings_of
 from alignment_gap.launch import JobSetConfig, LocalConfig, QueuedConfig, SlurmConfig, Task
 
 # For each engine: a function that describes what would run, and a function that runs it.
@@ -120,7 +121,9 @@ def _tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
         return _study_tasks(words)
     path = _folder(words)
     processes = words[:2] != ["data", "prepare"]
-    return [Task(path.name, tuple(words), path, processes=processes, settings=_settings(words))], _logs(path)
+    # A job's gin files may be on the cluster alone, so the settings are read only where they decide something.
+    settings = _settings(words) if finished_with(path) is not None else None
+    return [Task(path.name, tuple(words), path, processes=processes, settings=settings)], _logs(path)
 
 
 def _folder(words: Sequence[str]) -> AnyPath:
@@ -139,7 +142,6 @@ def _settings(words: Sequence[str]) -> dict[str, Any] | None:
     from alignment_gap.jobs.baselines import BASELINES
     from alignment_gap.jobs.compose import COMPOSE
     from alignment_gap.jobs.evaluate import EVALUATE
-    from alignment_gap.jobs.folder import settings_of
     from alignment_gap.jobs.generate import GENERATE
     from alignment_gap.jobs.label import LABEL
     from alignment_gap.jobs.prepare import PREPARE

@@ -68,7 +68,7 @@ from alignment_gap.judges import open_judge
 from alignment_gap.models.policy import HEAD
 from alignment_gap.models.reward_head import init_head, replace_output, without_head, without_output
 from alignment_gap.progress import OpenBar
-from alignment_gap.sharding import first_says, make_mesh, on_every_process, on_first_process, unbox
+from alignment_gap.sharding import first_says, make_mesh, on_every_process, on_first_process, put_replicated, unbox
 from alignment_gap.training import (
     Bases,
     Checkpoints,
@@ -308,11 +308,10 @@ def _head_of_start(assembly: Assembly) -> Any:
         return None
     tensors = plain_tensors(stored)
 
-    def read(path: Any, like: Any) -> Any:
-        values = tensors[f"{HEAD}.{jax.tree_util.keystr(path, simple=True, separator='.')}"].read(None)
-        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: values[index])
+    def read(path: Any, _: Any) -> Any:
+        return tensors[f"{HEAD}.{jax.tree_util.keystr(path, simple=True, separator='.')}"].read(None)
 
-    return jax.tree.map_with_path(read, assembly.abstract.params[HEAD])
+    return put_replicated(jax.tree.map_with_path(read, assembly.abstract.params[HEAD]), assembly.mesh)
 
 
 def _checkpoint_steps(config: JobConfig, steps: int) -> list[int]:

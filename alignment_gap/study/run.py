@@ -16,12 +16,12 @@ import jax
 
 from alignment_gap.checkpoints import find_checkpoint
 from alignment_gap.configuration import defaults, flatten, from_dict, to_dict
-from alignment_gap.data.records import open_dataset
+from alignment_gap.data.records import card, open_dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import TRAIN, VALIDATION, vocabulary_place
 from alignment_gap.data.tasks.rubric import rubric_of
-from alignment_gap.data.text import load_vocabulary, open_source
+from alignment_gap.data.text import Vocabulary, load_vocabulary, open_source
 from alignment_gap.data.text.vocabulary import POSTS
 from alignment_gap.errors import UserError
 from alignment_gap.folders import STUDY, AnyPath, at, check_kind, claim, locked, write_json
@@ -267,21 +267,7 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
         check_judge(judge)
     for dataset in config.sft.also:
         open_dataset(dataset)
-    preparing = [job for job in graph.jobs if job.kind is PREPARE]
-    if any(not job.is_done for job in preparing):
-        open_source(config.task.source)
-        vocabulary = load_vocabulary(vocabulary_place(config.task))
-        has_rubric = config.task.source.location == POSTS
-    else:
-        folder = preparing[0].folder if preparing else at(str(config.prepared))
-        if (folder / CARD).exists():
-            raise UserError(
-                f"prepared is {folder}, which is one dataset: give the folder that has {TRAIN} and {VALIDATION}, such "
-                f"as {folder.parent}"
-            )
-        training, _ = (open_dataset(folder / split) for split in (TRAIN, VALIDATION))
-        vocabulary = find_vocabulary(training)
-        has_rubric = rubric_of(training) is not None
+    vocabulary, place, has_rubric = _task(config, graph)
     if RUBRIC in [judge for _, judge in map(named, config.evaluation.judges)] and not has_rubric:
         raise UserError(
             f"evaluation.judges has {RUBRIC!r}, but these pairs do not come from the built-in task, which alone has "
@@ -289,7 +275,7 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
         )
     for name, kind in (("golden", config.golden.kind), ("proxy", config.proxy.kind)):
         try:
-            markers_of(kind, vocabulary, config.task.vocabulary)
+            markers_of(kind, vocabulary, place)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     networks = {
@@ -307,6 +293,23 @@ def _check_inputs(config: StudyConfig, graph: StudyGraph) -> None:
                 f"{name} has vocabulary_size={model.vocabulary_size}, but the task's vocabulary has {vocabulary.size} "
                 "ids: raise it to at least that"
             )
+
+
+def _task(config: StudyConfig, graph: StudyGraph) -> tuple[Vocabulary, str | None, bool]:
+    """The vocabulary of the pairs, its path, and whether a rubric rates them; raises UserError if one is missing."""
+    preparing = [job for job in graph.jobs if job.kind is PREPARE]
+    if any(not job.is_done for job in preparing):
+        place = vocabulary_place(config.task)
+        open_source(config.task.source, place)
+        return load_vocabulary(place), place, config.task.source.location == POSTS
+    folder = preparing[0].folder if preparing else at(str(config.prepared))
+    if (folder / CARD).exists():
+        raise UserError(
+            f"prepared is {folder}, which is one dataset: give the folder that has {TRAIN} and {VALIDATION}, such as "
+            f"{folder.parent}"
+        )
+    training, _ = (open_dataset(folder / split) for split in (TRAIN, VALIDATION))
+    return find_vocabulary(training), card.vocabulary_place(training), rubric_of(training) is not None
 
 
 @contextlib.contextmanager

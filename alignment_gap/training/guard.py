@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -87,3 +88,12 @@ def check_progress(config: GuardConfig, in_a_row: int, step: int, loss: float, g
         "continues from the last checkpoint",
         may_change=REMEDIES,
     )
+
+
+def tell_skipped(skipped: Skipped, steps: int, say: Callable[[str], None]) -> None:
+    """Says at the end of a run how many of its updates were skipped, if any were."""
+    if total := int(jax.device_get(skipped.total)):
+        say(
+            f"{total:,} of {steps:,} updates were skipped, because the loss or the gradient was not finite or above "
+            "guard.spike: see `skipped` in the metrics"
+        )

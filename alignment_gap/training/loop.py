@@ -14,7 +14,7 @@ from alignment_gap.interruption import requested, watching
 from alignment_gap.progress import NO_BAR, Bar
 from alignment_gap.sharding import to_host
 from alignment_gap.training.checkpoints import Checkpoints
-from alignment_gap.training.guard import GuardConfig, check_progress
+from alignment_gap.training.guard import GuardConfig, check_progress, tell_skipped
 from alignment_gap.training.monitor import Monitor
 from alignment_gap.training.sources import Source
 from alignment_gap.training.state import TrainState
@@ -117,11 +117,7 @@ def train(
                 monitor.saved()
             if is_asked and done < last_step:
                 raise Interrupted(f"saved at step {done} of {last_step}")
-    if skipped := int(jax.device_get(state.skipped.total)):
-        bar.write(
-            f"{skipped:,} of {last_step:,} updates were skipped, because the loss or the gradient was not finite or "
-            "above guard.spike: see `skipped` in the metrics"
-        )
+    tell_skipped(state.skipped, last_step, bar.write)
     return state
 
 

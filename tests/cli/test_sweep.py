@@ -85,6 +85,12 @@ def test_what_cannot_be_swept_is_one_line_before_anything_runs(sweep, message, w
     assert "\n" not in str(error.value) and not (tmp_path / "sweep").exists()
 
 
+def test_gin_files_may_be_on_the_cluster_alone(tmp_path, capsys):
+    words = ["train", "--gin_file=on_the_cluster.gin", f"--workdir={tmp_path / 'run'}"]
+    run("--engine=slurm", "--dry_run", *words)
+    assert "--gin_file=on_the_cluster.gin" in capsys.readouterr().out
+
+
 def test_settings_of_an_engine_that_is_not_used_are_refused(words, tmp_path):
     for engine in ("here", "local"):
         with pytest.raises(
