@@ -299,8 +299,8 @@ def _task(config: StudyConfig, graph: StudyGraph) -> tuple[Vocabulary, str | Non
     """The vocabulary of the pairs, its path, and whether a rubric rates them; raises UserError if one is missing."""
     preparing = [job for job in graph.jobs if job.kind is PREPARE]
     if any(not job.is_done for job in preparing):
+        open_source(config.task.source, config.task.vocabulary)
         place = vocabulary_place(config.task)
-        open_source(config.task.source, place)
         return load_vocabulary(place), place, config.task.source.location == POSTS
     folder = preparing[0].folder if preparing else at(str(config.prepared))
     if (folder / CARD).exists():
