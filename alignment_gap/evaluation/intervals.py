@@ -212,6 +212,14 @@ def spread_over_groups(replicates: Sequence[Float[np.ndarray, "R"]]) -> Spread:
     return Spread(float(mean[0]), examples, float(error[0]), len(replicates))
 
 
+def unseen_share(examples: int) -> float:
+    """The largest share of unlike examples of which N alike ones have a chance of 5 %: 1 - 0.05^(1/N), about 3/N.
+
+    The "rule of three" for intervals: where all examples are alike, resampling finds no spread.
+    """
+    return 1 - (1 - CONFIDENCE) ** (1 / examples)
+
+
 def _errors(replicates: Sequence[Float[np.ndarray, "R G"]]) -> tuple[Float[np.ndarray, "G"], ...]:
     """Means over the groups, the half widths of their bootstrap intervals, and the standard errors between groups."""
     stacked = np.stack(replicates)

@@ -14,7 +14,7 @@ from scipy import optimize, sparse, special
 from alignment_gap import checks
 from alignment_gap.data.records import Example
 from alignment_gap.errors import UserError
-from alignment_gap.evaluation.intervals import mean_interval
+from alignment_gap.evaluation.intervals import Interval, mean_interval
 from alignment_gap.evaluation.results import csv_text
 from alignment_gap.folders import AnyPath, write_bytes
 from alignment_gap.jobs.folder import Kind, Opened
@@ -102,10 +102,10 @@ def tell(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, np.
     return {SHORTER: _wins(lengths[:, 1] - lengths[:, 0]), NGRAMS: _wins(asked @ weights)}
 
 
-def load_accuracies(folder: AnyPath) -> dict[str, float]:
-    """The accuracy of each baseline in a finished job."""
+def load_accuracies(folder: AnyPath) -> dict[str, Interval]:
+    """The accuracy of each baseline in a finished job, with its 95 % interval."""
     rows = csv.DictReader(io.StringIO((folder / RESULTS).read_text()))
-    return {row["baseline"]: float(row["accuracy"]) for row in rows}
+    return {row["baseline"]: Interval(*(float(row[name]) for name in _COLUMNS[2:])) for row in rows}
 
 
 def _decided(examples: Sequence[Example]) -> list[Example]:

@@ -153,7 +153,7 @@ def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
     place = config.recorded.vocabulary or vocabulary_place(dataset)
     # A preference model's markers and the end id of samples come from the vocabulary.
     needs_vocabulary = config.kind != POLICY or config.online is not None
-    vocabulary = find_vocabulary(dataset, place) if needs_vocabulary else None
+    vocabulary = find_vocabulary(dataset, config.recorded.vocabulary) if needs_vocabulary else None
     digest = dataset.card.vocabulary_digest
     network = on_every_process(lambda: _with_base(config, trained_network(config, digest, place, vocabulary)))
     network = dataclasses.replace(network, end_prompts=ends_prompts(dataset), template=template_place(dataset))

@@ -65,6 +65,8 @@ class JobSetConfig:
         checks.at_least(self, 0, "restarts")
         if not PurePosixPath(self.mount).is_absolute():
             raise UserError(f"mount is {self.mount}: give a path from the root, such as /runs")
+        if re.fullmatch(r"\d+(\.\d+)?([KMGTPE]i|[kMGTPE])?", self.memory) is None:
+            raise UserError(f"memory is {self.memory!r}: write a number with Ki, Mi, Gi or Ti, such as 32Gi")
         slice_of(self.topology)
 
 

@@ -54,6 +54,8 @@ class SlurmConfig:
         """Raises UserError if a setting is out of range."""
         checks.at_least(self, 1, "nodes", "processes", "cpus", "grace", "at_once")
         checks.at_least(self, 0, "retries")
+        if self.memory is not None and re.fullmatch(r"\d+([KMGT]B?)?", self.memory, re.IGNORECASE) is None:
+            raise UserError(f"memory is {self.memory!r}: write a number with K, M, G or T, such as 64G")
         limit = _seconds(self.time) if self.time is not None else math.inf
         if self.grace >= limit:
             raise UserError(

@@ -10,6 +10,9 @@ paper is right. One rule decides all claims:
 The interval has a confidence of 95 % after a correction for the number of claims (Benjamini and Hochberg, 1995). The
 claims that a study measures with at least `FEWEST_SEEDS` seeds form one family. At most one in twenty of the decided
 claims is expected to be wrong, if the estimates depend on each other positively.
+
+If N examples of a fraction are all alike, resampling finds no spread. The interval then has the width that unlike
+examples could give it: up to about 3/N of all examples may be unlike (the "rule of three").
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ from scipy import stats
 
 from alignment_gap.configuration import load_named
 from alignment_gap.errors import UserError
-from alignment_gap.evaluation.intervals import CONFIDENCE, Interval, Spread, spread_over_groups
+from alignment_gap.evaluation.intervals import CONFIDENCE, Interval, Spread, spread_over_groups, unseen_share
+from alignment_gap.study.analysis import METRICS
 from alignment_gap.study.estimates import (
+    CORRELATION,
     AtEnd,
     Correlation,
     Difference,
@@ -129,7 +134,8 @@ def answers(evidence: Evidence, claims: Sequence[Claim]) -> list[Answer]:
         except NotMeasured as error:
             found[claim.name] = Answer(claim, "cannot be told", str(error))
         else:
-            measured[claim.name] = (tuple(by_seed), spread_over_groups(list(by_seed.values())))
+            spread = _with_width(spread_over_groups([*by_seed.values()]), claim.estimate, evidence, [*by_seed])
+            measured[claim.name] = (tuple(by_seed), spread)
     p_values = {c.name: _p_value(measured[c.name][1], c.holds) for c in claims if c.name in measured}
     family = [name for name in p_values if len(measured[name][0]) >= FEWEST_SEEDS]
     adjusted = stats.false_discovery_control([p_values[name] for name in family]) if family else []
@@ -139,6 +145,14 @@ def answers(evidence: Evidence, claims: Sequence[Claim]) -> list[Answer]:
             p_value, p_adjusted = p_values[claim.name], corrected.get(claim.name, math.nan)
             found[claim.name] = _answer(claim, *measured[claim.name], p_value, p_adjusted)
     return [found[claim.name] for claim in claims]
+
+
+def _with_width(spread: Spread, estimate: Estimate, evidence: Evidence, seeds: Sequence[int]) -> Spread:
+    """The spread of an estimate; for fractions of examples that are all alike, a width for those that were not seen."""
+    if spread.examples or spread.between or estimate.metric == CORRELATION or not METRICS[estimate.metric].is_share:
+        return spread
+    half_width = unseen_share(evidence.examples(estimate.metric, seeds))
+    return spread._replace(examples=half_width / float(stats.norm.ppf((1 + CONFIDENCE) / 2)))
 
 
 def _answer(claim: Claim, seeds: tuple[int, ...], spread: Spread, p_value: float, adjusted: float) -> Answer:

@@ -83,6 +83,11 @@ class Evidence:
             raise NotMeasured(f"{in_words(method)} was not trained, or its {METRICS[metric].words} was not measured")
         return found
 
+    def examples(self, metric: str, seeds: Sequence[int]) -> int:
+        """The number of examples of a metric in several seeds; in each, that of the checkpoint with the fewest."""
+        measured = [result for result in self.everything if metric in result.outcomes]
+        return sum(min(len(result.outcomes[metric]) for result in measured if result.seed == seed) for seed in seeds)
+
     def ends(self, method: Method, metric: str) -> dict[int, list[CheckpointResult]]:
         """The last checkpoint of every run of a method, by seed; raises NotMeasured if there is none."""
         measured = [result for result in self.results if result.method == method and metric in result.outcomes]

@@ -26,7 +26,7 @@ from alignment_gap.study.analysis import (
     over_seeds,
 )
 from alignment_gap.study.arms import MAIN, Arm, Contrast
-from alignment_gap.study.estimates import CORRELATION, Estimate, Evidence, NotMeasured
+from alignment_gap.study.estimates import CORRELATION, AtEnd, Estimate, Evidence, NotMeasured, bounds
 
 FITTED = ("win_rate", "proxy_win_rate", "rubric")
 """The scores for which curves of over-optimisation are fitted."""
@@ -173,18 +173,19 @@ def gaps_sentence(comparisons: Sequence[Comparison]) -> str:
 
 
 def ends_sentence(evidence: Evidence, loss: str, arms: Sequence[str], metrics: Sequence[str]) -> str:
-    """The means of metrics at the end of training, over all runs of each arm; empty if none was measured."""
+    """The means of metrics at the end of training, over all runs of each arm, with intervals; empty without any."""
     found = []
     for metric in metrics:
         values = {}
         for arm in arms:
             with contextlib.suppress(NotMeasured):
-                ends = itertools.chain.from_iterable(evidence.ends((arm, loss), metric).values())
-                values[arm] = float(np.mean([result.mean(metric) for result in ends]))
+                at_end = AtEnd(((arm, loss),), metric)
+                values[arm] = over_seeds([*at_end(evidence).values()]).within(*bounds(at_end))
         if values:
-            each = ", ".join(f"{plain(value, metric)} ({arm})" for arm, value in values.items())
+            each = ", ".join(f"{arm} {level(value, metric)}" for arm, value in values.items())
             found.append(f"{METRICS[metric].words} {each}")
-    return f"{loss_name(loss)}, the mean of the last checkpoints: {'; '.join(found)}." if found else ""
+    said = f"{loss_name(loss)}, the mean of the last checkpoints and its 95{PERCENT} interval: {'; '.join(found)}."
+    return said if found else ""
 
 
 def spans_sentence(evidence: Evidence, loss: str, arms: Sequence[str], metric: str) -> str:

@@ -61,11 +61,13 @@ class JudgeFacts:
       seed: seed of the judge.
       measured: which judge, on which pairs.
       shares: the fraction of pairs on which it agrees with labels or another judge, by the name of these.
+      ends: the two ends of each fraction's 95 % interval over pairs.
     """
 
     seed: int
     measured: str
     shares: Mapping[str, float]
+    ends: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +196,12 @@ def _page(
         peaks=_peaks_table(results),
         judges=_judges_table(context.judges),
         runs=_runs_table(results),
-        settings=[{"Setting": name, "Value": _text(value)} for name, value in settings],
+        # Prepared data is not prepared by `task`.
+        settings=[
+            {"Setting": name, "Value": _text(value)}
+            for name, value in settings
+            if context.config.prepared is None or not name.startswith("task.")
+        ],
         samples=context.samples,
         versions=[{"Package": package, "Version": version} for package, version in context.versions.items()],
         times=[{"Job": job, "Wall time": str(time)} for job, time in context.wall_time.items()],
@@ -321,9 +328,15 @@ def _judges_table(judges: Sequence[JudgeFacts]) -> list[Row]:
     whom = dict.fromkeys(name for facts in judges for name in facts.shares)
     return [
         {"Seed": str(facts.seed), "Judge": facts.measured}
-        | {f"Agrees with {name}": f"{facts.shares[name]:.1%}" if name in facts.shares else _NONE for name in whom}
+        | {f"Agrees with {name} (95 %)": _share(facts, name) if name in facts.shares else _NONE for name in whom}
         for facts in judges
     ]
+
+
+def _share(facts: JudgeFacts, name: str) -> str:
+    """A fraction of pairs with its interval, if the facts have one: those of earlier versions do not."""
+    share = facts.shares[name]
+    return findings.level(Interval(share, *facts.ends[name]), "accuracy") if facts.ends else f"{share:.1%}"
 
 
 def _runs_table(results: Sequence[CheckpointResult]) -> list[Row]:

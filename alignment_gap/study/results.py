@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.tasks.rubric import rubric_of
+from alignment_gap.evaluation.intervals import Interval, mean_interval
 from alignment_gap.folders import read_json
 from alignment_gap.jobs.baselines import NGRAMS, SHORTER, load_accuracies
 from alignment_gap.jobs.compose import distinct_prompts
@@ -104,13 +105,21 @@ def _judge_facts(seed: int, measured: str, job: Job) -> JudgeFacts:
     (step,) = job.config.steps
     outcomes = load_outcomes(job.folder / f"{step}.npz")
     names = {"accuracy": "the labels"} | {name: name.removeprefix("agreement.") for name in outcomes if "." in name}
-    return JudgeFacts(seed, measured, {whom: float(np.nanmean(outcomes[name])) for name, whom in names.items()})
+    intervals = {
+        whom: mean_interval(values[~np.isnan(values)]) for name, whom in names.items() for values in (outcomes[name],)
+    }
+    return _facts(seed, measured, intervals)
 
 
 def _baselines(seed: int, job: Job) -> list[JudgeFacts]:
     """How often each baseline predicts the human labels."""
     names = {SHORTER: "the shorter response, held-out human labels", NGRAMS: "n-grams, held-out human labels"}
-    return [JudgeFacts(seed, names[name], {"the labels": share}) for name, share in load_accuracies(job.folder).items()]
+    return [_facts(seed, names[name], {"the labels": each}) for name, each in load_accuracies(job.folder).items()]
+
+
+def _facts(seed: int, measured: str, intervals: Mapping[str, Interval]) -> JudgeFacts:
+    shares = {whom: each.value for whom, each in intervals.items()}
+    return JudgeFacts(seed, measured, shares, {whom: (each.low, each.high) for whom, each in intervals.items()})
 
 
 def _samples(config: StudyConfig, seed: SeedJobs) -> dict[str, list[dict[str, Any]]]:

@@ -1,9 +1,17 @@
-"""The study on human pairs in Anthropic HH's format, with the pairs' own vocabulary of 4,096 pieces.
+"""The study on human pairs in Anthropic HH's format, with the harmless pairs' own vocabulary of 4,096 pieces.
+
+- harmless: the 40,000 harmless pairs; the policies read no other text.
+- helpful: the 2,354 pairs of the helpful test split, which are too few to learn a language from. Its SFT starts from
+  the first SFT policy of the harmless study, as the paper's starts from a pre-trained T5.
 
 alignment-gap data vocabulary --source=harmless-base.train.jsonl.gz --bad_pairs=drop --size=4096 --output=hh.model
 alignment-gap study --config=configs/study/hh.py --workdir=runs/hh --config.task.vocabulary=hh.model \
     --config.task.source.location=harmless-base.train.jsonl.gz
+alignment-gap study --config=configs/study/hh.py:helpful --workdir=runs/hh_helpful --config.task.vocabulary=hh.model \
+    --config.task.source.location=helpful-base.test.jsonl.gz
 """
+
+import dataclasses
 
 from ml_collections import ConfigDict
 
@@ -15,7 +23,14 @@ from alignment_gap.study.config import ArmsConfig, EvaluationConfig, PreferenceM
 from alignment_gap.training import OptimizerConfig
 
 
-def get_config() -> ConfigDict:
+def get_config(pairs: str = "harmless") -> ConfigDict:
+    studies = {"harmless": harmless, "helpful": helpful}
+    if pairs not in studies:
+        raise ValueError(f"the pairs are {pairs!r}: choose one of {', '.join(studies)}")
+    return ConfigDict(to_dict(studies[pairs]()))
+
+
+def harmless() -> StudyConfig:
     # The settings with which a trial's golden model reached what a regression on n-grams reaches.
     judge = PreferenceModelConfig(
         kind="bradley_terry",
@@ -24,7 +39,7 @@ def get_config() -> ConfigDict:
         buckets=3,
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=50, schedule="linear", weight_decay=0.1),
     )
-    study = StudyConfig(
+    return StudyConfig(
         name="hh",
         # HH has a few pairs with an empty or a repeated response. A long prompt keeps its last turns.
         task=PrepareConfig(
@@ -68,4 +83,27 @@ def get_config() -> ConfigDict:
             prompts=512, kl_prompts=256, pairs=256, classified=("heldout", "stream", "own"), baselines=True
         ),
     )
-    return ConfigDict(to_dict(study))
+
+
+def helpful() -> StudyConfig:
+    of = harmless()
+    # Three epochs of the pairs, for SFT and for the judges.
+    steps, optimizer = 80, dataclasses.replace(of.golden.optimizer, warmup_steps=10)
+    judge = dataclasses.replace(of.golden, steps=steps, optimizer=optimizer)
+    start = "runs/hh/jobs/seed0-sft"
+    return dataclasses.replace(
+        of,
+        name="hh helpful",
+        seeds=3,
+        # Helpful responses are longer.
+        task=dataclasses.replace(of.task, limits=dataclasses.replace(of.task.limits, response_length=128)),
+        policy=None,
+        sft=dataclasses.replace(
+            of.sft, start=start, steps=steps, optimizer=dataclasses.replace(optimizer, weight_decay=0.0)
+        ),
+        golden=judge,
+        proxy=judge,
+        arms=dataclasses.replace(
+            of.arms, losses=("ipo",), further=(), checkpoint_steps=(10, 30, 60, 150), offline_betas=(0.01, 0.1)
+        ),
+    )

@@ -196,7 +196,7 @@ def test_the_claims_stand_between_their_marks(made):
     assert text.startswith("before\n<!-- claims") and text.endswith("<!-- end of claims -->\nafter\n")
     assert "stale words" not in text
     (row,) = (line for line in text.splitlines() if "At equal KL online is better than offline." in line)
-    assert "| agrees | +50.0 points (+50.0 to +50.0) | 2 | 0.0 points |" in row
+    assert "| agrees | +50.0 points (+41.1 to +58.9) | 2 | 12.8 points |" in row
     # A claim without measurements has no row.
     assert "Pairs with one side of SFT" not in text
     assert make_results.between_marks(text, make_results.claims_markdown(made)) == text

@@ -79,7 +79,9 @@ def test_the_job_tells_the_last_held_out_pairs(pairs, tmp_path):
     write_posts(tmp_path / "held_out", 30, seed=1)
     make(BASELINES, BaselinesConfig(str(pairs), str(tmp_path / "held_out"), pairs=20), tmp_path / "told")
     found = load_accuracies(tmp_path / "told")
-    assert found.keys() == {"shorter", "ngrams"} and all(0 <= share <= 1 for share in found.values())
+    assert found.keys() == {"shorter", "ngrams"} and all(
+        0 <= each.low <= each.value <= each.high <= 1 for each in found.values()
+    )
     text = BASELINES.summary(tmp_path / "told")
     assert "shorter   20" in text and f"results: {tmp_path / 'told' / 'results.csv'}" in text
 

@@ -165,6 +165,7 @@ def test_what_would_be_created_is_printed(task_of):
         ({"topology": "v5e:3x5"}, "has 15 chips, but a host has 4: give a multiple of that"),
         ({"topology": "h100:8"}, "topology 'h100:8' is not a TPU slice: give one of v4, v5e"),
         ({"slices": 0}, "slices is 0"),
+        ({"memory": "32 GB"}, "memory is '32 GB': write a number with Ki, Mi, Gi or Ti, such as 32Gi"),
         ({"mount": "runs"}, "mount is runs: give a path from the root"),
     ],
 )

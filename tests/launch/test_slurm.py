@@ -221,3 +221,9 @@ def test_a_refusal_is_one_line(environment, task_of, tmp_path):
     with pytest.raises(UserError, match=r"sbatch refused a: .*Invalid partition") as error:
         submit([task_of("a")], tmp_path, partition="nowhere")
     assert "\n" not in str(error.value)
+
+
+def test_memory_is_in_slurm_s_notation():
+    assert [SlurmConfig(memory=memory).memory for memory in ("64G", "64gb", "2000")] == ["64G", "64gb", "2000"]
+    with pytest.raises(UserError, match="memory is 'lots': write a number with K, M, G or T, such as 64G"):
+        SlurmConfig(memory="lots")

@@ -73,6 +73,15 @@ def test_a_claim_is_decided_where_the_interval_is_inside_or_outside_of_its_range
     assert bool(found.reason) == (verdict == "cannot be told")
 
 
+@pytest.mark.parametrize(("size", "verdict"), [(4, "cannot be told"), (400, "agrees")])
+def test_examples_that_are_all_alike_leave_room_for_unlike_ones(size, verdict):
+    """If 30 % of all examples were unlike, 8 alike ones would have a chance of 0.7 ** 8, above 5 %."""
+    claim = dataclasses.replace(AHEAD, estimate=AtEnd((ONLINE,), "accuracy"), holds=(0.7, 1.1))
+    found = answer([checkpoint("online", 1, seed=seed, size=size, kl=1.0, accuracy=1.0) for seed in (0, 1)], claim)
+    assert found.verdict == verdict
+    assert found.interval.high == 1 and found.interval.low ** (2 * size) == pytest.approx(0.05)
+
+
 def test_numbers_of_an_answer_by_hand():
     """Student's t with two degrees of freedom over the seeds; all examples of a seed are equal."""
     found = answer(seeds_with(0.1, 0.2, 0.3))
@@ -86,11 +95,11 @@ def test_numbers_of_an_answer_by_hand():
 
 
 def test_one_seed_decides_nothing_and_says_so():
-    assert answer(seeds_with(0.1)).verdict == "cannot be told"
-    assert answer(seeds_with(0.1)).reason == "one seed; over its examples alone it agrees"
-    assert answer(seeds_with(-0.1)).reason == "one seed; over its examples alone it disagrees"
+    assert answer(seeds_with(0.2)).verdict == "cannot be told"
+    assert answer(seeds_with(0.2)).reason == "one seed; over its examples alone it agrees"
+    assert answer(seeds_with(-0.2)).reason == "one seed; over its examples alone it disagrees"
     assert answer(seeds_with(0.0)).reason == "one seed"
-    assert math.isnan(answer(seeds_with(0.1)).adjusted)
+    assert math.isnan(answer(seeds_with(0.2)).adjusted)
 
 
 @pytest.mark.parametrize("missing", ["online", "offline", "sft"])

@@ -234,8 +234,9 @@ def test_what_figures_show_is_said_in_numbers():
     )
     arms = ("online", "shuffled", "offline")
     assert findings.ends_sentence(evidence, "ipo", arms, ("win_rate", "kl", "rubric")) == (
-        "IPO, the mean of the last checkpoints: win rate against the golden policy 80.0\u00a0% (online), 70.0\u00a0% "
-        "(offline); KL to SFT 4.00 nats (online), 4.00 nats (offline)."
+        "IPO, the mean of the last checkpoints and its 95\u00a0% interval: win rate against the golden policy online "
+        "80.0\u00a0% (80.0 to 80.0), offline 70.0\u00a0% (70.0 to 70.0); KL to SFT online 4.00 nats (4.00 to 4.00), "
+        "offline 4.00 nats (4.00 to 4.00)."
     )
     assert findings.spans_sentence(evidence, "ipo", arms, "kl") == (
         "IPO, KL to SFT of the checkpoints: 1.00 nats to 4.00 nats (online), 1.00 nats to 4.00 nats (offline)."

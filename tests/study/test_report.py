@@ -27,7 +27,7 @@ from alignment_gap.study.report import JudgeFacts, ReportContext, peaks_text, wr
 FACTS = [
     "Study tiny, seed 0, 5 checkpoints",
     "golden, held-out human labels79.0%91.3%",
-    "Agrees with the labelsAgrees with rubric",
+    "Agrees with the labels (95 %)Agrees with rubric (95 %)",
     "arms.checkpoint_steps50, 100, 200, 400",
     "arms.lossesipo, best_of_n",
     "jax0.10.2",
@@ -164,8 +164,8 @@ def test_every_claim_is_a_row_of_a_table(folder, page):
     row = found["online-beats-offline"]
     assert (row["figure"], row["holds_above"], row["holds_below"], row["seeds"]) == ("1", "0.0", "inf", "1")
     assert row["verdict"] == "cannot be told" and row["reason"].startswith("one seed")
-    # Both arms have the same draws, so the gap is exactly 0.
-    assert {row[name] for name in ("value", "low", "high", "detectable")} == {"0.0"}
+    # Both arms have the same draws, so the gap is exactly 0 in all 40 examples.
+    assert row["value"] == "0.0" and -float(row["low"]) == float(row["high"]) == pytest.approx(1 - 0.05 ** (1 / 40))
     assert row["p_adjusted"] == "" and found["replay-is-online"]["value"] == ""
     assert all(claim.paper in page.text for claim in CLAIMS)
     assert "0 of 28 claims agree with the paper, 0 disagree, 28 cannot be told." in page.text
@@ -246,11 +246,24 @@ def test_peaks_at_one_kl_need_no_explanation(page):
 
 
 def test_judges_that_were_compared_with_others_have_the_same_columns(tmp_path, undrawn):
-    judges = [JudgeFacts(0, "golden", {"the labels": 0.75, "rubric": 0.875}), JudgeFacts(0, "n-grams", {"length": 0.5})]
+    ends = {"the labels": (0.5, 1.0), "rubric": (0.75, 0.9375)}
+    judges = [
+        JudgeFacts(0, "golden", {"the labels": 0.75, "rubric": 0.875}, ends),
+        JudgeFacts(0, "n-grams", {"length": 0.5}),
+    ]
     write_report(tmp_path, results(arms=("online",)), context(judges=judges))
     text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
-    assert "Agrees with the labelsAgrees with rubricAgrees with length" in text
-    assert "golden75.0%87.5%\u2013" in text and "n-grams\u2013\u201350.0%" in text
+    assert "Agrees with the labels (95 %)Agrees with rubric (95 %)Agrees with length (95 %)" in text
+    assert (
+        "golden75.0\u00a0% (50.0 to 100.0)87.5\u00a0% (75.0 to 93.8)\u2013" in text
+        and "n-grams\u2013\u201350.0%" in text
+    )
+
+
+def test_settings_of_a_task_that_was_not_prepared_are_left_out(page, tmp_path, undrawn):
+    write_report(tmp_path, results(arms=("online",)), context(config=StudyConfig(prepared="pairs")))
+    prepared = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "task.seed" in page.text and "task.seed" not in prepared and "preparedpairs" in prepared
 
 
 def test_over_optimisation_is_fitted(page):

@@ -100,7 +100,15 @@ def find_vocabulary(dataset: Dataset, given: str | None = None) -> Vocabulary:
     found = given or vocabulary_place(dataset)
     if not found:
         raise UserError(f"{dataset.folder} does not say where its vocabulary is: give --vocabulary")
-    vocabulary = load_vocabulary(found)
+    try:
+        vocabulary = load_vocabulary(found)
+    except UserError as error:
+        if given:
+            raise
+        raise UserError(
+            f"{dataset.folder} was encoded with the vocabulary {found}: {error}; if it has moved, give its path with "
+            "--vocabulary"
+        ) from error
     if vocabulary.digest != dataset.card.vocabulary_digest:
         raise UserError(
             f"{dataset.folder} was encoded with the vocabulary {dataset.card.vocabulary_digest[:12]}, but {found} is "
