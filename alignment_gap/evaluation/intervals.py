@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy import stats
+from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -179,11 +179,12 @@ class Spread(NamedTuple):
 
     @property
     def detectable(self) -> float:
-        """The distance from a limit at which the interval excludes this limit with a probability of 80 %."""
-        return max(
-            self.examples * (stats.norm.ppf(1 - _TAIL) + stats.norm.ppf(POWER)),
-            self.between * (stats.t.ppf(1 - _TAIL, self._freedom) + stats.t.ppf(POWER, self._freedom)),
-        )
+        """The distance from a limit at which the interval excludes this limit with a probability of 80 %.
+
+        This is an estimate too, because the standard errors are.
+        """
+        of_examples = self.examples * (stats.norm.ppf(1 - _TAIL) + stats.norm.ppf(POWER))
+        return max(of_examples, self.between * _detectable_errors(self._freedom))
 
     def p_value(self, limit: float) -> float:
         """1 - the largest confidence whose two-sided interval excludes a limit; below 0.05 if `interval` does."""
@@ -203,6 +204,13 @@ class Spread(NamedTuple):
 
     def _quantile(self, probability: float) -> float:
         return max(self.examples * stats.norm.ppf(probability), self.between * stats.t.ppf(probability, self._freedom))
+
+
+@functools.cache
+def _detectable_errors(freedom: int) -> float:
+    """The noncentrality of Student's t at which a two-sided test of 5 % rejects with a probability of 80 %."""
+    limit = stats.t.ppf(1 - _TAIL, freedom)
+    return optimize.brentq(lambda distance: stats.nct.sf(limit, freedom, distance) - POWER, 0.0, 100.0)
 
 
 def spread_over_groups(replicates: Sequence[Float[np.ndarray, "R"]]) -> Spread:

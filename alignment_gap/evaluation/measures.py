@@ -94,18 +94,22 @@ def agreed(
 ) -> Outcomes:
     """How often a judge agrees with the labels, as accuracy, and with other judges, as agreement.OTHER.
 
-    If one of the two is undecided, the pair counts as half. If a judge gave no answer for a pair, the value is nan.
-    `labels` is the kind of the pairs' scores, like `Judge.kind`.
+    A pair counts 1 if both prefer the same response, 0 if they prefer different ones, and one half if one of them, or
+    both, are undecided; the accuracy of a policy has the same rule. If a judge gave no answer for a pair, the value is
+    nan. `labels` is the kind of the pairs' scores, like `Judge.kind`.
     """
     texts = (pairs.prompts, pairs.prompt_lengths, pairs.responses, pairs.response_lengths)
 
+    def side(scores: np.ndarray, kind: str) -> np.ndarray:
+        return np.sign(preferences(scores, kind) - 0.5)
+
     def asked(each: Judge) -> np.ndarray:
-        return preferences(batching.run(each.scores, texts), each.kind)
+        return side(batching.run(each.scores, texts), each.kind)
 
     own = asked(judge)
-    compared = {"accuracy": preferences(np.asarray(pairs.scores), labels)}
+    compared = {"accuracy": side(np.asarray(pairs.scores), labels)}
     compared |= {f"agreement.{name}": asked(other) for name, other in others.items()}
-    return {name: 1 - np.abs(own - theirs) for name, theirs in compared.items()}
+    return {name: (1 + own * theirs) / 2 for name, theirs in compared.items()}
 
 
 def _side_by_side(first: Responses, second: Responses) -> tuple[np.ndarray, np.ndarray]:

@@ -59,14 +59,16 @@ def classification(
       scores: the labels; the response with the higher score is the winner.
 
     Returns:
-      accuracy: 1 if f = log pi(winner)/pi(loser) - log pi_sft(winner)/pi_sft(loser) > 0, 0 if f < 0, else 0.5.
-      chosen_log_ratio, rejected_log_ratio: log pi/pi_sft of winner and loser, in nats.
+      accuracy: 1 if f = log pi(winner)/pi(loser) - log pi_sft(winner)/pi_sft(loser) > 0, 0 if f < 0, else 0.5; also
+        0.5 if the label is a tie.
+      chosen_log_ratio, rejected_log_ratio: log pi/pi_sft of winner and loser, in nats; of a tie, of the first and the
+        second response.
     """
     ratios = (log_probs - reference).sum(-1, dtype=np.float64)
     rows, winner = np.arange(len(scores)), np.argmax(scores, axis=1)
     chosen, rejected = ratios[rows, winner], ratios[rows, 1 - winner]
     return {
-        "accuracy": (np.sign(chosen - rejected) + 1) / 2,
+        "accuracy": np.where(scores[:, 0] == scores[:, 1], 0.5, (np.sign(chosen - rejected) + 1) / 2),
         "chosen_log_ratio": chosen,
         "rejected_log_ratio": rejected,
     }

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from alignment_gap import losses
+from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, OnlineConfig, SourceConfig
+from alignment_gap.training import apply_loss, loss_inputs
 
 # Names of a batch's optional arrays on a dataset's card.
 REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS = "reference_log_probs", "sampler_log_probs"
@@ -65,6 +71,25 @@ def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collect
             "it out"
         )
     return needed
+
+
+def check_runs(config: JobConfig, loss: Callable[..., Any]) -> None:
+    """Traces a job's loss on two prompts with every array that a batch may have; raises UserError if it does not run.
+
+    A dataset counts as one of pairs.
+    """
+    name, samples = config.loss.name, config.source.samples if isinstance(config.source, OnlineConfig) else 2
+    texts, log_probs = jnp.zeros((2, samples, 3), jnp.int32), jnp.zeros((2, samples, 3))
+    numbers, sums = jnp.ones((2, samples), jnp.int32), jnp.zeros((2, samples))
+    batch = PreferenceBatch(numbers[:, 0], texts[:, 0], numbers[:, 0], texts, numbers, sums, log_probs, log_probs)
+    inputs = loss_inputs(batch, log_probs, log_probs)
+    inputs |= {f"{reference}{other}_logps": sums for reference in ("", "ref_") for other in ("fresh", "kl")}
+    try:
+        jax.eval_shape(functools.partial(apply_loss, loss), inputs)
+    except UserError as error:
+        raise UserError(f"the loss {name}: {error}") from error
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"the loss {name} does not run: {str(error).strip().splitlines()[0]}") from error
 
 
 def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection[str]) -> None:

@@ -37,8 +37,8 @@ def own_labels(name: str) -> str:
 
 
 def check(name: str) -> None:
-    """Raises UserError if the callable does not exist."""
-    load_named(name, "judge")
+    """Raises UserError if the callable does not exist, or has other parameters."""
+    _callable(name)
 
 
 def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judge:
@@ -48,6 +48,13 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judg
       UserError: the callable does not exist, it has other parameters, or the dataset's vocabulary is not found.
     """
     name = str(config.judge)
+    function, parameters = _callable(name)
+    rewards = function if parameters == _IDS else _on_texts(function, dataset)
+    return host_judge(rewards, config, mesh, {"judge": name})
+
+
+def _callable(name: str) -> tuple[Callable[..., Any], list[str]]:
+    """The callable of this name, and the names of its parameters."""
     function = load_named(name, "judge")
     parameters = list(inspect.signature(function).parameters) if callable(function) else []
     if parameters not in (_TEXTS, _IDS):
@@ -55,8 +62,7 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judg
             f"the judge {name} takes ({', '.join(parameters)}): let it take (prompts, responses), which are texts, or "
             "(prompt_ids, response_ids)"
         )
-    rewards = function if parameters == _IDS else _on_texts(function, dataset)
-    return host_judge(rewards, config, mesh, {"judge": name})
+    return function, parameters
 
 
 def _on_texts(function: Callable[..., Any], dataset: Dataset) -> Rewards:

@@ -36,7 +36,13 @@ def _on_host(rewards: Rewards, name: str, mesh: LogicalMesh) -> Scores:
     def scores(*texts: Array) -> Float[Array, "B K"]:
         prompts, responses = own_texts(*texts)
         with jax.transfer_guard("allow"):  # The function may compute with jax itself.
-            found = np.asarray(rewards(prompts, responses), np.float32)
+            given = rewards(prompts, responses)
+        try:
+            found = np.asarray(given, np.float32)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the judge {name} gave no rows of numbers ({error}): it must give one number for each response"
+            ) from error
         asked = (len(responses), texts[-1].shape[1])
         if found.shape != asked:
             raise UserError(

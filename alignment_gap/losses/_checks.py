@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import chex
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alignment_gap.losses._shapes import Array, Bool, Float, Int
 
@@ -16,14 +19,22 @@ OverTokens = Literal["sum", "mean"]
 
 def as_float32(*arrays: Any) -> tuple[Float[Array, "*B"], ...]:
     """Checks that the arrays are floating and have the same shape, and converts them to float32."""
+    for array in arrays:
+        if not hasattr(array, "dtype"):
+            raise AssertionError(f"an array is needed here, got {array!r}")
     chex.assert_type(arrays, float)
     chex.assert_equal_shape(arrays)
     return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
 
 
-def as_float32_like(array: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
-    """Converts an array or Python number to float32 in the given shape; a scalar is broadcast."""
-    array = jnp.asarray(array, jnp.float32)
+def as_preference(preference: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
+    """A preference in float32 and in the given shape; None means 1, and a number is broadcast.
+
+    A number outside of [0, 1] is refused. Such a number may be a beta, given by its position.
+    """
+    if preference is not None:
+        check_between(0.0, 1.0, preference=preference)
+    array = jnp.asarray(1.0 if preference is None else preference, jnp.float32)
     if array.ndim:
         chex.assert_shape(array, shape)
     return jnp.broadcast_to(array, shape)
@@ -39,10 +50,25 @@ def as_counts(lengths: Int[Array, "*B"] | None, shape: tuple[int, ...], name: st
 
 
 def check_positive(**settings: Any) -> None:
-    """Refuses numbers that are not above zero; traced values are not checked."""
+    """Refuses numbers that are not finite and above zero; traced values are not checked."""
     for name, value in settings.items():
-        if isinstance(value, int | float) and not value > 0:
+        if (number := _number(name, value)) is not None and not 0 < number < math.inf:
             raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def check_between(low: float, high: float, **settings: Any) -> None:
+    """Refuses numbers outside of [low, high], and infinite ones; traced values are not checked."""
+    for name, value in settings.items():
+        if (number := _number(name, value)) is not None and not (low <= number <= high and math.isfinite(number)):
+            limits = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"at least {low:g}"
+            raise ValueError(f"{name} must be {limits}, got {value}")
+
+
+def _number(name: str, value: Any) -> float | None:
+    """A setting as a number; None for a traced value, or an array with a value for each example."""
+    if isinstance(value, str | bool):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return None if isinstance(value, jax.core.Tracer) or np.ndim(value) else float(value)
 
 
 def check_group(array: Array) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import chex
+
 from alignment_gap.losses._registry import Loss, get, reads
 
 
@@ -21,20 +23,25 @@ def combine(*terms: tuple[Any, str | Loss]) -> Loss:
       A loss with the parameters of all terms, required parameters first. It reads what any term reads.
 
     Raises:
-      ValueError: no terms, or an unknown name.
+      ValueError: no terms, a term that is no pair, or an unknown name. The combined loss raises AssertionError if the
+        terms return different shapes.
     """
     if not terms:
         raise ValueError("combine needs at least one (weight, loss) pair")
+    if wrong := [term for term in terms if isinstance(term, str) or not hasattr(term, "__len__") or len(term) != 2]:
+        raise ValueError(f"combine takes pairs (weight, loss), one after the other, got {wrong[0]!r}")
     losses = [(weight, get(loss)) for weight, loss in terms]
     arrays = [_arrays(loss) for _, loss in losses]
     signature = _union(arrays)
 
     def combined(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
-        return sum(
+        values = [
             weight * loss(**{name: given[name] for name in named if name in given})
             for (weight, loss), named in zip(losses, arrays, strict=True)
-        )
+        ]
+        chex.assert_equal_shape(values)
+        return sum(values)
 
     combined.__signature__ = signature  # type: ignore[attr-defined]
     combined.reads = frozenset().union(*(reads(loss) for _, loss in losses))  # type: ignore[attr-defined]

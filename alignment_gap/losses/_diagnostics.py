@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from alignment_gap.losses._checks import as_float32_like
+from alignment_gap.losses._checks import as_preference
 from alignment_gap.losses._pairs import log_ratios
 from alignment_gap.losses._shapes import Array, Float
 
@@ -41,7 +41,7 @@ def pairwise_diagnostics(
       AssertionError: shapes or types do not fit.
     """
     chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    preference = as_float32_like(1.0 if preference is None else preference, chosen.shape)
+    preference = as_preference(preference, chosen.shape)
     agreement = 0.5 * (1.0 + jnp.sign(chosen - rejected))
     return {
         "margin": chosen - rejected,

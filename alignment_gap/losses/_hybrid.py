@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from alignment_gap.losses._checks import check_between
 from alignment_gap.losses._pairwise import dpo
 from alignment_gap.losses._registry import register
 from alignment_gap.losses._regularizers import online_kl
@@ -47,5 +49,6 @@ def hypo(
       ValueError: a setting is out of range.
       AssertionError: shapes or types do not fit.
     """
+    check_between(0.0, math.inf, kl_weight=kl_weight)
     contrast = dpo(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, preference, beta=beta)
     return contrast + kl_weight * online_kl(fresh_logps, ref_fresh_logps)

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from alignment_gap.losses._shapes import Array, Float
 
 # exp(60) is 1e26; the product with any log-ratio is still finite in float32.
-_LIMIT = 60.0
+LIMIT = 60.0
 
 
 def tangent_exp(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """exp(x), continued by its tangent above 60: convex and increasing, never infinite."""
-    return jnp.exp(jnp.minimum(x, _LIMIT)) * (1.0 + jnp.maximum(x - _LIMIT, 0.0))
+    return jnp.exp(jnp.minimum(x, LIMIT)) * (1.0 + jnp.maximum(x - LIMIT, 0.0))
 
 
 def tangent_expm1(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """exp(x) - 1 without cancellation near 0, continued by its tangent above 60."""
-    return jnp.expm1(jnp.minimum(x, _LIMIT)) + jnp.exp(_LIMIT) * jnp.maximum(x - _LIMIT, 0.0)
+    return jnp.expm1(jnp.minimum(x, LIMIT)) + jnp.exp(LIMIT) * jnp.maximum(x - LIMIT, 0.0)
 
 
 def log1mexp(x: Float[Array, "*B"]) -> Float[Array, "*B"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from alignment_gap.losses._checks import OverTokens, as_counts, as_float32, as_float32_like, check_choice
+from alignment_gap.losses._checks import OverTokens, as_counts, as_float32, as_preference, check_choice
 from alignment_gap.losses._shapes import Array, Float, Int
 
 Pair = tuple[Float[Array, "*B"], Float[Array, "*B"]]
@@ -47,7 +47,7 @@ def expected(
     """The expected loss over the label: p loss(margin) + (1 - p) loss(-margin), where p is the preference."""
     if preference is None:
         return loss(margin)
-    preference = as_float32_like(preference, margin.shape)
+    preference = as_preference(preference, margin.shape)
     return preference * loss(margin) + (1.0 - preference) * loss(-margin)
 
 
@@ -58,7 +58,7 @@ def expected_over_sides(
     chosen, rejected = pair
     if preference is None:
         return loss(chosen, rejected)
-    preference = as_float32_like(preference, chosen.shape)
+    preference = as_preference(preference, chosen.shape)
     return preference * loss(chosen, rejected) + (1.0 - preference) * loss(rejected, chosen)
 
 

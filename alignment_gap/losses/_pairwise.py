@@ -6,14 +6,15 @@ w = log pi(y_w) / ref(y_w) and l = log pi(y_l) / ref(y_l), and the margin h = w 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from alignment_gap.losses._checks import OverTokens, as_float32_like, check_choice, check_positive
-from alignment_gap.losses._numerics import tangent_exp, tangent_expm1
+from alignment_gap.losses._checks import OverTokens, as_preference, check_between, check_choice, check_positive
+from alignment_gap.losses._numerics import LIMIT, tangent_exp, tangent_expm1
 from alignment_gap.losses._pairs import excess_length, expected, log_ratios, over_tokens_of
 from alignment_gap.losses._registry import register
 from alignment_gap.losses._shapes import Array, Float, Int
@@ -162,7 +163,7 @@ def ipo_md(
     """
     check_positive(beta=beta)
     chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    p = as_float32_like(1.0 if preference is None else preference, chosen.shape)
+    p = as_preference(preference, chosen.shape)
     return jnp.square(chosen - rejected - (2.0 * p - 1.0) / (2.0 * beta))
 
 
@@ -331,7 +332,7 @@ def exo(
         raise ValueError(f"label_smoothing must be in (0, 0.5), got {label_smoothing}")
     chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     z = beta * (chosen - rejected)
-    p = as_float32_like(1.0 if preference is None else preference, z.shape)
+    p = as_preference(preference, z.shape)
     p = (1.0 - label_smoothing) * p + label_smoothing * (1.0 - p)
     return jax.nn.sigmoid(z) * (jax.nn.log_sigmoid(z) - jnp.log(p)) + jax.nn.sigmoid(-z) * (
         jax.nn.log_sigmoid(-z) - jnp.log1p(-p)
@@ -430,6 +431,10 @@ def chi_po(
       AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
+    check_between(0.0, math.inf, gamma=gamma)
+    check_between(0.0, LIMIT, max_log_ratio=max_log_ratio)
+    if max_margin is not None:
+        check_positive(max_margin=max_margin)
     chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
 
     def phi(log_ratio: Float[Array, "*B"]) -> Float[Array, "*B"]:

@@ -9,12 +9,14 @@ advantages. Samples of another policy:
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
+import chex
 import jax.numpy as jnp
 from jax import lax
 
-from alignment_gap.losses._checks import as_float32, as_mask, check_choice, check_group
+from alignment_gap.losses._checks import as_float32, as_mask, check_between, check_choice, check_group
 from alignment_gap.losses._numerics import masked_mean, masked_sum, tangent_exp
 from alignment_gap.losses._registry import OWN_SAMPLES, SAMPLER_LOG_PROBS, WIDTH, register
 from alignment_gap.losses._regularizers import kl_estimate
@@ -50,7 +52,7 @@ def reinforce(
       float32 [*B].
 
     Raises:
-      ValueError: the reference is missing.
+      ValueError: the reference is missing, or beta is out of range.
       AssertionError: shapes or types do not fit.
     """
     logps, rewards = _penalized(logps, scores, ref_logps, beta)
@@ -89,11 +91,13 @@ def rloo(
       float32 [*B].
 
     Raises:
-      ValueError: the reference is missing, or K is 1.
+      ValueError: the reference is missing, a setting is out of range, or K is 1.
       AssertionError: shapes or types do not fit.
     """
     logps, rewards = _penalized(logps, scores, ref_logps, beta)
     check_group(logps)
+    if clip is not None:
+        check_between(0.0, 1.0, clip=clip)
     size = logps.shape[-1]
     advantages = (rewards - jnp.mean(rewards, axis=-1, keepdims=True)) * (size / (size - 1))
     if old_logps is None:
@@ -123,6 +127,7 @@ def nash_md(
       float32 [*B].
 
     Raises:
+      ValueError: beta is out of range.
       AssertionError: shapes or types do not fit.
     """
     logps, advantages = _penalized(logps, scores, ref_logps, beta)
@@ -220,6 +225,8 @@ def dr_grpo(
     """
     (scores,) = as_float32(scores)
     check_group(scores)
+    if max_length is not None:
+        check_between(1, math.inf, max_length=max_length)
     centred = scores - jnp.mean(scores, axis=-1, keepdims=True)
     per_token = _clipped(token_logps, centred[..., None], mask, old_token_logps, clip, clip_high)
     per_token += _penalty(token_logps, ref_token_logps, mask, beta)
@@ -243,7 +250,7 @@ def ppo_clip(
     arXiv 1707.06347. Mean over each response's tokens, then over K; for the sum, multiply by the lengths.
 
     Args:
-      token_logps: [*B, K, T], log-probs of the tokens under the policy, in nats.
+      token_logps: [*B, K, T], log-probs of the tokens under the policy, in nats; K is at least 2.
       scores: [*B, K], rewards.
       mask: [*B, K, T], true at scored tokens.
       old_token_logps: [*B, K, T], log-probs under the policy that sampled; None uses the policy itself, so q = 1.
@@ -253,9 +260,11 @@ def ppo_clip(
       float32 [*B].
 
     Raises:
+      ValueError: a setting is out of range, or K is 1.
       AssertionError: shapes or types do not fit.
     """
     (scores,) = as_float32(scores)
+    check_group(scores)
     centred = scores - jnp.mean(scores, axis=-1, keepdims=True)
     per_token = _clipped(token_logps, centred[..., None], mask, old_token_logps, clip, clip_high)
     return jnp.mean(masked_mean(per_token, mask), axis=-1)
@@ -263,6 +272,7 @@ def ppo_clip(
 
 def _penalized(logps: Array, scores: Array, ref_logps: Array | None, beta: Any) -> tuple[Array, Array]:
     """The log-probs, and the scores minus each sample's KL penalty, both in float32."""
+    check_between(0.0, math.inf, beta=beta)
     if ref_logps is None:
         if not isinstance(beta, int | float) or beta != 0:
             raise ValueError("ref_logps is needed where beta is not 0")
@@ -285,10 +295,14 @@ def _clipped(
     clip_high: float | None,
 ) -> Float[Array, "*B K T"]:
     """The clipped surrogate of every token; the advantages are broadcast over tokens."""
+    check_between(0.0, 1.0, clip=clip)
+    if clip_high is not None:
+        check_between(0.0, math.inf, clip_high=clip_high)
     if old_token_logps is None:
         old_token_logps = token_logps
     token_logps, old_token_logps = as_float32(token_logps, old_token_logps)
     mask = as_mask(mask, token_logps.shape)
+    chex.assert_shape(advantages, (*token_logps.shape[:-1], 1))
     # The mask comes before the exponential, so that values at padding affect neither the result nor the gradient.
     log_ratios = jnp.where(mask, token_logps - lax.stop_gradient(old_token_logps), 0.0)
     return _surrogate(log_ratios, advantages, clip, clip if clip_high is None else clip_high)
@@ -306,8 +320,10 @@ def _surrogate(
 
 def _penalty(token_logps: Array, ref_token_logps: Array | None, mask: Array, beta: Any) -> Array:
     """beta times the k3 estimate of every token."""
+    check_between(0.0, math.inf, beta=beta)
     if isinstance(beta, int | float) and beta == 0:
         return jnp.zeros(token_logps.shape, jnp.float32)
     if ref_token_logps is None:
         raise ValueError("ref_token_logps is needed where beta is not 0")
+    token_logps, ref_token_logps = as_float32(token_logps, ref_token_logps)
     return beta * kl_estimate(jnp.where(mask, token_logps, 0.0), jnp.where(mask, ref_token_logps, 0.0))

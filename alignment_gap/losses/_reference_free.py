@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 
-from alignment_gap.losses._checks import OverTokens, check_positive
+from alignment_gap.losses._checks import OverTokens, check_between, check_positive
 from alignment_gap.losses._numerics import log1mexp
 from alignment_gap.losses._pairs import Pair, as_pair, excess_length, expected, expected_over_sides, over_tokens_of
 from alignment_gap.losses._registry import register
@@ -77,8 +78,10 @@ def orpo(
       float32 [*B].
 
     Raises:
+      ValueError: a setting is out of range.
       AssertionError: shapes or types do not fit.
     """
+    check_between(0.0, math.inf, beta=beta)
     pair = _means(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
 
     def loss(better: Float[Array, "*B"], worse: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -126,6 +129,7 @@ def cpo(
       AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
+    check_between(0.0, math.inf, sft_weight=sft_weight)
     pair = chosen, rejected = as_pair(chosen_logps, rejected_logps)
     margin = beta * (chosen - rejected)
     if length_penalty:

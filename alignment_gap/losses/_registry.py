@@ -84,6 +84,8 @@ def get(loss: str | Loss, **settings: Any) -> Loss:
     Raises:
       ValueError: there is no such loss, or the loss has no such setting. The message gives the nearest valid name.
     """
+    if not isinstance(loss, str) and not callable(loss):
+        raise ValueError(f"loss is {loss!r}: give a name, module:function, or a callable")
     function, preset = _found(loss) if isinstance(loss, str) else (loss, {})
     settings = {**preset, **settings}
     _check_settings(function, settings)
@@ -113,6 +115,8 @@ def reads(loss: Loss) -> frozenset[str]:
             layer = layer.__wrapped__
         said = getattr(layer, "reads", None) if said is None else said
     found = said({**_defaults(layer), **settings}) if callable(said) else said or ()
+    if isinstance(found, str):
+        raise ValueError(f"reads is {found!r}: give a collection, such as ({found!r},)")
     for each in found:
         check_choice("reads", each, _READS)
     return frozenset(found)

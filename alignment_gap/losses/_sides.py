@@ -5,13 +5,14 @@ As in `_pairwise`, w and l are the log-ratios of the chosen and the rejected res
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alignment_gap.losses._checks import as_float32, as_float32_like, check_choice, check_positive
+from alignment_gap.losses._checks import as_float32, as_preference, check_between, check_choice, check_positive
 from alignment_gap.losses._pairs import expected_over_sides, log_ratios
 from alignment_gap.losses._registry import OTHER_PROMPTS, register
 from alignment_gap.losses._shapes import Array, Float
@@ -135,7 +136,7 @@ def sppo(
     """
     check_positive(beta=beta)
     chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    target = (as_float32_like(1.0 if preference is None else preference, chosen.shape) - 0.5) / beta
+    target = (as_preference(preference, chosen.shape) - 0.5) / beta
     return jnp.square(chosen - target) + jnp.square(rejected + target)
 
 
@@ -238,7 +239,7 @@ def aot(
       chosen_logps, rejected_logps: [*B], token-summed log-probs under the policy, in nats.
       ref_chosen_logps, ref_rejected_logps: [*B], the same under the reference.
       beta: strength of the KL regularisation, in rewards per nat.
-      label_smoothing: probability e that a label is wrong.
+      label_smoothing: probability e that a label is wrong, below 1/2.
       coupling: "paired" or "unpaired".
 
     Returns:
@@ -249,6 +250,8 @@ def aot(
       AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     check_choice("coupling", coupling, ("paired", "unpaired"))
     chosen, rejected, ref_chosen, ref_rejected = as_float32(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
@@ -294,10 +297,13 @@ def kto(
       float32 [*B], one value per response.
 
     Raises:
-      ValueError: a setting is out of range.
+      ValueError: a setting is out of range, or only one of the two KL arrays is given.
       AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
+    check_between(0.0, math.inf, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    if (kl_logps is None) != (ref_kl_logps is None):
+        raise ValueError("kl_logps and ref_kl_logps belong together: give both, or none")
     logps, ref_logps, scores = as_float32(logps, ref_logps, scores)
     ratio = logps - ref_logps
     baseline = ratio

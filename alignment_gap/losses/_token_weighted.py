@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import lax
 
-from alignment_gap.losses._checks import as_float32, as_mask, check_choice
+from alignment_gap.losses._checks import as_float32, as_mask, check_between, check_choice
 from alignment_gap.losses._numerics import masked_mean, masked_sum, tangent_exp
 from alignment_gap.losses._pairwise import dpo
 from alignment_gap.losses._registry import LOG_COLLISIONS, register
@@ -49,6 +49,7 @@ def ld_dpo(
       ValueError: a setting is out of range.
       AssertionError: shapes or types do not fit.
     """
+    check_between(0.0, 1.0, alpha=alpha)
     chosen = as_float32(chosen_token_logps, ref_chosen_token_logps)
     rejected = as_float32(rejected_token_logps, ref_rejected_token_logps)
     masks = as_mask(chosen_mask, chosen[0].shape), as_mask(rejected_mask, rejected[0].shape)

@@ -380,6 +380,14 @@ def arms_of(names: Sequence[str]) -> tuple[Arm, ...]:
             raise UserError(f"names has {name!r}, but there already is an arm {arm.name!r}: leave it out, or rename it")
         taken.add(arm.name)
         arms.append(arm)
+    known = [*table, *taken]
+    for arm in arms:
+        for contrast in arm.contrasts:
+            if contrast.other not in known:
+                raise UserError(
+                    f"the arm {arm.name!r} has a contrast with {contrast.other!r}, which is not an arm: "
+                    f"{nearest(contrast.other, known)}"
+                )
     return tuple(arms)
 
 

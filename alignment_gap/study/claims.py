@@ -82,6 +82,12 @@ class Claim:
     estimate: Estimate
     holds: tuple[float, float]
 
+    def __post_init__(self) -> None:
+        """Raises UserError if the range is empty."""
+        low, high = self.holds
+        if not low < high:
+            raise UserError(f"the claim {self.name!r} has holds={self.holds}: give the lower end first")
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:

@@ -151,8 +151,8 @@ def read_facts(folder: AnyPath) -> ReportContext:
 
 
 def peaks_text(results: Sequence[CheckpointResult]) -> str:
-    """The table of the peaks, for the terminal."""
-    rows = _peaks_table(results)
+    """The table of the peaks of the study's own size, for the terminal."""
+    rows = _peaks_table(Evidence(results).results)
     return text_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
@@ -193,7 +193,7 @@ def _page(
         curves=training,
         throughput=curves.throughput_table(context.training),
         fits=[_fit_row(*each) for each in fits],
-        peaks=_peaks_table(results),
+        peaks=_peaks_table(evidence.results),
         judges=_judges_table(context.judges),
         runs=_runs_table(results),
         # Prepared data is not prepared by `task`.

@@ -31,7 +31,7 @@ from alignment_gap.jobs.evaluate import named
 from alignment_gap.jobs.folder import Job, make
 from alignment_gap.jobs.prepare import PREPARE
 from alignment_gap.jobs.record import RECORD
-from alignment_gap.jobs.served import REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS, check_served
+from alignment_gap.jobs.served import REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS, check_runs, check_served
 from alignment_gap.judges import check_judge
 from alignment_gap.judges.rubric import RUBRIC
 from alignment_gap.models import count_parameters, make_policy, sizes
@@ -250,9 +250,10 @@ def checked_graph(config: StudyConfig, root: AnyPath) -> StudyGraph:
 
 
 def _check_loss(name: str, config: JobConfig) -> None:
-    """Raises UserError if an arm's source does not provide what its loss reads; a record has all its arrays."""
+    """Raises UserError if a loss does not run, or an arm's source lacks what it reads; a record has all its arrays."""
     is_stream = at(str(config.recorded.folder)).name == RECORD
     try:
+        check_runs(config, config.loss.function())
         check_served(config, config.loss.function(), (REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS) if is_stream else ())
     except UserError as error:
         raise UserError(f"{name}: {error}") from error

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from alignment_gap import losses
+from alignment_gap.checks import nearest
 from alignment_gap.data.batches.batch import PreferenceBatch, length_mask
 from alignment_gap.errors import UserError
 from alignment_gap.models import Adapters, Policy, PreferenceModel, score, score_with_collisions
@@ -28,6 +29,17 @@ UpdateStep = Callable[..., tuple[TrainState, Metrics]]
 
 # The log-prob in nats of responses in the empty slots of packed rows. Their losses are ignored, but must be finite.
 _EMPTY = -1.0
+_OF_RESPONSES = ("logps", "lengths", "token_logps", "mask", "log_collisions")
+INPUTS = frozenset(
+    (
+        *_OF_RESPONSES,
+        *(f"{side}_{name}" for side in ("chosen", "rejected") for name in _OF_RESPONSES),
+        *(f"ref_{side}{name}" for side in ("", "chosen_", "rejected_") for name in ("logps", "token_logps")),
+        *("scores", "preference", "old_logps", "old_token_logps"),
+        *(f"{reference}{other}_logps" for reference in ("", "ref_") for other in ("fresh", "kl")),
+    )
+)
+"""The names of all arrays that a loss may take: see `loss_inputs`; some batches lack some of them."""
 
 
 @runtime_checkable
@@ -308,7 +320,7 @@ def loss_inputs(
 
     compared = jnp.where(pick(scores, chosen) > pick(scores, rejected), 1.0, 0.5)
     inputs["preference"] = compared if rewards or samples > 2 else pick(scores, chosen)
-    of_policy = [name for name in ("logps", "lengths", "token_logps", "mask", "log_collisions") if name in inputs]
+    of_policy = [name for name in _OF_RESPONSES if name in inputs]
     for side, index in (("chosen", chosen), ("rejected", rejected)):
         inputs |= {f"{side}_{name}": pick(inputs[name], index) for name in of_policy}
         if reference is not None:
@@ -328,7 +340,7 @@ def apply_loss(loss: Callable[..., Array], inputs: dict[str, Array]) -> tuple[Ar
       [N].
 
     Raises:
-      UserError: the loss needs an array that is not there.
+      UserError: the loss needs an array that is not there, takes one that no batch has, or returns other values.
     """
     if missing := sorted(_required_inputs(loss) - inputs.keys()):
         batches, remedy = "this batch", ""
@@ -339,7 +351,13 @@ def apply_loss(loss: Callable[..., Array], inputs: dict[str, Array]) -> tuple[Ar
             f"{', '.join(sorted(inputs))}",
             page="jobs.md#which-source-serves-which-loss",
         )
+    if unknown := sorted(_arrays(loss) - INPUTS - inputs.keys()):
+        raise UserError(
+            f"the loss takes {unknown[0]}, which is no array of a batch: {nearest(unknown[0], sorted(INPUTS))} (a "
+            "setting goes behind a star, as in (logps, *, scale=1.0))"
+        )
     found = loss(**{name: inputs[name] for name in _accepted_inputs(loss, inputs)})
+    _check_values(found, inputs["scores"].shape)
     # A prompt that its judge gave no scores has no loss, whether the loss reads scores or not.
     scored = ~jnp.isnan(inputs["scores"]).any(axis=-1)
     return jnp.where(scored.reshape(-1, *[1] * (found.ndim - 1)), found, jnp.nan), diagnostics(inputs)
@@ -383,6 +401,24 @@ def _required_inputs(loss: Callable[..., Array]) -> set[str]:
         for name, parameter in _parameters(loss).items()
         if parameter.default is inspect.Parameter.empty and parameter.kind not in kinds
     }
+
+
+def _arrays(loss: Callable[..., Array]) -> set[str]:
+    """The parameters of a loss that are arrays: those that are not settings."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return {name for name, parameter in _parameters(loss).items() if parameter.kind is kind}
+
+
+def _check_values(found: Any, shape: tuple[int, ...]) -> None:
+    """Raises UserError unless a loss returned a float for each prompt, or for each response."""
+    is_float = isinstance(found, jax.Array) and jnp.issubdtype(found.dtype, jnp.floating)
+    if is_float and found.shape in (shape[:1], shape):
+        return
+    given = f"{found.dtype}{[*found.shape]}" if isinstance(found, jax.Array) else repr(found)
+    raise UserError(
+        f"the loss returns {given}: let it return a float for each prompt, {[*shape[:1]]} here, or for each response, "
+        f"{[*shape]}; the update takes the mean"
+    )
 
 
 def _accepted_inputs(loss: Callable[..., Array], inputs: dict[str, Array]) -> list[str]:

@@ -8,7 +8,7 @@ alignment-gap data vocabulary --source=harmless-base.train.jsonl.gz --bad_pairs=
 alignment-gap study --config=configs/study/hh.py --workdir=runs/hh --config.task.vocabulary=hh.model \
     --config.task.source.location=harmless-base.train.jsonl.gz
 alignment-gap study --config=configs/study/hh.py:helpful --workdir=runs/hh_helpful --config.task.vocabulary=hh.model \
-    --config.task.source.location=helpful-base.test.jsonl.gz
+    --config.task.source.location=helpful-base.test.jsonl.gz --config.sft.start=$(echo runs/hh/jobs/seed0-sft-*)
 """
 
 import dataclasses

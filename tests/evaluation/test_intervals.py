@@ -10,6 +10,7 @@ from scipy import stats
 from alignment_gap.evaluation.intervals import (
     Band,
     Interval,
+    Spread,
     mean_interval,
     over_groups,
     resampled_means,
@@ -247,6 +248,15 @@ def test_a_p_value_below_one_in_twenty_is_an_interval_that_excludes_the_limit(gr
 def test_an_estimate_without_any_error_excludes_all_but_itself():
     spread = spread_over_groups([np.full(9, 0.5)] * 3)
     assert (spread.p_value(0.5), spread.p_value(0.4), spread.detectable) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("groups", [2, 3, 5])
+def test_what_is_detectable_over_groups_is_found_four_times_out_of_five(groups):
+    """By simulation: Student's t of groups whose mean lies so many standard errors from the limit."""
+    values = np.random.default_rng(groups).normal(size=(40_000, groups)) / 2
+    distance = Spread(0.0, 0.0, 0.5 / math.sqrt(groups), groups).detectable
+    t = (values.mean(1) + distance) / (values.std(1, ddof=1) / math.sqrt(groups))
+    assert np.mean(t > stats.t.ppf(0.975, groups - 1)) == pytest.approx(0.8, abs=0.01)
 
 
 def test_what_is_detectable_is_found_four_times_out_of_five():

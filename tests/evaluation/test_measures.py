@@ -127,21 +127,18 @@ def test_a_policy_is_classified_by_hand(batching):
 
 
 def test_a_judge_agrees_with_labels_and_with_other_judges(batching):
-    """Agreement is 1 minus the difference:
-
-    1 for equal preferences, 0 for opposite ones, 0.5 if one of them is a tie.
-    """
+    """Agreement is 1 for the same preferred response, 0 for different ones, 0.5 if one or both are undecided."""
     pairs = dataclasses.replace(
-        host(make_batch(4)),
-        prompts=np.zeros((4, 6), np.int32),
-        responses=np.array([[[5], [2]], [[1], [4]], [[3], [3]], [[9], [1]]], np.int32),
-        response_lengths=np.ones((4, 2), np.int32),
-        scores=np.array([[1, 0], [1, 0], [1, 0], [0.5, 0.5]], np.float32),
+        host(make_batch(5)),
+        prompts=np.zeros((5, 6), np.int32),
+        responses=np.array([[[5], [2]], [[1], [4]], [[3], [3]], [[9], [1]], [[7], [7]]], np.int32),
+        response_lengths=np.ones((5, 2), np.int32),
+        scores=np.array([[0.8, 0.2], [1, 0], [1, 0], [0.5, 0.5], [0.5, 0.5]], np.float32),
     )
     others = {"odds": ODDS, "itself": SUMS}
     found = agreed(SUMS, others, batching, pairs, "probabilities")
     assert found.keys() == {"accuracy", "agreement.odds", "agreement.itself"}
-    np.testing.assert_array_equal(found["accuracy"], [1.0, 0.0, 0.5, 0.5])
-    np.testing.assert_array_equal(found["agreement.itself"], 1.0)
-    # The odds of 5 against 2 are 5 / 7, and so on.
-    np.testing.assert_allclose(found["agreement.odds"], [5 / 7, 1 - 1 / 5, 1.0, 9 / 10], rtol=1e-6)
+    np.testing.assert_array_equal(found["accuracy"], [1.0, 0.0, 0.5, 0.5, 0.5])
+    # Two equal responses leave every judge undecided, also beside itself.
+    np.testing.assert_array_equal(found["agreement.itself"], [1.0, 1.0, 0.5, 1.0, 0.5])
+    np.testing.assert_array_equal(found["agreement.odds"], [1.0, 1.0, 0.5, 1.0, 0.5])

@@ -79,5 +79,8 @@ def test_classification_by_hand():
     np.testing.assert_array_equal(found["accuracy"], [0.0, 0.0, 0.5, 0.0])
     np.testing.assert_array_equal(found["chosen_log_ratio"], [-1, -1, 1, 0])
     np.testing.assert_array_equal(found["rejected_log_ratio"], [2, 2, 1, 3])
+    tied = classification(reference + moves, reference, np.full((4, 2), 0.5, np.float32))
+    np.testing.assert_array_equal(tied["accuracy"], 0.5)
+    np.testing.assert_array_equal(tied["chosen_log_ratio"], [2, -1, 1, 3])
     flipped = classification(reference + moves, reference, scores[:, ::-1])
     np.testing.assert_array_equal(flipped["accuracy"], [1.0, 1.0, 0.5, 1.0])

@@ -1,6 +1,7 @@
 """Properties of every loss, for any numbers."""
 
 import inspect
+import math
 
 import hypothesis
 import jax
@@ -192,6 +193,64 @@ def test_shapes_and_types_are_checked_first(name):
         loss(logps, logps, logps, jnp.zeros(3, jnp.int32))
     with pytest.raises(ValueError, match="beta must be above 0"):
         losses.get(name, beta=0.0)(logps, logps, logps, logps)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        *(("dpo", "beta", value) for value in (math.inf, np.float32(-0.1), jnp.float32(0.0), "0.1", True)),
+        *(("chi_po", *each) for each in (("max_log_ratio", 61.0), ("max_margin", -1.0), ("gamma", -1.0))),
+        *(("grpo", *each) for each in (("clip", -0.2), ("clip", 2.0), ("clip_high", -0.1), ("beta", -1.0))),
+        *(("kto", f"{each}desirable_weight", -1.0) for each in ("", "un")),
+        *(
+            ("aot", "label_smoothing", 0.5),
+            ("ld_dpo", "alpha", -3.0),
+            ("orpo", "beta", -1.0),
+            ("cpo", "sft_weight", -1),
+        ),
+        *(("dr_grpo", "max_length", 0), ("rloo", "clip", 1.5), ("nash_md", "beta", -1.0), ("hypo", "kl_weight", -1.0)),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, setting, value):
+    with pytest.raises(ValueError, match=f"{setting} must be"):
+        losses.get(name, **{setting: value})(**arrays_for(losses.get(name), namespace(0), ("old_logps",)))
+
+
+@pytest.mark.parametrize("name", [*OF_MARGIN, *OF_SIDES, *BY_TARGET])
+def test_a_number_that_is_no_probability_is_no_preference(name):
+    """Such as a beta in its place."""
+    loss, logps = losses.get(name), jnp.zeros(3)
+    with pytest.raises(ValueError, match=r"preference must be in \[0, 1\], got 1.5"):
+        loss(logps, logps, logps, logps, 1.5)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "ppo_clip"])
+def test_scores_are_those_of_the_responses(name):
+    token_logps, mask = jnp.zeros((3, 2, 4)), jnp.ones((3, 2, 4), bool)
+    for scores in (jnp.ones((1, 2)), jnp.ones(2)):
+        with pytest.raises(AssertionError):
+            losses.get(name)(token_logps, scores, mask, token_logps)
+    with pytest.raises(ValueError, match="at least 2 responses a prompt"):
+        losses.get(name)(token_logps[:, :1], jnp.ones((3, 1)), mask[:, :1])
+    if name != "ppo_clip":
+        with pytest.raises(AssertionError):
+            losses.get(name, beta=0.1)(token_logps, jnp.ones((3, 2)), mask, None, token_logps[..., :1])
+
+
+def test_arrays_of_kto_s_threshold_belong_together():
+    z = jnp.zeros(3)
+    for one in ("kl_logps", "ref_kl_logps"):
+        with pytest.raises(ValueError, match="kl_logps and ref_kl_logps belong together"):
+            losses.kto(z, z, z, **{one: z})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_lists_are_no_arrays():
+    z = jnp.zeros(2)
+    with pytest.raises(AssertionError, match=r"an array is needed here, got \[-1.0, -2.0\]"):
+        losses.dpo([-1.0, -2.0], z, z, z)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "ppo_clip", "ld_dpo", "wpo"])

@@ -70,6 +70,9 @@ def test_aliases_compute_what_they_stand_for():
         (lambda: losses.ipo(*PAIR, over_tokens="average"), "over_tokens: unknown 'average'; valid: sum, mean"),
         (lambda: losses.dpo(*PAIR, label_smoothing=0.5), r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         (lambda: losses.combine(), "at least one"),
+        (lambda: losses.combine("dpo"), r"combine takes pairs \(weight, loss\), one after the other, got 'dpo'"),
+        (lambda: losses.combine([(1.0, "dpo"), (0.5, "ipo"), (0.5, "slic")]), "one after the other"),
+        (lambda: losses.get(None), "loss is None: give a name"),
         (lambda: losses.token_log_probs(PAIR[0][None], PAIR[0][None], jnp.array([0]), block_size=0), "block_size"),
     ],
 )
@@ -102,6 +105,12 @@ def test_combine_adds_and_unites_what_the_losses_name():
     gradient = jax.jit(jax.grad(lambda rejected: loss(PAIR[0], rejected, *PAIR[2:], jnp.zeros((1, 2))).sum()))(PAIR[1])
     # 0.5 * (1 - sigma(1)) - 2
     np.testing.assert_allclose(gradient, [-1.8655293], rtol=1e-6)
+
+
+def test_combined_losses_have_one_shape():
+    both = losses.combine((1.0, lambda logps: logps), (1.0, lambda logps: logps.mean(-1)))
+    with pytest.raises(AssertionError):
+        both(jnp.zeros((3, 2)))
 
 
 def test_combine_nests_with_traced_weights():
@@ -168,7 +177,10 @@ def test_a_loss_of_ones_own_says_what_it_reads_by_an_attribute():
     assert losses.reads(mine) == {losses.WIDTH}
     assert losses.reads(losses.get(mine, power=0)) == set()
     mine.reads = losses.WIDTH
-    with pytest.raises(ValueError, match="reads: unknown 'w'"):
+    with pytest.raises(ValueError, match=r"reads is 'width': give a collection, such as \('width',\)"):
+        losses.reads(mine)
+    mine.reads = ["widths"]
+    with pytest.raises(ValueError, match="reads: unknown 'widths'; did you mean 'width'"):
         losses.reads(mine)
 
 

@@ -90,7 +90,7 @@ def test_numbers_of_an_answer_by_hand():
     assert dataclasses.astuple(found.interval) == pytest.approx((0.2, 0.2 - half_width, 0.2 + half_width))
     assert found.p_value == pytest.approx(2 * stats.t.sf(0.2 / error, 2)) == pytest.approx(0.0742, abs=1e-4)
     assert found.adjusted == found.p_value
-    assert found.detectable == pytest.approx((stats.t.ppf(0.975, 2) + stats.t.ppf(0.8, 2)) * error)
+    assert stats.nct.sf(stats.t.ppf(0.975, 2), 2, found.detectable / error) == pytest.approx(0.8)
     assert found.reason == "the interval leaves both open"
 
 
@@ -189,10 +189,25 @@ def test_the_proxy_leads_by_its_accuracy_over_that_of_the_best_policy():
     proxy = checkpoint("proxy", 4, loss="preference", heldout_accuracy=0.85)
     lead = ProxyLead((ONLINE, OFFLINE), "heldout_accuracy")
     assert estimate(lead, [*results, proxy]) == {0: 0.25}
+    # A sweep counts by its best run.
+    better = checkpoint("offline", 1, beta=0.5, heldout_accuracy=0.8)
+    assert estimate(lead, [*results, better, proxy]) == {0: 0.05}
     with pytest.raises(NotMeasured, match="proxy was not trained, or its accuracy on held-out pairs"):
         lead(Evidence(results))
     with pytest.raises(NotMeasured, match="no seed has all"):
         lead(Evidence([*results, dataclasses.replace(proxy, seed=1)]))
+
+
+def test_the_best_of_many_runs_that_guess_does_not_look_better_than_guessing():
+    guesses = np.random.default_rng(0).integers(0, 2, (40, 400)).astype(float)
+    runs = [
+        dataclasses.replace(checkpoint("offline", 1, beta=0.1 * run), outcomes={"heldout_accuracy": guess})
+        for run, guess in enumerate(guesses, start=1)
+    ]
+    proxy = checkpoint("proxy", 4, loss="preference", size=400, heldout_accuracy=0.9)
+    assert guesses.mean(1).max() > 0.54
+    found = ProxyLead((OFFLINE,), "heldout_accuracy")(Evidence([*runs, proxy]))
+    assert found[0][0] == pytest.approx(0.4, abs=0.02)
 
 
 def swept(accuracies, win_rates):

@@ -14,6 +14,7 @@ from studies import unpacked
 
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation import charts
+from alignment_gap.sampling import SamplerConfig
 from alignment_gap.study import findings
 from alignment_gap.study.analysis import CheckpointResult
 from alignment_gap.study.arms import arms_of
@@ -21,7 +22,9 @@ from alignment_gap.study.claims import CLAIMS
 from alignment_gap.study.config import ArmsConfig, StudyConfig
 from alignment_gap.study.curves import TrainingRun
 from alignment_gap.study.estimates import Evidence
+from alignment_gap.study.graph import GOLDEN_HELD_OUT
 from alignment_gap.study.report import JudgeFacts, ReportContext, peaks_text, write_report
+from alignment_gap.study.results import notes_on
 
 # As the text of the page: the cells of a row follow one another.
 FACTS = [
@@ -330,6 +333,24 @@ def test_a_failure_leaves_the_finished_report(tmp_path, monkeypatch, undrawn):
 def test_no_checkpoints_is_the_users_to_mend(tmp_path):
     with pytest.raises(UserError, match="no evaluated checkpoints"):
         write_report(tmp_path, [], context())
+
+
+def test_peaks_are_those_of_the_study_s_own_size(tmp_path, undrawn):
+    other = [dataclasses.replace(result, size="large") for result in results(arms=("shuffled",))]
+    assert "shuffled" not in peaks_text([*results(), *other])
+    write_report(tmp_path, [*results(), *other], context())
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "Cross-fitted" in text and "IPOshuffled" not in text
+
+
+@pytest.mark.parametrize(
+    ("sampler", "is_told"),
+    [(SamplerConfig(), False), (SamplerConfig(weights_dtype="int8"), False), (SamplerConfig(top_p=0.9), True)],
+)
+def test_restricted_samples_are_told(sampler, is_told):
+    judges = [JudgeFacts(0, GOLDEN_HELD_OUT, {"the labels": 0.8})]
+    notes = notes_on(StudyConfig(sampler=sampler), judges)
+    assert any("temperature, top_k or top_p" in note for note in notes) == is_told
 
 
 def test_peaks_for_a_terminal():

@@ -33,7 +33,7 @@ from alignment_gap.training import (
     preference_objective,
     state_from_params,
 )
-from alignment_gap.training.update import _mean, _weights
+from alignment_gap.training.update import INPUTS, _mean, _weights
 
 BATCH = make_batch(8, vocabulary_size=16)
 # Enough for four microbatches on eight devices.
@@ -326,15 +326,12 @@ def test_every_loss_of_packed_rows_is_that_of_their_prompts_or_refused(unigram_b
 
 
 def test_a_loss_of_ones_own_is_given_what_it_names(unigram_batch):
-    """Settings keep their defaults.
-
-    Optional arrays are passed if they exist. Unknown names with defaults keep these.
-    """
+    """Settings keep their defaults. Optional arrays are passed if they exist."""
     seen = {}
 
-    def mine(chosen_logps, mask, ref_logps=None, something=None, *, strength=2.0):
+    def mine(chosen_logps, mask, ref_logps=None, old_logps=None, *, strength=2.0):
         seen.update(mask=mask, ref_logps=ref_logps)
-        assert something is None
+        assert old_logps is None
         return -strength * chosen_logps
 
     @jax.jit
@@ -399,6 +396,30 @@ def test_sampled_alignment_of_wpo_trains_as_its_weights_say(unigram_batch):
 def test_a_loss_that_asks_for_what_no_batch_has_is_refused(loss, message):
     with pytest.raises(UserError, match=message):
         policy_objective(UNIGRAM, loss)(PARAMS, BATCH, jnp.int32(0))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda chosen_logp=None: chosen_logp, r"takes chosen_logp, .*: did you mean chosen_logps\?"),
+        (lambda logps, beta=0.1: logps, r"takes beta, .* \(a setting goes behind a star"),
+        (lambda logps: logps.mean(), r"returns float32\[\]: let it return a float for each prompt, \[8\] here"),
+        (lambda logps: logps.astype(jnp.int32), r"returns int32\[8, 2\]"),
+        (lambda token_logps: token_logps, r"returns float32\[8, 2, \d\]"),
+        (lambda logps: None, "returns None"),
+    ],
+)
+def test_a_loss_of_other_arrays_or_values_is_refused(loss, message):
+    with pytest.raises(UserError, match=message):
+        policy_objective(UNIGRAM, loss)(PARAMS, BATCH, jnp.int32(0))
+
+
+def test_the_names_of_all_arrays_are_those_that_losses_take():
+    taken = set()
+    for name in losses.names():
+        taken |= {each.name for each in inspect.signature(losses.get(name)).parameters.values() if each.kind == 1}
+    assert taken <= INPUTS
+    assert loss_inputs(BATCH, jnp.zeros(BATCH.responses.shape)).keys() <= INPUTS
 
 
 def test_one_response_a_prompt_is_no_pair_of_itself():

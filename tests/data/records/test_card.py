@@ -47,7 +47,9 @@ def test_the_vocabulary_is_found_through_the_chain_and_must_be_the_same(make, tm
     with pytest.raises(UserError, match=rf"vocabulary {digest[:12]}, .*words.txt is \w+: give the dataset's own"):
         find_vocabulary(shuffled)
     words.unlink()
-    with pytest.raises(UserError, match=r"shuffled was .*words.txt: cannot read .* if it has moved, give its path with"):
+    with pytest.raises(
+        UserError, match=r"shuffled was .*words.txt: cannot read .* if it has moved, give its path with"
+    ):
         find_vocabulary(shuffled)
 
 
