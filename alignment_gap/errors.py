@@ -36,6 +36,20 @@ class StorageError(Exception):
         self.status = status
 
 
+def is_of_machine(error: BaseException | None) -> bool:
+    """Whether an error or one of its causes is no damage of a file: no memory, too many open files, a disk that fails.
+
+    Another attempt may succeed, or succeed elsewhere.
+    """
+    missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    while error is not None:
+        has_number = isinstance(error, OSError) and error.errno is not None and not isinstance(error, missing)
+        if has_number or isinstance(error, MemoryError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error or one of its causes is a full disk; tensorstore reports it in the text of another error."""
     while error is not None:

@@ -116,7 +116,13 @@ def read_config(values: flags.FlagValues, cls: type[Config], short: Mapping[str,
         for group in groups:
             place = place.setdefault(group, {})
         place[leaf] = _value(values[name].value, hint, name)
-    return from_dict(cls, tree, path="--")
+    try:
+        return from_dict(cls, tree, path="--")
+    except UserError as error:
+        names = {path: flag_name(path, short) for path, *_ in _settings(cls, "")}
+        # An error has the path of its setting, such as --limits.prompt_length, whose flag may be shorter.
+        line = re.sub(r"^--([\w.]+)", lambda found: f"--{names.get(found[1], found[1])}", str(error))
+        raise UserError(line, may_change=error.may_change, page=error.page) from error
 
 
 def define_shared(values: flags.FlagValues) -> None:

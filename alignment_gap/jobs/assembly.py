@@ -459,5 +459,9 @@ def samples_kept(online: OnlineConfig) -> int:
 
 
 def gives_rewards(online: OnlineConfig) -> bool:
-    """Whether scores of an online source only compare responses: rewards, or win rates among more than two samples."""
-    return online.judge.labels == REWARDS or (online.samples > 2 and online.against == "each_other")
+    """Whether scores of an online source only compare responses, and are no probabilities that one beats the other.
+
+    These are rewards, win rates among more than two samples, and chances to beat a sample of the mixture.
+    """
+    compared = samples_kept(online) > 1 if online.against == "mixture" else online.samples > 2
+    return online.judge.labels == REWARDS or compared

@@ -21,7 +21,7 @@ from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import prompt_id
-from alignment_gap.data.text import Vocabulary, load_vocabulary, prompt_ids
+from alignment_gap.data.text import EncodingError, Vocabulary, load_vocabulary, prompt_ids
 from alignment_gap.data.text.chat import PLAIN, Messages, Template, folder_template, load_template, messages_of
 from alignment_gap.data.text.pair import BadPair, Malformed
 from alignment_gap.errors import UserError
@@ -189,9 +189,9 @@ def _encode(
             prompt = template.render(messages_of(messages, "prompt"), ask=True)
         if not isinstance(prompt, str):
             raise UserError(f"{where} holds messages, and the run has no chat template: give template")
-    except (BadPair, Malformed) as problem:
+        return np.array(prompt_ids(prompt, vocabulary, ends), np.int32)
+    except (BadPair, Malformed, EncodingError) as problem:
         raise UserError(f"{where}: {': '.join(filter(None, problem.args))}") from None
-    return np.array(prompt_ids(prompt, vocabulary, ends), np.int32)
 
 
 def _prompts(place: str | None, encode: Encode, conversation: list[dict[str, str]] | None) -> Iterator[np.ndarray]:
@@ -216,7 +216,10 @@ def _prompts(place: str | None, encode: Encode, conversation: list[dict[str, str
             f"prompts is {place!r}: give a dataset's folder or a file of prompts, or leave it out to type them"
         )
     else:
-        yield from itertools.starmap(encode, _lines(at(place)))
+        lines = list(_lines(at(place)))
+        if not lines:
+            raise UserError(f"{place} holds no prompt: write one on each line")
+        yield from itertools.starmap(encode, lines)
 
 
 def _lines(path: AnyPath) -> Iterator[tuple[str | Messages, str]]:

@@ -14,6 +14,7 @@ from alignment_gap import losses
 from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, OnlineConfig, SourceConfig
+from alignment_gap.judges import REWARDS
 from alignment_gap.training import apply_loss, loss_inputs
 
 # Names of a batch's optional arrays on a dataset's card.
@@ -117,8 +118,8 @@ def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection
             f"the loss {name} needs samples of the policy with the sampler's log-probs, but {source.folder} has no "
             "such log-probs: train online, or on the record of an online run"
         )
-    for each in (source, config.fresh):
-        _check_online(name, reads, each)
+    # A loss that reads a second source needs only that one to be the policy's.
+    _check_online(name, reads, config.fresh if wants_fresh else source)
     if losses.OTHER_PROMPTS in reads and config.recorded.packing is not None:
         raise UserError(
             f"with the loss {name}, a prompt's loss depends on the batch's other prompts, but packed rows have empty "
@@ -143,3 +144,12 @@ def _check_online(name: str, reads: Collection[str], source: SourceConfig | None
                 f"the loss {name} is only right for samples of the current policy: leave mixture={source.mixture} out, "
                 "or set against to 'mixture', so that only the opponents are drawn from the mixture"
             )
+        if source.sampler.restricts:
+            raise UserError(
+                f"the loss {name} is only right for samples of the current policy, but the sampler has a temperature, "
+                "top_k or top_p: leave them out, or choose a loss with an importance ratio, such as rloo"
+            )
+    if isinstance(source, OnlineConfig) and losses.PROBABILITIES in reads and source.judge.labels == REWARDS:
+        raise UserError(
+            f"the loss {name} reads scores as probabilities, but judge.labels is 'rewards': set it to 'hard' or 'soft'"
+        )

@@ -7,12 +7,12 @@ from typing import Any
 
 from alignment_gap.losses._checks import check_between
 from alignment_gap.losses._pairwise import dpo
-from alignment_gap.losses._registry import register
+from alignment_gap.losses._registry import OWN_SAMPLES, register
 from alignment_gap.losses._regularizers import online_kl
 from alignment_gap.losses._shapes import Array, Float
 
 
-@register()
+@register(reads=(OWN_SAMPLES,))
 def hypo(
     chosen_logps: Float[Array, "*B"],
     rejected_logps: Float[Array, "*B"],

@@ -18,7 +18,7 @@ from jax import lax
 
 from alignment_gap.losses._checks import as_float32, as_mask, check_between, check_choice, check_group
 from alignment_gap.losses._numerics import masked_mean, masked_sum, tangent_exp
-from alignment_gap.losses._registry import OWN_SAMPLES, SAMPLER_LOG_PROBS, WIDTH, register
+from alignment_gap.losses._registry import OWN_SAMPLES, PROBABILITIES, SAMPLER_LOG_PROBS, WIDTH, register
 from alignment_gap.losses._regularizers import kl_estimate
 from alignment_gap.losses._shapes import Array, Bool, Float
 
@@ -52,10 +52,12 @@ def reinforce(
       float32 [*B].
 
     Raises:
-      ValueError: the reference is missing, or beta is out of range.
+      ValueError: the reference is missing, beta is out of range, or K is 1 and there is no baseline.
       AssertionError: shapes or types do not fit.
     """
     logps, rewards = _penalized(logps, scores, ref_logps, beta)
+    if baseline is None:
+        check_group(logps)
     mean = jnp.mean(rewards, axis=-1, keepdims=True)
     return _score_function(logps, rewards - (mean if baseline is None else baseline))
 
@@ -106,7 +108,7 @@ def rloo(
     return jnp.mean(_surrogate(logps - lax.stop_gradient(old_logps), advantages, clip, clip), axis=-1)
 
 
-@register(reads=(OWN_SAMPLES,))
+@register(reads=(OWN_SAMPLES, PROBABILITIES))
 def nash_md(
     logps: Float[Array, "*B K"], ref_logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, beta: Any = 0.1
 ) -> Float[Array, "*B"]:

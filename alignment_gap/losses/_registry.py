@@ -25,7 +25,9 @@ SAMPLER_LOG_PROBS = "sampler log-probs"
 OWN_SAMPLES = "own samples"
 # The loss needs log sum_v pi(v)^2 at every token.
 LOG_COLLISIONS = "log collisions"
-_READS = (OTHER_PROMPTS, WIDTH, SAMPLER_LOG_PROBS, OWN_SAMPLES, LOG_COLLISIONS)
+# The loss reads scores as probabilities, not as rewards.
+PROBABILITIES = "probabilities"
+_READS = (OTHER_PROMPTS, WIDTH, SAMPLER_LOG_PROBS, OWN_SAMPLES, LOG_COLLISIONS, PROBABILITIES)
 
 # The names that `get` accepts; each maps to its loss and its preset settings.
 _REGISTRY: dict[str, tuple[Loss, Settings]] = {}
@@ -95,7 +97,8 @@ def get(loss: str | Loss, **settings: Any) -> Loss:
 def reads(loss: Loss) -> frozenset[str]:
     """What a loss reads beyond the arrays of its own prompt.
 
-    The result holds any of `OTHER_PROMPTS`, `WIDTH`, `SAMPLER_LOG_PROBS`, `OWN_SAMPLES` and `LOG_COLLISIONS`.
+    The result holds any of `OTHER_PROMPTS`, `WIDTH`, `SAMPLER_LOG_PROBS`, `OWN_SAMPLES`, `LOG_COLLISIONS` and
+    `PROBABILITIES`.
 
     Args:
       loss: from `get` or `combine`, also wrapped in `jax.jit`. A callable of your own declares it in an attribute

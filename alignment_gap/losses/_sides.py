@@ -14,7 +14,7 @@ from jax import lax
 
 from alignment_gap.losses._checks import as_float32, as_preference, check_between, check_choice, check_positive
 from alignment_gap.losses._pairs import expected_over_sides, log_ratios
-from alignment_gap.losses._registry import OTHER_PROMPTS, register
+from alignment_gap.losses._registry import OTHER_PROMPTS, PROBABILITIES, register
 from alignment_gap.losses._shapes import Array, Float
 
 
@@ -264,7 +264,7 @@ def aot(
     return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(z) - label_smoothing * jax.nn.log_sigmoid(-z)
 
 
-@register(reads=(OTHER_PROMPTS,))
+@register(reads=(OTHER_PROMPTS, PROBABILITIES))
 def kto(
     logps: Float[Array, "*B"],
     ref_logps: Float[Array, "*B"],

@@ -56,6 +56,11 @@ class SamplerConfig:
     prompt_cache_dtype: str | None = None
     weights_dtype: str | None = None
 
+    @property
+    def restricts(self) -> bool:
+        """Whether samples come from another distribution than the policy: by a temperature, top_k or top_p."""
+        return self.temperature != 1.0 or self.top_k is not None or (self.top_p or 1.0) < 1.0
+
     def __post_init__(self) -> None:
         """Raises UserError if a setting is out of range."""
         if not 0 < self.temperature < float("inf"):
@@ -112,11 +117,14 @@ class _Decoding(NamedTuple):
 def sample_keys(run_key: Key[Array, ""], steps: Int[Array, "*B"], prompt_ids: Int[Array, "B"], samples: int) -> Any:
     """One random key for each prompt and sample [B, K]; the keys depend only on run, step and prompt id.
 
-    So any batch can be drawn again. Neither the order of the prompts nor the mesh changes the samples. `steps` is the
-    step of all prompts, or one step for each.
+    So any batch can be drawn again. Neither the order of the prompts nor the mesh changes the samples. If a step has a
+    prompt several times, each of its places has its own samples. `steps` is the step of all prompts, or one for each.
     """
-    step_keys = jax.vmap(jax.random.fold_in, (None, 0))(run_key, jnp.broadcast_to(steps, prompt_ids.shape))
+    steps = jnp.broadcast_to(steps, prompt_ids.shape)
+    step_keys = jax.vmap(jax.random.fold_in, (None, 0))(run_key, steps)
     prompt_keys = jax.vmap(jax.random.fold_in)(step_keys, prompt_ids)
+    earlier = jnp.tril((prompt_ids[:, None] == prompt_ids) & (steps[:, None] == steps), -1).sum(1)
+    prompt_keys = jnp.where(earlier > 0, jax.vmap(jax.random.fold_in)(prompt_keys, earlier), prompt_keys)
     return jax.vmap(lambda key: jax.random.split(key, samples))(prompt_keys)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from alignment_gap.checks import nearest
 from alignment_gap.errors import UserError
 from alignment_gap.sharding.rules import AXES, LAYOUTS, Rules
 
@@ -67,7 +68,10 @@ class MeshConfig:
     def all_rules(self) -> Rules:
         """The config's own rules, then the layout's rules; raises UserError for an unknown mesh axis."""
         self._check()
+        known = {name for layout in LAYOUTS.values() for name, _ in layout.rules}
         for name, axes in self.rules.items():
+            if name not in known:
+                raise UserError(f"mesh.rules has {name!r}, which is no logical axis: {nearest(name, sorted(known))}")
             unknown = set((axes,) if isinstance(axes, str) else axes or ()) - set(AXES)
             if unknown:
                 raise UserError(f"mesh rule {name}={axes!r}: a mesh has the axes {', '.join(AXES)}; None is whole")

@@ -373,7 +373,7 @@ def arms_of(names: Sequence[str]) -> tuple[Arm, ...]:
     table, taken = {arm.name: arm for arm in ARMS}, {*NO_ARMS}
     arms = []
     for name in names:
-        arm = load_named(name, "arm") if ":" in name else table.get(name)
+        arm = load_named(name, "names: the arm") if ":" in name else table.get(name)
         if not isinstance(arm, Arm):
             raise UserError(f"names has {name!r}, which is not an arm: {nearest(name, table)}")
         if arm.name in taken:

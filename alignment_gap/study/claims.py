@@ -118,7 +118,7 @@ class Answer:
 
 def claims_of(names: Sequence[str]) -> tuple[Claim, ...]:
     """The paper's claims, and the claims with these names ("module:object"); raises UserError if one is not a claim."""
-    further = [load_named(name, "claim") for name in names if ":" in name]
+    further = [load_named(name, "claims: the claim") for name in names if ":" in name]
     wrong = [name for name in names if ":" not in name]
     wrong += [name for name, claim in zip(names, further, strict=False) if not isinstance(claim, Claim)]
     if wrong:

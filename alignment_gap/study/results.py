@@ -160,8 +160,7 @@ def notes_on(config: StudyConfig, judges: Sequence[JudgeFacts]) -> list[str]:
             f"The golden model agrees with held-out human labels on {worst:.0%} of pairs; guessing gives 50 %. So win "
             "rates by it show what it learned to like, and say little about what people prefer."
         )
-    sampler = config.sampler
-    if (sampler.temperature, sampler.top_k, sampler.top_p) != (1.0, None, None):
+    if config.sampler.restricts:
         notes.append(
             "Samples are drawn with a temperature, top_k or top_p, and win rates are those of such samples. KL is that "
             "of the policies themselves along these samples: arms of equal KL may differ in the KL of what they sample."

@@ -26,7 +26,7 @@ from alignment_gap.checkpoints.digest import json_digest, params_digest
 from alignment_gap.checkpoints.layout import DIGESTS, METADATA, NETWORK, PARAMS, first_line, open_store
 from alignment_gap.checkpoints.network import to_json
 from alignment_gap.checkpoints.tensors import shapes_of
-from alignment_gap.errors import StorageError, UserError, is_disk_full
+from alignment_gap.errors import StorageError, UserError, is_disk_full, is_of_machine
 from alignment_gap.folders import AnyPath, at, remove_folder
 from alignment_gap.models import Policy, PreferenceModel, merged
 from alignment_gap.models.quantized import INT8, is_quantized, quantize
@@ -265,8 +265,12 @@ class Checkpoints:
         except (jax.errors.JaxRuntimeError, StorageError):
             raise  # An error of the device, such as no memory left, or of the connection to a bucket.
         except Exception as error:  # For a damaged file, Orbax may raise anything, even a bare Exception.
+            if is_of_machine(error):
+                raise
             restored, reason = None, first_line(error) or type(error).__name__
-        reason = first_reason(reason) or self._difference(step, {name: restored[name] for name in items})
+        # Digests are computed by all processes or by none.
+        reason = first_reason(reason)
+        reason = reason or first_reason(self._difference(step, {name: restored[name] for name in items}))
         if reason:
             raise DamagedCheckpoint(
                 f"{self.folder}/{step} cannot be restored ({reason}): it is damaged or of another model"
@@ -288,7 +292,9 @@ class Checkpoints:
         """The custom metadata of a step's checkpoint; None if they cannot be read."""
         try:
             return json.loads((self.folder / str(step) / METADATA).read_text())["custom_metadata"] or {}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if is_of_machine(error):
+                raise
             return None
 
 

@@ -382,9 +382,10 @@ def diagnostics(inputs: dict[str, Array]) -> dict[str, Array]:
     """Health metrics of a run for each prompt: log-ratios to the reference in nats, accuracy, length."""
     values = {"length": inputs["lengths"].mean(-1), "log_prob": inputs["logps"].mean(-1)}
     if "ref_chosen_logps" in inputs:
-        pair = losses.pairwise_diagnostics(
-            inputs["chosen_logps"], inputs["rejected_logps"], inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        )
+        names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+        # The chosen response is the one that the label prefers; a label may also leave the pair undecided.
+        decided = jnp.where(inputs["preference"] == 0.5, 0.5, 1.0)
+        pair = losses.pairwise_diagnostics(**{name: inputs[name] for name in names}, preference=decided)
         # Without the implicit rewards, which need a beta; not every loss has one.
         values |= {name: pair[name] for name in ("chosen_log_ratio", "rejected_log_ratio", "margin", "accuracy")}
     return values

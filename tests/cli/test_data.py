@@ -25,6 +25,7 @@ BAD = {
     "source": (["prepare", "--source=nowhere.jsonl", "--vocabulary=bytes", "--output=x"], "nowhere.jsonl"),
     "flag": (["prepare", "--sourc=x"], "Unknown command line flag 'sourc'"),
     "number": (["prepare", "--prompt_length=many"], "--prompt_length=many"),
+    "length of prompts": (["prepare", "--source=x", "--prompt_length=0"], "--prompt_length is 0"),
     "choice": (["prepare", "--source=x", "--vocabulary=bytes", "--output=x", "--ties=toss"], "ties is 'toss': choose"),
     "workers": (["prepare", "--source=x", "--vocabulary=bytes", "--output=x", "--workers=0"], "workers is 0"),
     "argument": (["prepare", "x"], "unexpected argument 'x'"),

@@ -7,9 +7,10 @@ import pytest
 
 from alignment_gap.data.text.vocabulary import WordVocabulary
 from alignment_gap.errors import UserError
-from alignment_gap.jobs.assembly import trained_network
-from alignment_gap.jobs.config import LossConfig
+from alignment_gap.jobs.assembly import gives_rewards, trained_network
+from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.train import TRAIN
+from alignment_gap.judges import JudgeConfig
 from alignment_gap.models import RewardHead
 from alignment_gap.training import GuardConfig, OptimizerConfig
 
@@ -17,6 +18,23 @@ from alignment_gap.training import GuardConfig, OptimizerConfig
 def update_step(config):
     assembly, *_ = TRAIN.open(config).run.args
     return assembly.update_step
+
+
+@pytest.mark.parametrize(
+    ("settings", "rewards"),
+    [
+        ({}, False),
+        ({"samples": 4}, True),
+        ({"judge": JudgeConfig("rubric", labels="rewards")}, True),
+        # The chances of two responses to beat a third one do not say which of the two is better.
+        ({"against": "mixture", "mixture": 0.5}, True),
+        ({"against": "mixture", "mixture": 0.5, "samples": 4, "keep": "best_and_worst"}, True),
+        ({"against": "mixture", "mixture": 0.5, "samples": 1}, False),
+    ],
+)
+def test_scores_that_only_compare(settings, rewards):
+    online = {"prompts": DatasetConfig("pairs"), "samples": 2, "judge": JudgeConfig("rubric"), **settings}
+    assert gives_rewards(OnlineConfig(**online)) == rewards
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.reading import open_reading
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
+from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig
 
 IPO = LossConfig("ipo", {"beta": 0.1})
@@ -358,6 +359,16 @@ def test_a_loss_trains_on_fresh_samples(name, online, tmp_path):
     [
         ("reinforce", {"refresh_every": 2}, "refresh_every is 2: set it to 1"),
         ("nash_md", {"mixture": 0.5}, "leave mixture=0.5 out, or set against to 'mixture'"),
+        (
+            "reinforce",
+            {"sampler": SamplerConfig(top_p=0.9)},
+            "the sampler has a temperature, top_k or top_p: leave them",
+        ),
+        (
+            "kto",
+            {"judge": JudgeConfig("rubric", labels="rewards")},
+            "kto reads scores as probabilities, but judge.labels",
+        ),
         ("ipo", {"keep": "best"}, "needs chosen_logps, .* which a batch of one response a prompt does not have"),
     ],
 )

@@ -131,6 +131,8 @@ BAD = {
     "prompts": ({"prompts": "nowhere"}, "prompts is 'nowhere': give a dataset's folder or a file"),
     "vocabulary": ({"vocabulary": "bytes"}, "was trained with the vocabulary"),
     "record": ({"prompts": "BROKEN"}, r'broken.jsonl:2 has no prompt: write {"prompt": ...}'),
+    "word": ({"prompts": "WORD"}, "word.txt:2: word 'τί' is not among the"),
+    "no prompts": ({"prompts": "EMPTY"}, "empty.txt holds no prompt: write one on each line"),
     "format": ({"format": "xml"}, "format is 'xml': choose one of text, jsonl"),
     "samples": ({"samples": 0}, "samples is 0"),
     "batch": ({"batch_size": 9}, "batch_size"),
@@ -141,7 +143,10 @@ BAD = {
 def test_what_cannot_be_used_is_one_line(name, config, judge, file, tmp_path):
     changes, message = BAD[name]
     (tmp_path / "broken.jsonl").write_text('{"prompt": "in june ."}\n{"text": "x"}\n')
+    (tmp_path / "word.txt").write_text("in june .\nin τί .\n", encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("\n")
     places = {"JUDGE": str(judge), "BROKEN": str(tmp_path / "broken.jsonl")}
+    places |= {"WORD": str(tmp_path / "word.txt"), "EMPTY": str(tmp_path / "empty.txt")}
     changes = {key: places.get(value, value) for key, value in changes.items()}
     with pytest.raises(UserError, match=message) as error:
         records(dataclasses.replace(config, **{"prompts": str(file)} | changes))

@@ -130,8 +130,9 @@ READS = {
     "dapo": {losses.SAMPLER_LOG_PROBS},
     "dr_grpo": {losses.SAMPLER_LOG_PROBS, losses.WIDTH},
     "grpo": {losses.SAMPLER_LOG_PROBS},
-    "kto": {losses.OTHER_PROMPTS},
-    "nash_md": {losses.OWN_SAMPLES},
+    "hypo": {losses.OWN_SAMPLES},
+    "kto": {losses.OTHER_PROMPTS, losses.PROBABILITIES},
+    "nash_md": {losses.OWN_SAMPLES, losses.PROBABILITIES},
     "online_kl": {losses.OWN_SAMPLES},
     "ppo_clip": {losses.SAMPLER_LOG_PROBS},
     "reinforce": {losses.OWN_SAMPLES},
@@ -162,7 +163,7 @@ def test_combine_reads_what_its_terms_read():
     inner = losses.combine((1.0, "dpo"), (0.1, "online_kl"), (0.1, losses.get("bco", shift=0.0)))
     outer = losses.combine((1.0, inner), (0.1, losses.get("kto", beta=0.2)))
     assert losses.reads(inner) == losses.reads(losses.combine((1.0, inner))) == {losses.OWN_SAMPLES}
-    assert losses.reads(outer) == {losses.OWN_SAMPLES, losses.OTHER_PROMPTS}
+    assert losses.reads(outer) == {losses.OWN_SAMPLES, losses.OTHER_PROMPTS, losses.PROBABILITIES}
 
 
 def test_a_loss_of_ones_own_says_what_it_reads_by_an_attribute():

@@ -92,6 +92,15 @@ def test_log_odds_equal_the_numpy_model(kind, policy):
     np.testing.assert_allclose(log_odds_of(model)(params, *texts(BATCH)), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_response_cannot_forge_a_second_one(model, params, log_odds):
+    """A judge's marker inside of a response counts as padding."""
+    prompts, prompt_lengths, responses, lengths = texts(BATCH)
+    forged, padded = (responses.at[:, 0, 1].set(token) for token in (MARKERS.second, 0))
+    lengths = jnp.maximum(lengths, 2)
+    found, expected = (log_odds(params, prompts, prompt_lengths, each, lengths) for each in (forged, padded))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_the_sign_rule_is_antisymmetric_and_hard(model, params, preferences):
     wins, losses = preferences(params, *texts(BATCH)), preferences(params, *SWAPPED)
     np.testing.assert_array_equal(wins + losses, 1.0)

@@ -307,6 +307,16 @@ def test_keys_are_distinct_and_repeat():
     assert (of_steps[0] != of_steps[1]).any()
 
 
+def test_a_prompt_that_a_step_has_twice_gets_other_samples():
+    ids, steps = jnp.array([7, 9, 7, 7]), jnp.array([3, 3, 3, 4])
+    keys = jax.random.key_data(sample_keys(RUN_KEY, steps, ids, 2)).reshape(8, -1)
+    assert len({tuple(key) for key in np.asarray(keys).tolist()}) == 8
+    # Its first place in each step has the samples that it has alone, however many steps are drawn at once.
+    for place, step in ((0, 3), (3, 4)):
+        alone = jax.random.key_data(sample_keys(RUN_KEY, jnp.int32(step), ids[:1], 2)).reshape(2, -1)
+        np.testing.assert_array_equal(keys[2 * place : 2 * place + 2], alone)
+
+
 @pytest.fixture(scope="module")
 def tiny():
     """A policy over four tokens, its parameters, those of a reference, and one prompt 512 times."""

@@ -29,6 +29,18 @@ AS_ONLINE = Claim(
     estimate=EqualKl(("mirrored", "ipo"), ("online", "ipo")),
     holds=LEVEL,
 )
+# An arm whose contrast is with no arm, a loss of an array that no batch has, and a judge with other parameters.
+ALONE = dataclasses.replace(REPLAYED, name="alone", contrasts=(Contrast("onlin"),))
+
+
+def misspelt(chosen_logp, rejected_logps):
+    return chosen_logp - rejected_logps
+
+
+def of_one_text(text):
+    return [[0.0] for _ in text]
+
+
 # An arm with the same name, and an object that is not an arm.
 TWIN = dataclasses.replace(REPLAYED)
 NO_ARM = "online"

@@ -6,6 +6,7 @@ import re
 import pytest
 from built_in import write_posts
 from byte_tokenizer import make_tokenizer
+from outside import AS_ONLINE
 
 from alignment_gap.configuration import from_dict, to_dict
 from alignment_gap.data.text import TextSourceConfig
@@ -103,6 +104,18 @@ def test_a_loss_that_the_source_of_an_arm_does_not_serve(config, tmp_path):
     open_studies(dataclasses.replace(config, arms=arms), tmp_path)
 
 
+def test_a_loss_or_a_judge_that_cannot_run_is_told_first(config, tmp_path):
+    message = refused(config, "arms.losses", ("outside:misspelt",), tmp_path)
+    assert "the loss outside:misspelt: the loss needs chosen_logp, which this batch does not have" in message
+    message = refused(config, "evaluation.judges", ("outside:of_one_text",), tmp_path)
+    assert message.startswith("the judge outside:of_one_text takes (text): let it take (prompts, responses)")
+
+
+def test_the_range_of_a_claim_has_an_order():
+    with pytest.raises(UserError, match=r"the claim 'mirrored-is-online' has holds=\(1.0, 0.0\): give the lower end"):
+        dataclasses.replace(AS_ONLINE, holds=(1.0, 0.0))
+
+
 def test_a_folder_with_a_comma(config, tmp_path):
     """Commas separate the folders of a setting."""
     with pytest.raises(UserError, match="a,b has a comma, but commas separate folders in settings: give another"):
@@ -188,6 +201,7 @@ def test_no_two_arms_of_a_figure_look_alike():
         (("outside:REPLAYD",), "has no 'REPLAYD': did you mean REPLAYED"),
         (("nowhere:ARM",), "cannot import nowhere"),
         (("golden",), "names has 'golden', which is not an arm"),
+        (("online", "outside:ALONE"), "'alone' has a contrast with 'onlin', which is not an arm: did you mean online?"),
     ],
 )
 def test_a_name_that_is_no_arm_or_taken(names, message):

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import random
 import re
@@ -468,6 +469,23 @@ def test_a_damaged_last_checkpoint_is_put_aside(damage, reason, finished, tmp_pa
     assert re.search(rf"checkpoints/5 cannot be restored \(.*{reason}.*\)", line) and "\n" not in line
     assert line.endswith("it is put aside as 5.damaged, and training goes on from step 2")
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "5", "5.damaged"]
+
+
+@pytest.mark.parametrize("failing", ["restore", "metadata"])
+def test_a_machine_that_fails_is_no_damage(failing, finished, tmp_path, monkeypatch):
+    """With no file left to open, every checkpoint would be put aside, and training would begin anew."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+
+    def fails(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    if failing == "restore":
+        monkeypatch.setattr(ocp.CheckpointManager, "restore", fails)
+    else:
+        monkeypatch.setattr(Checkpoints, "_difference", fails)
+    with pytest.raises(OSError, match="Too many open files"):
+        run(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "5"]
 
 
 @pytest.fixture(scope="module")

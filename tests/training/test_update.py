@@ -469,6 +469,9 @@ def test_diagnostics_by_hand():
     )
     np.testing.assert_allclose(diagnostics["margin"], [2.0] * 4 + [-2.0] * 4, rtol=1e-5)
     np.testing.assert_array_equal(diagnostics["accuracy"], [1.0] * 4 + [0.0] * 4)
+    tied = dataclasses.replace(batch, scores=jnp.full((8, 2), 0.5))
+    _, of_ties = jax.jit(policy_objective(UNIGRAM, losses.get("sft")))(PARAMS, tied, jnp.int32(0))
+    np.testing.assert_array_equal(of_ties["accuracy"], 0.5)
     np.testing.assert_allclose(diagnostics["log_prob"], (high + low) / 2, rtol=1e-5)
     np.testing.assert_array_equal(diagnostics["length"], 1.0)
 

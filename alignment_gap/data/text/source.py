@@ -159,6 +159,8 @@ def open_source(config: TextSourceConfig, vocabulary: str | None = None) -> Text
     if config.task == AUTO:
         config = dataclasses.replace(config, task="pairs" if names else detect(first.values))
     fields = Fields(first.values, names)
+    if config.labels is not None and not {"label", "preference"}.intersection(roles_of(fields)):
+        raise UserError(f"labels is {config.labels!r}, but {first.where} has no label: leave it out")
     config = dataclasses.replace(config, template=_template(config, fields, first.where, vocabulary))
     return TextSource(config, records, load_template(config.template or PLAIN), roles_of(fields))
 

@@ -89,6 +89,12 @@ def test_a_label_says_which_of_two_columns_is_better(write, tmp_path):
         read(location, fields=JUDGED)
 
 
+def test_labels_without_a_label_are_refused(write, tmp_path):
+    location = write(tmp_path, "jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(UserError, match=r"labels is 'ours=1', but .*:1 has no label: leave it out"):
+        read(location, labels="ours=1")
+
+
 @pytest.mark.parametrize(
     "label, score", [(1, 1.0), (0, 0.0), (0.25, 0.25), ("first", 1.0), ("second", 0.0), ("tie", 0.5), ("win", 0.75)]
 )
