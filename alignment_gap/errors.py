@@ -3,6 +3,12 @@
 import errno
 from collections.abc import Sequence
 
+# Numbers of errors that say nothing about the content of a file.
+_OF_MACHINE = {
+    getattr(errno, name)
+    for name in "EACCES EAGAIN ECONNRESET EDQUOT EINTR EIO EMFILE ENFILE ENOMEM ENOSPC EPERM ESTALE ETIMEDOUT".split()
+}
+
 
 class UserError(ValueError):
     """Bad input, or a condition that the user can fix: shown as one line, without a traceback.
@@ -41,10 +47,8 @@ def is_of_machine(error: BaseException | None) -> bool:
 
     Another attempt may succeed, or succeed elsewhere.
     """
-    missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
     while error is not None:
-        has_number = isinstance(error, OSError) and error.errno is not None and not isinstance(error, missing)
-        if has_number or isinstance(error, MemoryError):
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_MACHINE:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Collection
 from typing import Any
@@ -80,13 +79,20 @@ def check_runs(config: JobConfig, loss: Callable[..., Any]) -> None:
     A dataset counts as one of pairs.
     """
     name, samples = config.loss.name, config.source.samples if isinstance(config.source, OnlineConfig) else 2
-    texts, log_probs = jnp.zeros((2, samples, 3), jnp.int32), jnp.zeros((2, samples, 3))
-    numbers, sums = jnp.ones((2, samples), jnp.int32), jnp.zeros((2, samples))
-    batch = PreferenceBatch(numbers[:, 0], texts[:, 0], numbers[:, 0], texts, numbers, sums, log_probs, log_probs)
-    inputs = loss_inputs(batch, log_probs, log_probs)
-    inputs |= {f"{reference}{other}_logps": sums for reference in ("", "ref_") for other in ("fresh", "kl")}
+
+    def array(*sizes: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    sums, log_probs = (array(2, samples, *more, dtype=jnp.float32) for more in ((), (3,)))
+    responses = array(2, samples, 3), array(2, samples), sums
+    batch = PreferenceBatch(array(2), array(2, 3), array(2), *responses, log_probs, log_probs)
+
+    def applied(batch: PreferenceBatch, log_probs: Any, sums: Any) -> Any:
+        beside = {f"{reference}{other}_logps": sums for reference in ("", "ref_") for other in ("fresh", "kl")}
+        return apply_loss(loss, loss_inputs(batch, log_probs, log_probs) | beside)
+
     try:
-        jax.eval_shape(functools.partial(apply_loss, loss), inputs)
+        jax.eval_shape(applied, batch, log_probs, sums)
     except UserError as error:
         raise UserError(f"the loss {name}: {error}") from error
     except (AssertionError, TypeError, ValueError) as error:
