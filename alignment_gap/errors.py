@@ -5,8 +5,19 @@ from collections.abc import Sequence
 
 # Numbers of errors that say nothing about the content of a file.
 _OF_MACHINE = {
-    getattr(errno, name)
-    for name in "EACCES EAGAIN ECONNRESET EDQUOT EINTR EIO EMFILE ENFILE ENOMEM ENOSPC EPERM ESTALE ETIMEDOUT".split()
+    errno.EACCES,
+    errno.EAGAIN,
+    errno.ECONNRESET,
+    errno.EDQUOT,
+    errno.EINTR,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
 }
 
 
