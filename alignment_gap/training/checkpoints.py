@@ -226,10 +226,11 @@ class Checkpoints:
           say: prints a line for each damaged checkpoint.
 
         Returns:
-          The state; None if there is no undamaged checkpoint.
+          The state; None if there is no checkpoint.
 
         Raises:
-          UserError: the last checkpoint is of another model, or from an earlier version of this library.
+          UserError: all checkpoints are damaged, or the last one is of another model, or from an earlier version of
+            this library.
         """
         while self.steps():
             last = self.steps()[-1]
@@ -239,8 +240,11 @@ class Checkpoints:
                 folder = self.folder / str(last)
                 on_first_process(functools.partial(_put_aside, folder))
                 self._manager.reload()
-                before = f"step {self.steps()[-1]}" if self.steps() else "the start"
-                say(f"{error}; it is put aside as {_aside(folder).name}, and training goes on from {before}")
+                told = f"{error}; it is put aside as {_aside(folder).name}, and"
+                if not self.steps():
+                    # The cause may be something else than damage, and the start may be days ago.
+                    raise UserError(f"{told} no other is left: run the command again to begin anew") from error
+                say(f"{told} training goes on from step {self.steps()[-1]}")
         return None
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:

@@ -96,11 +96,12 @@ def test_the_page_has_the_comparisons_that_no_claim_is_about():
     )
 
 
-def test_the_page_has_the_claims_of_the_study_on_human_pairs():
+@pytest.mark.parametrize("name", make_results.HUMAN)
+def test_the_page_has_the_claims_of_the_studies_on_human_pairs(name):
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
-    table = make_results.claims_markdown(RESULTS / make_results.HUMAN)
-    assert make_results.between_marks(text, table, make_results.HUMAN) == text
-    assert "<!-- hh: made by `make results` -->\n\n| The paper | figure | here | " in text
+    table = make_results.claims_markdown(RESULTS / name)
+    assert make_results.between_marks(text, table, name) == text
+    assert f"<!-- {name}: made by `make results` -->\n\n| The paper | figure | here | " in text
 
 
 def test_the_golden_models_of_the_main_study_agree_with_the_rubric():

@@ -471,6 +471,18 @@ def test_a_damaged_last_checkpoint_is_put_aside(damage, reason, finished, tmp_pa
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "5", "5.damaged"]
 
 
+def test_if_all_checkpoints_are_damaged_the_user_decides(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for step in ("2", "5"):
+        no_metadata(tmp_path / "checkpoints" / step)
+    with pytest.raises(
+        UserError, match=r"checkpoints/2 .* put aside as 2.damaged, and no other is left: run the command"
+    ):
+        run(tmp_path)
+    assert {"2.damaged", "5.damaged"} == {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert int(run(tmp_path).step) == 5
+
+
 @pytest.mark.parametrize("failing", ["restore", "metadata"])
 def test_a_machine_that_fails_is_no_damage(failing, finished, tmp_path, monkeypatch):
     """With no file left to open, every checkpoint would be put aside, and training would begin anew."""
