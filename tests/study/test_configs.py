@@ -66,6 +66,15 @@ def test_hh_is_a_study_whose_paths_are_the_users_to_give():
     assert study_of("hh").task.source.location is None and study_of("hh").task.vocabulary is None
 
 
+def test_the_helpful_pairs_start_from_the_harmless_ones():
+    study, harmless = study_of("hh", "helpful"), study_of("hh")
+    assert study.policy is None and study.sft.start == "runs/hh/jobs/seed0-sft"
+    assert (study.evaluation, study.sampler) == (harmless.evaluation, harmless.sampler)
+    assert set(study.arms.checkpoint_steps) < set(harmless.arms.checkpoint_steps)
+    with pytest.raises(ValueError, match="the pairs are 'helpfull': choose one of harmless, helpful"):
+        study_of("hh", "helpfull")
+
+
 def trained(graph):
     """The number of settings of each (arm, loss), among the runs of the first seed."""
     return collections.Counter((run.arm, run.loss) for run in graph.seeds[0].runs)
