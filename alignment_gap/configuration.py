@@ -26,12 +26,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def defaults(config: Any) -> dict[str, Any]:
-    """The result of `to_dict` if every field with a default had its default."""
-    return {
-        field.name: defaults(value) if dataclasses.is_dataclass(value) else _default(field, value)
-        for field in dataclasses.fields(config)
-        for value in [getattr(config, field.name)]
-    }
+    """The result of `to_dict` if every field with a default had its default; a group that was unset stays unset."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = _default(field, value)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = defaults(value)
+        else:
+            found[field.name] = value if dataclasses.is_dataclass(default) else default
+    return found
 
 
 def differences(config: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Dog:
 
 @dataclasses.dataclass(frozen=True)
 class House:
-    pet: Cat | Dog = Cat()
+    pet: Cat | Dog | None = Cat()
     garden: Dog = Dog()
     rooms: tuple[int, ...] = (1, 2)
     heights: tuple[float, ...] = (2.5,)
@@ -47,6 +47,8 @@ def test_to_dict_by_hand():
 def test_defaults_have_the_form_of_the_config():
     house = House(Dog(weight=3.0), Dog(weight=2.0), rooms=(4,))
     assert defaults(house) == to_dict(House(Dog()))
+    # A group that is unset has no settings whose defaults could be meant.
+    assert defaults(House(None))["pet"] is None
 
 
 def test_differences_by_hand():

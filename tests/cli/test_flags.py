@@ -75,7 +75,7 @@ def test_every_type_of_setting():
         (["--cuont=1"], "Unknown command line flag 'cuont'. Did you mean: count"),
         (["--count=many"], "flag --count=many: invalid literal for int"),
         (["--steps=1,x"], "--steps=1,x: give values of type int, separated by commas"),
-        (["--rate=-1"], "--inner.rate is -1.0: it must be at least 0"),
+        (["--rate=-1"], "--rate is -1.0: it must be at least 0"),
         (["more"], "unexpected argument 'more': flags are written --flag=value"),
     ],
 )

@@ -95,8 +95,8 @@ def test_a_policy_classifies_further_pairs_and_samples_of_its_own(config, evalua
     """The first of two samples is the response that is measured; the second one is new."""
     few = tmp_path / "few"
     make(COMPOSE, ComposeConfig((str(pairs),), order="recorded", limit=12), few, Bar())
-    further = (f"same={pairs}", f"few={few}")
-    changed = dataclasses.replace(config, classified=further, own_labels="rubric", steps=(4,))
+    further, (_, judge) = (f"same={pairs}", f"few={few}"), config.judges[0].split("=")
+    changed = dataclasses.replace(config, classified=further, own_labels=judge, steps=(4,))
     found, before = stored(evaluated(changed, tmp_path / "out"), 4), stored(evaluation, 4)
     assert found.keys() - before.keys() == {"accuracy.same", "accuracy.few", "accuracy.own"}
     for name in before:

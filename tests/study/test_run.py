@@ -22,7 +22,7 @@ from alignment_gap.folders import locked
 from alignment_gap.jobs.folder import make
 from alignment_gap.study.config import SftConfig
 from alignment_gap.study.results import report_context, study_results
-from alignment_gap.study.run import open_studies, run_job, run_study, write_study_report
+from alignment_gap.study.run import open_studies, owned, run_job, run_study, write_study_report
 from alignment_gap.training import OptimizerConfig
 
 HERE = pathlib.Path(__file__).parent
@@ -233,6 +233,14 @@ def test_sft_starts_from_another_run_and_pools_prepared_datasets(finished, confi
     for name in (name for name in ours if name.startswith("params.")):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
     assert math.isfinite(metrics(study.graph.job("seed0-golden").folder)[-1]["loss"])
+
+
+def test_a_study_of_the_network_of_its_start_is_opened_again(finished, config, tmp_path):
+    sft = dataclasses.replace(config.sft, start=str(finished.graph.job("seed0-sft").folder))
+    (study,) = open_studies(dataclasses.replace(config, sft=sft, policy=None), tmp_path)
+    for _ in range(2):
+        with owned(study, update=False):
+            assert json.loads((tmp_path / "study.json").read_text())["policy"] is None
 
 
 def test_a_prepared_dataset_in_the_place_of_the_task_gives_the_same_policy(finished, config, tmp_path):

@@ -471,10 +471,13 @@ def test_a_damaged_last_checkpoint_is_put_aside(damage, reason, finished, tmp_pa
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "5", "5.damaged"]
 
 
-def test_if_all_checkpoints_are_damaged_the_user_decides(finished, tmp_path):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("abandoned_reads")
+@pytest.mark.parametrize("damage", [no_metadata, changed_weight])
+def test_if_all_checkpoints_are_damaged_the_user_decides(damage, finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for step in ("2", "5"):
-        no_metadata(tmp_path / "checkpoints" / step)
+        damage(tmp_path / "checkpoints" / step)
     with pytest.raises(
         UserError, match=r"checkpoints/2 .* put aside as 2.damaged, and no other is left: run the command"
     ):
@@ -536,17 +539,6 @@ def test_whatever_byte_is_damaged_no_other_state_is_restored(seed, large, tmp_pa
             assert "\n" not in str(error)
             told += 1
     assert told
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.usefixtures("abandoned_reads")
-def test_a_run_without_a_whole_checkpoint_starts_anew(finished, tmp_path):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    said = []
-    for step in ("2", "5"):
-        changed_weight(tmp_path / "checkpoints" / step)
-    np.testing.assert_array_equal(run(tmp_path, said=said).params["w"], 6.0)
-    assert [line.rpartition(" from ")[2] for line in said] == ["step 2", "the start"]
 
 
 def test_a_checkpoint_without_digests_is_of_an_earlier_version(finished, tmp_path):
