@@ -136,7 +136,8 @@ def test_a_piece_is_its_seed_of_todays_config(piece):
         task = dataclasses.replace(today.task, source=source, vocabulary=given.vocabulary)
         today = dataclasses.replace(today, task=task)
     # The implementation of attention does not change the measurements, nor does a template that writes no conversation.
-    policy = dataclasses.replace(today.policy, attention=facts.config.policy.attention)
+    known = today.policy is not None and facts.config.policy is not None
+    policy = dataclasses.replace(today.policy, attention=facts.config.policy.attention) if known else today.policy
     source = dataclasses.replace(today.task.source, template=facts.config.task.source.template)
     task = dataclasses.replace(today.task, source=source)
     assert dataclasses.replace(today, seed=facts.config.seed, seeds=1, policy=policy, task=task) == facts.config
