@@ -1,9 +1,9 @@
 """Exceptions that end a command with a one-line message."""
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-# Numbers of errors that say nothing about the content of a file.
+# Numbers of errors that do not depend on the content of a file.
 _OF_MACHINE = {
     errno.EACCES,
     errno.EAGAIN,
@@ -54,21 +54,21 @@ class StorageError(Exception):
 
 
 def is_of_machine(error: BaseException | None) -> bool:
-    """Whether an error or one of its causes is no damage of a file: no memory, too many open files, a disk that fails.
+    """Whether the machine caused an error, and not a damaged file: it lacks memory, open files or a working disk.
 
-    Another attempt may succeed, or succeed elsewhere.
+    Another attempt, or another machine, may succeed.
     """
-    while error is not None:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_MACHINE:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(isinstance(each, MemoryError) or getattr(each, "errno", None) in _OF_MACHINE for each in _causes(error))
 
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error or one of its causes is a full disk; tensorstore reports it in the text of another error."""
+    full, text = (errno.ENOSPC, errno.EDQUOT), "No space left on device"
+    return any(getattr(each, "errno", None) in full or text in str(each) for each in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and its causes."""
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False

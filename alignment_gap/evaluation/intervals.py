@@ -221,9 +221,9 @@ def spread_over_groups(replicates: Sequence[Float[np.ndarray, "R"]]) -> Spread:
 
 
 def unseen_share(examples: int) -> float:
-    """The largest share of unlike examples of which N alike ones have a chance of 5 %: 1 - 0.05^(1/N), about 3/N.
+    """The largest fraction of other examples that N equal examples leave possible at 95 %: 1 - 0.05^(1/N), about 3/N.
 
-    The "rule of three" for intervals: where all examples are alike, resampling finds no spread.
+    This is the "rule of three". Resampling N equal examples finds no spread.
     """
     return 1 - (1 - CONFIDENCE) ** (1 / examples)
 

@@ -33,6 +33,7 @@ from alignment_gap.jobs.served import (
     check_served,
     needs_reference,
     reads_mismatched,
+    tracing,
 )
 from alignment_gap.judges import REWARDS
 from alignment_gap.models import Adapters, Policy, abstract_parameters
@@ -291,14 +292,8 @@ class Assembly:
         Raises:
           UserError: the loss does not run on the batch.
         """
-        loss = self.config.loss
-        try:
+        with tracing(self.config.loss):
             _, found = jax.eval_shape(self.objective, self.abstract.params, batch, self.abstract.step, *self.frozen)
-        except UserError:
-            raise
-        except (AssertionError, TypeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"the loss {loss.name} with {dict(loss.settings)} does not run: {reason}") from error
         return ["loss", *found]
 
     def texts(self, shape: BatchShape) -> PreferenceBatch:
@@ -453,15 +448,10 @@ def markers_of(kind: str, vocabulary: Vocabulary, place: str | None) -> tuple[in
     return ()
 
 
-def samples_kept(online: OnlineConfig) -> int:
-    """Responses per prompt in the batches of an online source."""
-    return {"all": online.samples, "best_and_worst": 2, "best": 1}[online.keep]
-
-
 def gives_rewards(online: OnlineConfig) -> bool:
-    """Whether scores of an online source only compare responses, and are no probabilities that one beats the other.
+    """Whether the scores of an online source rank responses, but are not probabilities that one beats the other.
 
-    These are rewards, win rates among more than two samples, and chances to beat a sample of the mixture.
+    Rewards do, win rates among more than two samples, and chances to beat a sample of the mixture.
     """
-    compared = samples_kept(online) > 1 if online.against == "mixture" else online.samples > 2
+    compared = online.kept > 1 if online.against == "mixture" else online.samples > 2
     return online.judge.labels == REWARDS or compared

@@ -140,6 +140,11 @@ class OnlineConfig:
     steps_per_draw: int = 1
     record: bool = True
 
+    @property
+    def kept(self) -> int:
+        """Responses per prompt in the batches."""
+        return {"all": self.samples, "best_and_worst": 2, "best": 1}[self.keep]
+
     def __post_init__(self) -> None:
         """Raises UserError if a setting is out of range, or two settings conflict."""
         checks.at_least(self, 1, "samples", "response_length", "steps_per_draw")

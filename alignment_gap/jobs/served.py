@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from alignment_gap import losses
 from alignment_gap.data.batches.batch import PreferenceBatch
 from alignment_gap.errors import UserError
-from alignment_gap.jobs.config import DatasetConfig, JobConfig, OnlineConfig, SourceConfig
+from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig, SourceConfig
 from alignment_gap.judges import REWARDS
 from alignment_gap.training import apply_loss, loss_inputs
 
@@ -21,16 +21,9 @@ REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS = "reference_log_probs", "sampler_log_pro
 _FRESH = ("fresh_", "ref_fresh_")
 
 
-def arrays_of(loss: Callable[..., Any]) -> dict[str, bool]:
-    """The arrays among a loss's parameters, and whether each is required."""
-    parameters = inspect.signature(loss).parameters.values()
-    positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-    return {each.name: each.default is each.empty for each in parameters if each.kind in positional}
-
-
 def reads_mismatched(loss: Callable[..., Any]) -> bool:
     """Whether a loss reads the log-probs of other prompts' responses."""
-    return "kl_logps" in arrays_of(loss)
+    return "kl_logps" in losses.arrays(loss)
 
 
 def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collection[str]) -> bool:
@@ -58,7 +51,7 @@ def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collect
             )
         return False
     there = config.reference is not None or config.start is not None
-    named = {name: required for name, required in arrays_of(loss).items() if name.startswith("ref_")}
+    named = {name: required for name, required in losses.arrays(loss).items() if name.startswith("ref_")}
     if not there and any(named.values()):
         raise UserError(
             f"the loss {config.loss.name} needs a reference policy: set start or reference to the folder of a run, "
@@ -73,12 +66,24 @@ def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collect
     return needed
 
 
+@contextlib.contextmanager
+def tracing(loss: LossConfig) -> Iterator[None]:
+    """Turns what a loss raises while it is traced into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AssertionError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the loss {loss.name} with {dict(loss.settings)} does not run: {reason}") from error
+
+
 def check_runs(config: JobConfig, loss: Callable[..., Any]) -> None:
     """Traces a job's loss on two prompts with every array that a batch may have; raises UserError if it does not run.
 
     A dataset counts as one of pairs.
     """
-    name, samples = config.loss.name, config.source.samples if isinstance(config.source, OnlineConfig) else 2
+    samples = config.source.kept if isinstance(config.source, OnlineConfig) else 2
 
     def array(*sizes: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype)
@@ -92,11 +97,10 @@ def check_runs(config: JobConfig, loss: Callable[..., Any]) -> None:
         return apply_loss(loss, loss_inputs(batch, log_probs, log_probs) | beside)
 
     try:
-        jax.eval_shape(applied, batch, log_probs, sums)
+        with tracing(config.loss):
+            jax.eval_shape(applied, batch, log_probs, sums)
     except UserError as error:
-        raise UserError(f"the loss {name}: {error}") from error
-    except (AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"the loss {name} does not run: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"the loss {config.loss.name}: {error}") from error
 
 
 def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection[str]) -> None:
@@ -108,7 +112,7 @@ def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection
       fields: optional arrays of the source's recorded examples; empty for an online source.
     """
     name, reads, source = config.loss.name, losses.reads(loss), config.source
-    wants_fresh = any(array.startswith(_FRESH) for array in arrays_of(loss))
+    wants_fresh = any(array.startswith(_FRESH) for array in losses.arrays(loss))
     if wants_fresh and config.fresh is None:
         raise UserError(f"the loss {name} reads fresh samples beside the batch: set fresh to a second source")
     if config.fresh is not None and not wants_fresh:

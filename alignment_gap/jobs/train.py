@@ -45,7 +45,6 @@ from alignment_gap.jobs.assembly import (
     BatchShape,
     Facts,
     gives_rewards,
-    samples_kept,
     trained_network,
 )
 from alignment_gap.jobs.config import (
@@ -179,7 +178,7 @@ def _with_base(config: JobConfig, network: Network) -> Network:
 def _batch_shape(source: SourceConfig, reading: Reading) -> BatchShape:
     (prompt, response), size = reading.shapes[-1], reading.config.batch_size
     if isinstance(source, OnlineConfig):
-        return BatchShape(size, prompt, samples_kept(source), source.response_length or response)
+        return BatchShape(size, prompt, source.kept, source.response_length or response)
     return BatchShape(size, prompt, reading.datasets[0].card.responses_per_prompt, response)
 
 

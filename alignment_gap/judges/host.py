@@ -41,7 +41,7 @@ def _on_host(rewards: Rewards, name: str, mesh: LogicalMesh) -> Scores:
             found = np.asarray(given, np.float32)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"the judge {name} gave no rows of numbers ({error}): it must give one number for each response"
+                f"the judge {name} did not give rows of numbers ({error}): it must give one number for each response"
             ) from error
         asked = (len(responses), texts[-1].shape[1])
         if found.shape != asked:

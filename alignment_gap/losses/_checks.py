@@ -64,6 +64,12 @@ def check_between(low: float, high: float, **settings: Any) -> None:
             raise ValueError(f"{name} must be {limits}, got {value}")
 
 
+def check_smoothing(label_smoothing: float) -> None:
+    """Refuses a probability of wrong labels of 1/2 or more."""
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+
+
 def _number(name: str, value: Any) -> float | None:
     """A setting as a number; None for a traced value, or an array with a value for each example."""
     if isinstance(value, str | bool):

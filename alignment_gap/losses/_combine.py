@@ -7,7 +7,7 @@ from typing import Any
 
 import chex
 
-from alignment_gap.losses._registry import Loss, get, reads
+from alignment_gap.losses._registry import Loss, arrays, get, reads
 
 
 def combine(*terms: tuple[Any, str | Loss]) -> Loss:
@@ -23,22 +23,22 @@ def combine(*terms: tuple[Any, str | Loss]) -> Loss:
       A loss with the parameters of all terms, required parameters first. It reads what any term reads.
 
     Raises:
-      ValueError: no terms, a term that is no pair, or an unknown name. The combined loss raises AssertionError if the
-        terms return different shapes.
+      ValueError: there are no terms, a term is not a pair, or the name of a loss is unknown. The combined loss raises
+        AssertionError if its terms return different shapes.
     """
     if not terms:
         raise ValueError("combine needs at least one (weight, loss) pair")
     if wrong := [term for term in terms if isinstance(term, str) or not hasattr(term, "__len__") or len(term) != 2]:
         raise ValueError(f"combine takes pairs (weight, loss), one after the other, got {wrong[0]!r}")
     losses = [(weight, get(loss)) for weight, loss in terms]
-    arrays = [_arrays(loss) for _, loss in losses]
-    signature = _union(arrays)
+    named = [arrays(loss) for _, loss in losses]
+    signature = _union([loss for _, loss in losses])
 
     def combined(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         values = [
-            weight * loss(**{name: given[name] for name in named if name in given})
-            for (weight, loss), named in zip(losses, arrays, strict=True)
+            weight * loss(**{name: given[name] for name in names if name in given})
+            for (weight, loss), names in zip(losses, named, strict=True)
         ]
         chex.assert_equal_shape(values)
         return sum(values)
@@ -48,16 +48,12 @@ def combine(*terms: tuple[Any, str | Loss]) -> Loss:
     return combined
 
 
-def _arrays(loss: Loss) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(loss).parameters.values()
-    return {each.name: each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD}
-
-
-def _union(terms: list[dict[str, inspect.Parameter]]) -> inspect.Signature:
-    """A signature with the parameters of all terms; a parameter is required if any term requires it."""
+def _union(losses: list[Loss]) -> inspect.Signature:
+    """A signature with the arrays of all losses; an array is required if any loss requires it."""
     union: dict[str, inspect.Parameter] = {}
-    for parameters in terms:
-        for name, parameter in parameters.items():
+    for loss in losses:
+        for name in arrays(loss):
+            parameter = inspect.signature(loss).parameters[name]
             if name not in union or parameter.default is parameter.empty:
                 union[name] = parameter
     required = [each for each in union.values() if each.default is each.empty]

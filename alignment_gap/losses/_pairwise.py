@@ -13,7 +13,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from alignment_gap.losses._checks import OverTokens, as_preference, check_between, check_choice, check_positive
+from alignment_gap.losses._checks import (
+    OverTokens,
+    as_preference,
+    check_between,
+    check_choice,
+    check_positive,
+    check_smoothing,
+)
 from alignment_gap.losses._numerics import LIMIT, tangent_exp, tangent_expm1
 from alignment_gap.losses._pairs import excess_length, expected, log_ratios, over_tokens_of
 from alignment_gap.losses._registry import register
@@ -74,8 +81,7 @@ def dpo(
     """
     check_positive(beta=beta)
     check_choice("smoothing", smoothing, ("conservative", "robust"))
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    check_smoothing(label_smoothing)
     pair = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     chosen, rejected = over_tokens_of(pair, chosen_lengths, rejected_lengths, over_tokens)
 

@@ -52,7 +52,7 @@ def reinforce(
       float32 [*B].
 
     Raises:
-      ValueError: the reference is missing, beta is out of range, or K is 1 and there is no baseline.
+      ValueError: the reference is missing, beta is out of range, or K is 1 without a given baseline.
       AssertionError: shapes or types do not fit.
     """
     logps, rewards = _penalized(logps, scores, ref_logps, beta)

@@ -94,6 +94,12 @@ def get(loss: str | Loss, **settings: Any) -> Loss:
     return functools.partial(function, **settings) if settings else function
 
 
+def arrays(loss: Loss) -> dict[str, bool]:
+    """The names of a loss's arrays, and whether each is required: its positional-or-keyword parameters."""
+    parameters = inspect.signature(loss).parameters.values()
+    return {each.name: each.default is each.empty for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD}
+
+
 def reads(loss: Loss) -> frozenset[str]:
     """What a loss reads beyond the arrays of its own prompt.
 

@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alignment_gap.losses._checks import as_float32, as_preference, check_between, check_choice, check_positive
+from alignment_gap.losses._checks import (
+    as_float32,
+    as_preference,
+    check_between,
+    check_choice,
+    check_positive,
+    check_smoothing,
+)
 from alignment_gap.losses._pairs import expected_over_sides, log_ratios
 from alignment_gap.losses._registry import OTHER_PROMPTS, PROBABILITIES, register
 from alignment_gap.losses._shapes import Array, Float
@@ -250,8 +257,7 @@ def aot(
       AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    check_smoothing(label_smoothing)
     check_choice("coupling", coupling, ("paired", "unpaired"))
     chosen, rejected, ref_chosen, ref_rejected = as_float32(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps

@@ -170,7 +170,7 @@ class PreferenceModel:
         mark = partial(column, rows=len(responses), dtype=responses.dtype)
         parts = []
         for marker, i in zip((self.markers.first, self.markers.second), row, strict=False):
-            # A response that holds a marker itself must not pass for two.
+            # A marker inside a response would start a second response.
             text = jnp.where(jnp.isin(responses[:, i], jnp.array(self.markers)), 0, responses[:, i])
             parts += [mark(marker), (text, response_lengths[:, i])]
         room = (jnp.zeros((len(responses), 1), responses.dtype), jnp.zeros_like(response_lengths[:, 0]))

@@ -16,7 +16,7 @@ from alignment_gap.data.tasks.prepare import VALIDATION, PrepareConfig
 from alignment_gap.data.text.vocabulary import POSTS
 from alignment_gap.errors import UserError
 from alignment_gap.folders import at
-from alignment_gap.jobs.assembly import BatchShape, samples_kept
+from alignment_gap.jobs.assembly import BatchShape
 from alignment_gap.jobs.compose import ComposeConfig
 from alignment_gap.jobs.config import POLICY, JobConfig, OnlineConfig, SourceConfig, recorded
 from alignment_gap.jobs.folder import Job
@@ -173,7 +173,7 @@ class Known:
         config, (prompt, samples, response, *_) = recorded(source), self.contents(source)
         prompt, response = config.prompt_length or prompt, config.response_length or response
         if isinstance(source, OnlineConfig):
-            samples, response = samples_kept(source), source.response_length or response
+            samples, response = source.kept, source.response_length or response
         given, shape = self.given, BatchShape(config.batch_size, prompt, samples, response)
         return _replaced(shape, batch=given.batch, prompt=given.prompt_length, response=given.response_length)
 

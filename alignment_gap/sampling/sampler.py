@@ -117,8 +117,8 @@ class _Decoding(NamedTuple):
 def sample_keys(run_key: Key[Array, ""], steps: Int[Array, "*B"], prompt_ids: Int[Array, "B"], samples: int) -> Any:
     """One random key for each prompt and sample [B, K]; the keys depend only on run, step and prompt id.
 
-    So any batch can be drawn again. Neither the order of the prompts nor the mesh changes the samples. If a step has a
-    prompt several times, each of its places has its own samples. `steps` is the step of all prompts, or one for each.
+    So any batch can be drawn again. Neither the order of the prompts nor the mesh changes the samples. A prompt that a
+    step repeats gets new samples each time. `steps` is the step of all prompts, or one for each.
     """
     steps = jnp.broadcast_to(steps, prompt_ids.shape)
     step_keys = jax.vmap(jax.random.fold_in, (None, 0))(run_key, steps)

@@ -71,7 +71,7 @@ class MeshConfig:
         known = {name for layout in LAYOUTS.values() for name, _ in layout.rules}
         for name, axes in self.rules.items():
             if name not in known:
-                raise UserError(f"mesh.rules has {name!r}, which is no logical axis: {nearest(name, sorted(known))}")
+                raise UserError(f"mesh.rules has {name!r}, which is not a logical axis: {nearest(name, sorted(known))}")
             unknown = set((axes,) if isinstance(axes, str) else axes or ()) - set(AXES)
             if unknown:
                 raise UserError(f"mesh rule {name}={axes!r}: a mesh has the axes {', '.join(AXES)}; None is whole")

@@ -11,8 +11,8 @@ The interval has a confidence of 95 % after a correction for the number of claim
 claims that a study measures with at least `FEWEST_SEEDS` seeds form one family. At most one in twenty of the decided
 claims is expected to be wrong, if the estimates depend on each other positively.
 
-If N examples of a fraction are all alike, resampling finds no spread. The interval then has the width that unlike
-examples could give it: up to about 3/N of all examples may be unlike (the "rule of three").
+If all N examples of a fraction are equal, resampling finds no spread. The interval then allows for examples that the
+study did not see: up to about 3/N of all examples may differ (the "rule of three").
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def answers(evidence: Evidence, claims: Sequence[Claim]) -> list[Answer]:
 
 
 def _with_width(spread: Spread, estimate: Estimate, evidence: Evidence, seeds: Sequence[int]) -> Spread:
-    """The spread of an estimate; for fractions of examples that are all alike, a width for those that were not seen."""
+    """The spread of an estimate; if all examples of a fraction are equal, the width that unseen examples may add."""
     if spread.examples or spread.between or estimate.metric == CORRELATION or not METRICS[estimate.metric].is_share:
         return spread
     half_width = unseen_share(evidence.examples(estimate.metric, seeds))

@@ -32,7 +32,6 @@ from alignment_gap.jobs.label import LABEL, LabelConfig
 from alignment_gap.jobs.prepare import PREPARE
 from alignment_gap.jobs.record import RECORD
 from alignment_gap.jobs.reference import REFERENCE, ReferenceConfig
-from alignment_gap.jobs.served import arrays_of
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.models import DecoderConfig, T5Config
@@ -337,7 +336,7 @@ class _Seed:
         start = arms.start if arm is not GOLDEN or self.config.base is None else None
         # The record of a run already has the log-probs of its reference.
         is_record = isinstance(source, DatasetConfig) and at(source.folder or "").parent in runs.values()
-        reads_reference = any(name.startswith("ref_") for name in arrays_of(losses.get(loss)))
+        reads_reference = any(name.startswith("ref_") for name in losses.arrays(losses.get(loss)))
         is_scored = arms.stored_reference and reads_reference and source == branch.dataset(self.golden_pairs)
         return self._train(
             name,

@@ -20,7 +20,6 @@ from alignment_gap.data.batches.batch import length_mask
 from alignment_gap.data.records.dataset import PROBABILITIES, REWARDS
 from alignment_gap.data.tasks.seqio_tasks import PreferenceFeatureConverter, ReferenceFeatureConverter, preference_batch
 from alignment_gap.errors import UserError
-from alignment_gap.jobs.served import arrays_of
 from alignment_gap.training import apply_loss, loss_inputs
 
 
@@ -77,7 +76,7 @@ class EncoderDecoderPolicy(models.EncoderDecoderModel):
                 f"vocab_size is {tokens}, but the vocabulary has {output_vocabulary.vocab_size} tokens: give as many"
             )
         has_reference = any(
-            is_required and name.startswith("ref_") for name, is_required in arrays_of(self._loss).items()
+            is_required and name.startswith("ref_") for name, is_required in losses.arrays(self._loss).items()
         )
         super().__init__(
             module=module,
@@ -168,7 +167,7 @@ class EncoderDecoderPolicy(models.EncoderDecoderModel):
 def _check_served(loss: Callable[..., Any], name: str) -> None:
     """Raises UserError where the loss reads more than recorded pairs and their reference."""
     samples = losses.reads(loss) & {losses.OWN_SAMPLES, losses.SAMPLER_LOG_PROBS}
-    arrays = [each for each in arrays_of(loss) if each.removeprefix("ref_") in ("fresh_logps", "kl_logps")]
+    arrays = [each for each in losses.arrays(loss) if each.removeprefix("ref_") in ("fresh_logps", "kl_logps")]
     if samples or arrays:
         raise UserError(
             f"the loss {name} reads {', '.join(sorted(samples) or arrays)}, but T5X trains on recorded pairs: choose "

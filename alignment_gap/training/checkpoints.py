@@ -226,7 +226,7 @@ class Checkpoints:
           say: prints a line for each damaged checkpoint.
 
         Returns:
-          The state; None if there is no checkpoint.
+          The state, or None if the folder has no checkpoint.
 
         Raises:
           UserError: all checkpoints are damaged, or the last one is of another model, or from an earlier version of

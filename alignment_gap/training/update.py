@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -342,7 +341,8 @@ def apply_loss(loss: Callable[..., Array], inputs: dict[str, Array]) -> tuple[Ar
     Raises:
       UserError: the loss needs an array that is not there, takes one that no batch has, or returns other values.
     """
-    if missing := sorted(_required_inputs(loss) - inputs.keys()):
+    arrays = losses.arrays(loss)
+    if missing := sorted(name for name, is_required in arrays.items() if is_required and name not in inputs):
         batches, remedy = "this batch", ""
         if inputs["scores"].shape[-1] == 1:
             batches, remedy = "a batch of one response a prompt", "choose one of single responses, such as kto; "
@@ -351,12 +351,12 @@ def apply_loss(loss: Callable[..., Array], inputs: dict[str, Array]) -> tuple[Ar
             f"{', '.join(sorted(inputs))}",
             page="jobs.md#which-source-serves-which-loss",
         )
-    if unknown := sorted(_arrays(loss) - INPUTS - inputs.keys()):
+    if unknown := sorted(arrays.keys() - INPUTS - inputs.keys()):
         raise UserError(
-            f"the loss takes {unknown[0]}, which is no array of a batch: {nearest(unknown[0], sorted(INPUTS))} (a "
-            "setting goes behind a star, as in (logps, *, scale=1.0))"
+            f"the loss takes {unknown[0]}, which is not an array of a batch: {nearest(unknown[0], sorted(INPUTS))} "
+            "(put settings after a star, as in (logps, *, scale=1.0))"
         )
-    found = loss(**{name: inputs[name] for name in _accepted_inputs(loss, inputs)})
+    found = loss(**{name: inputs[name] for name in arrays if name in inputs})
     _check_values(found, inputs["scores"].shape)
     # A prompt that its judge gave no scores has no loss, whether the loss reads scores or not.
     scored = ~jnp.isnan(inputs["scores"]).any(axis=-1)
@@ -391,25 +391,6 @@ def diagnostics(inputs: dict[str, Array]) -> dict[str, Array]:
     return values
 
 
-def _parameters(loss: Callable[..., Array]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(loss).parameters)
-
-
-def _required_inputs(loss: Callable[..., Array]) -> set[str]:
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {
-        name
-        for name, parameter in _parameters(loss).items()
-        if parameter.default is inspect.Parameter.empty and parameter.kind not in kinds
-    }
-
-
-def _arrays(loss: Callable[..., Array]) -> set[str]:
-    """The parameters of a loss that are arrays: those that are not settings."""
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return {name for name, parameter in _parameters(loss).items() if parameter.kind is kind}
-
-
 def _check_values(found: Any, shape: tuple[int, ...]) -> None:
     """Raises UserError unless a loss returned a float for each prompt, or for each response."""
     is_float = isinstance(found, jax.Array) and jnp.issubdtype(found.dtype, jnp.floating)
@@ -420,7 +401,3 @@ def _check_values(found: Any, shape: tuple[int, ...]) -> None:
         f"the loss returns {given}: let it return a float for each prompt, {[*shape[:1]]} here, or for each response, "
         f"{[*shape]}; the update takes the mean"
     )
-
-
-def _accepted_inputs(loss: Callable[..., Array], inputs: dict[str, Array]) -> list[str]:
-    return [name for name in _parameters(loss) if name in inputs]

@@ -86,24 +86,24 @@ def harmless() -> StudyConfig:
 
 
 def helpful() -> StudyConfig:
-    of = harmless()
+    base = harmless()
     # Three epochs of the pairs, for SFT and for the judges.
-    steps, optimizer = 80, dataclasses.replace(of.golden.optimizer, warmup_steps=10)
-    judge = dataclasses.replace(of.golden, steps=steps, optimizer=optimizer)
+    steps, optimizer = 80, dataclasses.replace(base.golden.optimizer, warmup_steps=10)
+    judge = dataclasses.replace(base.golden, steps=steps, optimizer=optimizer)
     start = "runs/hh/jobs/seed0-sft"
     return dataclasses.replace(
-        of,
+        base,
         name="hh helpful",
         seeds=3,
         # Helpful responses are longer.
-        task=dataclasses.replace(of.task, limits=dataclasses.replace(of.task.limits, response_length=128)),
+        task=dataclasses.replace(base.task, limits=dataclasses.replace(base.task.limits, response_length=128)),
         policy=None,
         sft=dataclasses.replace(
-            of.sft, start=start, steps=steps, optimizer=dataclasses.replace(optimizer, weight_decay=0.0)
+            base.sft, start=start, steps=steps, optimizer=dataclasses.replace(optimizer, weight_decay=0.0)
         ),
         golden=judge,
         proxy=judge,
         arms=dataclasses.replace(
-            of.arms, losses=("ipo",), further=(), checkpoint_steps=(10, 30, 60, 150), offline_betas=(0.01, 0.1)
+            base.arms, losses=("ipo",), further=(), checkpoint_steps=(10, 30, 60, 150), offline_betas=(0.01, 0.1)
         ),
     )

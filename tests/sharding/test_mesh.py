@@ -100,7 +100,10 @@ def test_sizes_that_are_given_are_kept_and_one_may_be_left_open(sizes, left_open
         (MeshConfig(model=0), r"mesh data=None, fsdp=None, model=0: sizes must be positive or None"),
         (MeshConfig(layout="zero"), "layout 'zero' is unknown: choose one of data, fsdp, tensor"),
         (MeshConfig(rules={"embed": "modl"}), "rule embed='modl': a mesh has the axes data, fsdp, model"),
-        (MeshConfig(rules={"embeds": None}), "mesh.rules has 'embeds', which is no logical axis: did you mean embed"),
+        (
+            MeshConfig(rules={"embeds": None}),
+            "mesh.rules has 'embeds', which is not a logical axis: did you mean embed",
+        ),
         (MeshConfig(rules={"mlp": ("data", "columns")}), r"rule mlp=\('data', 'columns'\): a mesh has the axes"),
         (MeshConfig(slices=0), "slices is 0"),
         (MeshConfig(data=1, fsdp=8, slices=2), "data=1 is not a multiple of slices=2"),

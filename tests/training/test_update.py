@@ -402,7 +402,7 @@ def test_a_loss_that_asks_for_what_no_batch_has_is_refused(loss, message):
     ("loss", "message"),
     [
         (lambda chosen_logp=None: chosen_logp, r"takes chosen_logp, .*: did you mean chosen_logps\?"),
-        (lambda logps, beta=0.1: logps, r"takes beta, .* \(a setting goes behind a star"),
+        (lambda logps, beta=0.1: logps, r"takes beta, .* \(put settings after a star"),
         (lambda logps: logps.mean(), r"returns float32\[\]: let it return a float for each prompt, \[8\] here"),
         (lambda logps: logps.astype(jnp.int32), r"returns int32\[8, 2\]"),
         (lambda token_logps: token_logps, r"returns float32\[8, 2, \d\]"),
