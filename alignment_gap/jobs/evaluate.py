@@ -416,7 +416,20 @@ def results_text(folder: AnyPath) -> str:
     metrics = [name for name in rows[0] if f"{name}_low" in rows[0]]
     cells = [[metric, *(_cell(row, metric) for row in rows)] for metric in metrics]
     headers = ["mean (95 % interval)", *(f"step {row['step']}" for row in rows)]
-    return f"{text_table(headers, cells)}\nresults: {folder / RESULTS}"
+    return "\n".join(
+        [text_table(headers, cells), *_fewer_prompts(folder, rows[0]["step"]), f"results: {folder / RESULTS}"]
+    )
+
+
+def _fewer_prompts(folder: AnyPath, step: str) -> list[str]:
+    """A line if the dataset has fewer prompts than were asked for."""
+    settings = read_json(folder / JOB, remedy="run the evaluation again, in another folder")
+    answered = len(load_outcomes(folder / f"{step}.npz").get("length", ()))
+    if not 0 < answered < settings["prompts"]:
+        return []
+    return [
+        f"{settings['dataset']} has {answered:,} prompts, fewer than prompts={settings['prompts']}: all are answered"
+    ]
 
 
 def _cell(row: Mapping[str, str], metric: str) -> str:

@@ -64,10 +64,19 @@ from alignment_gap.jobs.reference import stored_references
 from alignment_gap.jobs.sources import Inputs, Parameters, frozen_of, open_source
 from alignment_gap.jobs.words import gin_words
 from alignment_gap.judges import open_judge
+from alignment_gap.models import abstract_parameters
 from alignment_gap.models.policy import HEAD
 from alignment_gap.models.reward_head import init_head, replace_output, without_head, without_output
 from alignment_gap.progress import OpenBar
-from alignment_gap.sharding import first_says, make_mesh, on_every_process, on_first_process, put_replicated, unbox
+from alignment_gap.sharding import (
+    first_says,
+    make_mesh,
+    on_every_process,
+    on_first_process,
+    put_replicated,
+    unbox,
+    undivided,
+)
 from alignment_gap.training import (
     Bases,
     Checkpoints,
@@ -260,6 +269,9 @@ def _run(assembly: Assembly, inputs: Inputs, folder: AnyPath, open_bar: OpenBar)
             inputs = inputs._replace(stored=stored_references(assembly, inputs, folder, open_bar))
         bar = stack.enter_context(open_bar(steps, folder.name, " steps"))
         bar.write(_summary(assembly, inputs.reading))
+        parameters = abstract_parameters(assembly.facts.network.policy().init)
+        if line := undivided(parameters, assembly.mesh.shape, assembly.mesh.rules):
+            bar.write(line)
         state = checkpoints.restore_last(assembly.abstract, bar.write) or _first_state(assembly, inputs)
         if REFERENCE in state.copies and assembly.adapters is None:
             # The state holds a copy of the moving reference, so the loaded parameters can be freed.

@@ -15,7 +15,7 @@ from alignment_gap.plan.best import Search
 from alignment_gap.plan.graph import JobPlan, longest_chain, side_by_side
 from alignment_gap.plan.plan import Plan
 from alignment_gap.plan.roofline import milliseconds
-from alignment_gap.sharding import AXES
+from alignment_gap.sharding import AXES, undivided
 from alignment_gap.sharding.chips import GIB
 from alignment_gap.tables import text_table
 
@@ -65,11 +65,14 @@ def as_text(plan: Plan) -> str:
     config, topology = plan.config, plan.config.topology
     data, fsdp, model = config.job.mesh.shape(topology.devices)
     shape = config.programs[0].batch
+    policy = abstract_parameters(config.programs[0].facts.network.policy().init)
+    whole = undivided(policy, {"data": data, "fsdp": fsdp, "model": model}, config.job.mesh.all_rules())
     head = [
         f"{parameters(plan):,} parameters{_trained(plan)} on {topology.devices} devices ({topology.name}"
         + (f", {topology.slices} slices" if topology.slices > 1 else "")
         + f"), mesh data={data} fsdp={fsdp} model={model}",
         f"batch {shape.batch} prompts of {shape.prompt} tokens, {shape.samples} responses of {shape.response}",
+        *filter(None, [whole]),
         "",
     ]
     return "\n".join(

@@ -14,6 +14,7 @@ from alignment_gap.sharding.layout import (
     shardings_of,
     spec_within,
     unbox,
+    undivided,
     within,
 )
 from alignment_gap.sharding.mesh import LogicalMesh, MeshConfig, check_batch_size, make_mesh
@@ -71,5 +72,6 @@ __all__ = [
     "spec_within",
     "to_host",
     "unbox",
+    "undivided",
     "within",
 ]

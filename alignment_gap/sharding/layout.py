@@ -27,6 +27,8 @@ _KIND: contextvars.ContextVar[str | None] = contextvars.ContextVar("the kind of 
 _SUMS = 3
 # The largest part of a chip's memory that the weights of a loop over tokens may take in addition.
 _SHARE = 1 / 8
+# How many times its even part of the parameters a device may hold before the user is told.
+_UNEVEN = 1.25
 
 
 def partition_spec(
@@ -202,6 +204,27 @@ def shardings_of(tree: Any, mesh: LogicalMesh) -> Any:
         return NamedSharding(mesh.devices, partition_spec(leaf.names, leaf.value.shape, mesh.shape, mesh.rules))
 
     return jax.tree.map(sharding, tree, is_leaf=is_box)
+
+
+def undivided(boxed: Any, sizes: Mapping[str, int], rules: Rules) -> str | None:
+    """One line if a device holds over 1.25 times its even part of the (abstract) boxed parameters; None otherwise.
+
+    It names the array that the mesh should divide first.
+    """
+    parts, extra, total = sizes["fsdp"] * sizes["model"], dict[str, float](), 0
+    for path, leaf in jax.tree.leaves_with_path(boxed, is_leaf=is_box):
+        spec = partition_spec(leaf.names, leaf.value.shape, sizes, rules)
+        axes = [axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+        name = f"{jax.tree_util.keystr(path, simple=True, separator='.')} {leaf.value.shape}"
+        extra[name] = leaf.value.size / math.prod(sizes[axis] for axis in axes) - leaf.value.size / parts
+        total += leaf.value.size
+    times = 1 + sum(extra.values()) * parts / total
+    if times <= _UNEVEN:
+        return None
+    return (
+        f"a device holds {times:.1f} times its even part of the parameters: fsdp={sizes['fsdp']} "
+        f"model={sizes['model']} does not divide {max(extra, key=extra.__getitem__)}; choose sizes that do"
+    )
 
 
 def of_axes(function: Callable[[tuple[str | None, ...]], Any], boxed: Any) -> Any:

@@ -140,6 +140,20 @@ class Arm:
         if (self.source is None) != bool(self.best_of):
             raise UserError(f"the arm {self.name} has source={self.source}, best_of={self.best_of}: give one of them")
 
+    def sources(self, branch: Branch) -> tuple[SourceConfig, SourceConfig | None]:
+        """What it trains on, and its second source; raises UserError if its functions do not return sources."""
+        assert self.source is not None
+        try:
+            source, fresh = self.source(branch), self.fresh and self.fresh(branch)
+        except (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError) as error:
+            raise UserError(f"the arm {self.name} has a source that raises {error!r}: mend it") from error
+        for each in (source,) if fresh is None else (source, fresh):
+            if not isinstance(each, DatasetConfig | OnlineConfig):
+                raise UserError(
+                    f"the arm {self.name} has a source that gives {each!r}: give a DatasetConfig or an OnlineConfig"
+                )
+        return source, fresh
+
 
 _of_data = functools.partial(Contrast, at_shared_settings=True)
 

@@ -331,8 +331,7 @@ class _Seed:
             proxy_of=self._proxy_of,
             pairs=functools.partial(self._sampled_pairs, loss),
         )
-        assert arm.source is not None
-        source = arm.source(branch)
+        source, fresh = arm.sources(branch)
         start = arms.start if arm is not GOLDEN or self.config.base is None else None
         # The record of a run already has the log-probs of its reference.
         is_record = isinstance(source, DatasetConfig) and at(source.folder or "").parent in runs.values()
@@ -344,7 +343,7 @@ class _Seed:
             dataclasses.replace(arms.optimizer, learning_rate=rate),
             also=[self._scored()] if is_scored else [],
             reference_log_probs="stored" if is_scored else "auto",
-            fresh=arm.fresh(branch) if arm.fresh else None,
+            fresh=fresh,
             loss=LossConfig(loss, settings),
             start=start or str(sft),
             reference=str(sft) if start and not is_record else None,

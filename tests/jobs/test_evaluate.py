@@ -153,7 +153,7 @@ def test_the_table_has_means_with_intervals_that_hold_them(evaluation):
             assert float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"])
     text = results_text(evaluation)
     assert text.splitlines()[0].split() == ["mean", "(95", "%", "interval)", "step", "2", "step", "4", "step", "6"]
-    assert any(line.startswith("win_rate.rubric.start") for line in text.splitlines())
+    assert any(line.startswith("win_rate.rubric.start") for line in text.splitlines()) and "fewer" not in text
     assert (evaluation / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -280,3 +280,4 @@ def test_prompts_come_once(config, pairs, tmp_path):
     changes = {"dataset": str(tmp_path / "twice"), "judges": (), "opponents": (), "steps": (2,), "prompts": 512}
     folder = evaluated(dataclasses.replace(config, **changes), tmp_path / "out")
     assert len(stored(folder, 2)["lengths"]) == 48
+    assert f"{tmp_path / 'twice'} has 48 prompts, fewer than prompts=512: all are answered" in results_text(folder)

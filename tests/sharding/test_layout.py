@@ -36,6 +36,7 @@ from alignment_gap.sharding import (
     shardings_of,
     spec_within,
     unbox,
+    undivided,
     within,
 )
 from alignment_gap.sharding.chips import CHIPS
@@ -368,6 +369,21 @@ def test_what_a_device_holds_in_every_layout(layout, sizes, shards):
     shardings, shapes = by_name(shardings_of(tree, mesh)), by_name(unbox(tree))
     names = ["token_embedder.embedding", "decoder.layers.self_attention.query.kernel", "encoder.layers.mlp.wi_0.kernel"]
     assert [shardings[name].shard_shape(shapes[name].shape) for name in names] == shards
+
+
+def test_a_device_that_holds_more_than_its_part_is_told_with_the_array_that_does_it():
+    def array(*shape):
+        return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, np.float32), names=("vocab", "embed"))
+
+    # A device holds 1/2 of the first array and 1/8 of the second: 160 + 8 elements, where an even part is 48.
+    tree, sizes = {"table": array(5, 64), "output": array(4, 16)}, {"data": 2, "fsdp": 2, "model": 4}
+    assert undivided(tree, sizes, STANDARD) == (
+        "a device holds 3.5 times its even part of the parameters: fsdp=2 model=4 does not divide table (5, 64); "
+        "choose sizes that do"
+    )
+    assert undivided({"table": array(4, 64)}, sizes, STANDARD) is None
+    # Copies over data are what that axis is for.
+    assert undivided(tree, {"data": 8, "fsdp": 1, "model": 1}, STANDARD) is None
 
 
 NAMES = ("batch", "cache_batch", "vocab", "mlp", "heads", "kv_heads", "embed", "kv", "length", "layers", None)

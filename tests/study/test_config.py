@@ -104,11 +104,25 @@ def test_a_loss_that_the_source_of_an_arm_does_not_serve(config, tmp_path):
     open_studies(dataclasses.replace(config, arms=arms), tmp_path)
 
 
+def test_a_loss_of_pairs_takes_the_two_that_a_source_of_four_keeps(config, tmp_path):
+    arms = dataclasses.replace(config.arms, losses=("ipo",), names=("online", "best_vs_worst_4"))
+    open_studies(dataclasses.replace(config, arms=arms), tmp_path)
+
+
 def test_a_loss_or_a_judge_that_cannot_run_is_told_first(config, tmp_path):
     message = refused(config, "arms.losses", ("outside:misspelt",), tmp_path)
     assert "the loss outside:misspelt: the loss needs chosen_logp, which this batch does not have" in message
     message = refused(config, "evaluation.judges", ("outside:of_one_text",), tmp_path)
     assert message.startswith("the judge outside:of_one_text takes (text): let it take (prompts, responses)")
+
+
+def test_an_arm_of_ones_own_gives_a_source(config, tmp_path):
+    message = refused(config, "arms.names", ("online", "outside:RAISING"), tmp_path)
+    assert message.startswith("the arm raising has a source that raises AttributeError(\"'Branch' object has no")
+    message = refused(config, "arms.names", ("online", "outside:PATH"), tmp_path)
+    assert message.startswith("the arm path has a source that gives ") and "give a DatasetConfig or an" in message
+    message = refused(config, "arms.names", ("online", "outside:NOTHING"), tmp_path)
+    assert "the arm nothing has a source that gives None" in message
 
 
 def test_the_range_of_a_claim_has_an_order():
