@@ -75,6 +75,13 @@ def test_the_helpful_pairs_start_from_the_harmless_ones():
         study_of("hh", "helpfull")
 
 
+def test_the_posts_start_from_the_harmless_pairs_too_and_pool_the_unjudged_posts():
+    study, helpful = study_of("tldr"), study_of("hh", "helpful")
+    assert (study.policy, study.sft.start, study.arms) == (None, helpful.sft.start, helpful.arms)
+    assert study.sft.also == ("runs/tldr_unjudged/train",) and study.task.limits.long_prompts == "keep_end"
+    assert study.task.source.labels == "ours=1,reference=0,=drop"
+
+
 def trained(graph):
     """The number of settings of each (arm, loss), among the runs of the first seed."""
     return collections.Counter((run.arm, run.loss) for run in graph.seeds[0].runs)
