@@ -27,6 +27,7 @@ import numpy as np
 from alignment_gap import checks
 from alignment_gap.checkpoints import complete_steps, find_checkpoint, known_network
 from alignment_gap.checkpoints.digest import params_digest
+from alignment_gap.checkpoints.layout import read_digest
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.batches.order import SEED_LIMIT
 from alignment_gap.data.records import Dataset
@@ -364,14 +365,26 @@ def _steps(run: str, asked: Sequence[int] | None) -> list[int]:
 
 
 def _reference(config: EvaluateConfig) -> tuple[str, int | None]:
-    """Folder and step of the reference: the given one, or the one that the run was trained with."""
+    """Folder and step of the reference: the given one, or the one that the run was trained with.
+
+    Raises:
+      UserError: the run has no reference, or the checkpoint in its place is not the one that it was trained with.
+    """
     if config.reference is not None:
         return config.reference, None
     path = at(str(config.run)) / JOB
     settings = read_json(path, remedy="set reference") if path.exists() else {}
     for name in ("reference", "start"):
         if settings.get(name) is not None:
-            return settings[name], settings.get(f"{name}_step")
+            place, step = settings[name], settings.get(f"{name}_step")
+            checkpoint = find_checkpoint(at(place), step)
+            found, wanted = read_digest(checkpoint), settings.get(f"{name}.digest")
+            if None not in (found, wanted) and found != wanted:
+                raise UserError(
+                    f"{config.run} was trained with another checkpoint of {place} than {checkpoint.name}, its last one "
+                    f"now: set reference to {place}/checkpoints/STEP"
+                )
+            return place, step
     raise UserError(f"{config.run} was trained without a reference: set reference to the run that KL is measured to")
 
 

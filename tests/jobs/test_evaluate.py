@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 import shutil
 
@@ -132,6 +133,15 @@ def test_the_policy_leaves_its_reference(evaluation, run):
     kl = [load_outcomes(evaluation / f"{step}.npz")["kl"].mean() for step in (2, 4, 6)]
     assert 0 < kl[0] < kl[1] < kl[2]
     assert metrics(run)[-1]["loss"] < metrics(run)[0]["loss"]
+
+
+def test_a_start_that_was_trained_further_is_not_taken_for_the_reference(config, run, sft, tmp_path):
+    other = shutil.copytree(run, tmp_path / "ipo")
+    settings = json.loads((other / "job.json").read_text())
+    (other / "job.json").write_text(json.dumps(settings | {"start.digest": "0" * 64}))
+    with pytest.raises(UserError, match=rf"was trained with another checkpoint of {sft} than 6, its last one now: set"):
+        evaluated(dataclasses.replace(config, run=str(other)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_policy_has_no_distance_from_itself(config, sft, tmp_path):
