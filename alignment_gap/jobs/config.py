@@ -323,6 +323,15 @@ class JobConfig:
                 f"{moving} and reference_log_probs is 'stored', but stored log-probs are of a fixed reference: leave "
                 "one of the two out"
             )
+        elif (
+            self.online is not None
+            and self.online.mixture is not None
+            and self.reference_every % self.online.steps_per_draw
+        ):
+            raise UserError(
+                f"{moving} and steps_per_draw is {self.online.steps_per_draw}: the steps of a draw share the mixture's "
+                "reference, so set reference_every to a multiple of steps_per_draw"
+            )
         elif self.adapter.rank is not None and self.reference is not None:
             raise UserError(f"{moving}, and with adapters a moving reference begins at start: leave reference out")
 

@@ -125,10 +125,12 @@ def _open(
     if begin is None:
         return scored(score=times.of_devices("judging", score))
 
+    # A mixture also samples with the reference, which may move.
+    moves = (source.refresh_every, (source.mixture is not None and config.reference_every) or 0)
+
     def keeps_sampler(step: int) -> bool:
         """Whether the next step samples with the same parameters; its samples can then be judged during this step."""
-        every = source.refresh_every
-        return step + 1 < steps and (every == 0 or (step + 1) % every != 0)
+        return step + 1 < steps and all(every == 0 or (step + 1) % every != 0 for every in moves)
 
     return scored(score=score, ahead=keeps_sampler)
 

@@ -322,7 +322,7 @@ def restrict(logits: Float[Array, "*B V"], config: SamplerConfig) -> Float[Array
     if config.top_k is not None:
         kth = jax.lax.top_k(logits, min(config.top_k, logits.shape[-1]))[0][..., -1:]
         logits = jnp.where(logits >= kth, logits, -jnp.inf)
-    if config.top_p is not None:
+    if config.top_p is not None and config.top_p < 1.0:  # At 1, the rounding of the sum would exclude rare tokens.
         descending = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(descending, axis=-1)
         # A token stays if the tokens before it have a total probability below top_p, so at least one token stays.

@@ -161,6 +161,8 @@ def refused(folder, tmp_path, **settings):
         ({"peft_type": "IA3"}, "peft_type is 'IA3', which is not supported: it must be 'LORA'"),
         ({"use_dora": True}, "use_dora is True"),
         ({"bias": "all"}, "bias is 'all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which is not supported: it must be True"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is [5, 6]"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is {'q_proj': 4}"),
         ({"r": None}, "r, lora_alpha and lora_dropout must be numbers"),

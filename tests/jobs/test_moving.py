@@ -167,6 +167,10 @@ def test_held_out_pairs_are_measured_against_it_where_it_is(averaged, pairs, tmp
         ({"start": None}, "reference_every is 2, but there is no reference: set start or reference"),
         ({"reference_log_probs": "stored"}, "stored log-probs are of a fixed reference"),
         ({"adapter": AdapterConfig(2), "reference": "x"}, "with adapters a moving reference begins at start"),
+        (
+            {"source": OnlineConfig(mixture=0.5, refresh_every=4, steps_per_draw=4)},
+            "reference_every is 2 and steps_per_draw is 4: the steps of a draw share the mixture's reference",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(changes, message, averaged):

@@ -190,7 +190,7 @@ def test_a_folder_of_something_else_is_refused(config, tmp_path):
 def test_the_folder_of_another_kind_of_job_stays_as_it_is(config, tmp_path):
     (tmp_path / "run" / "train").mkdir(parents=True)
     (tmp_path / "run" / "job.json").write_text('{"kind": "train"}')
-    with pytest.raises(UserError, match="run was made with kind='train'|kind was train"):
+    with pytest.raises(UserError, match="kind"):
         prepare(config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "job.json").read_text()) == {"kind": "train"}
     assert (tmp_path / "run" / "train").exists()

@@ -432,6 +432,12 @@ def test_restrict_by_hand():
     assert restricted_tokens(logits, temperature=0.5, top_p=0.5) == [False, True, False, False]
 
 
+def test_a_top_p_of_1_keeps_all_tokens():
+    """The probabilities before the rare ones add up to 1 in float32."""
+    logits = np.where(np.arange(1000) < 900, 0.0, -20.0).astype(np.float32)
+    assert restricted_tokens(logits, top_p=1.0) == [True] * 1000
+
+
 def test_tied_tokens_stay_or_go_together():
     logits = np.log(np.array([0.4, 0.2, 0.2, 0.2], np.float32))
     assert restricted_tokens(logits, top_k=2) == [True] * 4

@@ -41,6 +41,10 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
+    # Adapters that are on only after certain tokens, and initial values for which PEFT changes the base's weights again
+    # when it loads them, such as pissa and olora.
+    "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
