@@ -30,10 +30,19 @@ class UserError(ValueError):
       page: page and section of docs/ that explain more, such as "jobs.md#train".
     """
 
+    # The command's exit status: 2 if the user must fix something, 1 if another attempt may succeed.
+    status = 2
+
     def __init__(self, line: str, *, may_change: Sequence[str] = (), page: str | None = None) -> None:
         super().__init__(line)
         self.may_change = tuple(may_change)
         self.page = page
+
+
+class InUse(UserError):
+    """Another process works in a folder; another attempt may succeed."""
+
+    status = 1
 
 
 class Interrupted(Exception):

@@ -13,13 +13,18 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
-from alignment_gap.errors import UserError
+from alignment_gap.errors import InUse, UserError
+from alignment_gap.interruption import check_not_requested
 from alignment_gap.storage import SCHEMES, Url, fetched, is_leased, leased, working_folder
+
+# Seconds that a lock may be held by a process that only looks, and seconds between two tries.
+_BRIEFLY, _LOOK_EVERY = 2.0, 0.1
 
 AnyPath = Path | Url
 """A file or folder on this machine or in a bucket."""
@@ -161,18 +166,27 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: AnyPath) -> Iterator[None]:
-    """Locks the folder for this process; raises UserError if another process works in it, or it is not writable."""
+def locked(folder: AnyPath, wait: float = _BRIEFLY) -> Iterator[None]:
+    """Locks the folder for this process.
+
+    Args:
+      folder: the folder.
+      wait: seconds to wait for another process that works in it. `is_held` holds the lock for a moment.
+
+    Raises:
+      InUse: another process works in the folder.
+      UserError: it is not writable, or its file system has no locks.
+    """
     if isinstance(folder, Url):
-        with _flocked(working_folder(folder, "lock"), str(folder)), leased(folder):
+        with _flocked(working_folder(folder, "lock"), str(folder), wait), leased(folder, wait):
             yield
     else:
-        with _flocked(folder, str(folder)):
+        with _flocked(folder, str(folder), wait):
             yield
 
 
 @contextlib.contextmanager
-def _flocked(folder: Path, name: str) -> Iterator[None]:
+def _flocked(folder: Path, name: str, wait: float) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
@@ -181,11 +195,26 @@ def _flocked(folder: Path, name: str) -> Iterator[None]:
             raise
         raise UserError(f"cannot write in {folder} ({error.strerror}): give a folder that can be written") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{name} is in use by another run: wait for it, or give another folder") from error
+        deadline = time.monotonic() + wait
+        while not _is_free(file, fcntl.LOCK_EX, folder):
+            if time.monotonic() > deadline:
+                raise InUse(f"{name} is in use by another run: wait for it, or give another folder")
+            check_not_requested()
+            time.sleep(_LOOK_EVERY)
         yield
+
+
+def _is_free(file: IO[str], kind: int, folder: Path) -> bool:
+    """Takes a lock of this kind if no other process holds one; raises UserError if there are no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be locked ({error.strerror}): give a folder on a file system with locks"
+        ) from error
+    return True
 
 
 def is_held(folder: AnyPath) -> bool:
@@ -197,12 +226,9 @@ def is_held(folder: AnyPath) -> bool:
         return is_leased(folder)
     try:
         with (folder / ".lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return not _is_free(file, fcntl.LOCK_SH, folder)
     except FileNotFoundError:
         return False
-    except OSError:
-        return True
-    return False
 
 
 # The files with the settings of a job and of a study. A folder holds one of them at most.

@@ -1,4 +1,4 @@
-"""Signals that ask a command to end: ctrl-c, and SIGTERM from a scheduler that takes the machine back.
+"""Signals that ask a command to end: ctrl-c, a closed terminal, and SIGTERM from a scheduler that takes a machine back.
 
 A loop of steps calls `requested` after each step; then it saves and raises `Interrupted`. All other work ends at once,
 or, in a thread other than the main thread, at the next update of its progress bar.
@@ -24,20 +24,22 @@ _lock, _asks = threading.Lock(), threading.local()
 
 @contextlib.contextmanager
 def signals_caught() -> Iterator[None]:
-    """Catches SIGINT and SIGTERM: the first one waits for a loop that calls `requested`.
+    """Catches SIGINT, SIGTERM and SIGHUP: the first one waits for a loop that calls `requested`.
 
-    Without such a loop, or at the second signal, it raises KeyboardInterrupt. With several processes, jax catches
-    SIGTERM itself, so that all processes end after the same step.
+    Without such a loop, or at the second signal, it raises KeyboardInterrupt. Under nohup, SIGHUP stays ignored. With
+    several processes, jax catches SIGTERM itself, so that all processes end after the same step.
     """
 
     def receive(number: int, frame: FrameType | None) -> None:
         _received.append(number)
         if len(_received) > 1 or not _watching:
             raise KeyboardInterrupt
-        if number == signal.SIGINT and _several_processes():
+        if number != signal.SIGTERM and _several_processes():
             os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = [signal.SIGINT, signal.SIGTERM]
+    caught += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+    before = {number: signal.signal(number, receive) for number in caught}
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from alignment_gap.errors import StorageError, UserError
+from alignment_gap.errors import InUse, StorageError, UserError
 
 SCHEMES = ("s3", "gs")
 # Tensorstore waits longer before each retry: 4 minutes in total.
@@ -143,6 +143,10 @@ class Url(PurePosixPath):
         if not missing_ok and not self.is_file():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         self._done(self._bucket.write(self.key, None))
+
+    def unlink_if(self, generation: bytes) -> None:
+        """Removes the object if it still has this generation."""
+        self._done(self._bucket.write(self.key, None, if_equal=generation))
 
     def remove_all(self) -> None:
         """Removes all objects under this name."""
@@ -276,19 +280,23 @@ def _machine() -> str:
 
 
 @contextlib.contextmanager
-def leased(folder: Url) -> Iterator[None]:
+def leased(folder: Url, wait: float = 0.0) -> Iterator[None]:
     """Holds a folder for this process by a lease: an object that this process keeps renewing.
 
     The caller already holds the lock file on this machine, so an existing lease of this machine is left from a dead
     process. A lease of another machine is watched. If it is renewed, its owner is alive; if not for `STALE_AFTER`
     seconds, this process takes it over. A process that finds its own lease taken over ends at once.
 
+    Args:
+      folder: the folder.
+      wait: seconds to wait for a living owner.
+
     Raises:
-      UserError: another machine works in the folder.
+      InUse: another machine works in the folder.
     """
     lease = folder / ".lock"
     owner = {"owner": uuid.uuid4().hex, "machine": _machine(), "host": socket.gethostname(), "process": os.getpid()}
-    held = _taken(lease, owner)
+    held = [_taken(lease, owner, wait)]
     ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(lease, owner, held, ended), daemon=True)
     renewing.start()
@@ -298,7 +306,7 @@ def leased(folder: Url) -> Iterator[None]:
         ended.set()
         renewing.join()
         with contextlib.suppress(StorageError):  # A lease that stays becomes stale.
-            lease.unlink(missing_ok=True)
+            lease.unlink_if(held[-1])  # If another process has taken it over, it stays.
 
 
 def _lease_content(owner: Mapping[str, Any]) -> bytes:
@@ -321,10 +329,10 @@ def is_leased(folder: Url) -> bool:
     return time.time() - read_lease(folder / ".lock")[0].get("renewed", 0) < STALE_AFTER
 
 
-def _taken(lease: Url, owner: Mapping[str, Any]) -> bytes:
+def _taken(lease: Url, owner: Mapping[str, Any], wait: float) -> bytes:
     """Writes the lease if there is none or it has expired; returns its generation."""
     holder, seen = read_lease(lease)
-    since = time.monotonic()
+    begun = since = time.monotonic()
     while True:
         is_over = seen is None or holder.get("machine") == owner["machine"] or time.monotonic() - since > STALE_AFTER
         if is_over and (held := lease.replace_content(_lease_content(owner), seen)):
@@ -333,19 +341,23 @@ def _taken(lease: Url, owner: Mapping[str, Any]) -> bytes:
             time.sleep(_LOOK_EVERY)
         holder, now = read_lease(lease)
         if now is not None and now != seen:
-            where = f"{holder.get('host')}, process {holder.get('process')}"
-            raise UserError(f"{lease.parent} is in use by another run ({where}): wait for it, or give another folder")
+            since = time.monotonic()
+            if since - begun > wait:
+                where = f"{holder.get('host')}, process {holder.get('process')}"
+                raise InUse(f"{lease.parent} is in use by another run ({where}): wait for it, or give another folder")
         seen = now
 
 
-def _renew(lease: Url, owner: Mapping[str, Any], held: bytes, ended: threading.Event) -> None:
+def _renew(lease: Url, owner: Mapping[str, Any], held: list[bytes], ended: threading.Event) -> None:
+    """Renews a lease until `ended`; its last generation is the only item of `held`."""
     while not ended.wait(RENEW_EVERY):
         try:
-            renewed = lease.replace_content(_lease_content(owner), held)
+            renewed = lease.replace_content(_lease_content(owner), held[-1])
         except StorageError:
             continue  # The next try finds out if there is another owner.
         if renewed is None:
             line = f"{lease.parent} was taken over by another run, because this one was silent for {STALE_AFTER:g} s"
             print(f"\nerror: {line}: this one ends", file=sys.stderr, flush=True)
             os._exit(1)
-        held = renewed
+        else:
+            held[:] = [renewed]

@@ -1,10 +1,14 @@
 """Files are replaced as a whole; one process and one set of settings own a folder."""
 
+import contextlib
+import errno
 import json
+import os
+import threading
 
 import pytest
 
-from alignment_gap.errors import UserError
+from alignment_gap.errors import InUse, UserError
 from alignment_gap.folders import JOB, STUDY, claim, locked, write_json
 
 
@@ -47,7 +51,28 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with locked(tmp_path), pytest.raises(UserError, match="in use by another run"), locked(tmp_path):
+    with locked(tmp_path), pytest.raises(InUse, match="in use by another run"), locked(tmp_path, wait=0):
         pass
+    assert InUse("").status == 1 and UserError("").status == 2
     with locked(tmp_path):
         pass
+
+
+def test_a_folder_is_waited_for(tmp_path):
+    held, ended = contextlib.ExitStack(), []
+    held.enter_context(locked(tmp_path))
+    held.callback(ended.append, True)
+    threading.Timer(0.3, held.close).start()
+    with locked(tmp_path, wait=60):
+        assert ended
+
+
+def test_a_file_system_without_locks_is_not_a_folder_in_use(tmp_path, monkeypatch):
+    def refuse(file, kind):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("alignment_gap.folders.fcntl.flock", refuse)
+    line = rf"{tmp_path} cannot be locked \(No locks available\): give a folder"
+    with pytest.raises(UserError, match=line) as error, locked(tmp_path):
+        pass
+    assert not isinstance(error.value, InUse)

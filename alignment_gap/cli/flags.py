@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -173,7 +175,9 @@ def _settings(cls: Any, path: str) -> Iterator[tuple[str, Any, Any, str]]:
         inner = next((each for each in _options(hint) if dataclasses.is_dataclass(each)), None)
         if inner is not None:
             yield from _settings(inner, f"{path}{field.name}.")
-        elif typing.get_origin(hint) is not Mapping and field.default is not dataclasses.MISSING:
+        elif typing.get_origin(hint) is Mapping:
+            yield f"{path}{field.name}", hint, None, f"{about.get(field.name, '')} A dict in Python's notation."
+        elif field.default is not dataclasses.MISSING:
             yield f"{path}{field.name}", hint, field.default, about.get(field.name, "")
 
 
@@ -189,7 +193,9 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _value(value: Any, hint: Any, name: str) -> Any:
-    """Converts a flag's value to the type of its setting; only the items of lists are still texts."""
+    """Converts a flag's value to the type of its setting; only the items of lists, and dicts, are still texts."""
+    if typing.get_origin(hint) is Mapping:
+        return _literal_dict(value, name)
     if not isinstance(value, list):
         return value
     of = next(typing.get_args(each)[0] for each in _options(hint) if typing.get_origin(each) is tuple)
@@ -197,6 +203,13 @@ def _value(value: Any, hint: Any, name: str) -> Any:
         return tuple(of(item) for item in value)
     except ValueError:
         raise UserError(f"--{name}={','.join(value)}: give values of type {of.__name__}, separated by commas") from None
+
+
+def _literal_dict(text: str, name: str) -> dict[str, Any]:
+    with contextlib.suppress(SyntaxError, ValueError):
+        if isinstance(value := ast.literal_eval(text), dict):
+            return value
+    raise UserError(f"--{name}={text}: give a dict in Python's notation, such as {{'mlp': None}}")
 
 
 def _define_text(name: str, default: str | None, text: str, flag_values: flags.FlagValues) -> None:

@@ -93,6 +93,7 @@ def main(arguments: list[str]) -> None:
     if runs_here or {"--help", "-h"} & {*words}:
         importlib.import_module(f"alignment_gap.cli.{words[0]}").main([f"alignment-gap {words[0]}", *words[1:]])
         return
+    words = _joined(words, _FOLDERS.get(words[0], ("workdir",))[0])
     tasks, logs = _sweep_tasks(values.sweep, words) if values.sweep else _tasks(words)
     if values.status:
         print(launch.status_text(tasks))
@@ -124,6 +125,17 @@ def _tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
     # A job's gin files may be on the cluster alone, so the settings are read only where they decide something.
     settings = _settings(words) if finished_with(path) is not None else None
     return [Task(path.name, tuple(words), path, processes=processes, settings=settings)], _logs(path)
+
+
+def _joined(words: Sequence[str], flag: str) -> list[str]:
+    """The words with `--FLAG VALUE` written as `--FLAG=VALUE`, which the command reads alike."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in (f"--{flag}", f"-{flag}"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _folder(words: Sequence[str]) -> AnyPath:

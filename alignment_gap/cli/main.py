@@ -107,7 +107,7 @@ def _status(run: Callable[[], None]) -> int:
         run()
         sys.stdout.flush()
     except UserError as error:
-        return _failed(str(error) + (f" (see docs/{error.page})" if error.page else ""))
+        return _failed(str(error) + (f" (see docs/{error.page})" if error.page else ""), error.status)
     except BrokenPipeError:
         if not _is_unread(sys.stdout):
             raise

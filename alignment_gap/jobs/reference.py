@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -269,8 +270,8 @@ def store_reference(
     placed = on_devices(batches, settings, mesh, policy.config.vocabulary_size)
     with contextlib.ExitStack() as stack:
         folder = reference_folder(dataset, identity)
-        on_first_process(lambda: stack.enter_context(locked(folder)))
-        # Another job may have stored them in the meantime.
+        # Another job may be storing them, or have stored them in the meantime.
+        on_first_process(lambda: stack.enter_context(locked(folder, wait=math.inf)))
         if stored := on_every_process(lambda: open_reference(dataset, identity)):
             return stored
         writer = on_every_process(

@@ -52,7 +52,12 @@ class _Processes:
     def started(self, commands: Sequence[Sequence[str]], log: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
         """Starts processes that write to one log; at the end, kills those that still run."""
         with log.open("ab") as file, self._lock:
-            begun = [] if self.stopped else [subprocess.Popen(each, stdout=file, stderr=file) for each in commands]
+            # In a session of its own, a process gets only the engine's signals, not those of the terminal as well: a
+            # second signal would end it before it has saved.
+            begun = [
+                subprocess.Popen(each, stdout=file, stderr=file, start_new_session=True)
+                for each in ([] if self.stopped else commands)
+            ]
             self._running.update(begun)
         try:
             yield begun
@@ -118,6 +123,7 @@ def run_local(tasks: Sequence[Task], config: LocalConfig, logs: Path, say: Calla
 def _attempt(task: Task, config: LocalConfig, logs: Path, processes: _Processes, say: Callable[[str], None]) -> str:
     """Runs a task, and again if its processes died; returns the last line of its output if it failed, else ""."""
     log = logs / f"{task.file_name}.log"
+    earlier = log.stat().st_size if log.exists() else 0
     for attempt in range(1 + config.retries):
         say(f"{task.name}: started" + (f" again, for the {attempt}. time" if attempt else ""))
         start = time.monotonic()
@@ -128,7 +134,7 @@ def _attempt(task: Task, config: LocalConfig, logs: Path, processes: _Processes,
         if processes.stopped or status == USER_ERROR:
             break
         say(f"{task.name}: a process ended with exit status {status}")
-    return _last_line(log) or f"exit status {status}"
+    return _last_line(log, earlier) or f"exit status {status}"
 
 
 def _run(task: Task, config: LocalConfig, log: Path, processes: _Processes) -> int:
@@ -158,8 +164,9 @@ def local_text(tasks: Sequence[Task], config: LocalConfig, logs: Path) -> str:
     return "\n".join(lines) or "all jobs are done"
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
+def _last_line(log: Path, earlier: int) -> str:
+    """The last error, or the last line, of a log after the bytes that earlier launches wrote."""
+    lines = log.read_bytes()[earlier:].decode(errors="replace").strip().splitlines()
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
 
 

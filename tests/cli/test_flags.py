@@ -1,6 +1,8 @@
 """Flags from dataclasses: names, defaults, types and help; and one line for every wrong value."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -40,6 +42,7 @@ class Outer:
       inner: a part.
       limit: at most; None for all.
       place: where.
+      rules: what is where.
     """
 
     count: int = 3
@@ -48,6 +51,7 @@ class Outer:
     inner: Inner = Inner()
     limit: int | None = None
     place: str | None = None
+    rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 SHORT = {"inner.": "", "place": "where"}
@@ -67,6 +71,7 @@ def test_every_type_of_setting():
     words = ["--count=5", "--fast", "--steps=1,2", "--rate=2", "--names=a,b", "--limit=7", "--where=here"]
     assert read(*words) == Outer(5, True, (1, 2), Inner(2.0, ("a", "b")), 7, "here")
     assert read("--nofast", "--steps=", "--rate=0") == Outer(inner=Inner(0.0))
+    assert read("--rules={'mlp': None, 'batch': ('data',)}").rules == {"mlp": None, "batch": ("data",)}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,8 @@ def test_every_type_of_setting():
         (["--cuont=1"], "Unknown command line flag 'cuont'. Did you mean: count"),
         (["--count=many"], "flag --count=many: invalid literal for int"),
         (["--steps=1,x"], "--steps=1,x: give values of type int, separated by commas"),
+        (["--rules=mlp:None"], "--rules=mlp:None: give a dict in Python's notation, such as {'mlp': None}"),
+        (["--rules=('mlp', None)"], "give a dict"),
         (["--rate=-1"], "--rate is -1.0: it must be at least 0"),
         (["more"], "unexpected argument 'more': flags are written --flag=value"),
     ],

@@ -66,6 +66,9 @@ def test_any_engine_is_given_the_commands_with_each_value_and_its_folder(engine,
         assert any(set(expected) <= {*shlex.split(line)} for line in said.splitlines() if "--gin." in line), said
     assert f"--workdir={tmp_path / 'sweep'} " not in said
     assert "report" in said and not (tmp_path / "sweep").exists()
+    apart = [part for word in words for part in (word.split("=", 1) if word.startswith("--workdir=") else [word])]
+    run(f"--engine={engine}", "--dry_run", "--sweep=OptimizerConfig.clip_norm=0.5,None", *apart)
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ FLAGS = [
             "a b", JudgeConfig("runs/golden", 800, labels="rewards"), 2, mesh=MeshConfig(layout="tensor", fsdp=2)
         ),
     ),
+    (LABEL, LabelConfig("a", mesh=MeshConfig(rules={"mlp": None, "heads": ("fsdp", "model")}))),
     (COMPOSE, ComposeConfig(("a", "b"), weights=(0.25, 1e-7), limit=3)),
     (GENERATE, GenerateConfig("p", ("a", "b"), JudgeConfig("rubric"), sampler=SamplerConfig(0.7, top_k=5), seed=3)),
     (EVALUATE, EvaluateConfig("r", (1, 2), "d", ("golden=runs/a", "m:f"), ("it's=runs/b",), pairs=0)),

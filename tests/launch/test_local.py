@@ -1,6 +1,8 @@
 """The engine for this machine, with commands in place of jobs."""
 
+import os
 import signal
+import sys
 import threading
 import time
 
@@ -57,6 +59,21 @@ def test_the_process_that_failed_first_decides(task_of, attempts, tmp_path):
 def test_there_is_an_end_to_attempts(task_of, attempts, tmp_path):
     _, error = launch([task_of("a", "dies")], tmp_path, retries=0)
     assert "first a: exit status -9" in error and attempts() == {"a": 1}
+
+
+def test_the_line_of_an_earlier_launch_is_not_the_reason(task_of, attempts, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a.log").write_text("error: the disk was full\n")
+    _, error = launch([task_of("a", "dies")], tmp_path, retries=0)
+    assert "first a: exit status -9" in error
+
+
+def test_the_signals_of_a_terminal_do_not_reach_the_processes_of_a_job(tmp_path):
+    """A terminal sends Ctrl-c to every process of its session, and the engine sends SIGTERM too."""
+    command = [sys.executable, "-c", "import os; print(os.getsid(0))"]
+    with local._Processes().started([command], tmp_path / "log") as (process,):
+        process.wait()
+    assert int((tmp_path / "log").read_text()) == process.pid != os.getsid(0)
 
 
 def test_a_command_that_cannot_be_split_has_one_process(task_of, attempts, tmp_path):
