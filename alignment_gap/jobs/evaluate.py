@@ -41,7 +41,7 @@ from alignment_gap.evaluation.results import csv_text, means
 from alignment_gap.folders import JOB, AnyPath, at, read_json, write_bytes
 from alignment_gap.jobs.compose import distinct_prompts
 from alignment_gap.jobs.config import POLICY
-from alignment_gap.jobs.folder import MESH, Kind, Opened
+from alignment_gap.jobs.folder import MESH, Kind, Opened, finished_with
 from alignment_gap.jobs.generate import drawing, open_policy
 from alignment_gap.jobs.label import open_checked
 from alignment_gap.judges import Judge, JudgeConfig, by_itself, open_judge
@@ -452,6 +452,13 @@ def _cell(row: Mapping[str, str], metric: str) -> str:
     return f"{value} ({low} to {high})"
 
 
+def _has_all_files(folder: AnyPath) -> bool:
+    """Whether a finished evaluation has its results, and every file of outcomes undamaged."""
+    settings = finished_with(folder) or {}
+    numbers = settings.get("best_of") or settings.get("steps") or ()
+    return (folder / RESULTS).exists() and all(_is_whole(folder / f"{number}.npz") for number in numbers)
+
+
 def _is_whole(path: AnyPath) -> bool:
     """Whether every array in a file matches its checksum."""
     try:
@@ -475,5 +482,5 @@ EVALUATE = Kind(
     summary=results_text,
     short={"sampler.": ""},
     may_change=lambda folder: ("batch_size", "vocabulary", *MESH),
-    is_whole=lambda folder: all(map(_is_whole, folder.glob("*.npz"))),
+    is_whole=_has_all_files,
 )

@@ -148,10 +148,10 @@ def make(kind: Kind, config: Any, folder: AnyPath, open_bar: OpenBar | None = No
             return False
         if not finished:
             on_first_process(lambda: discard_last(folder / DONE))
-        start = time.time()
+        start = time.monotonic()
         with _failure_kept(folder):
             opened.run(folder, open_bar or functools.partial(progress_bar, silent=not is_first_process()))
-        seconds = round(time.time() - start, 1)
+        seconds = round(time.monotonic() - start, 1)
         if not finished:
             done = {"settings": settings, "seconds": seconds, "version": __version__}
             on_first_process(lambda: write_last(folder / DONE, done))

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from alignment_gap import losses
 from alignment_gap.checkpoints import (
     CHECKPOINTS,
     TOKENIZER,
@@ -138,7 +139,14 @@ def open_training(config: JobConfig) -> Opened:
     facts |= dict(judge.facts if judge else {})
     if config.optimizer.ends:  # The number of steps then changes the learning rate of earlier steps.
         facts["optimizer.steps"] = config.steps
+    if config.microbatches > 1 and _reads_microbatches(config):
+        facts["loss.microbatches"] = config.microbatches
     return Opened(facts, functools.partial(_run, assembly, inputs), functools.partial(_read_first, inputs))
+
+
+def _reads_microbatches(config: JobConfig) -> bool:
+    """Whether the gradient depends on the number of microbatches."""
+    return losses.OTHER_PROMPTS in losses.reads(config.loss.function()) or bool(config.adapter.dropout)
 
 
 def _open_reading(source: SourceConfig, setting: str) -> Reading:

@@ -232,8 +232,7 @@ class Checkpoints:
           UserError: all checkpoints are damaged, or the last one is of another model, or from an earlier version of
             this library.
         """
-        while self.steps():
-            last = self.steps()[-1]
+        while (last := self._agreed_last()) is not None:
             try:
                 return self.restore(abstract, last)
             except DamagedCheckpoint as error:
@@ -246,6 +245,25 @@ class Checkpoints:
                     raise UserError(f"{told} no other is left: run the command again to begin anew") from error
                 say(f"{told} training goes on from step {self.steps()[-1]}")
         return None
+
+    def _agreed_last(self) -> int | None:
+        """The last step that the first process sees; None if it sees none. All processes restore the same step.
+
+        Raises:
+          StorageError: another process does not see it, as for a while on a network's file system.
+        """
+        last = int(first_says(lambda: max(self.steps(), default=-1)))
+
+        def check() -> None:
+            if last != -1 and last not in self.steps():
+                raise StorageError(
+                    f"process 0 sees the checkpoint {self.folder}/{last}, but another process does not: run the same "
+                    "command again",
+                    status=1,
+                )
+
+        on_every_process(check)
+        return None if last == -1 else last
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
         """The parameters of a step, or of the last step.

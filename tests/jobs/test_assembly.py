@@ -66,6 +66,13 @@ def test_what_alters_a_step_has_its_own(ipo, settings):
     assert update_step(dataclasses.replace(ipo, **settings)) is not update_step(ipo)
 
 
+def test_the_number_of_microbatches_is_fixed_where_the_gradient_depends_on_it(ipo):
+    """A loss that compares prompts compares those of a microbatch."""
+    parts = dataclasses.replace(ipo, source=dataclasses.replace(ipo.source, batch_size=16), microbatches=2)
+    facts = [TRAIN.open(dataclasses.replace(parts, loss=LossConfig(name))).facts for name in ("ipo", "aot_unpaired")]
+    assert [each.get("loss.microbatches") for each in facts] == [None, 2]
+
+
 def test_the_seed_of_a_preference_model_orders_its_pairs(ipo):
     model = dataclasses.replace(ipo, kind="pairwise", loss=LossConfig("sft"))
     assert update_step(model) is update_step(dataclasses.replace(model, steps=9))

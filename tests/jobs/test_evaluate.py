@@ -198,6 +198,15 @@ def test_a_damaged_file_of_a_finished_evaluation_is_measured_anew(config, evalua
         np.testing.assert_array_equal(stored(folder, 4)[name], values)
 
 
+def test_a_missing_file_of_a_finished_evaluation_is_made_anew(config, evaluation, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(evaluation, folder)
+    for name in ("4.npz", "results.csv"):
+        (folder / name).unlink()
+    assert make(EVALUATE, config, folder, Bar())
+    assert (folder / "results.csv").read_bytes() == (evaluation / "results.csv").read_bytes()
+
+
 def test_a_preference_model_is_compared_with_labels_and_with_judges(judge, pairs, tmp_path):
     config = EvaluateConfig(str(judge), dataset=str(pairs), judges=("rubric",), pairs=16, batch_size=8)
     outcomes = load_outcomes(evaluated(config, tmp_path / "out") / "4.npz")
