@@ -18,26 +18,47 @@ from alignment_gap.interruption import TRY_AGAIN
 from alignment_gap.launch.slices import slice_of
 from alignment_gap.launch.tasks import USER_ERROR, Task, waiting_tasks
 
+# Seconds that a process has to save after SIGTERM, and the exit status of ssh without a connection.
+_GRACE, _CONNECTION_LOST = 300, 255
+
 _SCRIPT = """\
 #!/bin/bash
 # Requests a TPU slice, runs jobs on all of its hosts, and gives it back.
 set -u
 gcloud_tpus() {{ gcloud compute tpus "$@" {place}; }}
 
-state() {{ gcloud_tpus queued-resources describe {name} '--format=value(state.state)' 2> /dev/null || true; }}
+describe() {{ gcloud_tpus queued-resources describe {name} '--format=value(state.state)'; }}
 
-give_back() {{ gcloud_tpus queued-resources delete {name} --force --quiet; }}
+# Prints the state of the slice, or nothing if there is none.
+state() {{
+    local errors
+    for look in $(seq 10); do
+        {{ errors=$(describe 2>&1 >&3); }} 3>&1 && return
+        case "$errors" in *NOT_FOUND*) return 0 ;; esac
+        echo "$errors" >&2
+        sleep {look_every}
+    done
+    echo "error: the state of the slice {name} is not known: see the errors of gcloud, then launch again" >&2
+    return 1
+}}
+
+give_back() {{ gcloud_tpus queued-resources delete {name} --force --quiet && trap - EXIT; }}
 
 ask() {{
+    local found
+    while found=$(state) || exit 1; [ "$found" = SUSPENDING ]; do sleep {look_every}; done
     # A slice that was taken back or that failed stays in the list until it is deleted.
-    case "$(state)" in SUSPENDED | FAILED) give_back || exit 1 ;; esac
-    if [ -z "$(state)" ]; then
+    case "$found" in SUSPENDED | FAILED) give_back || exit 1; found= ;; esac
+    if [ -z "$found" ]; then
+        # Another script may own a slice of this name: this one deletes only what it has created.
+        trap - EXIT
         gcloud_tpus queued-resources create {name} {request} || exit 1
+        trap give_back EXIT
         fresh=yes
     fi
-    while [ "$(state)" != ACTIVE ]; do
-        case "$(state)" in
-            FAILED | "") echo "error: the slice {name} is not available" >&2; exit 1 ;;
+    while found=$(state) || exit 1; [ "$found" != ACTIVE ]; do
+        case "$found" in
+            FAILED | SUSPENDED | "") echo "error: the slice {name} is not available" >&2; exit 1 ;;
         esac
         sleep {look_every}
     done
@@ -47,24 +68,48 @@ ask() {{
 
 on_hosts() {{ gcloud_tpus tpu-vm ssh {name} --worker="$1" --command="$2"; }}
 
+# Each host runs this before and after a job's command. When a connection is lost, the process goes on and holds its
+# folder, and gcloud runs the command again: then the earlier process is asked to save, and ends first.
+before='
+file=${{TMPDIR:-/tmp}}/alignment-gap.pid
+if earlier=$(cat $file 2> /dev/null) && kill -TERM $earlier 2> /dev/null; then
+    for second in $(seq {grace}); do kill -0 $earlier 2> /dev/null || break; sleep 1; done
+    kill -KILL $earlier 2> /dev/null
+fi
+'
+after='
+job=$!
+echo $job > $file
+wait $job
+status=$?
+if grep -qx $job $file; then rm $file; fi
+exit $status
+'
+
 run() {{
     for attempt in $(seq 0 {retries}); do
         ask
         echo "$1: started"
-        on_hosts "$2" "$3"
+        on_hosts "$2" "$before$3 &$after"
         status=$?
         # {user_error}: another attempt would fail again. {try_again}: the job was asked to end, and has saved.
+        # {connection_lost}: ssh lost the connection.
         case $status in
             0) echo "$1: done"; return ;;
             {user_error}) break ;;
+            {connection_lost}) sleep {look_every} ;;
         esac
     done
     echo "error: $1 failed with exit status $status: fix it and launch again" >&2
     exit "$status"
 }}
 
-fresh=yes
-trap give_back EXIT
+found=$(state) || exit 1
+if [ -n "$found" ]; then
+    echo "error: there is a queued resource {name} already, in state $found: give --queued.name=NAME, or if no other" \
+        "launch uses it, delete it: gcloud compute tpus queued-resources delete {name} --force {place}" >&2
+    exit 1
+fi
 {runs}
 """
 
@@ -124,7 +169,9 @@ def queued_text(tasks: Sequence[Task], config: QueuedConfig, logs: Path) -> str:
         setup=shlex.quote(config.setup),
         retries=config.retries,
         look_every=config.look_every,
+        grace=_GRACE,
         user_error=USER_ERROR,
+        connection_lost=_CONNECTION_LOST,
         try_again=TRY_AGAIN,
         runs="\n".join(_run(task, config, slice_.hosts) for task in waiting),
     )
@@ -137,12 +184,12 @@ def _flags(settings: dict[str, str | None]) -> str:
 def _run(task: Task, config: QueuedConfig, hosts: int) -> str:
     assert config.folder is not None
     together = task.processes and hosts > 1
-    command = shlex.join(["alignment-gap", *task.words, *(["--coordinator=auto"] if together else [])])
-    if not task.processes:
-        # It runs on one host only, where the TPU would wait for the other hosts' TPUs.
-        command = f"JAX_PLATFORMS=cpu {command}"
-    words = ["run", task.name, "all" if task.processes else "0", f"cd {shlex.quote(config.folder)} && {command}"]
-    return shlex.join(words)
+    # A command of one process runs on one host only, where the TPU would wait for the other hosts' TPUs.
+    variables = [] if task.processes else ["env", "JAX_PLATFORMS=cpu"]
+    words = [*variables, "alignment-gap", *task.words, *(["--coordinator=auto"] if together else [])]
+    # exec, so that the number of the process is the job's own.
+    command = f"cd {shlex.quote(config.folder)} && exec {shlex.join(words)}"
+    return shlex.join(["run", task.name, "all" if task.processes else "0", command])
 
 
 def run_queued(tasks: Sequence[Task], config: QueuedConfig, logs: Path, say: Callable[[str], None] = print) -> None:

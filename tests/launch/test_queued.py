@@ -10,19 +10,35 @@ from alignment_gap.launch import QueuedConfig, run_queued
 from alignment_gap.launch.queued import queued_text
 
 # Keeps the state of the queued resource in a file. Runs the command that ssh gives to the hosts, as one host.
+# As many descriptions fail as the file "unknown" has lines. With the file "taken", another script creates the slice
+# just before. With the file "drops", the connection to the next job is lost while it runs.
 GCLOUD = """#!/bin/bash
-echo "$*" >> {folder}/asked
+set -f
+echo $* >> {folder}/asked
 state={folder}/state
 case "$*" in
-    *"describe"*) [ -e $state ] && cat $state; [ -e $state ] ;;
-    *"create"*) echo {first} > $state ;;
+    *"describe"*)
+        if [ -s {folder}/unknown ]; then sed -i 1d {folder}/unknown; echo "ERROR: UNAVAILABLE" >&2; exit 1; fi
+        if [ ! -e $state ]; then echo "ERROR: NOT_FOUND: Resource was not found" >&2; exit 1; fi
+        echo "WARNING: a new version can be had" >&2
+        cat $state
+        sed -i s/SUSPENDING/SUSPENDED/ $state ;;
+    *"create"*)
+        if [ -e {folder}/taken ]; then mv {folder}/taken $state; echo "ERROR: ALREADY_EXISTS" >&2; exit 1; fi
+        echo {first} > $state ;;
     *"delete"*) rm $state ;;
     *"ssh"*)
         for word in "$@"; do case "$word" in --command=*) command="${{word#--command=}}" ;; esac; done
+        if [ -e {folder}/drops ] && [[ $command = *exec* ]]; then
+            rm {folder}/drops
+            bash -c "$command" &
+            until [ -e {folder}/shared/held ]; do sleep 0.1; done
+            exit 255
+        fi
         bash -c "$command"
         status=$?
         # A spot slice is taken back.
-        if [ $status -eq 75 ]; then echo SUSPENDED > $state; fi
+        if [ $status -eq 75 ]; then echo SUSPENDING > $state; fi
         exit $status ;;
 esac
 """
@@ -32,6 +48,12 @@ JOB = """#!/bin/bash
 echo "$JAX_PLATFORMS $*" >> ran
 if [ "$1" = fails ]; then exit 2; fi
 if [ "$1" = saves -a ! -e saved ]; then touch saved; exit 75; fi
+if [ -e held ]; then echo "error: the folder is in use by another run"; exit 2; fi
+if [ "$1" = holds -a ! -e saved ]; then
+    trap "sleep 1; rm held; touch saved; exit 75" TERM
+    touch held
+    for i in $(seq 600); do sleep 0.1; done
+fi
 """
 
 
@@ -47,6 +69,7 @@ def gcloud(tmp_path, monkeypatch):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
         monkeypatch.delenv("JAX_PLATFORMS", raising=False)
 
     def lines():
@@ -83,6 +106,67 @@ def test_a_slice_that_was_taken_back_is_asked_for_again_and_set_up_again(gcloud,
     asked, ran = gcloud()
     assert len(ran) == 2 and len([line for line in asked if " create " in line]) == 2
     assert capfd.readouterr().out.splitlines().count("it is set up") == 2
+
+
+def test_a_job_whose_connection_is_lost_saves_and_ends_before_it_runs_again(gcloud, task_of, tmp_path, capfd):
+    """The first process goes on without a connection, and takes a second to save; the next attempt waits for it."""
+    (tmp_path / "drops").touch()
+    run_queued([task_of("sft", "holds")], config(tmp_path), tmp_path / "logs")
+    asked, ran = gcloud()
+    assert len(ran) == 2 and (tmp_path / "shared" / "saved").exists()
+    assert len([line for line in asked if " create " in line]) == 1 and " delete " in asked[-1]
+    assert "in use" not in capfd.readouterr().out and not (tmp_path / "alignment-gap.pid").exists()
+
+
+@pytest.mark.parametrize("state", ["ACTIVE", "SUSPENDED", "WAITING_FOR_RESOURCES"])
+def test_a_slice_that_the_script_did_not_create_stays_as_it_is(gcloud, task_of, tmp_path, capfd, state):
+    (tmp_path / "state").write_text(state)
+    with pytest.raises(UserError, match=r"queued\.sh ended with exit status 1"):
+        run_queued([task_of("sft")], config(tmp_path, zone="us-west4-a"), tmp_path / "logs")
+    asked, ran = gcloud()
+    assert ran == [] and len(asked) == 1 and (tmp_path / "state").read_text() == state
+    assert (
+        f"error: there is a queued resource alignment-gap already, in state {state}: give --queued.name=NAME, or if no "
+        "other launch uses it, delete it: gcloud compute tpus queued-resources delete alignment-gap --force "
+        "--zone=us-west4-a\n"
+    ) in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("behaviour", ["ends", "saves"])
+def test_a_slice_that_another_script_creates_first_stays_as_it_is(gcloud, task_of, tmp_path, behaviour):
+    """Another script creates one between this one's look and its own request: its first request, or a later one."""
+    if behaviour == "saves":
+        script = queued_text([task_of("sft", "saves")], config(tmp_path), tmp_path).replace(
+            "give_back || exit 1; found= ;;", f"give_back || exit 1; echo ACTIVE > {tmp_path}/taken; found= ;;"
+        )
+    else:
+        (tmp_path / "taken").write_text("ACTIVE")
+        script = queued_text([task_of("sft")], config(tmp_path), tmp_path)
+    assert subprocess.run(["bash", "-c", script]).returncode == 1
+    asked, ran = gcloud()
+    assert (tmp_path / "state").read_text().strip() == "ACTIVE" and " create " in asked[-1]
+    assert len(ran) == (1 if behaviour == "saves" else 0)
+
+
+def test_a_state_that_cannot_be_read_is_no_missing_slice(gcloud, task_of, tmp_path, capfd):
+    """Another script's slice is there. Two looks fail, the third one finds it."""
+    (tmp_path / "state").write_text("ACTIVE")
+    (tmp_path / "unknown").write_text("1\n2\n")
+    with pytest.raises(UserError, match="exit status 1"):
+        run_queued([task_of("sft")], config(tmp_path), tmp_path / "logs")
+    assert [line.split()[3] for line in gcloud()[0]] == ["describe"] * 3
+    error = capfd.readouterr().err
+    assert error.count("UNAVAILABLE") == 2 and "there is a queued resource alignment-gap already" in error
+
+
+def test_a_state_that_can_never_be_read_is_one_line(gcloud, task_of, tmp_path, capfd):
+    (tmp_path / "unknown").write_text("\n" * 99)
+    script = queued_text([task_of("sft")], config(tmp_path), tmp_path).replace("sleep 1\n", "sleep 0\n")
+    assert subprocess.run(["bash", "-c", script]).returncode == 1
+    assert [line.split()[3] for line in gcloud()[0]] == ["describe"] * 10
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "error: the state of the slice alignment-gap is not known: see the errors of gcloud, then launch again"
+    )
 
 
 def test_a_job_that_fails_ends_the_script_and_gives_the_slice_back(gcloud, task_of, tmp_path, capfd):
