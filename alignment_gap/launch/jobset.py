@@ -19,8 +19,9 @@ from alignment_gap.errors import UserError
 from alignment_gap.launch.slices import Slice, slice_of
 from alignment_gap.launch.tasks import USER_ERROR, Task, waiting_tasks
 
-# A pod's name has at most 63 characters: the JobSet's name, "-slice-0-0-" and five characters of its own.
-_LONGEST_NAME = 40
+# A pod's name has at most 63 characters: this name, "-" and five characters that complete it, "-slice-0-0-" and five
+# characters of its own.
+_LONGEST_NAME = 34
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,8 @@ def manifest(task: Task, config: JobSetConfig) -> dict[str, Any]:
         },
         "template": {"metadata": {"labels": _labels()}, "spec": _pod(task, config, slice_)},
     }
-    metadata: dict[str, Any] = {"name": object_name(task.name), "labels": _labels()}
+    # Kubernetes completes the name, because another launch or study may have a job of the same name.
+    metadata: dict[str, Any] = {"generateName": f"{object_name(task.name)}-", "labels": _labels()}
     if config.namespace:
         metadata["namespace"] = config.namespace
     if config.queue:

@@ -122,6 +122,15 @@ def test_a_workflow_keeps_the_order_of_a_graph(task_of):
     assert steps[2]["name"] == steps[2]["template"] == object_name("c.0")
 
 
+def test_another_launch_gets_other_names(task_of):
+    """Kubernetes completes the names, within its limit for the pods of 100 slices of 100 hosts."""
+    task = task_of("golden" * 20)
+    inner = yaml.safe_load(workflow([task], CONFIG, "study")["spec"]["templates"][1]["resource"]["manifest"])
+    for metadata in (manifest(task, CONFIG)["metadata"], inner["metadata"]):
+        assert "name" not in metadata and metadata["generateName"] == f"{object_name(task.name)}-"
+        assert len(f"{metadata['generateName']}abcde-slice-99-99-abcde") <= 63
+
+
 def test_names_are_kubernetes_own():
     names = [
         "sft",
@@ -136,7 +145,7 @@ def test_names_are_kubernetes_own():
     made = [object_name(name) for name in names]
     assert made[0] == "sft" and len(set(made)) == len(made)
     # JobSet creates a service with its own name, and the name of a service begins with a letter.
-    assert all(len(name) <= 40 and name[0].isalpha() and name.strip("-") == name for name in made)
+    assert all(len(name) <= 34 and name[0].isalpha() and name.strip("-") == name for name in made)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for name in made)
 
 
