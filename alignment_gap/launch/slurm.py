@@ -148,14 +148,20 @@ def script(batch: Batch, config: SlurmConfig, logs: Path) -> str:
         lines += ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
     else:
         lines += commands
+    # The last element of an array has the number of the whole array, which would be queued again with it.
+    number = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if is_array else "$SLURM_JOB_ID"
     lines += [
         "status=$?",
         f"# {TRY_AGAIN}: the job was asked to end, has saved, and continues when it runs again.",
-        f"if [ $status -eq {TRY_AGAIN} ]; then scontrol requeue $SLURM_JOB_ID; exit $status; fi",
+        f"if [ $status -eq {TRY_AGAIN} ]; then scontrol requeue {number}; exit $status; fi",
         f"# {USER_ERROR}: another attempt would fail again. Any other status: processes were killed or crashed.",
-        f"if [ $status -ne 0 -a $status -ne {USER_ERROR} -a ${{SLURM_RESTART_COUNT:-0}} -lt {config.retries} ]; then",
-        "    scontrol requeue $SLURM_JOB_ID",
+        "# These are counted in a file, because Slurm's count includes preemptions and time limits.",
+        f"crashes={shlex.quote(str(logs))}/{number}.crashes",
+        f"if [ $status -ne 0 -a $status -ne {USER_ERROR} ]; then",
+        '    echo $status >> "$crashes"',
+        f'    if [ $(wc -l < "$crashes") -le {config.retries} ]; then scontrol requeue {number}; exit $status; fi',
         "fi",
+        'rm -f "$crashes"',
         "exit $status",
     ]
     return "\n".join(lines) + "\n"
@@ -181,7 +187,7 @@ def submit_slurm(tasks: Sequence[Task], config: SlurmConfig, logs: Path, say: Ca
     logs.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, str] = {}
     for batch in batches(tasks):
-        needed = sorted({numbers[name] for name in batch.needs})
+        needed = sorted(numbers[name] for name in batch.needs)
         # Slurm removes jobs whose dependencies have failed from the queue.
         after = [f"--dependency=afterok:{':'.join(needed)}", "--kill-on-invalid-dep=yes"] if needed else []
         done = subprocess.run(
@@ -193,5 +199,7 @@ def submit_slurm(tasks: Sequence[Task], config: SlurmConfig, logs: Path, say: Ca
         if done.returncode:
             raise UserError(f"sbatch refused {batch.name}: {done.stderr.strip().splitlines()[-1]}")
         number = done.stdout.strip().partition(";")[0]
-        numbers |= {task.name: number for task in batch.tasks}
+        # A job waits for the elements that it needs alone: the failure of another element must not remove it.
+        is_array = len(batch.tasks) > 1
+        numbers |= {task.name: f"{number}_{i}" if is_array else number for i, task in enumerate(batch.tasks)}
         say(f"{number}  {batch.name}" + (f" after {', '.join(needed)}" if needed else ""))

@@ -81,6 +81,55 @@ def test_settings_out_of_range(settings):
         SlurmConfig(**settings)
 
 
+def test_a_job_waits_for_the_elements_that_it_needs_alone(task_of, tmp_path, monkeypatch):
+    """A program stands in for sbatch: it numbers jobs from 100 on, and keeps its words."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        f'#!/bin/bash\ncat > /dev/null; echo "$*" >> {tmp_path}/asked; echo $((99 + $(wc -l < {tmp_path}/asked)))\n'
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
+    tasks = [*(task_of(f"sft-{i}") for i in range(3)), *(task_of(f"arm-{i}", "ends", f"sft-{i}") for i in range(2))]
+    submit([*tasks, task_of("report", "ends", "arm-0", "sft-2")], tmp_path)
+    after = [line.partition("afterok:")[2].split(" ")[0] for line in (tmp_path / "asked").read_text().splitlines()]
+    assert after == ["", "100_0", "100_1", "100_2:101"]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "queued", "left"),
+    [
+        ([75, 75, 75, 9, 9, 9], [True, True, True, True, True, False], ""),
+        ([9, 75, 0], [True, True, False], ""),
+        ([9, 75], [True, True], "9\n"),
+        ([9, 2], [True, False], ""),
+    ],
+)
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_only_crashes_use_up_retries(task_of, tmp_path, monkeypatch, statuses, queued, left, names):
+    """The script runs with programs in place of Slurm's; the job may crash twice."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("srun", f"exit $(cat {tmp_path}/status)"), ("scontrol", f'echo "$*" >> {tmp_path}/queued')):
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    for name, value in {"JOB_ID": "7", "ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    (batch,) = batches([task_of(name) for name in names])
+    text, found = script(batch, SlurmConfig(retries=2), tmp_path), []
+    number = "7" if len(names) == 1 else "7_1"
+    for count, status in enumerate(statuses):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
+        (tmp_path / "status").write_text(str(status))
+        assert subprocess.run(["bash", "-c", text]).returncode == status
+        lines = (tmp_path / "queued").read_text().splitlines()
+        found.append(len(lines) > sum(found))
+        assert set(lines) == {f"requeue {number}"}
+    crashes = tmp_path / f"{number}.crashes"
+    assert found == queued and (crashes.read_text() if crashes.exists() else "") == left
+
+
 def test_no_slurm_is_one_line(task_of, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="this machine has no sbatch: launch from a login node"):
