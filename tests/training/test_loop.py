@@ -19,7 +19,7 @@ import pytest
 import tensorstore as ts
 from tiny_models import make_batch
 
-from alignment_gap.errors import Interrupted, UserError
+from alignment_gap.errors import Interrupted, StorageError, UserError
 from alignment_gap.interruption import signals_caught
 from alignment_gap.training import Checkpoints, GuardConfig, KeepConfig, TrainState, make_refresh, train
 from alignment_gap.training.monitor import Monitor, Validation, truncate_metrics
@@ -484,6 +484,19 @@ def test_if_all_checkpoints_are_damaged_the_user_decides(damage, finished, tmp_p
         run(tmp_path)
     assert {"2.damaged", "5.damaged"} == {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert int(run(tmp_path).step) == 5
+
+
+@pytest.mark.parametrize(("first", "step"), [(2, 2), (5, 5), (7, None)])
+def test_all_processes_restore_the_last_step_that_the_first_one_sees(first, step, finished, tmp_path, monkeypatch):
+    """A network's file system may show a new checkpoint to some processes earlier."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr("alignment_gap.training.checkpoints.first_says", lambda function: np.array(first))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        if step is None:
+            with pytest.raises(StorageError, match=r"process 0 sees the checkpoint .*/7, but another process does not"):
+                checkpoints.restore_last(abstract_of(fresh()), print)
+        else:
+            assert int(checkpoints.restore_last(abstract_of(fresh()), print).step) == step
 
 
 @pytest.mark.parametrize("failing", ["restore", "metadata"])
