@@ -30,9 +30,12 @@ _WITHOUT_COST = {
 _GROUPS_WITHOUT_COST = ("keep.", "monitor.", "model.")
 # Distributions whose version may change what a program costs.
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda13-plugin")
-# The settings that programs other than updates depend on, and those that samplers depend on too.
+# The settings that programs other than updates depend on, and those that samplers depend on too. Either source of a job
+# may be online.
 _PLACED = ("mesh.", "adapter.")
-_SAMPLED = ("source.samples", "source.mixture", "source.against", "source.sampler.")
+_SAMPLED = tuple(
+    f"{source}.{name}" for source in ("source", "fresh") for name in ("samples", "mixture", "against", "sampler.")
+)
 
 
 def kept(folder: AnyPath | None, say: Callable[[str], None], compile_: Compile = compile_program) -> Compile:

@@ -122,7 +122,24 @@ def test_a_judge_does_not_depend_on_the_job_that_asks_it():
     assert program_key(online, judge) != program_key(online, dataclasses.replace(judge, labels="soft"))
 
 
-def test_samplers_differ_by_how_tokens_are_drawn():
-    greedy = update_config(source=OnlineConfig(sampler=SamplerConfig(top_k=1)))
+@pytest.mark.parametrize("source", ["source", "fresh"])
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        {"sampler": SamplerConfig(top_k=1)},
+        {"sampler": SamplerConfig(top_p=0.9)},
+        {"sampler": SamplerConfig(weights_dtype="int8")},
+        {"mixture": 0.5},
+        {"samples": 4},
+    ],
+    ids=repr,
+)
+def test_samplers_differ_by_how_tokens_are_drawn(source, drawn):
     sample = replaced(program_of("sample", POLICY), batch=64)
-    assert program_key(online_config(), sample) != program_key(greedy, sample)
+
+    def key(**settings):
+        loss = {"loss": LossConfig("hypo")} if source == "fresh" else {}
+        return program_key(update_config(**{source: OnlineConfig(**settings)}, **loss), sample)
+
+    assert key(**drawn) != key()
+    assert key(steps_per_draw=1, refresh_every=4) == key()
