@@ -8,6 +8,7 @@ step are in memory at the same time.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -193,36 +194,56 @@ def _capacity(topology: Topology) -> float:
 
 
 def _largest_batch(plan: Plan, compile_: Compile) -> int:
-    """The largest batch that fits, by linear interpolation between two batches; each guess is compiled to confirm it.
+    """The largest batch that fits; every program is compiled with it to confirm it.
 
-    Only the most demanding program is compiled again, because the memory that stays does not depend on the batch.
+    The memory that stays does not depend on the batch. So the search compiles only the program that needs most besides,
+    and then the others with the batch that it found. If one of them does not fit, the search goes on with that one.
     """
     unit, first = plan.config.batch_unit, plan.config.programs[0].batch.batch
-    binding = max(plan.parts, key=lambda part: part.working)
+    resident = sum(plan.resident.values())
 
-    def needed(batch: int) -> int:
-        compiled = compile_(plan.config, binding.program.with_batch(batch))
-        return sum(plan.resident.values()) + dataclasses.replace(binding, compiled=compiled).working
+    @functools.cache
+    def needed(place: int, batch: int) -> int:
+        part = plan.parts[place]
+        compiled = part.compiled if batch == first else compile_(plan.config, part.program.with_batch(batch))
+        return resident + dataclasses.replace(part, compiled=compiled).working
 
-    known = {first: sum(plan.resident.values()) + plan.working}
-    guess = 2 * first if known[first] <= plan.capacity else max(first // 2 // unit, 1) * unit
+    def neediest(batch: int) -> int:
+        return max(range(len(plan.parts)), key=lambda place: needed(place, batch))
+
+    binding = neediest(first)
+    known = at_first = {first: needed(binding, first)}
+    while found := _search(known, functools.partial(needed, binding), plan.capacity, unit):
+        binding = neediest(found)
+        if needed(binding, found) <= plan.capacity:
+            return found
+        # What was found is now known not to fit, so the next is smaller.
+        known = at_first | {found: needed(binding, found)}
+    return 0
+
+
+def _search(known: dict[int, int], needed: Callable[[int], int], capacity: float, unit: int) -> int:
+    """The largest batch that fits, of those whose needs are known and a few guesses; 0 if none does."""
+    known = dict(known)
     for _ in range(_CONFIRMATIONS + 1):
+        guess = _guess(known, capacity, unit)
         if guess in known or guess < unit:
             break
         known[guess] = needed(guess)
-        low = max((batch for batch in known if known[batch] <= plan.capacity), default=0)
-        high = min((batch for batch in known if known[batch] > plan.capacity), default=0)
-        guess = _guess(known, plan.capacity, unit)
-        if high:
-            guess = min(max(guess, low + unit), high - unit)
-    return max((batch for batch in known if known[batch] <= plan.capacity), default=0)
+    return max((batch for batch in known if known[batch] <= capacity), default=0)
 
 
 def _guess(known: dict[int, int], capacity: float, unit: int) -> int:
-    """The batch at which a line through the two batches nearest to the capacity reaches the capacity."""
+    """The batch at which a line through the two batches nearest to the capacity reaches it; at first, twice or half."""
+    if len(known) == 1:
+        ((first, need),) = known.items()
+        return 2 * first if need <= capacity else max(first // 2 // unit, 1) * unit
     (first, low), (second, high) = sorted(sorted(known.items(), key=lambda each: abs(each[1] - capacity))[:2])
     slope = (high - low) / max(second - first, 1)
-    return int((first + (capacity - low) / slope) // unit) * unit if slope > 0 else second * 2
+    guess = int((first + (capacity - low) / slope) // unit) * unit if slope > 0 else second * 2
+    fit = max((batch for batch in known if known[batch] <= capacity), default=0)
+    too_large = min((batch for batch in known if known[batch] > capacity), default=0)
+    return min(max(guess, fit + unit), too_large - unit) if too_large else guess
 
 
 def _advice(plan: Plan) -> tuple[str, ...]:

@@ -141,16 +141,38 @@ def test_the_largest_batch_is_a_multiple_of_its_parts():
     assert plan.largest_batch == 96
 
 
-def test_only_the_neediest_program_is_compiled_again():
+def test_every_program_is_compiled_with_the_largest_batch():
+    """3 + 0.25 + 1 GiB of networks and four programs of 0.25 GiB stay, so 10.5 GiB are left for 0.1 GiB a prompt."""
     asked = []
 
     def recorded(config, program):
         asked.append((program.name, program.batch.batch))
         return compile_(config, program)
 
-    make_plan(dataclasses.replace(online_config(), search=True), recorded)
+    plan = make_plan(dataclasses.replace(online_config(), search=True), recorded)
+    assert plan.largest_batch == 104
     assert asked[:4] == [("update", 64), ("sample", 64), ("judge", 64), ("score", 64)]
-    assert {name for name, _ in asked[4:]} == {"update"}
+    # The search itself compiles only the program that needs most.
+    assert {name for name, batch in asked[4:] if batch != 104} == {"update"}
+    assert sorted(name for name, batch in asked if batch == 104) == ["judge", "sample", "score", "update"]
+
+
+@pytest.mark.parametrize("batch", [8, 64, 256, 512])
+def test_another_program_may_need_most_at_the_largest_batch(batch):
+    """The update needs 4 GiB and 0.01 a prompt, the sampler 0.05 a prompt: with 12.75 GiB left, 248 prompts fit."""
+    asked = []
+
+    def growing(config, program):
+        asked.append((program.name, program.batch.batch))
+        update = program.kind == "update"
+        working = 4 + 0.01 * program.batch.batch if update else 0.05 * program.batch.batch
+        state, temporaries = int(3 * GIB * update), int(working * GIB)
+        return Compiled(parameters=int(GIB), state=state, arguments=state or int(GIB), temporaries=temporaries)
+
+    programs = (program_of("update", POLICY), program_of("sample", POLICY))
+    config = update_config(batch=batch, programs=programs, source=OnlineConfig(), search=True)
+    assert make_plan(config, growing).largest_batch == 248
+    assert len(asked) == len(set(asked)) <= 10
 
 
 def test_no_batch_fits_where_the_state_alone_does_not():
