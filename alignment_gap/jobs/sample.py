@@ -189,9 +189,12 @@ def _encode(
             prompt = template.render(messages_of(messages, "prompt"), ask=True)
         if not isinstance(prompt, str):
             raise UserError(f"{where} holds messages, and the run has no chat template: give template")
-        return np.array(prompt_ids(prompt, vocabulary, ends), np.int32)
+        ids = prompt_ids(prompt, vocabulary, ends)
     except (BadPair, Malformed, EncodingError) as problem:
         raise UserError(f"{where}: {': '.join(filter(None, problem.args))}") from None
+    if not ids:
+        raise UserError(f"{where}: the prompt is empty: write a text, or remove it")
+    return np.array(ids, np.int32)
 
 
 def _prompts(place: str | None, encode: Encode, conversation: list[dict[str, str]] | None) -> Iterator[np.ndarray]:

@@ -132,6 +132,7 @@ BAD = {
     "vocabulary": ({"vocabulary": "bytes"}, "was trained with the vocabulary"),
     "record": ({"prompts": "BROKEN"}, r'broken.jsonl:2 has no prompt: write {"prompt": ...}'),
     "word": ({"prompts": "WORD"}, "word.txt:2: word 'τί' is not among the"),
+    "empty prompt": ({"prompts": "NOTHING"}, "nothing.jsonl:2: the prompt is empty: write a text, or remove it"),
     "no prompts": ({"prompts": "EMPTY"}, "empty.txt holds no prompt: write one on each line"),
     "format": ({"format": "xml"}, "format is 'xml': choose one of text, jsonl"),
     "samples": ({"samples": 0}, "samples is 0"),
@@ -145,8 +146,10 @@ def test_what_cannot_be_used_is_one_line(name, config, judge, file, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "in june ."}\n{"text": "x"}\n')
     (tmp_path / "word.txt").write_text("in june .\nin τί .\n", encoding="utf-8")
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "nothing.jsonl").write_text('{"prompt": "in june ."}\n{"prompt": ""}\n')
     places = {"JUDGE": str(judge), "BROKEN": str(tmp_path / "broken.jsonl")}
     places |= {"WORD": str(tmp_path / "word.txt"), "EMPTY": str(tmp_path / "empty.txt")}
+    places["NOTHING"] = str(tmp_path / "nothing.jsonl")
     changes = {key: places.get(value, value) for key, value in changes.items()}
     with pytest.raises(UserError, match=message) as error:
         records(dataclasses.replace(config, **{"prompts": str(file)} | changes))
