@@ -49,7 +49,7 @@ class Answering(NamedTuple):
     def samples(self, policy: Policy, config: SamplerConfig) -> Samples:
         """A sample for each prompt, by the policy in this form and with the run's parameters."""
         draw = drawing(policy, self.params, self.mesh, jax.random.key(0), config=config, **self.settings)
-        return self.batching.run(draw, (self.asked.prompt_ids, *self.prompts))
+        return draw(self.batching, (self.asked.prompt_ids, *self.prompts))
 
 
 def answering(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> Answering:

@@ -210,7 +210,7 @@ class _Asked:
         key = jax.random.fold_in(jax.random.key(self.config.seed), number)
         draw = drawing(policy, params, self.batching.mesh, key, samples=samples, **self.drawn)
         rows = (self.prompts.prompt_ids, self.prompts.prompts, self.prompts.prompt_lengths)
-        drawn = self.batching.run(draw, rows)
+        drawn = draw(self.batching, rows)
         return drawn.responses, drawn.lengths
 
     def answer(self, policy: Policy, params: Any, number: int) -> Responses:

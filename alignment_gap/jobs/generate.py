@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alignment_gap import checks
@@ -29,12 +28,12 @@ from alignment_gap.jobs.parts import write_parts
 from alignment_gap.judges import Judge, JudgeConfig, open_judge
 from alignment_gap.models import Policy
 from alignment_gap.progress import OpenBar
-from alignment_gap.sampling import SamplerConfig, Samples, make_generate
+from alignment_gap.sampling import SamplerConfig, make_generate
 from alignment_gap.sharding import LogicalMesh, MeshConfig, make_mesh, on_every_process, put_replicated
 from alignment_gap.training import load_policy
 
-# (prompt_ids, prompts, prompt_lengths) -> samples, on the devices.
-DrawRows = Callable[..., Samples]
+# (batching, (prompt_ids, prompts, prompt_lengths)) -> `Samples` as numpy arrays.
+DrawRows = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +143,18 @@ def policy_network(folder: str, step: int | None) -> Network:
 
 
 def drawing(policy: Policy, params: Any, mesh: LogicalMesh, key: jax.Array, **settings: Any) -> DrawRows:
-    """A function that draws samples for rows of prompts; all calls use one key. `make_generate` takes `settings`."""
-    generate = make_generate(policy, mesh, **settings)
-    return functools.partial(generate, params, *put_replicated((key, jnp.int32(0)), mesh))
+    """A function that draws samples for rows of prompts; all calls use one key. `make_generate` takes `settings`.
+
+    Its argument `repeats` says how often each prompt came before, so that it gets new samples each time.
+    """
+    generate = functools.partial(make_generate(policy, mesh, **settings), params, put_replicated(key, mesh))
+
+    def draw(batching: Batching, rows: tuple[np.ndarray, ...], repeats: Sequence[int] | int = 0) -> Any:
+        # A step has keys of its own, so a prompt's repeat counts as a step.
+        steps = np.broadcast_to(np.array(repeats, np.int32), rows[0].shape)
+        return batching.run(generate, (steps, *rows))
+
+    return draw
 
 
 def sample_examples(examples: Iterable[Example], draws: Sequence[DrawRows], batching: Batching) -> Iterator[Example]:
@@ -157,7 +165,7 @@ def sample_examples(examples: Iterable[Example], draws: Sequence[DrawRows], batc
 
     def responses(batch: PreferenceBatch) -> list[tuple[np.ndarray, ...]]:
         rows = (batch.prompt_ids, batch.prompts, batch.prompt_lengths)
-        drawn = [batching.run(draw, rows) for draw in draws]
+        drawn = [draw(batching, rows) for draw in draws]
         return [
             tuple(
                 tokens[:length]

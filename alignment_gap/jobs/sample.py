@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import io
@@ -91,7 +92,7 @@ class SampleConfig:
 
 
 def sample_texts(config: SampleConfig) -> Iterator[str]:
-    """A text for every prompt, as soon as it is answered.
+    """A text for every prompt, as soon as it is answered. A prompt that comes again gets new answers.
 
     With a chat template, an answer also ends with any end id of the tokenizer's generation_config.json.
 
@@ -120,16 +121,24 @@ def sample_texts(config: SampleConfig) -> Iterator[str]:
     show = _as_text if config.format == "text" else _as_record
     # At the keyboard every prompt is answered at once; the other rows of its batch repeat it.
     size = 1 if config.prompts is None else config.batch_size
+    seen: collections.Counter[int] = collections.Counter()
     while asked := list(itertools.islice(prompts, size)):
         rows = _rows(asked)
         batching = Batching(mesh, config.batch_size, (rows[1].shape[1:] * 2,))
-        drawn = batching.run(draw, rows)
+        repeats = [_count(seen, number) for number in rows[0].tolist()]
+        drawn = draw(batching, rows, repeats)
         for row, prompt in enumerate(asked):
             lengths = drawn.lengths[row]
             answers = [tokens[:length] for tokens, length in zip(drawn.responses[row], lengths, strict=True)]
             if conversation is not None:
                 conversation.append({"role": "assistant", "content": _without_end(vocabulary, answers[0], stops)})
             yield show(vocabulary, prompt, answers, drawn.log_probs[row].sum(axis=-1))
+
+
+def _count(seen: collections.Counter[int], number: int) -> int:
+    """How often a prompt's number was counted before; counts it."""
+    seen[number] += 1
+    return seen[number] - 1
 
 
 def _rows(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

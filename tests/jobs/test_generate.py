@@ -1,7 +1,6 @@
 """Datasets of new responses: in the order of the policies, equal in any batches, and labelled by any judge."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,9 @@ from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
 from alignment_gap.jobs import parts
 from alignment_gap.jobs.folder import make
-from alignment_gap.jobs.generate import GENERATE, GenerateConfig, sample_examples
+from alignment_gap.jobs.generate import GENERATE, GenerateConfig, drawing, sample_examples
 from alignment_gap.judges import JudgeConfig
-from alignment_gap.sampling import SamplerConfig, Samples, make_generate
-from alignment_gap.sharding import replicated
+from alignment_gap.sampling import SamplerConfig, Samples
 
 
 @jax.jit
@@ -34,7 +32,11 @@ def echo(ids, prompts, lengths):
 
 def test_samples_come_in_the_order_of_the_policies_and_are_not_yet_labelled(mesh):
     examples = random_pairs(11)
-    found = list(sample_examples(examples, [echo, echo], Batching(mesh, 8, ((6, 2),))))
+
+    def draw(batching, rows):
+        return batching.run(echo, rows)
+
+    found = list(sample_examples(examples, [draw, draw], Batching(mesh, 8, ((6, 2),))))
     for before, after in zip(examples, found, strict=True):
         first = before.prompt[0]
         assert [r.tolist() for r in after.responses] == [[before.prompt_id, 1], [first], [before.prompt_id, 1], [first]]
@@ -46,8 +48,8 @@ def test_samples_come_in_the_order_of_the_policies_and_are_not_yet_labelled(mesh
 def test_a_network_samples_alike_in_buckets(even_policy, mesh):
     """Equal seeds draw equal tokens."""
     params, examples = random_params(even_policy), random_pairs(29)
-    generate = make_generate(even_policy, mesh, samples=2, max_length=4, eos_id=1, config=SamplerConfig())
-    draw = functools.partial(generate, params, *jax.device_put((jax.random.key(3), jnp.int32(0)), replicated(mesh)))
+    settings = {"samples": 2, "max_length": 4, "eos_id": 1, "config": SamplerConfig()}
+    draw = drawing(even_policy, params, mesh, jax.random.key(3), **settings)
     whole, buckets = (
         [plain(e) for e in sample_examples(examples, [draw], Batching(mesh, 8, shapes))]
         for shapes in (((6, 4),), ((3, 4), (6, 4)))

@@ -83,6 +83,20 @@ def test_the_batch_does_not_count_and_the_seed_does(config, file):
     assert all(len({*record["responses"]}) == 1 for record in records(greedy))
 
 
+def test_a_prompt_that_comes_again_gets_new_answers_in_the_same_batch_and_in_a_later_one(config, tmp_path):
+    """With 8 rows the second one comes in the first batch, the third in the second batch; with 16 in one."""
+    feelings = ("tired", "happy", "angry", "nervous", "calm", "sad")
+    lines = [PROMPTS[0], PROMPTS[0], *(f"in june i felt {feeling} ." for feeling in feelings)]
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join([*lines, PROMPTS[0]]))
+    found = records(dataclasses.replace(config, prompts=str(path), batch_size=8))
+    assert records(dataclasses.replace(config, prompts=str(path), batch_size=16)) == found
+    answers = [str(record["responses"]) for record in found if record["prompt"] == PROMPTS[0]]
+    assert len(answers) == 3 and len({*answers}) == 3
+    path.write_text(PROMPTS[0])
+    assert records(dataclasses.replace(config, prompts=str(path)))[0] == found[0]
+
+
 def test_prompts_of_a_dataset_of_lines_and_of_the_keyboard(config, pairs, file, tmp_path, monkeypatch):
     of_dataset = records(dataclasses.replace(config, prompts=str(pairs), limit=3))
     vocabulary = load_vocabulary("posts")
