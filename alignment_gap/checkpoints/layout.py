@@ -35,6 +35,8 @@ from alignment_gap.storage import Url, explained, is_of_the_store
 
 CHECKPOINTS, PARAMS, NETWORK, TOKENIZER = "checkpoints", "params", "network", "tokenizer"
 METADATA = "_CHECKPOINT_METADATA"
+# A model's own settings for sampling, among its tokenizer files.
+GENERATION = "generation_config.json"
 # The custom metadata with this name hold digests, to compare with the data that is read.
 DIGESTS = "digests"
 # The longest part of another library's message that our error lines quote.
@@ -94,6 +96,19 @@ def tokenizer_of(folder: AnyPath) -> AnyPath | None:
     """The folder of tokenizer files in the run of a step's folder; None if it does not exist."""
     tokenizer = folder.parent.parent / TOKENIZER
     return tokenizer if tokenizer.is_dir() else None
+
+
+def end_ids(tokenizer: AnyPath | None, eos_id: int) -> tuple[int, ...]:
+    """The ids that end an answer: the vocabulary's end id, then those that generation_config.json names beside it.
+
+    The turns of an instruction-tuned model may end with another token than its texts. Raises UserError if the file is
+    not JSON.
+    """
+    if tokenizer is None or not (tokenizer / GENERATION).exists():
+        return (eos_id,)
+    named = read_json(tokenizer / GENERATION, remedy="fetch the file again").get("eos_token_id")
+    further = named if isinstance(named, list) else [] if named is None else [named]
+    return tuple(dict.fromkeys((eos_id, *further)))
 
 
 def pad_token(tokenizer: AnyPath | None, default: int | None = None) -> int | None:

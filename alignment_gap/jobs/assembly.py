@@ -96,7 +96,7 @@ class Facts:
       fresh: shape of the second source's batches, if there is a second source.
       fields: optional arrays of the source's recorded examples; empty for an online source.
       rewards: whether scores are rewards, which only compare responses; otherwise they are probabilities.
-      eos_id: the token id that ends a response.
+      eos_id: the token id that ends a response, or several.
     """
 
     network: Network
@@ -104,7 +104,7 @@ class Facts:
     fresh: BatchShape | None = None
     fields: tuple[str, ...] = ()
     rewards: bool = False
-    eos_id: int = 1
+    eos_id: int | tuple[int, ...] = 1
 
     def with_plain_attention(self) -> Facts:
         """The same with XLA's attention; a traced program shows its matrix products, but not those of fused kernels."""

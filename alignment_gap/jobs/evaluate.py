@@ -42,7 +42,7 @@ from alignment_gap.folders import JOB, AnyPath, at, read_json, write_bytes
 from alignment_gap.jobs.compose import distinct_prompts
 from alignment_gap.jobs.config import POLICY
 from alignment_gap.jobs.folder import MESH, Kind, Opened, finished_with
-from alignment_gap.jobs.generate import drawing, open_policy
+from alignment_gap.jobs.generate import drawing, ends_facts, open_policy, policy_ends
 from alignment_gap.jobs.label import open_checked
 from alignment_gap.judges import Judge, JudgeConfig, by_itself, open_judge
 from alignment_gap.models import Policy
@@ -194,6 +194,7 @@ class _Asked:
       batching: how batches are made.
       prompts: the prompts that are answered.
       drawn: settings for `make_generate`.
+      ends: the ids that end an answer, for each policy's folder.
       recorded: the responses of opponents that are datasets, by name.
     """
 
@@ -203,19 +204,21 @@ class _Asked:
     batching: Batching
     prompts: PreferenceBatch
     drawn: Mapping[str, Any]
+    ends: Mapping[str, tuple[int, ...]]
     recorded: Mapping[str, Responses]
 
-    def draw(self, policy: Policy, params: Any, number: int, samples: int) -> Responses:
+    def draw(self, folder: str, policy: Policy, params: Any, number: int, samples: int) -> Responses:
         """Responses [N, K, R] to the prompts, and their lengths; `number` gives every policy its own random key."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), number)
-        draw = drawing(policy, params, self.batching.mesh, key, samples=samples, **self.drawn)
+        settings = {"samples": samples, "eos_id": self.ends[folder], **self.drawn}
+        draw = drawing(policy, params, self.batching.mesh, key, **settings)
         rows = (self.prompts.prompt_ids, self.prompts.prompts, self.prompts.prompt_lengths)
         drawn = draw(self.batching, rows)
         return drawn.responses, drawn.lengths
 
-    def answer(self, policy: Policy, params: Any, number: int) -> Responses:
+    def answer(self, folder: str, policy: Policy, params: Any, number: int) -> Responses:
         """One response to each prompt."""
-        responses, lengths = self.draw(policy, params, number, 1)
+        responses, lengths = self.draw(folder, policy, params, number, 1)
         return responses[:, 0], lengths[:, 0]
 
     @functools.cached_property
@@ -224,7 +227,7 @@ class _Asked:
         return {
             name: self.recorded[name]
             if name in self.recorded
-            else self.answer(*open_policy(folder, self.dataset, self.batching.mesh), number)
+            else self.answer(folder, *open_policy(folder, self.dataset, self.batching.mesh), number)
             for number, (name, folder) in enumerate(map(named, self.config.opponents))
         }
 
@@ -237,30 +240,34 @@ class _Asked:
 
 def _ask(
     config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
-) -> tuple[dict[str, str], _Asked]:
-    """The digests of the last checkpoint and of the opponents; and the prompts with judges and opponents."""
+) -> tuple[dict[str, Any], _Asked]:
+    """Facts about the last checkpoint and the opponents, such as digests; and the prompts with judges and opponents."""
     mesh, recorded = batching.mesh, dict[str, Responses]()
     prompts = batching.collate([dataset[int(i)] for i in distinct_prompts(dataset, config.prompts)])
     drawn = {
         "max_length": config.response_length or dataset.card.max_response_length,
-        "eos_id": find_vocabulary(dataset, config.vocabulary).eos_id,
         "config": config.sampler,
     }
-    digests = {"run.digest": params_digest(open_policy(str(config.run), dataset, mesh, last)[1])}
+    run, eos_id = str(config.run), find_vocabulary(dataset, config.vocabulary).eos_id
+    ends = {run: policy_ends(run, eos_id, last)}
+    facts: dict[str, Any] = {"run.digest": params_digest(open_policy(run, dataset, mesh, last)[1])}
+    facts |= ends_facts("run", ends[run])
     for name, folder in map(named, config.opponents):
         if (at(folder) / CARD).exists():
             answers = open_checked(folder, "opponents")
             recorded[name], digest = _recorded(answers, prompts), answers.card.digest
         else:
             digest = params_digest(open_policy(folder, dataset, mesh)[1])
-        digests[f"opponent {name}.digest"] = digest
-    return digests, _Asked(config, dataset, judges, batching, prompts, drawn, recorded)
+            ends[folder] = policy_ends(folder, eos_id)
+            facts |= ends_facts(f"opponent {name}", ends[folder])
+        facts[f"opponent {name}.digest"] = digest
+    return facts, _Asked(config, dataset, judges, batching, prompts, drawn, ends, recorded)
 
 
 def _measure_policy(
     config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
-) -> tuple[dict[str, str], Measure]:
-    """Digests of the last checkpoint and of all other inputs; and the function that measures the policy of a step."""
+) -> tuple[dict[str, Any], Measure]:
+    """Facts about the last checkpoint and of all other inputs; and the function that measures the policy of a step."""
     mesh = batching.mesh
     pairs = batching.collate(dataset[-config.pairs :]) if config.pairs else None
     further, own_labels = _further_pairs(config, batching), None
@@ -268,14 +275,14 @@ def _measure_policy(
         own_labels = _further_judge(config.own_labels, config, judges, dataset, mesh)
     place, reference_step = on_every_process(lambda: _reference(config))
     _, reference = open_policy(place, dataset, mesh, reference_step)
-    digests, asked = _ask(config, dataset, judges, batching, last)
-    digests["reference.digest"] = params_digest(reference)
-    digests |= {f"classified {name}.digest": digest for name, (_, digest) in further.items()}
-    digests |= {f"own_labels.{key}": value for key, value in (own_labels.facts if own_labels else {}).items()}
+    facts, asked = _ask(config, dataset, judges, batching, last)
+    facts["reference.digest"] = params_digest(reference)
+    facts |= {f"classified {name}.digest": digest for name, (_, digest) in further.items()}
+    facts |= {f"own_labels.{key}": value for key, value in (own_labels.facts if own_labels else {}).items()}
 
     def measure(step: int) -> Outcomes:
         policy, params = open_policy(str(config.run), dataset, mesh, step)
-        responses = asked.answer(policy, params, len(config.opponents) + step)
+        responses = asked.answer(str(config.run), policy, params, len(config.opponents) + step)
         few: Responses = (responses[0][: config.kl_prompts], responses[1][: config.kl_prompts])
         outcomes = asked.outcomes(responses) | diverged(policy, params, reference, batching, asked.prompts, few)
         if pairs is not None:
@@ -283,27 +290,27 @@ def _measure_policy(
         for name, (each, _) in further.items():
             outcomes[f"accuracy.{name}"] = classified(policy, params, reference, batching, each)["accuracy"]
         if own_labels is not None:
-            tokens, lengths = asked.answer(policy, params, _SECOND + step)
+            tokens, lengths = asked.answer(str(config.run), policy, params, _SECOND + step)
             second = tokens[: config.kl_prompts], lengths[: config.kl_prompts]
             outcomes |= classified_own(policy, params, reference, own_labels, batching, asked.prompts, (few, second))
         return outcomes
 
-    return digests, measure
+    return facts, measure
 
 
 def _measure_best_of_n(
     config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
-) -> tuple[dict[str, str], Measure]:
-    """Digests of the last checkpoint and of all other inputs; and the function that measures the best of n."""
-    digests, asked = _ask(config, dataset, judges, batching, last)
+) -> tuple[dict[str, Any], Measure]:
+    """Facts about the last checkpoint and of all other inputs; and the function that measures the best of n."""
+    facts, asked = _ask(config, dataset, judges, batching, last)
     chooser = _further_judge(str(config.best_by), config, judges, dataset, batching.mesh)
-    digests |= {f"best_by.{key}": value for key, value in chooser.facts.items()}
+    facts |= {f"best_by.{key}": value for key, value in chooser.facts.items()}
 
     @functools.cache
     def samples() -> Responses:
         """Responses of the last checkpoint, as many as the largest n; each n uses the first n of them."""
         policy, params = open_policy(str(config.run), dataset, batching.mesh, last)
-        return asked.draw(policy, params, len(config.opponents) + last, max(config.best_of))
+        return asked.draw(str(config.run), policy, params, len(config.opponents) + last, max(config.best_of))
 
     def measure(number: int) -> Outcomes:
         tokens, lengths = (each[:, :number] for each in samples())
@@ -321,7 +328,7 @@ def _measure_best_of_n(
         kl = np.full(config.kl_prompts, math.log(number) - (number - 1) / number)
         return asked.outcomes((tokens[rows, best], lengths[rows, best])) | {"kl": kl}
 
-    return digests, measure
+    return facts, measure
 
 
 def _further_judge(
@@ -345,7 +352,7 @@ def _further_pairs(config: EvaluateConfig, batching: Batching) -> dict[str, tupl
 
 def _measure_judge(
     config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
-) -> tuple[dict[str, str], Measure]:
+) -> tuple[dict[str, Any], Measure]:
     """The digest of the last checkpoint; and the function that measures the preference model of a step."""
     pairs = batching.collate(dataset[-config.pairs :] if config.pairs else dataset[:])
 

@@ -11,7 +11,14 @@ import jax
 import numpy as np
 
 from alignment_gap import checks
-from alignment_gap.checkpoints import Network, check_vocabulary, find_checkpoint, known_network
+from alignment_gap.checkpoints import (
+    Network,
+    check_vocabulary,
+    end_ids,
+    find_checkpoint,
+    known_network,
+    tokenizer_of,
+)
 from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.data.batches import PreferenceBatch, choose_buckets
 from alignment_gap.data.batches.order import SEED_LIMIT
@@ -102,9 +109,11 @@ def open_generation(config: GenerateConfig) -> Opened:
     for place, folder in enumerate(config.policies):
         policy, params = open_policy(folder, dataset, mesh)
         key = jax.random.fold_in(jax.random.key(config.seed), place)
-        settings = {"samples": config.each, "max_length": response, "eos_id": eos_id, "config": config.sampler}
+        ends = policy_ends(folder, eos_id)
+        settings = {"samples": config.each, "max_length": response, "eos_id": ends, "config": config.sampler}
         draws.append(drawing(policy, params, mesh, key, **settings))
         facts |= {f"policy {place}": folder, f"policy {place}.digest": params_digest(params)}
+        facts |= ends_facts(f"policy {place}", ends)
     judge = open_judge(config.judge, dataset, mesh) if config.judge.judge is not None else None
     facts |= judge.facts if judge else {}
 
@@ -140,6 +149,16 @@ def policy_network(folder: str, step: int | None) -> Network:
     if network.kind != POLICY:
         raise UserError(f"{folder} holds a preference model: give the folder of a policy")
     return network
+
+
+def policy_ends(folder: str, eos_id: int, step: int | None = None) -> tuple[int, ...]:
+    """The ids that end an answer of a policy: the vocabulary's, then those that the policy's tokenizer files name."""
+    return on_every_process(lambda: end_ids(tokenizer_of(find_checkpoint(at(folder), step)), eos_id))
+
+
+def ends_facts(name: str, ends: tuple[int, ...]) -> dict[str, list[int]]:
+    """A fact about a job's input: its end ids beside the vocabulary's, if it has some, because they change samples."""
+    return {f"{name}.end_ids": [*ends[1:]]} if ends[1:] else {}
 
 
 def drawing(policy: Policy, params: Any, mesh: LogicalMesh, key: jax.Array, **settings: Any) -> DrawRows:

@@ -27,8 +27,8 @@ from alignment_gap.data.text.chat import PLAIN, Messages, Template, folder_templ
 from alignment_gap.data.text.pair import BadPair, Malformed
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
-from alignment_gap.folders import AnyPath, at, read_json
-from alignment_gap.jobs.generate import drawing, policy_network
+from alignment_gap.folders import AnyPath, at
+from alignment_gap.jobs.generate import drawing, policy_ends, policy_network
 from alignment_gap.sampling import SamplerConfig
 from alignment_gap.sharding import MeshConfig, first_says, is_first_process, make_mesh, on_every_process
 from alignment_gap.training import load_policy
@@ -36,8 +36,6 @@ from alignment_gap.training import load_policy
 FORMATS = ("text", "jsonl")
 # The value of `template` for prompts that no template writes.
 AS_THEY_ARE = "none"
-# A checkpoint's own file of settings for sampling, beside its tokenizer.
-GENERATION = "generation_config.json"
 # Bytes of a prompt that is typed.
 _LONGEST = 2**16
 # Maps a prompt and its place to token ids.
@@ -94,7 +92,7 @@ class SampleConfig:
 def sample_texts(config: SampleConfig) -> Iterator[str]:
     """A text for every prompt, as soon as it is answered. A prompt that comes again gets new answers.
 
-    With a chat template, an answer also ends with any end id of the tokenizer's generation_config.json.
+    An answer also ends with any end id of the tokenizer's generation_config.json.
 
     Raises:
       UserError: the run, its vocabulary or the template cannot be used, or a prompt cannot be read or encoded.
@@ -105,7 +103,7 @@ def sample_texts(config: SampleConfig) -> Iterator[str]:
     network = policy_network(run, config.step)
     vocabulary = on_every_process(lambda: _vocabulary(config, network))
     template = on_every_process(lambda: _template(config, network))
-    stops = (vocabulary.eos_id, *(on_every_process(lambda: _further_ends(run, config.step)) if template else ()))
+    stops = policy_ends(run, vocabulary.eos_id, config.step)
     policy, params = load_policy(run, mesh, config.step)
     ends = network.end_prompts if config.end_prompts is None else config.end_prompts
     conversation: list[dict[str, str]] | None = [] if template and config.prompts is None else None
@@ -173,15 +171,6 @@ def _template(config: SampleConfig, network: Network) -> Template | None:
     if network.template is not None:  # Prepared with "plain", records without messages are texts as they are.
         return None if network.template == PLAIN else load_template(network.template)
     return load_template(own) if own and folder_template(own)[0] else None
-
-
-def _further_ends(run: str, step: int | None) -> tuple[int, ...]:
-    """The ids that end an answer beside the vocabulary's end id, as a tokenizer's generation_config.json names them."""
-    own = tokenizer_of(find_checkpoint(at(run), step))
-    if own is None or not (own / GENERATION).exists():
-        return ()
-    named = read_json(own / GENERATION, remedy="fetch the file again").get("eos_token_id", ())
-    return tuple(named) if isinstance(named, list) else ()
 
 
 def _without_end(vocabulary: Vocabulary, answer: np.ndarray, stops: Sequence[int]) -> str:

@@ -58,6 +58,7 @@ from alignment_gap.jobs.config import (
     recorded,
 )
 from alignment_gap.jobs.folder import MESH, Kind, Opened
+from alignment_gap.jobs.generate import ends_facts, policy_ends
 from alignment_gap.jobs.monitor import open_monitor, open_validation
 from alignment_gap.jobs.reading import Reading, open_reading
 from alignment_gap.jobs.record import close_record, open_recorder
@@ -137,6 +138,8 @@ def open_training(config: JobConfig) -> Opened:
     for name, params, path in (("start", start, config.start), ("reference", reference, config.reference)):
         facts |= {f"{name}.digest": params.digest} if params is not None and path is not None else {}
     facts |= dict(judge.facts if judge else {})
+    if online is not None and isinstance(assembly.facts.eos_id, tuple):
+        facts |= ends_facts("start", assembly.facts.eos_id)
     if config.optimizer.ends:  # The number of steps then changes the learning rate of earlier steps.
         facts["optimizer.steps"] = config.steps
     if config.microbatches > 1 and _reads_microbatches(config):
@@ -180,8 +183,13 @@ def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
         _batch_shape(config.fresh, fresh) if config.fresh is not None and fresh is not None else None,
         fields=() if online else tuple(dataset.card.fields),
         rewards=gives_rewards(online) if online else dataset.card.scores == "rewards",
-        eos_id=vocabulary.eos_id if vocabulary else 1,
+        eos_id=_ends(config, vocabulary.eos_id) if vocabulary else 1,
     )
+
+
+def _ends(config: JobConfig, eos_id: int) -> tuple[int, ...]:
+    """The ids that end a sample: the vocabulary's, then those that the tokenizer files of the start name."""
+    return (eos_id,) if config.start is None else policy_ends(config.start, eos_id, config.start_step)
 
 
 def _with_base(config: JobConfig, network: Network) -> Network:

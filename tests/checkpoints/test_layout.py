@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny_models import CONFIGS
 
-from alignment_gap.checkpoints import Network, find_checkpoint, open_checkpoint, write_checkpoint
+from alignment_gap.checkpoints import Network, end_ids, find_checkpoint, open_checkpoint, write_checkpoint
 from alignment_gap.checkpoints import layout as layout_module
 from alignment_gap.checkpoints.layout import open_store, write_store
 from alignment_gap.checkpoints.tensors import Tensor, from_array
@@ -174,3 +174,18 @@ def test_a_field_of_a_later_version_is_named(tmp_path, mesh):
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"unknown key network\.model\.experts"):
         load_policy(tmp_path, mesh)
+
+
+@pytest.mark.parametrize(("named", "found"), [([7, 1, 8], (1, 7, 8)), (7, (1, 7)), (1, (1,)), (None, (1,)), ([], (1,))])
+def test_the_end_ids_are_the_vocabulary_s_and_those_of_the_generation_config(named, found, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert end_ids(tmp_path, 1) == found
+
+
+def test_without_a_generation_config_the_vocabulary_s_end_id_ends_an_answer(tmp_path):
+    assert end_ids(None, 3) == end_ids(tmp_path, 3) == (3,)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
+    assert end_ids(tmp_path, 3) == (3,)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"generation_config.json is not JSON .*: fetch the file again"):
+        end_ids(tmp_path, 3)
