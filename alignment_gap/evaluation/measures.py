@@ -20,6 +20,16 @@ Responses = tuple[np.ndarray, np.ndarray]
 Outcomes = dict[str, np.ndarray]
 
 
+def judge_scores(judge: Judge, batching: Batching, texts: tuple[Any, ...]) -> Any:
+    """A judge's scores [N, K] of texts on the host: prompts, prompt lengths, responses and their lengths.
+
+    Raises:
+      UserError: a token id is outside the judge's vocabulary.
+    """
+    judge.check(texts[0], texts[2])
+    return batching.run(judge.scores, texts)
+
+
 def judged(
     judges: Mapping[str, Judge],
     batching: Batching,
@@ -36,7 +46,7 @@ def judged(
     outcomes = {}
     for name, judge in judges.items():
         for other, theirs in opponents.items():
-            scores = batching.run(judge.scores, (*asked, *_side_by_side(responses, theirs)))
+            scores = judge_scores(judge, batching, (*asked, *_side_by_side(responses, theirs)))
             outcomes[f"win_rate.{name}.{other}"] = preferences(scores, judge.kind)
             if (unanswered := np.isnan(scores).any(axis=1)).any():
                 outcomes[f"given_up.{name}.{other}"] = unanswered.astype(np.float64)
@@ -44,7 +54,7 @@ def judged(
                 outcomes[f"reward.{name}"] = scores[:, 0].astype(np.float64)
         if judge.kind == REWARDS and not opponents:
             alone = (responses[0][:, None], responses[1][:, None])
-            outcomes[f"reward.{name}"] = batching.run(judge.scores, (*asked, *alone))[:, 0].astype(np.float64)
+            outcomes[f"reward.{name}"] = judge_scores(judge, batching, (*asked, *alone))[:, 0].astype(np.float64)
     return outcomes
 
 
@@ -83,7 +93,7 @@ def classified_own(
     count = len(samples[0][0])
     asked = prompts.prompts[:count], prompts.prompt_lengths[:count]
     answered: tuple[Any, Any] = _side_by_side(*samples)
-    scores = batching.run(judge.scores, (*asked, *answered))
+    scores = judge_scores(judge, batching, (*asked, *answered))
     pairs = PreferenceBatch(prompts.prompt_ids[:count], *asked, *answered, scores=scores)
     accuracy = classified(policy, params, reference, batching, pairs)["accuracy"]
     return {"accuracy.own": np.where(np.isnan(scores).any(axis=1), np.nan, accuracy)}
@@ -104,7 +114,7 @@ def agreed(
         return np.sign(preferences(scores, kind) - 0.5)
 
     def asked(each: Judge) -> np.ndarray:
-        return side(batching.run(each.scores, texts), each.kind)
+        return side(judge_scores(each, batching, texts), each.kind)
 
     own = asked(judge)
     compared = {"accuracy": side(np.asarray(pairs.scores), labels)}

@@ -28,7 +28,7 @@ from alignment_gap import checks
 from alignment_gap.checkpoints import complete_steps, find_checkpoint, known_network
 from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.checkpoints.layout import read_digest
-from alignment_gap.data.batches import PreferenceBatch
+from alignment_gap.data.batches import PreferenceBatch, check_token_ids
 from alignment_gap.data.batches.order import SEED_LIMIT
 from alignment_gap.data.records import Dataset
 from alignment_gap.data.records.card import find_vocabulary
@@ -36,13 +36,22 @@ from alignment_gap.data.records.dataset import CARD
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
 from alignment_gap.evaluation.figure import kl_picture
-from alignment_gap.evaluation.measures import Outcomes, Responses, agreed, classified, classified_own, diverged, judged
+from alignment_gap.evaluation.measures import (
+    Outcomes,
+    Responses,
+    agreed,
+    classified,
+    classified_own,
+    diverged,
+    judge_scores,
+    judged,
+)
 from alignment_gap.evaluation.results import csv_text, means
 from alignment_gap.folders import JOB, AnyPath, at, read_json, write_bytes
 from alignment_gap.jobs.compose import distinct_prompts
 from alignment_gap.jobs.config import POLICY
 from alignment_gap.jobs.folder import MESH, Kind, Opened, finished_with
-from alignment_gap.jobs.generate import drawing, ends_facts, open_policy, policy_ends
+from alignment_gap.jobs.generate import drawing, ends_facts, open_policy, policy_ends, policy_network
 from alignment_gap.jobs.label import open_checked
 from alignment_gap.judges import Judge, JudgeConfig, by_itself, open_judge
 from alignment_gap.models import Policy
@@ -248,6 +257,8 @@ def _ask(
         "max_length": config.response_length or dataset.card.max_response_length,
         "config": config.sampler,
     }
+    for judge in judges.values():
+        judge.check(prompts.prompts)
     run, eos_id = str(config.run), find_vocabulary(dataset, config.vocabulary).eos_id
     ends = {run: policy_ends(run, eos_id, last)}
     facts: dict[str, Any] = {"run.digest": params_digest(open_policy(run, dataset, mesh, last)[1])}
@@ -274,7 +285,13 @@ def _measure_policy(
     if config.own_labels is not None:
         own_labels = _further_judge(config.own_labels, config, judges, dataset, mesh)
     place, reference_step = on_every_process(lambda: _reference(config))
-    _, reference = open_policy(place, dataset, mesh, reference_step)
+    reference_policy, reference = open_policy(place, dataset, mesh, reference_step)
+    for network, size in (
+        (str(config.run), policy_network(str(config.run), last).model.vocabulary_size),
+        (place, reference_policy.config.vocabulary_size),
+    ):
+        for each in (*([] if pairs is None else [pairs]), *(batch for batch, _ in further.values())):
+            check_token_ids("a pair", network, size, each.prompts, each.responses)
     facts, asked = _ask(config, dataset, judges, batching, last)
     facts["reference.digest"] = params_digest(reference)
     facts |= {f"classified {name}.digest": digest for name, (_, digest) in further.items()}
@@ -317,7 +334,7 @@ def _measure_best_of_n(
         best = np.zeros(len(tokens), np.int64)
         if number > 1:
             texts = (asked.prompts.prompts, asked.prompts.prompt_lengths, tokens, lengths)
-            scores = batching.run(chooser.scores, texts)
+            scores = judge_scores(chooser, batching, texts)
             if count := int(np.isnan(scores).any(axis=1).sum()):
                 raise UserError(
                     f"best_by is {config.best_by}, but it chose none of the {number} responses to {count} of the "
@@ -361,6 +378,8 @@ def _measure_judge(
         return agreed(own, judges, batching, pairs, dataset.card.scores)
 
     last_judge = open_judge(JudgeConfig(config.run, last), dataset, batching.mesh)
+    for each in (last_judge, *judges.values()):
+        each.check(pairs.prompts, pairs.responses)
     return {"run.digest": last_judge.facts["judge.digest"]}, measure
 
 

@@ -20,7 +20,7 @@ from alignment_gap.checkpoints import (
     tokenizer_of,
 )
 from alignment_gap.checkpoints.digest import params_digest
-from alignment_gap.data.batches import PreferenceBatch, choose_buckets
+from alignment_gap.data.batches import PreferenceBatch, check_token_ids, choose_buckets
 from alignment_gap.data.batches.order import SEED_LIMIT
 from alignment_gap.data.records import Dataset, Example, lengths_of
 from alignment_gap.data.records.card import find_vocabulary
@@ -164,11 +164,13 @@ def ends_facts(name: str, ends: tuple[int, ...]) -> dict[str, list[int]]:
 def drawing(policy: Policy, params: Any, mesh: LogicalMesh, key: jax.Array, **settings: Any) -> DrawRows:
     """A function that draws samples for rows of prompts; all calls use one key. `make_generate` takes `settings`.
 
-    Its argument `repeats` says how often each prompt came before, so that it gets new samples each time.
+    Its argument `repeats` says how often each prompt came before, so that it gets new samples each time. It raises
+    UserError if a prompt has a token id outside the policy's vocabulary.
     """
     generate = functools.partial(make_generate(policy, mesh, **settings), params, put_replicated(key, mesh))
 
     def draw(batching: Batching, rows: tuple[np.ndarray, ...], repeats: Sequence[int] | int = 0) -> Any:
+        check_token_ids("a prompt", "the policy", policy.config.vocabulary_size, rows[1])
         # A step has keys of its own, so a prompt's repeat counts as a step.
         steps = np.broadcast_to(np.array(repeats, np.int32), rows[0].shape)
         return batching.run(generate, (steps, *rows))

@@ -18,6 +18,7 @@ from alignment_gap.data.batches import PreferenceBatch, choose_buckets
 from alignment_gap.data.records import Dataset, Example, lengths_of, open_dataset, verify_dataset
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
+from alignment_gap.evaluation.measures import judge_scores
 from alignment_gap.folders import AnyPath, read_json, write_json
 from alignment_gap.jobs.folder import MESH, Kind, Opened
 from alignment_gap.jobs.parts import dataset_summary, write_parts
@@ -99,7 +100,7 @@ def label(examples: Iterable[Example], judge: Judge, batching: Batching) -> Iter
 
     def scores(batch: PreferenceBatch) -> list[np.ndarray]:
         arrays = (batch.prompts, batch.prompt_lengths, batch.responses, batch.response_lengths)
-        return list(np.asarray(batching.run(judge.scores, arrays), np.float32))
+        return list(np.asarray(judge_scores(judge, batching, arrays), np.float32))
 
     for example, row in batching.each(examples, scores):
         if not np.isnan(row).any():

@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from alignment_gap.data.batches import Bucket, Examples, OfflineSource, PreferenceBatch, choose_buckets, offline_source
+from alignment_gap.data.batches import (
+    Bucket,
+    Examples,
+    OfflineSource,
+    PreferenceBatch,
+    check_token_ids,
+    choose_buckets,
+    offline_source,
+)
 from alignment_gap.data.records import Dataset, open_dataset, verify_dataset
 from alignment_gap.data.records.log_probs import ReferenceLogProbs
 from alignment_gap.errors import UserError
@@ -103,12 +111,7 @@ def on_devices(
 
     def source(step: int) -> PreferenceBatch:
         batch = batches(step)
-        largest = max(np.max(batch.prompts), np.max(batch.responses))
-        if largest >= vocabulary_size:
-            raise UserError(
-                f"{config.folder} has the token id {largest}, but the model has vocabulary_size={vocabulary_size}: "
-                "raise it, or prepare the dataset with the model's vocabulary"
-            )
+        check_token_ids(str(config.folder), "the model", vocabulary_size, batch.prompts, batch.responses)
         placed: PreferenceBatch = put_batch(batch, mesh, batches.rows(step))
         return placed
 

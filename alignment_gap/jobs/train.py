@@ -37,6 +37,7 @@ from alignment_gap.checkpoints import (
 from alignment_gap.checkpoints.adapters import plain_tensors
 from alignment_gap.data.batches import PreferenceBatch
 from alignment_gap.data.batches.offline import Padding
+from alignment_gap.data.records import Dataset
 from alignment_gap.data.records.card import ends_prompts, find_vocabulary, template_place, vocabulary_place
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at, copy_files
@@ -65,7 +66,7 @@ from alignment_gap.jobs.record import close_record, open_recorder
 from alignment_gap.jobs.reference import stored_references
 from alignment_gap.jobs.sources import Inputs, Parameters, frozen_of, open_source
 from alignment_gap.jobs.words import gin_words
-from alignment_gap.judges import open_judge
+from alignment_gap.judges import Judge, open_judge
 from alignment_gap.models import abstract_parameters
 from alignment_gap.models.policy import HEAD
 from alignment_gap.models.reward_head import init_head, replace_output, without_head, without_output
@@ -126,7 +127,9 @@ def open_training(config: JobConfig) -> Opened:
     bases: Bases = {base_key(network): start.read} if start and network.base_digest else {}
     judge, online = None, config.online
     if online is not None and online.judge.judge is not None:
-        judge = open_judge(online.judge, (fresh or reading).datasets[0], assembly.mesh, bases)
+        asked = (fresh or reading).datasets[0]
+        judge = open_judge(online.judge, asked, assembly.mesh, bases)
+        _check_judge(judge, network, asked, config.recorded.vocabulary)
     reference = start
     if config.reference is not None:
         folder, other = _checked(config.reference, config.reference_step, assembly)
@@ -185,6 +188,20 @@ def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
         rewards=gives_rewards(online) if online else dataset.card.scores == "rewards",
         eos_id=_ends(config, vocabulary.eos_id) if vocabulary else 1,
     )
+
+
+def _check_judge(judge: Judge, network: Network, dataset: Dataset, vocabulary: str | None) -> None:
+    """Raises UserError if a judge lacks a row for a token that the policy may draw; the devices would take another."""
+    rows, size = judge.vocabulary_size, network.model.vocabulary_size
+    if rows is None or rows >= size:
+        return
+    # Rows of the policy's embedding beyond the vocabulary are no tokens; checkpoints of one family differ in them.
+    tokens = min(size, find_vocabulary(dataset, vocabulary).size)
+    if rows < tokens:
+        raise UserError(
+            f"the judge {judge.facts['judge']} has vocabulary_size={rows}, but the policy may draw {tokens} token ids: "
+            "give a judge with at least as many"
+        )
 
 
 def _ends(config: JobConfig, eos_id: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignment_gap import checks
+from alignment_gap.data.batches import check_token_ids
 from alignment_gap.errors import UserError
 from alignment_gap.sampling import Begin, Scores
 
@@ -53,6 +54,7 @@ class Judge(NamedTuple):
         scores. The scores of a prompt are nan if the judge gave no answer. None for a judge that answers at once.
       counts: the questions, answers and costs since the last call, over all processes, by the names of metrics. Every
         process must call it.
+      vocabulary_size: rows of the embedding of a network; None for a judge on the host, which takes any token id.
     """
 
     scores: Scores
@@ -60,6 +62,12 @@ class Judge(NamedTuple):
     facts: Mapping[str, str]
     begin: Begin | None = None
     counts: Callable[[], Mapping[str, float]] = dict
+    vocabulary_size: int | None = None
+
+    def check(self, *tokens: Any) -> None:
+        """Raises UserError if a token id is outside the judge's vocabulary; the tokens are on the host."""
+        if self.vocabulary_size is not None:
+            check_token_ids("a text", f"the judge {self.facts['judge']}", self.vocabulary_size, *tokens)
 
 
 @jax.jit

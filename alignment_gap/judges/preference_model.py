@@ -49,7 +49,8 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh, bases: 
     model, params = load_preference_model(folder, mesh, config.step, bases)
     scores = functools.partial(make_scores(model, config.labels, mesh), params)
     kind = REWARDS if config.labels == REWARDS else PROBABILITIES
-    return Judge(scores, kind, {"judge": folder, "judge.digest": params_digest(params)})
+    facts, size = {"judge": folder, "judge.digest": params_digest(params)}, network.model.vocabulary_size
+    return Judge(scores, kind, facts, vocabulary_size=size)
 
 
 def judge_network(config: JudgeConfig) -> Network:

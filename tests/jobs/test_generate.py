@@ -11,11 +11,12 @@ from random_examples import plain
 from test_label import random_pairs
 from tiny_models import random_params
 
-from alignment_gap.data.records import open_dataset
+from alignment_gap.data.records import open_dataset, write_dataset
 from alignment_gap.data.tasks.rubric import rubric_of
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
 from alignment_gap.jobs import parts
+from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig
 from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.generate import GENERATE, GenerateConfig, drawing, sample_examples
 from alignment_gap.judges import JudgeConfig
@@ -135,3 +136,41 @@ def test_what_cannot_be_used_is_told_before_anything_is_written(name, config, tm
 def test_a_preference_model_is_no_policy(config, judge, tmp_path):
     with pytest.raises(UserError, match="holds a preference model: give the folder of a policy"):
         generated(dataclasses.replace(config, policies=(str(judge),)), tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def strange(pairs, tmp_path_factory):
+    """The pairs with the id 200 in one prompt and in one response; the networks have 136 rows."""
+    folder, (examples, card) = tmp_path_factory.mktemp("strange"), (open_dataset(pairs)[:16], open_dataset(pairs).card)
+    changes = {"prompt": {"prompt": np.array([5, 200], np.int32)}}
+    changes["response"] = {"responses": (np.array([5, 200, 1], np.int32), examples[9].responses[1])}
+    for name, change in changes.items():
+        changed = [*examples[:9], dataclasses.replace(examples[9], **change), *examples[10:]]
+        settings = {"vocabulary_digest": card.vocabulary_digest, "provenance": dict(card.provenance)}
+        write_dataset(folder / name, changed, **settings)
+    return folder
+
+
+def test_a_prompt_with_a_token_id_that_the_policy_lacks_is_told(config, strange, tmp_path):
+    changed = dataclasses.replace(config, prompts=str(strange / "prompt"))
+    with pytest.raises(UserError, match="a prompt has the token id 200, but the policy has vocabulary_size=136: use a"):
+        generated(changed, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "pairs", "said"), [("prompt", 0, "a text has"), ("response", 8, "a pair has")])
+def test_an_evaluation_tells_a_token_id_that_a_network_lacks_before_it_samples(
+    name, pairs, said, sft, judge, strange, tmp_path
+):
+    config = EvaluateConfig(
+        str(sft), dataset=str(strange / name), judges=(str(judge),), reference=str(sft), pairs=pairs, batch_size=8
+    )
+    with pytest.raises(UserError, match=r"has the token id 200, but .* has vocabulary_size=136: use a") as error:
+        make(EVALUATE, config, tmp_path / "out", Bar())
+    assert said in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_of_a_judge_tells_a_token_id_that_it_lacks(judge, strange, tmp_path):
+    config = EvaluateConfig(str(judge), dataset=str(strange / "response"), pairs=8, batch_size=8)
+    with pytest.raises(UserError, match=rf"a text has the token id 200, but the judge {judge} has vocabulary_size=136"):
+        make(EVALUATE, config, tmp_path / "out", Bar())
+    assert not (tmp_path / "out").exists()

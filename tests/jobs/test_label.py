@@ -10,7 +10,7 @@ from built_in import write_posts
 from job_runs import Bar, Stopped
 from random_examples import plain
 
-from alignment_gap.data.records import Example, open_dataset
+from alignment_gap.data.records import Example, open_dataset, write_dataset
 from alignment_gap.data.tasks.rubric import rubric_of
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation import batching
@@ -162,3 +162,18 @@ def test_a_dataset_that_was_prepared_anew_is_another_input(pairs, tmp_path):
     write_posts(tmp_path / "pairs", 24)
     with pytest.raises(UserError, match=r"dataset.digest was \w+, now \w+"):
         labelled(config, tmp_path / "out")
+
+
+def test_a_token_id_that_the_judge_lacks_is_told(pairs, judge, tmp_path):
+    """Without the check the devices take the last row of the embedding, here for the id 200 of 136."""
+    examples, card = open_dataset(pairs)[:16], open_dataset(pairs).card
+    strange = (np.array([5, 200, 1], np.int32), examples[9].responses[1])
+    examples[9] = dataclasses.replace(examples[9], responses=strange)
+    write_dataset(
+        tmp_path / "pairs", examples, vocabulary_digest=card.vocabulary_digest, provenance=dict(card.provenance)
+    )
+    with pytest.raises(UserError, match=rf"has the token id 200, but the judge {judge} has vocabulary_size=136: use a"):
+        labelled(LabelConfig(str(tmp_path / "pairs"), JudgeConfig(str(judge)), batch_size=8), tmp_path / "out")
+    labelled(
+        LabelConfig(str(tmp_path / "pairs"), JudgeConfig("judge_functions:brevity"), batch_size=8), tmp_path / "own"
+    )

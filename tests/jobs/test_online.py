@@ -20,6 +20,7 @@ from job_runs import (
 
 from alignment_gap import losses
 from alignment_gap.data.records import open_dataset
+from alignment_gap.data.text import load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.jobs import record, train
 from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
@@ -63,6 +64,24 @@ def test_a_replay_of_the_record_is_the_run_bit_for_bit(run, online, tmp_path):
     replayed = run_job(replay(online, run), tmp_path)
     assert metrics(replayed) == metrics(run)
     assert_equal_checkpoints(replayed, run)
+
+
+@pytest.mark.parametrize(("rows", "is_told"), [("fewer", True), ("as many", False)])
+def test_the_judge_has_a_row_for_each_token_of_the_vocabulary(rows, is_told, online, tmp_path, monkeypatch):
+    """Rows of the policy's embedding beyond the vocabulary are no tokens: it has 136, the vocabulary has fewer."""
+    size = load_vocabulary("posts").size
+    assert size < 136
+    known = size - 1 if rows == "fewer" else size
+    opened = train.open_judge
+    monkeypatch.setattr(train, "open_judge", lambda *asked: opened(*asked)._replace(vocabulary_size=known))
+    if not is_told:
+        assert train.open_training(online).facts["judge"] == online.source.judge.judge
+        return
+    with pytest.raises(
+        UserError, match=rf"has vocabulary_size={known}, but the policy may draw {size} token ids: give"
+    ):
+        run_job(online, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_replay_pads_to_the_lengths_of_the_run(online, tmp_path):

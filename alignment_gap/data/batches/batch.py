@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from alignment_gap.errors import UserError
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +54,19 @@ class PreferenceBatch:
     def is_packed(self) -> bool:
         """Whether rows have slots for several prompts."""
         return self.prompt_lengths.ndim == 2
+
+
+def check_token_ids(place: str, network: str, vocabulary_size: int, *tokens: Any) -> None:
+    """Raises UserError if a token id on the host is outside a network's vocabulary; the devices would take another one.
+
+    `place` and `network` name the tokens and the network in the error.
+    """
+    largest = max(map(np.max, tokens))
+    if largest >= vocabulary_size:
+        raise UserError(
+            f"{place} has the token id {largest}, but {network} has vocabulary_size={vocabulary_size}: use a larger "
+            "one, or prepare the dataset with a vocabulary that fits"
+        )
 
 
 def length_mask(lengths: Int[Array, "*B"], size: int) -> Bool[Array, "*B size"]:
