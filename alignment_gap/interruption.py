@@ -16,9 +16,10 @@ from types import FrameType
 
 # The exit status after SIGTERM: EX_TEMPFAIL of sysexits.h.
 TRY_AGAIN = 75
-# The received signals, the number of loops that call `requested`, and whether one of them runs in this thread.
+# The received signals, the number of loops that call `requested`, whether one of them got the answer yes, and whether
+# one of them runs in this thread.
 _received: list[int] = []
-_watching = 0
+_watching, _answered = 0, False
 _lock, _asks = threading.Lock(), threading.local()
 
 
@@ -75,7 +76,14 @@ def requested(step: int) -> bool:
         return bool(_received)
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(step)
+    global _answered
+    _answered = _answered or multihost_utils.reached_preemption_sync_point(step)
+    return _answered
+
+
+def is_left_to_a_loop() -> bool:
+    """Whether a loop that calls `requested` runs, or has ended because it was asked to."""
+    return _watching > 0 or _answered
 
 
 def check_not_requested() -> None:

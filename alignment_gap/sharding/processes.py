@@ -18,6 +18,7 @@ from jax._src import distributed  # The key-value store that jax's processes sha
 from jax.experimental import multihost_utils
 
 from alignment_gap.errors import UserError
+from alignment_gap.interruption import TRY_AGAIN, is_left_to_a_loop
 from alignment_gap.sharding.layout import batch_sharding, replicated
 from alignment_gap.sharding.mesh import LogicalMesh
 
@@ -27,6 +28,8 @@ Result = TypeVar("Result")
 _LINE = 2048
 # The first process that fails writes the reason under this key. The others look for it this often, in seconds.
 _FAILURE, _LOOK_EVERY = "alignment_gap/failure", 0.25
+# jax's key for the notice that one of the processes has received SIGTERM.
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 # Each process writes a heartbeat under this key and its number. If a process is silent for this many seconds, the
 # process before it reports this. jax itself would wait 100 s and end with a stack trace.
 _ALIVE, _BEAT_EVERY, _SILENT = "alignment_gap/alive", 2.0, 30.0
@@ -158,7 +161,7 @@ def _watch_the_others() -> None:
     """
     watching = [
         threading.Thread(target=target, name=f"alignment_gap {target.__name__}", daemon=True)
-        for target in (_end_when_another_fails, _tell_when_the_next_is_silent)
+        for target in (_end_when_another_fails, _end_when_asked, _tell_when_the_next_is_silent)
     ]
 
     def leave() -> None:
@@ -184,6 +187,21 @@ def _end_when_another_fails() -> None:
         line = line.removeprefix(f"process {jax.process_index()}: ")
         print(f"\nerror: {line}", file=sys.stderr, flush=True)
         _end(int(status))
+
+
+def _end_when_asked() -> None:
+    """Ends all processes after SIGTERM to one of them, unless a loop of training is to save first."""
+    state = distributed.global_state
+    client = state.client
+    while client is not None and state.num_processes > 1 and not _leaving.wait(_LOOK_EVERY):
+        if is_left_to_a_loop():
+            continue
+        try:
+            client.key_value_try_get(_NOTICE)
+        except Exception:  # No notice, or the process that holds the store has ended.
+            continue
+        line = "interrupted: the same command continues from here"
+        fail_together(line, functools.partial(print, f"\n{line}", file=sys.stderr, flush=True), status=TRY_AGAIN)
 
 
 def _tell_when_the_next_is_silent() -> None:

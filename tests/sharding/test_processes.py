@@ -237,6 +237,18 @@ def test_the_next_process_is_silent(ended, monkeypatch, capfd):
     assert len(store.answers) == 40 - 31 and store.written[f"{processes._ALIVE}/0"] == str(4 + 31)
 
 
+def test_a_notice_of_the_scheduler_ends_all_unless_a_loop_saves_first(ended, monkeypatch, capfd):
+    """The status is that of a job that was asked to end; a loop runs at the first two looks."""
+    store, loops = Store(KeyError("none"), RuntimeError("gone"), "the notice"), [True, True, False, False, False]
+    monkeypatch.setattr(distributed.global_state, "client", store)
+    monkeypatch.setattr(processes, "is_left_to_a_loop", lambda: loops.pop(0))
+    with pytest.raises(Ended):
+        processes._end_when_asked()
+    line = "interrupted: the same command continues from here"
+    assert ended == [75] and loops == store.answers == [] and capfd.readouterr().err == f"\n{line}\n"
+    assert store.written == {processes._FAILURE: f"75 process 0: {line}"}
+
+
 @pytest.mark.parametrize(("process", "waits"), [(0, 8), (1, 2)])
 def test_the_first_process_ends_last(process, waits, ended, monkeypatch):
     """It keeps the store. jax aborts a process that does not find the store."""
@@ -321,6 +333,36 @@ if number:
     fail_together("out of luck", lambda: print("all of it", file=sys.stderr))
 time.sleep(60)
 """
+
+
+# Two processes that do something else than training. The second one receives SIGTERM.
+ASKED = """
+import os, signal, sys, time
+from alignment_gap.cli.main import guarded
+from alignment_gap.sharding import initialize
+
+def work():
+    initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+    if sys.argv[2] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+sys.exit(guarded(work))
+"""
+
+
+@pytest.mark.slow
+def test_one_signal_ends_the_processes_of_a_job_without_a_loop():
+    port, environment = free_port(), os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", ASKED, port, number], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for number in "01"
+    ]
+    said = [process.communicate(timeout=200)[1] for process in begun]
+    assert [process.returncode for process in begun] == [75, 75]
+    assert all("interrupted: the same command continues from here" in lines for lines in said)
 
 
 def free_port():
