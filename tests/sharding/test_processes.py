@@ -155,6 +155,7 @@ class Store:
 def ended(monkeypatch):
     """This is one of two processes; collects the statuses with which it ends."""
     statuses = []
+    jax.devices()  # jax opens its devices before it sees the fake client.
 
     def end(status):
         statuses.append(status)
@@ -354,10 +355,9 @@ sys.exit(guarded(work))
 @pytest.mark.slow
 def test_one_signal_ends_the_processes_of_a_job_without_a_loop():
     port, environment = free_port(), os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    command = [sys.executable, "-c", ASKED]
     begun = [
-        subprocess.Popen(
-            [sys.executable, "-c", ASKED, port, number], env=environment, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([*command, port, number], env=environment, stderr=subprocess.PIPE, text=True)
         for number in "01"
     ]
     said = [process.communicate(timeout=200)[1] for process in begun]
