@@ -19,7 +19,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.models import fused_attention, layers, rope
 from alignment_gap.models.packing import Packing
 from alignment_gap.models.policy import OUTPUT, Output, check_choice, check_sizes
-from alignment_gap.models.stack import constrain_looked_up, decode_stack, init_stack, scan_stack
+from alignment_gap.models.stack import constrain_stream, decode_stack, init_stack, scan_stack
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -495,7 +495,7 @@ class DecoderPolicy:
         x = params["token_embedder"]["embedding"].astype(self.config.dtype)[tokens]
         if self.config.embedding_scale == "sqrt_width":
             x *= jnp.asarray(self.config.width**0.5, x.dtype)
-        return constrain_looked_up(x)
+        return constrain_stream(x)
 
     def _final_norm(self, params: Any, x: Array) -> Any:
         return _norm(self.config).apply({"params": params["decoder"]["decoder_norm"]}, x)

@@ -79,11 +79,6 @@ def constrain_stream(x: Float[Array, "B *K T D"]) -> Float[Array, "B *K T D"]:
     return constrain(x, "batch", *[None] * (x.ndim - 3), "length", "embed")
 
 
-def constrain_looked_up(x: Float[Array, "B *K T D"]) -> Float[Array, "B *K T D"]:
-    """Shards rows of the embedding as a residual stream; on the way there, their width is split as the embedding's."""
-    return constrain_stream(constrain(x, "looked_up", *[None] * (x.ndim - 2), "embed"))
-
-
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -17,7 +17,7 @@ from alignment_gap.models import layers, t5_attention
 from alignment_gap.models.fused_attention import platform
 from alignment_gap.models.packing import Packing, Ranges
 from alignment_gap.models.policy import OUTPUT, Output, check_choice, check_sizes
-from alignment_gap.models.stack import constrain_looked_up, decode_stack, init_stack, scan_stack
+from alignment_gap.models.stack import constrain_stream, decode_stack, init_stack, scan_stack
 from alignment_gap.sharding import constrain
 
 ATTENTIONS = ("auto", "xla", "pallas")
@@ -396,7 +396,7 @@ class T5Policy:
         return found[:, 0]
 
     def _embed(self, params: Any, tokens: Array) -> Array:
-        return constrain_looked_up(params["token_embedder"]["embedding"].astype(self.config.dtype)[tokens])
+        return constrain_stream(params["token_embedder"]["embedding"].astype(self.config.dtype)[tokens])
 
     def _norm(self, params: Any, x: Array) -> Any:
         return layers.RMSNorm(self.config.dtype).apply({"params": params}, x)

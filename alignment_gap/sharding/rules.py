@@ -21,9 +21,6 @@ STANDARD: Rules = (
     ("heads", "model"),
     ("kv_heads", "model"),
     ("embed", "fsdp"),
-    # Rows that are looked up in the embedding, before they are split as the batch is: each device looks up its columns
-    # for all rows of its copy of the model. Otherwise XLA may gather them over the data axis, between slices.
-    ("looked_up", "data"),
     # For the one of an adapter's `a` and `b` that has no "embed" axis.
     ("rank", "fsdp"),
     ("kv", None),
@@ -49,7 +46,6 @@ _WEIGHTS: Rules = (
     ("batch", ("data", "copies", "fsdp")),
     ("batch", ("data", "copies")),
     ("rows", ("data", "copies")),
-    ("looked_up", ("data", "copies")),
 )
 _ALL = ("data", "copies", "fsdp", "columns")
 # The cache is split by heads, as the products that fill it are, so that attention moves nothing over the columns.

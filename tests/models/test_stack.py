@@ -8,16 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import EVEN_CONFIGS, MESHES, make_batch, texts
+from tiny_models import MESHES
 
-from alignment_gap.models import make_policy, score
 from alignment_gap.models.layers import empty_cache, extend_cache
 from alignment_gap.models.stack import REMAT_POLICIES, constrain_stream, decode_stack, init_stack, scan_stack
-from alignment_gap.plan import hlo
-from alignment_gap.plan.roofline import describe
-from alignment_gap.sharding import MeshConfig, batch_sharding, make_mesh, replicated, within
-from alignment_gap.sharding.chips import parse_topology
-from alignment_gap.training import abstract_params, make_score
+from alignment_gap.sharding import batch_sharding, make_mesh, replicated, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,25 +116,3 @@ def test_a_stream_is_laid_out_by_batch_and_by_position_where_the_rules_split_it(
         assert found.sharding.shard_shape(x.shape) == shard, name
     assert found.sharding.is_equivalent_to(batch_sharding(mesh), 4)
     assert constrain_stream(found) is found
-
-
-@pytest.mark.parametrize("layout", ["fsdp_tensor", "sequence"])
-@pytest.mark.parametrize("name", EVEN_CONFIGS)
-def test_no_activations_are_gathered_over_the_data_axis(name, layout):
-    """Slices lie along this axis. The vocabulary is not tiny: XLA may move a tiny table in place of the activations."""
-    config = dataclasses.replace(EVEN_CONFIGS[name], vocabulary_size=512, width=32)
-    mesh, policy = make_mesh(MeshConfig(2, 2, 2, layout=layout)), make_policy(config)
-    params, sharding = abstract_params(policy.init, mesh), batch_sharding(mesh)
-    arrays = texts(make_batch(16, prompt_length=32, response_length=16))
-    batch = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arrays]
-
-    def gradient(params, *batch):
-        return jax.grad(lambda params: score(policy, params, *batch).mean())(params)
-
-    placed = jax.tree.map(lambda leaf: leaf.sharding, params)
-    for function in (make_score(policy, mesh), jax.jit(within(mesh, gradient), out_shardings=placed)):
-        program = hlo.parse(function.lower(params, *batch).compile().as_text())
-        moved = describe(hlo.collectives(program, 8), mesh.devices, parse_topology("cpu:8"))
-        spread = {each.axes for each in moved if each.kind != "all-reduce"}
-        assert "fsdp" in spread
-        assert not any("data" in axes for axes in spread)
