@@ -14,6 +14,7 @@ from alignment_gap.sharding import on_first_process
 
 # Shorter flags of a source: in a `TextSourceConfig` by itself, and in a `PrepareConfig`.
 SOURCE_FLAGS = {"location": "source"}
+_REMEDY = "give another folder, these settings, or remove it"
 _FLAGS = {"source.location": "source", "source.": "", "limits.": ""}
 
 
@@ -33,7 +34,7 @@ def open_preparing(config: PrepareConfig) -> Opened:
 def _may_change(folder: AnyPath) -> list[str]:
     """As `may_change`, which clears a folder without a finished part; the folder of another kind of job stays."""
     path = folder / JOB
-    if path.exists() and read_json(path, remedy="give another folder, or remove it").get("kind") != PREPARE.name:
+    if path.exists() and read_json(path, remedy=_REMEDY).get("kind") != PREPARE.name:
         return []
     return may_change(folder, path)
 

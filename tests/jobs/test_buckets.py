@@ -186,7 +186,7 @@ def test_the_best_in_a_bucket_are_known_to_a_run_that_goes_on(s3_folder):
 
 def test_a_second_writer_is_refused_in_one_line(s3_config, s3_folder, capsys):
     with locked(s3_folder / "run"):
-        assert guarded(lambda: make(TRAIN, s3_config, s3_folder / "run", Bar())) == 2
+        assert guarded(lambda: make(TRAIN, s3_config, s3_folder / "run", Bar())) == 1
     line = f"error: {s3_folder}/run is in use by another run: wait for it, or give another folder\n"
     assert capsys.readouterr().err == line
 

@@ -157,12 +157,12 @@ def test_a_prompt_with_a_token_id_that_the_policy_lacks_is_told(config, strange,
         generated(changed, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("name", "pairs", "said"), [("prompt", 0, "a text has"), ("response", 8, "a pair has")])
+@pytest.mark.parametrize(("name", "classified", "said"), [("prompt", 0, "a text has"), ("response", 8, "a pair has")])
 def test_an_evaluation_tells_a_token_id_that_a_network_lacks_before_it_samples(
-    name, pairs, said, sft, judge, strange, tmp_path
+    name, classified, said, sft, judge, strange, tmp_path
 ):
     config = EvaluateConfig(
-        str(sft), dataset=str(strange / name), judges=(str(judge),), reference=str(sft), pairs=pairs, batch_size=8
+        str(sft), dataset=str(strange / name), judges=(str(judge),), reference=str(sft), pairs=classified, batch_size=8
     )
     with pytest.raises(UserError, match=r"has the token id 200, but .* has vocabulary_size=136: use a") as error:
         make(EVALUATE, config, tmp_path / "out", Bar())

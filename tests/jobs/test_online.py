@@ -359,6 +359,7 @@ def test_every_loss_of_the_registry_is_served_by_some_source(name, online, hypo,
     # Shapes suffice here, so the parameters of the start and of the judge are not read.
     monkeypatch.setattr(train, "_start", lambda *assembly: None)
     monkeypatch.setattr(train, "open_judge", lambda *judge: None)
+    monkeypatch.setattr(train, "_check_judge", lambda *judge: None)
     served = hypo if name == "hypo" else changed(online, **SOURCES.get(name, {}))
     opened = TRAIN.open(dataclasses.replace(served, loss=LossConfig(name)))
     assert opened.facts["source.digest"]

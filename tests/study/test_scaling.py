@@ -137,6 +137,7 @@ def test_a_finished_size_leaves_the_shared_jobs_to_the_next(config, tmp_path, mo
         made.append(folder)
         folder.mkdir(parents=True)
         (folder / "done.json").write_text('{"settings": {}}')
+        (folder / "results.csv").write_text("")
 
     monkeypatch.setattr(run, "make", make)
     monkeypatch.setattr(run, "write_study_report", lambda study, say: say(f"report of {study.config.name}"))
