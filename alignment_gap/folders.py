@@ -205,7 +205,7 @@ def _flocked(folder: Path, name: str, wait: float) -> Iterator[None]:
 
 
 def _is_free(file: IO[str], kind: int, folder: Path) -> bool:
-    """Takes a lock of this kind if no other process holds one; raises UserError if there are no locks."""
+    """Whether no other process held the file's lock; this process then has it. Raises UserError if it has no locks."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -100,9 +100,9 @@ def from_keyboard() -> bool:
     return signal.SIGINT in _received
 
 
-def from_scheduler() -> bool:
-    """Whether SIGTERM was among the signals that this process received."""
-    return signal.SIGTERM in _received
+def has_received() -> bool:
+    """Whether this process received a signal; with several processes, jax may have caught SIGTERM."""
+    return bool(_received)
 
 
 def _several_processes() -> bool:

@@ -160,7 +160,7 @@ def assembly_of(
     """A job of IPO with the batch and the lengths of the flags; its samples never end early."""
     shape = BatchShape(options.batch, options.prompt_length, SAMPLES, options.response_length)
     job = JobConfig(config, loss=LossConfig("ipo", {"beta": 0.1}), source=source, start="start")
-    facts = Facts(Network(model=config), shape, eos_id=config.vocabulary_size)
+    facts = Facts(Network(model=config), shape, end_ids=(config.vocabulary_size,))
     return Assembly(job, facts, make_mesh(MeshConfig()))
 
 

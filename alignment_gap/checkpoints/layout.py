@@ -102,12 +102,14 @@ def end_ids(tokenizer: AnyPath | None, eos_id: int) -> tuple[int, ...]:
     """The ids that end an answer: the vocabulary's end id, then those that generation_config.json names beside it.
 
     The turns of an instruction-tuned model may end with another token than its texts. Raises UserError if the file is
-    not JSON.
+    not JSON, or names something else than ids.
     """
     if tokenizer is None or not (tokenizer / GENERATION).exists():
         return (eos_id,)
     named = read_json(tokenizer / GENERATION, remedy="fetch the file again").get("eos_token_id")
     further = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(isinstance(each, int) and each >= 0 for each in further):
+        raise UserError(f"{tokenizer / GENERATION} has eos_token_id={named!r}: give a token id, or a list of them")
     return tuple(dict.fromkeys((eos_id, *further)))
 
 

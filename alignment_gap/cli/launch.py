@@ -93,7 +93,8 @@ def main(arguments: list[str]) -> None:
     if runs_here or {"--help", "-h"} & {*words}:
         importlib.import_module(f"alignment_gap.cli.{words[0]}").main([f"alignment-gap {words[0]}", *words[1:]])
         return
-    words = _joined(words, _FOLDERS.get(words[0], ("workdir",))[0])
+    if words[0] in _FOLDERS:
+        words = _joined(words, _FOLDERS[words[0]][0])
     tasks, logs = _sweep_tasks(values.sweep, words) if values.sweep else _tasks(words)
     if values.status:
         print(launch.status_text(tasks))

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from alignment_gap import __version__, freed_memory
 from alignment_gap.checks import nearest
 from alignment_gap.errors import Interrupted, StorageError, UserError, is_disk_full
-from alignment_gap.interruption import TRY_AGAIN, from_keyboard, from_scheduler, signals_caught
+from alignment_gap.interruption import TRY_AGAIN, from_keyboard, has_received, signals_caught
 
 COMMANDS = {
     "study": "run the controlled study, or continue it, and write its report",
@@ -116,7 +116,7 @@ def _status(run: Callable[[], None]) -> int:
         return _failed(str(error), error.status)
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"interrupted{f', {error}' if str(error) else ''}: the same command continues from here", file=sys.stderr)
-        asked = isinstance(error, Interrupted) or from_scheduler()
+        asked = isinstance(error, Interrupted) or has_received()
         return TRY_AGAIN if asked and not from_keyboard() else 130
     except Exception as error:
         if not is_disk_full(error):

@@ -96,7 +96,7 @@ class Facts:
       fresh: shape of the second source's batches, if there is a second source.
       fields: optional arrays of the source's recorded examples; empty for an online source.
       rewards: whether scores are rewards, which only compare responses; otherwise they are probabilities.
-      eos_id: the token id that ends a response, or several.
+      end_ids: the token ids that end a response; the first is the vocabulary's.
     """
 
     network: Network
@@ -104,7 +104,7 @@ class Facts:
     fresh: BatchShape | None = None
     fields: tuple[str, ...] = ()
     rewards: bool = False
-    eos_id: int | tuple[int, ...] = 1
+    end_ids: tuple[int, ...] = (1,)
 
     def with_plain_attention(self) -> Facts:
         """The same with XLA's attention; a traced program shows its matrix products, but not those of fused kernels."""
@@ -255,7 +255,7 @@ class Assembly:
             self.mesh,
             samples=1 if opponents else online.samples,
             max_length=response,
-            eos_id=self.facts.eos_id,
+            eos_id=self.facts.end_ids,
             config=online.sampler,
             mixture=online.mixture if of_mixture else None,
         )

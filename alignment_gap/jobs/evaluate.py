@@ -278,7 +278,7 @@ def _ask(
 def _measure_policy(
     config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
 ) -> tuple[dict[str, Any], Measure]:
-    """Facts about the last checkpoint and of all other inputs; and the function that measures the policy of a step."""
+    """Facts about the last checkpoint and the other inputs; and the function that measures the policy of a step."""
     mesh = batching.mesh
     pairs = batching.collate(dataset[-config.pairs :]) if config.pairs else None
     further, own_labels = _further_pairs(config, batching), None
@@ -318,7 +318,7 @@ def _measure_policy(
 def _measure_best_of_n(
     config: EvaluateConfig, dataset: Dataset, judges: Mapping[str, Judge], batching: Batching, last: int
 ) -> tuple[dict[str, Any], Measure]:
-    """Facts about the last checkpoint and of all other inputs; and the function that measures the best of n."""
+    """Facts about the last checkpoint and the other inputs; and the function that measures the best of n."""
     facts, asked = _ask(config, dataset, judges, batching, last)
     chooser = _further_judge(str(config.best_by), config, judges, dataset, batching.mesh)
     facts |= {f"best_by.{key}": value for key, value in chooser.facts.items()}

@@ -59,7 +59,7 @@ class Kind:
       output: name of the flag for the folder.
       short: shorter flags for some settings; see `words.flag_name`.
       words: converts a config to command-line words; None to use one flag per setting.
-      may_change: the settings that may change when a begun folder continues.
+      may_change: the settings that may change when a begun folder of this kind continues.
       without_effect: settings that do not change the result.
       repairs: whether running the command again checks and repairs a finished folder.
       is_whole: whether the files of a finished folder can be read; damaged files are made again.
@@ -203,7 +203,11 @@ def _remedies(folder: AnyPath) -> list[str]:
 @contextlib.contextmanager
 def _owned(folder: AnyPath, settings: Mapping[str, Any], kind: Kind, unset: Mapping[str, Any]) -> Iterator[None]:
     with locked(folder):
-        may_change = {*kind.may_change(folder), *_remedies(folder)}
+        path = folder / JOB
+        found = read_json(path, remedy="give another folder, restore it, or remove it") if path.exists() else {}
+        # A kind may clear what it began in the folder, so it is asked only about its own folders.
+        is_own = found.get("kind", settings["kind"]) == settings["kind"]
+        may_change = {*kind.may_change(folder), *_remedies(folder)} if is_own else set()
         remedy = "give another folder, or these settings"
-        claim(folder / JOB, settings, remedy=remedy, may_change=may_change, defaults=unset)
+        claim(path, settings, remedy=remedy, may_change=may_change, defaults=unset)
         yield

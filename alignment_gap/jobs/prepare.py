@@ -7,14 +7,13 @@ from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.card import END_PROMPTS, counted_lines, ends_prompts, lengths_text
 from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import PREVIEW, PrepareConfig, may_change, open_preparation
-from alignment_gap.folders import JOB, AnyPath, read_json
+from alignment_gap.folders import JOB, AnyPath
 from alignment_gap.jobs.folder import Kind, Opened
 from alignment_gap.progress import OpenBar
 from alignment_gap.sharding import on_first_process
 
 # Shorter flags of a source: in a `TextSourceConfig` by itself, and in a `PrepareConfig`.
 SOURCE_FLAGS = {"location": "source"}
-_REMEDY = "give another folder, these settings, or remove it"
 _FLAGS = {"source.location": "source", "source.": "", "limits.": ""}
 
 
@@ -29,14 +28,6 @@ def open_preparing(config: PrepareConfig) -> Opened:
     # None if prompts have no end id. Folders of earlier versions lack this fact, and stay valid.
     ends = preparation.ends_prompts or None
     return Opened({**preparation.digests, "version": __version__, END_PROMPTS: ends}, run)
-
-
-def _may_change(folder: AnyPath) -> list[str]:
-    """As `may_change`, which clears a folder without a finished part; the folder of another kind of job stays."""
-    path = folder / JOB
-    if path.exists() and read_json(path, remedy=_REMEDY).get("kind") != PREPARE.name:
-        return []
-    return may_change(folder, path)
 
 
 def _summary(folder: AnyPath) -> str:
@@ -62,7 +53,7 @@ PREPARE = Kind(
     open=open_preparing,
     summary=_summary,
     short=_FLAGS,
-    may_change=_may_change,
+    may_change=lambda folder: may_change(folder, folder / JOB),
     without_effect=("workers",),
     repairs=True,
 )

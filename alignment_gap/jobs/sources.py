@@ -126,11 +126,11 @@ def _open(
         return scored(score=times.of_devices("judging", score))
 
     # A mixture also samples with the reference, which may move.
-    moves = (source.refresh_every, (source.mixture is not None and config.reference_every) or 0)
+    moving = (source.refresh_every, config.reference_every if source.mixture is not None else None)
 
     def keeps_sampler(step: int) -> bool:
         """Whether the next step samples with the same parameters; its samples can then be judged during this step."""
-        return step + 1 < steps and all(every == 0 or (step + 1) % every != 0 for every in moves)
+        return step + 1 < steps and not any(every and (step + 1) % every == 0 for every in moving)
 
     return scored(score=score, ahead=keeps_sampler)
 

@@ -141,8 +141,8 @@ def open_training(config: JobConfig) -> Opened:
     for name, params, path in (("start", start, config.start), ("reference", reference, config.reference)):
         facts |= {f"{name}.digest": params.digest} if params is not None and path is not None else {}
     facts |= dict(judge.facts if judge else {})
-    if online is not None and isinstance(assembly.facts.eos_id, tuple):
-        facts |= ends_facts("start", assembly.facts.eos_id)
+    if online is not None:
+        facts |= ends_facts("start", assembly.facts.end_ids)
     if config.optimizer.ends:  # The number of steps then changes the learning rate of earlier steps.
         facts["optimizer.steps"] = config.steps
     if config.microbatches > 1 and _reads_microbatches(config):
@@ -186,7 +186,7 @@ def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
         _batch_shape(config.fresh, fresh) if config.fresh is not None and fresh is not None else None,
         fields=() if online else tuple(dataset.card.fields),
         rewards=gives_rewards(online) if online else dataset.card.scores == "rewards",
-        eos_id=_ends(config, vocabulary.eos_id) if vocabulary else 1,
+        end_ids=_ends(config, vocabulary.eos_id) if vocabulary else Facts.end_ids,
     )
 
 
@@ -195,7 +195,7 @@ def _check_judge(judge: Judge, network: Network, dataset: Dataset, vocabulary: s
     rows, size = judge.vocabulary_size, network.model.vocabulary_size
     if rows is None or rows >= size:
         return
-    # Rows of the policy's embedding beyond the vocabulary are no tokens; checkpoints of one family differ in them.
+    # An embedding may have more rows than its vocabulary has tokens. Their number differs within a family, as Qwen's.
     tokens = min(size, find_vocabulary(dataset, vocabulary).size)
     if rows < tokens:
         raise UserError(

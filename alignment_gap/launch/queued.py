@@ -29,7 +29,7 @@ gcloud_tpus() {{ gcloud compute tpus "$@" {place}; }}
 
 describe() {{ gcloud_tpus queued-resources describe {name} '--format=value(state.state)'; }}
 
-# Prints the state of the slice, or nothing if there is none.
+# Prints the slice's state. Without a slice it prints nothing.
 state() {{
     local errors
     for look in $(seq 10); do

@@ -217,7 +217,7 @@ def _largest_batch(plan: Plan, compile_: Compile) -> int:
         binding = neediest(found)
         if needed(binding, found) <= plan.capacity:
             return found
-        # What was found is now known not to fit, so the next is smaller.
+        # This batch does not fit, so the next search finds a smaller one.
         known = at_first | {found: needed(binding, found)}
     return 0
 

@@ -71,9 +71,10 @@ class MeshConfig:
         known = {name for layout in LAYOUTS.values() for name, _ in layout.rules}
         for name, axes in self.rules.items():
             if name not in known:
-                raise UserError(f"mesh.rules has {name!r}, which is not a logical axis: {nearest(name, sorted(known))}")
-            unknown = set((axes,) if isinstance(axes, str) else axes or ()) - set(AXES)
-            if unknown:
+                choice = nearest(str(name), sorted(known))
+                raise UserError(f"mesh.rules has {name!r}, which is not a logical axis: {choice}")
+            named = () if axes is None else (axes,) if isinstance(axes, str) else axes
+            if not isinstance(named, list | tuple) or any(named.count(axis) > 1 or axis not in AXES for axis in named):
                 raise UserError(f"mesh rule {name}={axes!r}: a mesh has the axes {', '.join(AXES)}; None is whole")
         own = tuple((name, tuple(axes) if isinstance(axes, list) else axes) for name, axes in self.rules.items())
         return own + LAYOUTS[self.layout].rules

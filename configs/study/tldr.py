@@ -1,4 +1,4 @@
-"""The study on 1,000 Reddit posts, each with a person's and a model's summary, of which GPT, no person, chose one.
+"""The study on 1,000 Reddit posts, each with a person's and a model's summary. GPT chose the better one, not a person.
 
 The posts are too few to learn a language from. SFT starts from the first SFT policy of `hh.py`, as that of its helpful
 pairs does, and reads the chosen summaries and the people's summaries of the posts without a choice (`unjudged`).

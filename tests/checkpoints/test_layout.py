@@ -186,6 +186,11 @@ def test_without_a_generation_config_the_vocabulary_s_end_id_ends_an_answer(tmp_
     assert end_ids(None, 3) == end_ids(tmp_path, 3) == (3,)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
     assert end_ids(tmp_path, 3) == (3,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, "</s>"]}')
+    with pytest.raises(
+        UserError, match=r"generation_config.json has eos_token_id=\[3, '</s>'\]: give a token id, or a"
+    ):
+        end_ids(tmp_path, 3)
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match=r"generation_config.json is not JSON .*: fetch the file again"):
         end_ids(tmp_path, 3)

@@ -95,7 +95,7 @@ def test_exit_statuses(capsys):
     )
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)])
 def test_a_signal_decides_the_exit_status(number, status, capsys):
     """Without a loop that checks for signals the process ends at once.
 

@@ -68,7 +68,7 @@ def test_a_replay_of_the_record_is_the_run_bit_for_bit(run, online, tmp_path):
 
 @pytest.mark.parametrize(("rows", "is_told"), [("fewer", True), ("as many", False)])
 def test_the_judge_has_a_row_for_each_token_of_the_vocabulary(rows, is_told, online, tmp_path, monkeypatch):
-    """Rows of the policy's embedding beyond the vocabulary are no tokens: it has 136, the vocabulary has fewer."""
+    """The policy's embedding has 136 rows. The vocabulary has fewer tokens, and the judge needs rows for them alone."""
     size = load_vocabulary("posts").size
     assert size < 136
     known = size - 1 if rows == "fewer" else size

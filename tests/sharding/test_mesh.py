@@ -104,6 +104,8 @@ def test_sizes_that_are_given_are_kept_and_one_may_be_left_open(sizes, left_open
             MeshConfig(rules={"embeds": None}),
             "mesh.rules has 'embeds', which is not a logical axis: did you mean embed",
         ),
+        (MeshConfig(rules={"mlp": 5}), "rule mlp=5: a mesh has the axes"),
+        (MeshConfig(rules={"mlp": ("data", "data")}), r"rule mlp=\('data', 'data'\): a mesh has the axes"),
         (MeshConfig(rules={"mlp": ("data", "columns")}), r"rule mlp=\('data', 'columns'\): a mesh has the axes"),
         (MeshConfig(slices=0), "slices is 0"),
         (MeshConfig(data=1, fsdp=8, slices=2), "data=1 is not a multiple of slices=2"),
