@@ -1,5 +1,6 @@
 """The `alignment-gap` command: its help, its exit statuses, and one line for every mistake of the user."""
 
+import contextlib
 import pathlib
 import re
 import signal
@@ -95,14 +96,21 @@ def test_exit_statuses(capsys):
     )
 
 
+@contextlib.contextmanager
+def handled(number, handler):
+    """A signal's handler, whatever a shell's background job or nohup has set: the tests may run in one."""
+    before = signal.signal(number, handler)
+    yield
+    assert signal.getsignal(number) is handler
+    signal.signal(number, before)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)])
 def test_a_signal_decides_the_exit_status(number, status, capsys):
     """Without a loop that checks for signals the process ends at once.
 
     With one, the process ends after a step, and prints where it stands.
     """
-    before = signal.getsignal(number)
-    assert guarded(lambda: signal.raise_signal(number)) == status
 
     def loop():
         with watching():
@@ -110,10 +118,17 @@ def test_a_signal_decides_the_exit_status(number, status, capsys):
             assert requested(3)
             raise Interrupted("saved at step 3 of 5")
 
-    assert guarded(loop) == status
-    assert signal.getsignal(number) is before
+    with handled(number, signal.default_int_handler):
+        assert guarded(lambda: signal.raise_signal(number)) == status
+        assert guarded(loop) == status
     line = "interrupted, saved at step 3 of 5: the same command continues from here\n"
     assert capsys.readouterr().err == "interrupted: the same command continues from here\n" + line
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing(capsys):
+    with handled(signal.SIGHUP, signal.SIG_IGN):
+        assert guarded(lambda: signal.raise_signal(signal.SIGHUP)) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_what_jax_caught_of_several_processes_is_a_scheduler_s():
