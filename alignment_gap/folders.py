@@ -242,7 +242,7 @@ def check_kind(path: AnyPath) -> None:
             raise UserError(f"{path.parent} holds a {other.removesuffix('.json')} already: give another folder")
 
 
-def claim(
+def check_settings(
     path: AnyPath,
     settings: Mapping[str, Any],
     *,
@@ -250,7 +250,7 @@ def claim(
     may_change: Collection[str] = (),
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Writes a folder's settings to the file `path`, and refuses a folder that was made with other settings.
+    """Refuses a folder that was made with other settings, according to the file `path`, if it exists.
 
     Args:
       path: path of the file.
@@ -263,9 +263,9 @@ def claim(
       UserError: the folder has other settings (the message names the differences), it holds a study or job in place
         of a job or study, or the file is not readable.
     """
-    settings = json.loads(json.dumps(settings))
     check_kind(path)
     if path.exists():
+        settings = json.loads(json.dumps(settings))
         found = json.loads(json.dumps(dict(defaults))) | read_json(path, remedy=remedy)
         differences = [
             f"{key} was {found.get(key, 'absent')}, now {settings.get(key, 'absent')}"
@@ -277,5 +277,3 @@ def claim(
             raise UserError(
                 f"{path.parent} was made with other settings ({shown}): {remedy}", page="jobs.md#stopping-and-resuming"
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from alignment_gap.errors import InUse, UserError
-from alignment_gap.folders import JOB, STUDY, claim, locked, write_json
+from alignment_gap.folders import JOB, STUDY, check_settings, locked, write_json
 
 
 def test_json_is_replaced_whole(tmp_path):
@@ -21,26 +21,28 @@ def test_json_is_replaced_whole(tmp_path):
 
 def test_a_folder_holds_a_job_or_a_study(tmp_path):
     for first, second in ((JOB, STUDY), (STUDY, JOB)):
-        claim(tmp_path / first / first, {"steps": 1}, remedy="go")
+        (tmp_path / first).mkdir()
+        check_settings(tmp_path / first / first, {"steps": 1}, remedy="go")
+        write_json(tmp_path / first / first, {"steps": 1})
         with pytest.raises(UserError, match=f"holds a {first[:-5]} already: give another folder"):
-            claim(tmp_path / first / second, {"steps": 1}, remedy="go")
-        assert not (tmp_path / first / second).exists()
+            check_settings(tmp_path / first / second, {"steps": 1}, remedy="go")
 
 
-def test_a_folder_is_claimed_again_by_the_same_settings_only(tmp_path):
-    path = tmp_path / "new" / "settings.json"
-    for steps in (1, 2):
-        claim(path, {"sizes": (1, 2), "steps": steps}, remedy="go", may_change=("steps",))
-    assert json.loads(path.read_text()) == {"sizes": [1, 2], "steps": 2}
-    with pytest.raises(UserError, match=r"new was made with other settings \(seed was absent, now 3; sizes .*\): go$"):
-        claim(path, {"sizes": (1, 3), "steps": 2, "seed": 3}, remedy="go")
-    assert json.loads(path.read_text()) == {"sizes": [1, 2], "steps": 2}
+def test_a_folder_is_used_again_with_the_same_settings_only(tmp_path):
+    path = tmp_path / "settings.json"
+    check_settings(path, {"steps": 1}, remedy="go")
+    write_json(path, {"sizes": (1, 2), "steps": 1})
+    check_settings(path, {"sizes": (1, 2), "steps": 2}, remedy="go", may_change=("steps",))
+    check_settings(path, {"sizes": (1, 2), "steps": 1, "seed": 3}, remedy="go", defaults={"seed": 3})
+    with pytest.raises(UserError, match=r" was made with other settings \(seed was absent, now 3; sizes .*\): go$"):
+        check_settings(path, {"sizes": (1, 3), "steps": 1, "seed": 3}, remedy="go")
+    assert json.loads(path.read_text()) == {"sizes": [1, 2], "steps": 1}
 
 
 def test_settings_that_are_no_json_are_named(tmp_path):
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(UserError, match=r"settings\.json is not JSON .*: go$"):
-        claim(tmp_path / "settings.json", {}, remedy="go")
+        check_settings(tmp_path / "settings.json", {}, remedy="go")
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

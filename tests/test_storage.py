@@ -18,7 +18,7 @@ from alignment_gap.folders import (
     AnyPath,
     Outbox,
     at,
-    claim,
+    check_settings,
     here,
     is_held,
     locked,
@@ -220,11 +220,12 @@ def test_an_outbox_sends_what_has_changed_and_manifests_last(s3_folder, s3, tmp_
     assert not outbox.folder.exists() and Outbox(tmp_path).folder == tmp_path
 
 
-def test_settings_are_claimed_in_a_bucket_too(bucket):
+def test_settings_are_compared_in_a_bucket_too(bucket):
     folder, _ = bucket
-    claim(folder / "job.json", {"steps": 1}, remedy="go")
+    check_settings(folder / "job.json", {"steps": 1}, remedy="go")
+    write_json(folder / "job.json", {"steps": 1})
     with pytest.raises(UserError, match=rf"{folder} was made with other settings \(steps was 1, now 2\): go"):
-        claim(folder / "job.json", {"steps": 2}, remedy="go")
+        check_settings(folder / "job.json", {"steps": 2}, remedy="go")
 
 
 # Leases.

@@ -220,12 +220,13 @@ def _study_tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
     from alignment_gap.configuration import from_dict
     from alignment_gap.jobs.prepare import PREPARE
     from alignment_gap.study.config import StudyConfig
-    from alignment_gap.study.run import open_studies
+    from alignment_gap.study.run import check_config, open_studies
 
     config, workdir = from_dict(StudyConfig, settings), at(values.workdir)
     tasks: dict[AnyPath | str, Task] = {}
     sizes = [[f"--config.sizes=({size!r},)"] for size in config.sizes] or [[]]
     for study, size in zip(open_studies(config, workdir), sizes, strict=True):
+        check_config(study, update=values.update)  # Its report would refuse the folder after all jobs.
         prefix = f"{study.workdir.name}-" if size else ""
         for job in study.graph.jobs:
             # Studies of different sizes share folders; the first study's name is used.

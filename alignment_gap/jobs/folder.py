@@ -4,7 +4,8 @@ Beside its results, a folder holds:
 
 - `job.json`: the kind of job, its settings, and facts about its inputs; written first.
 - `failed.json`: why the last attempt failed, and the settings that may change for the next attempt.
-- `done.json`: the settings again, and the seconds that the job took; written last.
+- `stopped.json`: the seconds of the attempts that failed or were stopped. A killed process leaves none.
+- `done.json`: the settings again, and the seconds of all attempts; written last.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from typing import Any, NamedTuple
 from alignment_gap import __version__
 from alignment_gap.configuration import defaults, flatten, to_dict
 from alignment_gap.errors import Interrupted, StorageError
-from alignment_gap.folders import JOB, AnyPath, claim, discard_last, locked, read_json, write_json, write_last
+from alignment_gap.folders import JOB, AnyPath, check_settings, discard_last, locked, read_json, write_json, write_last
 from alignment_gap.jobs.words import flag_words
 from alignment_gap.progress import OpenBar, progress_bar
 from alignment_gap.sharding import MeshConfig, first_says, is_first_process, on_first_process
 
-DONE, FAILED = "done.json", "failed.json"
+DONE, FAILED, STOPPED = "done.json", "failed.json", "stopped.json"
 # Settings of the mesh. They may change when a begun folder continues.
 MESH = tuple(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig))
 
@@ -146,32 +147,44 @@ def make(kind: Kind, config: Any, folder: AnyPath, open_bar: OpenBar | None = No
         finished = bool(first_says(lambda: _is_finished(folder, settings, unset) and kind.is_whole(folder)))
         if finished and not kind.repairs:
             return False
+        seconds = _clock(folder)
         if not finished:
             on_first_process(lambda: discard_last(folder / DONE))
-        start = time.monotonic()
-        with _failure_kept(folder):
+        with _failure_kept(folder, seconds):
             opened.run(folder, open_bar or functools.partial(progress_bar, silent=not is_first_process()))
-        seconds = round(time.monotonic() - start, 1)
         if not finished:
-            done = {"settings": settings, "seconds": seconds, "version": __version__}
-            on_first_process(lambda: write_last(folder / DONE, done))
+            on_first_process(lambda: _complete(folder, settings, seconds()))
     return not finished
 
 
+def _clock(folder: AnyPath) -> Callable[[], float]:
+    """Returns the seconds since now, plus those of the earlier attempts that the folder tells of."""
+    start, earlier = time.monotonic(), 0.0
+    for path in (folder / STOPPED, folder / DONE) if is_first_process() else ():
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            earlier = max(earlier, json.loads(path.read_text())["seconds"])  # The later one includes the other.
+    return lambda: round(earlier + time.monotonic() - start, 1)
+
+
+def _complete(folder: AnyPath, settings: Mapping[str, Any], seconds: float) -> None:
+    write_last(folder / DONE, {"settings": settings, "seconds": seconds, "version": __version__})
+    (folder / STOPPED).unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def _failure_kept(folder: AnyPath) -> Iterator[None]:
-    """If the job fails, writes the error line to the folder; the state of a graph of jobs shows it."""
+def _failure_kept(folder: AnyPath, seconds: Callable[[], float]) -> Iterator[None]:
+    """If the job ends early, keeps its seconds, and its error line, which the state of a graph of jobs shows."""
     if is_first_process():
         (folder / FAILED).unlink(missing_ok=True)
     try:
         yield
-    except (Interrupted, KeyboardInterrupt):
-        raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if is_first_process():
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
             with contextlib.suppress(OSError, StorageError):  # If the disk is full, the error raised below says so.
-                write_json(folder / FAILED, {"line": line, "may_change": getattr(error, "may_change", ())})
+                write_json(folder / STOPPED, {"seconds": seconds()})
+                if not isinstance(error, Interrupted | KeyboardInterrupt):
+                    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    write_json(folder / FAILED, {"line": line, "may_change": getattr(error, "may_change", ())})
         raise
 
 
@@ -209,5 +222,6 @@ def _owned(folder: AnyPath, settings: Mapping[str, Any], kind: Kind, unset: Mapp
         is_own = found.get("kind", settings["kind"]) == settings["kind"]
         may_change = {*kind.may_change(folder), *_remedies(folder)} if is_own else set()
         remedy = "give another folder, or these settings"
-        claim(path, settings, remedy=remedy, may_change=may_change, defaults=unset)
+        check_settings(path, settings, remedy=remedy, may_change=may_change, defaults=unset)
+        write_json(path, settings)
         yield

@@ -24,7 +24,7 @@ from alignment_gap.data.tasks.rubric import rubric_of
 from alignment_gap.data.text import Vocabulary, load_vocabulary, open_source
 from alignment_gap.data.text.vocabulary import POSTS
 from alignment_gap.errors import UserError
-from alignment_gap.folders import STUDY, AnyPath, at, check_kind, claim, locked, write_json
+from alignment_gap.folders import STUDY, AnyPath, at, check_kind, check_settings, locked, write_json
 from alignment_gap.jobs.assembly import markers_of
 from alignment_gap.jobs.config import POLICY, JobConfig
 from alignment_gap.jobs.evaluate import named
@@ -324,11 +324,16 @@ def owned(study: Study, *, update: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _claimed(study: Study, *, update: bool) -> Iterator[None]:
     with locked(study.workdir):
-        settings = flatten(to_dict(study.config))
-        if update:
-            check_kind(study.workdir / STUDY)
-            write_json(study.workdir / STUDY, settings)
-        remedy = "give another --workdir, or --update to replace its report and redo only the jobs that depend on what"
-        unset = flatten(defaults(study.config))
-        claim(study.workdir / STUDY, settings, remedy=f"{remedy} changed", defaults=unset)
+        check_config(study, update=update)
+        write_json(study.workdir / STUDY, flatten(to_dict(study.config)))
         yield
+
+
+def check_config(study: Study, *, update: bool) -> None:
+    """Raises UserError if a study's folder belongs to the study of another config, unless `update` allows that."""
+    path, settings = study.workdir / STUDY, flatten(to_dict(study.config))
+    if update:
+        check_kind(path)
+        return
+    remedy = "give another --workdir, or --update to replace its report and redo only the jobs that depend on what"
+    check_settings(path, settings, remedy=f"{remedy} changed", defaults=flatten(defaults(study.config)))

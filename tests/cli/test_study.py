@@ -206,6 +206,8 @@ def test_a_folder_of_another_config_is_refused(command, tmp_path):
     folder = tmp_path / "runs" / "study"
     folder.mkdir(parents=True)
     (folder / "study.json").write_text('{"seeds": 5}')
-    status, printed = command("study", TINY, CACHE)
-    assert status == 2 and "--update" in printed.err and printed.err.count("\n") == 1
+    for launch in ([], ["launch", "--engine=slurm"]):
+        status, printed = command(*launch, "study", TINY, CACHE)
+        assert status == 2 and "--update" in printed.err and printed.err.count("\n") == 1
+        assert "was made with other settings" in printed.err and not printed.out
     assert {path.name for path in folder.iterdir()} <= {"study.json", ".lock"}

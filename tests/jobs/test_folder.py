@@ -1,20 +1,23 @@
 """The folder of a job: complete or absent, one owner at a time, and continued only with the same settings."""
 
+import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import pathlib
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 from job_runs import Bar
 
 from alignment_gap.cli.main import guarded
-from alignment_gap.errors import UserError
+from alignment_gap.errors import Interrupted, UserError
 from alignment_gap.folders import JOB
-from alignment_gap.jobs.folder import DONE, FAILED, Job, Kind, Opened, finished_with, make
+from alignment_gap.jobs.folder import DONE, FAILED, STOPPED, Job, Kind, Opened, finished_with, make
 from alignment_gap.sharding import MeshConfig
 
 
@@ -119,8 +122,41 @@ def test_a_job_that_fails_is_not_done_and_goes_on_with_what_it_had(tmp_path):
         make(kind_of(run), Config(), tmp_path, Bar())
     assert finished_with(tmp_path) is None
     make(kind_of(run), Config(), tmp_path, Bar())
-    assert seen == [[JOB], ["half", JOB]]
-    assert finished_with(tmp_path) is not None
+    assert seen == [[JOB], ["half", JOB, STOPPED]]
+    assert finished_with(tmp_path) is not None and not (tmp_path / STOPPED).exists()
+
+
+@pytest.mark.parametrize("stop", [RuntimeError("failed"), Interrupted("saved"), KeyboardInterrupt()])
+def test_the_seconds_of_a_job_are_those_of_all_its_attempts(stop, tmp_path, monkeypatch):
+    """Each attempt takes ten seconds here. More steps of a finished job count too."""
+    clock = types.SimpleNamespace(monotonic=itertools.count(0, 10).__next__)
+    monkeypatch.setattr("alignment_gap.jobs.folder.time", clock)
+    stops = [stop, stop]
+
+    def run(config, folder):
+        if stops:
+            raise stops.pop()
+
+    def attempt(**changes):
+        with contextlib.suppress(type(stop)):
+            make(kind_of(run), Config(**changes), tmp_path, Bar())
+
+    def seconds(name):
+        return json.loads((tmp_path / name).read_text())["seconds"]
+
+    attempt()
+    assert seconds(STOPPED) == 10
+    attempt()
+    assert seconds(STOPPED) == 20
+    attempt()
+    assert seconds(DONE) == 30
+    attempt()
+    assert seconds(DONE) == 30
+    stops.append(stop)
+    attempt(speed=2)
+    assert seconds(STOPPED) == 40
+    attempt(speed=2)
+    assert seconds(DONE) == 50
 
 
 def test_the_last_failure_is_kept_until_the_next_attempt(tmp_path):
