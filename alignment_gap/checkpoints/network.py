@@ -135,13 +135,17 @@ def run_like(model: ModelConfig, other: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, **{name: getattr(other, name) for name in RUN_TIME})
 
 
-def agreed_model(asked: ModelConfig | None, network: Network, where: str) -> ModelConfig:
+_OWN_MODEL = "to take the checkpoint's own, leave MODEL out or set it to None, in gin by --gin.MODEL=None"
+
+
+def agreed_model(asked: ModelConfig | None, network: Network, where: str, remedy: str = _OWN_MODEL) -> ModelConfig:
     """The model to train from a checkpoint: the requested model if it is the same network, or the checkpoint's own.
 
     Args:
       asked: the requested model, which may differ in the fields `RUN_TIME`; None for the checkpoint's own.
       network: network of the checkpoint.
       where: path of the checkpoint, for the error.
+      remedy: what to do if the networks differ.
 
     Raises:
       UserError: the networks differ; the message names the fields.
@@ -156,8 +160,5 @@ def agreed_model(asked: ModelConfig | None, network: Network, where: str) -> Mod
     ]
     if differences:
         shown = "; ".join(differences[:3]) + (f"; {len(differences) - 3} more" if len(differences) > 3 else "")
-        raise UserError(
-            f"{where} is of another model ({shown}): to take the checkpoint's own, leave MODEL out or set it to "
-            "None, in gin by --gin.MODEL=None"
-        )
+        raise UserError(f"{where} is of another model ({shown}): {remedy}")
     return asked

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from alignment_gap import checks
-from alignment_gap.checkpoints import complete_steps, find_checkpoint, known_network
+from alignment_gap.checkpoints import agreed_model, complete_steps, find_checkpoint, known_network
 from alignment_gap.checkpoints.digest import params_digest
 from alignment_gap.checkpoints.layout import read_digest
 from alignment_gap.data.batches import PreferenceBatch, check_token_ids
@@ -285,13 +285,13 @@ def _measure_policy(
     if config.own_labels is not None:
         own_labels = _further_judge(config.own_labels, config, judges, dataset, mesh)
     place, reference_step = on_every_process(lambda: _reference(config))
-    reference_policy, reference = open_policy(place, dataset, mesh, reference_step)
-    for network, size in (
-        (str(config.run), policy_network(str(config.run), last).model.vocabulary_size),
-        (place, reference_policy.config.vocabulary_size),
-    ):
-        for each in (*([] if pairs is None else [pairs]), *(batch for batch, _ in further.values())):
-            check_token_ids("a pair", network, size, each.prompts, each.responses)
+    network = policy_network(str(config.run), last)
+    # The run's own network computes the log-probs of both.
+    other = policy_network(place, reference_step)
+    agreed_model(network.model, other, place, remedy=f"give a reference of the network of {config.run}")
+    _, reference = open_policy(place, dataset, mesh, reference_step)
+    for each in (*([] if pairs is None else [pairs]), *(batch for batch, _ in further.values())):
+        check_token_ids("a pair", str(config.run), network.model.vocabulary_size, each.prompts, each.responses)
     facts, asked = _ask(config, dataset, judges, batching, last)
     facts["reference.digest"] = params_digest(reference)
     facts |= {f"classified {name}.digest": digest for name, (_, digest) in further.items()}

@@ -176,6 +176,13 @@ class Comparison:
         return tuple(float(replicates[0]) for replicates in self.mean_gaps)
 
     @property
+    def both_at_origin(self) -> bool:
+        """Whether neither method is better than SFT at any KL."""
+        gaps = self.mean_gap, self.peak_gap
+        frontiers = np.concatenate([self.first_frontier.value, self.second_frontier.value])
+        return all(gap.low == gap.high == 0 for gap in gaps) and np.allclose(frontiers, self.origin)
+
+    @property
     def better(self) -> str:
         """The arm that beats the other at equal KL; empty if the mean gap's interval contains 0 or does not exist."""
         if self.mean_gap.low > 0:

@@ -95,8 +95,8 @@ class Contrast:
     Attributes:
       other: name of the other arm.
       loss: loss of the other arm; empty for the loss of this arm.
-      at_shared_settings: whether only runs at settings that both arms have count; for arms that differ in their data,
-        of which one may be swept.
+      at_shared_settings: whether only runs at settings that both arms have count, because a sweep has more tries than
+        one run. It narrows the range of KL that both share: online training goes further at the same setting.
     """
 
     other: str
@@ -155,7 +155,8 @@ class Arm:
         return source, fresh
 
 
-_of_data = functools.partial(Contrast, at_shared_settings=True)
+# For two arms of which one may be swept: a sweep has more tries than one run.
+_fair = functools.partial(Contrast, at_shared_settings=True)
 
 ARMS = (
     Arm(
@@ -186,7 +187,7 @@ ARMS = (
         name="replayed",
         reads="D_online in its order",
         source=lambda branch: branch.dataset(branch.run_of("online") / RECORD, order="recorded"),
-        contrasts=(_of_data("online"),),
+        contrasts=(_fair("online"),),
         panel=WINDOWS,
         colour="#56B4E9",
         shape="triangle-down",
@@ -195,7 +196,7 @@ ARMS = (
         name="small_windows",
         reads="D_online, shuffled within windows of a thousandth of the run's steps (4 of 4,000 in the paper)",
         source=lambda branch: branch.stream(1000),
-        contrasts=(_of_data("online"),),
+        contrasts=(_fair("online"),),
         panel=WINDOWS,
         colour="#CC79A7",
         shape="triangle-right",
@@ -204,7 +205,7 @@ ARMS = (
         name="large_windows",
         reads="D_online, shuffled within windows of an eighth of the run's steps (500 of 4,000 in the paper)",
         source=lambda branch: branch.stream(8),
-        contrasts=(_of_data("online"), _of_data("shuffled")),
+        contrasts=(_fair("online"), _fair("shuffled")),
         panel=WINDOWS,
         colour="#D55E00",
         shape="triangle-left",
@@ -214,7 +215,7 @@ ARMS = (
         name="final_vs_final",
         reads="pairs of the final online policy, labelled by the golden model (4k vs 4k in the paper)",
         source=lambda branch: branch.dataset(branch.pairs("final_vs_final", [branch.run_of("online")])),
-        contrasts=(_of_data("offline"),),
+        contrasts=(_fair("offline"),),
         panel=DATASETS,
         colour="#CC79A7",
         shape="triangle-right",
@@ -223,7 +224,7 @@ ARMS = (
         name="sft_vs_early",
         reads="a response of SFT against one of an early online policy, labelled by the golden model (sft vs 800)",
         source=lambda branch: branch.dataset(branch.pairs("sft_vs_early", [branch.sft, branch.early_of("online")])),
-        contrasts=(_of_data("offline"), _of_data("final_vs_final"), _of_data("early_vs_final")),
+        contrasts=(_fair("offline"), _fair("final_vs_final"), _fair("early_vs_final")),
         panel=DATASETS,
         colour="#56B4E9",
         shape="triangle-down",
@@ -235,7 +236,7 @@ ARMS = (
         source=lambda branch: branch.dataset(
             branch.pairs("early_vs_final", [branch.early_of("online"), branch.run_of("online")])
         ),
-        contrasts=(_of_data("offline"), _of_data("final_vs_final")),
+        contrasts=(_fair("offline"), _fair("final_vs_final")),
         panel=DATASETS,
         colour="#D55E00",
         shape="triangle-left",
@@ -334,7 +335,7 @@ ARMS = (
         source=lambda branch: branch.dataset(branch.golden_pairs),
         fresh=lambda branch: OnlineConfig(branch.dataset(branch.golden_pairs), sampler=branch.sampler, record=False),
         loss="hypo",
-        contrasts=(Contrast("offline", loss="dpo"),),
+        contrasts=(_fair("offline", loss="dpo"),),
         panel=OBJECTIVES,
         colour="#56B4E9",
         shape="triangle-down",
@@ -344,7 +345,7 @@ ARMS = (
         reads="D_golden by chi-PO, which bounds over-optimisation (arXiv 2407.13399)",
         source=lambda branch: branch.dataset(branch.golden_pairs),
         loss="chi_po",
-        contrasts=(Contrast("offline", loss="dpo"),),
+        contrasts=(_fair("offline", loss="dpo"),),
         panel=OBJECTIVES,
         colour="#CC79A7",
         shape="triangle-right",

@@ -130,7 +130,7 @@ class EqualKl:
     is_gap: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> BySeed:
-        """Raises NotMeasured if a method is missing, or both share no range of KL or only a narrow one."""
+        """Raises NotMeasured if a method is missing, both share no wide range of KL, or neither beats SFT."""
         for method in (self.first, self.second):
             evidence.runs(method, self.metric)  # Raises if there are no runs at any setting.
         if self.at_shared_settings:
@@ -141,6 +141,8 @@ class EqualKl:
             raise NotMeasured(f"{in_words(self.first)} and {in_words(self.second)} share no range of KL")
         if budgets[-1] < NARROW * budgets[0]:
             raise NotMeasured(f"{in_words(self.first)} and {in_words(self.second)} share a narrow range of KL only")
+        if comparison.both_at_origin:  # They are equally good, whatever they do to the policy.
+            raise NotMeasured(f"neither {in_words(self.first)} nor {in_words(self.second)} beats SFT")
         return dict(zip(comparison.seeds, comparison.mean_gaps, strict=True))
 
     def __str__(self) -> str:
@@ -150,20 +152,27 @@ class EqualKl:
 
 @dataclasses.dataclass(frozen=True)
 class PeakGap:
-    """The gap between the best of two methods at any KL, first minus second, cross-fitted."""
+    """The gap between the best of two methods at any KL, first minus second, cross-fitted.
+
+    With `at_shared_settings`, only runs at settings that both methods have count.
+    """
 
     first: Method
     second: Method
     metric: str = "win_rate"
+    at_shared_settings: bool = False
     is_gap: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> BySeed:
         """Raises NotMeasured if a method is missing."""
+        if self.at_shared_settings:
+            evidence = evidence.with_shared_settings(self.first, self.second)
         comparison = _comparison(evidence, self.first, self.second, self.metric)
         return dict(zip(comparison.seeds, comparison.peak_gaps, strict=True))
 
     def __str__(self) -> str:
-        return f"{_minus(self.first, self.second)}, {METRICS[self.metric].words}, peak"
+        shared = " at shared settings" if self.at_shared_settings else ""
+        return f"{_minus(self.first, self.second)}, {METRICS[self.metric].words}, peak{shared}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,14 +209,23 @@ class Fall:
 
 @dataclasses.dataclass(frozen=True)
 class AtEnd:
-    """A metric at the end of training: the mean over a method's runs, and the maximum over methods."""
+    """A metric at the end of training: the mean over a method's runs, and the maximum over methods.
+
+    With `settings_of`, only runs at settings that this method has too count: the runs of a sweep may lie on both sides
+    of a value that their mean has.
+    """
 
     methods: tuple[Method, ...]
     metric: str
+    settings_of: Method | None = None
     is_gap: ClassVar[bool] = False
 
     def __call__(self, evidence: Evidence) -> BySeed:
-        """Raises NotMeasured if one of the methods is missing."""
+        """Raises NotMeasured if one of the methods is missing, or has no run at these settings."""
+        for method in self.methods:
+            evidence.ends(method, self.metric)  # Raises if it was not measured at any setting.
+            if self.settings_of is not None:
+                evidence = evidence.with_shared_settings(method, self.settings_of)
         ends = [evidence.ends(method, self.metric) for method in self.methods]
         shared = [seed for seed in ends[0] if all(seed in each for each in ends)]
         return {seed: np.max([_mean(each[seed], self.metric) for each in ends], axis=0) for seed in _some(shared)}
@@ -215,7 +233,8 @@ class AtEnd:
     def __str__(self) -> str:
         names = ", ".join(map(in_words, self.methods))
         largest = f"largest of {names}" if len(self.methods) > 1 else names
-        return f"{largest}, {METRICS[self.metric].words}, end of training"
+        at = f" at settings of {in_words(self.settings_of)}" if self.settings_of else ""
+        return f"{largest}, {METRICS[self.metric].words}, end of training{at}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +327,10 @@ class Correlation:
 
 @dataclasses.dataclass(frozen=True)
 class Narrowing:
-    """How much smaller the gap between the peaks is at the largest size than at the smallest."""
+    """How much smaller the gap between the peaks is at the largest size than at the smallest.
+
+    Only runs at settings that both methods have count: a sweep has more tries, and what they gain depends on the size.
+    """
 
     first: Method
     second: Method
@@ -317,14 +339,16 @@ class Narrowing:
 
     def __call__(self, evidence: Evidence) -> BySeed:
         """Raises NotMeasured if there is only one size, or a method is missing at one of the two."""
-        gap, sizes = PeakGap(self.first, self.second, self.metric), [*evidence.sizes.values()]
+        gap = PeakGap(self.first, self.second, self.metric, at_shared_settings=True)
+        sizes = [*evidence.sizes.values()]
         if len(sizes) < 2:
             raise NotMeasured("the study has policies of one size")
         smallest, largest = gap(sizes[0]), gap(sizes[-1])
         return {seed: smallest[seed] - largest[seed] for seed in _some([seed for seed in smallest if seed in largest])}
 
     def __str__(self) -> str:
-        return f"{_minus(self.first, self.second)}, {METRICS[self.metric].words}, peak, smallest minus largest size"
+        minus = _minus(self.first, self.second)
+        return f"{minus}, {METRICS[self.metric].words}, peak at shared settings, smallest minus largest size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,11 +398,11 @@ def _minus(first: Method, second: Method) -> str:
 
 
 def _comparison(evidence: Evidence, first: Method, second: Method, metric: str) -> Comparison:
-    for method in (first, second):
-        evidence.runs(method, metric)
+    one, other = (evidence.runs(method, metric) for method in (first, second))
     comparison = evidence.compared(first, second, metric)
     if comparison is None:
-        raise NotMeasured(f"{in_words(first)} and {in_words(second)} were not measured in one seed")
+        why = "did not both leave SFT" if one.keys() & other.keys() else "were not measured in one seed"
+        raise NotMeasured(f"{in_words(first)} and {in_words(second)} {why}")
     return comparison
 
 

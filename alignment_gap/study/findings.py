@@ -105,7 +105,7 @@ def equal_kl_detail(comparison: Comparison) -> str:
         )
     low, high = comparison.budgets[[0, -1]]
     budgets = f"budgets of {nats(low)} to {nats(high)} nats"
-    if both_at_origin(comparison):
+    if comparison.both_at_origin:
         return f"Within {budgets} the best of {first} and of {second} in {words} is SFT itself."
     averaged = f"At the one budget that both reach, {nats(low)} nats," if low == high else f"Averaged over {budgets}"
     return (
@@ -196,13 +196,6 @@ def spans_sentence(evidence: Evidence, loss: str, arms: Sequence[str], metric: s
         if measured:
             found.append(f"{plain(min(measured), metric)} to {plain(max(measured), metric)} ({arm})")
     return f"{loss_name(loss)}, {METRICS[metric].words} of the checkpoints: {', '.join(found)}." if found else ""
-
-
-def both_at_origin(comparison: Comparison) -> bool:
-    """Whether neither method is better than SFT at any KL."""
-    gaps = comparison.mean_gap, comparison.peak_gap
-    frontiers = np.concatenate([comparison.first_frontier.value, comparison.second_frontier.value])
-    return all(gap.low == gap.high == 0 for gap in gaps) and np.allclose(frontiers, comparison.origin)
 
 
 def seed_gaps_sentence(comparison: Comparison) -> str:

@@ -283,11 +283,11 @@ def comparison_record(comparison: Comparison) -> dict[str, object]:
 def _better(comparison: Comparison) -> str:
     if not len(comparison.budgets):
         return "cannot be compared"
-    return "neither beats SFT" if findings.both_at_origin(comparison) else comparison.better or "no claim"
+    return "neither beats SFT" if comparison.both_at_origin else comparison.better or "no claim"
 
 
 def _fit_row(method: Method, metric: str, curve: str, coefficients: Sequence[Interval]) -> Row:
-    """A fitted curve of over-optimisation; for fractions, in percentage points per sqrt(nat)."""
+    """A fitted curve of over-optimisation; for fractions, in percentage points. `fits.fit` has the units of a and b."""
     a, b = (findings.in_table(each, metric) for each in coefficients)
     form = {"best_of_n": "d(a − b d)", "rl": "d(a − b log d)"}[curve]
     return {
@@ -301,7 +301,7 @@ def _fit_row(method: Method, metric: str, curve: str, coefficients: Sequence[Int
 
 
 def fit_record(method: Method, metric: str, curve: str, coefficients: Sequence[Interval]) -> dict[str, object]:
-    """A fitted curve as a row of fits.csv, in the unit of the score per sqrt(nat)."""
+    """A fitted curve as a row of fits.csv, in the unit of the score; see `fits.fit` for the units of a and b."""
     ends = [end for each in coefficients for end in (each.value, each.low, each.high)]
     return dict(zip(FIT_COLUMNS, (*method, metric, curve, *ends), strict=True))
 

@@ -17,7 +17,7 @@ from alignment_gap.jobs.compose import COMPOSE, ComposeConfig
 from alignment_gap.jobs.config import LossConfig
 from alignment_gap.jobs.evaluate import EVALUATE, EvaluateConfig, load_outcomes, results_text
 from alignment_gap.jobs.folder import make
-from alignment_gap.jobs.generate import GENERATE, GenerateConfig
+from alignment_gap.jobs.generate import GENERATE, GenerateConfig, policy_network
 from alignment_gap.judges import open_judge
 from alignment_gap.sampling import SamplerConfig
 
@@ -151,6 +151,22 @@ def test_a_policy_has_no_distance_from_itself(config, sft, tmp_path):
     assert outcomes.keys() == {"length", "kl", "accuracy", "chosen_log_ratio", "rejected_log_ratio"}
     np.testing.assert_allclose(outcomes["kl"], 0, atol=1e-6)
     assert set(outcomes["accuracy"]) == {0.5} and set(outcomes["chosen_log_ratio"]) == {0.0}
+
+
+def test_a_reference_of_another_network_is_refused(config, sft, tmp_path, monkeypatch):
+    """Its parameters would be run through the network of the policy."""
+
+    def network_of(folder, step):
+        network = policy_network(folder, step)
+        changed = dataclasses.replace(network.model, relative_position_max_distance=6)
+        return dataclasses.replace(network, model=changed) if folder == str(sft) else network
+
+    monkeypatch.setattr("alignment_gap.jobs.evaluate.policy_network", network_of)
+    with pytest.raises(
+        UserError, match=r"sft is of another model \(relative_position_max_distance .*: give a reference"
+    ):
+        evaluated(dataclasses.replace(config, reference=str(sft)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_table_has_means_with_intervals_that_hold_them(evaluation):

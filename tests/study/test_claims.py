@@ -118,6 +118,15 @@ def test_methods_that_share_no_kl_or_hardly_any_are_not_compared(kl, reason):
     assert answer(results, dataclasses.replace(AHEAD, estimate=PeakGap(ONLINE, OFFLINE))).verdict == "agrees"
 
 
+def test_methods_that_are_worse_than_sft_are_not_called_level():
+    """Within every budget the best of both is SFT, so their gap is 0, whatever they did to the policy."""
+    worse = [r for seed in (0, 1) for r in two_runs((0.1, 0.05), (0.01, 0.0), seed)]
+    found = answer(worse, LEVEL_CLAIM)
+    assert (found.verdict, found.interval) == ("cannot be told", None)
+    assert found.reason == "neither online IPO nor offline IPO beats SFT"
+    assert answer([r for seed in (0, 1) for r in two_runs((0.5, 0.5), (0.01, 0.0), seed)]).verdict == "agrees"
+
+
 def test_the_correction_is_for_the_number_of_claims_that_were_measured():
     results = seeds_with(0.1, 0.13, 0.16)
     alone = answer(results)
@@ -163,6 +172,7 @@ def test_at_shared_settings_a_sweep_has_no_more_tries_than_one_run():
     assert estimate(EqualKl(ONLINE, OFFLINE, at_shared_settings=True), results) == {0: 0.1}
     assert estimate(EqualKl(ONLINE, OFFLINE), results)[0].expected < 0
     apart = [dataclasses.replace(r, beta=0.5) if r.arm == "offline" else r for r in two_runs()]
+    assert estimate(PeakGap(ONLINE, OFFLINE, at_shared_settings=True), results) == {0: 0.1}
     with pytest.raises(NotMeasured, match="online IPO and offline IPO were trained at no setting that both have"):
         EqualKl(ONLINE, OFFLINE, at_shared_settings=True)(Evidence(apart))
     with pytest.raises(NotMeasured, match="offline IPO was not trained"):
@@ -179,6 +189,9 @@ def test_ends_are_the_last_checkpoints_averaged_over_the_runs():
     assert estimate(AtEnd((ONLINE,), "accuracy"), results) == {0: 0.4}
     assert estimate(AtEnd((OFFLINE,), "accuracy"), results) == {0: 0.7}
     assert estimate(AtEnd((ONLINE, OFFLINE), "accuracy"), results) == {0: 0.7}
+    assert estimate(AtEnd((OFFLINE,), "accuracy", settings_of=ONLINE), results) == {0: 0.6}
+    with pytest.raises(NotMeasured, match="trained at no setting that both have"):
+        AtEnd((OFFLINE,), "accuracy", settings_of=ONLINE)(Evidence([results[1], results[3]]))
     # The run of the sweep with the online setting; if there is none, all runs of the sweep.
     assert estimate(EndGap(ONLINE, OFFLINE, "chosen_log_ratio"), results) == {0: 6.0}
     assert estimate(EndGap(ONLINE, OFFLINE, "chosen_log_ratio"), [results[1], results[3]]) == {0: -53.0}
@@ -254,6 +267,10 @@ def test_the_gap_narrows_by_that_of_the_smallest_less_that_of_the_largest():
     assert estimate(offline, results) == {0: 0.12}
     assert estimate(shuffled, results) == {0: 0.06}
     assert estimate(Difference(shuffled, offline), results) == {0: -0.06}
+    # A further run of a sweep is no try that the other method had.
+    swept = [dataclasses.replace(r, beta=0.5) for r in results if r.arm == "shuffled" and r.size == "large"]
+    better = [dataclasses.replace(r, outcomes=r.outcomes | {"win_rate": r.outcomes["win_rate"] + 0.3}) for r in swept]
+    assert estimate(shuffled, [*results, *better]) == {0: 0.06}
     with pytest.raises(NotMeasured, match="policies of one size"):
         offline(Evidence(list(at_sizes(_=0.2))))
 
