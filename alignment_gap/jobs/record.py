@@ -9,6 +9,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.assembly import Assembly, gives_rewards
 from alignment_gap.jobs.reading import PADDED
+from alignment_gap.jobs.served import LABELS_OF_RECORD
 from alignment_gap.jobs.sources import Inputs
 from alignment_gap.judges import PROBABILITIES, REWARDS
 from alignment_gap.sharding import is_first_process, on_first_process
@@ -106,7 +107,7 @@ def close_record(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> None:
     assert shape is not None
     padded = {"prompt_length": shape.prompt, "response_length": shape.response}
     facts |= {"refresh_every": online.refresh_every, PADDED: padded}
-    facts |= inputs.judge.facts if inputs.judge else {}
+    facts |= {LABELS_OF_RECORD: online.judge.labels, **inputs.judge.facts} if inputs.judge else {}
     close_dataset(
         folder / RECORD,
         vocabulary_digest=str(network.vocabulary_digest),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from alignment_gap import losses
 from alignment_gap.data.batches.batch import PreferenceBatch
+from alignment_gap.data.records.dataset import Card
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig, SourceConfig
 from alignment_gap.judges import REWARDS
@@ -18,6 +19,8 @@ from alignment_gap.training import apply_loss, loss_inputs
 
 # Names of a batch's optional arrays on a dataset's card.
 REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS = "reference_log_probs", "sampler_log_probs"
+# Where the card of an online record says which labels its judge gave.
+LABELS_OF_RECORD = "labels"
 _FRESH = ("fresh_", "ref_fresh_")
 
 
@@ -129,7 +132,11 @@ def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection
             "such log-probs: train online, or on the record of an online run"
         )
     # A loss that reads a second source needs only that one to be the policy's.
-    _check_online(name, reads, config.fresh if wants_fresh else source)
+    _check_own_samples(name, reads, config.fresh if wants_fresh else source)
+    if isinstance(source, OnlineConfig) and losses.PROBABILITIES in reads and source.judge.labels == REWARDS:
+        raise UserError(
+            f"the loss {name} reads scores as probabilities, but judge.labels is 'rewards': set it to 'hard' or 'soft'"
+        )
     if losses.OTHER_PROMPTS in reads and config.recorded.packing is not None:
         raise UserError(
             f"with the loss {name}, a prompt's loss depends on the batch's other prompts, but packed rows have empty "
@@ -142,7 +149,36 @@ def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection
         )
 
 
-def _check_online(name: str, reads: Collection[str], source: SourceConfig | None) -> None:
+def check_cards(config: JobConfig, loss: Callable[..., Any], cards: Sequence[Card]) -> None:
+    """Raises UserError if the cards of the source's recorded examples say that the loss cannot be right on them.
+
+    Args:
+      config: settings of the job.
+      loss: its loss.
+      cards: the cards of the source's datasets; for an online source, those of its prompts.
+    """
+    name, reads = config.loss.name, losses.reads(loss)
+    if isinstance(config.source, OnlineConfig):
+        return
+    if losses.PROBABILITIES in reads and any(map(holds_rewards, cards)):
+        raise UserError(
+            f"the loss {name} reads scores as probabilities, but the scores of {config.source.folder} are rewards: "
+            "label it anew with `alignment-gap data label --judge.labels=hard` (or soft), or choose another loss"
+        )
+
+
+def holds_rewards(card: Card) -> bool:
+    """Whether no score of a dataset is the probability of a response.
+
+    The card of an online record calls win rates among several samples, and chances to beat a mixture, "rewards" too,
+    because two of them do not give the probability that one response beats the other. Each is still a probability.
+    """
+    made = card.provenance
+    is_rate = made.get("made_by") == "online" and made.get(LABELS_OF_RECORD) in ("hard", "soft")
+    return card.scores == REWARDS and not is_rate
+
+
+def _check_own_samples(name: str, reads: Collection[str], source: SourceConfig | None) -> None:
     if isinstance(source, OnlineConfig) and losses.OWN_SAMPLES in reads:
         if source.refresh_every != 1:
             raise UserError(
@@ -159,7 +195,3 @@ def _check_online(name: str, reads: Collection[str], source: SourceConfig | None
                 f"the loss {name} is only right for samples of the current policy, but the sampler has a temperature, "
                 "top_k or top_p: leave them out, or choose a loss with an importance ratio, such as rloo"
             )
-    if isinstance(source, OnlineConfig) and losses.PROBABILITIES in reads and source.judge.labels == REWARDS:
-        raise UserError(
-            f"the loss {name} reads scores as probabilities, but judge.labels is 'rewards': set it to 'hard' or 'soft'"
-        )

@@ -64,6 +64,7 @@ from alignment_gap.jobs.monitor import open_monitor, open_validation
 from alignment_gap.jobs.reading import Reading, open_reading
 from alignment_gap.jobs.record import close_record, open_recorder
 from alignment_gap.jobs.reference import stored_references
+from alignment_gap.jobs.served import check_cards
 from alignment_gap.jobs.sources import Inputs, Parameters, frozen_of, open_source
 from alignment_gap.jobs.words import gin_words
 from alignment_gap.judges import Judge, open_judge
@@ -121,6 +122,8 @@ def open_training(config: JobConfig) -> Opened:
     _check_fresh(reading, fresh)
     config = dataclasses.replace(config, steps=reading.steps(config.steps))
     assembly = Assembly(config, _facts(config, reading, fresh), make_mesh(config.mesh))
+    if assembly.is_policy:
+        check_cards(config, assembly.loss, [each.card for each in reading.datasets])
     assembly.check_loss(_example_batch(assembly, reading))
     start, network = _start(assembly), assembly.facts.network
     # Judge and reference share the base, if they are adapters of the same base.

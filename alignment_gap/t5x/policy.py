@@ -59,8 +59,8 @@ class EncoderDecoderPolicy(models.EncoderDecoderModel):
           **settings: of `models.EncoderDecoderModel`, such as `decode_fn`.
 
         Raises:
-          UserError: there is no such loss or setting, recorded pairs do not serve the loss, or the network has fewer
-            tokens than the vocabulary.
+          UserError: there is no such loss or setting, recorded pairs or their scores do not serve the loss, or the
+            network has fewer tokens than the vocabulary.
         """
         try:
             self._loss = losses.get(loss, **(loss_settings or {}))
@@ -70,6 +70,11 @@ class EncoderDecoderPolicy(models.EncoderDecoderModel):
         _check_served(self._loss, loss if isinstance(loss, str) else getattr(loss, "__name__", "given"))
         self.scores = scores
         checks.one_of(self, (PROBABILITIES, REWARDS), "scores")
+        if scores == REWARDS and losses.PROBABILITIES in self._reads:
+            raise UserError(
+                f"scores is {scores!r}, but the loss reads scores as probabilities: label the pairs anew, or choose "
+                "another loss"
+            )
         tokens = getattr(getattr(module, "config", None), "vocab_size", None)
         if tokens is not None and tokens < output_vocabulary.vocab_size:
             raise UserError(

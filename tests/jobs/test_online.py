@@ -19,12 +19,13 @@ from job_runs import (
 )
 
 from alignment_gap import losses
-from alignment_gap.data.records import open_dataset
+from alignment_gap.data.records import open_dataset, write_dataset
 from alignment_gap.data.text import load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.jobs import record, train
 from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.reading import open_reading
+from alignment_gap.jobs.served import holds_rewards
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.sampling import SamplerConfig
@@ -397,6 +398,30 @@ def test_what_a_source_cannot_serve_is_told_before_the_first_step(loss, settings
     with pytest.raises(UserError, match=message):
         run_job(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def with_card(dataset, folder, **changes):
+    """The examples of a dataset with another card."""
+    card = dataset.card
+    kept = {name: getattr(card, name) for name in ("vocabulary_digest", "provenance", "scores")}
+    write_dataset(folder, dataset, **kept | changes)
+    return DatasetConfig(str(folder), batch_size=8)
+
+
+def test_a_loss_of_probabilities_refuses_recorded_rewards(online, pairs, tmp_path):
+    source = with_card(open_dataset(pairs), tmp_path / "rewards", scores="rewards")
+    config = dataclasses.replace(online, loss=LossConfig("kto"), source=source)
+    with pytest.raises(UserError, match=r"kto reads scores as probabilities, but the scores of .*rewards are rewards"):
+        run_job(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_win_rates_among_several_samples_are_probabilities_each(run):
+    """Two of them say only which response is better, so the card of a record calls them rewards."""
+    card = dataclasses.replace(open_dataset(run / "record").card, scores="rewards")
+    assert not holds_rewards(card)
+    for labels in ({"labels": "rewards"}, {"labels": None}, {"made_by": "label"}):
+        assert holds_rewards(dataclasses.replace(card, provenance={**card.provenance, **labels}))
 
 
 @pytest.mark.slow

@@ -187,6 +187,19 @@ def test_wrong_settings_are_one_line(settings, message, ours):
     assert "\n" not in str(error.value)
 
 
+def test_a_loss_of_probabilities_refuses_rewards(ours):
+    from alignment_gap import losses
+    from alignment_gap.errors import UserError
+
+    def weighted(logps, scores):
+        return -scores * logps
+
+    weighted.reads = (losses.PROBABILITIES,)
+    ours.make(weighted)
+    with pytest.raises(UserError, match="scores is 'rewards', but the loss reads scores as probabilities"):
+        ours.make(weighted, scores="rewards")
+
+
 def test_a_network_of_fewer_tokens_is_refused(ours):
     from alignment_gap.errors import UserError
 
