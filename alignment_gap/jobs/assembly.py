@@ -192,13 +192,19 @@ class Assembly:
         """The one jitted `(state, batch, *frozen) -> (state, metrics)`; runs with the same settings share it."""
         return self._traced.update_step
 
-    @property
-    def validation_step(self) -> Callable[..., Any]:
-        """The jitted `(params, batch, *frozen) -> metrics`, without the adapters' dropout."""
-        return make_validation_step(self._traced.evaluated, self.mesh, self.abstract, self.frozen)
+    def validation_step(self, *, rewards: bool) -> Callable[..., Any]:
+        """The jitted `(params, batch, *frozen) -> metrics`, without the adapters' dropout.
+
+        `rewards` says whether the held-out scores are rewards: they may be of another kind than the source's.
+        """
+        return make_validation_step(self._trace(rewards).evaluated, self.mesh, self.abstract, self.frozen)
 
     @functools.cached_property
     def _traced(self) -> _Traced:
+        return self._trace(self.facts.rewards)
+
+    def _trace(self, rewards: bool) -> _Traced:
+        """The traced parts for scores of this kind."""
         config, network = self.config, self.facts.network
         # A sampler that stays at the start needs no copy of it.
         every = self._refresh_every
@@ -219,7 +225,7 @@ class Assembly:
             ),
             config.loss if self.is_policy else None,
             config.seed if is_random else None,
-            self.facts.rewards,
+            rewards,
             config.optimizer,
             steps,
             self.mesh,
@@ -286,14 +292,19 @@ class Assembly:
         forward = jax.jit(plain.objective).trace(plain.abstract.params, batch, plain.abstract.step, *plain.frozen)
         return done, min((2 if self.adapters else 3) * count_flops(forward.jaxpr), done)
 
-    def check_loss(self, batch: PreferenceBatch) -> list[str]:
+    def check_loss(self, batch: PreferenceBatch, *, rewards: bool | None = None) -> list[str]:
         """Traces the objective with the shapes of a batch; returns the names of its metrics.
+
+        Args:
+          batch: a batch, or its shapes.
+          rewards: whether its scores are rewards; None if they are of the source's kind.
 
         Raises:
           UserError: the loss does not run on the batch.
         """
+        objective = self._trace(self.facts.rewards if rewards is None else rewards).objective
         with tracing(self.config.loss):
-            _, found = jax.eval_shape(self.objective, self.abstract.params, batch, self.abstract.step, *self.frozen)
+            _, found = jax.eval_shape(objective, self.abstract.params, batch, self.abstract.step, *self.frozen)
         return ["loss", *found]
 
     def texts(self, shape: BatchShape) -> PreferenceBatch:

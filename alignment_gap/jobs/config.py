@@ -186,7 +186,8 @@ class MonitorConfig:
 
     Attributes:
       validation: folder of held-out examples with the source's vocabulary; None for no validation. Loss and diagnostics
-        are means over whole batches, with the source's batch size; an incomplete last batch is left out.
+        are means over whole batches, with the source's batch size; an incomplete last batch is left out. Their own card
+        says whether their scores are probabilities or rewards.
       validate_every: steps between two validations; the last step is validated too.
       tensorboard: whether metrics are also written for TensorBoard.
       profile: the first and the last step that jax's profiler traces, counted from 1; None for no profile.

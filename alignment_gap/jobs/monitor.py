@@ -13,7 +13,8 @@ from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import DatasetConfig
-from alignment_gap.jobs.reading import Reading, on_devices, open_reading
+from alignment_gap.jobs.reading import Reading, has_rewards, on_devices, open_reading
+from alignment_gap.jobs.served import check_scores
 from alignment_gap.jobs.sources import Inputs, frozen_of, reference_of
 from alignment_gap.sharding.chips import peak_flops
 from alignment_gap.training import Monitor, Source, TrainState, Validation, make_schedule, with_reference
@@ -25,9 +26,9 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
     """The held-out examples of a job; None if it has none.
 
     Raises:
-      UserError: the loss does not run on the examples; they are fewer than a batch; their vocabulary is not the
-        source's; they do not give the metric that ranks checkpoints; or `tensorboard` is set, but the package that
-        writes its files is not installed.
+      UserError: the loss does not run on the examples or their kind of scores; they are fewer than a batch; their
+        vocabulary is not the source's; they do not give the metric that ranks checkpoints; or `tensorboard` is set, but
+        the package that writes its files is not installed.
     """
     monitor, size = assembly.config.monitor, reading.config.batch_size
     if monitor.tensorboard:
@@ -39,11 +40,13 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
         raise UserError(f"monitor.validation has {len(found.examples)} examples, below batch_size={size}: give more")
     if found.datasets[0].card.vocabulary_digest != reading.datasets[0].card.vocabulary_digest:
         raise UserError("monitor.validation and source have different vocabularies: prepare both with the same one")
+    if assembly.is_policy:
+        check_scores(assembly.config, assembly.loss, [each.card for each in found.datasets], "monitor.validation")
     batch = found.batches(assembly.mesh, 0)(0)
     if assembly.needs_reference:
         batch = dataclasses.replace(batch, reference_log_probs=jnp.zeros(batch.responses.shape))
     try:
-        names = assembly.check_loss(batch)
+        names = assembly.check_loss(batch, rewards=has_rewards(found))
     except UserError as error:
         raise UserError(f"monitor.validation: {error}") from error
     keep = assembly.config.keep
@@ -103,7 +106,7 @@ def _measure(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[
     if assembly.needs_reference:
         batches = with_reference(source, assembly.score, reference_of(assembly, inputs))
     count = len(reading.examples) // reading.config.batch_size
-    step, frozen = assembly.validation_step, frozen_of(assembly, inputs)
+    step, frozen = assembly.validation_step(rewards=has_rewards(reading)), frozen_of(assembly, inputs)
 
     def measure(state: TrainState) -> Mapping[str, float]:
         lines = [metrics_line(step(state.params, batches(number, state), *frozen)) for number in range(count)]

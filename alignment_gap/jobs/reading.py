@@ -18,6 +18,7 @@ from alignment_gap.data.batches import (
     offline_source,
 )
 from alignment_gap.data.records import Dataset, open_dataset, verify_dataset
+from alignment_gap.data.records.dataset import REWARDS
 from alignment_gap.data.records.log_probs import ReferenceLogProbs
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig
@@ -102,6 +103,11 @@ def open_reading(config: DatasetConfig, setting: str, *, prompts_only: bool = Fa
         raise UserError(f"{setting}.folder is not set: give the folder of a prepared dataset")
     examples = on_every_process(lambda: _open(str(config.folder)))
     return Reading(config, examples, _shapes(config, examples, setting, prompts_only))
+
+
+def has_rewards(reading: Reading) -> bool:
+    """Whether the scores are rewards to compare, and no probabilities, as the datasets' cards say."""
+    return reading.datasets[0].card.scores == REWARDS
 
 
 def on_devices(

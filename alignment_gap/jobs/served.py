@@ -157,13 +157,16 @@ def check_cards(config: JobConfig, loss: Callable[..., Any], cards: Sequence[Car
       loss: its loss.
       cards: the cards of the source's datasets; for an online source, those of its prompts.
     """
-    name, reads = config.loss.name, losses.reads(loss)
-    if isinstance(config.source, OnlineConfig):
-        return
-    if losses.PROBABILITIES in reads and any(map(holds_rewards, cards)):
+    if isinstance(config.source, DatasetConfig):
+        check_scores(config, loss, cards, str(config.source.folder))
+
+
+def check_scores(config: JobConfig, loss: Callable[..., Any], cards: Sequence[Card], place: str) -> None:
+    """Raises UserError, which names `place`, if the loss reads probabilities and the scores of a card are rewards."""
+    if losses.PROBABILITIES in losses.reads(loss) and any(map(holds_rewards, cards)):
         raise UserError(
-            f"the loss {name} reads scores as probabilities, but the scores of {config.source.folder} are rewards: "
-            "label it anew with `alignment-gap data label --judge.labels=hard` (or soft), or choose another loss"
+            f"the loss {config.loss.name} reads scores as probabilities, but the scores of {place} are rewards: label "
+            "it anew with `alignment-gap data label --judge.labels=hard` (or soft), or choose another loss"
         )
 
 

@@ -61,7 +61,7 @@ from alignment_gap.jobs.config import (
 from alignment_gap.jobs.folder import MESH, Kind, Opened
 from alignment_gap.jobs.generate import ends_facts, policy_ends
 from alignment_gap.jobs.monitor import open_monitor, open_validation
-from alignment_gap.jobs.reading import Reading, open_reading
+from alignment_gap.jobs.reading import Reading, has_rewards, open_reading
 from alignment_gap.jobs.record import close_record, open_recorder
 from alignment_gap.jobs.reference import stored_references
 from alignment_gap.jobs.served import check_cards
@@ -188,7 +188,7 @@ def _facts(config: JobConfig, reading: Reading, fresh: Reading | None) -> Facts:
         _batch_shape(config.source, reading),
         _batch_shape(config.fresh, fresh) if config.fresh is not None and fresh is not None else None,
         fields=() if online else tuple(dataset.card.fields),
-        rewards=gives_rewards(online) if online else dataset.card.scores == "rewards",
+        rewards=gives_rewards(online) if online else has_rewards(reading),
         end_ids=_ends(config, vocabulary.eos_id) if vocabulary else Facts.end_ids,
     )
 

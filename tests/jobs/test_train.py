@@ -444,6 +444,61 @@ def test_validation_is_what_training_on_it_would_report_and_changes_nothing(sft,
         np.testing.assert_allclose(found[-1][name], mean, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def scored(held_out, tmp_path_factory):
+    """The held-out pairs with hard labels, with soft ones, and with rewards that rank them as the hard labels do."""
+    root, card = tmp_path_factory.mktemp("scored"), open_dataset(held_out).card
+
+    def write(name, loser, winner, scores):
+        examples = [
+            dataclasses.replace(each, scores=np.where(each.scores > 0.5, winner, loser).astype(np.float32))
+            for each in open_dataset(held_out)
+        ]
+        made = {"vocabulary_digest": card.vocabulary_digest, "provenance": card.provenance, "scores": scores}
+        write_dataset(root / name, examples, **made)
+        return str(root / name)
+
+    return {
+        "hard": write("hard", 0.0, 1.0, "probabilities"),
+        "soft": write("soft", 0.25, 0.75, "probabilities"),
+        "rewards": write("rewards", -3.0, 5.0, "rewards"),
+    }
+
+
+@pytest.mark.slow
+def test_validation_reads_scores_as_its_own_card_says(scored, sft, sft_config, tmp_path):
+    """Whatever the source's kind of scores. Rewards that rank pairs as hard labels do have the same loss."""
+
+    def validated(source, held_out):
+        config = dataclasses.replace(
+            sft_config,
+            model=None,
+            start=str(sft),
+            loss=LossConfig("dpo"),
+            steps=1,
+            source=DatasetConfig(scored[source], batch_size=8, order="recorded"),
+            optimizer=OptimizerConfig("sgd", learning_rate=1e-30),
+            reference=str(sft),
+            reference_step=2,
+            monitor=MonitorConfig(scored[held_out]),
+        )
+        folder = run_job(config, tmp_path / f"{source}-{held_out}")
+        return json.loads((folder / "validation.jsonl").read_text())
+
+    hard, soft = validated("hard", "hard"), validated("hard", "soft")
+    assert validated("hard", "rewards") == validated("rewards", "hard") == hard
+    assert validated("rewards", "soft") == soft
+    assert soft["loss"] != pytest.approx(hard["loss"], rel=1e-3)
+
+
+def test_a_loss_of_probabilities_refuses_held_out_rewards(scored, sft, sft_config, tmp_path):
+    config = dataclasses.replace(sft_config, model=None, start=str(sft), loss=LossConfig("kto"))
+    config = dataclasses.replace(config, monitor=MonitorConfig(scored["rewards"]))
+    with pytest.raises(UserError, match=r"but the scores of monitor\.validation are rewards: label it anew"):
+        run_job(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_times_of_a_step_are_told(sft, sft_config, judge, tmp_path):
     source = OnlineConfig(sft_config.source, judge=JudgeConfig(str(judge)))
     config = dataclasses.replace(sft_config, model=None, start=str(sft), loss=LossConfig("ipo"), source=source, steps=2)
