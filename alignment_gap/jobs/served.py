@@ -131,6 +131,11 @@ def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection
             f"the loss {name} needs samples of the policy with the sampler's log-probs, but {source.folder} has no "
             "such log-probs: train online, or on the record of an online run"
         )
+    if on_policy and config.online is not None and config.online.keep != "all":
+        raise UserError(
+            f"the loss {name} is a mean over the policy's samples, but keep is {config.online.keep!r}, and training on "
+            "selected samples biases its gradient: set it to 'all', or choose a loss of pairs, such as ipo"
+        )
     # A loss that reads a second source needs only that one to be the policy's.
     _check_own_samples(name, reads, config.fresh if wants_fresh else source)
     if isinstance(source, OnlineConfig) and losses.PROBABILITIES in reads and source.judge.labels == REWARDS:

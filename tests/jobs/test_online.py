@@ -390,6 +390,11 @@ def test_a_loss_trains_on_fresh_samples(name, online, tmp_path):
             {"judge": JudgeConfig("rubric", labels="rewards")},
             "kto reads scores as probabilities, but judge.labels",
         ),
+        *(
+            (loss, {"samples": 4, "keep": keep}, f"the loss {loss} is a mean .* keep is '{keep}', .* set it to 'all'")
+            for loss in ("reinforce", "rloo", "grpo", "online_kl")
+            for keep in ("best_and_worst", "best")
+        ),
         ("ipo", {"keep": "best"}, "needs chosen_logps, .* which a batch of one response a prompt does not have"),
     ],
 )

@@ -79,6 +79,21 @@ def test_rloo_with_a_ratio_has_the_same_gradient_at_the_sampling_policy(clip):
     )
 
 
+def test_a_selection_of_the_samples_biases_the_gradient():
+    """So jobs refuse to train policy gradients on the best and the worst of the samples."""
+
+    def of_two(logps, groups):
+        scores = REWARDS[groups]
+        chosen = jnp.stack([jnp.argmax(scores, -1), scores.shape[-1] - 1 - jnp.argmin(scores[:, ::-1], -1)], axis=-1)
+        return losses.rloo(*(jnp.take_along_axis(each, chosen, -1) for each in (logps, scores)))
+
+    found = jax.grad(expected_over_groups(of_two, 4))(LOGITS)
+    exact = jax.grad(regularized_reward(0.0))(LOGITS)
+    # Even its direction is another one.
+    cosine = jnp.dot(found, exact) / (jnp.linalg.norm(found) * jnp.linalg.norm(exact))
+    assert jnp.linalg.norm(found) > 1.2 * jnp.linalg.norm(exact) and cosine < 0.999
+
+
 def test_hypo_adds_the_gradient_of_the_kl():
     zero = jnp.zeros(9)
 
