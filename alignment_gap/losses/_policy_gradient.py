@@ -58,8 +58,7 @@ def reinforce(
     logps, rewards = _penalized(logps, scores, ref_logps, beta)
     if baseline is None:
         check_group(logps)
-    mean = jnp.mean(rewards, axis=-1, keepdims=True)
-    return _score_function(logps, rewards - (mean if baseline is None else baseline))
+    return _score_function(logps, _centred(rewards) if baseline is None else rewards - baseline)
 
 
 @register(reads=(SAMPLER_LOG_PROBS,))
@@ -101,7 +100,7 @@ def rloo(
     if clip is not None:
         check_between(0.0, 1.0, clip=clip)
     size = logps.shape[-1]
-    advantages = (rewards - jnp.mean(rewards, axis=-1, keepdims=True)) * (size / (size - 1))
+    advantages = _centred(rewards) * (size / (size - 1))
     if old_logps is None:
         return _score_function(logps, advantages)
     logps, old_logps = as_float32(logps, old_logps)
@@ -178,8 +177,8 @@ def grpo(
     check_choice("over_tokens", over_tokens, ("mean", "sum", "group"))
     (scores,) = as_float32(scores)
     check_group(scores)
-    centred = scores - jnp.mean(scores, axis=-1, keepdims=True)
-    advantages = centred / (jnp.std(scores, axis=-1, ddof=1, keepdims=True) + 1e-4)
+    centred = _centred(scores)
+    advantages = centred / (jnp.std(centred, axis=-1, ddof=1, keepdims=True) + 1e-4)
     per_token = _clipped(token_logps, advantages[..., None], mask, old_token_logps, clip, clip_high)
     per_token += _penalty(token_logps, ref_token_logps, mask, beta)
     if over_tokens == "group":
@@ -229,8 +228,7 @@ def dr_grpo(
     check_group(scores)
     if max_length is not None:
         check_between(1, math.inf, max_length=max_length)
-    centred = scores - jnp.mean(scores, axis=-1, keepdims=True)
-    per_token = _clipped(token_logps, centred[..., None], mask, old_token_logps, clip, clip_high)
+    per_token = _clipped(token_logps, _centred(scores)[..., None], mask, old_token_logps, clip, clip_high)
     per_token += _penalty(token_logps, ref_token_logps, mask, beta)
     return jnp.mean(masked_sum(per_token, mask), axis=-1) / (max_length or mask.shape[-1])
 
@@ -267,8 +265,7 @@ def ppo_clip(
     """
     (scores,) = as_float32(scores)
     check_group(scores)
-    centred = scores - jnp.mean(scores, axis=-1, keepdims=True)
-    per_token = _clipped(token_logps, centred[..., None], mask, old_token_logps, clip, clip_high)
+    per_token = _clipped(token_logps, _centred(scores)[..., None], mask, old_token_logps, clip, clip_high)
     return jnp.mean(masked_mean(per_token, mask), axis=-1)
 
 
@@ -282,6 +279,16 @@ def _penalized(logps: Array, scores: Array, ref_logps: Array | None, beta: Any) 
         return logps, scores
     logps, scores, ref_logps = as_float32(logps, scores, ref_logps)
     return logps, scores - beta * (logps - ref_logps)
+
+
+def _centred(scores: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
+    """The scores minus the mean of their group; exactly 0 where all scores of a group are equal.
+
+    The mean of equal scores may differ from them by its rounding, which `grpo` would divide by 1e-4. So the first score
+    is subtracted before the mean.
+    """
+    apart = scores - scores[..., :1]
+    return apart - jnp.mean(apart, axis=-1, keepdims=True)
 
 
 def _score_function(logps: Array, advantages: Array) -> Float[Array, "*B"]:

@@ -199,6 +199,22 @@ def test_rebel():
     np.testing.assert_allclose(losses.rebel(*arrays, beta=0.5), 0.25, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "ppo_clip", "rloo", "reinforce"])
+@pytest.mark.parametrize("score", [0.1, 1234.567])
+@pytest.mark.parametrize("size", [7, 11])
+def test_a_group_of_equal_scores_has_no_gradient(name, score, size):
+    """Exactly: the float32 mean of seven times 0.1 is not 0.1."""
+    scores, tokens = jnp.full((2, size), score), jnp.full((2, size, 3), -1.5)
+    loss = losses.get(name, beta=0.0) if name == "grpo" else losses.get(name)
+
+    def total(tokens):
+        if name in ("rloo", "reinforce"):
+            return loss(tokens.sum(-1), scores).sum()
+        return loss(tokens, scores, jnp.ones(tokens.shape, bool)).sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(tokens), 0.0)
+
+
 def test_nash_md():
     # x = log pi / ref = 1; s - 1/2 - beta x = 0.9 - 0.5 - 0.2 = 0.2; times -log pi = 1.
     value = losses.nash_md(jnp.array([-1.0]), jnp.array([-2.0]), jnp.array([0.9]), beta=0.2)
