@@ -34,9 +34,12 @@ from alignment_gap.models.reward_head import without_head
 from alignment_gap.sharding import LogicalMesh, first_reason, first_says, on_every_process, on_first_process
 from alignment_gap.storage import Url
 from alignment_gap.training.bucket import BucketManager
+from alignment_gap.training.guard import Skipped
 from alignment_gap.training.state import TrainState, abstract_base, abstract_params, shardings_like
 
 OPTIMIZER, INTERIM, DAMAGED = "optimizer", "interim", ".damaged"
+# In a checkpoint's metadata: its guard's memory has the number of norms, which earlier versions did not count.
+COUNTS_NORMS = "counts_norms"
 # A kill may have left interim checkpoints among this many last ones.
 _LEFT = 3
 # Orbax counts the saves of all threads together, and reads the count again while a save begins.
@@ -163,12 +166,13 @@ class Checkpoints:
         step, items = int(jax.device_get(state.step)), _items(state)
         digests = self._own_digest | {name: params_digest(tree) for name, tree in items.items()}
         self._interim |= {step} if interim else set()
+        marks = ({INTERIM: True} if interim else {}) | ({} if state.skipped.norms is None else {COUNTS_NORMS: True})
         with _SAVING, self._told_when_full():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()}),
                 metrics=dict(metrics or {}),
-                custom_metadata=self._metadata | {DIGESTS: digests} | ({INTERIM: True} if interim else {}),
+                custom_metadata=self._metadata | {DIGESTS: digests} | marks,
             )
 
     @contextlib.contextmanager
@@ -214,9 +218,14 @@ class Checkpoints:
                 f"{self.folder}/{step} was imported, or saved by an earlier version, and has no whole state of a run: "
                 "give another folder, and this one as its start"
             )
-        restored = self._restore(step, _items(abstract))
+        counts = said is None or COUNTS_NORMS in said
+        wanted = abstract if counts else dataclasses.replace(abstract, skipped=_uncounted(abstract.skipped))
+        restored = self._restore(step, _items(wanted))
         rest, copies = restored.optimizer, restored.copies if abstract.copies else {}
-        return TrainState(rest["step"], restored.params, rest["optimizer_state"], copies, rest["skipped"])
+        skipped: Skipped = rest["skipped"]
+        if not counts:
+            skipped = dataclasses.replace(skipped, norms=rest["step"] - skipped.total)
+        return TrainState(rest["step"], restored.params, rest["optimizer_state"], copies, skipped)
 
     def restore_last(self, abstract: TrainState, say: Callable[[str], None]) -> TrainState | None:
         """Restores the newest undamaged checkpoint, and renames the damaged ones after it.
@@ -343,6 +352,11 @@ def _items(state: TrainState) -> dict[str, Any]:
     """The parts of a checkpoint, each readable on its own."""
     rest = {"step": state.step, "optimizer_state": state.optimizer_state, "skipped": state.skipped}
     return {PARAMS: state.params, OPTIMIZER: rest} | ({"copies": state.copies} if state.copies else {})
+
+
+def _uncounted(skipped: Skipped) -> Skipped:
+    """The guard's memory in the form of an earlier version."""
+    return dataclasses.replace(skipped, norms=None)
 
 
 def _aside(folder: AnyPath) -> AnyPath:

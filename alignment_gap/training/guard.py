@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from alignment_gap.errors import UserError
 
 # After the guard stopped a job, the job may continue with other values of these settings.
 REMEDIES = ("optimizer.learning_rate", "optimizer.clip_norm", "guard.spike")
-# For the running mean of gradient norms: the weight of a new norm, and the number of updates before it is used.
+# For the running mean of gradient norms: the weight of a new norm, and the number of norms before it is used.
 _SHARE, _LEARNED = 0.02, 50
 
 
@@ -26,6 +27,7 @@ class GuardConfig:
     Attributes:
       stop_after: the job stops after this many skipped updates in a row; checked at every line of metrics.
       spike: also skips an update whose gradient norm is more than this many times the running mean; None for no limit.
+        Norms of 0, such as those of batches whose scores are all equal, are left out of the mean.
     """
 
     stop_after: int = 10
@@ -45,17 +47,20 @@ class Skipped:
     Attributes:
       total: number of skipped updates.
       in_a_row: number of skipped updates since the last update that was made.
-      norm: running mean of the gradient norms, over the updates that were made.
+      norm: running mean of the gradient norms that are above 0, over the updates that were made.
+      norms: number of the norms in this mean; None in a checkpoint of an earlier version, which did not count them.
     """
 
     total: Int[Array, ""]
     in_a_row: Int[Array, ""]
     norm: Float[Array, ""]
+    norms: Int[Array, ""] | None = None
 
 
 def nothing_skipped() -> Skipped:
     """The memory at the start of a run."""
-    return Skipped(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros(()))
+    zero = functools.partial(jnp.zeros, ())
+    return Skipped(zero(jnp.int32), zero(jnp.int32), zero(), zero(jnp.int32))
 
 
 def guard(
@@ -66,15 +71,19 @@ def guard(
     gradient_norm: Float[Array, ""],
 ) -> tuple[Bool[Array, ""], Skipped]:
     """Whether to make the update of a step, and the memory after it."""
-    made = step - skipped.total
+    norms = step - skipped.total if skipped.norms is None else skipped.norms
     is_good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     if config.spike is not None:
-        is_good &= (made < _LEARNED) | (gradient_norm <= config.spike * skipped.norm)
+        is_unknown = (norms < _LEARNED) | (skipped.norm == 0)
+        is_good &= is_unknown | (gradient_norm <= config.spike * skipped.norm)
+    # Zeros would pull the mean down until the limit stops every update that learns something.
+    counts = is_good & (gradient_norm > 0)
     # At first a plain mean, so that the initial zero has no weight.
-    share = jnp.maximum(_SHARE, 1 / (made + 1).astype(jnp.float32))
-    norm = jnp.where(is_good, (1 - share) * skipped.norm + share * gradient_norm, skipped.norm)
+    share = jnp.maximum(_SHARE, 1 / (norms + 1).astype(jnp.float32))
+    norm = jnp.where(counts, (1 - share) * skipped.norm + share * gradient_norm, skipped.norm)
     one = (~is_good).astype(jnp.int32)
-    return is_good, Skipped(skipped.total + one, jnp.where(is_good, 0, skipped.in_a_row + 1), norm)
+    in_a_row = jnp.where(is_good, 0, skipped.in_a_row + 1)
+    return is_good, Skipped(skipped.total + one, in_a_row, norm, norms + counts.astype(jnp.int32))
 
 
 def check_progress(config: GuardConfig, in_a_row: int, step: int, loss: float, gradient_norm: float) -> None:

@@ -1,6 +1,7 @@
 """The guard skips updates that would ruin the parameters, in a real update step; other updates do not change."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from alignment_gap import losses
 from alignment_gap.errors import UserError
 from alignment_gap.sharding import batch_sharding, make_mesh
 from alignment_gap.training import (
+    Checkpoints,
     GuardConfig,
     abstract_state,
     create_state,
@@ -139,6 +141,42 @@ def test_a_spike_is_skipped_once_the_norm_is_known(monkeypatch):
     made, after = step(4, 5.0, after)
     assert made and (int(after.total), int(after.in_a_row)) == (1, 0)
     np.testing.assert_allclose(after.norm, 0.75 + 0.25 * 5, rtol=1e-6)  # This is the fourth norm of the mean.
+
+
+def test_updates_without_a_gradient_do_not_count_as_norms():
+    """Sixty of them come first, then two of three; each third update has a gradient of norm 1, and one has a spike."""
+    config, memory, made = GuardConfig(spike=10.0), guarding.nothing_skipped(), []
+    guarded = jax.jit(functools.partial(guarding.guard, config))
+    for number in range(300):
+        norm = 0.0 if number < 60 or number % 3 else 1.0 if number != 270 else 10.1
+        is_made, memory = guarded(memory, jnp.int32(number), jnp.float32(0.1), jnp.float32(norm))
+        made.append(bool(is_made))
+    assert [number for number, each in enumerate(made) if not each] == [270]
+    np.testing.assert_allclose(memory.norm, 1.0, rtol=1e-6)
+    assert int(memory.norms) == 79
+
+
+def test_a_mean_of_zero_is_no_limit(monkeypatch):
+    """As in a checkpoint of an earlier version whose updates had no gradient."""
+    memory = guarding.Skipped(jnp.int32(0), jnp.int32(0), jnp.float32(0), jnp.int32(99))
+    assert guarding.guard(GuardConfig(spike=2.0), memory, jnp.int32(99), jnp.float32(1), jnp.float32(1))[0]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_checkpoint_of_an_earlier_version_goes_on(counted, update, abstract, mesh, tmp_path):
+    """Which counted no norms; all of its updates that were made count."""
+    state = start(abstract)
+    for score in (0.5, 0.0, 0.25):
+        state, _ = update(state, batch_of(mesh, score))
+    stored = state if counted else dataclasses.replace(state, skipped=dataclasses.replace(state.skipped, norms=None))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(stored)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        restored = checkpoints.restore(abstract, 3)
+    assert_same(copied(restored), copied(state))
+    assert int(restored.skipped.norms) == 2
+    again, _ = update(restored, batch_of(mesh, 0.25))
+    assert int(again.skipped.norms) == 3
 
 
 @pytest.mark.parametrize("settings", [{"stop_after": 0}, {"spike": 1.0}, {"spike": float("nan")}])
