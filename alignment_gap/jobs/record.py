@@ -9,7 +9,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.assembly import Assembly, gives_rewards
 from alignment_gap.jobs.reading import PADDED
-from alignment_gap.jobs.served import LABELS_OF_RECORD
+from alignment_gap.jobs.served import LABELS_OF_RECORD, sampled_as
 from alignment_gap.jobs.sources import Inputs
 from alignment_gap.judges import PROBABILITIES, REWARDS
 from alignment_gap.sharding import is_first_process, on_first_process
@@ -102,11 +102,10 @@ def close_record(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> None:
     reading, online = inputs.fresh if config.online is config.fresh else inputs.reading, config.online
     assert reading is not None and online is not None
     roles = ["prompts"] if len(reading.datasets) == 1 else [f"prompts {i}" for i in range(len(reading.datasets))]
-    facts = {"loss": config.loss.name, "samples": online.samples, "keep": online.keep, "seed": config.seed}
     shape = assembly.facts.fresh if online is config.fresh else assembly.facts.batch
     assert shape is not None
     padded = {"prompt_length": shape.prompt, "response_length": shape.response}
-    facts |= {"refresh_every": online.refresh_every, PADDED: padded}
+    facts = {"loss": config.loss.name, "seed": config.seed, **sampled_as(online, shape.batch), PADDED: padded}
     facts |= {LABELS_OF_RECORD: online.judge.labels, **inputs.judge.facts} if inputs.judge else {}
     close_dataset(
         folder / RECORD,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from alignment_gap.data.records.dataset import Card
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig, JobConfig, LossConfig, OnlineConfig, SourceConfig
 from alignment_gap.judges import REWARDS
+from alignment_gap.sampling import SamplerConfig
 from alignment_gap.training import apply_loss, loss_inputs
 
 # Names of a batch's optional arrays on a dataset's card.
@@ -22,6 +24,13 @@ REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS = "reference_log_probs", "sampler_log_pro
 # Where the card of an online record says which labels its judge gave.
 LABELS_OF_RECORD = "labels"
 _FRESH = ("fresh_", "ref_fresh_")
+# Settings of a sampler that change the distribution of its samples.
+_SAMPLER = ("temperature", "top_k", "top_p")
+
+
+def _reads_fresh(loss: Callable[..., Any]) -> bool:
+    """Whether a loss reads the log-probs of fresh samples beside the batch."""
+    return any(array.startswith(_FRESH) for array in losses.arrays(loss))
 
 
 def reads_mismatched(loss: Callable[..., Any]) -> bool:
@@ -115,7 +124,7 @@ def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection
       fields: optional arrays of the source's recorded examples; empty for an online source.
     """
     name, reads, source = config.loss.name, losses.reads(loss), config.source
-    wants_fresh = any(array.startswith(_FRESH) for array in losses.arrays(loss))
+    wants_fresh = _reads_fresh(loss)
     if wants_fresh and config.fresh is None:
         raise UserError(f"the loss {name} reads fresh samples beside the batch: set fresh to a second source")
     if config.fresh is not None and not wants_fresh:
@@ -154,16 +163,71 @@ def check_served(config: JobConfig, loss: Callable[..., Any], fields: Collection
         )
 
 
-def check_cards(config: JobConfig, loss: Callable[..., Any], cards: Sequence[Card]) -> None:
-    """Raises UserError if the cards of the source's recorded examples say that the loss cannot be right on them.
+def check_cards(
+    config: JobConfig, loss: Callable[..., Any], cards: Sequence[Card], fresh_cards: Sequence[Card] = ()
+) -> None:
+    """Raises UserError if the cards of recorded examples say that the loss cannot be right on them.
 
     Args:
       config: settings of the job.
       loss: its loss.
       cards: the cards of the source's datasets; for an online source, those of its prompts.
+      fresh_cards: the same of the second source.
     """
+    reads = losses.reads(loss)
     if isinstance(config.source, DatasetConfig):
         check_scores(config, loss, cards, str(config.source.folder))
+    sampled, its_cards = (config.fresh, fresh_cards) if _reads_fresh(loss) else (config.source, cards)
+    if not isinstance(sampled, DatasetConfig):
+        return
+    for card in its_cards:
+        if losses.OWN_SAMPLES in reads:
+            _check_own_record(config.loss.name, sampled, card)
+        elif losses.SAMPLER_LOG_PROBS in reads and (keep := card.provenance.get("keep", "all")) != "all":
+            raise UserError(
+                f"the loss {config.loss.name} is a mean over the policy's samples, but {sampled.folder} was recorded "
+                f"with keep={keep!r}, and training on selected samples biases its gradient: train on a record with "
+                "keep='all', or choose a loss of pairs, such as ipo"
+            )
+
+
+def sampled_as(online: OnlineConfig, batch_size: int) -> dict[str, Any]:
+    """The facts on the card of an online record that say how its samples were drawn."""
+    sampler = online.sampler
+    return {
+        "samples": online.samples,
+        "batch_size": batch_size,
+        "keep": online.keep,
+        "refresh_every": online.refresh_every,
+        "against": online.against,
+        "mixture": online.mixture,
+        **{name: getattr(sampler, name) for name in _SAMPLER},
+    }
+
+
+def _check_own_record(name: str, source: DatasetConfig, card: Card) -> None:
+    """Raises UserError unless a card says that a replay in its order is a run of this loss on its own samples."""
+    made, what = card.provenance, f"the loss {name} is only right for samples of the current policy"
+    remedy = f"train online, or on the record of an online run of {name}"
+    if made.get("made_by") != "online" or SAMPLER_LOG_PROBS not in card.fields:
+        raise UserError(f"{what}, but {source.folder} is no record of an online run: {remedy}")
+    if not {"against", "batch_size", "loss", *_SAMPLER} <= made.keys():
+        raise UserError(
+            f"{what}, but the card of {source.folder} does not say how they were drawn, because an earlier version "
+            f"recorded it: {remedy} of this version"
+        )
+    sampler = SamplerConfig(**{setting: made[setting] for setting in _SAMPLER})
+    wanted = {"loss": name, "batch_size": source.batch_size, "refresh_every": 1, "keep": "all"}
+    if made["against"] == "each_other":
+        wanted["mixture"] = None
+    if sampler.restricts:
+        wanted |= dataclasses.asdict(SamplerConfig())
+    for setting, value in wanted.items():
+        if setting in made and made[setting] != value:
+            raise UserError(
+                f"{what}, but {source.folder} was recorded with {setting}={made[setting]!r}, not {value!r}: {remedy} "
+                "with this setting"
+            )
 
 
 def check_scores(config: JobConfig, loss: Callable[..., Any], cards: Sequence[Card], place: str) -> None:
@@ -203,3 +267,8 @@ def _check_own_samples(name: str, reads: Collection[str], source: SourceConfig |
                 f"the loss {name} is only right for samples of the current policy, but the sampler has a temperature, "
                 "top_k or top_p: leave them out, or choose a loss with an importance ratio, such as rloo"
             )
+    if isinstance(source, DatasetConfig) and losses.OWN_SAMPLES in reads and source.order != "recorded":
+        raise UserError(
+            f"the loss {name} is only right for samples of the current policy, but the order of {source.folder} is "
+            f"{source.order!r}: give the record of an online run of {name} in order 'recorded', or train online"
+        )

@@ -122,8 +122,9 @@ def open_training(config: JobConfig) -> Opened:
     _check_fresh(reading, fresh)
     config = dataclasses.replace(config, steps=reading.steps(config.steps))
     assembly = Assembly(config, _facts(config, reading, fresh), make_mesh(config.mesh))
+    readings = (reading,) if fresh is None else (reading, fresh)
     if assembly.is_policy:
-        check_cards(config, assembly.loss, [each.card for each in reading.datasets])
+        check_cards(config, assembly.loss, *([each.card for each in found.datasets] for found in readings))
     assembly.check_loss(_example_batch(assembly, reading))
     start, network = _start(assembly), assembly.facts.network
     # Judge and reference share the base, if they are adapters of the same base.

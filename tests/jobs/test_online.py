@@ -25,7 +25,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.jobs import record, train
 from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
 from alignment_gap.jobs.reading import open_reading
-from alignment_gap.jobs.served import holds_rewards
+from alignment_gap.jobs.served import check_cards, holds_rewards
 from alignment_gap.jobs.train import TRAIN
 from alignment_gap.judges import JudgeConfig
 from alignment_gap.sampling import SamplerConfig
@@ -427,6 +427,75 @@ def test_win_rates_among_several_samples_are_probabilities_each(run):
     assert not holds_rewards(card)
     for labels in ({"labels": "rewards"}, {"labels": None}, {"made_by": "label"}):
         assert holds_rewards(dataclasses.replace(card, provenance={**card.provenance, **labels}))
+
+
+OF_ITS_OWN = {"loss": "reinforce", "batch_size": 8, "refresh_every": 1, "keep": "all", "against": "each_other"}
+OF_ITS_OWN |= {"mixture": None, "temperature": 1.0, "top_k": None, "top_p": None}
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"made_by": "generate"}, "is no record of an online run: train online, or on the record of"),
+        ({"top_p": ...}, "does not say how they were drawn, because an earlier version"),
+        ({"refresh_every": 0}, "was recorded with refresh_every=0, not 1"),
+        ({"temperature": 3.0}, r"was recorded with temperature=3\.0, not 1\.0"),
+        ({"top_k": 4}, "was recorded with top_k=4, not None"),
+        ({"keep": "best_and_worst"}, "was recorded with keep='best_and_worst', not 'all'"),
+        ({"mixture": 0.5}, r"was recorded with mixture=0\.5, not None"),
+        ({"batch_size": 4}, "was recorded with batch_size=4, not 8"),
+        ({"loss": "ipo"}, "was recorded with loss='ipo', not 'reinforce': train online"),
+        ({"mixture": 0.5, "against": "mixture"}, None),
+        ({"top_p": 1.0}, None),
+        ({}, None),
+    ],
+)
+@pytest.mark.parametrize("place", ["source", "fresh"])
+def test_a_loss_on_its_own_samples_reads_only_a_record_of_such_a_run(place, made, message, run, online, hypo, tmp_path):
+    card = open_dataset(run / "record").card
+    facts = {**card.provenance, **OF_ITS_OWN, **({"loss": "hypo"} if place == "fresh" else {}), **made}
+    card = dataclasses.replace(card, provenance={name: value for name, value in facts.items() if value is not ...})
+    record = DatasetConfig(str(run / "record"), batch_size=8, order="recorded")
+    if place == "fresh":
+        config, cards = dataclasses.replace(hypo, fresh=record), ([], [card])
+        message = message and message.replace("reinforce", "hypo")
+    else:
+        config, cards = dataclasses.replace(online, loss=LossConfig("reinforce"), source=record), ([card],)
+    if message is None:
+        check_cards(config, config.loss.function(), *cards)
+        return
+    with pytest.raises(UserError, match=message):
+        check_cards(config, config.loss.function(), *cards)
+
+
+def test_pairs_are_no_fresh_samples(hypo, pairs, tmp_path):
+    with pytest.raises(UserError, match=r"hypo is only right for .*, but the order of .* is 'shuffle': give"):
+        run_job(dataclasses.replace(hypo, fresh=DatasetConfig(str(pairs), batch_size=8)), tmp_path / "run")
+    fresh = DatasetConfig(str(pairs), batch_size=8, order="recorded")
+    with pytest.raises(UserError, match=r"hypo is only right for .* is no record of an online run"):
+        run_job(dataclasses.replace(hypo, fresh=fresh), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_selected_samples_are_refused_on_a_record_too(run, online):
+    card = open_dataset(run / "record").card
+    selected = dataclasses.replace(card, provenance={**card.provenance, "keep": "best_and_worst"})
+    config = dataclasses.replace(replay(online, run), loss=LossConfig("grpo"))
+    check_cards(config, config.loss.function(), [card])
+    with pytest.raises(UserError, match="was recorded with keep='best_and_worst', and training on selected samples"):
+        check_cards(config, config.loss.function(), [selected])
+    # Losses of pairs read both, in any order; and cards of earlier versions, which say less.
+    for loss in ("ipo", "dpo"):
+        config = dataclasses.replace(config, loss=LossConfig(loss))
+        check_cards(config, config.loss.function(), [selected, dataclasses.replace(card, provenance={})])
+
+
+@pytest.mark.slow
+def test_a_replay_of_reinforce_is_the_run_bit_for_bit(online, tmp_path):
+    config = dataclasses.replace(online, loss=LossConfig("reinforce"), steps=3)
+    run = run_job(config, tmp_path / "run")
+    assert open_dataset(run / "record").card.provenance.items() >= OF_ITS_OWN.items()
+    assert_equal_checkpoints(run_job(replay(config, run), tmp_path / "replayed"), run)
 
 
 @pytest.mark.slow
