@@ -14,7 +14,7 @@ from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.jobs.reading import Reading, has_rewards, on_devices, open_reading
-from alignment_gap.jobs.served import check_scores
+from alignment_gap.jobs.served import check_scores, has_reference
 from alignment_gap.jobs.sources import Inputs, frozen_of, reference_of
 from alignment_gap.sharding.chips import peak_flops
 from alignment_gap.training import Monitor, Source, TrainState, Validation, make_schedule, with_reference
@@ -43,7 +43,7 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
     if assembly.is_policy:
         check_scores(assembly.config, assembly.loss, [each.card for each in found.datasets], "monitor.validation")
     batch = found.batches(assembly.mesh, 0)(0)
-    if assembly.needs_reference:
+    if _has_reference(assembly):
         batch = dataclasses.replace(batch, reference_log_probs=jnp.zeros(batch.responses.shape))
     try:
         names = assembly.check_loss(batch, rewards=has_rewards(found))
@@ -55,6 +55,11 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
             f"keep.metric is {keep.metric!r}, but the validation of this job has no such metric: set it to 'loss'"
         )
     return found
+
+
+def _has_reference(assembly: Assembly) -> bool:
+    """Whether the job's own reference scores the held-out examples."""
+    return assembly.is_policy and has_reference(assembly.config, assembly.loss)
 
 
 def open_monitor(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> Monitor:
@@ -102,9 +107,13 @@ def _measure(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[
     def source(number: int, state: TrainState) -> PreferenceBatch:
         return placed(number)
 
+    def without_reference(number: int, state: TrainState) -> PreferenceBatch:
+        return dataclasses.replace(placed(number), reference_log_probs=None)
+
     batches: Source = source
-    if assembly.needs_reference:
-        batches = with_reference(source, assembly.score, reference_of(assembly, inputs))
+    if _has_reference(assembly):
+        # The held-out examples may be a record, with the log-probs of another reference.
+        batches = with_reference(without_reference, assembly.score, reference_of(assembly, inputs))
     count = len(reading.examples) // reading.config.batch_size
     step, frozen = assembly.validation_step(rewards=has_rewards(reading)), frozen_of(assembly, inputs)
 

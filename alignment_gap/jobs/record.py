@@ -9,7 +9,7 @@ from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.assembly import Assembly, gives_rewards
 from alignment_gap.jobs.reading import PADDED
-from alignment_gap.jobs.served import LABELS_OF_RECORD, sampled_as
+from alignment_gap.jobs.served import LABELS_OF_RECORD, REFERENCE_DIGEST, REFERENCE_PLACE, sampled_as
 from alignment_gap.jobs.sources import Inputs
 from alignment_gap.judges import PROBABILITIES, REWARDS
 from alignment_gap.sharding import is_first_process, on_first_process
@@ -106,6 +106,9 @@ def close_record(assembly: Assembly, inputs: Inputs, folder: AnyPath) -> None:
     assert shape is not None
     padded = {"prompt_length": shape.prompt, "response_length": shape.response}
     facts = {"loss": config.loss.name, "seed": config.seed, **sampled_as(online, shape.batch), PADDED: padded}
+    if assembly.needs_reference and config.reference_every is None and inputs.reference is not None:
+        place = config.reference or config.start
+        facts |= {REFERENCE_PLACE: place, REFERENCE_DIGEST: inputs.reference.digest}
     facts |= {LABELS_OF_RECORD: online.judge.labels, **inputs.judge.facts} if inputs.judge else {}
     close_dataset(
         folder / RECORD,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,8 @@ from alignment_gap.training import apply_loss, loss_inputs
 REFERENCE_LOG_PROBS, SAMPLER_LOG_PROBS = "reference_log_probs", "sampler_log_probs"
 # Where the card of an online record says which labels its judge gave.
 LABELS_OF_RECORD = "labels"
+# Where it says which reference the recorded log-probs are of.
+REFERENCE_PLACE, REFERENCE_DIGEST = "reference", "reference_digest"
 _FRESH = ("fresh_", "ref_fresh_")
 # Settings of a sampler that change the distribution of its samples.
 _SAMPLER = ("temperature", "top_k", "top_p")
@@ -38,6 +40,16 @@ def reads_mismatched(loss: Callable[..., Any]) -> bool:
     return "kl_logps" in losses.arrays(loss)
 
 
+def _reference_arrays(loss: Callable[..., Any]) -> dict[str, bool]:
+    """The arrays of a reference that a loss names, and whether each is required."""
+    return {name: required for name, required in losses.arrays(loss).items() if name.startswith("ref_")}
+
+
+def has_reference(config: JobConfig, loss: Callable[..., Any]) -> bool:
+    """Whether the job has a reference of its own: the one that is set, or its start if the loss reads a reference."""
+    return config.reference is not None or (config.start is not None and bool(_reference_arrays(loss)))
+
+
 def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collection[str]) -> bool:
     """Whether a reference policy has to score batches.
 
@@ -47,8 +59,7 @@ def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collect
       fields: optional arrays of the recorded examples; empty for an online source.
 
     Raises:
-      UserError: the loss requires a reference and there is none; there are two references; or the reference should move
-        but cannot.
+      UserError: the loss requires a reference and there is none; or the reference should move but cannot.
     """
     moving = config.reference_every is not None
     if moving and REFERENCE_LOG_PROBS in fields:
@@ -57,19 +68,14 @@ def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collect
             f"reference_every={config.reference_every} out"
         )
     if REFERENCE_LOG_PROBS in fields and config.fresh is None and not reads_mismatched(loss):
-        if config.reference is not None:
-            raise UserError(
-                f"{config.recorded.folder} has reference log-probs of its own: leave reference={config.reference!r} out"
-            )
         return False
     there = config.reference is not None or config.start is not None
-    named = {name: required for name, required in losses.arrays(loss).items() if name.startswith("ref_")}
-    if not there and any(named.values()):
+    if not there and any(_reference_arrays(loss).values()):
         raise UserError(
             f"the loss {config.loss.name} needs a reference policy: set start or reference to the folder of a run, "
             "such as one of supervised fine-tuning"
         )
-    needed = config.reference is not None or (there and bool(named))
+    needed = has_reference(config, loss)
     if moving and not needed:
         raise UserError(
             f"reference_every is {config.reference_every}, but the loss {config.loss.name} reads no reference: leave "
@@ -228,6 +234,46 @@ def _check_own_record(name: str, source: DatasetConfig, card: Card) -> None:
                 f"{what}, but {source.folder} was recorded with {setting}={made[setting]!r}, not {value!r}: {remedy} "
                 "with this setting"
             )
+
+
+def check_recorded_reference(
+    config: JobConfig, loss: Callable[..., Any], source: DatasetConfig, cards: Sequence[Card], digest: str | None
+) -> None:
+    """Raises UserError if a dataset has the log-probs of another reference than the job's.
+
+    Cards of earlier versions, and of datasets of your own, do not say whose log-probs these are: they are the
+    reference, and another one must not be set beside them.
+
+    Args:
+      config: settings of the job.
+      loss: its loss.
+      source: the datasets.
+      cards: their cards.
+      digest: digest of the parameters of the job's reference; None if it has none.
+    """
+    if not any(REFERENCE_LOG_PROBS in card.fields for card in cards):
+        return
+    recorded = dict(pair for card in cards for pair in _references(card.provenance))
+    if not recorded and config.reference is not None and not (_reads_fresh(loss) or reads_mismatched(loss)):
+        raise UserError(f"{source.folder} has reference log-probs of its own: leave reference={config.reference!r} out")
+    if digest is None or not has_reference(config, loss):
+        return
+    for other, place in recorded.items():
+        if other != digest:
+            raise UserError(
+                f"{source.folder} has the log-probs of the reference {place} ({other[:12]}), but this job's reference "
+                f"is {config.reference or config.start} ({digest[:12]}): set reference to that checkpoint, or train on "
+                "examples without reference log-probs"
+            )
+
+
+def _references(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Digest and place of each fixed reference whose log-probs were recorded, as far as the provenance says so."""
+    if REFERENCE_DIGEST in provenance:
+        yield provenance[REFERENCE_DIGEST], provenance[REFERENCE_PLACE]
+    elif provenance.get("made_by") != "online":
+        for each in provenance.get("inputs", ()):
+            yield from _references(each["provenance"])
 
 
 def check_scores(config: JobConfig, loss: Callable[..., Any], cards: Sequence[Card], place: str) -> None:

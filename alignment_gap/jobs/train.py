@@ -64,7 +64,7 @@ from alignment_gap.jobs.monitor import open_monitor, open_validation
 from alignment_gap.jobs.reading import Reading, has_rewards, open_reading
 from alignment_gap.jobs.record import close_record, open_recorder
 from alignment_gap.jobs.reference import stored_references
-from alignment_gap.jobs.served import check_cards
+from alignment_gap.jobs.served import check_cards, check_recorded_reference
 from alignment_gap.jobs.sources import Inputs, Parameters, frozen_of, open_source
 from alignment_gap.jobs.words import gin_words
 from alignment_gap.judges import Judge, open_judge
@@ -140,6 +140,10 @@ def open_training(config: JobConfig) -> Opened:
         # A moving reference is averaged with the policy, so it needs plain kernels.
         load = functools.partial(load_params, bases=bases) if config.reference_every is None else load_plain
         reference = Parameters(lambda: load(folder, other, assembly.mesh), read_digest(folder))
+    for source, found in zip((config.source, config.fresh), readings, strict=False):
+        if assembly.is_policy and isinstance(source, DatasetConfig):
+            digest, cards = reference.digest if reference else None, [each.card for each in found.datasets]
+            check_recorded_reference(config, assembly.loss, source, cards, digest)
     inputs = Inputs(reading, fresh, judge, start, reference, validation=open_validation(assembly, reading))
     facts: dict[str, Any] = {"source.digest": reading.digest} | ({"fresh.digest": fresh.digest} if fresh else {})
     for name, params, path in (("start", start, config.start), ("reference", reference, config.reference)):

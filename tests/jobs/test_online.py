@@ -19,11 +19,14 @@ from job_runs import (
 )
 
 from alignment_gap import losses
+from alignment_gap.checkpoints import read_digest
 from alignment_gap.data.records import open_dataset, write_dataset
 from alignment_gap.data.text import load_vocabulary
 from alignment_gap.errors import UserError
 from alignment_gap.jobs import record, train
-from alignment_gap.jobs.config import DatasetConfig, LossConfig, OnlineConfig
+from alignment_gap.jobs.compose import COMPOSE, ComposeConfig
+from alignment_gap.jobs.config import DatasetConfig, LossConfig, MonitorConfig, OnlineConfig
+from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.reading import open_reading
 from alignment_gap.jobs.served import check_cards, holds_rewards
 from alignment_gap.jobs.train import TRAIN
@@ -488,6 +491,46 @@ def test_selected_samples_are_refused_on_a_record_too(run, online):
     for loss in ("ipo", "dpo"):
         config = dataclasses.replace(config, loss=LossConfig(loss))
         check_cards(config, config.loss.function(), [selected, dataclasses.replace(card, provenance={})])
+
+
+def test_the_reference_of_a_record_is_the_jobs(run, sft, online, tmp_path):
+    """Or the job is refused. A dataset that is made from the record names its reference too."""
+    made = open_dataset(run / "record").card.provenance
+    assert made["reference"] == str(sft) and made["reference_digest"] == read_digest(sft / "checkpoints" / "6")
+    message = r" has the log-probs of the reference .*sft \(\w{12}\), but this job's reference is .*: set reference"
+    shuffled = tmp_path / "shuffled"
+    make(COMPOSE, ComposeConfig((str(run / "record"),)), shuffled, Bar())
+    for source in (replay(online, run).source, DatasetConfig(str(shuffled), batch_size=8)):
+        other = dataclasses.replace(online, source=source, start_step=2)
+        with pytest.raises(UserError, match=message):
+            TRAIN.open(other)
+        assert TRAIN.open(dataclasses.replace(other, reference=str(sft)))
+        # A loss without a reference reads none of this.
+        assert TRAIN.open(dataclasses.replace(other, loss=LossConfig("sft")))
+
+
+def test_a_dataset_that_does_not_name_its_reference_is_the_reference(run, online, sft, tmp_path):
+    source = with_card(open_dataset(run / "record"), tmp_path / "old", provenance={"made_by": "online"})
+    config = dataclasses.replace(online, source=source, start_step=2)
+    assert TRAIN.open(config)
+    with pytest.raises(UserError, match=r"old has reference log-probs of its own: leave reference='.*sft' out"):
+        TRAIN.open(dataclasses.replace(config, reference=str(sft)))
+
+
+@pytest.mark.slow
+def test_validation_measures_against_the_jobs_own_reference(run, online, pairs, tmp_path):
+    """The record has the log-probs of step 6 of the start; this job's reference is step 2."""
+    held_out = with_card(open_dataset(run / "record"), tmp_path / "held_out", provenance={}).folder
+    plain = [dataclasses.replace(each, reference_log_probs=None) for each in open_dataset(held_out)]
+    card = open_dataset(held_out).card
+    write_dataset(tmp_path / "plain", plain, vocabulary_digest=card.vocabulary_digest, provenance={})
+    lines = []
+    for name, folder in (("with", held_out), ("without", tmp_path / "plain")):
+        monitor = MonitorConfig(str(folder))
+        source = DatasetConfig(str(pairs), batch_size=8)
+        config = dataclasses.replace(online, source=source, start_step=2, steps=1, monitor=monitor)
+        lines.append((run_job(config, tmp_path / name) / "validation.jsonl").read_text())
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.slow
