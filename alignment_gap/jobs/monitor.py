@@ -14,10 +14,18 @@ from alignment_gap.folders import AnyPath
 from alignment_gap.jobs.assembly import Assembly
 from alignment_gap.jobs.config import DatasetConfig
 from alignment_gap.jobs.reading import Reading, has_rewards, on_devices, open_reading
-from alignment_gap.jobs.served import check_scores, has_reference
+from alignment_gap.jobs.served import check_scores, has_reference, reads_mismatched
 from alignment_gap.jobs.sources import Inputs, frozen_of, reference_of
 from alignment_gap.sharding.chips import peak_flops
-from alignment_gap.training import Monitor, Source, TrainState, Validation, make_schedule, with_reference
+from alignment_gap.training import (
+    Monitor,
+    Source,
+    TrainState,
+    Validation,
+    make_schedule,
+    with_mismatched,
+    with_reference,
+)
 from alignment_gap.training.loop import metrics_line
 from alignment_gap.training.tensorboard import check_tensorboard
 
@@ -45,6 +53,8 @@ def open_validation(assembly: Assembly, reading: Reading) -> Reading | None:
     batch = found.batches(assembly.mesh, 0)(0)
     if _has_reference(assembly):
         batch = dataclasses.replace(batch, reference_log_probs=jnp.zeros(batch.responses.shape))
+    if assembly.is_policy and reads_mismatched(assembly.loss):
+        batch = dataclasses.replace(batch, mismatched=batch)
     try:
         names = assembly.check_loss(batch, rewards=has_rewards(found))
     except UserError as error:
@@ -110,10 +120,12 @@ def _measure(assembly: Assembly, inputs: Inputs, reading: Reading) -> Callable[[
     def without_reference(number: int, state: TrainState) -> PreferenceBatch:
         return dataclasses.replace(placed(number), reference_log_probs=None)
 
-    batches: Source = source
+    # The held-out examples may be a record, with the log-probs of another reference.
+    batches: Source = without_reference if _has_reference(assembly) else source
+    if assembly.is_policy and reads_mismatched(assembly.loss):
+        batches = with_mismatched(batches, mesh)
     if _has_reference(assembly):
-        # The held-out examples may be a record, with the log-probs of another reference.
-        batches = with_reference(without_reference, assembly.score, reference_of(assembly, inputs))
+        batches = with_reference(batches, assembly.score, reference_of(assembly, inputs))
     count = len(reading.examples) // reading.config.batch_size
     step, frozen = assembly.validation_step(rewards=has_rewards(reading)), frozen_of(assembly, inputs)
 
