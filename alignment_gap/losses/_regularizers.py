@@ -126,7 +126,7 @@ def geometric_mixture(
 ) -> Float[Array, "*B V"]:
     """The opponent of Nash-MD and IPO-MD: pi^(1 - b) ref^b, normalised for each token.
 
-    log_softmax((1 - b) log pi + b log ref).
+    log_softmax((1 - b) log pi + b log ref). A policy of weight 0 does not count, even where its logit is -inf.
 
     arXiv 2312.00886 (which also normalises each token's distribution), 2403.08635.
 
@@ -145,4 +145,7 @@ def geometric_mixture(
     if not 0.0 <= mixture <= 1.0:
         raise ValueError(f"mixture must be in [0, 1], got {mixture}")
     log_pi, log_ref = (jax.nn.log_softmax(each) for each in as_float32(logits, ref_logits))
+    # 0 times -inf is not a number.
+    if mixture in (0.0, 1.0):
+        return log_ref if mixture else log_pi
     return jax.nn.log_softmax((1.0 - mixture) * log_pi + mixture * log_ref)

@@ -132,6 +132,29 @@ def test_nash_md_is_the_gradient_against_the_mixture(mixture):
     gradients_agree(expected_over_groups(loss, 2), exact)
 
 
+@pytest.mark.parametrize("mixture", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_mixture_with_a_token_that_one_policy_excludes(mixture, side):
+    """By numpy: the token has no probability, unless the policy that excludes it has weight 0."""
+    pair = [np.array([0.3, -0.8, 0.5], np.float32), np.array([-0.2, 0.4, 0.1], np.float32)]
+    pair[side][1] = -np.inf
+    weight = np.prod([np.exp(each) ** share for each, share in zip(pair, (1 - mixture, mixture), strict=True)], axis=0)
+    found = losses.geometric_mixture(*map(jnp.asarray, pair), mixture=mixture)
+    np.testing.assert_allclose(np.exp(found), weight / weight.sum(), rtol=1e-6)
+
+    def value(*logits):
+        return jnp.exp(losses.geometric_mixture(*logits, mixture=mixture)) @ REWARDS
+
+    gradients = jax.grad(value, argnums=(0, 1))(*map(jnp.asarray, pair))
+    assert np.isfinite(np.stack(gradients)).all()
+    # In the other policy, a token that has no probability has no gradient either.
+    possible = weight > 0
+    mean = (weight / weight.sum()) @ np.asarray(REWARDS)
+    slope = np.where(possible, weight / weight.sum() * (np.asarray(REWARDS) - mean), 0.0)
+    for gradient, share in zip(gradients, (1 - mixture, mixture), strict=True):
+        np.testing.assert_allclose(gradient, share * slope, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["ppo_clip", "dr_grpo", "grpo"])
 def test_surrogates_at_the_sampling_policy_are_reinforce(name):
     tokens = log_pi(LOGITS)[:, None]
