@@ -1,8 +1,9 @@
 """An OpenAI-compatible endpoint: one POST for each question, with retries, a rate limit, and a key that stays secret.
 
 After a failure that may pass, the client tries again: no connection, no answer in time, a status such as 429 or 503, or
-a body that is not a completion. Each wait is longer than the last, or as long as the endpoint's `Retry-After` says.
-During a wait, no other request of this process starts.
+a body that is not a completion. The question waits longer after each failure, and at least as long as the endpoint's
+`Retry-After` says. Until the time of a `Retry-After`, no other request of this process starts either. Other questions
+do not wait for a failure without one.
 """
 
 from __future__ import annotations
@@ -149,10 +150,10 @@ class Endpoint:
                         "command again when it does; what was answered is not asked again",
                         1,
                     ) from None
-                if failure.pause is None:
-                    time.sleep(min(_FIRST_WAIT * 2**failures, _LONGEST_WAIT) * random.uniform(0.5, 1))
-                else:
+                if failure.pause is not None:
                     self._pause(failure.pause)
+                # Also with a Retry-After, which may be 0; the next turn then comes after both.
+                time.sleep(min(_FIRST_WAIT * 2**failures, _LONGEST_WAIT) * random.uniform(0.5, 1))
                 failures += 1
 
     def _wait_for_turn(self) -> None:

@@ -4,7 +4,9 @@ import datetime
 import email.utils
 import json
 import time
+import types
 
+import numpy as np
 import pytest
 from judge_server import MODEL
 
@@ -92,6 +94,22 @@ def test_waits_double_up_to_the_longest(server, opened, monkeypatch):
     server.faults = [(500, {}, "")] * 8
     assert opened(retries=8).ask(QUESTION).failures == 8
     assert [wait for wait in waits if wait >= 1] == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+@pytest.mark.parametrize(("said", "expected"), [("0", [1, 2, 4]), ("3", [3, 3, 4])])
+def test_the_wait_is_the_longer_of_our_own_and_what_the_endpoint_says(said, expected, server, opened, monkeypatch):
+    """By a clock that only sleep moves."""
+    now = [0.0]
+    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 1.0)
+    monkeypatch.setattr(endpoint.random, "uniform", lambda low, high: high)
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=lambda wait: now.__setitem__(0, now[0] + wait))
+    monkeypatch.setattr(endpoint, "time", clock)
+    asked, times = opened(), []
+    send = asked._send
+    monkeypatch.setattr(asked, "_send", lambda messages: times.append(now[0]) or send(messages))
+    server.faults = [(429, {"Retry-After": said}, "slow down")] * 3
+    assert asked.ask(QUESTION).failures == 3
+    assert np.diff(times).tolist() == expected
 
 
 def test_what_does_not_pass_ends_with_one_line_that_another_attempt_may_not_meet(server, opened):
