@@ -43,8 +43,9 @@ def token_log_probs(
     """Log-probs of target tokens, from hidden states and the output embedding.
 
     z[target] - logsumexp(z), where z = scale hidden @ output_embedding^T, then z = soft_cap tanh(z / soft_cap) if a cap
-    is given. The matrix product accumulates in float32. The backward pass rounds the logits' cotangent to the dtype of
-    `hidden`, multiplies, and accumulates in float32 too.
+    is given. The matrix product accumulates in float32. With several blocks, the backward pass rounds the logits'
+    cotangent to the dtype of `hidden`, multiplies, and accumulates in float32 too. One block keeps the cotangent in
+    float32.
 
     Args:
       hidden: [*B, D], the last hidden states.

@@ -37,7 +37,8 @@ class OptimizerConfig:
       warmup_steps: steps of linear warm-up from 0.
       schedule: learning rate after warm-up: "constant"; "linear" or "cosine" decay down to the last step;
         "inverse_square_root" of the step; or "warmup_stable_decay", first constant, then linear decay (2404.06395).
-      final_rate: learning rate at the last step, as a fraction of the maximum.
+      final_rate: learning rate that a decay reaches after the last step, as a fraction of the maximum. The last update
+        itself is one step before the end of the decay.
       decay_share: fraction of all steps in which "warmup_stable_decay" decays.
       clip_norm: gradients with a larger global norm are scaled down to this norm; None means never.
       weight_decay: decoupled weight decay; per step it is multiplied by the learning rate.

@@ -215,6 +215,22 @@ def test_a_group_of_equal_scores_has_no_gradient(name, score, size):
     np.testing.assert_array_equal(jax.grad(total)(tokens), 0.0)
 
 
+def test_dpo_with_the_nll_of_the_chosen_response():
+    """Of 2 and 5 tokens: log(1 + e^-1) and half of 1 / 2 nats. Its gradient is DPO's on the rejected response."""
+    loss = losses.combine((1.0, losses.get("dpo", beta=0.5)), (0.5, losses.get("best_of_n", over_tokens="mean")))
+    names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+    scores, lengths = jnp.array([1.0, 0.0]), jnp.array([2, 5])
+
+    def value(logps):
+        pair = dict(zip(names, (*logps, *PAIR[2:]), strict=True))
+        return loss(**pair, logps=logps, scores=scores, lengths=lengths)
+
+    logps = jnp.array(PAIR[:2])
+    np.testing.assert_allclose(value(logps), 0.3132617 + 0.25, rtol=1e-6)
+    slope = 0.5 * (1 - 0.7310586)
+    np.testing.assert_allclose(jax.grad(value)(logps), [-slope - 0.25, slope], rtol=1e-5)
+
+
 def test_nash_md():
     # x = log pi / ref = 1; s - 1/2 - beta x = 0.9 - 0.5 - 0.2 = 0.2; times -log pi = 1.
     value = losses.nash_md(jnp.array([-1.0]), jnp.array([-2.0]), jnp.array([0.9]), beta=0.2)
