@@ -189,12 +189,8 @@ def check_cards(
     for card in its_cards:
         if losses.OWN_SAMPLES in reads:
             _check_own_record(config.loss.name, sampled, card)
-        elif losses.SAMPLER_LOG_PROBS in reads and (keep := card.provenance.get("keep", "all")) != "all":
-            raise UserError(
-                f"the loss {config.loss.name} is a mean over the policy's samples, but {sampled.folder} was recorded "
-                f"with keep={keep!r}, and training on selected samples biases its gradient: train on a record with "
-                "keep='all', or choose a loss of pairs, such as ipo"
-            )
+        elif losses.SAMPLER_LOG_PROBS in reads:
+            _check_kept(config.loss.name, sampled, card)
 
 
 def sampled_as(online: OnlineConfig, batch_size: int) -> dict[str, Any]:
@@ -209,6 +205,17 @@ def sampled_as(online: OnlineConfig, batch_size: int) -> dict[str, Any]:
         "mixture": online.mixture,
         **{name: getattr(sampler, name) for name in _SAMPLER},
     }
+
+
+def _check_kept(name: str, source: DatasetConfig, card: Card) -> None:
+    """Raises UserError if an online run recorded only the best of its samples, or the best and the worst."""
+    for made in _records(card.provenance):
+        if (keep := made.get("keep", "all")) != "all":
+            raise UserError(
+                f"the loss {name} is a mean over the policy's samples, but {source.folder} was recorded with "
+                f"keep={keep!r}, and training on selected samples biases its gradient: train on a record with "
+                "keep='all', or choose a loss of pairs, such as ipo"
+            )
 
 
 def _check_own_record(name: str, source: DatasetConfig, card: Card) -> None:
@@ -253,7 +260,8 @@ def check_recorded_reference(
     """
     if not any(REFERENCE_LOG_PROBS in card.fields for card in cards):
         return
-    recorded = dict(pair for card in cards for pair in _references(card.provenance))
+    records = [made for card in cards for made in _records(card.provenance) if REFERENCE_DIGEST in made]
+    recorded = {made[REFERENCE_DIGEST]: made[REFERENCE_PLACE] for made in records}
     if not recorded and config.reference is not None and not (_reads_fresh(loss) or reads_mismatched(loss)):
         raise UserError(f"{source.folder} has reference log-probs of its own: leave reference={config.reference!r} out")
     if digest is None or not has_reference(config, loss):
@@ -267,13 +275,13 @@ def check_recorded_reference(
             )
 
 
-def _references(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Digest and place of each fixed reference whose log-probs were recorded, as far as the provenance says so."""
-    if REFERENCE_DIGEST in provenance:
-        yield provenance[REFERENCE_DIGEST], provenance[REFERENCE_PLACE]
-    elif provenance.get("made_by") != "online":
+def _records(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The provenance of each online record that a dataset's responses come from, with their log-probs."""
+    if provenance.get("made_by") == "online":
+        yield provenance
+    elif provenance.get("made_by") in ("compose", "label"):
         for each in provenance.get("inputs", ()):
-            yield from _references(each["provenance"])
+            yield from _records(each["provenance"])
 
 
 def check_scores(config: JobConfig, loss: Callable[..., Any], cards: Sequence[Card], place: str) -> None:

@@ -485,8 +485,10 @@ def test_selected_samples_are_refused_on_a_record_too(run, online):
     selected = dataclasses.replace(card, provenance={**card.provenance, "keep": "best_and_worst"})
     config = dataclasses.replace(replay(online, run), loss=LossConfig("grpo"))
     check_cards(config, config.loss.function(), [card])
-    with pytest.raises(UserError, match="was recorded with keep='best_and_worst', and training on selected samples"):
-        check_cards(config, config.loss.function(), [selected])
+    shuffled = {"made_by": "compose", "inputs": [{"provenance": selected.provenance}]}
+    for each in (selected, dataclasses.replace(card, provenance=shuffled)):
+        with pytest.raises(UserError, match="was recorded with keep='best_and_worst', and training on sel"):
+            check_cards(config, config.loss.function(), [each])
     # Losses of pairs read both, in any order; and cards of earlier versions, which say less.
     for loss in ("ipo", "dpo"):
         config = dataclasses.replace(config, loss=LossConfig(loss))
