@@ -423,7 +423,7 @@ def held_out(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", [LossConfig("ipo"), LossConfig("kto", {"beta": 1.0})])
+@pytest.mark.parametrize("loss", [LossConfig("ipo"), LossConfig("kto", {"undesirable_weight": 0.0})])
 def test_validation_is_what_training_on_it_would_report_and_changes_nothing(loss, sft, sft_config, held_out, tmp_path):
     config = dataclasses.replace(sft_config, model=None, start=str(sft), loss=loss, steps=3, checkpoint_every=3)
     plain = run_job(config, tmp_path / "plain")
