@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,8 +61,11 @@ def parse_pair(fields: Fields, template: Template, labels: Mapping[str, float | 
     prompt, first, second, label: the label is the probability that the first response is better.
     prompt, completion, label: one response that is good (true, 1) or bad (false, 0).
 
+    A number in `labels` means an equal number of any type: 1 means 1.0 too. If `labels` names a number, it has to name
+    all numbers that occur.
+
     Raises:
-      Malformed: a field is missing or has the wrong type, or the label is out of range.
+      Malformed: a field is missing or has the wrong type, or the label is out of range or has no meaning.
       BadPair: there is no common prompt, or the template refuses a conversation.
       Skip: `labels` says to drop this label.
     """
@@ -127,15 +131,30 @@ def _shared(sequences: Sequence[Sequence[Any]]) -> int:
 
 def _label(fields: Fields, meanings: Mapping[str, float | str], role: str = "label") -> float:
     value = fields.value(role, null="" if "" in meanings else None)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     meaning = meanings.get(str(value).lower() if isinstance(value, bool) else str(value))
+    numbers = {number: each for name, each in meanings.items() if (number := _number(name)) is not None}
+    if meaning is None and is_number:
+        meaning = numbers.get(value)  # A column of integers with a null holds 1.0 for 1.
     if meaning == _DROP:
         raise Skip("label dropped")
     if meaning is not None:
         return float(meaning)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+    if is_number and numbers:
+        # The labels give numbers another meaning than a probability, so this one may have another meaning too.
+        raise _out_of_range(fields, f"give the meaning of {value!r} with --labels too, such as {value!r}={_DROP}", role)
+    if is_number and 0 <= value <= 1:
         return float(value)
     known = "".join(f" or {name!r}" for name in meanings)
     raise _out_of_range(fields, f"use a number from 0 to 1{known}, or give its meaning with --labels", role)
+
+
+def _number(name: str) -> float | None:
+    """The finite number that a label's name is; None for any other name."""
+    try:
+        return number if math.isfinite(number := float(name)) else None
+    except ValueError:
+        return None
 
 
 def _out_of_range(fields: Fields, remedy: str, role: str = "label") -> Malformed:

@@ -104,6 +104,32 @@ def test_a_label_is_a_probability_or_a_name(write, tmp_path, label, score):
     assert pair.scores == (score, 1 - score)
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("labels", ["0=1,1=0", "0.0=1,1.0=0"])
+@pytest.mark.parametrize("values", [(1, 0), (1.0, 0.0), ("1", "0"), ("1.0", "0.0")])
+def test_a_number_names_equal_numbers_of_any_type(write, tmp_path, form, labels, values):
+    location = write(tmp_path, form, [{"prompt": "p", "first": "a", "second": "b", "label": each} for each in values])
+    texts_differ = isinstance(values[0], str) and f"{values[0]}=0" not in labels.split(",")
+    if texts_differ:
+        with pytest.raises(UserError, match="out of its range"):
+            read(location, labels=labels)
+    else:
+        assert [pair.scores for pair in read(location, labels=labels)] == [(0.0, 1.0), (1.0, 0.0)]
+
+
+@pytest.mark.parametrize("labels", ["1=0", "2=1", "-1=drop", "ours=1,0.5=drop"])
+def test_a_number_that_the_labels_of_numbers_do_not_name_is_refused(write, tmp_path, labels):
+    location = write(tmp_path, "jsonl", [{"prompt": "p", "first": "a", "second": "b", "label": 0.25}])
+    with pytest.raises(UserError, match=r"give the meaning of 0.25 with --labels too, such as 0.25=drop"):
+        read(location, labels=labels)
+
+
+def test_the_names_of_a_completions_labels_are_no_numbers(write, tmp_path):
+    rows = [{"prompt": "p", "completion": "a", "label": label} for label in (True, False, 1, 0.0)]
+    pairs = read(write(tmp_path, "jsonl", rows), labels="true=1")
+    assert [pair.scores for pair in pairs] == [(1.0,), (0.0,), (1.0,), (0.0,)]
+
+
 GOOD = {
     "completion": {"completion": "a"},
     "first": {"first": "a", "second": "b"},
