@@ -7,7 +7,15 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from alignment_gap.checkpoints.huggingface.configs import FAMILIES, OF_GPT_NEOX, read_config, write_config
+from alignment_gap.checkpoints.huggingface.configs import (
+    FAMILIES,
+    GPT_NEOX_REWARD,
+    OF_GPT_NEOX,
+    POLICIES,
+    T5_FAMILIES,
+    read_config,
+    write_config,
+)
 from alignment_gap.checkpoints.huggingface.entries import copies_of
 from alignment_gap.errors import UserError
 from alignment_gap.models import DecoderConfig, T5Config, sizes
@@ -130,6 +138,15 @@ LEAST = {
     "num_hidden_layers": 6,
     "intermediate_size": 48,
 }
+LEAST_T5 = {
+    "vocab_size": 9,
+    "d_model": 8,
+    "num_layers": 2,
+    "num_heads": 2,
+    "d_kv": 4,
+    "d_ff": 6,
+    "feed_forward_proj": "gated-gelu",
+}
 # The values that transformers takes for absent fields: head size, key heads, tied, window, every, base, local base,
 # caps.
 DEFAULTS = {
@@ -225,6 +242,15 @@ def test_the_first_version_of_t5_has_another_mlp():
     with pytest.raises(UserError, match=r"feed_forward_proj is 'relu', .*: it must be 'gated-gelu'"):
         read_config(values | {"model_type": "t5"}, "config.json")
     assert read_config(values | {"model_type": "mt5"}, "config.json").mlp_width == 6
+
+
+@pytest.mark.parametrize("is_causal", [False, None, "no"])
+@pytest.mark.parametrize("family", [*POLICIES, GPT_NEOX_REWARD])
+def test_decoders_that_see_later_tokens_are_refused(family, is_causal):
+    values = (LEAST_T5 if family in T5_FAMILIES else LEAST) | {"model_type": family}
+    assert read_config(values | {"is_causal": True}, "config.json") == read_config(values, "config.json")
+    with pytest.raises(UserError, match=rf"^config.json: is_causal is {is_causal!r}, which is not supported: .* True"):
+        read_config(values | {"is_causal": is_causal}, "config.json")
 
 
 S, F = "sliding_attention", "full_attention"

@@ -148,6 +148,8 @@ def read_config(values: Values, source: str) -> ModelConfig:
             f"{source}: model_type is {model_type!r}, which is not supported: the families are {', '.join(POLICIES)}"
         )
     fields.only("quantization_config", (None,))
+    # transformers takes null for false here: the tokens of a decoder then see the later ones.
+    fields.only("is_causal", (True,))
     if model_type in T5_FAMILIES:
         return _read_t5(fields, model_type)
     return _normal(_read_gpt_neox(fields) if model_type == GPT_NEOX else _read_decoder(fields, FAMILIES[model_type]))
