@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -37,15 +37,17 @@ def base_of(folder: AnyPath, network: Network) -> AnyPath:
     return base
 
 
-def plain_tensors(stored: Stored) -> dict[str, Tensor]:
+def plain_tensors(stored: Stored, watch: Callable[[Stored], Stored] = lambda stored: stored) -> dict[str, Tensor]:
     """A checkpoint's parameters with plain kernels; reading a kernel adds its adapter to the base's kernel.
 
-    Kernels that the adapters' run held in int8 have the values of int8.
+    Kernels that the adapters' run held in int8 have the values of int8. `watch` is applied to the checkpoint and to
+    every base, before anything is read.
     """
+    stored = watch(stored)
     network = stored.network
     if network is None or network.adapter is None:
         return stored.tensors
-    base, scale = plain_tensors(open_checkpoint(base_of(stored.folder, network))), network.adapter.scale
+    base, scale = plain_tensors(open_checkpoint(base_of(stored.folder, network)), watch), network.adapter.scale
     if network.adapter.base_dtype == INT8:
         base = base | {name: _rounded(base[name], inputs) for name, inputs in input_axes(network.policy()).items()}
     kernels = [name.removesuffix(".a") for name in stored.tensors if name.endswith(".a")]

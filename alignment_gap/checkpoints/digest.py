@@ -44,28 +44,40 @@ class TensorsDigest:
     """Computes the `params_digest` of tensors while they are read one by one.
 
     Attributes:
-      tensors: the same tensors, with floating dtypes read as float32; read each part exactly once.
+      tensors: the same tensors, to read in place of the given ones.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._checksums = {name: np.zeros(2, np.uint32) for name in tensors}
+    def __init__(self, tensors: Mapping[str, Tensor], *, as_float32: bool = True) -> None:
+        """Watches `tensors`; with `as_float32`, floating dtypes are read as float32."""
+        # The checksums of the parts that were read, by name and part; a part that is read again counts once.
+        self._checksums: dict[str, dict[int | None, np.ndarray]] = {name: {} for name in tensors}
+        self._as_float32 = as_float32
         self.tensors = {name: self._watched(name, tensor) for name, tensor in tensors.items()}
 
     def value(self) -> str:
-        """The digest; valid after all parts have been read."""
+        """The digest; reads the parts that have not been read."""
         return _digest_of(
             [
-                ["".join(f"['{key}']" for key in name.split(".")), list(each.shape), each.dtype, total.tolist()]
-                for (name, each), total in zip(self.tensors.items(), self._checksums.values(), strict=True)
+                ["".join(f"['{key}']" for key in name.split(".")), list(each.shape), each.dtype, self._total(name)]
+                for name, each in self.tensors.items()
             ]
         )
 
+    def _total(self, name: str) -> list[int]:
+        tensor, found = self.tensors[name], self._checksums[name]
+        if None not in found:
+            parts = range(tensor.shape[0]) if tensor.stacked else (None,)
+            for part in set(parts) - found.keys():
+                tensor.read(part)
+        return (found[None] if None in found else sum(found.values(), np.zeros(2, np.uint32))).tolist()
+
     def _watched(self, name: str, tensor: Tensor) -> Tensor:
-        dtype = "float32" if jnp.issubdtype(tensor.dtype, jnp.floating) else tensor.dtype
+        is_cast = self._as_float32 and jnp.issubdtype(tensor.dtype, jnp.floating)
+        dtype = "float32" if is_cast else tensor.dtype
 
         def read(layer: int | None) -> np.ndarray:
-            values = tensor.read(layer).astype(dtype)
-            self._checksums[name] += checksum_of(values, (layer or 0) * values.size)
+            values = tensor.read(layer).astype(dtype, copy=False)
+            self._checksums[name][layer] = checksum_of(values, (layer or 0) * values.size)
             return values
 
         return tensor._replace(dtype=dtype, read=read)

@@ -30,6 +30,7 @@ from alignment_gap.checkpoints.layout import (
     pad_token,
     read_digest,
     tokenizer_of,
+    watched,
     write_checkpoint,
 )
 from alignment_gap.checkpoints.network import Network, check_policy
@@ -165,7 +166,8 @@ def export_checkpoint(
       card: text of the README.md of the new folder, for the formats in `WITH_CARD`; None for no such file.
 
     Raises:
-      UserError: the format is unknown or cannot hold the policy, or the checkpoint is damaged.
+      UserError: the format is unknown or cannot hold the policy, or the checkpoint or the base of its adapters is
+        damaged.
     """
     if output.exists():
         raise UserError(f"{output} exists already: give a new name")
@@ -180,6 +182,13 @@ def export_checkpoint(
         raise UserError(f"{folder} is a reward model with a head, which {name} has no place for: choose {REWARDS}")
     shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
     check_shapes(str(folder), shapes, shapes_of(unbox(abstract_parameters(network.init))))
+    checks: list[Callable[[], None]] = []
+
+    def watch(read: Stored) -> Stored:
+        read, check = watched(read)
+        checks.append(check)
+        return read
+
     partial = output.with_name(output.name + ".partial")
     output.parent.mkdir(parents=True, exist_ok=True)
     if partial.is_dir():
@@ -189,12 +198,14 @@ def export_checkpoint(
         if isinstance(tokenizer, Url):
             copy_files(tokenizer, tokenizer := Path(made_in))
         if name == PEFT:
-            module.write(partial, network.model, network.adapter, stored.tensors, network.head)
+            module.write(partial, network.model, network.adapter, watch(stored).tensors, network.head)
         elif name == REWARDS and (network.head is not None or has_linear_reward(network)):
-            scored, tensors = with_head(network, plain_tensors(stored))
+            scored, tensors = with_head(network, plain_tensors(stored, watch))
             module.write(partial, scored.model, tensors, companions or tokenizer, head=scored.head)
         else:
-            module.write(partial, network.model, plain_tensors(stored), companions or tokenizer)
+            module.write(partial, network.model, plain_tensors(stored, watch), companions or tokenizer)
+    for check in checks:  # As a restore does: a damaged array can be read without an error.
+        check()
     if card is not None:
         (partial / "README.md").write_text(card, encoding="utf-8")
     os.replace(partial, output)

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,6 +163,25 @@ def open_checkpoint(path: AnyPath, step: int | None = None) -> Stored:
     """Opens a checkpoint: its network, and its parameters to read one by one. Arguments are as in `find_checkpoint`."""
     folder = find_checkpoint(path, step)
     return Stored(folder, read_network(folder), open_store(folder / PARAMS))
+
+
+def watched(stored: Stored) -> tuple[Stored, Callable[[], None]]:
+    """The same checkpoint, and a check of what is read of it.
+
+    The check reads what has not been read. It raises UserError if the parameters or the network are not what was saved.
+    """
+    digest, said = TensorsDigest(stored.tensors, as_float32=False), _said(stored.folder, DIGESTS) or {}
+
+    def check() -> None:
+        wanted = {PARAMS: digest.value, NETWORK: lambda: json_digest(_said(stored.folder, NETWORK))}
+        # An old checkpoint has no digests.
+        changed = [name for name, found in wanted.items() if name in said and said[name] != found()]
+        if changed:
+            raise UserError(
+                f"{stored.folder} is damaged ({' and '.join(changed)} are not what was saved): take another step"
+            )
+
+    return stored._replace(tensors=digest.tensors), check
 
 
 def write_checkpoint(run: Path, step: int, network: Network, tensors: Mapping[str, Tensor]) -> Path:

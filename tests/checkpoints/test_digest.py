@@ -39,6 +39,20 @@ def test_tensors_read_layer_by_layer_have_the_digest_of_the_arrays(params):
     assert digest.value() == params_digest(params)
 
 
+def test_parts_count_once_however_often_they_are_read(params):
+    digest = TensorsDigest(tensors_of(params))
+    stacked = next(tensor for tensor in digest.tensors.values() if tensor.stacked)
+    for layer in (0, None, 0):
+        stacked.read(layer)
+    # Nothing else was read so far.
+    assert digest.value() == params_digest(params)
+
+
+def test_half_precision_keeps_its_digest_if_it_is_not_cast(params):
+    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+    assert TensorsDigest(tensors_of(half), as_float32=False).value() == params_digest(half)
+
+
 def test_half_precision_has_the_digest_of_what_is_written(params):
     half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
     digest = TensorsDigest(tensors_of(half))

@@ -72,6 +72,39 @@ def test_what_a_failed_export_left_is_replaced(name, run, tmp_path):
     assert describe(tmp_path / "out")[0]["format"] == name
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("damage", ["params", "network"])
+def test_a_damaged_checkpoint_is_not_exported(name, damage, run, tmp_path):
+    """All files are whole, but one weight or one setting is not what was saved."""
+    step = tmp_path / "run" / "checkpoints" / "10"
+    shutil.copytree(run / "checkpoints" / "10", step)
+    said = (step / METADATA).read_text()
+    if damage == "params":
+        tensors = dict(open_checkpoint(run, 10).tensors)
+        last = max(tensors)
+        values = tensors[last].read(None).copy()
+        values.reshape(-1)[-1] += 1
+        shutil.rmtree(step)
+        tensors[last] = from_array(values, stacked=tensors[last].stacked)
+        write_checkpoint(tmp_path / "run", 10, Network(model=CONFIG), tensors)
+    else:
+        said = said.replace('"relative_position_max_distance": 128', '"relative_position_max_distance": 129')
+    (step / METADATA).write_text(said)
+    with pytest.raises(UserError, match=rf"10 is damaged \({damage} are not what was saved\): take another step$"):
+        export_checkpoint(tmp_path / "run", tmp_path / "out", name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_digests_is_exported(run, tmp_path):
+    shutil.copytree(run / "checkpoints" / "10", tmp_path / "run" / "checkpoints" / "10")
+    metadata = tmp_path / "run" / "checkpoints" / "10" / METADATA
+    said = json.loads(metadata.read_text())
+    del said["custom_metadata"]["digests"]
+    metadata.write_text(json.dumps(said))
+    export_checkpoint(tmp_path / "run", tmp_path / "out", "t5x-file")
+    assert (tmp_path / "out").read_bytes() == (run.parent / "t5x-file").read_bytes()
+
+
 def test_files_of_a_tokenizer_go_in_and_out_with_the_parameters(run, tmp_path):
     shutil.copytree(run.parent / "huggingface", tmp_path / "theirs")
     (tmp_path / "theirs" / "tokenizer.json").write_text("{}")

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from alignment_gap.checkpoints import Network, open_checkpoint, read_digest, write_checkpoint
+from alignment_gap.checkpoints import Network, known_network, open_checkpoint, read_digest, write_checkpoint
 from alignment_gap.checkpoints.adapters import plain_tensors
 from alignment_gap.checkpoints.formats import export_checkpoint, import_checkpoint, model_shapes
 from alignment_gap.checkpoints.huggingface.configs import FAMILIES
+from alignment_gap.checkpoints.layout import METADATA
 from alignment_gap.checkpoints.tensors import from_array, shapes_of
 from alignment_gap.errors import UserError
 from alignment_gap.models import (
@@ -92,6 +94,31 @@ def test_a_folder_is_as_peft_reads_it(run, folder):
     assert b.shape == (24, 2) and b[6 + 5, 1] == ours[f"{query}.b"][1, 1, 1, 5]
     a = found[f"{PREFIX}2.self_attn.o_proj.lora_A.weight"]
     assert a.shape == (2, 24) and a[1, 3 * 6 + 4] == ours[f"{out}.a"][2, 3, 4, 1]
+
+
+def change_a_weight(step):
+    """Writes the checkpoint again with one other weight and the metadata of before."""
+    said, tensors = (step / METADATA).read_text(), dict(open_checkpoint(step).tensors)
+    name = min(tensors)
+    values = tensors[name].read(None) + 1
+    others = {each: from_array(tensors[each].read(None), stacked=tensors[each].stacked) for each in tensors}
+    network = known_network(step)
+    shutil.rmtree(step)
+    changed = {name: from_array(values, stacked=tensors[name].stacked)}
+    write_checkpoint(step.parents[1], int(step.name), network, others | changed)
+    (step / METADATA).write_text(said)
+
+
+@pytest.mark.parametrize("damaged", ["base", "run"])
+def test_damaged_adapters_or_a_damaged_base_are_not_exported(damaged, run, base, tmp_path):
+    step = {"base": base / "checkpoints" / "3", "run": run / "checkpoints" / "7"}[damaged]
+    change_a_weight(step)
+    with pytest.raises(UserError, match=rf"^{step} is damaged \(params are not what was saved\): take another step$"):
+        export_checkpoint(run, tmp_path / "merged", "huggingface")
+    if damaged == "run":
+        with pytest.raises(UserError, match=rf"^{step} is damaged"):
+            export_checkpoint(run, tmp_path / "out", "peft")
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "out").exists()
 
 
 def test_what_comes_in_is_what_went_out(run, base, folder, tmp_path):
