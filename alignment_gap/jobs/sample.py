@@ -23,7 +23,16 @@ from alignment_gap.data.records.card import find_vocabulary
 from alignment_gap.data.records.dataset import CARD
 from alignment_gap.data.tasks.prepare import prompt_id
 from alignment_gap.data.text import EncodingError, Vocabulary, load_vocabulary, prompt_ids
-from alignment_gap.data.text.chat import PLAIN, Messages, Template, folder_template, load_template, messages_of
+from alignment_gap.data.text.chat import (
+    DATE,
+    PLAIN,
+    Messages,
+    Template,
+    check_date,
+    folder_template,
+    load_template,
+    messages_of,
+)
 from alignment_gap.data.text.pair import BadPair, Malformed
 from alignment_gap.errors import UserError
 from alignment_gap.evaluation.batching import Batching
@@ -54,6 +63,8 @@ class SampleConfig:
       template: the chat template that writes prompts of a file or of the keyboard: a jinja file, the folder of a
         tokenizer, "plain" for the marks of HH, or "none" for texts as they are; None for the template that the run's
         prompts were prepared with or, if that is not known, the one that its tokenizer brings.
+      template_date: the day that a template which writes today's date takes for today, as YEAR-MONTH-DAY; the run's
+        prompts were prepared with such a day too.
       limit: prompts that are answered, the first so many; None for all.
       samples: responses to a prompt.
       sampler: how tokens are drawn.
@@ -71,6 +82,7 @@ class SampleConfig:
     step: int | None = None
     prompts: str | None = None
     template: str | None = None
+    template_date: str = DATE
     limit: int | None = None
     samples: int = 1
     sampler: SamplerConfig = SamplerConfig()
@@ -85,6 +97,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         """Raises UserError where a setting is unknown or out of its range."""
         checks.one_of(self, FORMATS, "format")
+        check_date("template_date", self.template_date)
         checks.at_least(self, 1, "limit", "samples", "response_length", "batch_size")
         checks.within(self, 0, SEED_LIMIT - 1, "seed")
 
@@ -165,12 +178,12 @@ def _vocabulary(config: SampleConfig, network: Network) -> Vocabulary:
 
 def _template(config: SampleConfig, network: Network) -> Template | None:
     """How prompts are written as conversations; None for texts as they are."""
-    own = tokenizer_of(find_checkpoint(at(str(config.run)), config.step))
+    own, date = tokenizer_of(find_checkpoint(at(str(config.run)), config.step)), config.template_date
     if config.template is not None:
-        return None if config.template == AS_THEY_ARE else load_template(config.template)
+        return None if config.template == AS_THEY_ARE else load_template(config.template, date)
     if network.template is not None:  # Prepared with "plain", records without messages are texts as they are.
-        return None if network.template == PLAIN else load_template(network.template)
-    return load_template(own) if own and folder_template(own)[0] else None
+        return None if network.template == PLAIN else load_template(network.template, date)
+    return load_template(own, date) if own and folder_template(own)[0] else None
 
 
 def _without_end(vocabulary: Vocabulary, answer: np.ndarray, stops: Sequence[int]) -> str:

@@ -66,6 +66,10 @@ def test_a_prompt_is_what_the_user_says_in_the_checkpoint_s_own_template(config,
     assert prompt(dataclasses.replace(config, template="plain")) == "<s>\n\nHuman: hi\n\nAssistant:"
     (tmp_path / "own.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
     assert prompt(dataclasses.replace(config, template=str(tmp_path / "own.jinja"))) == "<s>[hi]"
+    (tmp_path / "dated.jinja").write_text("<s>{{ strftime_now('%d %b') }}")
+    dated = dataclasses.replace(config, template=str(tmp_path / "dated.jinja"))
+    assert prompt(dated) == "<s>26 Jul"
+    assert prompt(dataclasses.replace(dated, template_date="2026-12-01")) == "<s>01 Dec"
 
 
 @pytest.mark.slow

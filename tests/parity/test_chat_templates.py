@@ -1,5 +1,8 @@
 """Conversations and preference records give the texts that TRL and transformers give."""
 
+import dataclasses
+import datetime
+
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -66,6 +69,7 @@ def both(request):
 @pytest.mark.parametrize("chat", CHATS)
 def test_a_templates_helpers_write_what_transformers_do(chat):
     ours, theirs = both_of(HELPERS)
+    ours = dataclasses.replace(ours, date=datetime.date.today().isoformat())  # transformers takes the day of the work.
     assert ours.render(chat, ask=True) == theirs.apply_chat_template(chat, tokenize=False)
 
 

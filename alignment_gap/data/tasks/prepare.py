@@ -63,6 +63,7 @@ from alignment_gap.data.text import (
     prompt_within,
     source_digest,
 )
+from alignment_gap.data.text.chat import PLAIN
 from alignment_gap.data.text.vocabulary import POSTS, Vocabulary
 from alignment_gap.data.text.vocabulary_loading import load_vocabulary
 from alignment_gap.errors import UserError
@@ -328,11 +329,16 @@ def vocabulary_place(config: PrepareConfig) -> str:
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """The settings that determine the datasets, for their cards; `posts` is left out if the source is not the posts."""
+    """The settings that determine the datasets, for their cards.
+
+    `posts` is left out if the source is not the posts, and `template_date` if no template could read it.
+    """
     settings = to_dict(config)
     del settings["workers"], settings["end_prompts"]
     if config.source.location != POSTS:
         del settings["source"]["posts"]
+    if config.source.template in (None, PLAIN):
+        del settings["source"]["template_date"]
     return settings
 
 

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterator
 
 from alignment_gap import checks
-from alignment_gap.data.text.chat import PLAIN, Template, load_template, own_template
+from alignment_gap.data.text.chat import DATE, PLAIN, Template, check_date, load_template, own_template
 from alignment_gap.data.text.containers import Joined, open_records, split_name
 from alignment_gap.data.text.forms import PROMPT_MARK, TASKS, Parsing, SourceTask, detect
 from alignment_gap.data.text.json_lines import unreadable
@@ -41,6 +41,8 @@ class TextSourceConfig:
       labels: meaning of a label's values: model=1,reference=0,both=0.5,=drop.
       template: how conversations are written: plain, a jinja file, or a tokenizer's folder. None for the vocabulary's
         own chat template or, if it has none, plain.
+      template_date: the day that a template which writes today's date takes for today, as YEAR-MONTH-DAY. It does not
+        change, so that datasets do not depend on the day on which they are made.
       ties: drop pairs without a preference, or keep them with scores (0.5, 0.5).
       duplicates: drop or keep repeated pairs; by default the task decides.
       bad_pairs: refuse or drop pairs that state no preference.
@@ -52,6 +54,7 @@ class TextSourceConfig:
     fields: str | None = None
     labels: str | None = None
     template: str | None = None
+    template_date: str = DATE
     ties: str = "drop"
     duplicates: str | None = None
     bad_pairs: str = "refuse"
@@ -61,6 +64,7 @@ class TextSourceConfig:
         checks.one_of(self, (AUTO, *TASKS), "task")
         checks.one_of(self, ("drop", "keep"), "ties", "duplicates")
         checks.one_of(self, POLICIES, "bad_pairs")
+        check_date("template_date", self.template_date)
         parse_fields(self.fields)
         parse_labels(self.labels)
         if self.posts != PostsConfig() and self.location != POSTS:
@@ -162,7 +166,7 @@ def open_source(config: TextSourceConfig, vocabulary: str | None = None) -> Text
     if config.labels is not None and not {"label", "preference"}.intersection(roles_of(fields)):
         raise UserError(f"labels is {config.labels!r}, but {first.where} has no label: leave it out")
     config = dataclasses.replace(config, template=_template(config, fields, first.where, vocabulary))
-    return TextSource(config, records, load_template(config.template or PLAIN), roles_of(fields))
+    return TextSource(config, records, load_template(config.template or PLAIN, config.template_date), roles_of(fields))
 
 
 def _template(config: TextSourceConfig, fields: Fields, where: str, vocabulary: str | None) -> str | None:

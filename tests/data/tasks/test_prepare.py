@@ -394,3 +394,23 @@ def test_a_full_disk_is_one_line_and_loses_nothing(config, tmp_path):
     assert (output / "train" / "part-00001.array_record").exists()
     prepare(config, output)
     assert tree(output) == tree(tmp_path / "whole")
+
+
+def test_templates_that_write_the_date_write_the_day_of_the_card(tmp_path):
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}{% for each in messages %} {{ each.content }}{% endfor %}")
+    turns = ("prompt", "user", "say"), ("chosen", "assistant", "good"), ("rejected", "assistant", "bad")
+    row = {name: [{"role": role, "content": text}] for name, role, text in turns}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    source = TextSourceConfig(str(tmp_path / "pairs.jsonl"), template=str(template))
+    for date, written in {"2024-07-26": "26 Jul 2024", "2026-12-01": "01 Dec 2026"}.items():
+        config = PrepareConfig(dataclasses.replace(source, template_date=date), "bytes", validation=0)
+        card = prepare(config, tmp_path / date)["train"]
+        (example,) = open_dataset(tmp_path / date / "train")
+        assert load_vocabulary("bytes").decode(example.prompt).startswith(f"{written} say")
+        assert card.provenance["source"]["template_date"] == date
+        assert ("--template_date=2026-12-01" in card.provenance["command"]) == (date == "2026-12-01")
+
+
+def test_cards_of_texts_have_no_date(config, tmp_path):
+    assert "template_date" not in prepare(config, tmp_path / "out")["train"].provenance["source"]

@@ -54,6 +54,21 @@ def test_helpers_of_templates_are_there():
     assert Template(source).render(messages, ask=True) == json.dumps(messages, ensure_ascii=False) + "%"
 
 
+def test_today_is_a_fixed_day():
+    source = "{% macro day() %}{{ strftime_now('%d %b %Y %H:%M') }}{% endmacro %}{{ day() }}"
+    source += "{{ strftime_now is defined }}"
+    assert Template(source).render(CHAT, ask=True) == "26 Jul 2024 00:00True"
+    assert Template(source, date="2026-12-01").render(CHAT, ask=True) == "01 Dec 2026 00:00True"
+
+
+@pytest.mark.parametrize("date", ["today", "", "2026-13-01", "2026-2-1", "20260201", "2026-02-01T12:00"])
+def test_a_date_that_is_no_day_is_refused(date):
+    with pytest.raises(
+        UserError, match=rf"^template_date is '{date}': give a day as YEAR-MONTH-DAY, such as 2024-07-2"
+    ):
+        TextSourceConfig("x", template_date=date)
+
+
 def test_a_template_reaches_nothing_of_python():
     with pytest.raises(BadPair, match="refused by the chat template"):
         Template("{{ messages.__class__.__mro__ }}").render(CHAT, ask=True)
@@ -112,6 +127,8 @@ def test_by_default_conversations_are_written_by_the_vocabulary_s_own_template(w
     for vocabulary in (folder, folder / "tokenizer.json"):
         source = open_source(config, str(vocabulary))
         assert source.config.template == str(folder) and source.template == Template(CHATML)
+    dated = dataclasses.replace(config, template_date="2026-12-01")
+    assert open_source(dated, str(folder)).template == Template(CHATML, date="2026-12-01")
     asked = dataclasses.replace(config, template="plain")
     assert open_source(asked, str(folder)).template == Template()
 
