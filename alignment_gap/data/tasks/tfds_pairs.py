@@ -99,16 +99,17 @@ def _survey(source: TextSource) -> tuple[list[str | None], collections.Counter[s
     own = {"train", "validation"} <= {item.split for item in items}
     if not own:
         items = [dataclasses.replace(item, split=item.hashed_split) for item in items]
-    seen: set[bytes] = set()
+    # A pair in both splits stays in the validation split, whichever split is read first.
+    seen: set[tuple[bytes, bool]] = set()
     held = {item.prompt for item in items if item.split == "validation" and not item.reason}
     splits, dropped = [], collections.Counter[str]()
     for item in items:
-        reason = item.reason
-        if not reason and source.drops_duplicates and item.key in seen:
+        reason, key = item.reason, (item.key, item.split == "validation")
+        if not reason and source.drops_duplicates and key in seen:
             reason = "duplicate"
         if not reason and item.split != "validation" and item.prompt in held:
             reason = "prompt of the validation split"
-        seen.add(item.key)
+        seen.add(key)
         dropped.update([reason] if reason else [])
         splits.append(None if reason else item.split or "train")
     return splits, dropped

@@ -90,6 +90,19 @@ def test_the_builder_keeps_the_publishers_split_without_a_shared_prompt(tfds_fol
     assert metadata["dropped"] == {"duplicate": 1, "identical pair": 1, "prompt of the validation split": 1}
 
 
+@pytest.mark.parametrize("first", ["train", "validation"])
+def test_a_pair_in_both_splits_stays_in_validation_whichever_is_read_first(tfds_folder, tmp_path, first):
+    from alignment_gap.data.tasks.tfds_pairs import _survey
+
+    for split in ("train", "validation"):
+        number = "1" if split == first else "2"
+        write_lines(tmp_path / number / f"{split}.jsonl", TRAIN[:4] if split == "train" else [TRAIN[3], *HELD_OUT[1:]])
+    source = open_source(TextSourceConfig(f"{tmp_path}/1,{tmp_path}/2", task="harmlessness"))
+    splits, dropped = _survey(source)
+    assert (splits.count("train"), splits.count("validation")) == (3, 2)
+    assert dropped == {"prompt of the validation split": 1}
+
+
 def test_the_builder_splits_by_the_prompt_where_its_publisher_did_not(tfds_folder):
     train, validation = (rows(tfds_folder, "chat_arena", split) for split in ("train", "validation"))
     assert len(train) + len(validation) == 62 and 0 < len(validation) < 12
