@@ -127,7 +127,10 @@ def prompt_within(text: str, vocabulary: Vocabulary, limits: Limits, end_prompts
 
 def _prompt_ids(text: str, field: str, vocabulary: Vocabulary, end_prompts: bool | None) -> list[int]:
     with _telling(field):
-        return prompt_ids(text, vocabulary, end_prompts)
+        ids = prompt_ids(text, vocabulary, end_prompts)
+    if {*ids} <= {vocabulary.bos_id, vocabulary.eos_id}:
+        raise BadPair(f"empty prompt {named([field])}", "write what the human says, because the text has no tokens")
+    return ids
 
 
 def _response_ids(text: str, field: str, vocabulary: Vocabulary) -> list[int]:
@@ -136,9 +139,13 @@ def _response_ids(text: str, field: str, vocabulary: Vocabulary) -> list[int]:
         ids = vocabulary.encode(text)
     if vocabulary.eos_id in ids:
         end = ids.index(vocabulary.eos_id)
-        if vocabulary.decode(ids[end + 1 :]).strip():
+        # `decode` stops at an end id, so a text behind another end mark would not be seen.
+        rest = [each for each in ids[end + 1 :] if each != vocabulary.eos_id]
+        if vocabulary.decode(rest).strip():
             raise BadPair(f"end mark within a response {named([field])}", "remove the mark from the text")
         ids = ids[:end]
+    if not ids:
+        raise BadPair(f"empty response {named([field])}", "remove the pair, because the text has no tokens")
     return [*ids, vocabulary.eos_id]
 
 

@@ -67,6 +67,43 @@ def test_pairs_are_split_at_the_last_assistant_turn(tmp_path):
     assert WORDS.decode(second.prompt) == "Human: hello Assistant: yes Human: what now Assistant:"
 
 
+class Marked(WordVocabulary):
+    """Words in which "</s>" is the end mark and "~" is no token at all."""
+
+    def encode(self, text):
+        words = [word for word in text.split() if word != "~"]
+        return [self.eos_id if word == "</s>" else super(Marked, self).encode(word)[0] for word in words]
+
+
+MARKED = Marked(WORDS.words)
+
+
+def ids_of(text: str, prompt: str = "hello") -> tuple[int, ...]:
+    texts = TextPair(prompt, (text, "maybe"), (1.0, 0.0), "here:1")
+    return tuple(encode_pair(texts, MARKED, Limits()).responses[0].tolist())
+
+
+def test_a_response_ends_with_one_end_id_however_many_marks_it_has():
+    for text in ("yes", "yes </s>", "yes </s> </s>"):
+        assert ids_of(text) == (*WORDS.encode("yes"), WORDS.eos_id)
+
+
+@pytest.mark.parametrize("text", ["yes </s> no", "yes </s> </s> no", "</s> yes", "</s> </s> yes", "yes </s> no </s>"])
+def test_text_behind_an_end_mark_is_never_cut(text):
+    with pytest.raises(UserError, match=r"here:1: end mark within a response \(field 'chosen'\): remove the mark"):
+        ids_of(text)
+
+
+@pytest.mark.parametrize("text", ["</s>", "</s> </s>", "~", ""])
+def test_texts_without_a_token_are_bad_pairs(text):
+    with pytest.raises(UserError, match=r"here:1: empty response \(field 'chosen'\): remove the pair"):
+        ids_of(text)
+    for ends in (False, True):
+        texts = TextPair(text, ("yes", "no"), (1.0, 0.0), "here:1")
+        dropped = encode_pair(texts, MARKED, Limits(), bad_pairs="drop", end_prompts=ends)
+        assert dropped == Dropped("empty prompt", "here:1")
+
+
 def test_gzip_blank_lines_and_a_byte_order_mark_are_read(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\n" + json.dumps(GOOD).encode()))
