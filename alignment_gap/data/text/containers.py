@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
@@ -90,9 +91,25 @@ def open_records(location: str) -> Joined:
     return Joined(tuple(part for name in names for part in _parts(name.strip())))
 
 
+@functools.lru_cache(maxsize=256)
 def split_name(split: str | None) -> str | None:
-    """Translates a dataset's name for a split to "train" or "validation"; None for any other name."""
-    return _SPLITS.get(str(split).lower())
+    """Translates a dataset's name for a split, such as "test_prefs", to "train" or "validation"; None for other names.
+
+    A name is read word by word; ".", "-" and "_" separate words.
+
+    Raises:
+      UserError: the name has words for both.
+    """
+    words = _split_words(str(split))
+    meanings = {_SPLITS[word.lower()] for word in words}
+    if len(meanings) > 1:
+        raise UserError(f"{split!r} names two splits, {' and '.join(words)}: rename it, so that it names one")
+    return meanings.pop() if meanings else None
+
+
+def _split_words(name: str) -> list[str]:
+    """The words of a name that name a split."""
+    return [word for word in re.split(r"[._-]", name) if word.lower() in _SPLITS]
 
 
 def _parts(location: str) -> list[Records]:
@@ -116,7 +133,7 @@ def _folder(folder: pathlib.Path, split: str | None) -> list[Records]:
     if any((folder / name).exists() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
         return _hugging_face(str(folder), split)
     found = [path for path in sorted(folder.iterdir()) if path.name.endswith((*SUFFIXES, ".parquet"))]
-    files = [path for path in found if split in (None, _split_of(path))]
+    files = [path for path in found if split is None or split in _split_words(path.name)]
     if not files:
         of = "" if split is None else f" of split {split!r}"
         raise UserError(f"{folder} has no data files{of}: give {LOCATIONS}")
@@ -139,6 +156,5 @@ def _hugging_face(name: str, split: str | None) -> list[Records]:
 
 
 def _split_of(path: pathlib.Path) -> str | None:
-    """The split in a file's name, such as `train.jsonl.gz` or `test-00000-of-00001.parquet`."""
-    stem = path.name.split(".")[0].split("-")[0]
-    return stem if split_name(stem) else None
+    """The split in a file's name, such as `base.train.jsonl.gz` or `test-00000-of-00001.parquet`."""
+    return path.name if split_name(path.name) else None

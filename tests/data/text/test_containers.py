@@ -7,7 +7,7 @@ import re
 import pytest
 
 from alignment_gap.data.text import TextSourceConfig, open_source, source_digest
-from alignment_gap.data.text.containers import open_records
+from alignment_gap.data.text.containers import open_records, split_name
 from alignment_gap.errors import UserError
 
 FORMS = ["jsonl", "json", "jsonl.gz", "parquet", "hugging_face"]
@@ -78,6 +78,36 @@ def test_a_folder_of_shards_and_several_locations_are_read_in_order(write, tmp_p
     assert values(open_records(str(tmp_path / "shards"))) == ROWS[3:6] + ROWS[:3] + ROWS[6:9]
     both = f"{tmp_path}/shards/c.parquet, {tmp_path}/shards/b.jsonl"
     assert values(open_records(both), 2, 5) == [ROWS[8], ROWS[0], ROWS[1]]
+
+
+SPLITS = {
+    "harmless-base.train.jsonl": "train",
+    "harmless-base.test.jsonl.gz": "validation",
+    "train_prefs": "train",
+    "test_prefs.jsonl": "validation",
+    "validation_1.jsonl": "validation",
+    "VALID-00000-of-00001.parquet": "validation",
+    "test_eval.jsonl": "validation",
+    "train.jsonl": "train",
+    "latest.jsonl": None,
+    "trainer_testing.jsonl": None,
+    "batch3.json": None,
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_split_is_a_word_of_a_name(name):
+    assert split_name(name) == SPLITS[name]
+
+
+def test_a_file_of_each_split_is_known_by_a_word_of_its_name(tmp_path):
+    for name in ("base.train.jsonl", "base.test.jsonl", "train_on_test.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(UserError, match=r"^'train_on_test.jsonl' names two splits, train and test: rename it"):
+        open_source(TextSourceConfig(str(tmp_path)))
+    (tmp_path / "train_on_test.jsonl").unlink()
+    assert [pair.split for pair in open_source(TextSourceConfig(str(tmp_path))).read()] == ["validation", "train"]
+    assert len(open_records(f"{tmp_path}:test")) == 1
 
 
 def test_splits_are_named_by_folders_of_datasets_and_by_files(write, tmp_path):
