@@ -339,6 +339,64 @@ def test_rotary_positions_in_two_notations(first, second):
     assert one == other
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "base"),
+    [
+        ({"rope_scaling": LINEAR | {"rope_theta": 77.0}}, 77.0),
+        ({"rope_scaling": LINEAR | {"rope_theta": 77.0}, "rope_theta": None}, 77.0),
+        ({"rope_scaling": LINEAR, "rope_theta": 77.0}, 77.0),
+        ({"rope_scaling": LINEAR, "rope_parameters": {}}, 1e4),
+        ({"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"rope_theta": 7.0}, "rope_theta": 7.0}, 7.0),
+        ({"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 7.0}, "rope_theta": 9.0}, 7.0),
+    ],
+)
+def test_a_scaled_rope_and_its_base(change, base):
+    model = read_config(LEAST | {"model_type": "llama"} | change, "path")
+    assert (model.rope_base, model.rope_scaling, model.rope_scaling_factor) == (base, "linear", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        (
+            "llama",
+            {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default"}},
+            "rope_scaling and rope_parame",
+        ),
+        ("llama", {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"rope_theta": 3.0}}, "rope_scaling and rope_p"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3"} | LLAMA3, "original_max_position_embeddings": 16},
+            "original_max_position_embeddings is 16, which is not supported: it must be 64",
+        ),
+        ("llama", {"rope_theta": None}, "rope_theta is None: it must be of type float"),
+        ("llama", {"rope_parameters": {"rope_theta": None}}, "rope_parameters.rope_theta is None: it must be of type"),
+        ("gpt_neox", {"rope_parameters": {"type": "linear", "factor": 4.0}}, "rope_parameters.type is 'linear', which"),
+        ("gpt_neox", {"head_dim": 12}, "head_dim is 12, which is not supported: it must be None or 6"),
+        ("gpt_neox", {"rotary_pct": None}, "rotary_pct is None: it must be of type float"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"type": "linear", "factor": 4.0}}},
+            "rope_parameters.sliding_attention.type is 'linear', which is not supported: it must be 'default'",
+        ),
+        ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling.type is 'linear', which"),
+        ("gemma3_text", {"rope_local_base_freq": None}, "rope_local_base_freq is None: it must be of type float"),
+    ],
+)
+def test_a_rope_that_would_be_read_as_another_is_refused(family, change, message):
+    with pytest.raises(UserError, match=f"^path: {message}"):
+        read_config(LEAST | {"model_type": family} | change, "path")
+
+
+def test_heads_of_a_gpt_neox_may_have_their_size_in_the_config():
+    values = LEAST | {"model_type": "gpt_neox"}
+    for size in (None, 6):
+        assert read_config(values | {"head_dim": size}, "path") == read_config(values, "path")
+
+
 def test_the_length_of_llama_3s_scaling_is_the_longest_text_where_it_is_not_said():
     scaling = {"rope_type": "llama3", **LLAMA3}
     del scaling["original_max_position_embeddings"]

@@ -261,6 +261,13 @@ class _Fields:
             return float(value)
         raise UserError(f"{self.source}: {self.path}{name} is {value!r}: it must be of type {kind.__name__}")
 
+    def given(self, name: str, kind: type, default: Any = REQUIRED) -> Any:
+        """As `get`, but null is refused: transformers does not take the default for it."""
+        value = self.get(name, kind, default)
+        if value is None:
+            raise UserError(f"{self.source}: {self.path}{name} is None: it must be of type {kind.__name__}")
+        return value
+
     def only(self, name: str, allowed: tuple[Any, ...]) -> None:
         """Refuses a value that is not allowed; an absent field counts as the first allowed value."""
         value = self.values.get(name, allowed[0])
@@ -380,32 +387,56 @@ def _layer_types(depth: int, every: int) -> list[str]:
 
 
 def _read_rope(fields: _Fields, family: Family) -> dict[str, Any]:
-    """The rotary positions, in the notation of transformers 5, `rope_parameters`, or of version 4."""
-    local, parameters = "rope_local_base_freq" in family.optional, fields.group("rope_parameters")
-    full = parameters.group(FULL) if local else parameters
+    """The rotary positions, in the notation of transformers 5, `rope_parameters`, or of version 4, `rope_scaling`."""
+    notations = [name for name in ("rope_scaling", "rope_parameters") if fields.group(name).values]
+    found = [_read_notation(fields, family, name) for name in notations or ["rope_parameters"]]
+    if found[0] != found[-1]:
+        raise UserError(
+            f"{fields.source}: {fields.path}rope_scaling and rope_parameters give other rotary positions: remove the "
+            "one that the model was not trained with"
+        )
+    return found[0]
+
+
+def _read_notation(fields: _Fields, family: Family, name: str) -> dict[str, Any]:
+    """The rotary positions if only one of the two notations is there."""
+    local, given = "rope_local_base_freq" in family.optional, fields.group(name)
+    full = given.group(FULL) if local and name == "rope_parameters" else given
     full.only(FULL, (None,))
-    scaling = full if parameters.values else fields.group("rope_scaling")
-    kind = "rope_type" if "rope_type" in scaling.values else "type"
-    scaling.only(kind, ("default", "linear", "llama3"))
-    for group in (fields, scaling):
+    if local and name == "rope_scaling" and "rope_type" not in full.values:
+        full.only("type", ("default",))  # transformers 4 reads it, and version 5 ignores it.
+    rope_type = _rope_type(full, ("default", "linear", "llama3"))
+    for group in (fields, full):
         group.only("partial_rotary_factor", (1.0, None))
-    default = fields.get("rope_theta", float, family.optional.get("rope_theta", 1e4))
-    found = {"rope_base": full.get("rope_theta", float, default)}
+    found = {"rope_base": _rope_base(full, fields, "rope_theta", family.optional.get("rope_theta", 1e4))}
     if local:
-        sliding = parameters.group(SLIDING)
-        sliding.only("rope_type", ("default",))
-        default = fields.get("rope_local_base_freq", float, family.optional["rope_local_base_freq"])
-        found["rope_local_base"] = sliding.get("rope_theta", float, default)
-    rope_type = scaling.values.get(kind, "default")
+        sliding = given.group(SLIDING)
+        _rope_type(sliding, ("default",))
+        default = family.optional["rope_local_base_freq"]
+        found["rope_local_base"] = _rope_base(sliding, fields, "rope_local_base_freq", default)
     if rope_type != "default":
-        found |= {"rope_scaling": rope_type, "rope_scaling_factor": scaling.get("factor", float)}
+        found |= {"rope_scaling": rope_type, "rope_scaling_factor": full.get("factor", float)}
     if rope_type == "llama3":
         longest = fields.values.get("max_position_embeddings", REQUIRED)
-        length = scaling.get("original_max_position_embeddings", int, longest)
-        given = {name: scaling.get(name, float) for name in ("low_freq_factor", "high_freq_factor")}
-        given["original_max_position_embeddings"] = length
-        found |= {_LLAMA3[name]: value for name, value in given.items()}
+        length = full.given("original_max_position_embeddings", int, longest)
+        # In some families of transformers 5 this field overrides the one that is read here.
+        fields.only("original_max_position_embeddings", (length,))
+        given_factors = {each: full.get(each, float) for each in ("low_freq_factor", "high_freq_factor")}
+        given_factors["original_max_position_embeddings"] = length
+        found |= {_LLAMA3[each]: value for each, value in given_factors.items()}
     return found
+
+
+def _rope_type(rope: _Fields, allowed: tuple[str, ...]) -> str:
+    """The kind of rotary positions, which has two names; the first name counts."""
+    name = "rope_type" if "rope_type" in rope.values else "type"
+    rope.only(name, allowed)
+    return rope.values.get(name, "default")
+
+
+def _rope_base(rope: _Fields, fields: _Fields, name: str, default: float) -> float:
+    """The base inside a group of rotary settings, or outside, where it has another name."""
+    return rope.given("rope_theta", float) if "rope_theta" in rope.values else fields.given(name, float, default)
 
 
 def _write_decoder(model: DecoderConfig, model_type: str) -> dict[str, Any]:
@@ -456,9 +487,11 @@ def _read_gpt_neox(fields: _Fields) -> DecoderConfig:
     fields.only("rope_scaling", (None,))
     # In transformers 5 both rotary settings are in `rope_parameters`.
     rope = fields.group("rope_parameters")
-    rope.only("rope_type", ("default",))
-    share = rope.get("partial_rotary_factor", float, fields.get("rotary_pct", float, 0.25))
+    _rope_type(rope, ("default",))
+    share = _share_of(rope, fields)
     width, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
+    # transformers takes another value for the rotary positions alone.
+    fields.only("head_dim", (None, width // heads))
     return DecoderConfig(
         vocabulary_size=fields.get("vocab_size", int),
         width=width,
@@ -470,10 +503,16 @@ def _read_gpt_neox(fields: _Fields) -> DecoderConfig:
         block="parallel_two_norms" if fields.get("use_parallel_residual", bool, True) else "serial",
         norm_epsilon=fields.get("layer_norm_eps", float, 1e-5),
         tied_embeddings=fields.get("tie_word_embeddings", bool, False),
-        rope_base=rope.get("rope_theta", float, fields.get("rotary_emb_base", float, 1e4)),
+        rope_base=_rope_base(rope, fields, "rotary_emb_base", 1e4),
         rotary_size=int(width // heads * share),
         **OF_GPT_NEOX,
     )
+
+
+def _share_of(rope: _Fields, fields: _Fields) -> float:
+    """The share of each head that GPT-NeoX rotates."""
+    inside = "partial_rotary_factor"
+    return rope.given(inside, float) if inside in rope.values else fields.given("rotary_pct", float, 0.25)
 
 
 def _write_gpt_neox(model: DecoderConfig) -> dict[str, Any]:
