@@ -14,6 +14,7 @@ from alignment_gap.checkpoints.huggingface.configs import (
     POLICIES,
     T5_FAMILIES,
     read_config,
+    read_head,
     write_config,
 )
 from alignment_gap.checkpoints.huggingface.entries import copies_of
@@ -209,6 +210,7 @@ def test_a_field_of_another_type_is_named_with_its_path(change, message):
         ("t5", None, None, True),
         ("t5", True, None, True),
         ("t5", False, None, False),
+        ("t5", "null", None, True),
         ("t5", True, True, True),
         ("t5", True, False, False),
         ("mt5", None, None, False),
@@ -228,7 +230,7 @@ def test_whether_a_t5_is_tied(family, tie, scale, tied):
         "d_ff": 6,
     }
     values |= {"feed_forward_proj": "gated-gelu", "num_decoder_layers": None}
-    values |= {} if tie is None else {"tie_word_embeddings": tie}
+    values |= {} if tie is None else {"tie_word_embeddings": None if tie == "null" else tie}
     values |= {} if scale is None else {"scale_decoder_outputs": scale}
     model = read_config(values, "config.json")
     assert model.tied_embeddings == tied and (model.encoder_layers, model.decoder_layers) == (2, 2)
@@ -265,13 +267,15 @@ S, F = "sliding_attention", "full_attention"
         ({"layer_types": [S] * 6}, (4096, 7)),
         ({"layer_types": [F] * 6}, (None, 1)),
         ({"layer_types": [S, S, S, S, F, S]}, (4096, 5)),
-        ({"sliding_window_pattern": 3, "sliding_window": 8}, (8, 3)),
-        ({"sliding_window": None}, (None, 1)),
+        ({"sliding_window_pattern": 2, "sliding_window": 8}, (8, 2)),
+        ({"sliding_window": None, "layer_types": [F] * 6}, (None, 1)),
         # The list of layers overrides the pattern.
         ({"sliding_window_pattern": 3, "layer_types": [S, F] * 3}, (4096, 2)),
         ({"layer_types": [F, S, F, S, F, S]}, None),
         ({"layer_types": [S, F, F, S, F, F]}, None),
         ({"layer_types": [S, F]}, None),
+        ({"layer_types": [F, F]}, None),
+        ({"layer_types": [[F]] * 6}, None),
         ({"layer_types": [S, S, "chunked_attention", S, S, F]}, None),
     ],
 )
@@ -283,6 +287,70 @@ def test_which_layers_have_a_window(change, found):
         return
     model = read_config(values, "config.json")
     assert (model.window, model.full_attention_every) == found
+
+
+def test_the_pattern_of_layers_is_gemma_3s_alone():
+    """transformers ignores it elsewhere, so another value than its own is of another model."""
+    assert (
+        read_config(LEAST | {"model_type": "gemma3_text", "sliding_window_pattern": 3}, "path").full_attention_every
+        == 3
+    )
+    for family, only in (("gemma2", "2"), ("mistral", "None")):
+        with pytest.raises(UserError, match=rf"^path: sliding_window_pattern is 3, .*: it must be {only}$"):
+            read_config(LEAST | {"model_type": family, "sliding_window_pattern": 3}, "path")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_layers_with_a_window_need_its_width(family):
+    with pytest.raises(
+        UserError, match=r"^path: layers are sliding_attention, but there is no window: give sliding_win"
+    ):
+        read_config(LEAST | {"model_type": family, "sliding_window": None}, "path")
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("llama", {"rms_norm_eps": None}, "rms_norm_eps is None: it must be of type float"),
+        ("llama", {"rms_norm_eps": NAN}, "rms_norm_eps is nan: it must be a finite number"),
+        ("llama", {"rope_theta": float("inf")}, "rope_theta is inf: it must be a finite number"),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads is 0: it must be at least 1"),
+        ("llama", {"num_key_value_heads": 0}, "num_key_value_heads is 0: it must be at least 1"),
+        ("llama", {"head_dim": 0}, "head_dim is 0: it must be at least 1"),
+        ("llama", {"intermediate_size": -48}, "intermediate_size is -48: it must be at least 1"),
+        ("llama", {"tie_word_embeddings": None}, "tie_word_embeddings is None: it must be of type bool"),
+        ("gpt_neox", {"layer_norm_eps": None}, "layer_norm_eps is None: it must be of type float"),
+        ("gpt_neox", {"use_parallel_residual": None}, "use_parallel_residual is None: it must be of type bool"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0: it must be at least 1"),
+        ("qwen2", {"max_window_layers": None}, "max_window_layers is None: it must be of type int"),
+        (
+            "t5",
+            {"relative_attention_max_distance": None},
+            "relative_attention_max_distance is None: it must be of type",
+        ),
+        ("t5", {"dense_act_fn": "gelu"}, "dense_act_fn is 'gelu', which is not supported: it must be 'gelu_new' or"),
+        ("mt5", {"dense_act_fn": "relu"}, "dense_act_fn is 'relu', which is not supported: it must be 'gelu_new' or"),
+        ("t5", {"is_gated_act": False}, "is_gated_act is False, which is not supported: it must be True"),
+        ("t5", {"num_heads": 0}, "num_heads is 0: it must be at least 1"),
+    ],
+)
+def test_values_that_give_no_model_are_refused(family, change, message):
+    values = LEAST_T5 if family in T5_FAMILIES else LEAST
+    with pytest.raises(UserError, match=f"^path: {message}"):
+        read_config(values | {"model_type": family} | change, "path")
+
+
+def test_fields_that_are_no_names_are_refused():
+    for model_type in (["llama"], {"a": 1}, None):
+        with pytest.raises(UserError, match=r"^path: model_type is .*, which is not supported: the families are t5"):
+            read_config(LEAST | {"model_type": model_type}, "path")
+    for architectures in ({"a": 1}, "LlamaForCausalLM"):
+        with pytest.raises(UserError, match=r"^path: architectures is .*: it must be of type list"):
+            read_head(LEAST | {"architectures": architectures}, "path")
+    assert read_head(LEAST | {"architectures": None}, "path") is None
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -143,7 +144,7 @@ def read_config(values: Values, source: str) -> ModelConfig:
       UserError: a field is missing, has another type, or needs something that the policies do not compute.
     """
     fields, model_type = _Fields(values, source), _policy_of(values)
-    if model_type not in POLICIES:
+    if not isinstance(model_type, str) or model_type not in POLICIES:
         raise UserError(
             f"{source}: model_type is {model_type!r}, which is not supported: the families are {', '.join(POLICIES)}"
         )
@@ -161,7 +162,7 @@ def read_head(values: Values, source: str) -> RewardHead | None:
     Raises:
       UserError: it is a classifier of a class that is not read here, or with more than one label.
     """
-    architecture = str((values.get("architectures") or [None])[0])
+    architecture = str((_Fields(values, source).get("architectures", list, None) or [None])[0])
     if not re.search("Classification|Reward", architecture):
         return None
     if architecture != REWARD_MODELS.get(str(values.get("model_type"))):
@@ -215,7 +216,7 @@ def write_config(model: ModelConfig, like: Values | None = None, head: RewardHea
     )
 
 
-def _policy_of(values: Values) -> str | None:
+def _policy_of(values: Values) -> Any:
     """The `model_type` of the policy that a config.json describes, or of the policy inside a reward model."""
     model_type = values.get("model_type")
     return GPT_NEOX if model_type == GPT_NEOX_REWARD else model_type
@@ -255,10 +256,12 @@ class _Fields:
         value = self.values.get(name, default)
         if value is REQUIRED:
             raise UserError(f"{self.source} has no field {self.path}{name}: it is no complete config of its model_type")
-        if (value is None and default is not REQUIRED) or type(value) is kind:
-            return value
         if kind is float and type(value) is int:
             return float(value)
+        if kind is float and type(value) is float and not math.isfinite(value):
+            raise UserError(f"{self.source}: {self.path}{name} is {value!r}: it must be a finite number")
+        if (value is None and default is not REQUIRED) or type(value) is kind:
+            return value
         raise UserError(f"{self.source}: {self.path}{name} is {value!r}: it must be of type {kind.__name__}")
 
     def given(self, name: str, kind: type, default: Any = REQUIRED) -> Any:
@@ -266,6 +269,13 @@ class _Fields:
         value = self.get(name, kind, default)
         if value is None:
             raise UserError(f"{self.source}: {self.path}{name} is None: it must be of type {kind.__name__}")
+        return value
+
+    def size(self, name: str, default: Any = REQUIRED) -> Any:
+        """An int of at least 1, or None if that is the default."""
+        value = self.get(name, int, default)
+        if value is not None and value < 1:
+            raise UserError(f"{self.source}: {self.path}{name} is {value}: it must be at least 1")
         return value
 
     def only(self, name: str, allowed: tuple[Any, ...]) -> None:
@@ -286,23 +296,26 @@ def _read_t5(fields: _Fields, model_type: str) -> T5Config:
     # The defaults of transformers: T5's first version, or mT5's, which is version 1.1.
     activation = fields.get("feed_forward_proj", str, "relu" if model_type == "t5" else "gated-gelu")
     _Fields({"feed_forward_proj": activation}, fields.source).only("feed_forward_proj", ("gated-gelu",))
+    # Two names of one function. Without this field transformers takes it for "gated-gelu".
+    fields.only("dense_act_fn", ("gelu_new", "gelu_pytorch_tanh"))
+    fields.only("is_gated_act", (True,))
     fields.only("layer_norm_epsilon", (1e-6,))
     fields.only("decoder_start_token_id", (0, None))
-    tied = fields.get("tie_word_embeddings", bool, True)
+    tied = fields.get("tie_word_embeddings", bool, True) is not False
     # transformers 5 sets tie_word_embeddings for all T5s. Whether the logits are scaled, which is what tied means here,
     # is in scale_decoder_outputs. It never scales mT5's logits.
-    tied = model_type == "t5" and fields.get("scale_decoder_outputs", bool, tied)
-    depth = fields.get("num_layers", int)
+    tied = model_type == "t5" and bool(fields.get("scale_decoder_outputs", bool, tied))
+    depth = fields.size("num_layers")
     return T5Config(
-        vocabulary_size=fields.get("vocab_size", int),
-        width=fields.get("d_model", int),
+        vocabulary_size=fields.size("vocab_size"),
+        width=fields.size("d_model"),
         encoder_layers=depth,
-        decoder_layers=fields.get("num_decoder_layers", int, None) or depth,
-        heads=fields.get("num_heads", int),
-        head_size=fields.get("d_kv", int),
-        mlp_width=fields.get("d_ff", int),
-        relative_position_buckets=fields.get("relative_attention_num_buckets", int, 32),
-        relative_position_max_distance=fields.get("relative_attention_max_distance", int, 128),
+        decoder_layers=fields.size("num_decoder_layers", None) or depth,
+        heads=fields.size("num_heads"),
+        head_size=fields.size("d_kv"),
+        mlp_width=fields.size("d_ff"),
+        relative_position_buckets=fields.given("relative_attention_num_buckets", int, 32),
+        relative_position_max_distance=fields.given("relative_attention_max_distance", int, 128),
         tied_embeddings=tied,
     )
 
@@ -337,18 +350,18 @@ def _read_decoder(fields: _Fields, family: Family) -> DecoderConfig:
         """A field that not every family has; None if this family does not have it."""
         return fields.get(name, kind, family.optional[name]) if name in family.optional else None
 
-    width, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
-    depth = fields.get("num_hidden_layers", int)
+    width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    depth = fields.size("num_hidden_layers")
     return DecoderConfig(
-        vocabulary_size=fields.get("vocab_size", int),
+        vocabulary_size=fields.size("vocab_size"),
         width=width,
         layers=depth,
         heads=heads,
-        kv_heads=fields.get("num_key_value_heads", int, None) or heads,
-        head_size=fields.get("head_dim", int, family.optional.get("head_dim")) or width // heads,
-        mlp_width=fields.get("intermediate_size", int),
-        norm_epsilon=fields.get("rms_norm_eps", float, 1e-6),
-        tied_embeddings=fields.get("tie_word_embeddings", bool, family.optional.get("tie_word_embeddings", False)),
+        kv_heads=fields.size("num_key_value_heads", None) or heads,
+        head_size=fields.size("head_dim", family.optional.get("head_dim")) or width // heads,
+        mlp_width=fields.size("intermediate_size"),
+        norm_epsilon=fields.given("rms_norm_eps", float, 1e-6),
+        tied_embeddings=fields.given("tie_word_embeddings", bool, family.optional.get("tie_word_embeddings", False)),
         logits_soft_cap=optional("final_logit_softcapping", float),
         attention_soft_cap=optional("attn_logit_softcapping", float),
         query_pre_attention_scalar=optional("query_pre_attn_scalar", float),
@@ -362,22 +375,32 @@ def _read_windows(fields: _Fields, family: Family, depth: int) -> dict[str, Any]
     """The fields `window` and `full_attention_every`; transformers lists the layers or gives the list's pattern."""
     if "sliding_window" not in family.optional:
         return {}
-    window = fields.get("sliding_window", int, family.optional["sliding_window"])
+    window = fields.size("sliding_window", family.optional["sliding_window"])
     if "use_sliding_window" in family.optional:
-        window = window if fields.get("use_sliding_window", bool, False) else None
-        first = fields.get("max_window_layers", int, family.optional["max_window_layers"])
-        default = [SLIDING if layer >= first else FULL for layer in range(depth)]
+        window = window if fields.given("use_sliding_window", bool, False) else None
+        first = fields.given("max_window_layers", int, family.optional["max_window_layers"])
+        default = [SLIDING if window and layer >= first else FULL for layer in range(depth)]
     else:
-        every = fields.get("sliding_window_pattern", int, family.optional["sliding_window_pattern"])
-        default = _layer_types(depth, every or depth + 1)
+        every = family.optional["sliding_window_pattern"]
+        if "rope_local_base_freq" in family.optional:
+            every = fields.size("sliding_window_pattern", every)
+        elif not fields.get("layer_types", list, None):
+            fields.only("sliding_window_pattern", (every,))  # transformers reads it in gemma3_text alone.
+        # In mistral, null means that no layer has a window.
+        default = _layer_types(depth, every or (depth + 1 if window else 1))
     kinds = fields.get("layer_types", list, default) or default
-    if not window or set(kinds) == {FULL}:
-        return {}
     every = kinds.index(FULL) + 1 if FULL in kinds else depth + 1
     if kinds != _layer_types(depth, every):
         raise UserError(
             f"{fields.source}: {fields.path}layer_types is {kinds}, which is not supported: of {depth} layers every "
             f"n-th must be {FULL} and the others {SLIDING}"
+        )
+    if every == 1:
+        return {}
+    if not window:
+        raise UserError(
+            f"{fields.source}: {fields.path}layers are {SLIDING}, but there is no window: give sliding_window its "
+            f"width, or write {FULL} in layer_types"
         )
     return {"window": window, "full_attention_every": every}
 
@@ -489,20 +512,20 @@ def _read_gpt_neox(fields: _Fields) -> DecoderConfig:
     rope = fields.group("rope_parameters")
     _rope_type(rope, ("default",))
     share = _share_of(rope, fields)
-    width, heads = fields.get("hidden_size", int), fields.get("num_attention_heads", int)
+    width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     # transformers takes another value for the rotary positions alone.
     fields.only("head_dim", (None, width // heads))
     return DecoderConfig(
-        vocabulary_size=fields.get("vocab_size", int),
+        vocabulary_size=fields.size("vocab_size"),
         width=width,
-        layers=fields.get("num_hidden_layers", int),
+        layers=fields.size("num_hidden_layers"),
         heads=heads,
         kv_heads=heads,
         head_size=width // heads,
-        mlp_width=fields.get("intermediate_size", int),
-        block="parallel_two_norms" if fields.get("use_parallel_residual", bool, True) else "serial",
-        norm_epsilon=fields.get("layer_norm_eps", float, 1e-5),
-        tied_embeddings=fields.get("tie_word_embeddings", bool, False),
+        mlp_width=fields.size("intermediate_size"),
+        block="parallel_two_norms" if fields.given("use_parallel_residual", bool, True) else "serial",
+        norm_epsilon=fields.given("layer_norm_eps", float, 1e-5),
+        tied_embeddings=fields.given("tie_word_embeddings", bool, False),
         rope_base=_rope_base(rope, fields, "rotary_emb_base", 1e4),
         rotary_size=int(width // heads * share),
         **OF_GPT_NEOX,
