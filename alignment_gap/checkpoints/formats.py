@@ -105,6 +105,20 @@ def import_checkpoint(
     """
     if output.exists():
         raise UserError(f"{output} exists already: give a new folder")
+    try:
+        return _import(path, output, name, tokenizer_digest, base)
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)  # All of it is of this import, and the same command can run again.
+        raise
+
+
+def _import(
+    path: Path,
+    output: Path,
+    name: str | None,
+    tokenizer_digest: Callable[[Path], str | None],
+    base: AnyPath | None,
+) -> Stored:
     if name == PEFT or (name is None and _module(PEFT).recognises(path)):
         return _import_adapters(path, output, base)
     if base is not None:

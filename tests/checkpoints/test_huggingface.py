@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from alignment_gap.checkpoints import Network, imported, open_checkpoint, write_checkpoint
-from alignment_gap.checkpoints.formats import model_shapes
+from alignment_gap.checkpoints.formats import import_checkpoint, model_shapes
 from alignment_gap.checkpoints.huggingface import open_foreign, recognises, write
 from alignment_gap.checkpoints.huggingface.configs import read_config, write_config
 from alignment_gap.checkpoints.tensors import from_array
@@ -197,7 +197,8 @@ def test_other_precisions_are_read_exactly(dtype, folder, tmp_path):
 
 
 def test_what_a_policy_does_not_know_is_kept(folder, tmp_path):
-    reconfigure(folder, eos_token_id=[7, 8], max_position_embeddings=99, rope_parameters={"rope_theta": 3.0})
+    rope = {"rope_scaling": None, "rope_parameters": {"rope_theta": 3.0}}
+    reconfigure(folder, eos_token_id=[7, 8], max_position_embeddings=99, **rope)
     companions = {"tokenizer.json": "{}", "generation_config.json": '{"eos_token_id": [7, 8]}'}
     for name, text in companions.items():
         (folder / name).write_text(text)
@@ -493,3 +494,60 @@ def test_an_import_takes_less_than_twice_the_largest_file(tmp_path):
     arguments = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
     baseline, peak = map(int, subprocess.run(arguments, check=True, capture_output=True).stdout.split())
     assert peak - baseline < 2 * max(files)
+
+
+def in_two_files(folder):
+    """Splits the folder's tensors over two files; the second one also has an old copy of a tensor of the first."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[:2], "b.safetensors": names[2:]}
+    for file, there in parts.items():
+        old = {names[0]: tensors[names[0]] + 1} if file == "b.safetensors" else {}
+        save_file({name: tensors[name] for name in there} | old, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, there in parts.items() for name in there}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return tensors
+
+
+def test_a_tensor_comes_from_the_file_that_the_index_names(folder):
+    _, wanted = read_all(folder)
+    in_two_files(folder)
+    (folder / "model.safetensors").unlink()
+    _, found = read_all(folder)
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(folder):
+    tensors = in_two_files(folder)
+    save_file({name: array + 2 for name, array in tensors.items()}, folder / "model.safetensors")
+    found = open_foreign(folder).tensors
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(found[name].read(None), array + 2)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], 3, {"model.norm.weight": 3}])
+def test_an_index_without_files_is_one_line(weight_map, folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(
+        UserError, match=r"index\.json: weight_map does not map tensors to files: fetch the folder again$"
+    ):
+        open_foreign(folder)
+
+
+def test_deeply_nested_json_is_one_line(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json cannot be read \(.*\): give a folder that has it$"):
+        open_foreign(folder)
+
+
+def test_a_tokenizer_that_cannot_be_read_leaves_no_folder(folder, tmp_path):
+    (folder / "tokenizer.json").write_text("{}")
+
+    def fail(_):
+        raise UserError("no tokenizer")
+
+    with pytest.raises(UserError, match="no tokenizer"):
+        import_checkpoint(folder, tmp_path / "run", tokenizer_digest=fail)
+    assert not (tmp_path / "run").exists()

@@ -192,6 +192,8 @@ def refused(folder, tmp_path, **settings):
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is [5, 6]"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is {'q_proj': 4}"),
+        ({"r": 0}, "r is 0: it must be at least 1"),
+        ({"r": float("inf")}, "r, lora_alpha and lora_dropout must be numbers"),
         ({"r": None}, "r, lora_alpha and lora_dropout must be numbers"),
     ],
 )

@@ -64,10 +64,7 @@ def open_foreign(path: Path) -> Foreign:
     model = model if head is None else without_output(model)
     if is_on_hub:
         folder = _download(str(path), [*COMPANIONS, INDEX, "*.safetensors"])
-    tensors: dict[str, Tensor] = {}
-    for file in _files(folder):
-        tensors |= tensors_of(file)
-    tensors = split_fused(model, tensors)
+    tensors = split_fused(model, _tensors(folder))
     ignored = {name for name in tensors if name.endswith(UNUSED)}
     for name, original in copies_of(model, head).items():
         if name in tensors and original in tensors:
@@ -132,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads the object in a JSON file; raises UserError if the file holds no object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): give a folder that has it") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object: it is damaged")
@@ -171,19 +168,26 @@ def installed(module: str) -> Any:
         ) from error
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files of tensors: those that the index lists, or the single one."""
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder: of its single file, as in transformers, or of the files that its index names."""
+    if (folder / WEIGHTS).is_file():
+        return tensors_of(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
-        if not (folder / WEIGHTS).is_file():
-            there = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
-            remedy = f"there is {there}: save it again in transformers, as safetensors" if there else "give a whole one"
-            raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}: {remedy}")
-        return [folder / WEIGHTS]
-    weight_map = read_json(folder / INDEX).get("weight_map", {})
+        there = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
+        remedy = f"there is {there}: save it again in transformers, as safetensors" if there else "give a whole one"
+        raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}: {remedy}")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{folder / INDEX}: weight_map does not map tensors to files: fetch the folder again")
     for name, file in weight_map.items():
         if not (folder / file).is_file():
             raise UserError(f"{folder / file} is missing, which has {name}: fetch the folder again")
-    return [folder / file for file in sorted(set(weight_map.values()))]
+    found: dict[str, Tensor] = {}
+    for file in sorted(set(weight_map.values())):
+        # A file may hold an old copy of a tensor that the index has in another file.
+        of_file = tensors_of(folder / file)
+        found |= {name: tensor for name, tensor in of_file.items() if weight_map.get(name, file) == file}
+    return found
 
 
 def tensors_of(file: Path) -> dict[str, Tensor]:

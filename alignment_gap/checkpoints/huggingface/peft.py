@@ -91,10 +91,12 @@ def open_adapters(path: Path, model: ModelConfig, head: RewardHead | None = None
             )
     try:
         rank, alpha, dropout = int(values["r"]), float(values["lora_alpha"]), float(values.get("lora_dropout", 0.0))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path / CONFIG}: r, lora_alpha and lora_dropout must be numbers ({error}): save the adapters again"
         ) from error
+    if rank < 1:
+        raise UserError(f"{path / CONFIG}: r is {rank}: it must be at least 1, save the adapters again")
     if not (path / WEIGHTS).is_file():
         raise UserError(f"{path} has no {WEIGHTS}: save the adapters again, as safetensors")
     found, modules = tensors_of(path / WEIGHTS), _modules(model, head)

@@ -200,9 +200,12 @@ def _json(path: AnyPath) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(_read(path))
-    except ValueError as error:
+        values = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): fetch the file again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object: fetch the file again")
+    return values
 
 
 def _read(path: AnyPath) -> str:

@@ -106,8 +106,10 @@ def _special_tokens(folder: AnyPath) -> dict[str, str]:
             continue
         try:
             values = json.loads((folder / name).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{folder / name} is not JSON ({error}): fetch the file again") from None
+        if not isinstance(values, Mapping):
+            raise UserError(f"{folder / name} holds no JSON object: fetch the file again")
         for key, value in values.items():
             token = value.get("content") if isinstance(value, Mapping) else value
             if key.endswith("_token") and isinstance(token, str):

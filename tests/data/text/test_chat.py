@@ -106,6 +106,9 @@ def test_a_template_that_is_missing_or_no_jinja_is_one_line(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not JSON"):
         load_template(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json holds no JSON object"):
+        load_template(str(tmp_path))
 
 
 def test_conversations_of_a_source_are_written_by_its_template(write, tmp_path, battle):

@@ -113,6 +113,16 @@ def test_what_is_no_tokenizer_is_one_line(folder):
         load_vocabulary(folder)
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "[" * 100_000])
+def test_a_tokenizer_config_that_is_no_object_is_one_line(folder, content):
+    make_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"tokenizer_config\.json (holds no JSON object|is not JSON .*): fetch the file"
+    ):
+        load_vocabulary(folder)
+
+
 def test_a_checkpoints_template_and_tokenizer_make_one_begin_and_one_end(folder, tmp_path):
     tokenizer = make_tokenizer(
         folder, tokens=("<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>", chat_template=CHATML
