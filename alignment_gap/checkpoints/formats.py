@@ -151,7 +151,9 @@ def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
     else:
         check_policy(network, str(base))
     source = _module(PEFT).open_adapters(path, network.model, network.head)
-    network = dataclasses.replace(network, adapter=source.config, base=str(folder), base_digest=read_digest(folder))
+    # Whoever reads the adapters may work in another folder.
+    place = str(folder.absolute() if isinstance(folder, Path) else folder)
+    network = dataclasses.replace(network, adapter=source.config, base=place, base_digest=read_digest(folder))
     if tokenizer:
         copy_files(tokenizer, output / TOKENIZER)
     write_checkpoint(output, 0, network, source.tensors)

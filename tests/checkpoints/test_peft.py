@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +163,14 @@ def test_the_adapters_of_a_reward_model_come_with_its_head(base, tmp_path):
     rewrite(tmp_path / "adapters", modules_to_save=["score", "embed_tokens"])
     with pytest.raises(UserError, match=re.escape("modules_to_save is ['embed_tokens'], which is not supported")):
         import_checkpoint(tmp_path / "adapters", tmp_path / "other", base=base)
+
+
+def test_the_base_is_found_from_every_folder(base, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    again = import_checkpoint(Path("adapters"), Path("again"), base=Path("base"))
+    assert again.network.base == str(base / "checkpoints" / "3")
+    monkeypatch.chdir("/")
+    export_checkpoint(tmp_path / "again", tmp_path / "merged", "huggingface")
 
 
 def rewrite(folder, **values):
