@@ -272,10 +272,14 @@ def _sha256(content: bytes) -> str:
 def _machine() -> str:
     """A name for this machine's cache; processes that share the cache are kept apart by its lock files."""
     path = cache_folder() / "machine"
-    if not path.exists():
+    while not path.exists() or not path.read_text():
+        path.unlink(missing_ok=True)  # Empty, if a process of an earlier version was killed.
         path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), path.open("x") as file:
-            file.write(uuid.uuid4().hex)
+        partial = path.with_name(f"machine.{uuid.uuid4().hex}.partial")
+        partial.write_text(uuid.uuid4().hex)
+        with contextlib.suppress(FileExistsError):
+            os.link(partial, path)  # The first of several processes gives the name.
+        partial.unlink()
     return path.read_text()
 
 

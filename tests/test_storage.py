@@ -251,6 +251,15 @@ def lease_of_another_machine(folder):
     return lease
 
 
+def test_an_empty_name_of_a_machine_is_replaced(tmp_path, monkeypatch):
+    """A kill between making the file and writing to it left it empty, so that all such machines had one name."""
+    monkeypatch.setenv("ALIGNMENT_GAP_CACHE", str(tmp_path))
+    (tmp_path / "machine").write_text("")
+    name = storage._machine()
+    assert len(name) == 32 and storage._machine() == name
+    assert [path.name for path in tmp_path.iterdir()] == ["machine"]
+
+
 def test_one_run_at_a_time_on_one_machine(bucket):
     folder, _ = bucket
     assert not is_held(folder)
