@@ -34,6 +34,8 @@ def at(place: str | os.PathLike[str]) -> AnyPath:
     """The file or folder at a place: a path on this machine, s3://BUCKET/NAME or gs://BUCKET/NAME."""
     if isinstance(place, Url):
         return place
+    if "\0" in str(place):
+        raise UserError(f"{str(place)!r} cannot be a path, because it has a null character: remove it")
     scheme, separator, rest = str(place).partition("://")
     if not (separator and re.fullmatch("[a-z][a-z0-9+.-]*", scheme)):
         return Path(place)

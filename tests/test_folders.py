@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from alignment_gap.errors import InUse, UserError
-from alignment_gap.folders import JOB, STUDY, check_settings, locked, write_json
+from alignment_gap.folders import JOB, STUDY, at, check_settings, locked, write_json
 
 
 def test_json_is_replaced_whole(tmp_path):
@@ -78,3 +78,8 @@ def test_a_file_system_without_locks_is_not_a_folder_in_use(tmp_path, monkeypatc
     with pytest.raises(UserError, match=line) as error, locked(tmp_path):
         pass
     assert not isinstance(error.value, InUse)
+
+
+def test_a_path_with_a_null_character_is_refused():
+    with pytest.raises(UserError, match=r"^'a\\x00b' cannot be a path, because it has a null character: remove it$"):
+        at("a\0b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import select
@@ -35,6 +36,8 @@ COMMANDS = {
 UNREAD = 141
 # The longest part of another library's message that an error line quotes.
 LONGEST = 120
+# The errors of a path that no file can have: a name is too long, or a part of it is a file and no folder.
+_OF_A_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR)
 
 USAGE = f"""alignment-gap {__version__}: preference training of language models in JAX, online and offline
 
@@ -119,6 +122,10 @@ def _status(run: Callable[[], None]) -> int:
         asked = isinstance(error, Interrupted) or has_received()
         return TRY_AGAIN if asked and not from_keyboard() else 130
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename is not None:
+            return _failed(
+                f"{str(error.filename)[:LONGEST]} cannot be a path here ({error.strerror}): give another one"
+            )
         if not is_disk_full(error):
             _fail_together(f"{type(error).__name__}: {error}", traceback.print_exc, status=1)
             raise

@@ -81,6 +81,17 @@ def test_the_pages_that_errors_name_have_these_sections():
         assert section in [re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles], place
 
 
+def test_a_path_that_no_file_can_have_is_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place, reason in (
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / "file" / "in", "Not a directory"),
+    ):
+        assert guarded(place.mkdir) == 2
+        said = capsys.readouterr().err
+        assert said == f"error: {str(place)[:120]} cannot be a path here ({reason}): give another one\n"
+
+
 def test_exit_statuses(capsys):
     def refuse():
         raise UserError("the value, the limit, the remedy")
