@@ -431,7 +431,9 @@ def _read_notation(fields: _Fields, family: Family, name: str) -> dict[str, Any]
     rope_type = _rope_type(full, ("default", "linear", "llama3"))
     for group in (fields, full):
         group.only("partial_rotary_factor", (1.0, None))
-    found = {"rope_base": _rope_base(full, fields, "rope_theta", family.optional.get("rope_theta", 1e4))}
+    found: dict[str, Any] = {
+        "rope_base": _rope_base(full, fields, "rope_theta", family.optional.get("rope_theta", 1e4))
+    }
     if local:
         sliding = given.group(SLIDING)
         _rope_type(sliding, ("default",))
