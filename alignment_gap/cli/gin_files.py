@@ -37,6 +37,10 @@ gin.config._FILE_READERS = [(open, os.path.isfile)]
 OVERRIDE = "--gin."
 
 
+class NotHere(UserError):
+    """A gin file, or what it includes or imports, cannot be read on this machine; another machine may have it."""
+
+
 def define_gin(values: flags.FlagValues) -> None:
     """Adds --gin_file and --gin_search_paths; `split_overrides` reads --gin.NAME=value, because absl cannot."""
     flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times.", flag_values=values)
@@ -50,13 +54,19 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Sequence[str] = ()) -> JobConfig:
-    """The job from gin files and "NAME=value" overrides; raises UserError if they are not valid."""
+    """The job from gin files and "NAME=value" overrides.
+
+    Raises:
+      UserError: they are not valid; `NotHere` if a file cannot be read.
+    """
     from alignment_gap.configuration import from_dict, to_dict
     from alignment_gap.jobs.config import JobConfig
 
     if not files and not overrides:
         raise UserError("no --gin_file: give a run's gin file, such as --gin_file=gin/runs/offline_ipo.gin")
     classes = _register()
+    for override in overrides:
+        _check_field(override)  # Needs no file, which may be on another machine alone.
     gin.clear_config()
     # gin logs an error for every folder without the file, even if it then finds the file in another folder.
     logging.disable(logging.ERROR)
@@ -69,6 +79,8 @@ def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Se
         _check_required(gin.config_str())
         gin.parse_config(_defaults(gin.config_str(), classes))
         built = to_dict(classes["JobConfig"]())
+    except NotHere:
+        raise
     except RecursionError:
         raise UserError(f"{', '.join(files)}: a gin file includes itself: remove the include") from None
     except UnicodeDecodeError as error:
@@ -76,7 +88,7 @@ def read_config(files: Sequence[str], overrides: Sequence[str], search_paths: Se
     except (AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError, TokenError) as error:
         raise UserError(_one_line(error)) from error
     except (OSError, ImportError) as error:
-        raise UserError(f"{_one_line(error)}: check the path, or give its folder with --gin_search_paths") from error
+        raise NotHere(f"{_one_line(error)}: check the path, or give its folder with --gin_search_paths") from error
     finally:
         logging.disable(logging.NOTSET)
         gin.clear_config()
@@ -120,27 +132,32 @@ def _find(file: str, search_paths: Sequence[str]) -> str:
         gin.add_config_file_search_path(folder)
     found = find_file("gin_file", file, search_paths)
     if found is None:
-        raise UserError(f"--gin_file={file}: there is no such file in {', '.join(('.', *search_paths, str(GIN)))}")
+        raise NotHere(f"--gin_file={file}: there is no such file in {', '.join(('.', *search_paths, str(GIN)))}")
     return str(found)
 
 
 def _binding(override: str, config: str) -> str:
     """An override in gin's notation; raises UserError if no file has its macro."""
-    name, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"--gin.{override}: write --gin.NAME=value")
+    name, _, value = override.partition("=")
     macros = re.findall(r"^(\w+) = ", config, flags=re.MULTILINE) + re.findall(r"%(\w+)(?![\w.])", config)
     if re.fullmatch(r"\w+", name) and name not in macros:
         remedy = (
             nearest(name, sorted({*macros})) if macros else "the command names no gin file; give one with --gin_file"
         )
         raise UserError(f"--gin.{name}: no macro of the gin files has this name: {remedy}")
+    return f"{name} = {value if is_notation(value) else repr(value)}"
+
+
+def _check_field(override: str) -> None:
+    """Raises UserError if an override has no value, or its group has no such setting."""
+    name, equals, _ = override.partition("=")
+    if not equals:
+        raise UserError(f"--gin.{override}: write --gin.NAME=value")
     group, _, field = name.rpartition(".")
     if group in (classes := _register()):
         fields = [each.name for each in dataclasses.fields(classes[group])]
         if field not in fields:
             raise UserError(f"--gin.{name}: {group} has no setting of this name: {nearest(field, fields)}")
-    return f"{name} = {value if is_notation(value) else repr(value)}"
 
 
 def _check_read(overrides: Sequence[str], config: str) -> None:

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import importlib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from absl import flags
 
 from alignment_gap import launch
 from alignment_gap.checks import nearest, one_of
-from alignment_gap.cli import train
+from alignment_gap.cli import gin_files, train
 from alignment_gap.cli.flags import define_config, parse, read_config
 from alignment_gap.errors import UserError
 from alignment_gap.folders import AnyPath, at
@@ -45,6 +46,8 @@ ENGINES = ("here", *_FUNCTIONS)
 # Commands that fill one folder: the flag of the folder, and its default.
 _FOLDERS = {"train": ("workdir", train.WORKDIR), "evaluate": ("output", None), "data": ("output", None)}
 LAUNCHED = (*_FOLDERS, "study")
+# The commands of data that fill a folder.
+_OF_DATA = ("prepare", "label", "generate", "compose", "baselines", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +92,24 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"cannot launch {words[0]!r}: {nearest(words[0], LAUNCHED)}")
     if values.sweep and words[0] != "train":
         raise UserError(f"--sweep needs the command train, not {words[0]}: leave --sweep out")
+    for word in words[1:]:
+        if word.startswith("--") and (name := word[2:].partition("=")[0]) in values:
+            raise UserError(f"--{name} is a flag of launch: write it before {words[0]}")
     runs_here = config.engine == "here" and not (values.status or values.dry_run or values.sweep)
     if runs_here or {"--help", "-h"} & {*words}:
         importlib.import_module(f"alignment_gap.cli.{words[0]}").main([f"alignment-gap {words[0]}", *words[1:]])
         return
     if words[0] in _FOLDERS:
         words = _joined(words, _FOLDERS[words[0]][0])
-    tasks, logs = _sweep_tasks(values.sweep, words) if values.sweep else _tasks(words)
+    # This process would run the same jobs as "local", one after the other.
+    engine = "local" if config.engine == "here" else config.engine
+    if values.sweep:
+        tasks, logs = _sweep_tasks(values.sweep, words)
+    else:
+        tasks, logs = _tasks(words, is_elsewhere=values.status or engine != "local")
     if values.status:
         print(launch.status_text(tasks))
         return
-    # This process would run the same jobs as "local", one after the other.
-    engine = "local" if config.engine == "here" else config.engine
     text, run = _FUNCTIONS[engine]
     settings = getattr(config, engine)
     if values.dry_run:
@@ -117,14 +126,24 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("sweep", None, text, flag_values=values)
 
 
-def _tasks(words: Sequence[str]) -> tuple[list[Task], Path]:
-    """The tasks of a command, and the folder for their output."""
+def _tasks(words: Sequence[str], *, is_elsewhere: bool) -> tuple[list[Task], Path]:
+    """The tasks of a command, and the folder for their output.
+
+    Raises:
+      UserError: the job refuses its flags or settings, or a gin file is not here and the job does not run elsewhere.
+    """
     if words[0] == "study":
         return _study_tasks(words)
     path = _folder(words)
     processes = words[:2] != ["data", "prepare"]
-    # A job's gin files may be on the cluster alone, so the settings are read only where they decide something.
-    settings = _settings(words) if finished_with(path) is not None else None
+    try:
+        settings = _settings(words)
+    except gin_files.NotHere as error:
+        # Without its settings, a finished folder does not tell whether this job made it.
+        if not is_elsewhere or finished_with(path) is not None:
+            raise
+        print(f"{path.name}: its settings are not checked here: {error}", file=sys.stderr)
+        settings = None
     return [Task(path.name, tuple(words), path, processes=processes, settings=settings)], _logs(path)
 
 
@@ -150,23 +169,15 @@ def _folder(words: Sequence[str]) -> AnyPath:
 
 
 def _settings(words: Sequence[str]) -> dict[str, Any] | None:
-    """The settings of a command's job; None if it runs no job. Raises UserError if the job refuses them."""
+    """The settings of a command's job; None after help. Raises UserError if the job refuses its flags or settings."""
     from alignment_gap.cli.job import read_command
-    from alignment_gap.jobs.baselines import BASELINES
-    from alignment_gap.jobs.compose import COMPOSE
-    from alignment_gap.jobs.evaluate import EVALUATE
-    from alignment_gap.jobs.generate import GENERATE
-    from alignment_gap.jobs.label import LABEL
-    from alignment_gap.jobs.prepare import PREPARE
-    from alignment_gap.jobs.reference import REFERENCE
-    from alignment_gap.jobs.train import TRAIN
 
-    kinds = {kind.command: kind for kind in (BASELINES, COMPOSE, EVALUATE, GENERATE, LABEL, PREPARE, REFERENCE, TRAIN)}
-    command = " ".join(words[: 2 if words[0] == "data" else 1])
-    if command not in kinds:
-        return None
-    kind, arguments = kinds[command], [f"alignment-gap {command}", *words[len(command.split()) :]]
-    parsed = train.read_job(arguments) if kind is TRAIN else read_command(kind, arguments, None)
+    command = words[: 2 if words[0] == "data" else 1]
+    if command[0] == "data" and command[-1] not in _OF_DATA:
+        raise UserError(f"cannot launch {' '.join(command)!r}: {nearest(command[-1], _OF_DATA)}")
+    kind = getattr(importlib.import_module(f"alignment_gap.jobs.{command[-1]}"), command[-1].upper())
+    arguments = [f"alignment-gap {' '.join(command)}", *words[len(command) :]]
+    parsed = train.read_job(arguments) if kind.command == "train" else read_command(kind, arguments, None)
     return None if parsed is None else settings_of(kind, parsed[1])
 
 
