@@ -28,6 +28,11 @@ MAIN, WINDOWS, DATASETS = "Figures 1 and 4", "Figure 13", "Figures 5 and 12"
 REFRESH, BEST_OF_N, BEST_VS_WORST = "Semi-online", "Best-of-n", "Best against worst of n"
 OBJECTIVES, SELF_PLAY = "Offline objectives", "Self-play"
 PROXY_LABELS, BETAS, BEST_OF_N_OF_SFT = "Labels of the proxy", "Beta", "Best of n samples of SFT"
+# The shapes of marks that Vega draws by name.
+SHAPES = (
+    *("circle", "square", "cross", "diamond", "triangle", "triangle-up", "triangle-down", "triangle-right"),
+    *("triangle-left", "arrow", "wedge", "stroke"),
+)
 # b in the mixture pi^(1 - b) ref^b of Nash-MD and IPO-MD.
 MIXTURE = 0.125
 
@@ -118,7 +123,8 @@ class Arm:
       beta_factor: its beta as a multiple of the study's, if it is trained at one setting.
       contrasts: comparisons with other arms of the table.
       panel: the figure that it is drawn in.
-      colour, shape: colour and shape of its marks in every figure.
+      colour: colour of its marks in every figure, as "#RRGGBB".
+      shape: shape of its marks in every figure, one of `SHAPES`.
     """
 
     name: str
@@ -134,11 +140,16 @@ class Arm:
     shape: str = "triangle-down"
 
     def __post_init__(self) -> None:
-        """Raises UserError if a folder cannot have this name, or not exactly one of source and best_of is set."""
+        """Raises UserError if a folder cannot have this name, source and best_of conflict, or it cannot be drawn."""
         if not re.fullmatch(r"[\w.]+", self.name):
             raise UserError(f"an arm has the name {self.name!r}: use only letters, digits, _ and .")
         if (self.source is None) != bool(self.best_of):
             raise UserError(f"the arm {self.name} has source={self.source}, best_of={self.best_of}: give one of them")
+        # Otherwise only the report would refuse them, after all jobs.
+        if self.shape not in SHAPES:
+            raise UserError(f"the arm {self.name} has shape={self.shape!r}: {nearest(str(self.shape), SHAPES)}")
+        if not re.fullmatch(r"#([0-9A-Fa-f]{3}){1,2}", str(self.colour)):
+            raise UserError(f"the arm {self.name} has colour={self.colour!r}: write it in hex, such as '#CC79A7'")
 
     def sources(self, branch: Branch) -> tuple[SourceConfig, SourceConfig | None]:
         """What it trains on, and its second source; raises UserError if its functions do not return sources."""
@@ -388,7 +399,7 @@ def arms_of(names: Sequence[str]) -> tuple[Arm, ...]:
     table, taken = {arm.name: arm for arm in ARMS}, {*NO_ARMS}
     arms = []
     for name in names:
-        arm = load_named(name, "names: the arm") if ":" in name else table.get(name)
+        arm = _own_arm(name) if ":" in name else table.get(name)
         if not isinstance(arm, Arm):
             raise UserError(f"names has {name!r}, which is not an arm: {nearest(name, table)}")
         if arm.name in taken:
@@ -404,6 +415,14 @@ def arms_of(names: Sequence[str]) -> tuple[Arm, ...]:
                     f"{nearest(contrast.other, known)}"
                 )
     return tuple(arms)
+
+
+def _own_arm(name: str) -> Any:
+    """The object that "module:object" names; what it or the module refuses is told as an error of the setting."""
+    try:
+        return load_named(name, "the arm")
+    except UserError as error:
+        raise UserError(f"names: {error}") from error
 
 
 def file_word(loss: str) -> str:

@@ -18,7 +18,7 @@ from alignment_gap.checkpoints.layout import CHECKPOINTS, PARAMS
 from alignment_gap.cli.main import main
 from alignment_gap.data.text.vocabulary_training import train_vocabulary
 from alignment_gap.study.analysis import COLUMNS, METRICS, CheckpointResult
-from alignment_gap.study.arms import ARMS, Branch, arms_of
+from alignment_gap.study.arms import ARMS, SHAPES, Branch, arms_of
 from alignment_gap.study.config import StudyConfig
 from alignment_gap.study.report import CLAIM_COLUMNS, JudgeFacts, ReportContext, write_report
 
@@ -138,6 +138,11 @@ def test_the_arm_is_semi_online(run, folder):
     assert "--gin.OnlineConfig.refresh_every=16" in command
     (arm,) = arms_of(("my_arms:LAGGING",))
     assert arm.contrasts[0].other == "online" and {"golden", "proxy", "sft"} <= set(Branch.__dataclass_fields__)
+
+
+def test_the_shapes_are_those_of_the_code():
+    sentence = re.search(r"`shape` is ((?:`[\w-]+`(?:,\s+| or )?)+)\.", TEXT)[1]
+    assert tuple(re.findall(r"`([\w-]+)`", sentence)) == SHAPES
 
 
 def test_the_tables_are_those_of_the_code():

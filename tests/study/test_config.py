@@ -3,7 +3,9 @@
 import dataclasses
 import re
 
+import altair as alt
 import pytest
+import vl_convert
 from built_in import write_posts
 from byte_tokenizer import make_tokenizer
 from outside import AS_ONLINE
@@ -12,7 +14,7 @@ from alignment_gap.configuration import from_dict, to_dict
 from alignment_gap.data.text import TextSourceConfig
 from alignment_gap.errors import UserError
 from alignment_gap.study.analysis import OPPONENT, ORIGIN
-from alignment_gap.study.arms import ARMS, GOLDEN, MAIN, Arm, arms_of, file_word
+from alignment_gap.study.arms import ARMS, GOLDEN, MAIN, SHAPES, Arm, arms_of, file_word
 from alignment_gap.study.config import StudyConfig
 from alignment_gap.study.run import open_studies
 
@@ -123,6 +125,37 @@ def test_an_arm_of_ones_own_gives_a_source(config, tmp_path):
     assert message.startswith("the arm path has a source that gives ") and "give a DatasetConfig or an" in message
     message = refused(config, "arms.names", ("online", "outside:NOTHING"), tmp_path)
     assert "the arm nothing has a source that gives None" in message
+
+
+@pytest.mark.parametrize(
+    ("drawn", "message"),
+    [
+        ({"shape": "star"}, "the arm online has shape='star': "),
+        ({"shape": "triangle-upp"}, "the arm online has shape='triangle-upp': did you mean triangle-up?"),
+        ({"colour": "#12345"}, "the arm online has colour='#12345': write it in hex, such as '#CC79A7'"),
+        ({"colour": "purpel"}, "the arm online has colour='purpel': write it in hex"),
+    ],
+)
+def test_an_arm_that_no_figure_can_draw(drawn, message):
+    with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
+        dataclasses.replace(ARMS[0], **drawn)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_wrong_shape_in_a_module_of_ones_own_is_one_line(config, tmp_path, monkeypatch):
+    (tmp_path / "starry.py").write_text(
+        "from alignment_gap.study.arms import Arm\nSTAR = Arm('star', 'pairs', best_of=(2,), shape='star')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"^config.arms.names: the arm star has shape='star': did you mean "):
+        from_dict(StudyConfig, nested(config, "arms.names", ("online", "starry:STAR")))
+
+
+def test_every_shape_is_drawn():
+    values = [{"arm": shape, "x": 1} for shape in SHAPES]
+    scale = alt.Scale(domain=SHAPES, range=SHAPES)
+    chart = alt.Chart(alt.Data(values=values)).mark_point().encode(x="x:Q", shape=alt.Shape("arm:N", scale=scale))
+    assert vl_convert.vegalite_to_svg(chart.to_dict()).count('aria-roledescription="point"') == len(SHAPES)
 
 
 def test_the_range_of_a_claim_has_an_order():
