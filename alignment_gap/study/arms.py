@@ -37,6 +37,10 @@ SHAPES = (
 MIXTURE = 0.125
 
 
+class _NoRun(UserError):
+    """An arm reads the run of an arm that does not come before it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Branch:
     """The inputs that an arm can read: the jobs of one seed, and the earlier arms under the same loss.
@@ -69,7 +73,7 @@ class Branch:
     def run_of(self, arm: str) -> AnyPath:
         """The run of another arm under the same loss; raises UserError if that arm does not come before this one."""
         if arm not in self.runs:
-            raise UserError(f"arms.names has an arm that reads the run of {arm!r}: add {arm!r} before it")
+            raise _NoRun(f"config.arms.names has an arm that reads the run of {arm!r}: add {arm!r} before it")
         return self.runs[arm]
 
     def early_of(self, arm: str) -> AnyPath:
@@ -156,6 +160,10 @@ class Arm:
         assert self.source is not None
         try:
             source, fresh = self.source(branch), self.fresh and self.fresh(branch)
+        except _NoRun:
+            raise
+        except UserError as error:
+            raise UserError(f"the arm {self.name} has a source that is refused: {error}") from error
         except (ArithmeticError, AttributeError, LookupError, NameError, TypeError, ValueError) as error:
             raise UserError(f"the arm {self.name} has a source that raises {error!r}: mend it") from error
         for each in (source,) if fresh is None else (source, fresh):
@@ -411,7 +419,7 @@ def arms_of(names: Sequence[str]) -> tuple[Arm, ...]:
         for contrast in arm.contrasts:
             if contrast.other not in known:
                 raise UserError(
-                    f"the arm {arm.name!r} has a contrast with {contrast.other!r}, which is not an arm: "
+                    f"names: the arm {arm.name!r} has a contrast with {contrast.other!r}, which is not an arm: "
                     f"{nearest(contrast.other, known)}"
                 )
     return tuple(arms)

@@ -32,13 +32,14 @@ AS_ONLINE = Claim(
 # An arm whose contrast is with no arm, a loss of an array that no batch has, and a judge with other parameters.
 ALONE = dataclasses.replace(REPLAYED, name="alone", contrasts=(Contrast("onlin"),))
 
-# Arms whose source asks for an arm's record by a wrong name, gives a path, and gives nothing.
-RAISING, PATH, NOTHING = (
+# Arms whose source asks for an arm's record by a wrong name, gives a path, gives nothing, and has a refused setting.
+RAISING, PATH, NOTHING, REFUSED = (
     dataclasses.replace(REPLAYED, name=name, source=source, contrasts=())
     for name, source in {
         "raising": lambda branch: branch.record_of("online"),
         "path": lambda branch: branch.golden_pairs,
         "nothing": lambda branch: None,
+        "refused": lambda branch: branch.online(samples=1),
     }.items()
 )
 

@@ -125,6 +125,13 @@ def test_an_arm_of_ones_own_gives_a_source(config, tmp_path):
     assert message.startswith("the arm path has a source that gives ") and "give a DatasetConfig or an" in message
     message = refused(config, "arms.names", ("online", "outside:NOTHING"), tmp_path)
     assert "the arm nothing has a source that gives None" in message
+    message = refused(config, "arms.names", ("online", "outside:REFUSED"), tmp_path)
+    assert (
+        message
+        == "the arm refused has a source that is refused: samples is 1: there is nothing to compare, draw 2 or more"
+    )
+    message = refused(config, "arms.names", ("online", "outside:ALONE"), tmp_path)
+    assert message.startswith("config.arms.names: the arm 'alone' has a contrast with 'onlin', which is not")
 
 
 @pytest.mark.parametrize(

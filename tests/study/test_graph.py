@@ -533,7 +533,9 @@ def test_a_judge_of_another_network_cannot_start_from_the_policy(config):
 
 def test_an_arm_that_reads_another_comes_after_it(config):
     for names in (("shuffled", "online"), ("shuffled",)):
-        with pytest.raises(UserError, match="reads the run of 'online': add 'online' before it"):
+        with pytest.raises(
+            UserError, match=r"^config.arms.names has an arm that reads the run of 'online': add 'online' before it$"
+        ):
             build(changed(config, arms={"names": names}))
 
 
