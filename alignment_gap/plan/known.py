@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple, TypeVar
 
 from alignment_gap import checks
-from alignment_gap.checkpoints import Network, check_policy, find_checkpoint, known_network
+from alignment_gap.checkpoints import Network, agreed_model, check_policy, find_checkpoint, known_network, read_network
 from alignment_gap.configuration import flatten, to_dict
 from alignment_gap.data.records import open_dataset
 from alignment_gap.data.records.dataset import CARD
@@ -137,7 +137,7 @@ class Known:
     given: Overrides = Overrides()
 
     def trained(self, job: JobConfig) -> Network:
-        """The network that a job trains, in the user's size if given."""
+        """The network that a job trains, in the user's size if given; raises UserError if its start holds another."""
         return self._trained(job, self.given.model)
 
     def _trained(self, job: JobConfig, size: str | None) -> Network:
@@ -149,13 +149,24 @@ class Known:
                 "the command names no model: give --model, or the gin files of a job and of its model, such as "
                 "--gin_file=gin/runs/sft.gin --gin_file=gin/models/t5_tiny.gin"
             )
+        model, start = job.model, None
         if job.model is None:
             start = self.run(str(job.start), job.start_step)
+        elif size is None and job.start is not None and self._is_here(job.start):
+            start = read_network(find_checkpoint(at(job.start), job.start_step))
+        if start is not None:
             if job.kind != "bradley_terry":
                 check_policy(start, str(job.start))
-            markers = network.markers if start.head is None else ()
-            network = dataclasses.replace(network, model=start.model, markers=markers, head=start.head)
-        return self._computed(network, size or job.model)
+            model, markers = (
+                agreed_model(job.model, start, str(job.start)),
+                network.markers if start.head is None else (),
+            )
+            network = dataclasses.replace(network, markers=markers, head=start.head)
+        return self._computed(network, size or model)
+
+    def _is_here(self, path: str) -> bool:
+        """Whether a folder exists, and neither the user nor a job of the graph says what it will hold."""
+        return self.given.size_of(path) is None and self._maker(path) is None and at(path).exists()
 
     def run(self, path: str, step: int | None = None) -> Network:
         """The network of a run's folder."""

@@ -58,6 +58,18 @@ def test_a_job_trains_its_model_or_that_of_its_start(runs):
     assert judge == Network("pairwise", DECODER, MARKERS)
 
 
+def test_a_start_of_another_network_is_refused_as_train_does(runs):
+    start, other = str(runs / "policy"), dataclasses.replace(DECODER, width=2 * DECODER.width)
+    with pytest.raises(UserError, match=f"{start} is of another model .width is {other.width}, but {DECODER.width} in"):
+        Known().trained(JobConfig(model=other, start=start))
+    # What the user says about the folder or the policy, and settings of the run alone, go before.
+    Known(given=Overrides(model="t5_small")).trained(JobConfig(model=other, start=start))
+    named = Known(given=Overrides(networks=(f"{start}=t5_small",)))
+    assert named.trained(JobConfig(model=other, start=start)).model == other
+    remat = dataclasses.replace(DECODER, remat="full")
+    assert Known().trained(JobConfig(model=remat, start=start)).model == remat
+
+
 def test_a_reward_model_with_a_head_passes_its_head_on(tmp_path):
     network = Network("bradley_terry", T5, head=RewardHead(pad_id=3))
     write_run(tmp_path / "reward", network)
@@ -65,6 +77,7 @@ def test_a_reward_model_with_a_head_passes_its_head_on(tmp_path):
     assert Known().trained(JobConfig(kind="bradley_terry", start=str(tmp_path / "reward"))) == network
     with pytest.raises(UserError, match="is a reward model, whose head replaces the output embedding: give a policy"):
         Known().trained(JobConfig(start=str(tmp_path / "reward")))
+    assert Known().trained(JobConfig(kind="bradley_terry", model=T5, start=str(tmp_path / "reward"))) == network
 
 
 def test_a_job_of_the_graph_passes_its_model_on():
