@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,14 +16,36 @@ from alignment_gap.losses._shapes import Array, Bool, Float, Int
 OverTokens = Literal["sum", "mean"]
 
 
-def as_float32(*arrays: Any) -> tuple[Float[Array, "*B"], ...]:
-    """Checks that the arrays are floating and have the same shape, and converts them to float32."""
-    for array in arrays:
+_KINDS = {"floating": jnp.floating, "integer": jnp.integer, "boolean": jnp.bool_}
+
+
+def as_float32(*unnamed: Any, **named: Any) -> tuple[Float[Array, "*B"], ...]:
+    """Checks that the arrays are floating and have the same shape, and converts them to float32, in their order."""
+    arrays = {f"array {number}": array for number, array in enumerate(unnamed, 1)} | named
+    check_kind("floating", **arrays)
+    (first, leading), *others = arrays.items()
+    for name, array in others:
+        if array.shape != leading.shape:
+            raise AssertionError(
+                f"{name} has the shape {array.shape}, but {first} has {leading.shape}: give equal shapes"
+            )
+    return tuple(jnp.asarray(array, jnp.float32) for array in arrays.values())
+
+
+def check_kind(kind: str, **arrays: Any) -> None:
+    """Refuses what is no array, or no "floating", "integer" or "boolean" one; the message names the argument."""
+    for name, array in arrays.items():
         if not hasattr(array, "dtype"):
-            raise AssertionError(f"an array is needed here, got {array!r}")
-    chex.assert_type(arrays, float)
-    chex.assert_equal_shape(arrays)
-    return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
+            raise AssertionError(f"{name}: an array is needed here, got {array!r}")
+        if not jnp.issubdtype(array.dtype, _KINDS[kind]):
+            raise AssertionError(f"{name}: an array of {kind} type is needed here, got {array.dtype}")
+
+
+def check_shape(shape: tuple[int, ...], **arrays: Any) -> None:
+    """Refuses arrays of another shape; the message names the argument."""
+    for name, array in arrays.items():
+        if array.shape != shape:
+            raise AssertionError(f"{name} has the shape {array.shape}: {shape} is needed here")
 
 
 def as_preference(preference: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]:
@@ -36,7 +57,7 @@ def as_preference(preference: Any, shape: tuple[int, ...]) -> Float[Array, "*B"]
         check_between(0.0, 1.0, preference=preference)
     array = jnp.asarray(1.0 if preference is None else preference, jnp.float32)
     if array.ndim:
-        chex.assert_shape(array, shape)
+        check_shape(shape, preference=array)
     return jnp.broadcast_to(array, shape)
 
 
@@ -44,8 +65,8 @@ def as_counts(lengths: Int[Array, "*B"] | None, shape: tuple[int, ...], name: st
     """Token counts in float32; an empty response counts as 1, so that division by the count is safe."""
     if lengths is None:
         raise ValueError(f"{name} is needed here: the number of scored tokens in each response")
-    chex.assert_type(lengths, int)
-    chex.assert_shape(lengths, shape)
+    check_kind("integer", **{name: lengths})
+    check_shape(shape, **{name: lengths})
     return jnp.maximum(jnp.asarray(lengths, jnp.float32), 1.0)
 
 
@@ -83,10 +104,10 @@ def check_group(array: Array) -> None:
         raise ValueError(f"at least 2 responses a prompt are needed here, got {array.shape[-1]}")
 
 
-def as_mask(mask: Bool[Array, "*B T"], shape: tuple[int, ...]) -> Bool[Array, "*B T"]:
+def as_mask(mask: Bool[Array, "*B T"], shape: tuple[int, ...], name: str = "mask") -> Bool[Array, "*B T"]:
     """Checks that the mask is boolean and has the given shape, and returns it."""
-    chex.assert_type(mask, bool)
-    chex.assert_shape(mask, shape)
+    check_kind("boolean", **{name: mask})
+    check_shape(shape, **{name: mask})
     return mask
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import chex
@@ -23,13 +24,15 @@ def combine(*terms: tuple[Any, str | Loss]) -> Loss:
       A loss with the parameters of all terms, required parameters first. It reads what any term reads.
 
     Raises:
-      ValueError: there are no terms, a term is not a pair, or the name of a loss is unknown. The combined loss raises
-        AssertionError if its terms return different shapes.
+      ValueError: there are no terms, a term is not a pair, a weight is not a finite number, or the name of a loss is
+        unknown. The combined loss raises AssertionError if its terms return different shapes.
     """
     if not terms:
         raise ValueError("combine needs at least one (weight, loss) pair")
     if wrong := [term for term in terms if isinstance(term, str) or not hasattr(term, "__len__") or len(term) != 2]:
         raise ValueError(f"combine takes pairs (weight, loss), one after the other, got {wrong[0]!r}")
+    for weight, _ in terms:
+        _check_weight(weight)
     losses = [(weight, get(loss)) for weight, loss in terms]
     named = [arrays(loss) for _, loss in losses]
     signature = _union([loss for _, loss in losses])
@@ -46,6 +49,14 @@ def combine(*terms: tuple[Any, str | Loss]) -> Loss:
     combined.__signature__ = signature  # type: ignore[attr-defined]
     combined.reads = frozenset().union(*(reads(loss) for _, loss in losses))  # type: ignore[attr-defined]
     return combined
+
+
+def _check_weight(weight: Any) -> None:
+    """Refuses what is no finite number; arrays, and traced values, are not checked."""
+    if hasattr(weight, "dtype"):
+        return
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ValueError(f"combine: a weight must be a finite number, got {weight!r}")
 
 
 def _union(losses: list[Loss]) -> inspect.Signature:

@@ -40,7 +40,7 @@ def sft(
       ValueError: a setting is out of range.
       AssertionError: shapes or types do not fit.
     """
-    (logps,) = as_float32(logps)
+    (logps,) = as_float32(logps=logps)
     return -jnp.mean(_over_tokens(logps, lengths, over_tokens), axis=-1)
 
 
@@ -70,7 +70,7 @@ def best_of_n(
       ValueError: a setting is out of range.
       AssertionError: shapes or types do not fit.
     """
-    logps, scores = as_float32(logps, scores)
+    logps, scores = as_float32(logps=logps, scores=scores)
     logps = _over_tokens(logps, lengths, over_tokens)
     return -jnp.mean(logps, axis=-1, where=scores == jnp.max(scores, axis=-1, keepdims=True))
 
@@ -94,7 +94,7 @@ def raft(logps: Float[Array, "*B K"], scores: Float[Array, "*B K"], *, keep: int
       ValueError: a setting is out of range.
       AssertionError: shapes or types do not fit.
     """
-    logps, scores = as_float32(logps, scores)
+    logps, scores = as_float32(logps=logps, scores=scores)
     if not 1 <= keep <= logps.shape[-1]:
         raise ValueError(f"keep must be between 1 and the {logps.shape[-1]} responses, got {keep}")
     _, best = lax.top_k(scores, keep)
@@ -126,7 +126,7 @@ def reward_weighted_regression(
       AssertionError: shapes or types do not fit.
     """
     check_positive(temperature=temperature)
-    logps, scores = as_float32(logps, scores)
+    logps, scores = as_float32(logps=logps, scores=scores)
     return -jnp.sum(jax.nn.softmax(lax.stop_gradient(scores) / temperature) * logps, axis=-1)
 
 
@@ -155,7 +155,7 @@ def rebel(
       AssertionError: shapes or types do not fit.
     """
     check_positive(beta=beta)
-    logps, ref_logps, scores = as_float32(logps, ref_logps, scores)
+    logps, ref_logps, scores = as_float32(logps=logps, ref_logps=ref_logps, scores=scores)
     check_group(logps)
     # The mean of squared differences over pairs is twice the sample variance.
     return 2.0 * jnp.var(beta * (logps - ref_logps) - scores, axis=-1, ddof=1)

@@ -19,7 +19,10 @@ def log_ratios(
 ) -> Pair:
     """log pi / ref of the chosen and of the rejected response, in float32."""
     chosen, rejected, ref_chosen, ref_rejected = as_float32(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
     )
     return chosen - ref_chosen, rejected - ref_rejected
 
@@ -64,7 +67,7 @@ def expected_over_sides(
 
 def as_pair(chosen_logps: Float[Array, "*B"], rejected_logps: Float[Array, "*B"]) -> Pair:
     """Checks shapes and types, and converts both sides to float32."""
-    chosen, rejected = as_float32(chosen_logps, rejected_logps)
+    chosen, rejected = as_float32(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
     return chosen, rejected
 
 

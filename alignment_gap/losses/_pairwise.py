@@ -27,6 +27,7 @@ from alignment_gap.losses._registry import register
 from alignment_gap.losses._shapes import Array, Float, Int
 
 Smoothing = Literal["conservative", "robust"]
+NamedCurve = Literal["logistic", "square", "hinge", "exponential", "truncated_quadratic", "savage"]
 Curve = Callable[[Float[Array, "*B"]], Float[Array, "*B"]]
 
 CURVES: dict[str, Curve] = {
@@ -183,7 +184,7 @@ def gpo(
     chosen_lengths: Int[Array, "*B"] | None = None,
     rejected_lengths: Int[Array, "*B"] | None = None,
     *,
-    f: str | Curve = "logistic",
+    f: NamedCurve | Curve = "logistic",
     beta: Any = 0.1,
     over_tokens: OverTokens = "sum",
 ) -> Float[Array, "*B"]:
@@ -354,7 +355,7 @@ def f_dpo(
     preference: Float[Array, "*B"] | float | None = None,
     *,
     beta: Any = 0.1,
-    divergence: str = "reverse_kl",
+    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl",
     alpha: float = 0.5,
 ) -> Float[Array, "*B"]:
     """DPO with a divergence other than the reverse KL.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -84,37 +85,40 @@ def get(loss: str | Loss, **settings: Any) -> Loss:
       The loss with its settings bound.
 
     Raises:
-      ValueError: there is no such loss, or the loss has no such setting. The message gives the nearest valid name.
+      ValueError: there is no such loss, the loss has no such setting, or a setting has no such choice. The message gives
+        the nearest valid name.
     """
-    if not isinstance(loss, str) and not callable(loss):
-        raise ValueError(f"loss is {loss!r}: give a name, module:function, or a callable")
-    function, preset = _found(loss) if isinstance(loss, str) else (loss, {})
+    function, preset = _found(loss)
     settings = {**preset, **settings}
     _check_settings(function, settings)
     return functools.partial(function, **settings) if settings else function
 
 
-def arrays(loss: Loss) -> dict[str, bool]:
-    """The names of a loss's arrays, and whether each is required: its positional-or-keyword parameters."""
-    parameters = inspect.signature(loss).parameters.values()
+def arrays(loss: str | Loss) -> dict[str, bool]:
+    """The names of a loss's arrays, and whether each is required: its positional-or-keyword parameters.
+
+    Raises:
+      ValueError: there is no such loss.
+    """
+    parameters = inspect.signature(_callable(loss)).parameters.values()
     return {each.name: each.default is each.empty for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD}
 
 
-def reads(loss: Loss) -> frozenset[str]:
+def reads(loss: str | Loss) -> frozenset[str]:
     """What a loss reads beyond the arrays of its own prompt.
 
     The result holds any of `OTHER_PROMPTS`, `WIDTH`, `SAMPLER_LOG_PROBS`, `OWN_SAMPLES`, `LOG_COLLISIONS` and
     `PROBABILITIES`.
 
     Args:
-      loss: from `get` or `combine`, also wrapped in `jax.jit`. A callable of your own declares it in an attribute
+      loss: a name, or a loss from `get` or `combine`, also wrapped in `jax.jit`. A callable of your own declares it in an attribute
         `reads`: a collection of these constants, or a function that takes its settings and returns such a collection.
         Without the attribute, the result is empty.
 
     Raises:
-      ValueError: the attribute holds something else.
+      ValueError: there is no such loss, or the attribute holds something else.
     """
-    layer: Any = loss
+    layer: Any = _callable(loss)
     settings: Settings = {}
     said = getattr(layer, "reads", None)
     while isinstance(layer, functools.partial) or hasattr(layer, "__wrapped__"):
@@ -131,13 +135,22 @@ def reads(loss: Loss) -> frozenset[str]:
     return frozenset(found)
 
 
-def _found(name: str) -> tuple[Loss, Settings]:
-    """The loss and the settings that a name stands for."""
-    if ":" in name:
-        return _imported(name), {}
-    if name not in _REGISTRY:
-        raise ValueError(f"loss: {unknown(name, names())}")
-    return _REGISTRY[name]
+def _callable(loss: str | Loss) -> Loss:
+    """The loss that a name stands for; a callable as it is. Raises ValueError for anything else."""
+    return get(loss) if isinstance(loss, str) else _found(loss)[0]
+
+
+def _found(loss: str | Loss) -> tuple[Loss, Settings]:
+    """The loss and the settings that a name stands for; a callable as it is. Raises ValueError for anything else."""
+    if not isinstance(loss, str):
+        if not callable(loss):
+            raise ValueError(f"loss is {loss!r}: give a name, module:function, or a callable")
+        return loss, {}
+    if ":" in loss:
+        return _imported(loss), {}
+    if loss not in _REGISTRY:
+        raise ValueError(f"loss: {unknown(loss, names())}")
+    return _REGISTRY[loss]
 
 
 def _imported(path: str) -> Loss:
@@ -173,3 +186,18 @@ def _check_settings(function: Loss, settings: Settings) -> None:
         if name not in valid:
             known = unknown(name, valid) if valid else f"unknown {name!r}; it has no settings"
             raise ValueError(f"setting of {getattr(function, '__name__', 'the loss')}: {known}")
+    for name, choices in _choices(function).items():
+        if isinstance(value := settings.get(name), str):
+            check_choice(name, value, choices)
+
+
+def _choices(function: Loss) -> dict[str, list[str]]:
+    """The choices of the settings of one of this library's losses that take only some texts, from their type hints."""
+    if not any(function is loss for loss, _ in _REGISTRY.values()):
+        return {}  # The hints of a callable of the user's own may name what only a type checker imports.
+    found = {}
+    for name, hint in typing.get_type_hints(function).items():
+        options = [each for each in (hint, *typing.get_args(hint)) if typing.get_origin(each) is typing.Literal]
+        if options:
+            found[name] = [choice for option in options for choice in typing.get_args(option)]
+    return found

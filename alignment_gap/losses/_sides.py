@@ -260,7 +260,10 @@ def aot(
     check_smoothing(label_smoothing)
     check_choice("coupling", coupling, ("paired", "unpaired"))
     chosen, rejected, ref_chosen, ref_rejected = as_float32(
-        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
     )
     if coupling == "paired":
         above, below = chosen - rejected, ref_chosen - ref_rejected
@@ -310,11 +313,11 @@ def kto(
     check_between(0.0, math.inf, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     if (kl_logps is None) != (ref_kl_logps is None):
         raise ValueError("kl_logps and ref_kl_logps belong together: give both, or none")
-    logps, ref_logps, scores = as_float32(logps, ref_logps, scores)
+    logps, ref_logps, scores = as_float32(logps=logps, ref_logps=ref_logps, scores=scores)
     ratio = logps - ref_logps
     baseline = ratio
     if kl_logps is not None:
-        kl_logps, ref_kl_logps = as_float32(kl_logps, ref_kl_logps)
+        kl_logps, ref_kl_logps = as_float32(kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
         baseline = kl_logps - ref_kl_logps
     z = lax.stop_gradient(jnp.maximum(jnp.mean(baseline), 0.0))
     desirable = desirable_weight * jax.nn.sigmoid(beta * (z - ratio))

@@ -15,12 +15,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from alignment_gap.losses._checks import check_kind, check_shape
 from alignment_gap.losses._regularizers import categorical_kl, entropy
 from alignment_gap.losses._shapes import Array, Bool, Float, Int
 
@@ -65,9 +65,9 @@ def token_log_probs(
       ValueError: block_size is not positive, or vocabulary_parts does not divide V.
       AssertionError: shapes or types do not fit.
     """
-    chex.assert_type([hidden, output_embedding, targets], [float, float, int])
-    _check_hidden(hidden, output_embedding)
-    chex.assert_shape(targets, hidden.shape[:-1])
+    _check_hidden(hidden=hidden, output_embedding=output_embedding)
+    check_kind("integer", targets=targets)
+    check_shape(hidden.shape[:-1], targets=targets)
     vocabulary = len(output_embedding)
     if vocabulary_parts < 1 or vocabulary % vocabulary_parts:
         raise ValueError(f"vocabulary_parts must divide the vocabulary of {vocabulary}, got {vocabulary_parts}")
@@ -113,11 +113,11 @@ def token_kl(
       ValueError: block_size is not positive.
       AssertionError: shapes or types do not fit.
     """
-    chex.assert_type([hidden_p, embedding_p, hidden_q, embedding_q], float)
-    _check_hidden(hidden_p, embedding_p)
-    _check_hidden(hidden_q, embedding_q)
-    chex.assert_equal_shape_prefix((hidden_p, hidden_q), hidden_p.ndim - 1)
-    chex.assert_equal_shape_prefix((embedding_p, embedding_q), 1)
+    _check_hidden(hidden_p=hidden_p, embedding_p=embedding_p)
+    _check_hidden(hidden_q=hidden_q, embedding_q=embedding_q)
+    # The two networks may have different widths.
+    check_shape((*hidden_p.shape[:-1], hidden_q.shape[-1]), hidden_q=hidden_q)
+    check_shape((len(embedding_p), embedding_q.shape[1]), embedding_q=embedding_q)
 
     def kl(hidden_p: Array, hidden_q: Array, embedding_p: Array, embedding_q: Array) -> Array:
         return categorical_kl(
@@ -196,8 +196,7 @@ def _of_logits(
     soft_cap: float | None,
     block_size: int | None,
 ) -> Array:
-    chex.assert_type([hidden, embedding], float)
-    _check_hidden(hidden, embedding)
+    _check_hidden(hidden=hidden, embedding=embedding)
     flat = hidden.reshape(-1, hidden.shape[-1])
     blocks = _number_of_blocks(len(flat), embedding.shape[0], block_size)
 
@@ -207,9 +206,13 @@ def _of_logits(
     return _in_blocks(of_block, blocks, [flat], (embedding,)).reshape(hidden.shape[:-1])
 
 
-def _check_hidden(hidden: Array, embedding: Array) -> None:
-    chex.assert_rank(embedding, 2)
-    chex.assert_axis_dimension(hidden, -1, embedding.shape[1])
+def _check_hidden(**arrays: Array) -> None:
+    """Checks hidden states and an output embedding, given by the names of their arguments in this order."""
+    check_kind("floating", **arrays)
+    (hidden_name, hidden), (embedding_name, embedding) = arrays.items()
+    if embedding.ndim != 2:
+        raise AssertionError(f"{embedding_name} has the shape {embedding.shape}: [V, D] is needed here")
+    check_shape((*hidden.shape[:-1], embedding.shape[1]), **{hidden_name: hidden})
 
 
 def _number_of_blocks(rows: int, others: int, block_size: int | None, least: int = 1) -> int:

@@ -50,9 +50,12 @@ def ld_dpo(
       AssertionError: shapes or types do not fit.
     """
     check_between(0.0, 1.0, alpha=alpha)
-    chosen = as_float32(chosen_token_logps, ref_chosen_token_logps)
-    rejected = as_float32(rejected_token_logps, ref_rejected_token_logps)
-    masks = as_mask(chosen_mask, chosen[0].shape), as_mask(rejected_mask, rejected[0].shape)
+    chosen = as_float32(chosen_token_logps=chosen_token_logps, ref_chosen_token_logps=ref_chosen_token_logps)
+    rejected = as_float32(rejected_token_logps=rejected_token_logps, ref_rejected_token_logps=ref_rejected_token_logps)
+    masks = (
+        as_mask(chosen_mask, chosen[0].shape, "chosen_mask"),
+        as_mask(rejected_mask, rejected[0].shape, "rejected_mask"),
+    )
     shared = jnp.minimum(*(jnp.sum(mask, axis=-1, keepdims=True) for mask in masks))
 
     def total(logps: Float[Array, "*B T"], mask: Bool[Array, "*B T"]) -> Float[Array, "*B"]:
@@ -109,11 +112,14 @@ def wpo(
         chosen_log_collisions = rejected_log_collisions = None
     elif chosen_log_collisions is None or rejected_log_collisions is None:
         raise ValueError('chosen_log_collisions and rejected_log_collisions are needed with alignment="sampled"')
-    log_weights = _log_weights(chosen_token_logps, chosen_mask, chosen_log_collisions)
-    log_weights += _log_weights(rejected_token_logps, rejected_mask, rejected_log_collisions)
-    (chosen,), (rejected,) = as_float32(chosen_token_logps), as_float32(rejected_token_logps)
+    log_weights = _log_weights(chosen_token_logps, chosen_mask, chosen_log_collisions, "chosen_")
+    log_weights += _log_weights(rejected_token_logps, rejected_mask, rejected_log_collisions, "rejected_")
+    (chosen,), (rejected,) = (
+        as_float32(chosen_token_logps=chosen_token_logps),
+        as_float32(rejected_token_logps=rejected_token_logps),
+    )
     chosen, rejected = masked_sum(chosen, chosen_mask), masked_sum(rejected, rejected_mask)
-    ref_chosen, ref_rejected = as_float32(ref_chosen_logps, ref_rejected_logps)
+    ref_chosen, ref_rejected = as_float32(ref_chosen_logps=ref_chosen_logps, ref_rejected_logps=ref_rejected_logps)
     return tangent_exp(log_weights) * dpo(chosen, rejected, ref_chosen, ref_rejected, preference, beta=beta)
 
 
@@ -142,9 +148,11 @@ def wpo_weights(
     return tangent_exp(_log_weights(token_logps, mask, log_collisions))
 
 
-def _log_weights(token_logps: Array, mask: Array, log_collisions: Array | None) -> Float[Array, "*B"]:
-    (logps,) = as_float32(token_logps)
+def _log_weights(token_logps: Array, mask: Array, log_collisions: Array | None, side: str = "") -> Float[Array, "*B"]:
+    """The logarithm of `wpo_weights`; `side` begins the arguments' names in errors."""
+    (logps,) = as_float32(**{f"{side}token_logps": token_logps})
     if log_collisions is not None:
-        logps, log_collisions = as_float32(token_logps, log_collisions)
+        both = {f"{side}token_logps": token_logps, f"{side}log_collisions": log_collisions}
+        logps, log_collisions = as_float32(**both)
         logps = logps - log_collisions
-    return lax.stop_gradient(masked_mean(logps, as_mask(mask, logps.shape)))
+    return lax.stop_gradient(masked_mean(logps, as_mask(mask, logps.shape, f"{side}mask")))

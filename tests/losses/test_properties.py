@@ -253,6 +253,45 @@ def test_lists_are_no_arrays():
         losses.dpo([-1.0, -2.0], z, z, z)
 
 
+Z, IDS, TOKENS, MASK = jnp.zeros(4), jnp.zeros(4, jnp.int32), jnp.zeros((4, 2, 3)), jnp.ones((4, 2, 3), bool)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: losses.grpo(TOKENS, TOKENS[..., 0], MASK.astype(jnp.float32)),
+            "mask: an array of boolean type is needed here, got float32",
+        ),
+        (lambda: losses.grpo(TOKENS, TOKENS[..., 0], [True]), r"mask: an array is needed here, got \[True\]"),
+        (
+            lambda: losses.dpo(Z, Z[:2], Z, Z),
+            r"rejected_logps has the shape \(2,\), but chosen_logps has \(4,\): give equal shapes",
+        ),
+        (lambda: losses.dpo(Z, Z, Z, IDS), "ref_rejected_logps: an array of floating type is needed here, got int32"),
+        (lambda: losses.dpo(Z, Z, [0.0], Z), r"ref_chosen_logps: an array is needed here, got \[0.0\]"),
+        (lambda: losses.dpo(Z, Z, Z, Z, Z[:3]), r"preference has the shape \(3,\): \(4,\) is needed here"),
+        (
+            lambda: losses.ipo(Z, Z, Z, Z, None, Z, IDS, over_tokens="mean"),
+            "chosen_lengths: an array of integer type is needed here, got float32",
+        ),
+        (lambda: losses.kto(Z, Z, IDS), "scores: an array of floating type is needed here, got int32"),
+        (lambda: losses.sft([1.0]), "logps: an array is needed here"),
+        (
+            lambda: losses.wpo(TOKENS[0], TOKENS[0], Z[:2], Z[:2], MASK[0], MASK[0, :1]),
+            r"rejected_mask has the shape \(1, 3\): \(2, 3\) is needed here",
+        ),
+        (lambda: losses.token_log_probs(Z[None], TOKENS[0], Z), "hidden has the shape"),
+        (lambda: losses.token_log_probs(TOKENS, TOKENS[0], Z), "targets: an array of integer type is needed here"),
+    ],
+)
+def test_a_wrong_array_is_named(call, message):
+    with pytest.raises(AssertionError, match=f"^{message}") as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "ppo_clip", "ld_dpo", "wpo"])
 def test_padding_does_not_count(name):
     """Numbers at padding, even NaN, change neither value nor gradient."""

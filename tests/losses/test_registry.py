@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from loss_oracles import arrays_for, namespace
 
 from alignment_gap import losses
+from alignment_gap.losses._pairwise import CURVES
 from alignment_gap.losses._registry import register
 
 PAIR = tuple(jnp.array([value]) for value in (-1.0, -4.0, -2.0, -3.0))
@@ -73,6 +75,16 @@ def test_aliases_compute_what_they_stand_for():
         (lambda: losses.combine("dpo"), r"combine takes pairs \(weight, loss\), one after the other, got 'dpo'"),
         (lambda: losses.combine([(1.0, "dpo"), (0.5, "ipo"), (0.5, "slic")]), "one after the other"),
         (lambda: losses.get(None), "loss is None: give a name"),
+        (lambda: losses.reads(3), "loss is 3: give a name"),
+        (lambda: losses.reads("ktoo"), "loss: unknown 'ktoo'; did you mean 'kto'"),
+        (lambda: losses.arrays(None), "loss is None: give a name"),
+        (lambda: losses.get("dpo", over_tokens="mena"), "over_tokens: unknown 'mena'; did you mean 'mean'"),
+        (lambda: losses.get("gpo", f="hing"), "f: unknown 'hing'; did you mean 'hinge'"),
+        (lambda: losses.get("f_dpo", divergence="alph"), "divergence: unknown 'alph'; did you mean 'alpha'"),
+        (lambda: losses.get("grpo", over_tokens="grup"), "over_tokens: unknown 'grup'; did you mean 'group'"),
+        (lambda: losses.combine((1.0, "dpo"), ("x", "sft")), "combine: a weight must be a finite number, got 'x'"),
+        (lambda: losses.combine((math.nan, "dpo")), "combine: a weight must be a finite number, got nan"),
+        (lambda: losses.combine((None, "dpo")), "combine: a weight must be a finite number, got None"),
         (lambda: losses.token_log_probs(PAIR[0][None], PAIR[0][None], jnp.array([0]), block_size=0), "block_size"),
     ],
 )
@@ -150,6 +162,25 @@ def test_what_a_loss_reads_follows_from_its_settings():
     assert losses.reads(losses.get("bco_pair", shift="batch_mean")) == {losses.OTHER_PROMPTS}
     assert losses.reads(losses.get("dr_grpo", max_length=7)) == {losses.SAMPLER_LOG_PROBS}
     assert losses.reads(losses.get("wpo", alignment="sampled")) == {losses.LOG_COLLISIONS}
+
+
+def test_a_name_stands_for_its_loss():
+    for name in losses.names():
+        assert losses.reads(name) == losses.reads(losses.get(name))
+        assert losses.arrays(name) == losses.arrays(losses.get(name))
+
+
+def test_every_choice_of_a_loss_can_be_built_and_called():
+    assert losses.get("gpo", f=jnp.square).keywords == {"f": jnp.square}
+    for f in CURVES:
+        losses.get("gpo", f=f)(*PAIR)
+    for name, setting, choices in (
+        ("dpo", "smoothing", ("conservative", "robust")),
+        ("f_dpo", "divergence", ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")),
+        ("bco", "shift", ("batch_mean",)),
+    ):
+        for choice in choices:
+            losses.get(name, **{setting: choice})(*PAIR)
 
 
 def test_a_wrapped_loss_reads_what_the_loss_reads():
