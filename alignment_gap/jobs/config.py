@@ -39,6 +39,13 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError if the name or a setting is unknown, or a number is not finite."""
+        if not isinstance(self.settings, Mapping):
+            name, equals, value = str(self.settings).partition("=")
+            raise UserError(
+                f"settings is {self.settings!r}: write {{{name!r}: {value}}}"
+                if equals
+                else f"settings is {self.settings!r}: write a dict, such as {{'beta': 0.1}}"
+            )
         self.function()
         for name, value in self.settings.items():
             if isinstance(value, float) and not math.isfinite(value):

@@ -85,8 +85,8 @@ def get(loss: str | Loss, **settings: Any) -> Loss:
       The loss with its settings bound.
 
     Raises:
-      ValueError: there is no such loss, the loss has no such setting, or a setting has no such choice. The message gives
-        the nearest valid name.
+      ValueError: there is no such loss, the loss has no such setting, or a setting has no such choice. The message
+        gives the nearest valid name.
     """
     function, preset = _found(loss)
     settings = {**preset, **settings}
@@ -111,9 +111,9 @@ def reads(loss: str | Loss) -> frozenset[str]:
     `PROBABILITIES`.
 
     Args:
-      loss: a name, or a loss from `get` or `combine`, also wrapped in `jax.jit`. A callable of your own declares it in an attribute
-        `reads`: a collection of these constants, or a function that takes its settings and returns such a collection.
-        Without the attribute, the result is empty.
+      loss: a name, or a loss from `get` or `combine`, also wrapped in `jax.jit`. A callable of your own declares it in
+        an attribute `reads`: a collection of these constants, or a function that takes its settings and returns such a
+        collection. Without the attribute, the result is empty.
 
     Raises:
       ValueError: there is no such loss, or the attribute holds something else.

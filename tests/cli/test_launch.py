@@ -29,12 +29,15 @@ def test_a_misspelled_macro_is_refused_by_every_engine(engine, asked, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([*TRAIN, "--workdri=runs/ipo"], "Unknown command line flag 'workdri'. Did you mean: workdir"),
         ([*ON_CLUSTER, "--workdri=runs/ipo"], "Unknown command line flag 'workdri'"),
         ([*TRAIN, "--gin.BATCH_SIZE=0"], "batch_size is 0: it must be at least 1"),
+        ([*TRAIN, "--gin.LossConfig.settings=beta=1"], "LossConfig.settings is 'beta=1': write {'beta': 1}$"),
+        ([*TRAIN, "--gin.LossConfig.settings=3"], "LossConfig.settings is 3: write a dict, such as {'beta': 0.1}$"),
         ([*ON_CLUSTER, "--gin.OptimizerConfig.clip_nrom=1"], "OptimizerConfig has no setting .* clip_norm"),
         ([*TRAIN, "--dry_run"], "--dry_run is a flag of launch: write it before train"),
         ([*TRAIN, "--slurm.nodes=2"], "--slurm.nodes is a flag of launch: write it before train"),
