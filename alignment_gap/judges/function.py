@@ -12,13 +12,14 @@ The callable gets N prompts and K responses to each. It returns N rows of K rewa
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from alignment_gap.configuration import load_named
 from alignment_gap.data.records import Dataset
 from alignment_gap.data.records.card import find_vocabulary
-from alignment_gap.errors import UserError
+from alignment_gap.errors import Interrupted, StorageError, UserError
 from alignment_gap.judges.contract import REWARDS, Judge, JudgeConfig
 from alignment_gap.judges.host import Rewards, decoded, host_judge
 from alignment_gap.sharding import LogicalMesh
@@ -49,6 +50,7 @@ def open_judge(config: JudgeConfig, dataset: Dataset, mesh: LogicalMesh) -> Judg
     """
     name = str(config.judge)
     function, parameters = _callable(name)
+    function = _told(function, name)
     rewards = function if parameters == _IDS else _on_texts(function, dataset)
     return host_judge(rewards, config, mesh, {"judge": name})
 
@@ -63,6 +65,24 @@ def _callable(name: str) -> tuple[Callable[..., Any], list[str]]:
             "(prompt_ids, response_ids)"
         )
     return function, parameters
+
+
+def _told(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function; what it raises becomes one line that names the judge, with the exception as its cause."""
+
+    def asked(*texts: Any) -> Any:
+        try:
+            return function(*texts)
+        except (UserError, StorageError, Interrupted, MemoryError):
+            raise
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            line = f"the judge {name} raises {error!r} ({place.filename}, line {place.lineno})"
+            if isinstance(error, OSError):  # Such as a server that does not answer: another attempt may succeed.
+                raise StorageError(f"{line}: mend it, or run the same command again", status=1) from error
+            raise UserError(f"{line}: mend it") from error
+
+    return asked
 
 
 def _on_texts(function: Callable[..., Any], dataset: Dataset) -> Rewards:

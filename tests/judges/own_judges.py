@@ -32,6 +32,14 @@ def numbered(ids):
     return sum(token * place for place, token in enumerate(ids, 1)) % 1009
 
 
+def raising(prompts, responses):
+    return [[response.lenght for response in each] for each in responses]
+
+
+def unanswered(prompt_ids, response_ids):
+    raise ConnectionError("no\nanswer")
+
+
 def flat(prompts, responses):
     """One number for each prompt, though each response needs one."""
     return [0.0 for _ in prompts]

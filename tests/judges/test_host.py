@@ -13,7 +13,7 @@ from alignment_gap.data.records import open_dataset, write_dataset
 from alignment_gap.data.tasks.prepare import PrepareConfig
 from alignment_gap.data.tasks.rubric import rubric_of
 from alignment_gap.data.text import Limits, TextSourceConfig
-from alignment_gap.errors import UserError
+from alignment_gap.errors import StorageError, UserError
 from alignment_gap.jobs.folder import make
 from alignment_gap.jobs.prepare import PREPARE
 from alignment_gap.judges import JudgeConfig, by_itself, open_judge
@@ -138,6 +138,26 @@ def test_a_single_response_has_a_reward_and_no_preference(posts, texts_on, mesh)
     assert rewards.shape == (8, 1)
     with pytest.raises(UserError, match="1 response a prompt: a preference needs 2 or more"):
         open_judge(JudgeConfig(RUBRIC), posts, mesh).scores(*texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "status", "line"),
+    [
+        ("raising", UserError, 2, r"AttributeError\(.*lenght.*\) \(.*own_judges.py, line \d+\): mend it$"),
+        (
+            "unanswered",
+            StorageError,
+            1,
+            r"ConnectionError\('no\\nanswer'\) .*: mend it, or run the same command again$",
+        ),
+    ],
+)
+def test_a_judge_that_raises_is_one_line_with_its_exception_as_cause(name, kind, status, line, posts, texts_on, mesh):
+    judge = open_judge(JudgeConfig(f"own_judges:{name}"), posts, mesh)
+    with pytest.raises(kind, match=f"^the judge own_judges:{name} raises {line}") as error:
+        judge.scores(*texts_on(mesh))
+    assert error.value.status == status and "\n" not in str(error.value)
+    assert isinstance(error.value.__cause__, AttributeError | ConnectionError)
 
 
 @pytest.mark.parametrize("name", ["own_judges:brevity", RUBRIC])
