@@ -310,6 +310,9 @@ def _run(assembly: Assembly, inputs: Inputs, folder: AnyPath, open_bar: OpenBar)
             inputs = inputs._replace(stored=stored_references(assembly, inputs, folder, open_bar))
         bar = stack.enter_context(open_bar(steps, folder.name, " steps"))
         bar.write(_summary(assembly, inputs.reading))
+        for reading in filter(None, (inputs.reading, inputs.fresh)):
+            if line := _repeats(reading):
+                bar.write(line)
         parameters = abstract_parameters(assembly.facts.network.policy().init)
         if line := undivided(parameters, assembly.mesh.shape, assembly.mesh.rules):
             bar.write(line)
@@ -387,6 +390,17 @@ def _summary(assembly: Assembly, reading: Reading) -> str:
         if bucketed.slots <= 0.9 * padding.slots:
             line += f", with buckets={_BUCKETS} {bucketed.share:.1%}"
     return line
+
+
+def _repeats(reading: Reading) -> str | None:
+    """A line if a batch is larger than its datasets, so that examples come in it more than once."""
+    size, count = reading.config.batch_size, len(reading.examples)
+    if size <= count:
+        return None
+    return (
+        f"batch_size is {size:,}, but {reading.config.folder} has {count:,} examples: each comes {size / count:.1f} "
+        "times in a batch on average; lower batch_size for batches of different examples"
+    )
 
 
 def _may_have_buckets(source: SourceConfig, config: DatasetConfig) -> bool:

@@ -12,6 +12,7 @@ from built_in import write_posts
 from job_runs import (
     MODEL,
     Bar,
+    Stopped,
     arrays,
     assert_equal_checkpoints,
     assert_equal_runs,
@@ -70,6 +71,17 @@ def test_the_same_job_gives_the_same_bits_again_and_by_an_engine(sft, sft_config
     job = Job("sft", TRAIN, sft_config, tmp_path / "started")
     run_local([Task(job.name, job.words, job.folder)], LocalConfig(), tmp_path / "logs", print)
     assert_equal_runs(job.folder, sft)
+
+
+def test_a_batch_that_is_larger_than_its_dataset_is_told_before_training(sft_config, pairs, tmp_path):
+    count = len(open_dataset(pairs))
+    for size, said in ((count, False), (4 * count, True)):
+        bar = Bar(stop_at=-1)
+        source = dataclasses.replace(sft_config.source, batch_size=size)
+        with pytest.raises(Stopped):
+            run_job(dataclasses.replace(sft_config, source=source), tmp_path / str(size), bar)
+        line = f"batch_size is {size}, but {pairs} has {count} examples: each comes 4.0 times in a batch on average; "
+        assert any(each.startswith(line) for each in bar.lines) == said == any("comes" in each for each in bar.lines)
 
 
 def test_a_finished_job_is_not_run_again(sft, sft_config):
