@@ -142,7 +142,7 @@ def _import(
 def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
     """Writes PEFT adapters as the checkpoint of a run; their base is another run."""
     if base is None:
-        raise UserError(f"{path} holds adapters of PEFT: give base, the run that they are for")
+        raise UserError(f"{path} holds adapters of PEFT: give base, the run that they are for, by --base=RUN")
     folder = find_checkpoint(base)
     network, tokenizer = known_network(folder), tokenizer_of(folder)
     if _module(PEFT).has_head(path):
@@ -150,7 +150,10 @@ def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
         network = dataclasses.replace(network, kind="bradley_terry", model=model, markers=(), head=head)
     else:
         check_policy(network, str(base))
-    source = _module(PEFT).open_adapters(path, network.model, network.head)
+    try:
+        source = _module(PEFT).open_adapters(path, network.model, network.head)
+    except UserError as error:
+        raise UserError(f"{error} (the base is {base}; --base=RUN names another)") from error
     # Whoever reads the adapters may work in another folder.
     place = str(folder.absolute() if isinstance(folder, Path) else folder)
     network = dataclasses.replace(network, adapter=source.config, base=place, base_digest=read_digest(folder))

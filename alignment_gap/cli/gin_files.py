@@ -16,6 +16,8 @@ import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
@@ -132,8 +134,19 @@ def _find(file: str, search_paths: Sequence[str]) -> str:
         gin.add_config_file_search_path(folder)
     found = find_file("gin_file", file, search_paths)
     if found is None:
-        raise NotHere(f"--gin_file={file}: there is no such file in {', '.join(('.', *search_paths, str(GIN)))}")
+        folders = ", ".join((".", *search_paths, str(GIN)))
+        raise NotHere(f"--gin_file={file}: there is no such file in {folders}{_near(file)}")
     return str(found)
+
+
+def _near(file: str) -> str:
+    """What the package has in place of a file: the file with the nearest name, or those of the same folder."""
+    ours = [path.relative_to(FILES) for path in sorted(GIN.rglob("*.gin"))]
+    beside = [path for path in ours if path.parent.name == Path(file).parent.name]
+    by_name = {path.stem: path for path in beside or ours}
+    if near := get_close_matches(Path(file).stem, by_name, n=1):
+        return f": did you mean {by_name[near[0]]}?"
+    return f": {beside[0].parent} has {', '.join(path.name for path in beside)}" if beside else ""
 
 
 def _binding(override: str, config: str) -> str:

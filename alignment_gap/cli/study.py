@@ -53,6 +53,8 @@ def main(arguments: list[str]) -> None:
         write_study_report,
     )
 
+    if values.list and values.job is not None:
+        raise UserError(f"--list prints all jobs, but --job={values.job} names one: leave one of them out")
     config = from_dict(StudyConfig, settings)
     start_jax(values)
     studies = open_studies(config, at(values.workdir))

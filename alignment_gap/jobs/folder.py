@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from alignment_gap import __version__
 from alignment_gap.configuration import defaults, flatten, to_dict
-from alignment_gap.errors import Interrupted, StorageError
+from alignment_gap.errors import Interrupted, StorageError, UserError
 from alignment_gap.folders import JOB, AnyPath, check_settings, discard_last, locked, read_json, write_json, write_last
 from alignment_gap.jobs.words import flag_words
 from alignment_gap.progress import OpenBar, progress_bar
@@ -220,7 +220,10 @@ def _owned(folder: AnyPath, settings: Mapping[str, Any], kind: Kind, unset: Mapp
         found = read_json(path, remedy="give another folder, restore it, or remove it") if path.exists() else {}
         # A kind may clear what it began in the folder, so it is asked only about its own folders.
         is_own = found.get("kind", settings["kind"]) == settings["kind"]
-        may_change = {*kind.may_change(folder), *_remedies(folder)} if is_own else set()
+        if not is_own:
+            kinds = f"kind was {found['kind']}, now {settings['kind']}"
+            raise UserError(f"{folder} holds another kind of job ({kinds}): give another folder")
+        may_change = {*kind.may_change(folder), *_remedies(folder)}
         remedy = "give another folder, or these settings"
         check_settings(path, settings, remedy=remedy, may_change=may_change, defaults=unset)
         write_json(path, settings)

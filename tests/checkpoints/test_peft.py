@@ -238,11 +238,12 @@ def test_adapters_of_gpt_neox_have_no_place_in_peft(folder, tmp_path):
 def test_adapters_of_some_layers_are_refused(base, folder, tmp_path):
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({name: each for name, each in tensors.items() if ".2." not in name}, folder / "adapter_model.safetensors")
-    assert f"{PREFIX}2.self_attn.o_proj.lora_A.weight is missing" in refused(folder, tmp_path, base=base)
+    assert f"{PREFIX}2.self_attn.o_proj.lora_A.weight is missing" in (line := refused(folder, tmp_path, base=base))
+    assert line.endswith(f"(the base is {base}; --base=RUN names another)")
 
 
 def test_a_base_is_asked_for_and_is_for_adapters_alone(base, folder, tmp_path):
-    assert "give base, the run that they are for" in refused(folder, tmp_path)
+    assert "give base, the run that they are for, by --base=RUN" in refused(folder, tmp_path)
     with pytest.raises(UserError, match="holds no adapters: choose one of huggingface"):
         export_checkpoint(base, tmp_path / "out", "peft")
     export_checkpoint(base, tmp_path / "whole", "huggingface")

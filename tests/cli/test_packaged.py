@@ -68,5 +68,11 @@ def test_a_config_of_this_folder_comes_first(empty, capsys):
 def test_a_file_that_is_nowhere(empty):
     with pytest.raises(UserError, match=r"--gin_file=gin/runs/no.gin: there is no such file in \., .*gin$"):
         gin_files.read_config(["gin/runs/no.gin"], [])
+    with pytest.raises(
+        UserError, match=r"gin/models/t5_tny.gin: there is no .*: did you mean gin/models/t5_tiny.gin\?$"
+    ):
+        gin_files.read_config(["gin/models/t5_tny.gin"], [])
+    with pytest.raises(UserError, match=r"gin/losses/nope.gin: there is .*: gin/losses has best_of_n.gin, dpo.gin, "):
+        gin_files.read_config(["gin/losses/nope.gin"], [])
     with pytest.raises(UserError, match=r"--config=configs/no.py: there is no such file; .*configs/study has some"):
         settings_of("--config=configs/no.py")

@@ -201,6 +201,11 @@ def test_the_report_over_sizes_is_a_job_and_the_last_that_is_launched(command):
     assert f"study {shlex.quote(SCALING)}" in last and "--job=report" in last
 
 
+def test_a_job_beside_the_list_is_refused(command):
+    status, printed = command("study", TINY, CACHE, "--list", "--job=nope")
+    assert status == 2 and "--list prints all jobs, but --job=nope names one: leave one of them out" in printed.err
+
+
 def test_a_folder_of_another_config_is_refused(command, tmp_path):
     """Before any job runs. Otherwise one report would mix two configs."""
     folder = tmp_path / "runs" / "study"

@@ -97,7 +97,8 @@ def test_a_folder_of_an_earlier_version_goes_on_with_the_defaults_of_settings_th
 
 def test_another_kind_of_job_is_refused(tmp_path):
     make(kind_of(write), Config(), tmp_path, Bar())
-    with pytest.raises(UserError, match="kind was write, now read"):
+    line = r"holds another kind of job \(kind was write, now read\): give another folder$"
+    with pytest.raises(UserError, match=line):
         make(kind_of(write, name="read"), Config(), tmp_path, Bar())
 
 

@@ -10,6 +10,7 @@ from alignment_gap.data.text.chat import PLAIN
 from alignment_gap.data.text.vocabulary import POSTS, Vocabulary
 from alignment_gap.data.text.vocabulary_loading import load_vocabulary
 from alignment_gap.errors import UserError
+from alignment_gap.folders import at
 
 # Keys in the provenance of a prepared dataset: whether its prompts end with the end id; counts of unknown tokens.
 END_PROMPTS, UNKNOWN = "end_prompts", "unknown"
@@ -105,6 +106,8 @@ def find_vocabulary(dataset: Dataset, given: str | None = None) -> Vocabulary:
     except UserError as error:
         if given:
             raise
+        if at(found).exists():
+            raise UserError(f"{dataset.folder} was encoded with the vocabulary {found}: {error}") from error
         raise UserError(
             f"{dataset.folder} was encoded with the vocabulary {found}: {error}; if it has moved, give its path with "
             "--vocabulary"

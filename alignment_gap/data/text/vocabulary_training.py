@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
@@ -74,7 +75,15 @@ def train_vocabulary(
         )
     except (RuntimeError, OSError) as error:
         message = str(error).splitlines()[-1].rpartition("] ")[2][:160]
-        raise UserError(f"size is {size}, which does not suit these texts ({message}): choose another size") from None
+        # SentencePiece's own remedies are options that this function does not have.
+        limits = {r"smaller than required_chars\. \d+ vs (\d+)": "at least", r"too high .* <= (\d+)": "at most"}
+        found = [(words, limit[1]) for form, words in limits.items() if (limit := re.search(form, message))]
+        reason, remedy = (
+            (f"they need {' '.join(found[0])} pieces", f", {' '.join(found[0])}") if found else (message, "")
+        )
+        raise UserError(
+            f"size is {size}, which does not suit these texts ({reason}): choose another size{remedy}"
+        ) from None
     output.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(output, content.getvalue())
     return SentencePieceVocabulary(output)

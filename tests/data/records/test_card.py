@@ -1,6 +1,9 @@
 """The card of a dataset as text, back to its first sources, and the vocabulary of its tokens."""
 
+import sys
+
 import pytest
+from byte_tokenizer import make_tokenizer
 
 from alignment_gap.data.records import derived, open_dataset, write_dataset
 from alignment_gap.data.records.card import card_text, find_vocabulary
@@ -67,3 +70,11 @@ def test_the_posts_bring_their_vocabulary(make, provenance):
     posts = make("posts", provenance, digest)
     assert find_vocabulary(posts).digest == digest
     assert find_vocabulary(make("shuffled", derived("shuffle", {"pairs": posts}), digest)).digest == digest
+
+
+def test_a_library_that_is_not_installed_is_no_vocabulary_that_has_moved(make, tmp_path, monkeypatch):
+    make_tokenizer(tmp_path / "tokenizer")
+    prepared = make("prepared", {"vocabulary": str(tmp_path / "tokenizer")})
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"with the vocabulary .*: tokenizers is not installed: pip install [^;]*$"):
+        find_vocabulary(prepared)

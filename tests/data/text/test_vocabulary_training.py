@@ -69,6 +69,8 @@ def test_the_texts_of_a_source_are_its_prompts_and_responses(tmp_path):
     [
         ("own.model", 5000, {}, "size is 5000, which does not suit these texts .*: choose another size"),
         ("own.model", 10, {}, "size is 10, which does not suit these texts .*: choose another size"),
+        ("own.model", 5000, {}, r"\(they need at most \d+ pieces\): choose another size, at most \d+$"),
+        ("own.model", 10, {}, r"\(they need at least \d+ pieces\): choose another size, at least \d+$"),
         ("own.spm", 330, {}, r"own\.spm is not a name for a SentencePiece model: let it end in \.model"),
         ("own.model", 330, {"model": "word"}, "model is 'word': choose one of unigram, bpe"),
     ],
