@@ -19,9 +19,8 @@ OverTokens = Literal["sum", "mean"]
 _KINDS = {"floating": jnp.floating, "integer": jnp.integer, "boolean": jnp.bool_}
 
 
-def as_float32(*unnamed: Any, **named: Any) -> tuple[Float[Array, "*B"], ...]:
+def as_float32(**arrays: Any) -> tuple[Float[Array, "*B"], ...]:
     """Checks that the arrays are floating and have the same shape, and converts them to float32, in their order."""
-    arrays = {f"array {number}": array for number, array in enumerate(unnamed, 1)} | named
     check_kind("floating", **arrays)
     (first, leading), *others = arrays.items()
     for name, array in others:

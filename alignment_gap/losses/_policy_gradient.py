@@ -103,7 +103,7 @@ def rloo(
     advantages = _centred(rewards) * (size / (size - 1))
     if old_logps is None:
         return _score_function(logps, advantages)
-    logps, old_logps = as_float32(logps, old_logps)
+    logps, old_logps = as_float32(logps=logps, old_logps=old_logps)
     return jnp.mean(_surrogate(logps - lax.stop_gradient(old_logps), advantages, clip, clip), axis=-1)
 
 
@@ -175,7 +175,7 @@ def grpo(
       AssertionError: shapes or types do not fit.
     """
     check_choice("over_tokens", over_tokens, ("mean", "sum", "group"))
-    (scores,) = as_float32(scores)
+    (scores,) = as_float32(scores=scores)
     check_group(scores)
     centred = _centred(scores)
     advantages = centred / (jnp.std(centred, axis=-1, ddof=1, keepdims=True) + 1e-4)
@@ -224,7 +224,7 @@ def dr_grpo(
       ValueError: a setting is out of range, or K is 1.
       AssertionError: shapes or types do not fit.
     """
-    (scores,) = as_float32(scores)
+    (scores,) = as_float32(scores=scores)
     check_group(scores)
     if max_length is not None:
         check_between(1, math.inf, max_length=max_length)
@@ -263,7 +263,7 @@ def ppo_clip(
       ValueError: a setting is out of range, or K is 1.
       AssertionError: shapes or types do not fit.
     """
-    (scores,) = as_float32(scores)
+    (scores,) = as_float32(scores=scores)
     check_group(scores)
     per_token = _clipped(token_logps, _centred(scores)[..., None], mask, old_token_logps, clip, clip_high)
     return jnp.mean(masked_mean(per_token, mask), axis=-1)
@@ -275,9 +275,9 @@ def _penalized(logps: Array, scores: Array, ref_logps: Array | None, beta: Any) 
     if ref_logps is None:
         if not isinstance(beta, int | float) or beta != 0:
             raise ValueError("ref_logps is needed where beta is not 0")
-        logps, scores = as_float32(logps, scores)
+        logps, scores = as_float32(logps=logps, scores=scores)
         return logps, scores
-    logps, scores, ref_logps = as_float32(logps, scores, ref_logps)
+    logps, scores, ref_logps = as_float32(logps=logps, scores=scores, ref_logps=ref_logps)
     return logps, scores - beta * (logps - ref_logps)
 
 
@@ -309,7 +309,7 @@ def _clipped(
         check_between(0.0, math.inf, clip_high=clip_high)
     if old_token_logps is None:
         old_token_logps = token_logps
-    token_logps, old_token_logps = as_float32(token_logps, old_token_logps)
+    token_logps, old_token_logps = as_float32(token_logps=token_logps, old_token_logps=old_token_logps)
     mask = as_mask(mask, token_logps.shape)
     chex.assert_shape(advantages, (*token_logps.shape[:-1], 1))
     # The mask comes before the exponential, so that values at padding affect neither the result nor the gradient.
@@ -334,5 +334,5 @@ def _penalty(token_logps: Array, ref_token_logps: Array | None, mask: Array, bet
         return jnp.zeros(token_logps.shape, jnp.float32)
     if ref_token_logps is None:
         raise ValueError("ref_token_logps is needed where beta is not 0")
-    token_logps, ref_token_logps = as_float32(token_logps, ref_token_logps)
+    token_logps, ref_token_logps = as_float32(token_logps=token_logps, ref_token_logps=ref_token_logps)
     return beta * kl_estimate(jnp.where(mask, token_logps, 0.0), jnp.where(mask, ref_token_logps, 0.0))

@@ -45,7 +45,7 @@ def kl_estimate(
       AssertionError: shapes or types do not fit.
     """
     check_choice("estimator", estimator, ("k1", "k2", "k3"))
-    logps, ref_logps = as_float32(logps, ref_logps)
+    logps, ref_logps = as_float32(logps=logps, ref_logps=ref_logps)
     x = logps - ref_logps
     if estimator == "k1":
         return x
@@ -71,7 +71,7 @@ def online_kl(logps: Float[Array, "*B K"], ref_logps: Float[Array, "*B K"]) -> F
     Raises:
       AssertionError: shapes or types do not fit.
     """
-    logps, ref_logps = as_float32(logps, ref_logps)
+    logps, ref_logps = as_float32(logps=logps, ref_logps=ref_logps)
     ratios = lax.stop_gradient(logps - ref_logps)
     size = logps.shape[-1]
     weights = ratios if size == 1 else (ratios - jnp.mean(ratios, axis=-1, keepdims=True)) * (size / (size - 1))
@@ -93,7 +93,7 @@ def categorical_kl(logits_p: Float[Array, "*B V"], logits_q: Float[Array, "*B V"
     Raises:
       AssertionError: shapes or types do not fit.
     """
-    log_p, log_q = (jax.nn.log_softmax(logits) for logits in as_float32(logits_p, logits_q))
+    log_p, log_q = (jax.nn.log_softmax(logits) for logits in as_float32(logits_p=logits_p, logits_q=logits_q))
     possible = log_p > -jnp.inf
     # A double where: inf - inf must not reach the gradient.
     log_p = jnp.where(possible, log_p, 0.0)
@@ -114,7 +114,7 @@ def entropy(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     Raises:
       AssertionError: the type does not fit.
     """
-    (logits,) = as_float32(logits)
+    (logits,) = as_float32(logits=logits)
     log_p = jax.nn.log_softmax(logits)
     # Where p(v) = 0, log p(v) is replaced by 0: the term and its gradient are then 0.
     log_p = jnp.where(log_p > -jnp.inf, log_p, 0.0)
@@ -144,7 +144,7 @@ def geometric_mixture(
     """
     if not 0.0 <= mixture <= 1.0:
         raise ValueError(f"mixture must be in [0, 1], got {mixture}")
-    log_pi, log_ref = (jax.nn.log_softmax(each) for each in as_float32(logits, ref_logits))
+    log_pi, log_ref = (jax.nn.log_softmax(each) for each in as_float32(logits=logits, ref_logits=ref_logits))
     # 0 times -inf is not a number.
     if mixture in (0.0, 1.0):
         return log_ref if mixture else log_pi
