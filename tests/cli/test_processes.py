@@ -130,7 +130,7 @@ def together(tmp_path_factory):
     (folder / "failing.py").write_text(FAILING)
     commands = [*CHAIN, *STOPPED_HALF_WAY, *STORED, LABEL_FAILING]
     statuses, outputs = run_processes(folder, commands, commands)
-    assert statuses == [1, 1], outputs
+    assert statuses == [2, 2], outputs
     return folder, outputs
 
 
@@ -263,9 +263,10 @@ def test_a_folder_that_one_process_does_not_find_ends_all(again):
 def test_a_judge_that_fails_in_one_process_ends_all(together):
     folder, outputs = together
     # The progress bar of the first process may be closed after the line.
-    told = [line for line in outputs[0][1].splitlines() if line.startswith("error: ")]
-    assert told[0].startswith("error: process 1: AssertionError: process 1 is out of")
-    assert "Traceback" in outputs[1][1] and "Traceback" not in outputs[0][1]
+    told = [[line for line in errors.splitlines() if line.startswith("error: ")] for _, errors in outputs]
+    raised = "the judge failing:judge raises AssertionError('process 1 is out of luck')"
+    assert told[0][0].startswith(f"error: process 1: {raised}") and told[1][0].startswith(f"error: {raised}")
+    assert not any("Traceback" in errors for _, errors in outputs)
     assert not (folder / "failed" / "done.json").exists()
 
 
