@@ -38,8 +38,8 @@ def test_the_state_of_an_update_is_split_by_its_layout(layout, parts, compiled):
     update = compiled("update", layout)
     part = PARAMETERS // parts
     assert update.parameters == part
-    # Parameters and two moments; the new state replaces the old one. Beside them are seven numbers: the step, two counts
-    # of the optimizer, and the four of the guard's memory.
+    # Parameters and two moments; the new state replaces the old one. Beside them are seven numbers: the step, two
+    # counts of the optimizer, and the four of the guard's memory.
     assert update.state == 3 * part + 7 * 4
     assert update.aliased == update.state
     batch = 4 * (24 + 2 * (1 + 2 * 16 + 2 + 2 * 16 + 1) + 8) * 1
