@@ -55,7 +55,7 @@ class TensorsDigest:
         self.tensors = {name: self._watched(name, tensor) for name, tensor in tensors.items()}
 
     def value(self) -> str:
-        """The digest; reads the parts that have not been read."""
+        """Returns the digest, after it has read the parts that nobody read."""
         return _digest_of(
             [
                 ["".join(f"['{key}']" for key in name.split(".")), list(each.shape), each.dtype, self._total(name)]

@@ -166,9 +166,9 @@ def open_checkpoint(path: AnyPath, step: int | None = None) -> Stored:
 
 
 def watched(stored: Stored) -> tuple[Stored, Callable[[], None]]:
-    """The same checkpoint, and a check of what is read of it.
+    """The same checkpoint, and a check of its parameters and network against the digests that it stores.
 
-    The check reads what has not been read. It raises UserError if the parameters or the network are not what was saved.
+    The check reads the parts that nobody read. It raises UserError if a digest differs.
     """
     digest, said = TensorsDigest(stored.tensors, as_float32=False), _said(stored.folder, DIGESTS) or {}
 

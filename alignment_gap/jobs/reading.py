@@ -18,10 +18,10 @@ from alignment_gap.data.batches import (
     offline_source,
 )
 from alignment_gap.data.records import Dataset, open_dataset, verify_dataset
-from alignment_gap.data.records.dataset import REWARDS
 from alignment_gap.data.records.log_probs import ReferenceLogProbs
 from alignment_gap.errors import UserError
 from alignment_gap.jobs.config import DatasetConfig
+from alignment_gap.judges import REWARDS
 from alignment_gap.sharding import LogicalMesh, host_rows, on_every_process, put_batch
 
 # Where the card of a record has the lengths that the run padded its batches to.
@@ -106,7 +106,7 @@ def open_reading(config: DatasetConfig, setting: str, *, prompts_only: bool = Fa
 
 
 def has_rewards(reading: Reading) -> bool:
-    """Whether the scores are rewards to compare, and no probabilities, as the datasets' cards say."""
+    """Whether the datasets' cards call the scores rewards, which only compare responses, not probabilities."""
     return reading.datasets[0].card.scores == REWARDS
 
 

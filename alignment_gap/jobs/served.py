@@ -59,7 +59,7 @@ def needs_reference(config: JobConfig, loss: Callable[..., Any], fields: Collect
       fields: optional arrays of the recorded examples; empty for an online source.
 
     Raises:
-      UserError: the loss requires a reference and there is none; or the reference should move but cannot.
+      UserError: the loss requires a reference, but the job has none; or the reference should move but cannot.
     """
     moving = config.reference_every is not None
     if moving and REFERENCE_LOG_PROBS in fields:
@@ -223,7 +223,7 @@ def _check_own_record(name: str, source: DatasetConfig, card: Card) -> None:
     made, what = card.provenance, f"the loss {name} is only right for samples of the current policy"
     remedy = f"train online, or on the record of an online run of {name}"
     if made.get("made_by") != "online" or SAMPLER_LOG_PROBS not in card.fields:
-        raise UserError(f"{what}, but {source.folder} is no record of an online run: {remedy}")
+        raise UserError(f"{what}, but {source.folder} is not the record of an online run: {remedy}")
     if not {"against", "batch_size", "loss", *_SAMPLER} <= made.keys():
         raise UserError(
             f"{what}, but the card of {source.folder} does not say how they were drawn, because an earlier version "

@@ -32,7 +32,7 @@ def as_float32(**arrays: Any) -> tuple[Float[Array, "*B"], ...]:
 
 
 def check_kind(kind: str, **arrays: Any) -> None:
-    """Refuses what is no array, or no "floating", "integer" or "boolean" one; the message names the argument."""
+    """Refuses arguments that are not arrays of a kind, "floating", "integer" or "boolean"; the message names one."""
     for name, array in arrays.items():
         if not hasattr(array, "dtype"):
             raise AssertionError(f"{name}: an array is needed here, got {array!r}")

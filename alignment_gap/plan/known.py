@@ -157,10 +157,8 @@ class Known:
         if start is not None:
             if job.kind != "bradley_terry":
                 check_policy(start, str(job.start))
-            model, markers = (
-                agreed_model(job.model, start, str(job.start)),
-                network.markers if start.head is None else (),
-            )
+            model = agreed_model(job.model, start, str(job.start))
+            markers = network.markers if start.head is None else ()
             network = dataclasses.replace(network, markers=markers, head=start.head)
         return self._computed(network, size or model)
 

@@ -220,16 +220,7 @@ def test_a_field_of_another_type_is_named_with_its_path(change, message):
     ],
 )
 def test_whether_a_t5_is_tied(family, tie, scale, tied):
-    values = {
-        "model_type": family,
-        "vocab_size": 9,
-        "d_model": 8,
-        "num_layers": 2,
-        "num_heads": 2,
-        "d_kv": 4,
-        "d_ff": 6,
-    }
-    values |= {"feed_forward_proj": "gated-gelu", "num_decoder_layers": None}
+    values = LEAST_T5 | {"model_type": family, "num_decoder_layers": None}
     values |= {} if tie is None else {"tie_word_embeddings": None if tie == "null" else tie}
     values |= {} if scale is None else {"scale_decoder_outputs": scale}
     model = read_config(values, "config.json")
@@ -303,7 +294,7 @@ def test_the_pattern_of_layers_is_gemma_3s_alone():
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_layers_with_a_window_need_its_width(family):
     with pytest.raises(
-        UserError, match=r"^path: layers are sliding_attention, but there is no window: give sliding_win"
+        UserError, match=r"^path: layer_types has sliding_attention, but sliding_window is None: set sliding_win"
     ):
         read_config(LEAST | {"model_type": family, "sliding_window": None}, "path")
 

@@ -439,7 +439,7 @@ OF_ITS_OWN |= {"mixture": None, "temperature": 1.0, "top_k": None, "top_p": None
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ({"made_by": "generate"}, "is no record of an online run: train online, or on the record of"),
+        ({"made_by": "generate"}, "is not the record of an online run: train online, or on the record of"),
         ({"top_p": ...}, "does not say how they were drawn, because an earlier version"),
         ({"refresh_every": 0}, "was recorded with refresh_every=0, not 1"),
         ({"temperature": 3.0}, r"was recorded with temperature=3\.0, not 1\.0"),
@@ -475,7 +475,7 @@ def test_pairs_are_no_fresh_samples(hypo, pairs, tmp_path):
     with pytest.raises(UserError, match=r"hypo is only right for .*, but the order of .* is 'shuffle': give"):
         run_job(dataclasses.replace(hypo, fresh=DatasetConfig(str(pairs), batch_size=8)), tmp_path / "run")
     fresh = DatasetConfig(str(pairs), batch_size=8, order="recorded")
-    with pytest.raises(UserError, match=r"hypo is only right for .* is no record of an online run"):
+    with pytest.raises(UserError, match=r"hypo is only right for .* is not the record of an online run"):
         run_job(dataclasses.replace(hypo, fresh=fresh), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -399,8 +399,8 @@ def _read_windows(fields: _Fields, family: Family, depth: int) -> dict[str, Any]
         return {}
     if not window:
         raise UserError(
-            f"{fields.source}: {fields.path}layers are {SLIDING}, but there is no window: give sliding_window its "
-            f"width, or write {FULL} in layer_types"
+            f"{fields.source}: {fields.path}layer_types has {SLIDING}, but sliding_window is None: set sliding_window "
+            f"to the width, or layer_types to {FULL}"
         )
     return {"window": window, "full_attention_every": every}
 
@@ -431,14 +431,13 @@ def _read_notation(fields: _Fields, family: Family, name: str) -> dict[str, Any]
     rope_type = _rope_type(full, ("default", "linear", "llama3"))
     for group in (fields, full):
         group.only("partial_rotary_factor", (1.0, None))
-    found: dict[str, Any] = {
-        "rope_base": _rope_base(full, fields, "rope_theta", family.optional.get("rope_theta", 1e4))
-    }
+    default = family.optional.get("rope_theta", 1e4)
+    found: dict[str, Any] = {"rope_base": _rope_number(full, "rope_theta", fields, "rope_theta", default)}
     if local:
         sliding = given.group(SLIDING)
         _rope_type(sliding, ("default",))
         default = family.optional["rope_local_base_freq"]
-        found["rope_local_base"] = _rope_base(sliding, fields, "rope_local_base_freq", default)
+        found["rope_local_base"] = _rope_number(sliding, "rope_theta", fields, "rope_local_base_freq", default)
     if rope_type != "default":
         found |= {"rope_scaling": rope_type, "rope_scaling_factor": full.get("factor", float)}
     if rope_type == "llama3":
@@ -459,9 +458,9 @@ def _rope_type(rope: _Fields, allowed: tuple[str, ...]) -> str:
     return rope.values.get(name, "default")
 
 
-def _rope_base(rope: _Fields, fields: _Fields, name: str, default: float) -> float:
-    """The base inside a group of rotary settings, or outside, where it has another name."""
-    return rope.given("rope_theta", float) if "rope_theta" in rope.values else fields.given(name, float, default)
+def _rope_number(rope: _Fields, inside: str, fields: _Fields, outside: str, default: float) -> float:
+    """A number inside a group of rotary settings, or outside, where it has another name."""
+    return rope.given(inside, float) if inside in rope.values else fields.given(outside, float, default)
 
 
 def _write_decoder(model: DecoderConfig, model_type: str) -> dict[str, Any]:
@@ -513,7 +512,7 @@ def _read_gpt_neox(fields: _Fields) -> DecoderConfig:
     # In transformers 5 both rotary settings are in `rope_parameters`.
     rope = fields.group("rope_parameters")
     _rope_type(rope, ("default",))
-    share = _share_of(rope, fields)
+    share = _rope_number(rope, "partial_rotary_factor", fields, "rotary_pct", 0.25)
     width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     # transformers takes another value for the rotary positions alone.
     fields.only("head_dim", (None, width // heads))
@@ -528,16 +527,10 @@ def _read_gpt_neox(fields: _Fields) -> DecoderConfig:
         block="parallel_two_norms" if fields.given("use_parallel_residual", bool, True) else "serial",
         norm_epsilon=fields.given("layer_norm_eps", float, 1e-5),
         tied_embeddings=fields.given("tie_word_embeddings", bool, False),
-        rope_base=_rope_base(rope, fields, "rotary_emb_base", 1e4),
+        rope_base=_rope_number(rope, "rope_theta", fields, "rotary_emb_base", 1e4),
         rotary_size=int(width // heads * share),
         **OF_GPT_NEOX,
     )
-
-
-def _share_of(rope: _Fields, fields: _Fields) -> float:
-    """The share of each head that GPT-NeoX rotates."""
-    inside = "partial_rotary_factor"
-    return rope.given(inside, float) if inside in rope.values else fields.given("rotary_pct", float, 0.25)
 
 
 def _write_gpt_neox(model: DecoderConfig) -> dict[str, Any]:
