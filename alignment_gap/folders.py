@@ -52,6 +52,11 @@ def here(place: str | os.PathLike[str], what: str) -> Path:
     return path
 
 
+def whole_path(path: AnyPath) -> str:
+    """The path from the root, for a file that is read from any working folder; the URL of an object."""
+    return str(path.absolute() if isinstance(path, Path) else path)
+
+
 def copy_here(path: AnyPath, sha256: str) -> Path:
     """The file itself, or a local copy of the object with this digest."""
     return fetched(path, sha256) if isinstance(path, Url) else path

@@ -38,7 +38,7 @@ from alignment_gap.checkpoints.rewards import has_linear_reward, with_head
 from alignment_gap.checkpoints.tensors import Entries, Tensor, check_entries, check_shapes, imported, shapes_of
 from alignment_gap.configuration import to_dict
 from alignment_gap.errors import UserError
-from alignment_gap.folders import AnyPath, copy_files
+from alignment_gap.folders import AnyPath, copy_files, whole_path
 from alignment_gap.models import ModelConfig, RewardHead, abstract_parameters, make_policy
 from alignment_gap.models.reward_head import make_init, without_output
 from alignment_gap.sharding import unbox
@@ -154,9 +154,8 @@ def _import_adapters(path: Path, output: Path, base: AnyPath | None) -> Stored:
         source = _module(PEFT).open_adapters(path, network.model, network.head)
     except UserError as error:
         raise UserError(f"{error} (the base is {base}; --base=RUN names another)") from error
-    # Whoever reads the adapters may work in another folder.
-    place = str(folder.absolute() if isinstance(folder, Path) else folder)
-    network = dataclasses.replace(network, adapter=source.config, base=place, base_digest=read_digest(folder))
+    base_digest = read_digest(folder)
+    network = dataclasses.replace(network, adapter=source.config, base=whole_path(folder), base_digest=base_digest)
     if tokenizer:
         copy_files(tokenizer, output / TOKENIZER)
     write_checkpoint(output, 0, network, source.tensors)

@@ -40,7 +40,7 @@ from alignment_gap.data.batches.offline import Padding
 from alignment_gap.data.records import Dataset
 from alignment_gap.data.records.card import ends_prompts, find_vocabulary, template_place, vocabulary_place
 from alignment_gap.errors import UserError
-from alignment_gap.folders import AnyPath, at, copy_files
+from alignment_gap.folders import AnyPath, at, copy_files, whole_path
 from alignment_gap.jobs.assembly import (
     REFERENCE,
     Assembly,
@@ -222,7 +222,7 @@ def _with_base(config: JobConfig, network: Network) -> Network:
     if network.adapter is None:
         return network
     folder = find_checkpoint(at(str(config.start)), config.start_step)
-    return dataclasses.replace(network, base=str(folder), base_digest=read_digest(folder))
+    return dataclasses.replace(network, base=whole_path(folder), base_digest=read_digest(folder))
 
 
 def _batch_shape(source: SourceConfig, reading: Reading) -> BatchShape:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignment_gap.checkpoints import Network
+from alignment_gap.folders import at, whole_path
 from alignment_gap.jobs.assembly import BatchShape, Facts, gives_rewards
 from alignment_gap.jobs.config import POLICY, DatasetConfig, JobConfig, OnlineConfig
 from alignment_gap.jobs.evaluate import EvaluateConfig, named
@@ -206,8 +207,9 @@ def _judging(
     network.preference_model()  # Raises if the network is a policy.
     shares = False
     if policy and policy.adapter and network.adapter and network.adapter.base_dtype == policy.adapter.base_dtype:
-        # A checkpoint names a step's folder as its base, a job names a run's folder.
-        shares = f"{network.base}/".startswith(f"{policy.base}/")
+        # A checkpoint names the whole path of a step's folder as its base, a job names a run's folder.
+        ours, its = (whole_path(at(str(each.base))) for each in (policy, network))
+        shares = f"{its}/".startswith(f"{ours}/")
     return [Program(name, "judge", Facts(network, shape), True, judge.labels, shares, calls)]
 
 

@@ -37,7 +37,7 @@ from alignment_gap.judges import JudgeConfig
 from alignment_gap.models import DecoderConfig, T5Config
 from alignment_gap.study.analysis import ORIGIN
 from alignment_gap.study.arms import GOLDEN, Arm, Branch, arms_of, file_word
-from alignment_gap.study.config import HELDOUT, OWN, STREAM, PreferenceModelConfig, StudyConfig
+from alignment_gap.study.config import HELDOUT, OWN, STREAM, PreferenceModelConfig, SftConfig, StudyConfig
 from alignment_gap.training import OptimizerConfig
 
 JOBS = "jobs"
@@ -246,10 +246,9 @@ class _Seed:
 
     def _sft(self, name: str, model: T5Config | DecoderConfig | None, sft: SftConfig) -> AnyPath:
         """Adds supervised fine-tuning; both responses of every pair are targets."""
-        pooled = (self.human / "train", *sft.also)
-        batches = {"weights": sft.weights, "batch_size": sft.batch_size, "buckets": sft.buckets}
-        source = DatasetConfig(",".join(map(str, pooled)), **batches)
-        settings = {"steps": sft.steps, "model": model, "start": sft.start, "loss": LossConfig("sft")}
+        pooled = ",".join(map(str, (self.human / "train", *sft.also)))
+        source = DatasetConfig(pooled, weights=sft.weights, batch_size=sft.batch_size, buckets=sft.buckets)
+        settings: dict[str, Any] = {"steps": sft.steps, "model": model, "start": sft.start, "loss": LossConfig("sft")}
         return self._train(name, source, sft.optimizer, **settings).folder
 
     def _preference_model(self, name: str, model: PreferenceModelConfig, pairs: AnyPath) -> AnyPath:

@@ -76,6 +76,12 @@ def test_a_checkpoint_holds_adapters_alone_and_names_its_base(ipo, ipo_config, s
     assert read_digest(stored.folder) not in (read_digest(base.folder), None)
 
 
+def test_the_base_has_its_whole_path_for_readers_in_other_folders(ipo_config, sft, monkeypatch):
+    monkeypatch.chdir(sft.parent)
+    assembly, _ = open_training(dataclasses.replace(ipo_config, start=sft.name)).run.args
+    assert assembly.facts.network.base == str(open_checkpoint(sft).folder)
+
+
 def test_the_run_begins_as_its_reference_and_leaves_it(ipo):
     """Exactly: the reference is the base, and new adapters add zeros."""
     first, *_, last = metrics(ipo)
