@@ -9,12 +9,13 @@ A format's module has:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,11 +208,7 @@ def export_checkpoint(
         checks.append(check)
         return read
 
-    partial = output.with_name(output.name + ".partial")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if partial.is_dir():
-        shutil.rmtree(partial)
-    with tempfile.TemporaryDirectory() as made_in:
+    with _completing(output) as partial, tempfile.TemporaryDirectory() as made_in:
         tokenizer = tokenizer_of(folder)
         if isinstance(tokenizer, Url):
             copy_files(tokenizer, tokenizer := Path(made_in))
@@ -222,11 +219,30 @@ def export_checkpoint(
             module.write(partial, scored.model, tensors, companions or tokenizer, head=scored.head)
         else:
             module.write(partial, network.model, plain_tensors(stored, watch), companions or tokenizer)
-    for check in checks:  # As a restore does: a damaged array can be read without an error.
-        check()
-    if card is not None:
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    os.replace(partial, output)
+        for check in checks:  # As a restore does: a damaged array can be read without an error.
+            check()
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _completing(output: Path) -> Iterator[Path]:
+    """A place for the file or folder that becomes `output` if no error is raised; nothing else is left behind."""
+    partial = output.with_name(output.name + ".partial")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)  # A killed export leaves it.
+    try:
+        yield partial
+        os.replace(partial, output)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def open_foreign(path: Path, name: str | None = None) -> Foreign:
