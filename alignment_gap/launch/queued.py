@@ -42,7 +42,22 @@ state() {{
     return 1
 }}
 
-give_back() {{ gcloud_tpus queued-resources delete {name} --force --quiet && trap - EXIT; }}
+# A slice costs until it is deleted, so a signal ends the script only after gcloud has created or deleted it.
+give_back() {{ (trap '' HUP INT TERM; gcloud_tpus queued-resources delete {name} --force --quiet) && trap - EXIT; }}
+
+create() {{
+    local asked=no status
+    trap 'asked=yes' HUP INT TERM
+    (trap '' HUP INT TERM; gcloud_tpus queued-resources create {name} {request})
+    status=$?
+    if [ $status -eq 0 ]; then trap give_back EXIT; fi
+    end_if_asked
+    if [ $asked = yes ]; then exit {try_again}; fi
+    return $status
+}}
+
+end_if_asked() {{ trap 'exit {try_again}' HUP INT TERM; }}
+end_if_asked
 
 ask() {{
     local found
@@ -52,8 +67,7 @@ ask() {{
     if [ -z "$found" ]; then
         # Another script may own a slice of this name: this one deletes only what it has created.
         trap - EXIT
-        gcloud_tpus queued-resources create {name} {request} || exit 1
-        trap give_back EXIT
+        create || exit 1
         fresh=yes
     fi
     while found=$(state) || exit 1; [ "$found" != ACTIVE ]; do
@@ -66,7 +80,8 @@ ask() {{
     fresh=no
 }}
 
-on_hosts() {{ gcloud_tpus tpu-vm ssh {name} --worker="$1" --command="$2"; }}
+# In the background, because a signal interrupts `wait`, but no command in the foreground.
+on_hosts() {{ gcloud_tpus tpu-vm ssh {name} --worker="$1" --command="$2" & wait $!; }}
 
 # Each host runs this before and after a job's command. When a connection is lost, the process goes on and holds its
 # folder, and gcloud runs the command again: then the earlier process is asked to save, and ends first.
@@ -207,5 +222,13 @@ def run_queued(tasks: Sequence[Task], config: QueuedConfig, logs: Path, say: Cal
     logs.mkdir(parents=True, exist_ok=True)
     path = logs / "queued.sh"
     path.write_text(text)
-    if status := subprocess.run(["bash", str(path)]).returncode:
+    script = subprocess.Popen(["bash", str(path)])
+    try:
+        status = script.wait()
+    except KeyboardInterrupt:
+        say("interrupted: the script gives the slice back")
+        script.terminate()
+        script.wait()
+        raise
+    if status:
         raise UserError(f"the script {path} ended with exit status {status}: see its output")

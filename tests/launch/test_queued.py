@@ -1,7 +1,11 @@
 """The script for a queued resource runs with a program in place of gcloud."""
 
+import os
 import pathlib
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -11,7 +15,8 @@ from alignment_gap.launch.queued import queued_text
 
 # Keeps the state of the queued resource in a file. Runs the command that ssh gives to the hosts, as one host.
 # As many descriptions fail as the file "unknown" has lines. With the file "taken", another script creates the slice
-# just before. With the file "drops", the connection to the next job is lost while it runs.
+# just before. With the file "drops", the connection to the next job is lost while it runs. With the file "slow", it takes
+# a second to create the slice, and a second to delete it.
 GCLOUD = """#!/bin/bash
 set -f
 echo $* >> {folder}/asked
@@ -25,8 +30,12 @@ case "$*" in
         sed -i s/SUSPENDING/SUSPENDED/ $state ;;
     *"create"*)
         if [ -e {folder}/taken ]; then mv {folder}/taken $state; echo "ERROR: ALREADY_EXISTS" >&2; exit 1; fi
+        if [ -e {folder}/slow ]; then touch {folder}/creating; sleep 1; fi
         echo {first} > $state ;;
-    *"delete"*) rm $state ;;
+    *"delete"*)
+        if [ -e {folder}/slow ]; then sleep 1; fi
+        kill -KILL $(cat {folder}/alignment-gap.pid 2> /dev/null) 2> /dev/null
+        rm $state ;;
     *"ssh"*)
         for word in "$@"; do case "$word" in --command=*) command="${{word#--command=}}" ;; esac; done
         if [ -e {folder}/drops ] && [[ $command = *exec* ]]; then
@@ -81,6 +90,17 @@ def gcloud(tmp_path, monkeypatch):
     return lines
 
 
+# A launch as the command line runs it.
+LAUNCH = """
+import pathlib
+from alignment_gap.interruption import signals_caught
+from alignment_gap.launch import QueuedConfig, Task, run_queued
+folder = pathlib.Path({folder!r})
+with signals_caught():
+    run_queued([Task("sft", ("holds",))], QueuedConfig(folder=str(folder / "shared"), look_every=1), folder / "logs")
+"""
+
+
 def config(tmp_path, **settings):
     return QueuedConfig(folder=str(tmp_path / "shared"), look_every=1, **settings)
 
@@ -116,6 +136,26 @@ def test_a_job_whose_connection_is_lost_saves_and_ends_before_it_runs_again(gclo
     assert len(ran) == 2 and (tmp_path / "shared" / "saved").exists()
     assert len([line for line in asked if " create " in line]) == 1 and " delete " in asked[-1]
     assert "in use" not in capfd.readouterr().out and not (tmp_path / "alignment-gap.pid").exists()
+
+
+@pytest.mark.parametrize("by", ["ctrl-c", "SIGTERM"])
+@pytest.mark.parametrize("while_", ["creating", "shared/held"])
+def test_a_launch_that_is_interrupted_gives_its_slice_back(gcloud, tmp_path, by, while_):
+    """While the slice is created, and while a job runs. Ctrl-c reaches all processes, SIGTERM the launch alone."""
+    (tmp_path / "slow").touch()
+    command = [sys.executable, "-c", LAUNCH.format(folder=str(tmp_path))]
+    launch = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / while_).exists():
+        assert launch.poll() is None
+        time.sleep(0.05)
+    if by == "ctrl-c":
+        os.killpg(launch.pid, signal.SIGINT)
+    else:
+        launch.terminate()
+    _, errors = launch.communicate(timeout=60)
+    assert launch.returncode != 0 and "KeyboardInterrupt" in errors
+    asked, _ = gcloud()
+    assert " delete " in asked[-1] and not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize("state", ["ACTIVE", "SUSPENDED", "WAITING_FOR_RESOURCES"])
