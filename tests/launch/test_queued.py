@@ -15,8 +15,8 @@ from alignment_gap.launch.queued import queued_text
 
 # Keeps the state of the queued resource in a file. Runs the command that ssh gives to the hosts, as one host.
 # As many descriptions fail as the file "unknown" has lines. With the file "taken", another script creates the slice
-# just before. With the file "drops", the connection to the next job is lost while it runs. With the file "slow", it takes
-# a second to create the slice, and a second to delete it.
+# just before. With the file "drops", the connection to the next job is lost while it runs. With the file "slow", it
+# takes a second to create the slice, and a second to delete it.
 GCLOUD = """#!/bin/bash
 set -f
 echo $* >> {folder}/asked
