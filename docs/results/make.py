@@ -31,8 +31,8 @@ from alignment_gap.study.pool import write_pooled
 HERE = pathlib.Path(__file__).parent
 README = HERE.parents[1] / "README.md"
 PAGE = HERE / "README.md"
-# The study whose claims README shows, and those on human pairs, whose claims the page shows.
-MAIN, HUMAN = "paper", ("hh", "hh_helpful")
+# The study whose claims README shows, and those on real texts, whose claims the page shows.
+MAIN, REAL = "paper", ("hh", "hh_helpful", "tldr")
 MADE = ("results.csv", "claims.csv", "comparisons.csv", "fits.csv", "facts.json", "figures")
 # Studies with this name and a kind are compared.
 KINDS = "kinds"
@@ -135,7 +135,7 @@ def main(names: Iterable[str]) -> None:
         README.write_text(between_marks(README.read_text("utf-8"), claims_markdown(HERE / MAIN)), "utf-8")
         beyond = comparisons_markdown(HERE / MAIN)
         PAGE.write_text(between_marks(PAGE.read_text("utf-8"), beyond, "comparisons"), "utf-8")
-    for name in HUMAN:
+    for name in REAL:
         if (HERE / name / "claims.csv").exists():
             PAGE.write_text(between_marks(PAGE.read_text("utf-8"), claims_markdown(HERE / name), name), "utf-8")
     if len(kinds := kinds_made(HERE)) > 1:
